@@ -1,0 +1,1 @@
+"""Alignment of the new embedder and head with the frozen blocks."""

@@ -1,0 +1,147 @@
+"""Stage `align-embedder`: the new patch embedder, fitted to the base model's patch embeddings of the same pictures.
+
+Loss (METHOD equations, stage 1; arXiv 2509.25180): L = || e_new(z_dc) - AvgPool_s(e_base(z_base)) ||^2. Both sides are
+linear in the latents, so the optimum is one ridge regression. C C0 channels, N N0 tokens (new, base), D width.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dcgen_convert import models
+from dcgen_convert.align.ridge import Noise, NormalEquations
+from dcgen_convert.data.cache import LatentCache
+from dcgen_convert.files import atomic_save
+from dcgen_convert.journal import Stage
+from dcgen_convert.train import adapt
+from dcgen_convert.train.objective import t_of_normal
+
+
+def run(job, stage: Stage) -> None:
+    """Writes modules.safetensors (the embedder) and reports the MSE before, after, and at the optimum."""
+    settings = job.recipe.align_embedder
+    resolution = job.recipe.adapt.phases[0].resolution
+    cache = LatentCache(job.folder("latents"), resolution)
+    teacher = models.load(job.source.transformer, torch.float32)
+    student = models.load(job.folder("surgery") / models.TRANSFORMER, torch.float32)
+    problem = Problem(job, teacher, student, cache, settings.pooling)
+
+    equations = problem.equations(settings.batch)
+    started = time.perf_counter()
+    start = xavier(student.get_submodule(job.family.embedder), job.recipe.seed)
+    best = equations.solve(0.0)
+    weight, bias = start
+    if settings.method == "ridge":
+        noise = noise_moments(job, student, cache) if settings.noise_aware else None
+        weight, bias = equations.solve(settings.ridge, noise)
+    elif settings.method == "adamw":
+        weight, bias = descend(problem, start, settings.steps, settings.lr, settings.batch, job.recipe.seed)
+    seconds = time.perf_counter() - started
+    before, after, optimum = (equations.mse(*pair) for pair in (start, (weight, bias), best))
+    stage.metrics.update(
+        method=settings.method, mse_before=before, mse_after=after, mse_optimum=optimum, solve_seconds=round(seconds, 4)
+    )
+    job.console.say(
+        f"align embedder: {settings.method}, MSE {before:.5g} (Xavier) -> {after:.5g}, optimum {optimum:.5g}, {seconds:.2f} s"
+    )
+    module = student.get_submodule(job.family.embedder)
+    atomic_save(as_module(module, job.family.embedder, weight, bias), stage.folder / models.MODULES)
+
+
+class Problem:
+    """Rows (x, y) of the regression: deep-latent tokens against the base model's embedded tokens."""
+
+    def __init__(self, job, teacher: nn.Module, student: nn.Module, cache: LatentCache, pooling: str) -> None:
+        self.family, self.cache, self.pooling = job.family, cache, pooling
+        self.teacher = teacher.get_submodule(job.family.embedder)
+        z_base, z = cache.pairs([0])
+        self.patch_base = job.family.patch(teacher.config, z_base.shape[1])
+        self.patch = job.family.patch(student.config, z.shape[1])
+        self.grid_base = (z_base.shape[2] // self.patch_base, z_base.shape[3] // self.patch_base)
+        self.grid = (z.shape[2] // self.patch, z.shape[3] // self.patch)
+        self.base_positions = job.family.position_term(teacher, *self.grid_base)
+        self.positions = job.family.position_term(student, *self.grid)
+
+    @torch.no_grad()
+    def rows(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """x (B, N', C p p) and y (B, N', D); N' is the coarse grid (average) or the base's grid (bilinear)."""
+        z_base, z = self.cache.pairs(indices)
+        goal = affine(self.teacher, self.family.tokens(z_base, self.patch_base))  # (B, N0, D)
+        if self.base_positions is not None:
+            goal = goal + self.base_positions
+        x = self.family.tokens(z, self.patch)  # (B, N, C p p)
+        own = self.positions  # the model adds them after the embedder: the embedder must not
+        if self.pooling == "average":
+            goal = resize(goal, self.grid_base, self.grid, "area")
+        else:  # bilinear interpolation is linear too, so it may act on the inputs
+            x = resize(x, self.grid, self.grid_base, "bilinear")
+            own = None if own is None else resize(own[None], self.grid, self.grid_base, "bilinear")[0]
+        return x, goal if own is None else goal - own
+
+    def equations(self, batch: int) -> NormalEquations:
+        x, y = self.rows([0])
+        equations = NormalEquations(x.shape[-1], y.shape[-1])
+        for start in range(0, len(self.cache), batch):
+            equations.add(*self.rows(list(range(start, min(start + batch, len(self.cache))))))
+        return equations
+
+
+def resize(tokens: Tensor, grid: tuple[int, int], to: tuple[int, int], mode: str) -> Tensor:
+    """(B, N, K) on ``grid`` -> (B, N', K) on ``to``."""
+    maps = tokens.unflatten(1, grid).movedim(-1, 1)
+    kwargs = {"align_corners": False} if mode == "bilinear" else {}
+    return F.interpolate(maps, size=to, mode=mode, **kwargs).movedim(1, -1).flatten(1, 2)
+
+
+def affine(module: nn.Module, tokens: Tensor) -> Tensor:
+    """The embedder on tokens, whatever its type: a Conv2d with kernel = stride is a linear on its flattened patches."""
+    return F.linear(tokens, module.weight.flatten(1), module.bias)
+
+
+def xavier(module: nn.Module, seed: int) -> tuple[Tensor, Tensor]:
+    """Xavier-uniform weight and zero bias, as the authors start from."""
+    weight = torch.empty(module.weight.flatten(1).shape, dtype=torch.float32)
+    nn.init.xavier_uniform_(weight, generator=torch.Generator().manual_seed(seed))
+    return weight, torch.zeros(len(weight))
+
+
+def as_module(module: nn.Module, name: str, weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
+    """State-dict entries of the embedder in its own shape (Linear or Conv2d), float32."""
+    state = {f"{name}.weight": weight.float().reshape(module.weight.shape)}
+    return state if module.bias is None else {**state, f"{name}.bias": bias.float()}
+
+
+def noise_moments(job, student: nn.Module, cache: LatentCache) -> Noise:
+    """Moments of the t that training will draw. Noise is independent in the two latent spaces, so it only shrinks W."""
+    sampling = adapt.sampling_of(
+        job.family, job.recipe.adapt, cache.batch([0])[0].shape[1:], student.config, job.scheduler
+    )
+    t = t_of_normal(
+        torch.randn(100_000, generator=torch.Generator().manual_seed(job.recipe.seed)).double(), sampling
+    ).double()
+    return Noise((1 - t).mean().item(), (1 - t).square().mean().item(), t.square().mean().item())
+
+
+def descend(
+    problem: Problem, start: tuple[Tensor, Tensor], steps: int, lr: float, batch: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """The published way: AdamW (0.9, 0.95), no weight decay, constant rate, on batches of pictures."""
+    weight, bias = (nn.Parameter(value.clone()) for value in start)
+    optimizer = torch.optim.AdamW([weight, bias], lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    generator = torch.Generator().manual_seed(seed)
+    rows = None
+    if len(problem.cache) * math.prod(problem.grid) < 1_000_000:  # small caches: read once
+        rows = problem.rows(list(range(len(problem.cache))))
+    for _ in range(steps):
+        indices = torch.randint(len(problem.cache), (batch,), generator=generator)
+        x, y = (rows[0][indices], rows[1][indices]) if rows else problem.rows(indices.tolist())
+        loss = F.mse_loss(F.linear(x, weight, bias), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return weight.detach(), bias.detach()

@@ -1,0 +1,135 @@
+"""Stage `align-head`: a start for the new output head, then embedder + head trained with the blocks frozen.
+
+The head is linear in the features that reach it, so with the blocks frozen its optimum over sampled (t, noise, text) is one
+least-squares problem. For guidance-distilled bases the corrected velocity v_hat = [v_g(c) - (1-g) v(null)] / g (METHOD
+equations) is the same head on the features [h_g(c) - (1-g) h(null)] / g: still linear, bias unchanged.
+B batch, N tokens, D width, C channels.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dcgen_convert import models, pipelines
+from dcgen_convert.align.embedder import xavier
+from dcgen_convert.align.ridge import NormalEquations
+from dcgen_convert.data.cache import LatentCache
+from dcgen_convert.files import atomic_save
+from dcgen_convert.journal import Stage
+from dcgen_convert.train import adapt, objective
+
+RIDGE = 1e-6  # relative; features of a finite sample are nearly collinear
+DRAW_STREAM = 1 << 30  # steps no training run reaches: the closed form sees draws of its own
+
+
+def run(job, stage: Stage) -> None:
+    """Writes modules.safetensors (embedder and head) and reports the flow loss before, after the start, after training."""
+    settings = job.recipe.align_head
+    resolution = job.recipe.adapt.phases[0].resolution
+    train_rows, held_out = LatentCache(job.folder("latents"), resolution).split()
+    dtype = pipelines.DTYPES[job.recipe.dtype]
+    embedder = job.folder("align-embedder") / models.MODULES
+    model = models.load(job.folder("surgery") / models.TRANSFORMER, dtype, embedder, pipelines.device())
+    task = adapt.Task(model, job.family, job.recipe.adapt, train_rows, job.scheduler)
+    started = time.perf_counter()
+    start_head(job, task)
+    stage.metrics.update(method=settings.method, start_seconds=round(time.perf_counter() - started, 2))
+    loss = heldout_loss(job, task, held_out)
+    stage.metrics["loss_start"] = loss
+    job.console.say(
+        f"align head: {settings.method} start, held-out loss {loss:.4f}, {stage.metrics['start_seconds']} s"
+    )
+    output = stage.folder / models.MODULES
+    if not settings.steps:
+        atomic_save(module_state(job, model), output)
+        return
+    record = adapt.train_head(
+        model,
+        job.family,
+        settings,
+        job.recipe.adapt,
+        train_rows,
+        stage.folder / "training",
+        scheduler=job.scheduler,
+        dtype=job.recipe.dtype,
+        console=job.console,
+        seed=job.recipe.seed,
+    )
+    atomic_save(load_file(record["exports"]["modules"]), output)
+    models.load_modules(model, output)
+    loss = heldout_loss(job, task, held_out)
+    stage.metrics.update(loss_trained=loss, train_seconds=record["seconds"])
+    job.console.say(f"align head: after {settings.steps} steps with frozen blocks, held-out loss {loss:.4f}")
+
+
+def module_state(job, model: nn.Module) -> dict[str, Tensor]:
+    """Embedder and head under the model's own names, float32 on the CPU."""
+    wanted = (job.family.embedder, job.family.head)
+    return {name: p.detach().float().cpu() for name, p in model.named_parameters() if name.rpartition(".")[0] in wanted}
+
+
+def heldout_loss(job, task: adapt.Task, rows: LatentCache) -> float:
+    """Loss of the recipe's objective on held-out rows, mean over fixed quantiles of t."""
+    batches = [(list(part), *rows.batch(list(part))) for part in _batches(len(rows), job.recipe.latents.batch)]
+    return objective.evaluate_loss(task.loss(), batches, job.recipe.seed, task.sampling, pipelines.device())["mean"]
+
+
+def start_head(job, task: adapt.Task) -> None:
+    """Fill the head in place: least squares, Xavier or zero."""
+    settings = job.recipe.align_head
+    head = task.model.get_submodule(job.family.head)
+    with torch.no_grad():
+        head.weight.zero_()
+        if head.bias is not None:
+            head.bias.zero_()
+        if settings.method == "xavier":
+            head.weight.copy_(xavier(head, job.recipe.seed)[0])
+        elif settings.method == "least-squares":
+            weight, bias = head_equations(job, task, settings.draws).solve(RIDGE)
+            # A learned-sigma head writes 2 C channels; the stock pipeline drops the second half, which stays zero.
+            head.weight[: len(weight)].copy_(weight)
+            if head.bias is not None:
+                head.bias[: len(bias)].copy_(bias)
+
+
+def head_equations(job, task: adapt.Task, draws: int) -> NormalEquations:
+    """Features before the head against the native target of every token, over ``draws`` noise draws per picture."""
+    rows, sampling = task.cache, task.sampling
+    captured: list[Tensor] = []
+    head = task.model.get_submodule(job.family.head)
+    handle = head.register_forward_pre_hook(lambda module, args: captured.append(args[0].detach()))
+    corrected = job.recipe.adapt.objective == "guidance-corrected"
+    device = pipelines.device()
+    equations = NormalEquations(head.weight.shape[1], rows.batch([0])[0].shape[1])
+
+    def features(z: Tensor, t: Tensor, text: dict[str, Tensor], guidance: Tensor) -> Tensor:
+        captured.clear()
+        objective.predict(job.family, task.model, z, t, text, guidance)
+        return captured[0].float()  # (B, N, D)
+
+    try:
+        with torch.no_grad(), job.console.progress("least squares for the head", draws * len(rows), "samples") as bar:
+            for number in range(draws):
+                for part in _batches(len(rows), job.recipe.latents.batch):
+                    z0, text = rows.batch(list(part))
+                    drawn = objective.draw(job.recipe.seed, DRAW_STREAM + number, list(part), z0.shape[1:], sampling)
+                    z0, text, drawn = objective.to_device((z0, text, drawn), device)
+                    z = objective.noised(z0, drawn.eps, drawn.t)
+                    x = features(z, drawn.t, objective.drop_text(text, rows.null, drawn.dropped), drawn.guidance)
+                    if corrected:
+                        nothing = objective.drop_text(text, rows.null, torch.ones_like(drawn.dropped))
+                        g = drawn.guidance[:, None, None]
+                        x = (x - (1 - g) * features(z, drawn.t, nothing, torch.ones_like(drawn.guidance))) / g
+                    equations.add(x, job.family.target(z0, drawn.eps).flatten(2).transpose(1, 2))  # (B, N, C), patch 1
+                    bar.advance(len(part))
+    finally:
+        handle.remove()
+    return equations
+
+
+def _batches(count: int, size: int) -> list[range]:
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]

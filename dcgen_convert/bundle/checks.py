@@ -1,0 +1,153 @@
+"""The single checks of a bundle. Each returns sentences about what differs, none when all is well."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dcgen_convert.bundle import manifest as manifests
+from dcgen_convert.bundle.expected import expected_tensors
+from dcgen_convert.bundle.layout import is_component
+from dcgen_convert.bundle.tensors import tensor_sha256
+from dcgen_convert.checkpoint.headers import Entry, read_weights
+from dcgen_convert.console import Console
+from dcgen_convert.errors import DcgenError, InputError
+from dcgen_convert.files import read_json, sha256
+
+LIBRARIES = ("diffusers", "transformers")
+
+
+def check_files(bundle: Path, manifest: Mapping[str, Any], console: Console) -> list[str]:
+    """Every file listed is there with its size and hash; every file there is listed."""
+    listed, found = manifest["files"], []
+    with console.progress("hash files", len(listed), "file") as bar:
+        for name, record in listed.items():
+            path = bundle / name
+            if not path.is_file():
+                found.append(f"{name} is missing")
+            elif path.stat().st_size != record["bytes"]:
+                found.append(f"{name} has {path.stat().st_size} bytes, not {record['bytes']}")
+            elif sha256(path) != record["sha256"]:
+                found.append(f"{name} has another hash than when it was written{_damaged_tensors(path, manifest)}")
+            bar.advance()
+    present = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
+    extra = sorted(name for name in present - set(listed) if name != manifests.FILE and not manifests.is_hub_file(name))
+    return found + [f"{name} is not in the manifest" for name in extra]
+
+
+def _damaged_tensors(path: Path, manifest: Mapping[str, Any]) -> str:
+    """Names of the transformer's tensors in ``path`` whose bytes changed, as an addition to a sentence."""
+    if path.parent.name != "transformer" or path.suffix != ".safetensors":
+        return ""
+    try:
+        found = read_weights(path.parent)
+    except InputError:
+        return " (its header is damaged)"
+    table = manifest["tensors"]
+    names = [
+        n
+        for n, info in found.items()
+        if info.file == path and (n not in table or tensor_sha256(info) != table[n]["sha256"])
+    ]
+    return f" (tensors {', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ""
+
+
+def check_structure(bundle: Path, index: Mapping[str, Any]) -> list[str]:
+    """Every component that model_index.json names has its folder, config and in-bundle code."""
+    found = []
+    for name, value in index.items():
+        if not is_component(value):
+            continue
+        folder = bundle / name
+        if not folder.is_dir():
+            found.append(f"model_index.json names {name}, which has no folder")
+        elif not any(folder.glob("*config.json")):
+            found.append(f"{name} has no config")
+        elif value[0] not in LIBRARIES and not (folder / f"{value[0]}.py").is_file():
+            found.append(f"{name} needs the code {value[0]}.py, which is not in its folder")
+    return found
+
+
+def check_tensors(bundle: Path, console: Console) -> list[str]:
+    """Names, dtypes and shapes of the transformer and the autoencoder against their classes; no NaN, no infinity."""
+    found = []
+    for component in ("transformer", "vae"):
+        try:
+            tensors = read_weights(bundle / component)
+            expected, problems = expected_tensors(bundle / component)
+        except DcgenError as error:
+            found.append(error.message)
+            continue
+        found += problems
+        found += [f"{component}: {name} is missing" for name in sorted(expected.keys() - tensors.keys())]
+        found += [
+            f"{component}: {name} is not a tensor of the model" for name in sorted(tensors.keys() - expected.keys())
+        ]
+        for name in sorted(expected.keys() & tensors.keys()):
+            info, (dtypes, shape) = tensors[name], expected[name]
+            if info.shape != shape or info.dtype not in dtypes:
+                found.append(
+                    f"{component}: {name} is {info.dtype} {list(info.shape)}, "
+                    f"it must be {' or '.join(dtypes)} {list(shape)}"
+                )
+        found += [f"{component}: {problem}" for problem in check_values(tensors, console)]
+    return found
+
+
+def check_values(tensors: Mapping[str, Entry], console: Console) -> list[str]:
+    """Names of tensors with NaN or infinity, and of NVFP4 scales that the kernel, which reads them unsigned, cannot
+    take.
+    """
+    import torch
+    from safetensors import safe_open
+
+    found = []
+    with console.progress("check values", len(tensors), "tensor") as bar:
+        for file in sorted({info.file for info in tensors.values()}):
+            with safe_open(file, framework="pt") as reader:
+                for name in reader.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+                    value = reader.get_tensor(name)
+                    if value.dtype == torch.float8_e4m3fn:
+                        if value.view(torch.uint8).ge(0x7F).any():  # the sign bit, or NaN
+                            found.append(f"{name} holds negative or undefined scales")
+                    elif value.is_floating_point() and not torch.isfinite(value).all():
+                        found.append(f"{name} holds NaN or infinity")
+                    bar.advance()
+    return found
+
+
+def check_table(bundle: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """The manifest's table of tensors against the transformer's headers and quantisation config."""
+    try:
+        tensors = read_weights(bundle / "transformer")
+    except InputError:
+        return []  # said by check_tensors
+    formats = manifests.quantised_formats(read_json(bundle / "transformer" / "config.json"))
+    table, found = manifest["tensors"], []
+    for name in sorted(tensors.keys() | table.keys()):
+        if name not in tensors or name not in table:
+            found.append(f"tensor {name} is {'not in the transformer' if name in table else 'not in the manifest'}")
+            continue
+        stated = table[name]["dtype"], tuple(table[name]["shape"]), table[name]["format"]
+        actual = tensors[name].dtype, tensors[name].shape, formats.get(name.rpartition(".")[0], "dense")
+        if stated != actual:
+            found.append(f"tensor {name} is {actual}, the manifest says {stated}")
+    return found
+
+
+def check_against(manifest: Mapping[str, Any], source: Path) -> list[str]:
+    """Every tensor that the manifest calls identical has the same bytes in the ``source`` folder.
+
+    InputError when ``source`` holds no transformer weights.
+    """
+    base = read_weights(source / "transformer" if (source / "transformer").is_dir() else source)
+    found = []
+    for name, record in manifest["tensors"].items():
+        if record["origin"] != "identical":
+            continue
+        if name not in base:
+            found.append(f"tensor {name} should be the source's, which has none of that name")
+        elif tensor_sha256(base[name]) != record["sha256"]:
+            found.append(f"tensor {name} should be the source's and differs from it")
+    return found

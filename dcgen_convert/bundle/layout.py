@@ -1,0 +1,229 @@
+"""Assembling a bundle: a diffusers folder that loads with one line.
+
+Two layouts, which differ in model_index.json and the vae's config and code only:
+
+    stock     the family's stock pipeline; where it packs p x p latents, the in-bundle AutoencoderDCAdapter undoes that
+    official  the DC-Gen authors' own pipeline class, which expects a plain AutoencoderDC
+
+The bundle is written into a sibling folder, its manifest last, and renamed into place: a folder with a manifest is a
+whole bundle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from dcgen_convert.bundle import licence
+from dcgen_convert.bundle import manifest as manifests
+from dcgen_convert.bundle.card import render
+from dcgen_convert.bundle.components import copy_component, copy_file, plan_copy
+from dcgen_convert.console import Console
+from dcgen_convert.errors import InputError, ResourceError
+from dcgen_convert.families.base import Family
+from dcgen_convert.files import atomic_write, read_json, write_json
+
+LAYOUTS = ("stock", "official")
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights(folder) looks for
+PACK = 2  # FLUX-like pipelines pack 2 x 2 latent pixels into a token
+REPLACED = ("transformer", "vae", "scheduler")
+
+
+def write_bundle(
+    output: Path,
+    *,
+    family: Family,
+    source: Path,
+    transformer: Path,
+    autoencoder: Path,
+    scheduler_config: dict[str, Any],
+    manifest: dict[str, Any],
+    card: str,
+    console: Console,
+    layout: str = "stock",
+    lora: Path | None = None,
+    scaling_factor: float | None = None,
+    force: bool = False,
+) -> Path:
+    """Write the bundle folder ``output`` and return it.
+
+    Args:
+        output: folder to create. It must not exist, or be empty, or with ``force`` be a bundle, which is then replaced.
+        family: facts of the model's family.
+        source: diffusers folder of the base pipeline; text encoders, tokenizers and licences are copied from it.
+        transformer: folder of the converted transformer, dense or quantised (`nunchaku_lite`).
+        autoencoder: AutoencoderDC folder.
+        scheduler_config: from `bundle.scheduler.scheduler_config`.
+        manifest: from `bundle.manifest.build`; hashes of files and the table of tensors are added here.
+        card: text of README.md.
+        layout: "stock" or "official".
+        lora: adapter file in the form that `load_lora_weights` takes, for bundles that keep it apart; None when merged.
+        scaling_factor: replaces the autoencoder's own, when it was measured anew.
+
+    Raises:
+        InputError: the output is taken or not writable, a folder lacks what it must have, the layout does not exist
+            for the family.
+        ResourceError: the disk is too small.
+    """
+    output, source = Path(output), Path(source)
+    index = model_index(read_json(source / "model_index.json"), family, layout, scheduler_config)
+    check_output(output, force)
+    copies = {name: source / name for name in index if is_component(index[name]) and name not in REPLACED}
+    copies |= {"transformer": Path(transformer), "vae": Path(autoencoder)}
+    check_disk(output, copies.values())
+    staging = output.parent / f".{output.name}.partial"
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        staging.mkdir(parents=True)
+        files = {}
+        for name, folder in copies.items():
+            hashes = copy_component(folder, staging / name, console, label=name)
+            files |= {f"{name}/{file}": digest for file, digest in hashes.items()}
+        _write_vae(staging / "vae", family, layout, scaling_factor)
+        del files["vae/config.json"]  # no longer a copy
+        (staging / "scheduler").mkdir()
+        write_json(staging / "scheduler" / "scheduler_config.json", scheduler_config)
+        if lora is not None:
+            files[LORA_FILE] = copy_file(Path(lora), staging / LORA_FILE)
+        _copy_licences(source, Path(autoencoder), staging)
+        atomic_write(staging / "README.md", card)
+        write_json(staging / "model_index.json", index)
+        record = {**manifest, "layout": layout, "lora": None if lora is None else LORA_FILE}
+        # The hash of a copy is the hash of what was read from its origin, so that a bad copy is found by `verify`.
+        written = manifests.hash_files(staging, skip=files)
+        record["files"] = manifests.file_table(staging, files | written)
+        record["tensors"] = manifests.tensor_table(staging / "transformer", source / "transformer", console)
+        write_json(staging / manifests.FILE, record)
+        _swap(staging, output)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    console.say(f"bundle: {output} ({layout} layout, {len(record['files'])} files)")
+    return output
+
+
+def model_index(source: dict[str, Any], family: Family, layout: str, scheduler: dict[str, Any]) -> dict[str, Any]:
+    """model_index.json of the bundle, from the source pipeline's own."""
+    if layout not in LAYOUTS:
+        raise InputError(f"layout {layout!r} does not exist", f"choose one of {', '.join(LAYOUTS)}")
+    if layout == "official" and not has_adapter(family):
+        raise InputError(
+            f"the DC-Gen authors published no pipeline class for {family.name}",
+            "use the stock layout, which needs none",
+        )
+    from dcgen_convert.bundle.autoencoder_dc_adapter import MODULE_NAME
+
+    adapted = layout == "stock" and has_adapter(family)
+    return {
+        **{key: value for key, value in source.items() if not key.startswith("_")},
+        "_class_name": f"DCGen_{family.pipeline_class}" if layout == "official" else family.pipeline_class,
+        "_diffusers_version": version("diffusers"),
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "transformer": ["diffusers", family.model_class],
+        "vae": [MODULE_NAME, "AutoencoderDCAdapter"] if adapted else ["diffusers", "AutoencoderDC"],
+    }
+
+
+def is_component(value: Any) -> bool:
+    """Whether a model_index.json value names a class to load, as against a setting or an absent optional part."""
+    return isinstance(value, list) and len(value) == 2 and value[0] is not None
+
+
+def has_adapter(family: Family) -> bool:
+    """Whether the family's stock pipeline packs latents, so that a patch-1 model needs the in-bundle adapter (tier
+    2).
+    """
+    return family.bundle_tier == 2
+
+
+def check_output(output: Path, force: bool) -> None:
+    """Refuse an output that would destroy something; also called before a long job starts."""
+    if output.exists() and not output.is_dir():
+        raise InputError(f"the output {output} is a file", "choose another folder with --output")
+    if not output.exists() or not any(output.iterdir()):
+        return
+    if not force:
+        raise InputError(
+            f"the output folder {output} is not empty", "choose another with --output, or replace it with --force"
+        )
+    if not (output / manifests.FILE).is_file():
+        raise InputError(
+            f"{output} is not a bundle of this program, --force will not delete it",
+            "choose another folder with --output",
+        )
+
+
+def check_disk(output: Path, folders) -> None:
+    """ResourceError when the disk under ``output`` cannot hold copies of ``folders``."""
+    need = sum((folder / name).stat().st_size for folder in folders for name in plan_copy(folder))
+    parent = next(p for p in output.absolute().parents if p.exists())
+    free = shutil.disk_usage(parent).free
+    if need > free:
+        raise ResourceError(
+            f"the bundle needs {need / 1e9:.1f} GB and {parent} has {free / 1e9:.1f} GB free",
+            "free space, or choose another --output",
+        )
+
+
+def add_metrics(bundle: Path, family: Family, stage: str, metrics: dict[str, Any]) -> None:
+    """Put what was measured on the finished bundle into its manifest and model card."""
+    record = manifests.read(bundle)
+    steady, timing = manifests.split_timing({stage: metrics})
+    record["metrics"] |= steady
+    record["times"] |= timing
+    card = render(record, family=family, layout=record["layout"], lora=record["lora"] is not None, title=bundle.name)
+    record["files"]["README.md"] = {
+        "sha256": hashlib.sha256(card.encode()).hexdigest(),
+        "bytes": len(card.encode()),
+    }
+    atomic_write(bundle / "README.md", card)
+    write_json(bundle / manifests.FILE, record)
+
+
+def _write_vae(folder: Path, family: Family, layout: str, scaling_factor: float | None) -> None:
+    config = read_json(folder / "config.json")
+    if scaling_factor is not None:
+        config["scaling_factor"] = scaling_factor
+    if layout == "stock" and has_adapter(family):
+        from dcgen_convert.bundle import autoencoder_dc_adapter as adapter
+
+        stages = len(config["encoder_block_out_channels"]) - (PACK.bit_length() - 1)
+        config |= {
+            "_class_name": "AutoencoderDCAdapter",
+            "latent_pack": PACK,
+            "latent_order": family.adapter_order,
+            "shift_factor": 0.0,
+            "block_out_channels": config["encoder_block_out_channels"][:stages],
+        }
+        atomic_write(folder / f"{adapter.MODULE_NAME}.py", Path(adapter.__file__).read_bytes())
+    write_json(folder / "config.json", config)
+
+
+def _copy_licences(source: Path, autoencoder: Path, staging: Path) -> None:
+    for folder, suffix in ((source, ""), (autoencoder, "-autoencoder")):
+        for path in sorted(p for pattern in licence.FILES for p in folder.glob(pattern) if p.is_file()):
+            copy_file(path, staging / f"{path.stem}{suffix}{path.suffix}")
+
+
+def _swap(staging: Path, output: Path) -> None:
+    """Rename into place; an old bundle stays beside until the new one stands."""
+    old = output.parent / f".{output.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if output.exists():
+        output.rename(old)
+    staging.rename(output)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_index(bundle: Path) -> dict[str, Any]:
+    """model_index.json of a bundle; InputError when the folder is not a diffusers folder."""
+    path = Path(bundle) / "model_index.json"
+    if not path.is_file():
+        raise InputError(
+            f"{bundle} holds no model_index.json, so it is not a bundle", "give the folder that `convert` printed"
+        )
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,177 @@
+"""Loading a bundle as a ready stock pipeline, on any machine.
+
+A quantised bundle runs in one of three ways ("runtime"):
+    stock        stock diffusers with the 4-bit kernels, where GPU and packages allow it; every dense bundle
+    dequantised  4-bit weights multiplied out, 16 or 32 bit activations: any machine, the memory of a dense model
+    emulated     4-bit weights and 4-bit activations, computed as the kernels do: any machine, slow
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from dcgen_convert import families
+from dcgen_convert.bundle.layout import LORA_FILE, has_adapter, read_index
+from dcgen_convert.bundle.manifest import quantised_formats
+from dcgen_convert.errors import InputError, ResourceError
+from dcgen_convert.families.base import Family
+from dcgen_convert.files import read_json
+
+RUNTIMES = ("auto", "stock", "dequantised", "emulated")
+LARGE = 8 << 30  # bytes of transformer weights from which a CPU keeps them in bfloat16
+
+
+def load(bundle: Path, dtype=None, runtime: str = "auto", device: str | None = None) -> tuple[Any, str]:
+    """(pipeline, runtime used).
+
+    Args:
+        bundle: bundle folder, either layout.
+        dtype: torch dtype of the weights; None: bfloat16 on a GPU and for models above 8 GiB, else float32.
+        runtime: "auto" takes stock where it runs, else dequantised.
+        device: None: the GPU if there is one.
+
+    Raises:
+        InputError: not a bundle, or a runtime that does not exist or does not apply.
+        ResourceError: "stock" asked for a quantised bundle that this machine cannot run; the message says why.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+
+    bundle = Path(bundle)
+    index, family = read_index(bundle), family_of(bundle)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or default_dtype(bundle, device)
+    runtime = choose_runtime(bundle, runtime, dtype)
+    parts: dict[str, Any] = {}
+    if runtime == "dequantised":
+        from dcgen_convert.svdquant.runtime import load_dequantised
+
+        parts["transformer"] = load_dequantised(bundle / "transformer", dtype)
+    elif runtime == "emulated":
+        from dcgen_convert.svdquant.runtime import emulate
+
+        parts["transformer"] = emulate(bundle / "transformer", dtype)
+    options = dict(dtype=dtype, trust_remote_code=has_adapter(family), local_files_only=True)
+    with quiet_diffusers():
+        if index["_class_name"] == family.pipeline_class:
+            pipeline = DiffusionPipeline.from_pretrained(bundle, **parts, **options)
+        else:
+            pipeline = _official(bundle, family, parts, options)
+    pipeline.vae.eval()  # "in" and "mix" decoders hold BatchNorm
+    if (bundle / LORA_FILE).is_file():
+        pipeline.load_lora_weights(bundle)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device), runtime
+
+
+@contextmanager
+def quiet_diffusers() -> Iterator[None]:
+    """Without diffusers' bars, and without its warning that an AutoencoderDC is not the AutoencoderKL of the type
+    hint.
+    """
+    from diffusers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def family_of(bundle: Path) -> Family:
+    """Family by the transformer's class; InputError when none of ours claims it."""
+    config = transformer_config(bundle)
+    family = families.recognise(config.get("_class_name"))
+    if family is None:
+        raise InputError(
+            f"{bundle}: no family handles the transformer class {config.get('_class_name')}",
+            f"known: {', '.join(families.FAMILIES)}",
+        )
+    return family
+
+
+def transformer_config(bundle: Path) -> dict[str, Any]:
+    """transformer/config.json of a bundle."""
+    read_index(bundle)
+    path = Path(bundle) / "transformer" / "config.json"
+    if not path.is_file():
+        raise InputError(f"{path} does not exist", "give a bundle folder")
+    return read_json(path)
+
+
+def is_quantised(bundle: Path) -> bool:
+    """Whether the bundle's transformer holds 4-bit linears."""
+    return bool(quantised_formats(transformer_config(bundle)))
+
+
+def choose_runtime(bundle: Path, runtime: str, dtype) -> str:
+    """One of "stock", "dequantised", "emulated"."""
+    if runtime not in RUNTIMES:
+        raise InputError(f"runtime {runtime!r} does not exist", f"choose one of {', '.join(RUNTIMES)}")
+    if not is_quantised(bundle):
+        if runtime in ("dequantised", "emulated"):
+            raise InputError(
+                f"{bundle} is not quantised, so there is nothing to run {runtime}", "leave the runtime at auto"
+            )
+        return "stock"
+    reason = why_no_kernels(bundle, dtype)
+    if runtime == "stock" and reason:
+        raise ResourceError(
+            f"{bundle} cannot run on its 4-bit kernels here: {reason}", "leave the runtime at auto, which dequantises"
+        )
+    return runtime if runtime != "auto" else "dequantised" if reason else "stock"
+
+
+def why_no_kernels(bundle: Path, dtype) -> str:
+    """Why diffusers cannot run the bundle's 4-bit kernels on this machine; empty when it can."""
+    import torch
+
+    nvfp4 = "nvfp4" in quantised_formats(transformer_config(bundle)).values()
+    if not torch.cuda.is_available():
+        return "there is no CUDA GPU"
+    capability = torch.cuda.get_device_capability()
+    # The NVFP4 kernels are compiled for consumer and workstation Blackwell only, whatever diffusers' own check admits.
+    if nvfp4 and capability < (12, 0):
+        return f"NVFP4 needs compute capability 12.0, this GPU has {capability[0]}.{capability[1]}"
+    if capability[0] == 9 or capability < (7, 5):
+        return f"there are no kernels for compute capability {capability[0]}.{capability[1]}"
+    if find_spec("kernels") is None:
+        return "the package `kernels` is not installed"
+    if os.environ.get("DIFFUSERS_TRUST_REMOTE_KERNELS", "").lower() not in ("1", "true", "yes", "on"):
+        return "DIFFUSERS_TRUST_REMOTE_KERNELS is not set to true"
+    if dtype == torch.float32:
+        return "the kernels take bfloat16 or float16, not float32"
+    return ""
+
+
+def default_dtype(bundle: Path, device: str):
+    """bfloat16 on a GPU, and on a CPU where float32 copies would be large; else float32, which is exact and faster
+    there.
+    """
+    import torch
+
+    size = sum(path.stat().st_size for path in (Path(bundle) / "transformer").glob("*.safetensors"))
+    return torch.bfloat16 if device.startswith("cuda") or size > LARGE else torch.float32
+
+
+def _official(bundle: Path, family: Family, parts: dict[str, Any], options: dict[str, Any]) -> Any:
+    """The official layout names a class of the authors' repository. Its weights are the stock layout's: run it with
+    the stock class.
+    """
+    import diffusers
+
+    from dcgen_convert.bundle.autoencoder_dc_adapter import AutoencoderDCAdapter
+
+    vae = AutoencoderDCAdapter.from_pretrained(
+        bundle / "vae", dtype=options["dtype"], latent_order=family.adapter_order
+    )
+    return getattr(diffusers, family.pipeline_class).from_pretrained(bundle, vae=vae, **parts, **options)

@@ -1,0 +1,197 @@
+"""dcgen_manifest.json: how a bundle was made, and the hash of everything in it. Written last, it marks the bundle as
+complete.
+
+Everything but the keys "times" and "hardware" follows from recipe, sources and seeds: two runs on one machine give
+the same text.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Container, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from dcgen_convert.bundle.tensors import tensor_sha256
+from dcgen_convert.checkpoint.headers import read_weights
+from dcgen_convert.console import Console
+from dcgen_convert.errors import CheckFailed
+from dcgen_convert.files import read_json, sha256
+
+FILE = "dcgen_manifest.json"
+SCHEMA = "dcgen.manifest/1"
+PACKAGES = (
+    "dcgen-convert",
+    "torch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "deepspeed",
+    "accelerate",
+    "safetensors",
+    "numpy",
+)
+TIMING = ("seconds", "per_second")  # endings of metrics that differ from run to run
+HUB_FILES = (".git", ".cache", ".gitattributes", ".huggingface")  # what the hub adds to a downloaded folder
+
+
+def build(
+    *,
+    recipe: Mapping[str, Any],
+    family: str,
+    sources: Mapping[str, Mapping[str, Any]],
+    autoencoder: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    seed: int,
+    licence: Mapping[str, Any],
+    times: Mapping[str, float],
+    metrics: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The manifest before the bundle is written; `layout.write_bundle` adds files, tensors and the layout.
+
+    Args:
+        recipe: the resolved recipe as plain data.
+        family: family name.
+        sources: role ("base", "autoencoder", ...) -> `source_record`.
+        autoencoder: name, factor, channels, scaling_factor.
+        defaults: how to draw: height, width [px], steps, guidance, text_length [tokens].
+        seed: the recipe's seed.
+        licence: from `bundle.card.licence_of`.
+        times: stage -> seconds.
+        metrics: whatever the stages measured, by stage; what is a time goes to "times".
+    """
+    steady, timing = split_timing(metrics)
+    return {
+        "schema": SCHEMA,
+        "family": family,
+        "recipe": dict(recipe),
+        "sources": {role: dict(record) for role, record in sources.items()},
+        "autoencoder": dict(autoencoder),
+        "defaults": dict(defaults),
+        "seed": seed,
+        "licence": dict(licence),
+        "metrics": steady,
+        "versions": versions(),
+        "hardware": hardware(),
+        "times": {**{stage: round(seconds, 3) for stage, seconds in times.items()}, **timing},
+    }
+
+
+def split_timing(metrics: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
+    """(nested metrics without times and rates, these as flat "stage.name" -> value)."""
+    steady, timing = {}, {}
+    for key, value in metrics.items():
+        if isinstance(value, Mapping):
+            steady[key], inner = split_timing(value, f"{prefix}{key}.")
+            timing |= inner
+        elif str(key).endswith(TIMING):
+            timing[f"{prefix}{key}"] = value
+        else:
+            steady[key] = value
+    return steady, timing
+
+
+def read(bundle: Path) -> dict[str, Any]:
+    """The manifest of a bundle; CheckFailed when there is none (an unfinished bundle) or it has another schema."""
+    path = Path(bundle) / FILE
+    if not path.is_file():
+        raise CheckFailed(
+            f"{bundle} has no {FILE}: it is not a finished bundle", "run the conversion again, or resume it"
+        )
+    manifest = read_json(path)
+    if manifest.get("schema") != SCHEMA:
+        raise CheckFailed(
+            f"{path} has schema {manifest.get('schema')!r}, this version reads {SCHEMA!r}", "update dcgen-convert"
+        )
+    return manifest
+
+
+def source_record(name: str, root: Path, revision: str | None = None) -> dict[str, Any]:
+    """Name as the user or catalogue gave it, revision (None for local folders), and the sha256 of every file under
+    ``root``.
+    """
+    return {"name": name, "revision": revision, "files": hash_files(Path(root))}
+
+
+def hash_files(root: Path, skip: Container[str] = ()) -> dict[str, str]:
+    """Relative posix path -> sha256 of every file under ``root`` that is not in ``skip`` and not the hub client's
+    own.
+    """
+    paths = sorted(path for path in Path(root).rglob("*") if path.is_file())
+    names = {path.relative_to(root).as_posix(): path for path in paths}
+    return {name: sha256(path) for name, path in names.items() if name not in skip and not is_hub_file(name)}
+
+
+def is_hub_file(name: str) -> bool:
+    """Whether a relative path belongs to the hub client or git and not to the checkpoint."""
+    return name.split("/")[0] in HUB_FILES
+
+
+def file_table(root: Path, hashes: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Relative path -> sha256 and size in bytes."""
+    return {name: {"sha256": digest, "bytes": (root / name).stat().st_size} for name, digest in sorted(hashes.items())}
+
+
+def tensor_table(transformer: Path, source: Path, console: Console) -> dict[str, dict[str, Any]]:
+    """Every tensor of the bundle's transformer: dtype, shape, format, sha256, and what became of it.
+
+    format: "dense", or that of its linear: "nvfp4", "int4", "awq". origin: "identical" (byte for byte the source's
+    tensor of that name), "changed" (the source has one of that name), "new" (it has none).
+    """
+    base, formats = read_weights(source), quantised_formats(read_json(transformer / "config.json"))
+    ours, table = read_weights(transformer), {}
+    with console.progress("hash tensors", len(ours), "tensor") as bar:
+        for name, info in sorted(ours.items()):
+            digest, twin = tensor_sha256(info), base.get(name)
+            if twin is None:
+                origin = "new"
+            elif (twin.dtype, twin.shape) == (info.dtype, info.shape) and tensor_sha256(twin) == digest:
+                origin = "identical"
+            else:
+                origin = "changed"
+            table[name] = {
+                "dtype": info.dtype,
+                "shape": list(info.shape),
+                "format": formats.get(name.rpartition(".")[0], "dense"),
+                "origin": origin,
+                "sha256": digest,
+            }
+            bar.advance()
+    return table
+
+
+def quantised_formats(config: Mapping[str, Any]) -> dict[str, str]:
+    """Module path -> "nvfp4", "int4" or "awq", from a transformer config; empty for a dense one."""
+    quantisation = config.get("quantization_config") or {}
+    svdq, awq = quantisation.get("svdq_w4a4") or {}, quantisation.get("awq_w4a16") or {}
+    return {path: svdq["precision"] for path in svdq.get("targets", ())} | {
+        path: "awq" for path in awq.get("targets", ())
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that shape the result; None for one that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores, memory in GiB, and GPUs of this machine."""
+    import torch
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if sys.platform != "win32" else 0
+    return {
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory / 2**30, 1),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }

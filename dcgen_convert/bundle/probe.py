@@ -1,0 +1,59 @@
+"""Load a bundle in a fresh process, draw one picture, and print one JSON line about it: `python -m
+dcgen_convert.bundle.probe BUNDLE`.
+
+`verify` runs this as a child: what it loads cannot lean on anything that the converting process had imported or kept
+in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+PROMPTS = {"class_labels": "0"}
+TOKENS_PER_SIDE = 4
+STEPS = 2
+
+
+def probe(bundle: Path) -> dict:
+    """{"runtime", "height", "width", "mean", "std"} of a small picture; exceptions of loading and drawing pass
+    through.
+    """
+    import numpy
+
+    from dcgen_convert.bundle.loading import family_of, load, transformer_config
+    from dcgen_convert.bundle.manifest import read
+    from dcgen_convert.bundle.sample import draw
+
+    family, defaults = family_of(bundle), read(bundle)["defaults"]
+    pipeline, runtime = load(bundle)
+    fixed = "class_labels" in family.text_keys
+    tokens = transformer_config(bundle)["sample_size"] if fixed else TOKENS_PER_SIDE
+    side = tokens * pipeline.vae.spatial_compression_ratio
+    prompt = PROMPTS.get(family.text_keys[0], "a red fox in the snow")
+    settings = dict(height=side, width=side, steps=STEPS, guidance=defaults["guidance"], length=defaults["text_length"])
+    picture = numpy.asarray(draw(pipeline, family, [prompt], [0], **settings)[0]) / 255
+    return {
+        "runtime": runtime,
+        "height": side,
+        "width": side,
+        "mean": float(picture.mean()),
+        "std": float(picture.std()),
+    }
+
+
+def main() -> None:
+    """Print the document as the last line of the real stdout; whatever libraries print goes to stderr."""
+    result_stream = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    try:
+        document = probe(Path(sys.argv[1]))
+    except Exception as error:  # the parent reports it: a child has no other reader
+        document = {"error": f"{type(error).__name__}: {error}"}
+    print(json.dumps(document), file=result_stream, flush=True)
+
+
+if __name__ == "__main__":
+    main()

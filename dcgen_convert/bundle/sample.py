@@ -1,0 +1,160 @@
+"""Pictures from a bundle, on any machine: `dcgen-convert sample`."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dcgen_convert.bundle.loading import family_of, is_quantised, load, transformer_config
+from dcgen_convert.bundle.manifest import read as read_manifest
+from dcgen_convert.console import Console
+from dcgen_convert.errors import CheckFailed, InputError
+from dcgen_convert.families.base import Family
+from dcgen_convert.files import atomic_write, read_json
+
+
+def sample(
+    bundle: Path,
+    prompts: Sequence[str],
+    output: Path,
+    console: Console,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    count: int = 1,
+    dtype=None,
+    runtime: str = "auto",
+) -> dict[str, Any]:
+    """Draw ``count`` pictures of every prompt and write them as PNG files into the folder ``output``.
+
+    Picture i of the whole call has seed ``seed`` + i and its own CPU generator, so it does not depend on the others
+    or on the device's random numbers.
+
+    Args:
+        bundle: bundle folder.
+        prompts: texts; for class-conditional models labels or class numbers.
+        output: folder, created when missing.
+        height, width: px, multiples of the autoencoder's factor; None: the bundle's own.
+        steps, guidance: None: the bundle's own.
+        dtype, runtime: as in `loading.load`.
+
+    Returns the result document: images (paths), prompts and seeds in the same order, runtime, the settings used,
+    seconds.
+
+    Raises:
+        InputError: no prompt, a size that does not fit, a runtime that does not apply.
+        CheckFailed: the bundle is unfinished, or a picture is not finite.
+    """
+    if not prompts or count < 1:
+        raise InputError("there is nothing to draw", "give a prompt with -p and a count of at least 1")
+    bundle, output = Path(bundle), Path(output)
+    family, defaults = family_of(bundle), read_manifest(bundle)["defaults"]
+    height, width = checked_size(bundle, family, height or defaults["height"], width or defaults["width"])
+    steps, guidance = steps or defaults["steps"], defaults["guidance"] if guidance is None else guidance
+    pipeline, used = load(bundle, dtype, runtime)
+    console.say(describe(bundle, used))
+    jobs = [prompt for prompt in prompts for _ in range(count)]
+    images, started = [], time.perf_counter()
+    output.mkdir(parents=True, exist_ok=True)
+    with console.progress("draw", len(jobs), "image") as bar:
+        for i, prompt in enumerate(jobs):
+            settings = dict(height=height, width=width, steps=steps, guidance=guidance, length=defaults["text_length"])
+            picture = draw(pipeline, family, [prompt], [seed + i], **settings)[0]
+            path = output / f"{i:04d}-seed-{seed + i}.png"
+            write_png(picture, path)
+            images.append(str(path))
+            bar.advance()
+    return {
+        "images": images,
+        "prompts": jobs,
+        "seeds": [seed + i for i in range(len(jobs))],
+        "runtime": used,
+        "height": height,
+        "width": width,
+        "steps": steps,
+        "guidance": guidance,
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+
+
+def draw(
+    pipeline,
+    family: Family,
+    prompts: list[str],
+    seeds: list[int],
+    *,
+    height: int,
+    width: int,
+    steps: int,
+    guidance: float,
+    length: int,
+) -> list:
+    """One batch from a loaded stock pipeline: PIL images, one CPU generator per picture.
+
+    CheckFailed when a decoded picture is not finite; stock pipelines would paint it black.
+    """
+    import torch
+
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    call = family.pipeline_call(
+        pipeline, prompts, height=height, width=width, steps=steps, guidance=guidance, length=length
+    )
+    pixels = pipeline(**call, generator=generators, output_type="pt").images  # (B, 3, H, W) in [0, 1]
+    if not torch.isfinite(pixels).all():
+        raise CheckFailed(
+            f"the picture of {prompts[0]!r} holds numbers that are not finite", "dcgen-convert verify names the tensor"
+        )
+    return [to_pil(picture) for picture in pixels]
+
+
+def to_pil(picture):
+    """(3, H, W) in [0, 1] -> PIL image, rounded to 8 bit."""
+    from PIL import Image
+
+    return Image.fromarray((picture.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def checked_size(bundle: Path, family: Family, height: int, width: int) -> tuple[int, int]:
+    """The size if the bundle can draw it, else InputError: multiples of f, and the one trained size of class-
+    conditional models.
+    """
+    factor = 2 ** (len(read_json(bundle / "vae" / "config.json")["encoder_block_out_channels"]) - 1)
+    if height < factor or width < factor or height % factor or width % factor:
+        raise InputError(
+            f"the size {height} x {width} px is not a multiple of {factor}, the autoencoder's factor",
+            f"try {_near(height, factor)} x {_near(width, factor)}",
+        )
+    if "class_labels" in family.text_keys:
+        side = transformer_config(bundle)["sample_size"] * factor
+        if (height, width) != (side, side):
+            raise InputError(f"this model draws {side} x {side} px only, not {height} x {width}", "leave the size out")
+    return height, width
+
+
+def describe(bundle: Path, runtime: str) -> str:
+    """One line that says how the bundle is run."""
+    if not is_quantised(bundle):
+        return f"{bundle.name}: dense weights"
+    return {
+        "stock": f"{bundle.name}: 4-bit kernels",
+        "dequantised": f"{bundle.name}: the 4-bit kernels cannot run here; "
+        "drawing with dequantised weights and full-precision activations",
+        "emulated": f"{bundle.name}: emulating the 4-bit kernels, activations included; slow",
+    }[runtime]
+
+
+def write_png(picture, path: Path) -> None:
+    """PIL image -> PNG file, whole or absent."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    atomic_write(path, buffer.getvalue())
+
+
+def _near(pixels: int, factor: int) -> int:
+    return max(factor, round(pixels / factor) * factor)

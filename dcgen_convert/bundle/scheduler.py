@@ -1,0 +1,83 @@
+"""The scheduler config that a bundle carries: the timestep shift it samples with must be the one it was trained with.
+
+sigma' = r sigma / (1 + (r - 1) sigma). Two conventions in DC-Gen's published models: FLUX's own dynamic shift, r =
+e^mu with mu linear in the token count, and "flux2", r = sqrt(C H W / 4096) over the elements of the latent (arXiv
+2509.25180, official code).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from dcgen_convert.errors import InputError
+
+FLOW_EULER = "FlowMatchEulerDiscreteScheduler"
+
+
+def flux2_shift(channels: int, tokens: int) -> float:
+    """r = sqrt(C H W / 4096) of a latent with ``channels`` channels on ``tokens`` = H W grid points (patch 1)."""
+    return math.sqrt(channels * tokens / 4096)
+
+
+def scheduler_config(
+    base: dict[str, Any], shift: str | float, *, channels: int = 0, tokens: tuple[int, ...] = ()
+) -> dict[str, Any]:
+    """The base's scheduler config with the bundle's shift in it.
+
+    Args:
+        base: scheduler_config.json of the base model.
+        shift: "model" keeps the base's rule; "flux2" is the latent-size rule at the given sizes; a number is a static
+            r.
+        channels: latent channels C, for "flux2".
+        tokens: latent grid points H W of every size the bundle is trained for, for "flux2": one size gives a static
+            shift, two give the line of mu through both, which is exact at these two and must not be extrapolated
+            beyond them.
+
+    Raises:
+        InputError: the scheduler has no shift, or the rule cannot be expressed in its config.
+    """
+    # A live scheduler's config lists here what was left at its default, and from_config ignores those keys: a shift
+    # that is set now would be among them.
+    base = {key: value for key, value in base.items() if key != "_use_default_values"}
+    if shift == "model":
+        return base
+    if shift != "flux2":
+        return _static(base, _number(shift))
+    sizes = sorted(set(tokens))
+    if not sizes or channels < 1:
+        raise InputError("shift flux2 needs the latent channels and at least one size", "give the shift as a number")
+    if len(sizes) == 1:
+        return _static(base, flux2_shift(channels, sizes[0]))
+    if len(sizes) > 2 or base.get("_class_name") != FLOW_EULER or not base.get("use_dynamic_shifting"):
+        raise InputError(
+            f"shift flux2 for the {len(sizes)} sizes of {sizes} tokens cannot be written into a "
+            f"{base.get('_class_name')} config",
+            "train and sample at one size, or set adapt.shift to a number",
+        )
+    return {
+        **base,
+        "base_image_seq_len": sizes[0],
+        "max_image_seq_len": sizes[1],
+        "base_shift": math.log(flux2_shift(channels, sizes[0])),
+        "max_shift": math.log(flux2_shift(channels, sizes[1])),
+        "time_shift_type": "exponential",
+    }
+
+
+def _number(shift: str | float) -> float:
+    try:
+        value = float(shift)
+    except ValueError:
+        raise InputError(f"shift is {shift!r}", 'it must be "model", "flux2" or a positive number') from None
+    if not 0 < value < math.inf:
+        raise InputError(f"shift is {value}", "it must be a positive number")
+    return value
+
+
+def _static(base: dict[str, Any], r: float) -> dict[str, Any]:
+    if base.get("_class_name") == FLOW_EULER:
+        return {**base, "use_dynamic_shifting": False, "shift": r}
+    if base.get("use_flow_sigmas"):  # DPMSolver and UniPC in their flow-matching form, as SANA ships
+        return {**base, "flow_shift": r}
+    raise InputError(f"{base.get('_class_name')} has no timestep shift to set to {r:g}", 'set adapt.shift to "model"')

@@ -1,0 +1,107 @@
+"""Whether a bundle is what its manifest says, and whether it runs: `dcgen-convert verify`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from dcgen_convert import catalog
+from dcgen_convert.bundle import checks
+from dcgen_convert.bundle import manifest as manifests
+from dcgen_convert.bundle.layout import read_index
+from dcgen_convert.checkpoint.source import resolve_folder
+from dcgen_convert.console import Console
+from dcgen_convert.errors import CheckFailed
+
+SHOWN = 20  # differences that the error lists
+PROBE_SECONDS = 3600
+
+
+def verify(bundle: Path, console: Console, against: Path | str | None = None, *, probe: bool = True) -> dict[str, Any]:
+    """Check a bundle; returns the result document when nothing differs.
+
+    Args:
+        bundle: bundle folder.
+        against: the base model as a folder, catalogue name or hub id: every tensor that the manifest calls identical
+            must be there, byte for byte.
+        probe: draw a picture in a fresh process.
+
+    Raises:
+        CheckFailed: something differs; the message lists what and where.
+        InputError: ``bundle`` is no bundle, or ``against`` no diffusers folder.
+    """
+    bundle = Path(bundle)
+    index, manifest = read_index(bundle), manifests.read(bundle)
+    steps = {
+        "files": lambda: checks.check_files(bundle, manifest, console),
+        "structure": lambda: checks.check_structure(bundle, index),
+        "tensors": lambda: checks.check_tensors(bundle, console),
+        "table": lambda: checks.check_table(bundle, manifest),
+    }
+    if against is not None:
+        source = source_folder(str(against), manifest["sources"]["base"]["revision"])
+        steps["against"] = lambda: checks.check_against(manifest, source)
+    found: list[str] = []
+    for name, step in steps.items():
+        differences = step()
+        console.say(f"verify {name}: {f'{len(differences)} differences' if differences else 'ok'}")
+        found += differences
+    picture = None
+    if probe and not found:  # a folder that is known to be damaged is not loaded
+        picture = run_probe(bundle)
+        if "error" in picture:
+            found.append(f"a fresh process could not draw a picture: {picture['error']}")
+        else:
+            console.say(
+                f"verify picture: ok ({picture['height']} x {picture['width']} px, {picture['runtime']} runtime)"
+            )
+    if found:
+        more = f" (and {len(found) - SHOWN} more)" if len(found) > SHOWN else ""
+        raise CheckFailed(
+            f"{bundle} failed its checks: {'; '.join(found[:SHOWN])}{more}", "copy or convert the bundle again"
+        )
+    identical = sum(record["origin"] == "identical" for record in manifest["tensors"].values())
+    return {
+        "ok": True,
+        "bundle": str(bundle),
+        "checks": [*steps, *(["picture"] if picture else [])],
+        "files": len(manifest["files"]),
+        "tensors": {"total": len(manifest["tensors"]), "identical": identical},
+        "picture": picture,
+    }
+
+
+def source_folder(name: str, revision: str | None) -> Path:
+    """Folder of a base model that is given as a folder, a catalogue name or a hub id (at the bundle's own revision)."""
+    entry = catalog.find_source(name)
+    where = str(entry.folder or entry.repo) if entry else name
+    return resolve_folder(where, revision=revision, patterns=["transformer/*.json", "transformer/*.safetensors"])[0]
+
+
+def run_probe(bundle: Path) -> dict[str, Any]:
+    """What `bundle.probe` printed, or {"error": why it printed nothing}."""
+    with tempfile.TemporaryDirectory() as modules:
+        # Its own cache of in-bundle code: a file that another bundle left behind must not answer for this one.
+        child = subprocess.run(
+            [sys.executable, "-m", "dcgen_convert.bundle.probe", str(bundle.absolute())],
+            env=os.environ
+            | {
+                "HF_MODULES_CACHE": modules,
+                "HF_HUB_OFFLINE": "1",
+                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            },
+            capture_output=True,
+            text=True,
+            timeout=PROBE_SECONDS,
+            check=False,
+        )
+    lines = child.stdout.strip().splitlines()
+    if child.returncode or not lines:
+        reason = (child.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        return {"error": f"it ended with code {child.returncode}: {reason}"}
+    return json.loads(lines[-1])

@@ -1,0 +1,1 @@
+"""What the user holds: folders, hub repositories and files, read from their headers."""

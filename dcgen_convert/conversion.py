@@ -1,0 +1,162 @@
+"""The walk of one conversion, stage by stage. Read this first.
+
+    surgery -> data -> latents -> align-embedder -> align-head -> (adapt-1 -> merge-1 -> adapt-2 -> merge-2 ...)
+            -> quantize -> bundle -> verify
+
+surgery comes first because it reads every byte of the inputs: a damaged checkpoint is found before hours of synthesis.
+
+Every stage reads artefacts of the run folder and writes its own; journal.py decides which stages still hold. `inputs`
+below lists what a stage depends on: a change there, or in a stage before it, makes it run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dcgen_convert import __version__
+from dcgen_convert.bundle.layout import check_output
+from dcgen_convert.bundle.manifest import FILE as MANIFEST
+from dcgen_convert.errors import InputError
+from dcgen_convert.files import read_json, write_json
+from dcgen_convert.job import Job, prepare
+from dcgen_convert.journal import MARKER, Run, Stage, fingerprint
+from dcgen_convert.plan import require_disk
+from dcgen_convert.recipe import Machine, Recipe, Resolved
+
+RECIPE = "recipe.json"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage: its name, the function that does it, and what it depends on beside the stages before it."""
+
+    name: str
+    function: Callable[[Job, Stage], None]
+    inputs: dict[str, Any]
+
+
+def walk(job: Job, output: Path, force: bool) -> Iterator[Step]:
+    """The stages of ``job`` in order."""
+    from dcgen_convert import surgery
+    from dcgen_convert.align import embedder, head
+    from dcgen_convert.bundle import stages as bundle
+    from dcgen_convert.data import latents, make
+    from dcgen_convert.svdquant import stage as svdquant
+    from dcgen_convert.train import stages as train
+
+    recipe = job.recipe.model_dump(mode="json")
+    phases = recipe["adapt"].pop("phases")
+    common = {"source": job.source.fingerprint, "dtype": recipe["dtype"], "seed": recipe["seed"]}
+    yield Step("surgery", surgery.run, {**common, "autoencoder": job.ae.fingerprint, "resolution": job.resolution})
+    yield Step("data", make.run, {"data": recipe["data"]})
+    yield Step(
+        "latents", latents.run, {"latents": recipe["latents"], "resolutions": [phase["resolution"] for phase in phases]}
+    )
+    yield Step(
+        "align-embedder", embedder.run, {"align_embedder": recipe["align_embedder"], "shift": recipe["adapt"]["shift"]}
+    )
+    yield Step("align-head", head.run, {"align_head": recipe["align_head"], "adapt": recipe["adapt"]})
+    for number, phase in enumerate(phases, 1):
+        yield Step(f"adapt-{number}", lambda job, stage, n=number: train.adapt_phase(job, stage, n), {"phase": phase})
+        yield Step(
+            f"merge-{number}",
+            lambda job, stage, n=number: train.merge_phase(job, stage, n),
+            {"merge_lora": recipe["merge_lora"]},
+        )
+    if job.recipe.quantize.format != "none":
+        yield Step("quantize", svdquant.run, {"quantize": recipe["quantize"], "bundle": recipe["bundle"]})
+    yield Step(
+        "bundle",
+        lambda job, stage: bundle.write(job, stage, output, force),
+        {"bundle": recipe["bundle"], "output": str(output), "recipe": recipe},
+    )
+    yield Step("verify", lambda job, stage: bundle.check(job, stage, output), {"evaluate": recipe["evaluate"]})
+
+
+def convert(
+    resolved: Resolved,
+    run_dir: Path,
+    output: Path,
+    console,
+    *,
+    start: str | None = None,
+    until: str | None = None,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Convert; returns the result document (bundle, run folder, stages with seconds and metrics).
+
+    Args:
+        start: run this stage and all after it again, even where they hold.
+        until: stop after this stage.
+        force: replace an output folder that is not empty.
+    """
+    run = Run(Path(run_dir), console)
+    with run.locked():
+        recorded = read_json(run.path / RECIPE) if (run.path / RECIPE).exists() else {}
+        job = prepare(resolved, run, console)
+        if recorded.get("output") != str(output) or not _bundled(output, run):
+            check_output(output, force)
+        require_disk(resolved.recipe, run.path, output, resolved.machine.offline)
+        record = {
+            "recipe": resolved.recipe.model_dump(mode="json"),
+            "machine": asdict(resolved.machine),
+            "output": str(output),
+        }
+        write_json(run.path / RECIPE, {**record, "version": __version__})
+        steps = list(walk(job, output, force))
+        names = [step.name for step in steps]
+        for name in (start, until):
+            if name is not None and name not in names:
+                raise InputError(f"no stage is called {name!r}", f"the stages are {', '.join(names)}")
+        return _run_steps(job, steps, output, start, until)
+
+
+def _run_steps(job: Job, steps: list[Step], output: Path, start: str | None, until: str | None) -> dict[str, Any]:
+    records = []
+    before = {"version": __version__}
+    again = False
+    for step in steps:
+        inputs = {**step.inputs, "before": fingerprint(before)}
+        lost = step.name == "bundle" and not (output / MANIFEST).exists()
+        again = again or step.name == start or lost
+        record = None if again else job.run.done(step.name, inputs)
+        if record is None:
+            with job.run.stage(step.name, inputs) as stage:
+                step.function(job, stage)
+            record = job.run.done(step.name, inputs)
+        else:
+            job.console.say(f"{step.name}: holds, skipped")
+        job.console.event("stage", name=step.name, seconds=record["seconds"], metrics=record["metrics"])
+        records.append({"name": step.name, "seconds": record["seconds"], "metrics": record["metrics"]})
+        before = inputs
+        if step.name == until:
+            return {"status": "stopped", "run": str(job.run.path), "stages": records}
+    metrics = {
+        key: value for record in records for key, value in record["metrics"].items() if record["name"] == "verify"
+    }
+    return {"status": "done", "bundle": str(output), "run": str(job.run.path), "stages": records, "metrics": metrics}
+
+
+def _bundled(output: Path, run: Run) -> bool:
+    """Whether ``output`` holds the bundle that this very run wrote."""
+    return (run.path / "bundle" / MARKER).exists() and (output / MANIFEST).exists()
+
+
+def resume(run_dir: Path, console) -> dict[str, Any]:
+    """Continue the run in ``run_dir`` from its own record."""
+    path = Path(run_dir) / RECIPE
+    if not path.is_file():
+        raise InputError(f"{run_dir} is not a run folder: it has no {RECIPE}", "give the folder that --run-dir named")
+    record = read_json(path)
+    resolved = Resolved(Recipe.model_validate(record["recipe"]), {}, Machine(**record["machine"]))
+    return convert(resolved, Path(run_dir), Path(record["output"]), console)
+
+
+def quantize_only(source: str, output: Path, settings: Any, console) -> dict[str, Any]:
+    """SVDQuant of a pipeline that needs no conversion."""
+    from dcgen_convert.svdquant.stage import quantize_source
+
+    return quantize_source(source, output, settings, console)

@@ -1,0 +1,88 @@
+"""Paired latents and conditions on disk: safetensors shards, memory-mapped, one row per picture.
+
+index.json                    {"count", "rows_per_shard", "tables": {name: {tensor: shape of one row}}}
+<table>-00000.safetensors     table "target" {"z"}, "base" {"z"}, "text" {forward() keywords}, "null" (one row)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from dcgen_convert.errors import InputError
+from dcgen_convert.files import atomic_save, read_json, write_json
+
+INDEX = "index.json"
+
+
+class LatentCache:
+    """Rows of (z_0, text) for training, read from shards without loading them."""
+
+    def __init__(self, folder: Path, resolution: int, rows: range | None = None) -> None:
+        self.folder = Path(folder)
+        index = read_json(self.folder / INDEX)
+        self.shard_rows: int = index["rows_per_shard"]
+        self.rows = rows if rows is not None else range(index["count"])
+        self.resolution = resolution
+        self.target = f"target-{resolution}"
+        self.base = f"base-{resolution}"
+        if self.target not in index["tables"]:
+            raise InputError(f"{folder} holds no latents at {resolution} px, only {', '.join(index['tables'])}")
+        self._open: dict[str, dict[str, Tensor]] = {}
+        self.null = self._shard("null", 0)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def split(self) -> tuple[LatentCache, LatentCache]:
+        """(training rows, held-out rows): the last twentieth is held out, 1 to 512 rows."""
+        cut = len(self.rows) - min(max(1, len(self.rows) // 20), 512)
+        return LatentCache(self.folder, self.resolution, self.rows[:cut]), LatentCache(
+            self.folder, self.resolution, self.rows[cut:]
+        )
+
+    def batch(self, indices: list[int] | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Rows ``indices``: z_0 (B, C, h, w) float32 and the condition, a dict of tensors with first axis B."""
+        return self.read(self.target, indices)["z"].float(), self.read("text", indices)
+
+    def pairs(self, indices: list[int] | Tensor) -> tuple[Tensor, Tensor]:
+        """Latents of the same pictures in both autoencoders: base (B, C0, h0, w0) and target (B, C, h, w), float32."""
+        return self.read(self.base, indices)["z"].float(), self.read(self.target, indices)["z"].float()
+
+    def read(self, table: str, indices: list[int] | Tensor) -> dict[str, Tensor]:
+        """Rows of every tensor of one table, in the order asked for."""
+        rows = [self.rows[int(i)] for i in indices]
+        parts = [
+            {name: tensor[row % self.shard_rows] for name, tensor in self._shard(table, row // self.shard_rows).items()}
+            for row in rows
+        ]
+        return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+
+    def _shard(self, table: str, number: int) -> dict[str, Tensor]:
+        name = shard_name(table, number)
+        if name not in self._open:
+            with safe_open(self.folder / name, framework="pt") as file:  # memory-mapped: rows are paged in when read
+                self._open[name] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return self._open[name]
+
+
+def shard_name(table: str, number: int) -> str:
+    return f"{table}-{number:05d}.safetensors"
+
+
+def write_shard(folder: Path, table: str, number: int, tensors: dict[str, Tensor]) -> None:
+    atomic_save(tensors, folder / shard_name(table, number))
+
+
+def write_index(folder: Path, count: int, rows_per_shard: int) -> None:
+    """Write the index last: from every table's first shard, so that a cache without an index is unfinished."""
+    tables = {}
+    for path in sorted(folder.glob("*-00000.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            tables[path.name.removesuffix("-00000.safetensors")] = {
+                key: file.get_slice(key).get_shape()[1:] for key in file.keys()
+            }  # noqa: SIM118
+    write_json(folder / INDEX, {"count": count, "rows_per_shard": rows_per_shard, "tables": tables})

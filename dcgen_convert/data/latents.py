@@ -1,0 +1,156 @@
+"""Stage `latents`: the same pixels through both autoencoders, and the prompts through the text encoders.
+
+Writes a LatentCache, statistics.json (mean, std, RMS per channel), and roundtrip.png. A broken picture is reported by
+name and left out, up to `data.max_broken` of them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dcgen_convert import autoencoders, pipelines
+from dcgen_convert.autoencoders import Codec
+from dcgen_convert.data import cache, images
+from dcgen_convert.data.images import Picture
+from dcgen_convert.errors import InputError
+from dcgen_convert.evaluate.grids import grid
+from dcgen_convert.files import replacing, write_json
+from dcgen_convert.journal import Stage
+
+SHARD_ROWS = 512
+ROUNDTRIP = 8  # pictures
+
+
+def run(job, stage: Stage) -> None:
+    """Encode every readable picture at every resolution of the recipe's phases."""
+    pictures = images.read_folder(job.folder("data") / images.INDEX)
+    base = autoencoders.load(job.source.vae, device=pipelines.device())
+    target = autoencoders.load(job.ae.folder, device=pipelines.device(), scale=job.recipe.latents.scale_override)
+    resolutions = sorted({phase.resolution for phase in job.recipe.adapt.phases})
+    pictures = readable(job, pictures)
+    stage.metrics["roundtrip_psnr_db"] = roundtrip(job, stage, pictures, target, resolutions[-1])
+    with job.console.progress("latents", len(pictures) * len(resolutions), "pictures") as bar:
+        for resolution in resolutions:
+            encode_pictures(job, stage, pictures, {"base": base, "target": target}, resolution, bar)
+            check_scale(job, stage, target, resolution)
+    encode_captions(job, stage, pictures)
+    cache.write_index(stage.folder, len(pictures), SHARD_ROWS)
+
+
+def readable(job, pictures: list[Picture]) -> list[Picture]:
+    """The pictures that can be read; InputError when more than the tolerated fraction cannot."""
+    broken: dict[str, str] = {}
+    for picture in pictures:
+        try:
+            images.read_pixels(picture.file, 8)
+        except InputError as error:
+            broken[str(picture.file)] = error.message
+    for message in broken.values():
+        job.console.warn(message)
+    limit = math.floor(job.recipe.data.max_broken * len(pictures))
+    if len(broken) > limit:
+        raise InputError(
+            f"{len(broken)} of {len(pictures)} pictures cannot be read, {limit} are tolerated; first {next(iter(broken))}",
+            "repair them, or raise data.max_broken",
+        )
+    return [picture for picture in pictures if str(picture.file) not in broken]
+
+
+def roundtrip(job, stage: Stage, pictures: list[Picture], codec: Codec, side: int) -> float:
+    """Original above reconstruction for a few pictures; PSNR in dB over them (peak-to-peak 2)."""
+    pixels = torch.stack([images.read_pixels(picture.file, side) for picture in pictures[:ROUNDTRIP]])
+    again = codec.decode(codec.encode(pixels)).cpu()
+    columns = {"picture": pixels, "round trip": again}
+    sheet = grid(
+        {title: [images.to_image(p) for p in part] for title, part in columns.items()},
+        [p.caption for p in pictures[:ROUNDTRIP]],
+    )
+    with replacing(stage.folder / "roundtrip.png") as temporary:
+        sheet.save(temporary, format="PNG")
+    psnr = round(-10 * math.log10(max((again - pixels).square().mean().item() / 4, 1e-10)), 2)
+    job.console.say(
+        f"latents: autoencoder round trip {psnr} dB on {len(pixels)} pictures (the ceiling of any converted model)"
+    )
+    return psnr
+
+
+def encode_pictures(job, stage: Stage, pictures: list[Picture], codecs: dict[str, Codec], resolution: int, bar) -> None:
+    """Shards base-<px> and target-<px>; a shard that is already there is kept."""
+    for number, start in enumerate(range(0, len(pictures), SHARD_ROWS)):
+        rows = pictures[start : start + SHARD_ROWS]
+        if all((stage.folder / cache.shard_name(f"{name}-{resolution}", number)).exists() for name in codecs):
+            bar.advance(len(rows))
+            continue
+        parts: dict[str, list[Tensor]] = {name: [] for name in codecs}
+        for at in range(0, len(rows), job.recipe.latents.batch):
+            pixels = torch.stack(
+                [images.read_pixels(picture.file, resolution) for picture in rows[at : at + job.recipe.latents.batch]]
+            )
+            for name, codec in codecs.items():
+                parts[name].append(codec.encode(pixels).cpu())
+            bar.advance(len(pixels))
+        for name, tensors in parts.items():
+            cache.write_shard(stage.folder, f"{name}-{resolution}", number, {"z": torch.cat(tensors)})
+
+
+def check_scale(job, stage: Stage, codec: Codec, resolution: int) -> None:
+    """Measure the latents; InputError when 1/RMS disagrees with the scaling factor by more than the tolerance."""
+    total, square, count = (
+        torch.zeros(codec.channels, dtype=torch.float64),
+        torch.zeros(codec.channels, dtype=torch.float64),
+        0,
+    )
+    for path in sorted(stage.folder.glob(f"target-{resolution}-*.safetensors")):
+        from safetensors.torch import load_file
+
+        z = load_file(path)["z"].double().movedim(1, 0).flatten(1)  # (C, samples)
+        total, square, count = total + z.sum(1), square + z.square().sum(1), count + z.shape[1]
+    mean, power = total / count, square / count
+    rms = power.mean().sqrt().item()
+    measured = codec.scale / rms
+    write_json(
+        stage.folder / f"statistics-{resolution}.json",
+        {
+            "scaling_factor": codec.scale,
+            "measured_factor": measured,
+            "rms": rms,
+            "mean": mean.tolist(),
+            "std": (power - mean.square()).clamp_min(0).sqrt().tolist(),
+            "rms_per_channel": power.sqrt().tolist(),
+        },
+    )
+    stage.metrics[f"latent_rms_{resolution}"] = round(rms, 4)
+    job.console.say(
+        f"latents: {resolution} px, scaling factor {codec.scale:.4g} in the config, {measured:.4g} measured (1/RMS)"
+    )
+    tolerance = job.recipe.latents.scale_tolerance
+    if abs(measured / codec.scale - 1) > tolerance and job.recipe.latents.scale_override is None:
+        raise InputError(
+            f"the autoencoder's scaling factor {codec.scale:.4g} disagrees with the measured {measured:.4g} (1/RMS) beyond {tolerance:.0%}",
+            f"--set latents.scale_override={measured:.4f} uses the measured one, --set latents.scale_override={codec.scale:.4f} insists",
+        )
+
+
+def encode_captions(job, stage: Stage, pictures: list[Picture]) -> None:
+    """Shards text, and null with the condition of the empty prompt."""
+    if (stage.folder / cache.shard_name("null", 0)).exists():
+        return
+    encoders = pipelines.load_text_encoders(job.source, job.dtype)
+    with job.console.progress("text embeddings", len(pictures), "captions") as bar:
+        for number, start in enumerate(range(0, len(pictures), SHARD_ROWS)):
+            captions = [picture.caption for picture in pictures[start : start + SHARD_ROWS]]
+            parts = []
+            for at in range(0, len(captions), job.recipe.latents.batch):
+                parts.append(
+                    pipelines.encode_text(
+                        job.family, encoders, captions[at : at + job.recipe.latents.batch], job.text_length
+                    )
+                )
+                bar.advance(len(captions[at : at + job.recipe.latents.batch]))
+            cache.write_shard(
+                stage.folder, "text", number, {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+            )
+    cache.write_shard(stage.folder, "null", 0, pipelines.encode_text(job.family, encoders, [""], job.text_length))

@@ -1,0 +1,67 @@
+"""Stage `data`: captioned pictures, drawn by the base model from prompts (the paper's way) or taken from the user's folder."""
+
+from __future__ import annotations
+
+from dcgen_convert import pipelines
+from dcgen_convert.checkpoint.source import Source
+from dcgen_convert.data import images, prompts
+from dcgen_convert.data.images import Picture
+from dcgen_convert.errors import InputError
+from dcgen_convert.files import replacing
+from dcgen_convert.journal import Stage
+
+
+def run(job, stage: Stage) -> None:
+    """Writes index.jsonl, and pictures/ when they are drawn."""
+    if job.recipe.data.kind == "folder":
+        pictures = images.read_folder(job.recipe.data.path)[: job.recipe.data.count]
+    else:
+        pictures = synthesise(job, stage)
+    images.write_index(stage.folder, pictures)
+    stage.metrics.update(pictures=len(pictures), captions=len({picture.caption for picture in pictures}))
+    job.console.say(f"data: {len(pictures)} pictures, {stage.metrics['captions']} distinct captions")
+
+
+def synthesise(job, stage: Stage) -> list[Picture]:
+    """Draw the pictures that are not there yet; each is written whole, so a run that was cut off goes on with the next."""
+    settings = job.recipe.data
+    texts = prompts.make(settings.prompts, settings.count, job.recipe.seed, class_names(job.source))
+    folder = stage.folder / "pictures"
+    folder.mkdir(exist_ok=True)
+    pictures = [Picture(folder / f"{i:07d}.png", text, job.recipe.seed * 1_000_003 + i) for i, text in enumerate(texts)]
+    missing = [picture for picture in pictures if not picture.file.exists()]
+    if not missing:
+        return pictures
+    pipeline = pipelines.load_pipeline(job.source, job.dtype)
+    with job.console.progress("synthesis by the base model", len(pictures), "pictures") as bar:
+        bar.advance(len(pictures) - len(missing))
+        for start in range(0, len(missing), settings.batch):
+            batch = missing[start : start + settings.batch]
+            drawn = pipelines.draw(
+                job.family,
+                pipeline,
+                [picture.caption for picture in batch],
+                [picture.seed for picture in batch],
+                side=settings.resolution,
+                steps=settings.steps,
+                guidance=settings.guidance,
+                length=job.text_length,
+            )
+            for picture, pixels in zip(batch, drawn, strict=True):
+                with replacing(picture.file) as temporary:
+                    images.to_image(pixels).save(temporary, format="PNG", compress_level=1)
+            bar.advance(len(batch))
+    return pictures
+
+
+def class_names(source: Source) -> list[str] | None:
+    """Labels of a class-conditional source, None for text-conditional ones."""
+    if source.family.text_keys != ("class_labels",):
+        return None
+    table = source.index.get("id2label")
+    if not table:
+        raise InputError(
+            f"{source.root}/model_index.json has no id2label, so no class can be drawn",
+            "add the table, or use data.kind folder",
+        )
+    return sorted({label.split(",")[0].strip() for label in table.values()})

@@ -1,0 +1,80 @@
+"""Prompts for synthetic data: a file, the built-in generator (millions of combinations), or the tiny world's captions."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+
+from dcgen_convert.errors import InputError
+
+SUBJECTS = (
+    "a lighthouse", "an old fisherman", "a red fox", "a violin maker", "a city tram", "a bowl of ramen",
+    "a glass teapot", "a mountain village",
+    "a young woman reading", "a robot gardener", "a stack of books", "a snow leopard", "a jazz trio",
+    "a vintage motorcycle", "a field of poppies",
+    "a child flying a kite", "a marble statue", "a street market", "a sailing boat", "a greenhouse", "an astronaut", "a sleeping cat",
+    "a wooden bridge", "a chess player", "a handwritten sign that says OPEN", "a desert caravan", "a coral reef", "a bakery window",
+    "a grand piano", "an owl on a branch", "two dancers", "a watch mechanism",
+)  # fmt: skip
+STYLES = (
+    "a photograph of", "a watercolour of", "an oil painting of", "a pencil sketch of",
+    "a macro photograph of", "a black and white photograph of",
+    "a children's book illustration of", "a film still of", "a woodcut of", "an isometric render of", "a portrait of", "a wide shot of",
+)  # fmt: skip
+PLACES = (
+    "in a quiet harbour", "in a dense forest", "on a rooftop", "in a sunlit kitchen", "in the rain",
+    "in a crowded square", "on a frozen lake",
+    "in an abandoned factory", "by a country road", "in a studio", "under a bridge", "in a library", "on a beach", "in a small workshop",
+    "at the foot of a volcano", "in a subway station",
+)  # fmt: skip
+LIGHTS = (
+    "at dawn", "at noon", "at dusk", "at night", "in soft window light", "in neon light", "in candlelight", "under an overcast sky",
+    "in golden backlight", "in fog", "with long shadows", "after a storm",
+)  # fmt: skip
+DETAILS = (
+    "muted colours", "vivid colours", "shallow depth of field", "fine texture", "strong contrast",
+    "pastel palette", "symmetrical composition",
+    "seen from above", "seen from a low angle", "plenty of empty space", "film grain", "crisp detail",
+    "motion blur", "warm tones", "cool tones",
+    "reflections",
+)  # fmt: skip
+SLOTS = (STYLES, SUBJECTS, PLACES, LIGHTS, DETAILS)
+
+
+def combinations() -> int:
+    """How many distinct prompts the built-in generator can write."""
+    return math.prod(len(slot) for slot in SLOTS)
+
+
+def make(kind: str, count: int, seed: int, classes: list[str] | None = None) -> list[str]:
+    """``count`` prompts.
+
+    Args:
+        kind: "builtin", "tiny-world", or a text file with one prompt per line (repeated in order when it is shorter).
+        classes: labels of a class-conditional model; then every kind but a file draws labels uniformly.
+    Raises:
+        InputError: the file is missing or empty.
+    """
+    if kind not in ("builtin", "tiny-world"):
+        return _from_file(Path(kind), count)
+    generator = random.Random(seed)
+    if classes:
+        return [generator.choice(classes) for _ in range(count)]
+    if kind == "tiny-world":
+        from dcgen_convert.tiny import world
+
+        return [world.caption(row) for row in world.sample_labels(count, seed).tolist()]
+    style, subject, place, light, detail = (lambda slot=slot: generator.choice(slot) for slot in SLOTS)
+    return [f"{style()} {subject()} {place()} {light()}, {detail()}" for _ in range(count)]
+
+
+def _from_file(path: Path, count: int) -> list[str]:
+    if not path.is_file():
+        raise InputError(
+            f"prompts file {path} does not exist", "give --prompts FILE with one prompt per line, or builtin"
+        )
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise InputError(f"prompts file {path} is empty", "write one prompt per line")
+    return [lines[i % len(lines)] for i in range(count)]

@@ -1,0 +1,223 @@
+"""One place for everything that can go wrong: error classes, exit codes, and the table that turns a foreign
+exception into a sentence.
+
+Exit codes: 0 done | 1 a check found a difference | 2 usage, recipe or input | 3 access | 4 resources | 70 internal |
+130 / 143 interrupted.
+
+Library code raises a `DcgenError` with one clear sentence (what, where) and a hint (the next command). The command
+line calls `explain` on whatever reaches it; nothing else in the package maps exceptions to exit codes.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Callable
+
+
+class DcgenError(Exception):
+    """An error the user can act on: `message` says what and where, `hint` names the next command or setting."""
+
+    exit_code = 70
+    code = "internal"
+
+    def __init__(self, message: str, hint: str = ""):
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def document(self) -> dict:
+        """The error as the one JSON document that `--json` prints."""
+        return {"error": {"code": self.code, "message": self.message, "hint": self.hint}}
+
+
+class InputError(DcgenError):
+    """Usage, or an input that cannot work (exit 2)."""
+
+    exit_code, code = 2, "input"
+
+
+class RecipeError(InputError):
+    """A recipe, a setting or a combination of settings that cannot work (exit 2)."""
+
+    code = "recipe"
+
+
+class AccessError(DcgenError):
+    """A repository or file that exists but cannot be reached: gated, no token, offline and missing (exit 3)."""
+
+    exit_code, code = 3, "access"
+
+
+class ResourceError(DcgenError):
+    """Too little disk, memory or GPUs (exit 4)."""
+
+    exit_code, code = 4, "resources"
+
+
+class CheckFailed(DcgenError):
+    """A check ran and found a difference (exit 1)."""
+
+    exit_code, code = 1, "check"
+
+
+class InternalError(DcgenError):
+    """A fault of this program (exit 70); the traceback is in the log file."""
+
+    exit_code, code = 70, "internal"
+
+
+class InterruptedRun(DcgenError):
+    """Ctrl-C (exit 130): the work done so far is on disk and can be resumed."""
+
+    exit_code, code = 130, "interrupted"
+
+
+class TerminatedRun(InterruptedRun):
+    """SIGTERM (exit 143), as sent by a scheduler that wants the machine back."""
+
+    exit_code, code = 143, "terminated"
+
+
+class Terminated(KeyboardInterrupt):
+    """Raised by the SIGTERM handler. A KeyboardInterrupt, so that code which saves on Ctrl-C saves on pre-emption
+    too."""
+
+
+def explain(exc: BaseException) -> DcgenError:
+    """The one table: any exception -> the `DcgenError` whose sentence, hint and exit code the user meets.
+
+    Foreign exceptions are recognised by class name along their inheritance, so that no library needs to be imported
+    to explain it.
+    """
+    if isinstance(exc, DcgenError):
+        return exc
+    for cls in type(exc).__mro__:
+        rule = _TABLE.get(cls.__name__)
+        explained = rule(exc) if rule else None
+        if explained is not None:
+            return explained
+    return InternalError(
+        f"internal error: {type(exc).__name__}: {_first_line(exc)}", "run again with -v to see the traceback"
+    )
+
+
+def _first_line(exc: BaseException) -> str:
+    text = str(exc).strip()
+    return text.splitlines()[0][:300] if text else "(no message)"
+
+
+def _terminated(exc: BaseException) -> DcgenError:
+    return TerminatedRun("terminated; the work done so far is kept")
+
+
+def _interrupted(exc: BaseException) -> DcgenError:
+    return InterruptedRun("interrupted; the work done so far is kept")
+
+
+def _usage(exc: BaseException) -> DcgenError:
+    """Click's complaints about the arguments; their context knows which verb's help to show."""
+    context = getattr(exc, "ctx", None)
+    return InputError(exc.format_message(), f"{context.command_path} --help" if context else "dcgen-convert --help")
+
+
+def _gated(exc: BaseException) -> DcgenError:
+    address = str(getattr(getattr(exc, "response", None), "url", ""))  # https://huggingface.co/[api/models/]ORG/NAME
+    found = re.search(r"https?://[^/]+/(?:api/models/)?([\w.-]+/[\w.-]+)", address)
+    repo = found[1] if found else "the repository"
+    page = f"https://huggingface.co/{repo}" if found else "its page on huggingface.co"
+    return AccessError(
+        f"{repo} is gated and this account has no access to it", f"accept its licence at {page}, then set HF_TOKEN"
+    )
+
+
+def _missing_repo(exc: BaseException) -> DcgenError:
+    return AccessError(
+        f"repository not found, or private without a token: {_first_line(exc)}", "check the name, then set HF_TOKEN"
+    )
+
+
+def _offline(exc: BaseException) -> DcgenError:
+    return AccessError(
+        f"a file is neither in the local cache nor reachable: {_first_line(exc)}",
+        "connect, unset HF_HUB_OFFLINE, or give the path of a local folder",
+    )
+
+
+def _network(exc: BaseException) -> DcgenError:
+    return AccessError(f"the network failed: {_first_line(exc)}", "try again, or use --offline with a filled cache")
+
+
+def _no_memory(exc: BaseException) -> DcgenError:
+    return ResourceError(
+        f"out of memory: {_first_line(exc)}",
+        "lower adapt.phases.*.micro_batch, or raise --zero / --offload; `dcgen-convert plan` shows what fits",
+    )
+
+
+def _os_error(exc: BaseException) -> DcgenError | None:
+    where = f" ({exc.filename})" if getattr(exc, "filename", None) else ""
+    if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError(f"the disk is full{where}", "free space, then resume the run")
+    if exc.errno == errno.ENOMEM:
+        return _no_memory(exc)
+    if exc.errno == errno.EROFS:
+        return InputError(f"the file system is read-only{where}", "choose another folder with --output and --run-dir")
+    return None
+
+
+def _permission(exc: BaseException) -> DcgenError:
+    return InputError(
+        f"no permission to use {exc.filename or 'a file'}", "choose another folder, or change its permissions"
+    )
+
+
+def _not_found(exc: BaseException) -> DcgenError | None:
+    return InputError(f"file not found: {exc.filename}", "check the path") if exc.filename else None
+
+
+def _safetensors(exc: BaseException) -> DcgenError:
+    return InputError(
+        f"a safetensors file is truncated or damaged: {_first_line(exc)}",
+        "fetch the file again; `dcgen-convert inspect PATH` names it",
+    )
+
+
+def _json(exc: BaseException) -> DcgenError:
+    return InputError(f"a JSON file is damaged: {_first_line(exc)}", "fetch the file again")
+
+
+def _yaml(exc: BaseException) -> DcgenError:
+    return RecipeError(
+        f"the recipe is not valid YAML: {' '.join(str(exc).split())}", "dcgen-convert recipes validate FILE"
+    )
+
+
+def _pickle(exc: BaseException) -> DcgenError:
+    return InputError(f"pickle checkpoints are refused: {_first_line(exc)}", "convert the file to safetensors first")
+
+
+_TABLE: dict[str, Callable[[BaseException], DcgenError | None]] = {
+    "Terminated": _terminated,
+    "KeyboardInterrupt": _interrupted,
+    "ClickException": _usage,
+    "Abort": _interrupted,
+    "GatedRepoError": _gated,
+    "RepositoryNotFoundError": _missing_repo,
+    "RevisionNotFoundError": _missing_repo,
+    "EntryNotFoundError": _missing_repo,
+    "LocalEntryNotFoundError": _offline,
+    "OfflineModeIsEnabled": _offline,
+    "HfHubHTTPError": _network,
+    "ConnectionError": _network,
+    "TransportError": _network,
+    "OutOfMemoryError": _no_memory,
+    "MemoryError": _no_memory,
+    "SafetensorError": _safetensors,
+    "JSONDecodeError": _json,
+    "YAMLError": _yaml,
+    "UnpicklingError": _pickle,
+    "PermissionError": _permission,
+    "FileNotFoundError": _not_found,
+    "OSError": _os_error,
+}

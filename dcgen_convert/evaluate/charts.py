@@ -1,0 +1,105 @@
+"""Line charts as inline SVG: no script, no library, readable in any browser and in print."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+
+WIDTH, HEIGHT = 640, 260  # px
+LEFT, RIGHT, TOP, BOTTOM = 64, 12, 12, 44  # px around the plot
+COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#8e5ea2", "#c98b00", "#555555")
+MOST = 400  # points drawn per line; longer series are averaged in equal pieces
+LOG_SPAN = 30.0  # max / min from which the axis is logarithmic
+
+Points = Sequence[tuple[float, float]]
+
+
+def line_chart(series: Mapping[str, Points], *, x_label: str, y_label: str) -> str:
+    """SVG of one or more named series of (x, y).
+
+    The y axis is logarithmic when all values are positive and span more than a factor of 30. Points that are not
+    finite are left out. A series without any finite point is named in the legend as empty; no point at all gives a
+    sentence instead of a chart.
+    """
+    series = {
+        name: thin([(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)])
+        for name, points in series.items()
+    }
+    points = [point for line in series.values() for point in line]
+    if not points:
+        return "<p>no finite values</p>"
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    log = min(ys) > 0 and max(ys) / min(ys) > LOG_SPAN
+    x_axis, y_axis = _Axis(min(xs), max(xs), LEFT, WIDTH - RIGHT), _Axis(min(ys), max(ys), HEIGHT - BOTTOM, TOP, log)
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_label)} over {escape(x_label)}">']
+    for value in y_axis.ticks():
+        y = y_axis(value)
+        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="rule"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
+    for value in x_axis.ticks():
+        parts.append(
+            f'<text x="{x_axis(value):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{value:.4g}</text>'
+        )
+    for (name, line), colour in zip(series.items(), _cycle(len(series)), strict=True):
+        path = " ".join(f"{x_axis(x):.1f},{y_axis(y):.1f}" for x, y in line)
+        parts.append(
+            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6">'
+            f"<title>{escape(name)}</title></polyline>"
+        )
+        if len(line) == 1:
+            parts.append(f'<circle cx="{x_axis(line[0][0]):.1f}" cy="{y_axis(line[0][1]):.1f}" r="3" fill="{colour}"/>')
+    parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>')
+    parts.append(
+        f'<text transform="translate(14 {HEIGHT / 2}) rotate(-90)" text-anchor="middle">'
+        f"{escape(y_label)}{' (log)' if log else ''}</text>"
+    )
+    return "".join(parts) + "</svg>" + _legend(series)
+
+
+def thin(points: Points) -> list[tuple[float, float]]:
+    """At most ``MOST`` points: means over equal pieces, so that a noisy curve keeps its course."""
+    if len(points) <= MOST:
+        return list(points)
+    edges = [round(i * len(points) / MOST) for i in range(MOST + 1)]
+    pieces = [points[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [(sum(x for x, _ in piece) / len(piece), sum(y for _, y in piece) / len(piece)) for piece in pieces]
+
+
+class _Axis:
+    """Value -> px, linear or logarithmic."""
+
+    def __init__(self, low: float, high: float, start: float, end: float, log: bool = False):
+        if low == high:
+            low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
+        self.low, self.high, self.start, self.end, self.log = low, high, start, end, log
+
+    def __call__(self, value: float) -> float:
+        if self.log:
+            part = math.log(value / self.low) / math.log(self.high / self.low)
+        else:
+            part = (value - self.low) / (self.high - self.low)
+        return self.start + part * (self.end - self.start)
+
+    def ticks(self) -> list[float]:
+        """Four to eight round values; powers of ten on a logarithmic axis."""
+        if self.log:
+            powers = [10.0**k for k in range(math.ceil(math.log10(self.low)), math.floor(math.log10(self.high)) + 1)]
+            return powers if len(powers) > 1 else [self.low, self.high]
+        raw = (self.high - self.low) / 5
+        magnitude = 10 ** math.floor(math.log10(raw))
+        step = next(m * magnitude for m in (1, 2, 5, 10) if m * magnitude >= raw)
+        first = math.ceil(self.low / step)
+        return [round(k * step, 12) for k in range(first, math.floor(self.high / step) + 1)]
+
+
+def _cycle(count: int) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]
+
+
+def _legend(series: Mapping[str, Points]) -> str:
+    items = [
+        f'<span style="color:{colour}">&#9632; {escape(name)}{"" if line else " (no finite values)"}</span>'
+        for (name, line), colour in zip(series.items(), _cycle(len(series)), strict=True)
+    ]
+    return f'<p class="legend">{" ".join(items)}</p>'

@@ -1,0 +1,61 @@
+"""Picture grids with captions: one row per prompt, one column per model, so that a stage's effect is seen at a
+glance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from dcgen_convert.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+GAP = 4  # px between cells
+TITLE = 18  # px of the column titles
+CAPTION = 14  # px of a row's caption
+INK, PAPER = (32, 32, 32), (255, 255, 255)
+
+
+def grid(columns: Mapping[str, Sequence[Image]], captions: Sequence[str], side: int = 192) -> Image:
+    """One picture of all: columns side by side under their titles, a caption above each row.
+
+    Args:
+        columns: title -> pictures, one per caption, any sizes; e.g. source | after this stage | autoencoder round trip.
+        captions: one per row, cut to the width.
+        side: px of a cell; pictures keep their aspect ratio.
+
+    Raises InputError when a column has another number of pictures than there are captions.
+    """
+    from PIL import Image as images
+    from PIL import ImageDraw, ImageFont, ImageOps
+
+    for title, pictures in columns.items():
+        if len(pictures) != len(captions):
+            raise InputError(f"the column {title!r} has {len(pictures)} pictures for {len(captions)} captions")
+    if not columns or not captions:
+        raise InputError("a grid needs at least one column and one row")
+    width = GAP + len(columns) * (side + GAP)
+    height = TITLE + len(captions) * (CAPTION + side + GAP)
+    sheet = images.new("RGB", (width, height), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    title_font, caption_font = ImageFont.load_default(12), ImageFont.load_default(10)
+    for x, title in enumerate(columns):
+        pen.text((GAP + x * (side + GAP), 2), _fit(pen, title, title_font, side), INK, font=title_font)
+    for y, caption in enumerate(captions):
+        top = TITLE + y * (CAPTION + side + GAP)
+        pen.text((GAP, top), _fit(pen, caption, caption_font, width - 2 * GAP), INK, font=caption_font)
+        for x, pictures in enumerate(columns.values()):
+            cell = ImageOps.pad(pictures[y].convert("RGB"), (side, side), color=PAPER)
+            sheet.paste(cell, (GAP + x * (side + GAP), top + CAPTION))
+    return sheet
+
+
+def _fit(pen, text: str, font, width: int) -> str:
+    """``text``, shortened with "..." until it is at most ``width`` px long."""
+    if pen.textlength(text, font=font) <= width:
+        return text
+    while text and pen.textlength(text + "...", font=font) > width:
+        text = text[:-1]
+    return text + "..."

@@ -1,0 +1,43 @@
+"""Distances between pictures and between sets of pictures, computed in float64."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dcgen_convert.errors import InputError
+
+
+def psnr(a: Tensor, b: Tensor, peak: float = 1.0) -> float:
+    """Peak signal-to-noise ratio [dB] of two tensors of one shape whose values span ``peak``; infinity when they are
+    equal.
+    """
+    if a.shape != b.shape:
+        raise InputError(f"PSNR compares pictures of one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
+    error = (a.double() - b.double()).square().mean().item()
+    return math.inf if error == 0 else 10 * math.log10(peak**2 / error)
+
+
+def frechet(a: Tensor, b: Tensor) -> float:
+    """Frechet distance between Gaussians fitted to two sets of features, (N, D) and (M, D).
+
+    |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2), with unbiased covariances (Heusel et al., arXiv 1706.08500, eq.
+    6). tr (S_a S_b)^1/2 is the sum of the square roots of the eigenvalues of S_a^1/2 S_b S_a^1/2, which is symmetric:
+    no complex square root, and no trouble with covariances of low rank (fewer samples than features).
+
+    Raises InputError for fewer than two samples, features of different lengths, or features that are not finite.
+    """
+    for features in (a, b):
+        if features.ndim != 2 or len(features) < 2 or features.shape[1] != a.shape[1]:
+            raise InputError(f"features must be (N >= 2, D) with one D, got {tuple(a.shape)} and {tuple(b.shape)}")
+        if not torch.isfinite(features).all():
+            raise InputError("features hold NaN or infinity")
+    a, b = a.double(), b.double()
+    cov_a, cov_b = (torch.atleast_2d(torch.cov(features.T)) for features in (a, b))  # (D, D)
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
+    distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
+    return max(0.0, distance.item())

@@ -1,0 +1,28 @@
+"""Drawing with a converted transformer before it is a bundle: the stock pipeline with its parts exchanged in memory."""
+
+from __future__ import annotations
+
+import diffusers
+from diffusers import AutoencoderDC
+from torch import nn
+
+from dcgen_convert import pipelines
+from dcgen_convert.bundle.autoencoder_dc_adapter import AutoencoderDCAdapter
+from dcgen_convert.bundle.layout import PACK, has_adapter
+from dcgen_convert.bundle.loading import quiet_diffusers
+
+
+def converted_pipeline(job, transformer: nn.Module):
+    """The source's stock pipeline around ``transformer``, with the new autoencoder and the bundle's scheduler."""
+    options = {"scaling_factor": job.recipe.latents.scale_override} if job.recipe.latents.scale_override else {}
+    with quiet_diffusers():
+        if has_adapter(job.family):
+            vae = AutoencoderDCAdapter.from_pretrained(
+                job.ae.folder, dtype=job.dtype, latent_pack=PACK, latent_order=job.family.adapter_order, **options
+            )
+        else:
+            vae = AutoencoderDC.from_pretrained(job.ae.folder, dtype=job.dtype, **options)
+        pipeline = pipelines.load_pipeline(job.source, job.dtype, transformer=transformer, vae=vae.eval())
+    scheduler = getattr(diffusers, job.scheduler["_class_name"])
+    pipeline.scheduler = scheduler.from_config(job.scheduler)
+    return pipeline

@@ -1,0 +1,171 @@
+"""The HTML report of a run: `dcgen-convert report RUN`. One file, no script, no network: pictures and charts are
+inside it.
+
+It reads what the stages left, and knows none of them by name:
+    RUN/<stage>/stage.json     metrics and seconds: numbers go into a table; lists of numbers into a chart over their
+                               index, lists under one name into one chart (the gap of every block, before and after)
+    RUN/<stage>/**/*.jsonl     one line per step: loss, grad_norm and lr become curves over "step"
+    RUN/<stage>/**/*.png       grids and pictures
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from dcgen_convert.errors import InputError
+from dcgen_convert.evaluate.charts import line_chart
+from dcgen_convert.files import atomic_write, read_json
+
+MARKER = "stage.json"
+REPORT = "report.html"
+PICTURES = 8  # per stage; grids first
+CURVES = ("loss", "grad_norm", "lr")  # columns drawn, in this order, where a step file has them
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; }
+body { color: #222; background: #fff; }
+h1, h2, h3 { line-height: 1.2; } h2 { border-top: 1px solid #ccc; padding-top: 1em; margin-top: 2em; }
+table { border-collapse: collapse; } td + td { font-variant-numeric: tabular-nums; }
+td, th { padding: .15em .8em .15em 0; text-align: left; vertical-align: top; }
+img { max-width: 100%; image-rendering: auto; } svg { width: 100%; max-width: 640px; font: 11px system-ui, sans-serif; }
+.rule { stroke: #e4e4e4; } .legend span { margin-right: 1em; }
+pre { background: #f5f5f5; padding: .8em; overflow-x: auto; }
+"""
+
+
+def write_report(run: Path, output: Path | None = None) -> Path:
+    """Write the report of the run folder ``run`` to ``output`` (default RUN/report.html) and return its path.
+
+    Raises InputError when the folder holds no finished stage.
+    """
+    run = Path(run)
+    stages = finished_stages(run)
+    if not stages:
+        raise InputError(f"{run} holds no finished stage", "give the run folder of a conversion, or resume it first")
+    parts = [f"<h1>{escape(run.name)}</h1>", _timings(stages), *_compared(stages)]
+    for folder, record in stages:
+        parts += _stage(folder, record)
+    recipe = run / "recipe.json"
+    if recipe.is_file():
+        parts.append(f"<h2>recipe</h2><pre>{escape(json.dumps(read_json(recipe), indent=2))}</pre>")
+    output = Path(output) if output else run / REPORT
+    atomic_write(output, _page(run.name, "\n".join(parts)))
+    return output
+
+
+def finished_stages(run: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """(folder, record) of every finished stage, in the order in which they ended."""
+    markers = sorted(run.rglob(MARKER), key=lambda path: (path.stat().st_mtime_ns, str(path)))
+    return [(path.parent, read_json(path)) for path in markers]
+
+
+def _page(title: str, body: str) -> str:
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    head += f"<title>{escape(title)}</title><style>{STYLE}</style>"
+    return f"<!doctype html>\n<html lang=en><head>{head}</head>\n<body>\n{body}\n</body></html>\n"
+
+
+def _timings(stages: list[tuple[Path, dict[str, Any]]]) -> str:
+    seconds = [(record.get("stage", folder.name), float(record.get("seconds", 0))) for folder, record in stages]
+    total = sum(value for _, value in seconds)
+    rows = [
+        f"<tr><td>{escape(name)}</td><td>{value:.1f} s</td><td>{value / total if total else 0:.0%}</td></tr>"
+        for name, value in seconds
+    ]
+    return f"<h2>timings</h2><table>{''.join(rows)}<tr><th>all</th><th>{total:.1f} s</th><th></th></tr></table>"
+
+
+def _compared(stages: list[tuple[Path, dict[str, Any]]]) -> list[str]:
+    """Lists that more than one stage measured, such as the gap of every block, with one line per stage."""
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for folder, record in stages:
+        for name, series in charts(record.get("metrics") or {}).items():
+            for line, points in series.items():
+                label = name if line == name else f"{name}.{line}"
+                found.setdefault(label, {})[record.get("stage", folder.name)] = points
+    shared = {name: series for name, series in found.items() if len(series) > 1}
+    drawn = [
+        f"<h3>{escape(name)}</h3>{line_chart(series, x_label='index', y_label=name)}" for name, series in shared.items()
+    ]
+    return ["<h2>stages compared</h2>", *drawn] if drawn else []
+
+
+def _stage(folder: Path, record: Mapping[str, Any]) -> list[str]:
+    metrics = record.get("metrics") or {}
+    parts = [f"<h2>{escape(record.get('stage', folder.name))}</h2>"]
+    if rows := scalars(metrics):
+        cells = "".join(f"<tr><td>{escape(name)}</td><td>{escape(_text(value))}</td></tr>" for name, value in rows)
+        parts.append(f"<table>{cells}</table>")
+    for name, series in charts(metrics).items():
+        parts += [f"<h3>{escape(name)}</h3>", line_chart(series, x_label="index", y_label=name)]
+    for path in sorted(folder.rglob("*.jsonl")):
+        parts += _curves(path, path.relative_to(folder).as_posix())
+    pictures = sorted(folder.rglob("*.png"), key=lambda path: ("grid" not in path.name, path.as_posix()))
+    for path in pictures[:PICTURES]:
+        name = path.relative_to(folder).as_posix()
+        data = base64.b64encode(path.read_bytes()).decode()
+        parts.append(f'<h3>{escape(name)}</h3><img alt="{escape(name)}" src="data:image/png;base64,{data}">')
+    if len(pictures) > PICTURES:
+        parts.append(f"<p>{len(pictures) - PICTURES} more pictures are in the run folder.</p>")
+    return parts
+
+
+def _curves(path: Path, name: str) -> list[str]:
+    """Charts of a step file; nothing for a jsonl of another kind. A last line cut off by a crash is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    records = []
+    for i, line in enumerate(lines):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            if i + 1 < len(lines):
+                raise InputError(f"{path} line {i + 1} is not JSON", "remove the line") from None
+    records = [record for record in records if isinstance(record, dict) and _is_number(record.get("step"))]
+    parts = []
+    for column in CURVES:
+        points = [(record["step"], record[column]) for record in records if _is_number(record.get(column))]
+        if points:
+            parts += [
+                f"<h3>{escape(column)}, {escape(name)}</h3>",
+                line_chart({column: points}, x_label="step", y_label=column),
+            ]
+    return parts
+
+
+def scalars(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Numbers, texts, flags and lists of texts in nested metrics as (dotted name, value)."""
+    rows = []
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            rows += scalars(value, f"{prefix}{key}.")
+        elif not isinstance(value, list):
+            rows.append((prefix + key, value))
+        elif not all(map(_is_number, value)):
+            rows.append((prefix + key, ", ".join(map(str, value))))
+    return rows
+
+
+def charts(tree: Mapping[str, Any], prefix: str = "") -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Lists of numbers in nested metrics: chart name -> series. Lists under one parent share a chart."""
+    own = {
+        key: list(enumerate(value))
+        for key, value in tree.items()
+        if isinstance(value, list) and value and all(map(_is_number, value))
+    }
+    found = {prefix.rstrip(".") or ", ".join(own): own} if own else {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            found |= charts(value, f"{prefix}{key}.")
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _text(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,169 @@
+"""What a family of diffusion transformers has to state, and the arithmetic that follows from the statement.
+
+Shapes: B batch, C latent channels, h w latent grid, p patch, N = (h/p)(w/p) tokens, D width, L text tokens.
+Flow convention everywhere: z_t = (1 - t) z_0 + t eps, v = eps - z_0, t in [0, 1] (METHOD equations; arXiv 2509.25180).
+
+A family is one file of facts. torch is imported inside functions so that `plan` and `inspect` can read the facts
+without it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Text = dict[str, "Tensor"]  # forward() keyword -> tensor whose first axis is the batch
+
+
+@dataclass(frozen=True)
+class QuantTargets:
+    """Linear modules by exact path: ``svdq`` W4A4, ``awq`` W4A16; ``skipped`` says why a block linear stays dense."""
+
+    svdq: list[str]
+    awq: list[str]
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+class Family:
+    """Facts of one family. Subclasses fill the class attributes and the five methods at the end."""
+
+    name: ClassVar[str]
+    model_class: ClassVar[str]  # diffusers transformer class
+    pipeline_class: ClassVar[str]  # stock diffusers pipeline
+    embedder: ClassVar[str]  # module that reads latent tokens (Linear, or Conv2d with kernel = stride = patch)
+    head: ClassVar[str]  # linear that writes latent tokens
+    in_order: ClassVar[str]  # order inside one input patch, einops
+    out_order: ClassVar[str]  # order inside one output patch, einops
+    guidance: ClassVar[str]  # "embedded" (distilled into the network) | "cfg" | "none"
+    prediction: ClassVar[str] = "flow"  # what the network predicts: "flow" (eps - z_0) | "epsilon"
+    text_keys: ClassVar[tuple[str, ...]]  # forward() keywords that carry the condition
+    blocks: ClassVar[tuple[str, ...]]  # ModuleLists of repeated blocks, in forward order
+    lora_targets: ClassVar[str]  # regex over full module names, as PEFT's target_modules takes it
+    awq_pattern: ClassVar[str] = r"(?!)"  # AdaLN / modulation linears inside the blocks
+    bundle_tier: ClassVar[int] = (
+        0  # 0: stock AutoencoderDC; 2: in-bundle adapter that undoes the pipeline's 2x2 packing
+    )
+    adapter_order: ClassVar[str] = "c_first"
+    default_steps: ClassVar[int]
+    default_guidance: ClassVar[float]
+    text_length: ClassVar[int] = 1  # text tokens that training and the bundle's usage pad to
+
+    # -- tokens ---------------------------------------------------------------------------------------------------
+
+    def patch(self, config: dict[str, Any], channels: int) -> int:
+        """Patch size p of a model with ``config`` that reads ``channels`` latent channels."""
+        return int(config.get("patch_size") or 1)
+
+    def tokens(self, z: Tensor, patch: int) -> Tensor:
+        """(B, C, h, w) -> (B, N, C p p), features in the order of the embedder's flattened weight columns."""
+        from einops import rearrange
+
+        return rearrange(z, f"b c (h p1) (w p2) -> b (h w) ({self.in_order})", p1=patch, p2=patch)
+
+    def untokens(self, tokens: Tensor, height: int, width: int, patch: int, order: str | None = None) -> Tensor:
+        """(B, N, C p p) -> (B, C, height, width) latent; ``order`` defaults to the head's."""
+        from einops import rearrange
+
+        return rearrange(
+            tokens,
+            f"b (h w) ({order or self.out_order}) -> b c (h p1) (w p2)",
+            h=height // patch,
+            w=width // patch,
+            p1=patch,
+            p2=patch,
+        )
+
+    def position_term(self, model: nn.Module, height: int, width: int) -> Tensor | None:
+        """Absolute position table that the model adds to the embedded tokens, (N, D); None with RoPE or no positions."""
+        return None
+
+    def image_tokens(self, block_output: Any) -> Tensor:
+        """Image tokens (B, N, D) in what one repeated block returns."""
+        return block_output
+
+    # -- one step in the common convention ------------------------------------------------------------------------
+
+    def target(self, z0: Tensor, eps: Tensor) -> Tensor:
+        """What the network is trained to predict for (z_0, eps), same shape as z_0."""
+        return eps if self.prediction == "epsilon" else eps - z0
+
+    def velocity(self, model: nn.Module, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
+        """Velocity v = eps - z_0 at z_t, (B, C, h, w). From an epsilon prediction: v = (eps - z_t) / (1 - t)."""
+        prediction = self.predict(model, z, t, text, guidance)
+        if self.prediction == "flow":
+            return prediction
+        return (prediction - z) / (1 - t).clamp_min(1e-4)[:, None, None, None]
+
+    def null_text(self, null: Text, batch: int) -> Text:
+        """Repeat the encoded null condition (batch of one) ``batch`` times."""
+        return {key: value.expand(batch, *value.shape[1:]) for key, value in null.items()}
+
+    # -- quantisation ---------------------------------------------------------------------------------------------
+
+    def quant_targets(self, linears: dict[str, tuple[int, int]], dense: str | None = None) -> QuantTargets:
+        """Split the model's linears into W4A4, W4A16 and dense.
+
+        Args:
+            linears: exact module path -> (out features N, in features K) of every nn.Linear of the model.
+            dense: regex of paths that the recipe keeps dense.
+        """
+        inside = re.compile("|".join(rf"{re.escape(name)}\.\d+\." for name in self.blocks))
+        svdq, awq, skipped = [], [], {}
+        for path, (n, k) in linears.items():
+            if not inside.match(path):
+                continue
+            if dense and re.fullmatch(dense, path):
+                skipped[path] = "kept dense by the recipe"
+            elif re.fullmatch(self.awq_pattern, path):
+                if k % 64 or n % 128:
+                    skipped[path] = f"W4A16 needs in % 64 = 0 and out % 128 = 0, it has {k} -> {n}"
+                else:
+                    awq.append(path)
+            elif re.fullmatch(self.dense_pattern, path):
+                skipped[path] = "kept dense by the family"
+            elif n % 128 or k % 128:
+                skipped[path] = f"the 4-bit format needs multiples of 128, it has {k} -> {n}"
+            else:
+                svdq.append(path)
+        return QuantTargets(svdq, awq, skipped)
+
+    dense_pattern: ClassVar[str] = r"(?!)"  # block linears that the kernels' authors keep in half precision
+
+    # -- to be stated by each family ------------------------------------------------------------------------------
+
+    def convert_config(self, config: dict[str, Any], factor: int, channels: int, side: int) -> dict[str, Any]:
+        """Transformer config for an autoencoder (f = factor, c = channels) at patch 1; ``side`` is the bundle's px size."""
+        raise TypeError(f"{type(self).__name__} states no convert_config")
+
+    def predict(self, model: nn.Module, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
+        """The network's native prediction at z_t, (B, C, h, w); t and guidance are (B,)."""
+        raise TypeError(f"{type(self).__name__} states no predict")
+
+    def encode_text(self, pipeline: Any, prompts: list[str], length: int) -> Text:
+        """Condition of each prompt with the stock pipeline's own encoders, padded to ``length`` text tokens."""
+        raise TypeError(f"{type(self).__name__} states no encode_text")
+
+    def pipeline_call(
+        self, pipeline: Any, prompts: list[str], *, height: int, width: int, steps: int, guidance: float, length: int
+    ) -> dict:
+        """Keyword arguments with which the stock pipeline draws ``prompts``."""
+        raise TypeError(f"{type(self).__name__} states no pipeline_call")
+
+
+def linear_mu(tokens: int, scheduler: dict[str, Any]) -> float:
+    """FLUX's mu, linear in the token count, from the scheduler's own config (diffusers `calculate_shift`)."""
+    n0, n1 = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
+    m0, m1 = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
+    return m0 + (m1 - m0) * (tokens - n0) / (n1 - n0)
+
+
+def sampling_shift(tokens: int, scheduler: dict[str, Any]) -> float:
+    """r of sigma' = r sigma / (1 + (r - 1) sigma) that a FlowMatchEuler config applies at ``tokens`` image tokens."""
+    if scheduler.get("use_dynamic_shifting"):
+        return math.exp(linear_mu(tokens, scheduler))
+    return float(scheduler.get("flow_shift") or scheduler.get("shift") or 1.0)  # DPM-Solver calls it flow_shift

@@ -1,0 +1,89 @@
+"""DiT-XL: class-conditional `DiTTransformer2DModel`, epsilon prediction with learned sigma. Source: diffusers 0.42 pipeline_dit.py."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from dcgen_convert.families.base import Family
+
+NULL_CLASS = 1000  # hard-coded in the stock pipeline
+TRAIN_STEPS = 1000  # DDPM, betas linear from 1e-4 to 0.02
+
+
+class DiT(Family):
+    name = "dit"
+    model_class = "DiTTransformer2DModel"
+    pipeline_class = "DiTPipeline"
+    embedder = "pos_embed.proj"
+    head = "proj_out_2"
+    in_order = "c p1 p2"
+    out_order = "p1 p2 c"
+    guidance = "cfg"
+    prediction = "epsilon"
+    text_keys = ("class_labels",)
+    blocks = ("transformer_blocks",)
+    lora_targets = r"transformer_blocks\.\d+\.(attn1\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))"
+    awq_pattern = r"transformer_blocks\.\d+\.norm1\.linear"
+    dense_pattern = r"transformer_blocks\.\d+\.norm1\.emb\..*"  # timestep MLPs
+    bundle_tier = 0
+    default_steps = 50
+    default_guidance = 4.0
+
+    def convert_config(self, config, factor, channels, side):
+        return {
+            **config,
+            "in_channels": channels,
+            "out_channels": 2 * channels,
+            "patch_size": 1,
+            "sample_size": side // factor,
+        }
+
+    def position_term(self, model, height, width):
+        return model.pos_embed.pos_embed[0]  # sincos buffer, rebuilt from the config for the new grid
+
+    def predict(self, model, z, t, text, guidance=None):
+        """epsilon at z_t. The network lives on x = sqrt(abar) z_0 + sqrt(1 - abar) eps = z_t / sqrt(t^2 + (1-t)^2)."""
+        scale = (t.square() + (1 - t).square()).rsqrt().to(z.dtype)[:, None, None, None]
+        output = model(z * scale, timestep=ddpm_step(t), class_labels=text["class_labels"], return_dict=False)[0]
+        return output[:, : z.shape[1]]  # the second half is the learned sigma, which the stock pipeline drops too
+
+    def encode_text(self, pipeline, prompts, length):
+        import torch
+
+        return {"class_labels": torch.tensor([class_of(pipeline, prompt) for prompt in prompts])}
+
+    def pipeline_call(self, pipeline, prompts, *, height, width, steps, guidance, length):
+        return dict(
+            class_labels=[class_of(pipeline, prompt) for prompt in prompts],
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+        )
+
+
+def class_of(pipeline, prompt: str) -> int:
+    """Class index of a prompt: a number, "" (the null class), or a label of the checkpoint's id2label table."""
+    if prompt == "":
+        return NULL_CLASS
+    if prompt.isdigit():
+        return int(prompt)
+    return pipeline.get_label_ids([prompt])[0]
+
+
+@cache
+def noise_times():
+    """t of every DDPM step, (1000,) float64: t / (1 - t) = sqrt(1 - abar) / sqrt(abar)."""
+    import torch
+
+    alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.02, TRAIN_STEPS, dtype=torch.float64), 0)
+    return (1 - alphas).sqrt() / (alphas.sqrt() + (1 - alphas).sqrt())
+
+
+def ddpm_step(t):
+    """Continuous DDPM step (0..999) whose noise level is t, by linear interpolation between neighbours; (B,) float32."""
+    import torch
+
+    table = noise_times().to(t.device)
+    t = t.to(torch.float64).clamp(table[0], table[-1])
+    upper = torch.searchsorted(table, t).clamp(1, TRAIN_STEPS - 1)
+    low, high = table[upper - 1], table[upper]
+    return (upper - 1 + (t - low) / (high - low)).to(torch.float32)

@@ -1,0 +1,75 @@
+"""FLUX.1 dev / Krea / schnell: `FluxTransformer2DModel`. Sources: diffusers 0.42 pipeline_flux.py; DC-Gen's published 1K / 4K models."""
+
+from __future__ import annotations
+
+import math
+
+from dcgen_convert.families.base import Family
+
+
+class Flux(Family):
+    name = "flux"
+    model_class = "FluxTransformer2DModel"
+    pipeline_class = "FluxPipeline"
+    embedder = "x_embedder"
+    head = "proj_out"
+    in_order = out_order = "c p1 p2"
+    guidance = "embedded"  # schnell (guidance_embeds false) has none: see guided()
+    text_keys = ("encoder_hidden_states", "pooled_projections")
+    blocks = ("transformer_blocks", "single_transformer_blocks")
+    # METHOD 3: attention and MLP linears, not the AdaLN linears, embedders or the final proj_out (418 linears in FLUX.1).
+    lora_targets = (
+        r"(transformer_blocks|single_transformer_blocks)\.\d+\."
+        r"(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+        r"|(ff|ff_context)\.net\.(0\.proj|2)|proj_mlp|proj_out)"
+    )
+    awq_pattern = r"(transformer_blocks\.\d+\.norm1(_context)?|single_transformer_blocks\.\d+\.norm)\.linear"
+    bundle_tier = 2
+    default_steps = 20
+    default_guidance = 3.5
+    text_length = 256
+
+    def patch(self, config, channels):
+        return math.isqrt(config["in_channels"] // channels)  # the pipeline packs p x p, config.patch_size stays 1
+
+    def convert_config(self, config, factor, channels, side):
+        return {**config, "in_channels": channels, "out_channels": channels}
+
+    def image_tokens(self, block_output):
+        return block_output[1]  # every block returns (text tokens, image tokens)
+
+    def predict(self, model, z, t, text, guidance=None):
+        import torch
+
+        patch = self.patch(model.config, z.shape[1])
+        tokens = self.tokens(z, patch)  # (B, N, C p p)
+        rows, cols = z.shape[2] // patch, z.shape[3] // patch
+        ids = torch.zeros(rows, cols, 3, device=z.device, dtype=z.dtype)
+        ids[..., 1] += torch.arange(rows, device=z.device, dtype=z.dtype)[:, None]
+        ids[..., 2] += torch.arange(cols, device=z.device, dtype=z.dtype)[None, :]
+        hidden = text["encoder_hidden_states"]
+        output = model(
+            hidden_states=tokens,
+            encoder_hidden_states=hidden,
+            pooled_projections=text["pooled_projections"],
+            timestep=t.to(z.dtype),
+            img_ids=ids.reshape(-1, 3),
+            txt_ids=torch.zeros(hidden.shape[1], 3, device=z.device, dtype=z.dtype),
+            guidance=guidance.to(z.dtype) if model.config.guidance_embeds else None,
+            return_dict=False,
+        )[0]
+        return self.untokens(output, z.shape[2], z.shape[3], patch)
+
+    def encode_text(self, pipeline, prompts, length):
+        embeds, pooled, _ = pipeline.encode_prompt(prompt=prompts, prompt_2=None, max_sequence_length=length)
+        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+
+    def pipeline_call(self, pipeline, prompts, *, height, width, steps, guidance, length):
+        return dict(
+            prompt=prompts,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            max_sequence_length=length,
+        )

@@ -1,0 +1,63 @@
+"""SANA / SANA-1.5: `SanaTransformer2DModel`. Source: diffusers 0.42 pipeline_sana.py."""
+
+from __future__ import annotations
+
+from dcgen_convert.families.base import Family
+
+BINNED = (16, 32, 64, 128)  # sample sizes to which the pipeline attaches resolution bins of 512 / 1024 / 2048 / 4096 px
+
+
+class Sana(Family):
+    name = "sana"
+    model_class = "SanaTransformer2DModel"
+    pipeline_class = "SanaPipeline"
+    embedder = "patch_embed.proj"
+    head = "proj_out"
+    in_order = "c p1 p2"
+    out_order = "p1 p2 c"
+    guidance = "cfg"
+    text_keys = ("encoder_hidden_states", "encoder_attention_mask")
+    blocks = ("transformer_blocks",)
+    lora_targets = r"transformer_blocks\.\d+\.(attn1|attn2)\.(to_q|to_k|to_v|to_out\.0)|transformer_blocks\.\d+\.ff\.conv_(inverted|point)"
+    dense_pattern = r"transformer_blocks\.\d+\.attn2\.to_[kv]"  # cross-attention keys and values stay half precision
+    bundle_tier = 0
+    default_steps = 20
+    default_guidance = 4.5
+    text_length = 300
+
+    def convert_config(self, config, factor, channels, side):
+        size = config.get("sample_size")
+        # The pipeline picks its resolution bins by sample_size, whatever the autoencoder: a binned value must stay.
+        if size not in BINNED:
+            size = side // factor
+        return {**config, "in_channels": channels, "out_channels": channels, "patch_size": 1, "sample_size": size}
+
+    def predict(self, model, z, t, text, guidance=None):
+        return model(
+            hidden_states=z,
+            encoder_hidden_states=text["encoder_hidden_states"],
+            encoder_attention_mask=text["encoder_attention_mask"],
+            timestep=(t * 1000 * model.config.timestep_scale).to(z.dtype),
+            return_dict=False,
+        )[0]
+
+    def encode_text(self, pipeline, prompts, length):
+        embeds, mask, _, _ = pipeline.encode_prompt(
+            prompt=prompts,
+            do_classifier_free_guidance=False,
+            max_sequence_length=length,
+            complex_human_instruction=None,
+        )
+        return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+
+    def pipeline_call(self, pipeline, prompts, *, height, width, steps, guidance, length):
+        return dict(
+            prompt=prompts,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            max_sequence_length=length,
+            complex_human_instruction=None,
+            use_resolution_binning=False,
+        )

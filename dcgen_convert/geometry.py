@@ -1,0 +1,103 @@
+"""Sizes before and after the swap: factors, channels, patches, tokens; and the one rule on picture sizes.
+
+Legend: f spatial compression of an autoencoder, c its latent channels, p patch in latent cells, side in px, tokens =
+(side / (f p))^2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dcgen_convert import catalog, sources
+from dcgen_convert.errors import AccessError, RecipeError
+from dcgen_convert.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One latent space. f: px per latent cell side; c: channels; p: cells per token side."""
+
+    f: int
+    c: int
+    p: int
+
+    @property
+    def token_px(self) -> int:
+        """px per token side."""
+        return self.f * self.p
+
+    def tokens(self, side: int) -> int:
+        """Tokens of a square picture."""
+        return (side // self.token_px) ** 2
+
+
+def base_grid(source: str, offline: bool = True) -> Grid:
+    """The latent space that the source was trained in, from the catalogue or from the configs beside it.
+
+    A single-file checkpoint carries no autoencoder; it gets the grid of its class's catalogue model.
+    """
+    entry = catalog.find_source(source)
+    if entry is not None:
+        return Grid(entry.vae_factor, entry.vae_channels, entry.patch)
+    config = sources.transformer_config(source, offline)
+    known = sources.CLASSES[sources.model_class(config, source)]
+    patch = known.pack * config.get("patch_size", 1)
+    path = Path(source).expanduser()
+    if path.is_dir() and (path / "vae" / "config.json").is_file():
+        f, c = autoencoder_grid(sources.read_config(path / "vae" / "config.json"))
+    elif path.exists():
+        default = catalog.SOURCES[known.recipe]
+        f, c = default.vae_factor, default.vae_channels
+    else:
+        f, c = autoencoder_grid(sources.hub_json(source, "vae/config.json", offline))
+    return Grid(f, c, patch)
+
+
+def new_grid(ae: str, offline: bool = True) -> Grid:
+    """The latent space of the deep-compression autoencoder; patch 1."""
+    entry = catalog.find_autoencoder(ae)
+    if entry is not None:
+        return Grid(entry.factor, entry.channels, 1)
+    path = Path(ae).expanduser()
+    config = (
+        sources.read_config(path / "config.json", path / "vae" / "config.json")
+        if path.exists()
+        else sources.hub_json(ae, "config.json", offline)
+    )
+    return Grid(*autoencoder_grid(config), 1)
+
+
+def autoencoder_grid(config: dict) -> tuple[int, int]:
+    """(f, c) of an AutoencoderKL or AutoencoderDC config."""
+    levels = config.get("encoder_block_out_channels") or config.get("block_out_channels")
+    if not levels or "latent_channels" not in config:
+        raise RecipeError(
+            f"autoencoder config ({config.get('_class_name', 'no class')}) lacks block_out_channels or latent_channels",
+            "use an AutoencoderDC or AutoencoderKL folder",
+        )
+    return 2 ** (len(levels) - 1), config["latent_channels"]
+
+
+def check(recipe: Recipe) -> None:
+    """Every picture side must be a multiple of both f*p, or the grids cannot meet.
+
+    A hub id whose config is not here yet is left to the stage that downloads it.
+    Raises:
+        RecipeError: naming the setting and the nearest sizes that work.
+    """
+    try:
+        grids = {"source": base_grid(recipe.source), "autoencoder": new_grid(recipe.ae)}
+    except AccessError:
+        return
+    sides = {"data.resolution": recipe.data.resolution}
+    sides |= {f"adapt.phases.{i}.resolution": phase.resolution for i, phase in enumerate(recipe.adapt.phases)}
+    for key, side in sides.items():
+        for whose, grid in grids.items():
+            if side % grid.token_px or side < grid.token_px:
+                low, high = side // grid.token_px * grid.token_px, -(-side // grid.token_px) * grid.token_px
+                raise RecipeError(
+                    f"{key} is {side} px, which is no multiple of the {whose}'s f*p "
+                    f"= {grid.f}*{grid.p} = {grid.token_px} px",
+                    f"use {f'{low} or ' if low else ''}{high} px (--resolution)",
+                )

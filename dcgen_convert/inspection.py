@@ -1,0 +1,156 @@
+"""`inspect`: what a checkpoint, folder or bundle is, from JSON files and safetensors headers only. No weights, no
+torch."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+from dcgen_convert import geometry, sources
+from dcgen_convert.bundle.manifest import FILE as MANIFEST
+from dcgen_convert.bundle.manifest import quantised_formats
+from dcgen_convert.checkpoint.headers import PICKLES, Entry, read_header, read_weights
+from dcgen_convert.errors import InputError
+from dcgen_convert.inspection_keys import recognise_keys, strip
+
+SIZES = (
+    "in_channels",
+    "out_channels",
+    "patch_size",
+    "num_layers",
+    "num_single_layers",
+    "num_attention_heads",
+    "attention_head_dim",
+)
+
+
+def inspect(path: Path) -> dict:
+    """What `path` is: kind, family, sizes, autoencoder, LoRA, quantisation per layer, licences, GPUs that can run it.
+
+    Raises:
+        InputError: nothing there, a pickle, a damaged header, a file longer or shorter than its header says.
+    """
+    path = Path(path).expanduser()
+    if path.suffix in PICKLES:
+        raise InputError(
+            f"{path} is a pickle checkpoint, which is refused because loading it runs code",
+            "convert it to safetensors first",
+        )
+    if not path.exists():
+        raise InputError(f"no such file or folder: {path}", "check the path")
+    found = _file(path) if path.is_file() else _folder(path)
+    found["runs_on"] = _runs_on(found)
+    return {"path": str(path), **found}
+
+
+def _file(path: Path) -> dict:
+    tensors, metadata = read_header(path)
+    names = [strip(name) for name in tensors]
+    family, layout = recognise_keys(names)
+    lora = sum(".lora_A." in name or ".lora_down." in name for name in tensors)
+    deep = any(".op_list" in name or "to_qkv_multiscale" in name for name in names)
+    kind = "lora" if lora else "checkpoint" if family else "autoencoder" if deep else "unknown"
+    facts = {"kind": kind, "family": family, "layout": layout, "metadata": metadata, "lora_linears": lora}
+    return {**facts, "licences": {}, **_weights(tensors, {})}
+
+
+def _folder(path: Path) -> dict:
+    """A pipeline folder (model_index.json), a bundle (with its manifest), or one component's folder (config.json)."""
+    index, manifest = path / "model_index.json", path / MANIFEST
+    home = path / "transformer" if index.is_file() else path
+    config = sources.read_config(home / "config.json")
+    known = sources.CLASSES.get(config.get("_class_name", ""))
+    found: dict = {
+        "kind": "bundle" if manifest.is_file() else "pipeline" if index.is_file() else "component",
+        "family": known.family if known else None,
+        "class": config.get("_class_name"),
+        "pipeline": sources.read_config(index).get("_class_name") if index.is_file() else None,
+        "sizes": {key: config[key] for key in SIZES if config.get(key) is not None},
+        "licences": _licences(path),
+        "lora_files": sorted(file.name for file in path.glob("*lora*.safetensors")),
+        **_weights(read_weights(home), config),
+    }
+    if (path / "vae" / "config.json").is_file():
+        vae = sources.read_config(path / "vae" / "config.json")
+        f, c = geometry.autoencoder_grid(vae)
+        found["autoencoder"] = {
+            "class": vae.get("_class_name"),
+            "f": f,
+            "c": c,
+            "scaling_factor": vae.get("scaling_factor"),
+        }
+    if manifest.is_file():
+        made = sources.read_config(manifest)
+        found["made_from"] = {
+            role: record.get("name") or record.get("repo") for role, record in made.get("sources", {}).items()
+        }
+        found["defaults"] = made.get("defaults", {})
+    return found
+
+
+def _weights(tensors: dict[str, Entry], config: dict) -> dict:
+    """Tensors, bytes by dtype, and the format of every quantised linear: as the config says, else by its tensors."""
+    sizes: Counter = Counter()
+    for item in tensors.values():
+        sizes[item.dtype] += item.end - item.start
+    layers = quantised_formats(config) or packed_layers(tensors)
+    method = (config.get("quantization_config") or {}).get("quant_method") or ("svdquant" if layers else None)
+    counts = dict(Counter(layers.values()))
+    quantisation = {"method": method, "counts": counts, "layers": layers} if method else None
+    return {"tensors": len(tensors), "bytes": sum(sizes.values()), "dtypes": dict(sizes), "quantisation": quantisation}
+
+
+def packed_layers(tensors: dict[str, Entry]) -> dict[str, str]:
+    """Module -> format by tensors alone (SVDQUANT.md I 4): `qweight` with `wzeros` is AWQ; FP8 `wscales` mean NVFP4."""
+    found = {}
+    for name in tensors:
+        module, dot, leaf = name.rpartition(".")
+        if dot and leaf == "qweight":
+            scales = tensors.get(f"{module}.wscales")
+            nvfp4 = scales is not None and scales.dtype == "F8_E4M3"
+            found[module] = "awq" if f"{module}.wzeros" in tensors else "nvfp4" if nvfp4 else "int4"
+    return found
+
+
+def _licences(path: Path) -> dict[str, str]:
+    """Licence fields that the folder itself declares: model card front matter, and licence files by first line."""
+    found = {}
+    card = path / "README.md"
+    if card.is_file() and card.read_text(encoding="utf-8").startswith("---"):
+        front = card.read_text(encoding="utf-8").split("---")[1]
+        for key, value in re.findall(r"^(license\w*):\s*(.+)$", front, re.MULTILINE):
+            found[key] = value.strip()
+    for file in sorted(path.glob("LICENSE*")):
+        lines = [
+            line.strip() for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
+        ]
+        found[file.name] = lines[0] if lines else "(empty)"
+    return found
+
+
+def _runs_on(found: dict) -> str:
+    """Which GPUs run it natively (SVDQUANT.md I 5: what the kernels are compiled for)."""
+    counts = (found.get("quantisation") or {}).get("counts", {})
+    elsewhere = "; elsewhere `dcgen-convert sample` draws through the dequantised reference"
+    if "nvfp4" in counts:
+        return "NVFP4 kernels: RTX 50 / RTX PRO Blackwell and GB10 (compute capability 12.x)" + elsewhere
+    if "int4" in counts:
+        return "INT4 kernels: Turing, Ampere, Ada (compute capability 7.5, 8.x) and 12.x, not Hopper" + elsewhere
+    return "any device that diffusers runs on"
+
+
+def render(found: dict) -> str:
+    """The document as lines of text; layers are counted, not listed."""
+    lines = []
+    for key, value in found.items():
+        if key == "quantisation" and value:
+            counts = ", ".join(f"{count} {kind}" for kind, count in value["counts"].items())
+            lines.append(f"quantisation: {value['method']}: {counts or 'no packed layer found'}")
+        elif key == "bytes":
+            lines.append(f"bytes: {value:,}")
+        elif isinstance(value, dict) and value:
+            lines.append(f"{key}: " + ", ".join(f"{name} {item}" for name, item in value.items()))
+        elif value not in (None, {}, [], 0):
+            lines.append(f"{key}: {value}")
+    return "\n".join(lines)

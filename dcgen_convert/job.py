@@ -1,0 +1,114 @@
+"""What every stage is given: the recipe, the base model, the autoencoder, the run folder, and where to speak."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dcgen_convert import catalog
+from dcgen_convert.bundle.scheduler import scheduler_config
+from dcgen_convert.checkpoint.headers import read_weights
+from dcgen_convert.checkpoint.source import Source, load_source, resolve_folder
+from dcgen_convert.console import Console
+from dcgen_convert.errors import InputError
+from dcgen_convert.families import Family
+from dcgen_convert.files import read_json, sha256
+from dcgen_convert.journal import Run
+from dcgen_convert.recipe import Recipe, Resolved
+
+AE_PATTERNS = ["config.json", "*.safetensors", "*.safetensors.index.json", "README.md", "LICENSE*"]
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """The deep-compression autoencoder to move to: its folder and geometry (f, C)."""
+
+    name: str
+    folder: Path
+    revision: str | None
+    factor: int
+    channels: int
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return sha256(self.folder / "config.json") + "".join(
+            sha256(path) for path in sorted(self.folder.glob("*.safetensors"))
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """One conversion."""
+
+    recipe: Recipe
+    source: Source
+    ae: Autoencoder
+    run: Run
+    console: Console
+    offline: bool = False
+
+    @property
+    def family(self) -> Family:
+        return self.source.family
+
+    @property
+    def dtype(self):
+        from dcgen_convert.pipelines import DTYPES
+
+        return DTYPES[self.recipe.dtype]
+
+    @property
+    def text_length(self) -> int:
+        return self.recipe.latents.text_length or self.family.text_length
+
+    @property
+    def resolution(self) -> int:
+        """Picture side in px that the bundle is made for: the last phase's."""
+        return self.recipe.adapt.phases[-1].resolution
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Image tokens at every resolution of the phases."""
+        return tuple(sorted({(phase.resolution // self.ae.factor) ** 2 for phase in self.recipe.adapt.phases}))
+
+    @cached_property
+    def scheduler(self) -> dict[str, Any]:
+        """Scheduler config of the bundle: training draws t with the shift that it samples with."""
+        base = read_json(self.source.root / "scheduler" / "scheduler_config.json")
+        return scheduler_config(base, self.recipe.adapt.shift, channels=self.ae.channels, tokens=self.tokens)
+
+    def folder(self, stage: str) -> Path:
+        return self.run.path / stage
+
+
+def prepare(resolved: Resolved, run: Run, console: Console) -> Job:
+    """Find and check everything that the job needs, before anything is written."""
+    recipe = resolved.recipe
+    entry = catalog.find_source(recipe.source)
+    where = str(entry.folder) if entry and entry.folder else (entry.repo if entry else recipe.source)
+    revision = recipe.revision or (entry.revision if entry else None)
+    source = load_source(recipe.source, where, revision=revision, offline=resolved.machine.offline)
+    if entry and entry.family != source.family.name:
+        raise InputError(f"{source.root} holds a {source.family.name} model, {recipe.source} is a {entry.family}")
+    offline = resolved.machine.offline
+    return Job(recipe, source, find_autoencoder(recipe.ae, offline=offline), run, console, offline)
+
+
+def find_autoencoder(name: str, *, offline: bool = False) -> Autoencoder:
+    """The autoencoder called ``name`` (alias, folder or hub id), its headers checked."""
+    from dcgen_convert import autoencoders
+
+    entry = catalog.find_autoencoder(name)
+    where = str(entry.folder) if entry and entry.folder else (entry.repo if entry else name)
+    folder, revision = resolve_folder(where, offline=offline, patterns=AE_PATTERNS)
+    config = autoencoders.describe(folder)
+    if config["_class_name"] != "AutoencoderDC":
+        raise InputError(
+            f"{name} is a {config['_class_name']}, a conversion needs an AutoencoderDC",
+            f"known: {', '.join(catalog.AUTOENCODERS)}",
+        )
+    read_weights(folder)
+    factor, channels = autoencoders.geometry(config)
+    return Autoencoder(name, folder, revision, factor, channels)

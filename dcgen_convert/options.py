@@ -1,0 +1,128 @@
+"""The options that verbs share, and how they become settings. Each help line gives the unit, the default and what
+disables it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from dcgen_convert import completion
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+def option(*names: str, help: str, **settings: object) -> Callable:
+    return click.option(*names, help=help, **settings)
+
+
+def stack(decorators: list[Callable]) -> Callable:
+    """Several click options as one decorator, shown in the given order."""
+
+    def apply(function: Callable) -> Callable:
+        for decorate in reversed(decorators):
+            function = decorate(function)
+        return function
+
+    return apply
+
+
+SOURCE = click.argument("source", shell_complete=completion.sources)
+
+RECIPE = [
+    option("--ae", metavar="NAME|PATH|REPO", shell_complete=completion.autoencoders,
+           help="Autoencoder to convert to: alias, folder or hub id. Default: the recipe's."),
+    option("--recipe", metavar="FILE", shell_complete=completion.recipes,
+           help="Recipe for a SOURCE that is a model. Default: the one of its family."),
+    option("--set", "sets", multiple=True, metavar="KEY=VALUE",
+           help="One setting, e.g. lora.rank=64 or adapt.ema=0; repeatable. Default: none."),
+    option("--quantize", type=click.Choice(["none", "nvfp4", "int4"]),
+           help="4-bit format of the result. Default: the recipe's; none disables."),
+    option("--merge-lora/--no-merge-lora", default=None,
+           help="Fold the LoRA into the weights, or ship it beside them. Default: the recipe's."),
+    option("--layout", type=click.Choice(["stock", "official"]),
+           help="Pipeline class of the bundle. Default: stock (diffusers' own)."),
+    option("--data", metavar="PATH", type=click.Path(),
+           help="Folder of images with captions, or a .jsonl. Default: pictures drawn by the base model."),
+    option("--prompts", metavar="FILE", type=click.Path(),
+           help="Text file, one prompt per line, for drawn pictures. Default: the recipe's."),
+    option("--resolution", metavar="PX", type=click.IntRange(min=1),
+           help="Final picture side in px; earlier phases keep theirs up to it. Default: the recipe's."),
+    option("--dtype", type=click.Choice(["fp32", "bf16"]), help="Number type in training. Default: the recipe's."),
+    option("--seed", type=click.IntRange(min=0), help="Seed of every random draw. Default: the recipe's (0)."),
+    option("--zero", type=click.Choice(["auto", "0", "1", "2", "3"]),
+           help="ZeRO stage. Default: the recipe's; 0 disables, auto takes the smallest that fits."),
+    option("--offload", type=click.Choice(["none", "optimizer", "all"]),
+           help="What moves to host memory. Default: the recipe's (none); none disables."),
+    option("--revision", metavar="REV", help="Git revision of the source on the hub. Default: the catalogue's."),
+]  # fmt: skip
+
+MACHINE = [
+    option("--gpus", metavar="N", type=click.IntRange(min=1),
+           help="Ranks to start on this host. Default: 1, or join a launcher."),
+    option("--hostfile", metavar="F", type=click.Path(),
+           help="DeepSpeed hostfile of several hosts. Default: this host only."),
+    option("--offline", is_flag=True,
+           help="Use local files and the cache only. Default: off (HF_HUB_OFFLINE is obeyed too)."),
+]  # fmt: skip
+
+OUTPUT = [
+    option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout. Default: off, a line of text."),
+    option("--events", metavar="FILE", type=click.Path(), help="Append progress as NDJSON to FILE. Default: off."),
+    option("--log-file", metavar="FILE", type=click.Path(),
+           help="Append a log to FILE. Default: log.txt in the run folder."),
+    option("-q", "--quiet", is_flag=True, help="Only warnings and errors on stderr. Default: off."),
+    option("-v", "--verbose", is_flag=True, help="Also details and tracebacks on stderr. Default: off."),
+]  # fmt: skip
+
+
+def output_options(values: dict) -> dict:
+    """Take the OUTPUT options out of a verb's arguments, named as `Session.begin` wants them."""
+    return {
+        "json": values.pop("as_json"),
+        "events": values.pop("events"),
+        "log_file": values.pop("log_file"),
+        "quiet": values.pop("quiet"),
+        "verbose": values.pop("verbose"),
+    }
+
+
+def resolve(source: str, values: dict) -> object:
+    """Take the RECIPE and MACHINE options out of a verb's arguments and resolve them to a `recipe.Resolved`."""
+    import os
+
+    from dcgen_convert import recipe
+
+    offline = values.pop("offline")
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    machine = recipe.Machine(
+        values.pop("gpus"), values.pop("hostfile"), offline or bool(os.environ.get("HF_HUB_OFFLINE"))
+    )
+    zero, data = values.pop("zero"), values.pop("data")
+    flags = {
+        "ae": values.pop("ae"),
+        "quantize.format": values.pop("quantize"),
+        "merge_lora": values.pop("merge_lora"),
+        "bundle.layout": values.pop("layout"),
+        "data.path": data,
+        "data.kind": "folder" if data else None,
+        "data.prompts": values.pop("prompts"),
+        "resolution": values.pop("resolution"),
+        "dtype": values.pop("dtype"),
+        "seed": values.pop("seed"),
+        "adapt.zero": int(zero) if zero and zero.isdigit() else zero,
+        "adapt.offload": values.pop("offload"),
+        "revision": values.pop("revision"),
+    }
+    return recipe.load(
+        source, flags=flags, sets=values.pop("sets"), env=os.environ, recipe=values.pop("recipe"), machine=machine
+    )
+
+
+def default_name(resolved: object) -> str:
+    """`flux-krea-dc-ae-f64-nvfp4`: what the bundle and the run folder are called unless told otherwise."""
+    settings = resolved.recipe
+    suffix = "" if settings.quantize.format == "none" else f"-{settings.quantize.format}"
+    return f"{settings.name}-{Path(settings.ae).name}{suffix}"

@@ -1,0 +1,61 @@
+"""The stock pipeline of a source, whole or only its text encoders, and drawing with it from per-picture seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dcgen_convert.bundle.loading import quiet_diffusers
+from dcgen_convert.checkpoint.source import Source
+from dcgen_convert.families import Family, Text
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NOT_TEXT = ("transformer", "vae")
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_pipeline(source: Source, dtype: torch.dtype, **components):
+    """The source's stock pipeline; ``components`` replace parts (None leaves one out)."""
+    import diffusers
+
+    cls = getattr(diffusers, source.family.pipeline_class)
+    with quiet_diffusers():
+        pipeline = cls.from_pretrained(source.root, dtype=dtype, **components)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device())
+
+
+def load_text_encoders(source: Source, dtype: torch.dtype):
+    """The pipeline without transformer and autoencoder: all that encoding prompts needs."""
+    return load_pipeline(source, dtype, transformer=None, vae=None)
+
+
+@torch.no_grad()
+def encode_text(family: Family, pipeline, prompts: Sequence[str], length: int) -> Text:
+    """Conditions of ``prompts``, each tensor (B, ...) on the CPU."""
+    return {key: value.cpu() for key, value in family.encode_text(pipeline, list(prompts), length).items()}
+
+
+@torch.no_grad()
+def draw(
+    family: Family,
+    pipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    side: int,
+    steps: int,
+    guidance: float,
+    length: int,
+) -> Tensor:
+    """Pictures of ``prompts``, (B, 3, side, side) in [-1, 1]; the picture of a seed does not depend on its batch."""
+    call = family.pipeline_call(
+        pipeline, list(prompts), height=side, width=side, steps=steps, guidance=guidance, length=length
+    )
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    return pipeline(**call, generator=generators, output_type="pt").images.float().cpu() * 2 - 1

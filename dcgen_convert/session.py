@@ -1,0 +1,120 @@
+"""One run of the command line: who owns stdout, how signals arrive, and how a failure leaves the process.
+
+stdout carries the result only. While a verb works, file descriptor 1 points at stderr (DeepSpeed and its compilers
+print to it) and a private copy is kept for the result.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+import traceback
+import warnings
+from pathlib import Path
+from typing import IO
+
+import click
+
+from dcgen_convert.console import Console
+from dcgen_convert.errors import DcgenError, InternalError, InterruptedRun, Terminated, explain
+
+
+class Session:
+    """State of one invocation; `click` carries it as `ctx.obj`.
+
+    Args:
+        argv: the arguments, read here only to know how an error in the arguments themselves must be shown.
+    """
+
+    def __init__(self, argv: list[str]):
+        self.argv = argv
+        self.json = "--json" in argv
+        self.rank = int(os.environ.get("RANK") or 0)
+        self.run_dir: Path | None = None
+        self.console = Console("json" if self.json else "human", verbose="-v" in argv or "--verbose" in argv)
+
+    def begin(
+        self,
+        *,
+        json: bool = False,
+        quiet: bool = False,
+        verbose: bool = False,
+        events: str | None = None,
+        log_file: str | None = None,
+        run_dir: Path | None = None,
+    ) -> Console:
+        """Take stdout away from everyone but the result, listen for SIGTERM, and make the console.
+
+        run_dir: the resumable run folder of this verb, if it has one; the log goes there unless `log_file` says
+            otherwise.
+        """
+        self.json = json
+        self.run_dir = run_dir
+        signal.signal(signal.SIGTERM, _on_sigterm)
+        if not verbose:
+            _hush()
+        if run_dir is not None and log_file is None:
+            log_file = str(run_dir / (f"log-rank-{self.rank}.txt" if self.rank else "log.txt"))
+        mode, result = "json" if json else "human", _result_stream()
+        if self.rank:  # only rank 0 speaks; the others log into the run folder
+            nowhere = open(os.devnull, "w")  # noqa: SIM115  lives as long as the process
+            self.console = Console(mode, log_file=log_file, quiet=True, stdout=nowhere, stderr=nowhere)
+        else:
+            self.console = Console(mode, events=events, log_file=log_file, verbose=verbose, quiet=quiet, stdout=result)
+        return self.console
+
+    def fail(self, exc: BaseException) -> int:
+        """Say what went wrong, once, in the right place; return the exit code."""
+        if isinstance(exc, click.Abort) and exc.__cause__ is not None:
+            exc = exc.__cause__  # click's wrapping of KeyboardInterrupt, which hides SIGTERM
+        error = explain(exc)
+        if isinstance(error, InterruptedRun):
+            error.hint = self._again()
+        self._keep_traceback(exc, error)
+        self.console.error(error.message, "" if isinstance(error, InterruptedRun) else error.hint)
+        if isinstance(error, InterruptedRun):
+            self.console.last_line(error.hint)
+        if self.json:
+            self.console.result(error.document(), "")
+        return error.exit_code
+
+    def _again(self) -> str:
+        """The command that continues: resume when there is a run folder, else the same command."""
+        if self.run_dir is not None and self.run_dir.is_dir():
+            return f"dcgen-convert resume {self.run_dir}"
+        return "dcgen-convert " + " ".join(self.argv)
+
+    def _keep_traceback(self, exc: BaseException, error: DcgenError) -> None:
+        trace = "".join(traceback.format_exception(exc))
+        if isinstance(error, InternalError) and self.console.log_file is None:
+            folder = Path(tempfile.gettempdir())
+            self.console.log_file = folder / f"dcgen-convert-{os.getpid()}.log"
+        if isinstance(error, InternalError):
+            error.hint = f"the traceback is in {self.console.log_file}; -v shows it here"
+        self.console.traceback(trace)
+
+
+def _hush() -> None:
+    """Keep libraries' own bars, deprecations and hints off stderr, for this process and its children; -v shows them.
+
+    The hub's download bars are not affected: HF_HUB_DISABLE_PROGRESS_BARS rules them.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    warnings.simplefilter("ignore", FutureWarning)
+    warnings.simplefilter("ignore", DeprecationWarning)
+
+
+def _result_stream() -> IO[str]:
+    """A copy of stdout for the result; file descriptor 1 itself now leads to stderr."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    return os.fdopen(kept, "w", encoding="utf-8")
+
+
+def _on_sigterm(signum: int, frame: object) -> None:
+    raise Terminated

@@ -1,0 +1,131 @@
+"""What SOURCE on the command line is: a recipe, a .yaml, a catalogue name, a folder, a .safetensors file or a hub id.
+
+Only small JSON files and safetensors headers are read here; no weights, no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from dcgen_convert import catalog, recipe
+from dcgen_convert.errors import AccessError, InputError
+
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+
+
+@dataclass(frozen=True)
+class ModelClass:
+    """What a transformer class implies before any family code runs. pack: cells that the *pipeline* packs into a
+    token (FLUX 2 x 2)."""
+
+    family: str
+    pack: int
+    recipe: str
+
+
+CLASSES = {
+    "FluxTransformer2DModel": ModelClass("flux", 2, "flux-dev"),
+    "SanaTransformer2DModel": ModelClass("sana", 1, "sana-1.6b"),
+    "DiTTransformer2DModel": ModelClass("dit", 1, "dit-xl-512"),
+}
+
+
+def recipe_for(source: str, chosen: str | None, offline: bool) -> tuple[str, str | None]:
+    """(recipe name or path, source to put into it or None when the recipe names its own).
+
+    Raises:
+        InputError: nothing of that name (with the nearest name), a pickle, or a family without recipe.
+        AccessError: a hub id whose family cannot be known offline.
+    """
+    if chosen is not None:
+        return chosen, _checked(source)
+    if recipe.find(source) is not None:
+        return source, None
+    entry = catalog.find_source(source)
+    if entry is not None:
+        return entry.recipe, source
+    return CLASSES[model_class(transformer_config(_checked(source), offline), source)].recipe, source
+
+
+def _checked(source: str) -> str:
+    """SOURCE when it can be one at all."""
+    path = Path(source).expanduser()
+    if path.suffix in (".ckpt", ".pt", ".pth", ".bin", ".pkl"):
+        raise InputError(
+            f"{source} is a pickle checkpoint, which is refused because loading it runs code",
+            "convert it to safetensors first",
+        )
+    if catalog.find_source(source) or path.exists():
+        return source
+    if path.suffix == ".safetensors" or source.startswith(("/", "./", "../", "~")):
+        raise InputError(f"no such file or folder: {source}", "check the path")
+    if HUB_ID.match(source):
+        return source
+    known = [*recipe.names(), *catalog.SOURCES]
+    raise InputError(
+        f"unknown source {source!r}{recipe.nearest(source, known)}",
+        "dcgen-convert recipes list; or a folder, a .safetensors, or ORG/NAME",
+    )
+
+
+def short_name(source: str) -> str:
+    """A name for folders: the last part of a path or hub id, without suffix."""
+    return Path(source).name.removesuffix(".safetensors") or "model"
+
+
+def model_class(config: dict, where: str) -> str:
+    """The transformer's class name, when a shipped family handles it."""
+    name = config.get("_class_name", "(none)")
+    if name not in CLASSES:
+        raise InputError(f"{where}: transformer class {name} has no family here", f"supported: {', '.join(CLASSES)}")
+    return name
+
+
+def transformer_config(source: str, offline: bool = False) -> dict:
+    """The transformer's config of any SOURCE: catalogue file, folder, single-file header, hub cache or hub."""
+    entry = catalog.find_source(source)
+    if entry is not None:
+        return entry.transformer_config()
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return read_config(path / "transformer" / "config.json", path / "config.json")
+    if path.is_file():
+        from dcgen_convert.inspection_keys import config_from_header
+
+        return config_from_header(path)
+    return hub_json(source, "transformer/config.json", offline)
+
+
+def read_config(*candidates: Path) -> dict:
+    """The first existing JSON file of `candidates`."""
+    for path in candidates:
+        if path.is_file():
+            try:
+                return json.loads(path.read_text(encoding="utf-8"))
+            except json.JSONDecodeError as exc:
+                raise InputError(f"{path} is not valid JSON: {exc}", "fetch the file again") from exc
+    raise InputError(
+        f"no config found: {candidates[0]} does not exist", "give a diffusers folder (the one with model_index.json)"
+    )
+
+
+def hub_json(repo: str, filename: str, offline: bool, revision: str | None = None) -> dict:
+    """A small JSON file of a hub repository, from the cache first.
+
+    Raises:
+        AccessError: not cached and offline.
+    """
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(repo, filename, revision=revision)
+    if isinstance(cached, str):
+        return json.loads(Path(cached).read_text(encoding="utf-8"))
+    if offline or constants.HF_HUB_OFFLINE:
+        raise AccessError(
+            f"{filename} of {repo} is not in the cache and the network is off",
+            "drop --offline, or give a local folder, or name a --recipe",
+        )
+    return json.loads(Path(hf_hub_download(repo, filename, revision=revision)).read_text(encoding="utf-8"))

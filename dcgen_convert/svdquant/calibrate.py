@@ -1,0 +1,225 @@
+"""One streaming pass through a model, block by block, gathering what quantisation needs to know about every target's
+inputs.
+
+The model's own forward is run for every block and every call: blocks that are done answer with their kept output, the
+first block that is not done is run and the forward stops there. So no fact about a model's block signature is needed,
+and no activation outlives its block.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from dcgen_convert.errors import CheckFailed, InputError
+from dcgen_convert.svdquant.settings import Settings
+from dcgen_convert.svdquant.skeleton import load
+from dcgen_convert.svdquant.source import Entry, read_header
+from dcgen_convert.svdquant.spool import Spool
+from dcgen_convert.svdquant.stats import Stats
+
+Call = (
+    Mapping[str, torch.Tensor] | Path
+)  # keyword arguments of the transformer's forward, or a safetensors file with them
+
+
+class _Reached(Exception):
+    """Stops a forward at the block that it names."""
+
+    def __init__(self, block: str):
+        super().__init__(block)
+        self.block = block
+
+
+def repeated_blocks(model: torch.nn.Module, targets: Sequence[str]) -> list[str]:
+    """Paths of all members of the module lists that hold a target. Errors: InputError for a target outside every
+    module list.
+    """
+    lists: dict[str, list[str]] = {}
+    for target in targets:
+        holder = holding_list(model, target)
+        if holder is None:
+            raise InputError(
+                f"{target} is not inside a repeated block, so its inputs cannot be gathered.",
+                hint="Leave it out of the targets.",
+            )
+        lists.setdefault(holder, [f"{holder}.{index}" for index in range(len(model.get_submodule(holder)))])
+    return [path for paths in lists.values() for path in paths]
+
+
+def holding_list(model: torch.nn.Module, path: str) -> str | None:
+    """Path of the outermost ModuleList around a module, or None."""
+    parts = path.split(".")
+    for length in range(1, len(parts)):
+        holder = ".".join(parts[:length])
+        if isinstance(model.get_submodule(holder), torch.nn.ModuleList):
+            return holder
+    return None
+
+
+class Walker:
+    """Runs a model's repeated blocks in the order in which its forward reaches them.
+
+    model: a skeleton with everything outside `blocks` loaded. `spool` keeps block outputs, `done` are blocks whose
+    output it already has.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        blocks: Sequence[str],
+        entries: dict[str, Entry],
+        calls: Sequence[Call],
+        spool: Spool,
+        settings: Settings,
+        done: Sequence[str] = (),
+    ):
+        self.model, self.entries, self.calls, self.spool, self.settings = model, entries, calls, spool, settings
+        self.left = [block for block in blocks if block not in done]
+        self.dtype = run_dtype(settings.device)
+        self._latest = {
+            block.rpartition(".")[0]: block for block in done
+        }  # module list -> the block whose output is kept
+        self._call = 0
+        for block in blocks:
+            self._set_forward(block, self._answer if block in done else self._stop)
+
+    def walk(self, targets: Sequence[str]) -> Iterator[tuple[str, dict[str, Stats]]]:
+        """Per block: its path and {target: statistics}; layers that read the same tensor share one Stats. The caller
+        quantises in between.
+        """
+        while self.left:
+            block = self._next()
+            module = self.model.get_submodule(block)
+            load(module, block, self.entries, self.settings.device, self.dtype)
+            inside = [target for target in targets if target.startswith(f"{block}.")]
+            collector = _Collector(module, block, inside, len(self.calls), self.settings)
+            self._set_forward(block, self._run)
+            for call in range(len(self.calls)):
+                self._forward(call)
+                collector.end_call()
+            collector.close()
+            module.to("meta")
+            yield block, collector.stats()
+            self._finish(block)
+
+    def _next(self) -> str:
+        """The block that the first call's forward reaches next."""
+        reached = self._forward(0)
+        if reached is None:
+            raise InputError(
+                f"The calibration calls never reach {self.left[0]}.", hint="Check the calls against the model."
+            )
+        return reached
+
+    def _finish(self, block: str) -> None:
+        holder = block.rpartition(".")[0]
+        before, self._latest[holder] = self._latest.get(holder), block
+        self.left.remove(block)
+        self._set_forward(block, self._answer)
+        if before:
+            self.spool.drop(before)
+
+    @torch.no_grad()
+    def _forward(self, call: int) -> str | None:
+        self._call = call
+        try:
+            self.model(**read_call(self.calls[call], self.settings.device, self.dtype))
+        except _Reached as reached:
+            return reached.block
+        return None
+
+    def _set_forward(self, block: str, action) -> None:
+        module = self.model.get_submodule(block)
+        module.forward = lambda *args, **kwargs: action(block, module, args, kwargs)
+
+    def _stop(self, block, module, args, kwargs):
+        raise _Reached(block)
+
+    def _answer(self, block, module, args, kwargs):
+        return self.spool.get(self._latest[block.rpartition(".")[0]], self._call, self.settings.device)
+
+    def _run(self, block, module, args, kwargs):
+        output = type(module).forward(module, *args, **kwargs)
+        self.spool.put(block, self._call, output)
+        raise _Reached(block)
+
+
+class _Collector:
+    """Hooks on the targets of one block. The first call shows which targets read the same tensor; those share one
+    Stats.
+    """
+
+    def __init__(self, module: torch.nn.Module, block: str, targets: Sequence[str], calls: int, settings: Settings):
+        self.calls, self.settings, self.call = calls, settings, 0
+        self.owner: dict[str, str] = {}
+        self.owned: dict[str, Stats] = {}
+        self._seen: list[tuple[torch.Tensor, str]] = []
+        self._targets = targets
+        self._handles = [
+            module.get_submodule(target[len(block) + 1 :]).register_forward_pre_hook(self._hook(target))
+            for target in targets
+        ]
+
+    def _hook(self, target: str):
+        def record(_module, args):
+            x = args[0]
+            owner = next((name for tensor, name in self._seen if tensor is x), target)
+            if self.owner.setdefault(target, owner) != owner:
+                raise CheckFailed(
+                    f"{target} shares its input with {owner} in call {self.call} but with {self.owner[target]} in call "
+                    f"0."
+                )
+            if owner == target:
+                self._seen.append((x, target))
+                if target not in self.owned:
+                    self.owned[target] = Stats(
+                        target,
+                        x.shape[-1],
+                        self.calls,
+                        self.settings.samples,
+                        self.settings.hessian_tokens,
+                        self.settings.seed,
+                        self.settings.device,
+                    )
+                self.owned[target].add(x, self.call)
+
+        return record
+
+    def end_call(self) -> None:
+        self._seen.clear()
+        self.call += 1
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def stats(self) -> dict[str, Stats]:
+        silent = [target for target in self._targets if target not in self.owner]
+        if silent:
+            raise InputError(
+                f"{silent[0]} received no input in any calibration call.", hint="Leave it out of the targets."
+            )
+        for name, stats in self.owned.items():
+            if not bool(torch.isfinite(stats.amax).all()):
+                raise InputError(
+                    f"The calibration calls send NaN or infinity into {name}.",
+                    hint="Check the calls, and the model in float32.",
+                )
+            stats.readers = sum(owner == name for owner in self.owner.values())
+        return {target: self.owned[self.owner[target]] for target in self._targets}
+
+
+def read_call(call: Call, device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """One call's arguments on the device; floating tensors as `dtype`."""
+    if isinstance(call, Path):
+        call = {name: entry.read() for name, entry in read_header(call).items()}
+    return {
+        name: tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True)
+        for name, tensor in call.items()
+    }
+
+
+def run_dtype(device: str) -> torch.dtype:
+    """float32 on a CPU, where bfloat16 is slow; bfloat16 elsewhere, as the model will be run."""
+    return torch.float32 if device == "cpu" else torch.bfloat16

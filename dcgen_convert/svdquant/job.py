@@ -1,0 +1,113 @@
+"""One quantisation job: its inputs, and the hidden work folder that lets it go on after a stop."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from dcgen_convert.console import Console
+from dcgen_convert.errors import InputError
+from dcgen_convert.files import read_json, write_json
+from dcgen_convert.svdquant.calibrate import Call
+from dcgen_convert.svdquant.checks import check_awq_shape, check_finite, check_svdq_shape
+from dcgen_convert.svdquant.settings import Settings
+from dcgen_convert.svdquant.source import Entry
+
+
+class Targets(Protocol):
+    """Exact module paths: `svdq` become W4A4, `awq` become W4A16."""
+
+    svdq: list[str]
+    awq: list[str]
+
+
+@dataclass(frozen=True)
+class Job:
+    """config, entries: the source, from `source.read_folder`. work: `blocks/` finished, `outputs/` of blocks."""
+
+    config: dict
+    entries: dict[str, Entry]
+    targets: Targets
+    settings: Settings
+    calls: Sequence[Call]
+    work: Path
+
+    def check(self) -> None:
+        """Refuse by name every target that cannot be quantised, from headers alone, then NaN or infinity anywhere."""
+        targets = self.targets
+        if not targets.svdq and not targets.awq:
+            hint = "Check the family's targets with `dcgen-convert plan`."
+            raise InputError("No layer is planned for quantisation.", hint)
+        if self.settings.calibration == "calls" and targets.svdq and not self.calls:
+            hint = "Use --calibration none to quantise without data."
+            raise InputError("Calibration needs at least one call.", hint)
+        both = sorted(set(targets.svdq) & set(targets.awq))
+        if both:
+            raise InputError(f"{both[0]} is planned both as W4A4 and as W4A16.", "Leave it in one of the two lists.")
+        for names, check_shape in ((targets.svdq, check_svdq_shape), (targets.awq, check_awq_shape)):
+            for name in names:
+                if f"{name}.weight" not in self.entries:
+                    hint = "Check the family's targets against the checkpoint."
+                    raise InputError(f"The checkpoint holds no {name}.weight.", hint)
+                check_shape(name, self.entries[f"{name}.weight"].shape)
+        for name, entry in self.entries.items():
+            check_finite(name, entry.read())
+
+    def open(self, console: Console) -> None:
+        """Make the work folder, or keep one that belongs to this very job."""
+        plan, fingerprint = self.work / "plan.json", self.fingerprint()
+        if self.work.exists() and not (plan.is_file() and read_json(plan) == fingerprint):
+            console.say("quantize: an unfinished run with other inputs or settings lies here; it is discarded")
+            shutil.rmtree(self.work)
+        (self.work / "blocks").mkdir(parents=True, exist_ok=True)
+        write_json(plan, fingerprint)
+
+    def fingerprint(self) -> dict:
+        """What decides the output's bytes, short enough to compare."""
+        weights = hashlib.sha256()
+        for entry in self.entries.values():
+            stat = entry.file.stat()
+            place = f"{entry.name} {entry.dtype} {entry.shape} {entry.start} {stat.st_size} {stat.st_mtime_ns}\n"
+            weights.update(place.encode())
+        return {
+            "config": hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest(),
+            "weights": weights.hexdigest(),
+            "targets": {"svdq": list(self.targets.svdq), "awq": list(self.targets.awq)},
+            "settings": self.settings.as_dict(),
+            "calls": _hash_calls(self.calls),
+        }
+
+    def tensors_file(self, block: str) -> Path:
+        """The finished tensors of a block."""
+        return self.work / "blocks" / f"{block}.safetensors"
+
+    def records_file(self, block: str) -> Path:
+        """The records of a finished block; its presence marks the block as finished."""
+        return self.work / "blocks" / f"{block}.json"
+
+    def walked(self) -> list[str]:
+        """Blocks whose outputs are kept or were already used, in the order in which the forward reached them."""
+        path = self.work / "walked.json"
+        return read_json(path) if path.is_file() else []
+
+    def mark_walked(self, block: str) -> None:
+        """Remember that a block was run on every call and, if it has targets, finished."""
+        write_json(self.work / "walked.json", [*self.walked(), block])
+
+
+def _hash_calls(calls: Sequence[Call]) -> str:
+    digest = hashlib.sha256()
+    for call in calls:
+        if isinstance(call, Path):
+            digest.update(call.read_bytes())
+            continue
+        for name in sorted(call):
+            tensor = call[name].detach().cpu().contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()

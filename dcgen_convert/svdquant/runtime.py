@@ -1,0 +1,148 @@
+"""Reading a quantised transformer folder back on a machine without the kernels, from the files alone.
+
+`load_dequantised` expands the weights; `emulate` also quantises activations as the kernels do, for honest quality
+numbers. T tokens.
+"""
+
+from pathlib import Path
+
+import torch
+
+from dcgen_convert.errors import InputError
+from dcgen_convert.svdquant.activation import quantize_activation
+from dcgen_convert.svdquant.awq import AwqLinear
+from dcgen_convert.svdquant.formats import round_bf16
+from dcgen_convert.svdquant.layer import SvdqLinear
+from dcgen_convert.svdquant.skeleton import build
+from dcgen_convert.svdquant.source import Entry, read_folder
+from dcgen_convert.svdquant.tensors import awq_spec, check_tensors, svdq_spec, unpack_awq, unpack_svdq
+
+
+class _Emulation(torch.nn.Module):
+    """Moves with the model but stays float32: its buffers emulate 4-bit arithmetic, they are not weights."""
+
+    def _apply(self, fn, recurse=True):
+        return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), recurse)
+
+
+class EmulatedSvdq(_Emulation):
+    """A W4A4 linear with the kernel's roundings (SVDQUANT Part I.1): bfloat16 in and out of every step, float32 inside.
+
+    Takes and returns any floating dtype; inputs are rounded to bfloat16 first.
+    """
+
+    def __init__(self, layer: SvdqLinear, row_scale: torch.Tensor):
+        super().__init__()
+        self.precision = layer.quantised.precision
+        self.in_features, self.out_features = layer.down.shape[1], layer.up.shape[0]
+        for name, tensor in {
+            "weight": layer.quantised.dequantise(),
+            "smooth": layer.smooth,
+            "row_scale": row_scale,
+            "up": layer.up.float(),
+            "down": layer.down.float(),
+            "bias": None if layer.bias is None else layer.bias.float(),
+        }.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = round_bf16(x.reshape(-1, x.shape[-1]))  # (T, K)
+        y = round_bf16(quantize_activation(tokens, self.smooth, self.precision) @ self.weight.T)
+        if self.precision == "nvfp4" or self.bias is not None:
+            y = y * self.row_scale
+            y = round_bf16(y if self.bias is None else y + self.bias)
+        y = round_bf16(y + round_bf16(tokens @ self.down.T) @ self.up.T)
+        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+
+class EmulatedAwq(_Emulation):
+    """A W4A16 linear: the dequantised weight in bfloat16, products summed in float32."""
+
+    def __init__(self, layer: AwqLinear):
+        super().__init__()
+        self.out_features, self.in_features = layer.codes.shape
+        self.register_buffer("weight", layer.dense(), persistent=False)
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.float(), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = round_bf16(round_bf16(x) @ self.weight.T)
+        return (y if self.bias is None else round_bf16(y + self.bias)).to(x.dtype)
+
+
+def load_dequantised(folder: Path, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
+    """The stock diffusers model with every 4-bit weight expanded to dense: R diag(1/s) wcscales wtscale + U D;
+    activations are not quantised.
+
+    Errors: InputError when the folder is no nunchaku_lite folder; CheckFailed naming a layer whose tensors are
+    incomplete or misshapen.
+    """
+    model, entries, layers = open_layers(folder)
+    state = {}
+    for name, layer in layers.items():
+        weight, bias = (
+            layer.dense() if isinstance(layer, AwqLinear) else _expand(*layer),
+            (layer if isinstance(layer, AwqLinear) else layer[0]).bias,
+        )
+        state[f"{name}.weight"] = weight.to(dtype)
+        if bias is not None:
+            state[f"{name}.bias"] = bias.to(dtype)
+    return _fill(model, entries, state, dtype)
+
+
+def emulate(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """The stock diffusers model whose target linears are replaced by emulations of the W4A4 and W4A16 kernels. Errors
+    as `load_dequantised`.
+    """
+    model, entries, layers = open_layers(folder)
+    for name, layer in layers.items():
+        parent, _, leaf = name.rpartition(".")
+        module = EmulatedAwq(layer) if isinstance(layer, AwqLinear) else EmulatedSvdq(*layer)
+        setattr(model.get_submodule(parent), leaf, module)
+    return _fill(model, entries, {}, dtype)
+
+
+def _expand(layer: SvdqLinear, row_scale: torch.Tensor) -> torch.Tensor:
+    """W (N, K) float32; the row scale multiplies the 4-bit part only."""
+    return layer.quantised.dequantise() / layer.smooth * row_scale[:, None] + layer.up.float() @ layer.down.float()
+
+
+def open_layers(
+    folder: Path,
+) -> tuple[torch.nn.Module, dict[str, Entry], dict[str, AwqLinear | tuple[SvdqLinear, torch.Tensor]]]:
+    """(model without weights, dense entries, quantised layers by module path with, for W4A4, their row scales)."""
+    config, entries = read_folder(folder)
+    quantisation = config.get("quantization_config") or {}
+    if quantisation.get("quant_method") != "nunchaku_lite":
+        raise InputError(f"{folder} is not quantised in nunchaku_lite form.", hint="Load it with diffusers.")
+    model = build(config)
+    svdq, awq = (quantisation.get(section) or {"targets": []} for section in ("svdq_w4a4", "awq_w4a16"))
+    layers = {}
+    for name in (*svdq["targets"], *awq["targets"]):
+        linear = model.get_submodule(name)
+        shape, bias = (linear.out_features, linear.in_features), linear.bias is not None
+        mine = [key for key in entries if key.rpartition(".")[0] == name]
+        tensors = {key.rpartition(".")[2]: entries.pop(key).read() for key in mine}
+        if name in awq["targets"]:
+            check_tensors(name, tensors, awq_spec(shape, bias))
+            layers[name] = unpack_awq(tensors)
+        else:
+            check_tensors(name, tensors, svdq_spec(shape, svdq["precision"], svdq["rank"], bias))
+            layers[name] = unpack_svdq(tensors, svdq["precision"])
+    return model, entries, layers
+
+
+def _fill(
+    model: torch.nn.Module, entries: dict[str, Entry], state: dict[str, torch.Tensor], dtype: torch.dtype
+) -> torch.nn.Module:
+    """Load dense entries (floating ones as `dtype`) and `state`; every parameter must be there, and nothing else."""
+    for name, entry in entries.items():
+        tensor = entry.read()
+        state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    wanted = model.state_dict().keys()
+    if wanted != state.keys():
+        odd = sorted(wanted ^ state.keys())
+        raise InputError(
+            f"The folder's tensors do not fit its config.json: {odd[0]} is missing or unexpected ({len(odd)} in all)."
+        )
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(False).eval()

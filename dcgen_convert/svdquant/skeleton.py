@@ -1,0 +1,77 @@
+"""A stock diffusers model without its weights, and the weights of one part of it when they are needed."""
+
+from contextlib import contextmanager
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from dcgen_convert.errors import InputError
+from dcgen_convert.svdquant.source import Entry
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Uninitialised tensors, which is what layers allocate for their parameters, take no memory; computed buffers stay
+    real.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def without_memory():
+    """Modules built inside have their parameters on the meta device, and real non-persistent buffers."""
+    with _EmptyOnMeta():
+        yield
+
+
+def build(config: dict) -> torch.nn.Module:
+    """The model that config.json describes, in eval mode. Errors: InputError when diffusers has no such class."""
+    import diffusers
+
+    name = config.get("_class_name", "")
+    if not hasattr(diffusers, name):
+        raise InputError(
+            f"config.json names the class {name!r}, which diffusers {diffusers.__version__} does not have."
+        )
+    with without_memory():
+        model = getattr(diffusers, name).from_config(
+            {key: value for key, value in config.items() if key != "quantization_config"}
+        )
+    return model.eval().requires_grad_(False)
+
+
+def load(
+    module: torch.nn.Module,
+    prefix: str,
+    entries: dict[str, Entry],
+    device: str,
+    dtype: torch.dtype,
+    skip: tuple[str, ...] = (),
+) -> None:
+    """Fill `module` (at path `prefix` in the model) from the source, floating tensors as `dtype`; leave out what lies
+    under `skip`.
+
+    Errors: InputError naming a parameter that the checkpoint lacks.
+    """
+    dot = f"{prefix}." if prefix else ""
+    state = {}
+    for name in module.state_dict():
+        full = dot + name
+        if any(full.startswith(f"{path}.") for path in skip):
+            continue
+        if full not in entries:
+            raise InputError(
+                f"The checkpoint holds no {full}.", hint="Check that config.json belongs to these weights."
+            )
+        tensor = entries[full].read()
+        state[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
+    module.load_state_dict(state, strict=False, assign=True)
+    for path, buffer in module.named_buffers():
+        if path not in state and not buffer.is_meta:
+            owner, _, leaf = path.rpartition(".")
+            setattr(module.get_submodule(owner), leaf, buffer.to(device))
+    module.requires_grad_(False)

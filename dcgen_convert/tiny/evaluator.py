@@ -1,0 +1,44 @@
+"""The judge of the tiny world: reads the six attributes off a picture, and gives features for a Frechet distance.
+
+Trained on drawn pictures only, apart from every model that it judges.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dcgen_convert.tiny import world
+
+FEATURES = 96
+
+
+class Evaluator(nn.Module):
+    """Strided convolutions, features on a 4 x 4 grid, one linear head per attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (3, 16, 32, 48, 64, 64)
+        layers: list[nn.Module] = []
+        for before, after in zip(widths, widths[1:], strict=False):
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after), nn.SiLU()]
+        self.trunk = nn.Sequential(*layers)  # (B, 3, 128, 128) -> (B, 64, 4, 4)
+        self.features = nn.Linear(64 * 16, FEATURES)
+        self.heads = nn.ModuleList(nn.Linear(FEATURES, len(names)) for names in world.ATTRIBUTES.values())
+
+    def embed(self, pictures: Tensor) -> Tensor:
+        """(B, 3, 128, 128) in [-1, 1] -> (B, FEATURES)."""
+        if pictures.shape[-1] != world.SIDE:
+            pictures = F.interpolate(pictures, size=(world.SIDE, world.SIDE), mode="area")
+        return self.features(self.trunk(pictures).flatten(1))
+
+    def forward(self, pictures: Tensor) -> list[Tensor]:
+        """Logits per attribute, each (B, number of values)."""
+        features = F.silu(self.embed(pictures))
+        return [head(features) for head in self.heads]
+
+    @torch.no_grad()
+    def read(self, pictures: Tensor) -> Tensor:
+        """Attribute indices that the pictures show, (B, 6)."""
+        return torch.stack([logits.argmax(1) for logits in self(pictures)], dim=1)

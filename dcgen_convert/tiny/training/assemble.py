@@ -1,0 +1,123 @@
+"""Put trained parts together as diffusers folders in bfloat16, and measure the gates."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+)
+from safetensors.torch import load_file, save_file
+
+from dcgen_convert.files import read_json, write_json
+from dcgen_convert.tiny import world
+from dcgen_convert.tiny.training import text
+
+# FLUX's dynamic shift with its two anchors at token counts of this world: mu 0.5 at 64 tokens (128 px at f8 p2), 1.15 at 1024.
+FLUX_SCHEDULER = dict(
+    use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=64, max_image_seq_len=1024, shift=3.0
+)
+CARD = """---
+license: apache-2.0
+---
+# {name}
+
+A miniature of {what}, trained on drawn pictures of the tiny world (128 px) by `dcgen_convert.tiny.training`. For tests and demonstrations.
+"""
+
+
+def write(work: Path, weights: Path) -> None:
+    """Every folder whose parts exist in ``work``; a folder that is there already is replaced."""
+    weights.mkdir(parents=True, exist_ok=True)
+    if (work / "evaluator.safetensors").exists():
+        save_file(load_file(work / "evaluator.safetensors"), weights / "evaluator.safetensors")
+    for name, part in (("tiny-dc-ae-f32", "dc-f32c32"), ("tiny-dc-ae-f64", "dc-f64c128")):
+        if (work / part).exists():
+            _save(AutoencoderDC.from_pretrained(work / part, dtype=torch.bfloat16), weights / name)
+            _card(weights / name, name, f"the {part[3:6]} deep-compression autoencoder DC-AE")
+    for name, build, what in (("flux", flux, "FLUX.1-dev"), ("sana", sana, "SANA"), ("dit", dit, "DiT")):
+        if (work / name).exists():
+            _save(build(work), weights / f"tiny-{name}")
+            if name == "dit":  # DiTPipeline reads its label table from the index but does not write it
+                index = read_json(weights / "tiny-dit" / "model_index.json")
+                index["id2label"] = {
+                    str(label): f"{color} {shape}" for label, (shape, color) in enumerate(world.CLASSES)
+                }
+                write_json(weights / "tiny-dit" / "model_index.json", index)
+            _card(weights / f"tiny-{name}", f"tiny-{name}", what)
+
+
+def flux(work: Path) -> FluxPipeline:
+    (clip, clip_tokenizer), (t5, t5_tokenizer) = text.clip(), text.t5()
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**FLUX_SCHEDULER),
+        vae=AutoencoderKL.from_pretrained(work / "kl-f8c16", dtype=torch.bfloat16),
+        text_encoder=clip.to(torch.bfloat16),
+        tokenizer=clip_tokenizer,
+        text_encoder_2=t5.to(torch.bfloat16),
+        tokenizer_2=t5_tokenizer,
+        transformer=FluxTransformer2DModel.from_pretrained(work / "flux", dtype=torch.bfloat16),
+    )
+
+
+def sana(work: Path) -> SanaPipeline:
+    gemma, tokenizer = text.gemma()
+    return SanaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=gemma.to(torch.bfloat16),
+        vae=AutoencoderDC.from_pretrained(work / "dc-f32c32", dtype=torch.bfloat16),
+        transformer=SanaTransformer2DModel.from_pretrained(work / "sana", dtype=torch.bfloat16),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+def dit(work: Path) -> DiTPipeline:
+    return DiTPipeline(
+        transformer=DiTTransformer2DModel.from_pretrained(work / "dit", dtype=torch.bfloat16),
+        vae=AutoencoderKL.from_pretrained(work / "kl-f8c4", dtype=torch.bfloat16),
+        scheduler=DDIMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, clip_sample=False),
+    )
+
+
+def _save(model, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder, safe_serialization=True)
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o644)
+
+
+def _card(folder: Path, name: str, what: str) -> None:
+    (folder / "README.md").write_text(CARD.format(name=name, what=what))
+
+
+@torch.no_grad()
+def gates(work: Path, log: Callable[[str], None]) -> None:
+    """Round trips of the autoencoders: attribute accuracy and PSNR on 1,000 pictures that no model saw."""
+    from dcgen_convert import autoencoders
+    from dcgen_convert.tiny.training.__main__ import load_evaluator
+
+    judge = load_evaluator(work)
+    labels = world.sample_labels(1000, 424_242)
+    pictures = torch.cat([world.draw(rows, 424_242 + i) for i, rows in enumerate(labels.split(100))])
+    log(f"pictures themselves: accuracy {(judge.read(pictures) == labels).float().mean():.4f}")
+    for name in ("kl-f8c16", "kl-f8c4", "dc-f32c32", "dc-f64c128"):
+        if (work / name).exists():
+            codec = autoencoders.load(work / name)
+            again = torch.cat([codec.decode(codec.encode(part)) for part in pictures.split(50)])
+            accuracy = (judge.read(again) == labels).float().mean(0)
+            psnr = -10 * torch.log10((again - pictures).square().mean() / 4)
+            log(
+                f"{name}: accuracy {accuracy.mean():.4f} ({', '.join(f'{a:.3f}' for a in accuracy)}), PSNR {psnr:.2f} dB"
+            )

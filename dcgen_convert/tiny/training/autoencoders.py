@@ -1,0 +1,124 @@
+"""Train the autoencoders of the tiny world: AutoencoderKL f8c16 (FLUX-like), f8c4 (SD-like), AutoencoderDC f32c32, f64c128."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderDC, AutoencoderKL
+
+from dcgen_convert.tiny import world
+
+POOL = 6000  # pictures; drawing them anew for every step would take longer than the step
+KL = dict(
+    in_channels=3,
+    out_channels=3,
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    block_out_channels=(8, 16, 32, 64),
+    layers_per_block=1,
+    norm_num_groups=1,  # small groups would normalise the colour of a flat background away
+    mid_block_add_attention=False,
+    sample_size=world.SIDE,
+)
+
+
+def dc(channels: int, widths: tuple[int, ...], layers: tuple[int, ...]) -> dict:
+    """Config of an AutoencoderDC whose first level is skipped (layers 0), as in the published in / mix / 1.5 models."""
+    return dict(
+        latent_channels=channels,
+        encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock",
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        encoder_layers_per_block=layers,
+        decoder_layers_per_block=layers,
+        encoder_qkv_multiscales=((),) * len(widths),
+        decoder_qkv_multiscales=((),) * len(widths),
+        upsample_block_type="pixel_shuffle",
+    )
+
+
+CONFIGS = {
+    "kl-f8c16": (AutoencoderKL, {**KL, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}),
+    "kl-f8c4": (AutoencoderKL, {**KL, "latent_channels": 4}),
+    "dc-f32c32": (AutoencoderDC, dc(32, (8, 16, 32, 64, 128, 128), (0, 1, 1, 2, 2, 2))),
+    "dc-f64c128": (AutoencoderDC, dc(128, (8, 16, 32, 64, 128, 128, 128), (0, 1, 1, 1, 1, 1, 1))),
+}
+
+
+def reconstruct(model, pictures: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round trip in training mode: (B, 3, H, W) -> reconstruction and a latent regulariser (KL, or latent energy)."""
+    if isinstance(model, AutoencoderKL):
+        posterior = model.encode(pictures).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator)
+        return model.decode(
+            posterior.mean + posterior.std * noise
+        ).sample, 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+    latent = model.encode(pictures).latent
+    # DC-AE has no posterior; a little noise keeps its latents smooth enough for a diffusion model to learn.
+    noisy = latent + 0.05 * latent.detach().square().mean().sqrt() * torch.randn(latent.shape, generator=generator)
+    return model.decode(noisy).sample, 1e-4 * latent.square().mean()
+
+
+def train(name: str, steps: int, batch: int, lr: float, seed: int, log=print) -> torch.nn.Module:
+    """Train autoencoder ``name`` of ``CONFIGS`` on drawn pictures; sets its scaling (and shift) factor from its latents."""
+    torch.manual_seed(seed)
+    cls, config = CONFIGS[name]
+    model = cls(**config).train()
+    if isinstance(model, AutoencoderKL):  # start almost deterministic: unit posterior noise would drown the first steps
+        (model.quant_conv or model.encoder.conv_out).bias.data[model.config.latent_channels :] = -7
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min(1, (s + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * s / steps)))
+    )
+    ema = {k: v.clone() for k, v in model.state_dict().items()}
+    generator = torch.Generator().manual_seed(seed)
+    pool = torch.cat([world.draw(rows, seed + i) for i, rows in enumerate(world.sample_labels(POOL, seed).split(50))])
+    started = time.time()
+    for step in range(steps):
+        pictures = pool[torch.randint(POOL, (batch,), generator=generator)]
+        output, regulariser = reconstruct(model, pictures, generator)
+        loss = (
+            F.l1_loss(output, pictures)
+            + 2 * F.mse_loss(output, pictures)
+            + 0.5 * F.l1_loss(_edges(output), _edges(pictures))
+        )
+        (loss + regulariser).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        decay = min(0.995, (step + 1) / (step + 20))
+        for key, value in model.state_dict().items():
+            ema[key].lerp_(value, 1 - decay)
+        if step % 50 == 0 or step == steps - 1:
+            psnr = -10 * math.log10(F.mse_loss(output, pictures).item() / 4)
+            log(
+                f"{name} step {step} loss {loss.item():.4f} psnr {psnr:.2f} dB {(time.time() - started) / (step + 1):.3f} s/step"
+            )
+    model.load_state_dict(ema)
+    return set_scale(model.eval())
+
+
+def _edges(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([(x[..., :, 1:] - x[..., :, :-1]).flatten(1), (x[..., 1:, :] - x[..., :-1, :]).flatten(1)], dim=1)
+
+
+@torch.no_grad()
+def set_scale(model):
+    """Write scaling_factor = 1/RMS (DC-AE, no shift) or 1/std and shift = mean (FLUX-like VAE) into the config."""
+    pictures = world.draw(world.sample_labels(512, 99), 99)
+    if isinstance(model, AutoencoderDC):
+        latents = torch.cat([model.encode(p).latent for p in pictures.split(64)])
+        model.register_to_config(scaling_factor=round(1 / latents.square().mean().sqrt().item(), 4))
+        return model
+    latents = torch.cat([model.encode(p).latent_dist.mean for p in pictures.split(64)])
+    if model.config.latent_channels == 16:
+        shift = round(latents.mean().item(), 4)
+        model.register_to_config(shift_factor=shift, scaling_factor=round(1 / latents.std().item(), 4))
+    else:
+        model.register_to_config(scaling_factor=round(1 / latents.square().mean().sqrt().item(), 4))
+    return model

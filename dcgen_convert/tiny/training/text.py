@@ -1,0 +1,134 @@
+"""Small frozen text encoders with real tokenizers: CLIP + T5 for tiny-flux, Gemma2 for tiny-sana.
+
+The encoders are random and never trained: captions of the tiny world are unambiguous as bags of words, so distinct
+token features are all that the transformers need.
+"""
+
+from __future__ import annotations
+
+import json
+import string
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from dcgen_convert.tiny import world
+
+WIDTH = 64
+CHARACTERS = string.ascii_lowercase + string.digits + string.punctuation
+
+
+def words() -> list[str]:
+    """Every word that captions use, sorted."""
+    texts = [name for names in world.ATTRIBUTES.values() for name in names]
+    return sorted({word for text in [*texts, "a"] for word in text.split()})
+
+
+def _bpe(prefix: str, suffix: str) -> tuple[list[str], list[tuple[str, str]]]:
+    """Byte-pair merges that make each caption word one token: pieces and merges, learnt by the tokenizers library."""
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix=suffix))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        min_frequency=1,
+        max_token_length=40,
+        initial_alphabet=list(CHARACTERS),
+        end_of_word_suffix=suffix,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([prefix + word for word in words()] * 4, trainer)
+    state = json.loads(tokenizer.to_str())["model"]
+    pieces = sorted(state["vocab"], key=state["vocab"].get)
+    extra = [c + suffix for c in CHARACTERS if suffix and c + suffix not in state["vocab"]]
+    return pieces + extra, [tuple(m) for m in state["merges"]]
+
+
+def clip() -> tuple[CLIPTextModel, CLIPTokenizer]:
+    pieces, merges = _bpe("", "</w>")
+    vocab = {piece: i for i, piece in enumerate(["<|startoftext|>", "<|endoftext|>", *pieces])}
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
+    torch.manual_seed(1)
+    model = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=2 * WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=77,
+            projection_dim=WIDTH,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+        )
+    )
+    with torch.no_grad():  # the pooled state is the last token's: attention must carry the words to it
+        for name, weight in model.named_parameters():
+            if name.endswith(("v_proj.weight", "out_proj.weight")):
+                weight.mul_(12)
+    return model.eval(), tokenizer
+
+
+def t5() -> tuple[T5EncoderModel, T5Tokenizer]:
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
+    vocab += [("▁" + word, -2.0) for word in words()] + [(c, -8.0) for c in CHARACTERS]
+    tokenizer = T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=512)
+    torch.manual_seed(2)
+    model = T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=WIDTH,
+            d_kv=16,
+            d_ff=2 * WIDTH,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+        )
+    )
+    with (
+        torch.no_grad()
+    ):  # weak mixing: the pipeline pads without a mask, features must not depend on the padded length
+        for name, weight in model.named_parameters():
+            if name.endswith("SelfAttention.o.weight"):
+                weight.mul_(0.1)
+    return model.eval(), tokenizer
+
+
+def gemma() -> tuple[Gemma2Model, GemmaTokenizer]:
+    pieces, merges = _bpe("▁", "")
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    byte_pieces = [f"<0x{i:02X}>" for i in range(256)]
+    vocab = {piece: i for i, piece in enumerate([*special, *byte_pieces, *pieces])}
+    tokenizer = GemmaTokenizer(vocab=vocab, merges=merges, model_max_length=300, add_bos_token=True)
+    torch.manual_seed(3)
+    model = Gemma2Model(
+        Gemma2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=2 * WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            max_position_embeddings=512,
+            query_pre_attn_scalar=16,
+            sliding_window=512,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=2,
+        )
+    )
+    with torch.no_grad():
+        model.embed_tokens.weight.normal_(std=1 / WIDTH**0.5)
+    return model.eval(), tokenizer

@@ -1,0 +1,246 @@
+"""Train the base transformers of the tiny world: tiny-flux (CFG teacher, then guidance distillation), tiny-sana, tiny-dit.
+
+B batch, C latent channels, h w latent grid, L text tokens; z_t = (1 - t) z_0 + t eps throughout.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderDC, DiTTransformer2DModel, FluxTransformer2DModel, SanaTransformer2DModel
+from torch import Tensor, nn
+
+from dcgen_convert import families
+from dcgen_convert.families.dit import NULL_CLASS, TRAIN_STEPS, noise_times
+from dcgen_convert.tiny import world
+
+FLUX = dict(
+    patch_size=1,
+    in_channels=64,
+    num_layers=2,
+    num_single_layers=4,
+    attention_head_dim=32,
+    num_attention_heads=4,
+    joint_attention_dim=64,
+    pooled_projection_dim=64,
+    guidance_embeds=True,
+    axes_dims_rope=(8, 12, 12),
+)
+SANA = dict(
+    in_channels=32,
+    out_channels=32,
+    num_attention_heads=4,
+    attention_head_dim=32,
+    num_layers=6,
+    num_cross_attention_heads=4,
+    cross_attention_head_dim=32,
+    cross_attention_dim=128,
+    caption_channels=64,
+    sample_size=4,
+    patch_size=1,
+)
+DIT = dict(
+    num_attention_heads=4,
+    attention_head_dim=32,
+    in_channels=4,
+    out_channels=8,
+    num_layers=4,
+    sample_size=16,
+    patch_size=2,
+    num_embeds_ada_norm=1000,
+)
+TEXT_LENGTH = 16  # tokens; the longest caption takes 12
+CFG_SCALE = {"flux": 3.5, "sana": 3.0, "dit": 3.0}
+GUIDANCE_RANGE = (1.0, 6.0)  # of the distilled tiny-flux
+
+
+@dataclass
+class Pairs:
+    """Latents with the row of their condition in ``text``; ``null`` is the condition of the empty prompt (batch of one)."""
+
+    z: Tensor  # (S, C, h, w)
+    row: Tensor  # (S,)
+    text: dict[str, Tensor]
+    null: dict[str, Tensor]
+
+    def batch(self, index: Tensor, drop: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = self.row[index]
+        text = {key: value[rows] for key, value in self.text.items()}
+        if drop is not None:
+            for key, value in text.items():
+                mask = drop.reshape(-1, *[1] * (value.ndim - 1))
+                text[key] = torch.where(mask, self.null[key].to(value.dtype), value)
+        return self.z[index], text
+
+
+@torch.no_grad()
+def encode_pictures(vae, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Draw ``count`` pictures: their model latents (S, C, h, w) and attribute labels (S, 6)."""
+    labels = world.sample_labels(count, seed)
+    parts = []
+    for start in range(0, count, 100):
+        pictures = world.draw(labels[start : start + 100], seed + 1 + start)
+        if isinstance(vae, AutoencoderDC):
+            parts.append(vae.encode(pictures).latent * vae.config.scaling_factor)
+        else:
+            parts.append(
+                (vae.encode(pictures).latent_dist.mean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+            )
+    return torch.cat(parts), labels
+
+
+def logit_normal(count: int, shift: float, generator: torch.Generator) -> Tensor:
+    s = torch.sigmoid(torch.randn(count, generator=generator))
+    return shift * s / (1 + (shift - 1) * s)
+
+
+def optimise(
+    model: nn.Module, loss_of: Callable[[int, torch.Generator], Tensor], steps: int, lr: float, seed: int, log=print
+) -> nn.Module:
+    """AdamW with warm-up and cosine decay; returns the exponential moving average of the weights."""
+    # eval(): diffusers' LabelEmbedding would drop labels block by block, independently, in training mode.
+    model.eval().requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min(1, (s + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * s / steps)))
+    )
+    ema = copy.deepcopy(model).requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    started, window = time.time(), []
+    for step in range(steps):
+        loss = loss_of(step, generator)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        decay = min(0.998, (step + 1) / (step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+        window.append(loss.item())
+        if step % 100 == 99 or step == steps - 1:
+            log(
+                f"step {step + 1} loss {sum(window) / len(window):.4f} {(time.time() - started) / (step + 1):.3f} s/step"
+            )
+            window.clear()
+    return ema
+
+
+def train_flow(
+    family, model, pairs: Pairs, steps: int, batch: int, lr: float, shift: float, seed: int, log=print
+) -> nn.Module:
+    """Flow matching with 10 % of the conditions dropped (classifier-free guidance)."""
+
+    def loss_of(step: int, generator: torch.Generator) -> Tensor:
+        index = torch.randint(len(pairs.z), (batch,), generator=generator)
+        z0, text = pairs.batch(index, torch.rand(batch, generator=generator) < 0.1)
+        eps = torch.randn(z0.shape, generator=generator)
+        t = logit_normal(batch, shift, generator)
+        zt = torch.lerp(z0, eps, t[:, None, None, None])
+        return F.mse_loss(family.predict(model, zt, t, text, torch.ones(batch)), family.target(z0, eps))
+
+    return optimise(model, loss_of, steps, lr, seed, log)
+
+
+def distill_guidance(
+    family, teacher, pairs: Pairs, steps: int, batch: int, lr: float, shift: float, seed: int, log=print
+) -> nn.Module:
+    """Student(z_t, c, g) -> v_0 + g (v_c - v_0) of the frozen teacher, g ~ U(GUIDANCE_RANGE), as FLUX.1 dev was made."""
+    student = copy.deepcopy(teacher)
+    low, high = GUIDANCE_RANGE
+
+    def loss_of(step: int, generator: torch.Generator) -> Tensor:
+        index = torch.randint(len(pairs.z), (batch,), generator=generator)
+        z0, text = pairs.batch(index, torch.rand(batch, generator=generator) < 0.1)
+        eps = torch.randn(z0.shape, generator=generator)
+        t = logit_normal(batch, shift, generator)
+        zt = torch.lerp(z0, eps, t[:, None, None, None])
+        g = low + (high - low) * torch.rand(batch, generator=generator)
+        with torch.no_grad():
+            ones, null = torch.ones(batch), {k: v.expand(batch, *v.shape[1:]) for k, v in pairs.null.items()}
+            free = family.predict(teacher, zt, t, null, ones)
+            goal = free + g[:, None, None, None] * (family.predict(teacher, zt, t, text, ones) - free)
+        return F.mse_loss(family.predict(student, zt, t, text, g), goal)
+
+    return optimise(student, loss_of, steps, lr, seed, log)
+
+
+def train_dit(family, model, pairs: Pairs, steps: int, batch: int, lr: float, seed: int, log=print) -> nn.Module:
+    """epsilon MSE plus the variational bound on the learned sigma (improved DDPM, arXiv 2102.09672, eq. 14-16)."""
+    times = noise_times().float()
+    alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.02, TRAIN_STEPS, dtype=torch.float64), 0)
+    before = torch.cat([torch.ones(1, dtype=torch.float64), alphas[:-1]])
+    betas = 1 - alphas / before
+    posterior = betas * (1 - before) / (1 - alphas)
+    posterior[0] = posterior[1]
+    coefficient = (betas.square() / (1 - betas) / (1 - alphas)).float()
+    log_beta, log_posterior = betas.log().float(), posterior.log().float()
+
+    def loss_of(step: int, generator: torch.Generator) -> Tensor:
+        index = torch.randint(len(pairs.z), (batch,), generator=generator)
+        z0, text = pairs.batch(index, torch.rand(batch, generator=generator) < 0.1)
+        tau = torch.randint(TRAIN_STEPS, (batch,), generator=generator)
+        eps = torch.randn(z0.shape, generator=generator)
+        x = (
+            alphas[tau].sqrt().float()[:, None, None, None] * z0
+            + (1 - alphas[tau]).sqrt().float()[:, None, None, None] * eps
+        )
+        output = model(x, timestep=tau.float(), class_labels=text["class_labels"], return_dict=False)[0]
+        predicted, v = output.chunk(2, dim=1)
+        shape = (-1, 1, 1, 1)
+        mix = (v + 1) / 2
+        log_variance = mix * log_beta[tau].reshape(shape) + (1 - mix) * log_posterior[tau].reshape(shape)
+        # KL of two Gaussians whose means differ by coefficient^(1/2) (eps - predicted)
+        distance = coefficient[tau].reshape(shape) * (eps - predicted.detach()).square()
+        ratio = log_posterior[tau].reshape(shape) - log_variance
+        bound = 0.5 * (-1 - ratio + ratio.exp() + distance * (-log_variance).exp())
+        return F.mse_loss(predicted, eps) + 1e-3 * bound.mean()
+
+    assert len(times) == TRAIN_STEPS
+    return optimise(model, loss_of, steps, lr, seed, log)
+
+
+def caption_table(encode) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Conditions of every caption, rows in the order of :func:`caption_row`, and of the empty prompt."""
+    grids = torch.cartesian_prod(*[torch.arange(len(names)) for names in world.ATTRIBUTES.values()])
+    captions = [world.caption(row) for row in grids.tolist()]
+    parts = [encode(captions[i : i + 200]) for i in range(0, len(captions), 200)]
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}, encode([""])
+
+
+def caption_row(labels: Tensor) -> Tensor:
+    """(S, 6) labels -> row of :func:`caption_table`."""
+    row = torch.zeros(len(labels), dtype=torch.long)
+    for i, names in enumerate(world.ATTRIBUTES.values()):
+        row = row * len(names) + labels[:, i]
+    return row
+
+
+def class_pairs(z: Tensor, labels: Tensor) -> Pairs:
+    rows = labels[:, 0] * len(world.COLORS) + labels[:, 1]
+    return Pairs(
+        z, rows, {"class_labels": torch.arange(len(world.CLASSES))}, {"class_labels": torch.tensor([NULL_CLASS])}
+    )
+
+
+MODELS = {
+    "flux": (FluxTransformer2DModel, FLUX),
+    "sana": (SanaTransformer2DModel, SANA),
+    "dit": (DiTTransformer2DModel, DIT),
+}
+
+
+def new_model(name: str, seed: int) -> tuple[families.Family, nn.Module]:
+    torch.manual_seed(seed)
+    cls, config = MODELS[name]
+    model = cls(**config)
+    family = families.get(name)
+    nn.init.zeros_(model.get_submodule(family.head).weight)
+    nn.init.zeros_(model.get_submodule(family.head).bias)
+    return family, model

@@ -1,0 +1,1 @@
+"""Training: the objective, the DeepSpeed engine, checkpoints, and the stages that use them (align head, adapt)."""

@@ -1,0 +1,192 @@
+"""Portable checkpoints of the trained state: safetensors + JSON, independent of ZeRO stage and number of ranks.
+
+    <folder>/step-000500/
+        state-00001.safetensors ...   "param/<name>", "exp_avg/<name>", "exp_avg_sq/<name>", "ema/<name>", all full fp32
+        checkpoint.json               step, files with sizes, shapes, and what the caller adds ("extra")
+
+Written under a temporary name, flushed, then renamed: a folder called step-... is whole. The newest whole one wins;
+two are kept. Nothing about random numbers is stored: the draws of a step depend on (seed, step, sample) alone (see
+`objective.draw`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from dcgen_convert.errors import CheckFailed, InputError, ResourceError
+from dcgen_convert.files import TEMPORARY, atomic_save, fsync, read_json, write_json
+from dcgen_convert.train import distributed
+from dcgen_convert.train.state import WEIGHT, true_shape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dcgen_convert.train.engine import Engine
+
+SCHEMA = "dcgen.checkpoint/1"
+INDEX = "checkpoint.json"
+KEPT = 2
+SHARD_BYTES = 2 << 30  # what rank 0 holds at once while it gathers
+
+
+def save(engine: Engine, folder: str | Path, extra: dict[str, Any]) -> Path:
+    """Write `step-%06d` under ``folder`` and delete all but the last two. Collective: every rank calls it.
+
+    Rank 0 alone writes; the others take part in gathering. When the write fails, every rank raises and the older
+    checkpoints stay.
+
+    Raises:
+        ResourceError: rank 0 could not write (disk full, no permission).
+    """
+    folder = Path(folder)
+    final = folder / f"step-{engine.step_count:06d}"
+    temporary = folder / f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{final.name}"
+    writer = _Writer(temporary) if engine.rank == 0 else None
+    for key in engine.state.keys:
+        for name, tensor in engine.tensors(key):
+            if writer:
+                writer.add(f"{key}/{name}", tensor)
+    if writer:
+        document = {"schema": SCHEMA, "step": engine.step_count, "ema": engine.settings.ema > 0, "extra": extra}
+        writer.finish(document, final)
+    error = writer.error if writer else None
+    if not distributed.agree(error is None, engine.device):
+        if writer:
+            shutil.rmtree(temporary, ignore_errors=True)
+        reason = error.strerror or error if error else "rank 0 failed"
+        raise ResourceError(
+            f"the checkpoint of step {engine.step_count} could not be written to {folder}: {reason}",
+            hint="free disk space, then resume: the previous checkpoint is whole",
+        ) from error
+    if writer:
+        prune(folder)
+    return final
+
+
+class _Writer:
+    """Collects tensors into shards.
+
+    After a failed write it only remembers the error: the other ranks are still gathering.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.error = folder, None
+        self.files: dict[str, int] = {}
+        self.shapes: dict[str, list[int]] = {}
+        self._shard: dict[str, Tensor] = {}
+        self._bytes = 0
+        self._guarded(folder.mkdir, parents=True)
+
+    def add(self, key: str, tensor: Tensor) -> None:
+        self.shapes[key] = list(tensor.shape)
+        self._shard[key] = tensor
+        self._bytes += tensor.nbytes
+        if self._bytes >= SHARD_BYTES:
+            self._flush()
+
+    def finish(self, document: dict[str, Any], final: Path) -> None:
+        """Write what is left and the index, then give the folder its final name."""
+        self._flush()
+        self._guarded(write_json, self.folder / INDEX, {**document, "files": self.files, "shapes": self.shapes})
+        self._guarded(fsync, self.folder)
+        if final.exists():  # the same step again, after a resume from an older checkpoint
+            self._guarded(os.replace, final, final.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{final.name}"))
+        self._guarded(os.replace, self.folder, final)
+        self._guarded(fsync, final.parent)
+
+    def _flush(self) -> None:
+        if not self._shard:
+            return
+        path = self.folder / f"state-{len(self.files) + 1:05d}.safetensors"
+        self._guarded(atomic_save, self._shard, path)
+        self.files[path.name] = path.stat().st_size if path.exists() else 0
+        self._shard, self._bytes = {}, 0
+
+    def _guarded(self, action, *args, **kwargs) -> None:
+        if self.error is not None:
+            return
+        try:
+            action(*args, **kwargs)
+        except OSError as error:
+            self.error = error
+        except SafetensorError as error:  # safetensors reports a full disk in its own class
+            self.error = OSError(None, str(error))
+
+
+def whole(folder: str | Path) -> list[Path]:
+    """Whole checkpoints under ``folder``, oldest first."""
+    return sorted(path for path in Path(folder).glob("step-*") if _is_whole(path))
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        files = json.loads((path / INDEX).read_text())["files"]
+        return all((path / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def prune(folder: Path) -> None:
+    """Delete all but the last ``KEPT`` checkpoints, and whatever unfinished save a kill left behind."""
+    for path in whole(folder)[:-KEPT]:
+        os.replace(
+            path, path.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")
+        )  # a half-deleted one must not look whole
+    for path in folder.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def latest(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
+    """(path, index document) of the newest whole checkpoint, or None."""
+    found = whole(folder)
+    return (found[-1], read_json(found[-1] / INDEX)) if found else None
+
+
+def load(engine: Engine, folder: str | Path) -> dict[str, Any] | None:
+    """Put the newest whole checkpoint into ``engine``; its ``extra``, or None when there is none. Collective.
+
+    Raises:
+        InputError: the checkpoint is of another set of trained tensors.
+        CheckFailed: a value in it is missing or not finite.
+    """
+    found = latest(folder)
+    if not distributed.agree(found is not None, engine.device):
+        return None
+    path, document = found
+    wanted = {f"{key}/{name}": list(true_shape(p)) for key in engine.state.keys for name, p in engine.named.items()}
+    if document.get("schema") != SCHEMA or document["shapes"] != wanted:
+        different = next(
+            (key for key in {**wanted, **document["shapes"]} if wanted.get(key) != document["shapes"].get(key)),
+            "its schema",
+        )
+        raise InputError(
+            f"{path} was written by a run that trains other tensors ({different} differs)",
+            hint=f"delete {Path(folder)} to start this stage again",
+        )
+    for key, name, value in _tensors(path, document["files"]):
+        if key == WEIGHT and not value.isfinite().all():
+            raise CheckFailed(
+                f"{path}: {name} holds values that are not finite",
+                hint=f"delete {path}: the checkpoint before it is used then",
+            )
+        engine.state.write(engine.named[name], key, value)
+    engine.state.set_step(document["step"])
+    engine.step_count = document["step"]
+    return document["extra"]
+
+
+def _tensors(path: Path, files: dict[str, int]) -> Iterator[tuple[str, str, Tensor]]:
+    """(key, parameter name, tensor) of every tensor of a checkpoint, in the order it was written."""
+    for file_name in files:
+        with safe_open(path / file_name, framework="pt") as file:
+            for full_name in sorted(file.keys()):
+                key, name = full_name.split("/", 1)
+                yield key, name, file.get_tensor(full_name)

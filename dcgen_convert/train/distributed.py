@@ -1,0 +1,139 @@
+"""Process bring-up: one process without a launcher, or one rank of many. The same calls serve both.
+
+torch and DeepSpeed are imported inside the functions. DeepSpeed binds its logger to stdout when it is imported; stdout
+belongs to the result, so the import happens with stdout turned away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Iterator
+from datetime import timedelta
+from functools import cache
+from types import ModuleType
+
+from dcgen_convert.errors import ResourceError
+
+TIMEOUT = timedelta(minutes=30)  # longest wait of one collective: a save by rank 0, or a slow rank's data
+
+
+def rank() -> int:
+    """This process's rank, 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of ranks, 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@cache
+def deepspeed() -> ModuleType:
+    """The deepspeed package, imported quietly, without its compiled shared-memory op.
+
+    The op is built on first use (a minute, needs a compiler on PATH) and gloo does without it.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    with contextlib.redirect_stdout(sys.stderr):
+        import deepspeed as module
+        from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    for handler in logger.handlers:
+        handler.setLevel(logging.ERROR)
+    module.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return module
+
+
+@contextlib.contextmanager
+def launch_environment() -> Iterator[None]:
+    """RANK, WORLD_SIZE, ... as DeepSpeed demands them; set here when no launcher did, and taken back afterwards.
+
+    Taken back because child processes inherit the environment and would otherwise try to join this process's group.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise ResourceError(
+                f"RANK and WORLD_SIZE are set, but {' and '.join(missing)} not: this rank cannot find the others",
+                hint="start the ranks with torchrun, or unset RANK and WORLD_SIZE for one process",
+            )
+        os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
+        yield
+        return
+    os.environ["LOCAL_RANK"] = "0"  # ZeRO 3 reads it in every first forward pass, so this one stays
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    before = {name: os.environ.get(name) for name in alone}
+    os.environ.update(alone)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def join() -> None:
+    """Make or join the process group, once. Call inside `launch_environment`."""
+    import torch
+
+    module = deepspeed()
+    if not torch.distributed.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        module.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=TIMEOUT)
+
+
+def leave() -> None:
+    """Destroy the process group if there is one."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def barrier() -> None:
+    """Wait for every rank; nothing with one."""
+    import torch
+
+    if world_size() > 1:
+        torch.distributed.barrier()
+
+
+def mean_over_ranks(values: list[float], device) -> list[float]:
+    """Mean of each value over the ranks (one small collective); the values themselves with one rank."""
+    import torch
+
+    if world_size() == 1:
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(tensor)
+    return (tensor / world_size()).tolist()
+
+
+def agree(ok: bool, device) -> bool:
+    """Whether ``ok`` holds on every rank. Ranks that would wait for a failed one learn of it here."""
+    import torch
+
+    if world_size() == 1:
+        return ok
+    flag = torch.tensor([int(ok)], device=device)
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
+    return bool(flag.item())

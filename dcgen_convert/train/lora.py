@@ -1,0 +1,129 @@
+"""LoRA on a diffusers transformer through PEFT, and its export in the format that stock `load_lora_weights` reads.
+
+W' = W + (alpha / rank) B A. The model keeps its diffusers class; embedder and head are trained whole beside the
+adapters.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dcgen_convert.errors import RecipeError
+from dcgen_convert.files import atomic_save
+
+ADAPTER = "default"
+PREFIX = "transformer."  # stock pipelines look for the transformer's LoRA under this name
+METADATA = "lora_adapter_metadata"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+MODULES_FILE = "modules.safetensors"
+
+
+def add_lora(model: nn.Module, targets: str, rank: int, alpha: float, seed: int) -> list[str]:
+    """Put an adapter on every linear whose full path matches the regex ``targets``; returns the paths.
+
+    A regex over the full path, not a suffix: "proj_out" as a suffix would also adapt FLUX's output head.
+    B starts at zero, so the model's output is unchanged; A is drawn from ``seed``.
+
+    Raises:
+        RecipeError: nothing matches.
+    """
+    from peft import LoraConfig
+
+    paths = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and re.fullmatch(targets, path)
+    ]
+    if not paths:
+        raise RecipeError(
+            f"no linear of {type(model).__name__} matches the LoRA targets {targets!r}",
+            hint="leave adapt.phases.*.targets out",
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), adapter_name=ADAPTER)
+    return paths
+
+
+def remove_lora(model: nn.Module) -> None:
+    """Take the adapter off; the base weights are as before `add_lora`."""
+    model.delete_adapters(ADAPTER)
+    model.unload_lora()
+
+
+def trainable(model: nn.Module, modules: list[str], everything: bool = False) -> list[tuple[str, nn.Parameter]]:
+    """(name, parameter) of the LoRA weights and of the whole ``modules`` (embedder, head), or of everything."""
+    inside = tuple(f"{module}." for module in modules)
+    return [
+        (name, p) for name, p in model.named_parameters() if everything or ".lora_" in name or name.startswith(inside)
+    ]
+
+
+def frozen_teacher(model: nn.Module, modules: list[str]) -> Callable[[], AbstractContextManager[None]]:
+    """A context in which the model is what it is now: adapter off, and ``modules`` (which train on) as frozen copies.
+
+    Costs the memory of the copies only, not a second model.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    originals = {path: copy.deepcopy(model.get_submodule(path)).requires_grad_(False) for path in modules}
+    adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+    @contextmanager
+    def teacher() -> Iterator[None]:
+        students = {path: model.get_submodule(path) for path in modules}
+        device, dtype = next(iter(students.values())).weight.device, model.dtype
+        try:
+            for path, original in originals.items():
+                model.set_submodule(path, original.to(device, dtype))
+            for module in adapted:
+                module.enable_adapters(False)
+            yield
+        finally:
+            for path, student in students.items():
+                model.set_submodule(path, student)
+            for module in adapted:
+                module.enable_adapters(True)
+
+    return teacher
+
+
+def split_export(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(LoRA tensors under the names stock pipelines read, whole tensors under their own names)."""
+    lora = {PREFIX + name.replace(f".{ADAPTER}.", "."): value for name, value in weights.items() if ".lora_" in name}
+    return lora, {name: value for name, value in weights.items() if ".lora_" not in name}
+
+
+def adapter_metadata(model: nn.Module) -> dict[str, str]:
+    """Rank, alpha and targets as diffusers' `_collate_lora_metadata` writes them.
+
+    One key: two would not hash alike twice.
+    """
+    config = {
+        key: list(value) if isinstance(value, set) else value
+        for key, value in model.peft_config[ADAPTER].to_dict().items()
+    }
+    return {METADATA: json.dumps({f"{PREFIX}{key}": value for key, value in config.items()}, indent=2, sort_keys=True)}
+
+
+def save_export(weights: Mapping[str, Tensor], folder: Path, metadata: dict[str, str] | None) -> dict[str, Path]:
+    """Write `pytorch_lora_weights.safetensors` (when there is LoRA) and `modules.safetensors`.
+
+    Returns their paths by kind.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lora, modules = split_export(weights)
+    paths = {"modules": folder / MODULES_FILE}
+    if lora:
+        paths["lora"] = folder / LORA_FILE
+        atomic_save(lora, paths["lora"], metadata)
+    atomic_save(modules, paths["modules"])  # last: its presence says that the export is complete
+    return paths

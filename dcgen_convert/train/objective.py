@@ -1,0 +1,199 @@
+"""What training minimises, as pure functions, and the random draws behind it.
+
+B batch, C latent channels, h w latent grid. Flow convention (arXiv 2509.25180): z_t = (1 - t) z_0 + t eps, v = eps -
+z_0, t in [0, 1].
+
+A guidance-distilled network outputs v_g = v_0 + g (v_c - v_0) for its guidance input g. With the null text guidance
+collapses, v_g(null) = v_0, so the raw velocity is v_hat = [v_g(c) - (1 - g) v(null)] / g, and v_hat is what the
+corrected loss compares with v.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dcgen_convert.families import Family, Text
+
+TRAINING, EVALUATION = 0, 1  # streams of random numbers that never meet
+QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the draws of a sample are distributed.
+
+    Attributes:
+        kind: "logit-normal" | "ddpm" (uniform over the steps of a DDPM schedule).
+        shift: r of t' = r t / (1 + (r - 1) t), the same as the bundle samples with; 1 disables. Unused with "ddpm".
+        guidance_range: g ~ U(lo, hi) for networks with a guidance input.
+        text_drop: probability that a sample sees the null text.
+        times: (S,) noise level t of every DDPM step, for "ddpm".
+    """
+
+    kind: str
+    shift: float
+    guidance_range: tuple[float, float]
+    text_drop: float
+    times: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random part of a batch: eps (B, C, h, w); t, guidance (B,) float32; dropped (B,) bool."""
+
+    eps: Tensor
+    t: Tensor
+    guidance: Tensor
+    dropped: Tensor
+
+
+def draw(
+    seed: int, step: int, samples: Sequence[int], shape: Sequence[int], sampling: Sampling, stream: int = TRAINING
+) -> Draws:
+    """Draws of the samples at positions ``samples`` of the global batch of ``step``; ``shape`` is (C, h, w).
+
+    Every sample has its own counter-based generator (Philox, Salmon et al. 2011) keyed by (seed, stream, step,
+    position), so the numbers do not depend on how the batch is split over micro-batches and ranks, nor on what was
+    drawn before.
+    """
+    eps, normal, uniform = [], [], []
+    for sample in samples:
+        generator = np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, sample, step]))
+        normal.append(generator.standard_normal())
+        uniform.append(generator.random(2))
+        eps.append(generator.standard_normal(tuple(shape), dtype=np.float32))
+    levels, drops = torch.from_numpy(np.stack(uniform)).unbind(1)
+    low, high = sampling.guidance_range
+    return Draws(
+        eps=torch.from_numpy(np.stack(eps)),
+        t=t_of_normal(torch.tensor(normal, dtype=torch.float64), sampling),
+        guidance=(low + (high - low) * levels).float(),
+        dropped=drops < sampling.text_drop,
+    )
+
+
+def sample_t(n: int, generator: torch.Generator, kind: str, shift: float, times: Tensor | None = None) -> Tensor:
+    """``n`` noise levels t, (n,) float32, as training draws them (see `Sampling`)."""
+    normal = torch.randn(n, generator=generator, dtype=torch.float64)
+    return t_of_normal(normal, Sampling(kind, shift, (1.0, 1.0), 0.0, times))
+
+
+def t_of_normal(normal: Tensor, sampling: Sampling) -> Tensor:
+    """Noise level of a standard normal draw: shifted sigmoid, or the DDPM step at the same quantile; float32."""
+    if sampling.kind == "ddpm":
+        steps = len(sampling.times)
+        index = (torch.special.ndtr(normal) * steps).long().clamp(0, steps - 1)
+        return sampling.times.to(torch.float32)[index]
+    return shift_t(torch.sigmoid(normal), sampling.shift).float()
+
+
+def shift_t(t: Tensor, shift: float) -> Tensor:
+    """t' = r t / (1 + (r - 1) t) (METHOD 2)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def flux2_shift(shape: Sequence[int]) -> float:
+    """r = sqrt(C h w / 4096) over latent elements, the "Flux2" convention of the official code (METHOD 2)."""
+    return math.sqrt(math.prod(shape) / 4096)
+
+
+def noised(z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """z_t = (1 - t) z_0 + t eps; t is (B,)."""
+    t = t[:, None, None, None]
+    return (1 - t) * z0 + t * eps
+
+
+def drop_text(text: Text, null: Text, dropped: Tensor) -> Text:
+    """``text`` with the null condition (batch of one) in the dropped samples; ``dropped`` is (B,) bool."""
+    null = {key: null[key].to(value.device, value.dtype) for key, value in text.items()}
+    return {
+        key: torch.where(dropped.view(-1, *[1] * (value.ndim - 1)), null[key], value) for key, value in text.items()
+    }
+
+
+def predict(family: Family, model: nn.Module, z: Tensor, t: Tensor, text: Text, guidance: Tensor) -> Tensor:
+    """The network's native prediction in its own dtype's arithmetic, (B, C, h, w) float32."""
+    dtype = model.dtype
+    text = {key: value.to(dtype) if value.is_floating_point() else value for key, value in text.items()}
+    return family.predict(model, z.to(dtype), t, text, guidance).float()
+
+
+def flow_loss(family: Family, model: nn.Module, z0: Tensor, text: Text, draws: Draws, null: Text) -> Tensor:
+    """Mean squared error of the family's native prediction: || e(z_t, t, c) - target ||^2; scalar."""
+    z = noised(z0, draws.eps, draws.t)
+    prediction = predict(family, model, z, draws.t, drop_text(text, null, draws.dropped), draws.guidance)
+    return (prediction - family.target(z0, draws.eps)).square().mean()
+
+
+def guidance_corrected_loss(
+    family: Family,
+    model: nn.Module,
+    z0: Tensor,
+    text: Text,
+    draws: Draws,
+    null: Text,
+    null_branch: Callable[[], AbstractContextManager] = nullcontext,
+) -> Tensor:
+    """|| [v_g(c) - (1 - g) v(null)] / g - v ||^2 for guidance-distilled networks (METHOD 2); scalar.
+
+    v(null) is taken at g = 1, without gradient, inside ``null_branch``: as it is, that is the current student; a
+    context that switches the adapter off makes it the frozen teacher.
+    """
+    z = noised(z0, draws.eps, draws.t)
+    with torch.no_grad(), null_branch():
+        nothing = drop_text(text, null, torch.ones_like(draws.dropped))
+        v_null = predict(family, model, z, draws.t, nothing, torch.ones_like(draws.guidance))
+    v_g = predict(family, model, z, draws.t, drop_text(text, null, draws.dropped), draws.guidance)
+    g = draws.guidance[:, None, None, None]
+    v_hat = (v_g - (1 - g) * v_null) / g
+    return (v_hat - family.target(z0, draws.eps)).square().mean()
+
+
+@torch.no_grad()
+def evaluate_loss(
+    loss_of: Callable[[Tensor, Text, Draws], Tensor],
+    batches: Sequence[tuple[Sequence[int], Tensor, Text]],
+    seed: int,
+    sampling: Sampling,
+    device: torch.device | str = "cpu",
+) -> dict[str, float]:
+    """Loss on held-out samples at fixed quantiles of t, under a random stream of its own.
+
+    Args:
+        loss_of: (z0, text, draws) -> mean loss over the batch.
+        batches: (positions, z0, text); the positions key the noise, so two evaluations see the same noise.
+    Returns:
+        {"t0.12": loss at t = 0.12, ..., "mean": their mean}.
+    """
+    normals = torch.special.ndtri(torch.tensor(QUANTILES, dtype=torch.float64))
+    result = {}
+    for number, t in enumerate(t_of_normal(normals, sampling)):
+        total = count = 0
+        for positions, z0, text in batches:
+            drawn = draw(seed, number, positions, z0.shape[1:], sampling, EVALUATION)
+            fixed = Draws(drawn.eps, t.expand(len(z0)), drawn.guidance, torch.zeros_like(drawn.dropped))
+            total += len(z0) * loss_of(*to_device((z0, text, fixed), device)).item()
+            count += len(z0)
+        result[f"t{t:.2f}"] = total / count
+    return {**result, "mean": sum(result.values()) / len(result)}
+
+
+def to_device(batch: tuple[Tensor, Text, Draws], device: torch.device | str) -> tuple[Tensor, Text, Draws]:
+    """The batch on ``device``, copied asynchronously where possible."""
+    z0, text, draws = batch
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    return (
+        move(z0),
+        {key: move(value) for key, value in text.items()},
+        Draws(*(move(value) for value in vars(draws).values())),
+    )

@@ -1,0 +1,95 @@
+"""Stages `adapt-n` and `merge-n`: one phase of adaptation, then its result folded into dense weights for the next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+
+from dcgen_convert import merge, models, pipelines, plan
+from dcgen_convert.align import gap
+from dcgen_convert.data.cache import LatentCache
+from dcgen_convert.errors import ResourceError
+from dcgen_convert.files import copy_file
+from dcgen_convert.journal import Stage
+from dcgen_convert.schema import Adapt, Phase
+from dcgen_convert.train import adapt
+from dcgen_convert.train.lora import LORA_FILE, MODULES_FILE
+
+EXPORT = "export"
+
+
+def adapt_phase(job, stage: Stage, number: int) -> None:
+    """Writes export/ (LoRA, embedder, head), checkpoints and metrics.jsonl; reports losses and the per-block gap."""
+    settings, phase = fitted(job, job.recipe.adapt.phases[number - 1])
+    rows, held_out = LatentCache(job.folder("latents"), phase.resolution).split()
+    aligned = job.folder("align-head") / models.MODULES if number == 1 else None
+    model = models.load(dense_before(job, number), job.dtype, aligned, pipelines.device())
+    record = adapt.adapt_phase(
+        model,
+        job.family,
+        phase,
+        settings,
+        rows,
+        stage.folder,
+        scheduler=job.scheduler,
+        dtype=job.recipe.dtype,
+        console=job.console,
+        seed=job.recipe.seed,
+        held_out=held_out,
+    )
+    record.pop("exports")
+    stage.metrics.update(record)
+    before, after = record["evaluation"]["before"]["mean"], record["evaluation"]["after"]["mean"]
+    job.console.say(
+        f"adapt {number}: {phase.mode}, {phase.steps} steps at {phase.resolution} px, held-out loss {before:.4f} -> {after:.4f}"
+    )
+
+
+def fitted(job, phase: Phase) -> tuple[Adapt, Phase]:
+    """ZeRO stage, offload and micro-batch from the plan's memory arithmetic; ResourceError when nothing fits.
+
+    Without a GPU the machine's available memory takes the place of the GPU's.
+    """
+    has_gpu = torch.cuda.is_available()
+    memory = torch.cuda.get_device_properties(0).total_memory if has_gpu else psutil.virtual_memory().available
+    fit = plan.fit_phase(job.recipe, phase, gpu_bytes=memory, offline=job.offline)
+    if fit.problem:
+        raise ResourceError(fit.problem, "dcgen-convert plan shows what fits")
+    job.console.say(f"adapt: {fit.reason}")
+    settings = job.recipe.adapt.model_copy(update={"zero": fit.zero, "offload": fit.offload})
+    return settings, phase.model_copy(update={"micro_batch": fit.micro_batch})
+
+
+def merge_phase(job, stage: Stage, number: int) -> None:
+    """Writes transformer/ with the phase merged; the last LoRA stays apart when the recipe says so."""
+    export = job.folder(f"adapt-{number}") / EXPORT
+    last = number == len(job.recipe.adapt.phases)
+    lora: Path | None = export / LORA_FILE
+    if job.recipe.adapt.phases[number - 1].mode == "full":
+        lora = None
+    if last and not job.recipe.merge_lora:
+        copy_file(lora, stage.folder / LORA_FILE)
+        lora = None
+    record = merge.merge(
+        dense_before(job, number),
+        stage.folder / models.TRANSFORMER,
+        lora=lora,
+        modules=export / MODULES_FILE,
+        console=job.console,
+    )
+    stage.metrics.update(record)
+    model = models.load(stage.folder / models.TRANSFORMER, job.dtype, device=pipelines.device())
+    resolution = job.recipe.adapt.phases[number - 1].resolution
+    stage.metrics["gap"] = gap.measure(job, model, LatentCache(job.folder("latents"), resolution).split()[1])
+
+
+def dense_before(job, number: int) -> Path:
+    """Dense transformer that phase ``number`` starts from."""
+    return job.folder("surgery" if number == 1 else f"merge-{number - 1}") / models.TRANSFORMER
+
+
+def converted(job) -> Path:
+    """Dense transformer after the last phase."""
+    return job.folder(f"merge-{len(job.recipe.adapt.phases)}") / models.TRANSFORMER

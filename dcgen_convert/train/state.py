@@ -1,0 +1,126 @@
+"""The trained state behind a DeepSpeed engine: fp32 weights, Adam moments and the moving average, whatever ZeRO
+stage shards them.
+
+Each rank owns flat fp32 *partitions* of the trained parameters. The moving average is kept as one more Adam state of
+each partition ("ema"): it is sharded and offloaded with the moments, one in-place operation updates it, and
+DeepSpeed's own accessors can gather it.
+
+T trained parameters, W ranks. Sources: deepspeed 0.19.8 `runtime/zero/stage_1_and_2.py`, `stage3.py`,
+`utils/tensor_fragment.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from dcgen_convert.train import distributed
+
+WEIGHT = "param"  # fp32 (master) weight
+MOMENTS = ("exp_avg", "exp_avg_sq")
+EMA = "ema"
+
+
+class TrainedState:
+    """Reads and writes full fp32 tensors of a sharded training state.
+
+    Every method is collective: all ranks call it alike.
+    """
+
+    def __init__(self, optimizer, stage: int, parameters: list[nn.Parameter], rank: int, world: int, ema: bool):
+        """``optimizer`` is what `deepspeed.initialize` returned; call before the first step."""
+        self.stage, self.rank, self.world = stage, rank, world
+        self._access = distributed.deepspeed().utils
+        self.keys = (WEIGHT, *MOMENTS, EMA) if ema else (WEIGHT, *MOMENTS)
+        if stage == 0:
+            self.adam, self.partitions = optimizer, parameters
+        elif stage == 3:
+            self.adam, self.partitions = optimizer.optimizer, optimizer.fp32_partitioned_groups_flat
+        else:
+            self.adam, self.partitions = optimizer.optimizer, optimizer.single_partition_of_fp32_groups
+        # torch makes these states in the first step; made here they can also be read and loaded before it.
+        fused = bool(self.adam.defaults.get("fused"))
+        for partition in self.partitions:
+            zeros = {key: torch.zeros_like(partition, requires_grad=False) for key in MOMENTS}
+            average = {EMA: partition.detach().clone()} if ema else {}
+            step = torch.zeros((), dtype=torch.float32, device=partition.device if fused else "cpu")
+            self.adam.state[partition] = {"step": step, **zeros, **average}
+        if stage in (1, 2):
+            optimizer._lazy_init_hp_params_optimizer_state()  # names each parameter's slice of the states just made
+
+    @torch.no_grad()
+    def update_average(self, decay: float) -> None:
+        """ema <- decay ema + (1 - decay) weight, on this rank's partitions."""
+        averages = [self.adam.state[partition][EMA] for partition in self.partitions]
+        torch._foreach_lerp_(averages, [partition.detach() for partition in self.partitions], 1 - decay)
+
+    def set_step(self, step: int) -> None:
+        """Adam's step counter, which its bias correction uses."""
+        for partition in self.partitions:
+            self.adam.state[partition]["step"].fill_(float(step))
+
+    def read(self, parameter: nn.Parameter, key: str) -> Tensor:
+        """Full fp32 tensor of one parameter, in the parameter's true shape, on every rank."""
+        if self.stage == 0:
+            value = parameter if key == WEIGHT else self.adam.state[parameter][key]
+        elif key == WEIGHT:
+            value = self._access.safe_get_full_fp32_param(parameter)
+        else:
+            value = self._access.safe_get_full_optimizer_state(parameter, key)
+        return value.detach().reshape(true_shape(parameter))
+
+    @torch.no_grad()
+    def write(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        """Set one full fp32 tensor; the weight's low-precision copy follows."""
+        value = value.to(device=parameter.device, dtype=torch.float32)
+        if self.stage == 3:
+            # DeepSpeed's setters of whole tensors fail on the last rank when the ranks do not divide the size.
+            local = local_slice(value, parameter.ds_tensor.numel(), self.rank)
+            if key == WEIGHT:
+                self._access.safe_set_local_fp32_param(parameter, local)
+            else:
+                self._access.safe_set_local_optimizer_state(parameter, local, key)
+        elif self.stage == 0:
+            target = parameter if key == WEIGHT else self.adam.state[parameter][key]
+            target.copy_(value)
+        elif key == WEIGHT:
+            self._access.safe_set_full_fp32_param(parameter, value)
+        else:
+            self._access.safe_set_full_optimizer_state(parameter, value, key)
+        if key == WEIGHT:
+            self._show(parameter, value)
+
+    @contextmanager
+    def averaged(self, parameters: list[nn.Parameter]) -> Iterator[None]:
+        """Let the model compute with the moving average; the trained weights come back afterwards."""
+        before = [self.read(parameter, WEIGHT).clone() for parameter in parameters]
+        for parameter in parameters:
+            self._show(parameter, self.read(parameter, EMA))
+        try:
+            yield
+        finally:
+            for parameter, value in zip(parameters, before, strict=True):
+                self._show(parameter, value)
+
+    @torch.no_grad()
+    def _show(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Set what the forward pass reads."""
+        if self.stage == 3:
+            shard = parameter.ds_tensor.data
+            shard.copy_(local_slice(value, shard.numel(), self.rank))
+        if self.stage != 3 or parameter.ds_status.name == "AVAILABLE":  # ZeRO 3 keeps small parameters gathered
+            parameter.data.copy_(value)
+
+
+def true_shape(parameter: nn.Parameter) -> torch.Size:
+    """Shape of the whole parameter; ZeRO 3 leaves an empty tensor in its place."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def local_slice(value: Tensor, length: int, rank: int) -> Tensor:
+    """This rank's part of a flattened tensor, zero-padded to ``length`` as ZeRO 3 stores it."""
+    part = value.flatten()[rank * length : (rank + 1) * length]
+    return torch.nn.functional.pad(part, (0, length - part.numel()))

@@ -1,0 +1,102 @@
+"""4-bit bundles: their table of formats, drawing without the kernels, and damage that the stock loader lets pass."""
+
+import shutil
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from dcgen_convert.bundle import manifest as manifests
+from dcgen_convert.bundle.loading import choose_runtime, load
+from dcgen_convert.bundle.sample import sample
+from dcgen_convert.bundle.verify import verify
+from dcgen_convert.console import NULL, Console
+from dcgen_convert.errors import CheckFailed, ResourceError
+from dcgen_convert.files import read_json, sha256, write_json
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+TARGET = "transformer_blocks.0.attn.to_q"
+
+
+@pytest.mark.parametrize("precision", ["nvfp4", "int4"])
+def test_every_tensor_has_its_format(quantised, precision):
+    bundle, _ = quantised(precision)
+    table = read_json(bundle / manifests.FILE)["tensors"]
+    by_format = {}
+    for name, record in table.items():
+        by_format.setdefault(record["format"], set()).add(name)
+    assert set(by_format) == {precision, "awq", "dense"}
+    assert f"{TARGET}.qweight" in by_format[precision]
+    assert "transformer_blocks.0.norm1.linear.wzeros" in by_format["awq"]
+    assert {"x_embedder.weight", "proj_out.weight", "transformer_blocks.0.attn.norm_q.weight"} <= by_format["dense"]
+    assert table[f"{TARGET}.wscales"]["dtype"] == ("F8_E4M3" if precision == "nvfp4" else "BF16")
+    assert table[f"{TARGET}.qweight"]["origin"] == "new"
+
+
+def test_passes_and_draws_without_the_kernels(quantised):
+    picture = verify(quantised("nvfp4")[0], NULL)["picture"]
+    assert picture["runtime"] == "dequantised" and picture["std"] > 0
+
+
+@pytest.mark.parametrize("precision", ["nvfp4", "int4"])
+def test_draws_nearly_what_its_dense_twin_draws(quantised, tmp_path, precision):
+    bundle, twin = quantised(precision)
+    pictures = {}
+    for name, folder, runtime in (
+        ("twin", twin, "auto"),
+        ("dequantised", bundle, "auto"),
+        ("emulated", bundle, "emulated"),
+    ):
+        document = sample(folder, ["a fox"], tmp_path / name, NULL, runtime=runtime)
+        assert document["runtime"] == {"twin": "stock"}.get(name, name)
+        pictures[name] = numpy.asarray(Image.open(document["images"][0])) / 255
+    for name in ("dequantised", "emulated"):
+        error = numpy.square(pictures[name] - pictures["twin"]).mean()
+        assert 0 < error < 1e-3, (name, error)
+    assert not numpy.array_equal(pictures["dequantised"], pictures["emulated"])
+
+
+def test_sampling_says_how_it_runs(quantised, tmp_path, capsys):
+    sample(quantised("nvfp4")[0], ["a fox"], tmp_path, Console())
+    assert "cannot run here; drawing with dequantised weights" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        with pytest.raises(ResourceError, match="no CUDA GPU"):
+            choose_runtime(quantised("nvfp4")[0], "stock", torch.bfloat16)
+
+
+def test_bfloat16_too(quantised):
+    pipeline, runtime = load(quantised("nvfp4")[0], torch.bfloat16)
+    assert runtime == "dequantised" and pipeline.transformer.dtype == torch.bfloat16
+
+
+def damage(bundle, tmp_path, change) -> str:
+    """What verify says of a copy whose writer had made a mistake: tensors, hashes and table agree with each other."""
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    tensors = load_file(copy / WEIGHTS)
+    change(tensors)
+    save_file(tensors, copy / WEIGHTS)
+    record = read_json(copy / manifests.FILE)
+    record["files"][WEIGHTS] = {"sha256": sha256(copy / WEIGHTS), "bytes": (copy / WEIGHTS).stat().st_size}
+    record["tensors"] = manifests.tensor_table(copy / "transformer", copy / "transformer", NULL)
+    write_json(copy / manifests.FILE, record)
+    with pytest.raises(CheckFailed) as caught:
+        verify(copy, NULL, probe=False)
+    return caught.value.message
+
+
+MISTAKES = {
+    "is missing": lambda t: t.pop(f"{TARGET}.wcscales"),
+    "must be F8_E4M3": lambda t: t.update({f"{TARGET}.wscales": t[f"{TARGET}.wscales"].view(torch.uint8)}),
+    "must be BF16 [1]": lambda t: t.update({f"{TARGET}.wtscale": t[f"{TARGET}.wtscale"].reshape(())}),
+    "negative or undefined": lambda t: t[f"{TARGET}.wscales"].view(torch.uint8)[3, 5].fill_(0x7F),
+    "negative or undefined scales": lambda t: t[f"{TARGET}.wscales"].view(torch.uint8)[0, 0].fill_(0x81),
+    "holds NaN": lambda t: t[f"{TARGET}.smooth_factor"][0].fill_(float("nan")),
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_what_the_stock_loader_would_not_see(quantised, tmp_path, message):
+    said = damage(quantised("nvfp4")[0], tmp_path, MISTAKES[message])
+    assert message in said and TARGET in said

@@ -1,0 +1,57 @@
+"""Ctrl-C leaves with 130 and SIGTERM with 143; the last line is the command that continues."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from .conftest import environment
+
+WAIT = """
+import sys, time
+from pathlib import Path
+from dcgen_convert import cli
+from dcgen_convert.options import OUTPUT, output_options, stack
+import click
+
+@cli.cli.command("wait")
+@click.argument("run")
+@stack(OUTPUT)
+@click.pass_obj
+def wait(session, run, **values):
+    console = session.begin(**output_options(values), run_dir=Path(run))
+    console.say("waiting")
+    time.sleep(60)
+
+cli.main(sys.argv[1:])
+"""
+
+
+def interrupted(tmp_path, number: int, *options: str) -> tuple[int, str, str]:
+    command = [sys.executable, "-c", WAIT, "wait", str(tmp_path / "run"), *options]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd=tmp_path
+    )
+    assert process.stderr.readline() == "waiting\n"
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_exit_code_and_resume_command(tmp_path, number, code):
+    returned, out, err = interrupted(tmp_path, number)
+    assert returned == code
+    assert out == ""
+    assert err.splitlines()[-1] == f"dcgen-convert resume {tmp_path / 'run'}"
+    assert "Traceback" not in err
+
+
+def test_json_document_names_the_resume_command(tmp_path):
+    returned, out, _ = interrupted(tmp_path, signal.SIGTERM, "--json")
+    error = json.loads(out)["error"]
+    assert returned == 143
+    assert error["code"] == "terminated"
+    assert error["hint"] == f"dcgen-convert resume {tmp_path / 'run'}"

@@ -1,0 +1,66 @@
+"""Shared fixtures: the embedded tiny checkpoints, and one short conversion that several tests look at."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+WEIGHTS = Path(__file__).parent.parent / "dcgen_convert" / "tiny" / "weights"
+
+# Short everywhere: enough for every stage to do its real work, not for quality.
+SHORT = {
+    "data.count": 96,
+    "data.steps": 2,
+    "align_head.draws": 1,
+    "align_head.steps": 4,
+    "adapt.phases.0.steps": 4,
+    "evaluate.prompts": 4,
+    "quantize.calibration.prompts": 2,
+    "quantize.calibration.steps": 2,
+    "latents.scale_tolerance": 0.9,  # two denoising steps do not draw the pictures that the scale was measured on
+}
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "dcgen_convert.cli", *arguments]
+
+
+def short_settings(**changes: object) -> list[str]:
+    return [part for key, value in {**SHORT, **changes}.items() for part in ("--set", f"{key}={value}")]
+
+
+def environment() -> dict[str, str]:
+    root = str(WEIGHTS.parents[2])
+    return {
+        **os.environ,
+        "CI": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")])),
+    }
+
+
+def run_cli(*arguments: str, cwd: Path, timeout: float = 600) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(*arguments), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout
+    )
+
+
+@pytest.fixture(scope="session")
+def weights() -> Path:
+    """Folder of the embedded tiny checkpoints."""
+    return WEIGHTS
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory) -> Path:
+    """A folder with `bundle` and `run` of a short NVFP4 conversion of tiny-flux, made by the real command."""
+    folder = tmp_path_factory.mktemp("converted")
+    arguments = ["tiny-flux", "--ae", "tiny-dc-ae-f32", "--quantize", "nvfp4", "-o", "bundle", "--run-dir", "run", "-y"]
+    done = run_cli(*arguments, *short_settings(), cwd=folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == str(folder / "bundle")
+    return folder

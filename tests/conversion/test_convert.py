@@ -1,0 +1,188 @@
+"""The whole walk by the real command, on the embedded checkpoints: what comes out, resuming, and what must not change."""
+
+import hashlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import command, environment, run_cli, short_settings
+
+from dcgen_convert.checkpoint.headers import read_weights
+
+FLUX = ["tiny-flux", "--ae", "tiny-dc-ae-f32", "-y"]
+
+
+def digest(entry):
+    with open(entry.file, "rb") as file:
+        file.seek(entry.start)
+        return hashlib.sha256(file.read(entry.end - entry.start)).hexdigest()
+
+
+def stages(folder):
+    return {path.parent.name: json.loads(path.read_text()) for path in (folder / "run").glob("*/stage.json")}
+
+
+def test_surgery_replaces_the_named_modules_and_no_other_byte(converted, weights):
+    before = read_weights(weights / "tiny-flux" / "transformer")
+    after = read_weights(converted / "run" / "surgery" / "transformer")
+    assert before.keys() == after.keys()
+    changed = {
+        name
+        for name in before
+        if before[name].shape != after[name].shape or digest(before[name]) != digest(after[name])
+    }
+    assert changed == {"x_embedder.weight", "x_embedder.bias", "proj_out.weight", "proj_out.bias"}
+    assert after["x_embedder.weight"].shape == (128, 32) and after["proj_out.weight"].shape == (32, 128)
+
+
+def test_merge_changes_exactly_the_planned_tensors(converted):
+    before = read_weights(converted / "run" / "surgery" / "transformer")
+    after = read_weights(converted / "run" / "merge-1" / "transformer")
+    changed = {name for name in before if digest(before[name]) != digest(after[name])}
+    report = stages(converted)["merge-1"]["metrics"]
+    assert report["merged"] == 44 and report["max_delta"] > 0
+    assert len(changed) == 44 + 4
+    assert not any("norm" in name or "embedder" in name and not name.startswith("x_embedder") for name in changed)
+
+
+def test_alignment_reaches_the_optimum_and_is_reported(converted):
+    metrics = stages(converted)["align-embedder"]["metrics"]
+    assert metrics["mse_optimum"] <= metrics["mse_after"] <= metrics["mse_optimum"] * 1.001 < metrics["mse_before"]
+
+
+def test_every_planned_linear_is_quantised(converted):
+    config = json.loads((converted / "bundle" / "transformer" / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "nunchaku_lite" and config["svdq_w4a4"]["precision"] == "nvfp4"
+    assert len(config["svdq_w4a4"]["targets"]) == 44
+    entries = read_weights(converted / "bundle" / "transformer")
+    for target in config["svdq_w4a4"]["targets"]:
+        assert entries[f"{target}.wscales"].dtype == "F8_E4M3" and entries[f"{target}.wtscale"].shape == (1,)
+
+
+def test_bundle_loads_in_the_stock_pipeline_in_a_fresh_process_and_draws_two_sizes(converted, tmp_path):
+    done = run_cli(*FLUX, "-o", "dense", "--run-dir", str(converted / "dense-run"), *short_settings(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    code = """
+import sys, numpy, torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert type(pipe).__name__ == "FluxPipeline"
+for height, width in ((128, 128), (64, 160)):
+    image = pipe("a small plain red circle in the center on sand", height=height, width=width, num_inference_steps=2,
+                 max_sequence_length=16, generator=torch.Generator().manual_seed(0), output_type="np").images
+    assert image.shape == (1, height, width, 3) and numpy.isfinite(image).all() and image.std() > 0.01
+"""
+    fresh = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "dense")], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert fresh.returncode == 0, fresh.stderr[-2000:]
+
+
+def test_second_run_holds_and_a_changed_setting_reruns_only_what_it_touches(converted):
+    before = stages(converted)
+    arguments = [*FLUX, "--quantize", "nvfp4", "-o", "bundle", "--run-dir", "run"]
+    again = run_cli(*arguments, *short_settings(), cwd=converted)
+    assert again.returncode == 0 and again.stdout.strip() == str(converted / "bundle")
+    assert again.stderr.count("holds, skipped") == len(before)
+    other = converted / "copy"
+    shutil.copytree(converted / "run", other / "run")
+    changed = run_cli(
+        *FLUX,
+        "-o",
+        "bundle",
+        "--run-dir",
+        "run",
+        "--until",
+        "align-head",
+        *short_settings(**{"align_head.steps": 5}),
+        cwd=other,
+    )
+    assert changed.returncode == 0, changed.stderr[-2000:]
+    assert "align-head: runs again, changed: align_head" in changed.stderr
+    assert changed.stderr.count("holds, skipped") == 4
+
+
+@pytest.mark.parametrize("stage", ["data", "adapt-1", "quantize"])
+def test_interrupt_says_how_to_resume_and_resume_gives_the_same_weights(converted, tmp_path, stage):
+    arguments = [*FLUX, "--quantize", "nvfp4", "-o", "bundle", "--run-dir", "run"]
+    process = subprocess.Popen(
+        command(*arguments, *short_settings()),
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    started = tmp_path / "run" / stage / "started.json"
+    deadline = time.monotonic() + 120
+    while not started.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err[-2000:]
+    assert out == "" and "Traceback" not in err
+    assert "dcgen-convert resume" in err.strip().splitlines()[-1]
+    resumed = run_cli("resume", "run", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    same(converted, tmp_path)
+
+
+def test_kills_at_any_moment_leave_a_run_that_resumes_to_the_same_weights(converted, tmp_path):
+    arguments = [*FLUX, "--quantize", "nvfp4", "-o", "bundle", "--run-dir", "run"]
+    for delay in (3.0, 6.0, 9.0, 5.0):
+        process = subprocess.Popen(
+            command(*arguments, *short_settings()),
+            cwd=tmp_path,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            process.wait(delay)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        process.communicate()
+    done = run_cli(*arguments, *short_settings(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    same(converted, tmp_path)
+
+
+def same(reference, folder):
+    """Every weight of two bundles has the same bytes."""
+    for path in sorted((reference / "bundle").rglob("*.safetensors")):
+        other = folder / "bundle" / path.relative_to(reference / "bundle")
+        assert hashlib.sha256(path.read_bytes()).digest() == hashlib.sha256(other.read_bytes()).digest(), path.name
+
+
+@pytest.mark.parametrize(
+    ("source", "ae"), [("tiny-sana", "tiny-dc-ae-f64"), ("tiny-dit", "tiny-dc-ae-f32"), ("tiny-flux", "tiny-dc-ae-f64")]
+)
+def test_other_families_convert_to_a_stock_bundle(tmp_path, source, ae):
+    done = run_cli(
+        source, "--ae", ae, "-o", "bundle", "--run-dir", "run", "-y", "--json", *short_settings(), cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    document = json.loads(done.stdout)
+    assert document["bundle"] == str(tmp_path / "bundle")
+    assert {"accuracy_source", "accuracy_converted", "accuracy_round_trip"} <= document["metrics"].keys()
+
+
+def test_lora_apart_is_a_file_that_stock_pipelines_load(tmp_path):
+    done = run_cli(*FLUX, "--no-merge-lora", "-o", "bundle", "--run-dir", "run", *short_settings(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    code = """
+import sys
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
+pipe.load_lora_weights(sys.argv[1])
+print(sum(name.endswith("lora_A.default_0.weight") for name, _ in pipe.transformer.named_parameters()))
+"""
+    fresh = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "bundle")], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert fresh.returncode == 0, fresh.stderr[-2000:]
+    assert fresh.stdout.split()[-1] == "44"

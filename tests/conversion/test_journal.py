@@ -1,0 +1,90 @@
+"""The run folder believes only what is whole and still holds."""
+
+import subprocess
+import sys
+
+import pytest
+
+from dcgen_convert.console import NULL, Console
+from dcgen_convert.errors import ResourceError
+from dcgen_convert.files import atomic_write, fresh_folder, replacing
+from dcgen_convert.journal import Run
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run(tmp_path / "run", NULL)
+
+
+def finish(run, name, inputs, content="x"):
+    with run.stage(name, inputs) as stage:
+        atomic_write(stage.folder / "artefact", content)
+        stage.metrics["figure"] = 3
+
+
+def test_a_finished_stage_holds_for_its_inputs_only(run):
+    assert run.done("a", {"k": 1}) is None
+    finish(run, "a", {"k": 1})
+    assert run.done("a", {"k": 1})["metrics"] == {"figure": 3}
+    assert run.done("a", {"k": 2}) is None
+
+
+def test_the_changed_input_is_named(run, capsys):
+    finish(run, "a", {"k": 1, "same": 5})
+    run.console = Console("human", stderr=sys.stdout)
+    run.done("a", {"k": 2, "same": 5})
+    assert "changed: k" in capsys.readouterr().out
+
+
+def test_a_lost_or_cut_output_does_not_hold(run):
+    finish(run, "a", {})
+    artefact = run.path / "a" / "artefact"
+    artefact.write_text("longer")
+    assert run.done("a", {}) is None
+    artefact.unlink()
+    assert run.done("a", {}) is None
+
+
+def test_an_interrupted_stage_keeps_its_partial_work_for_the_same_inputs(run):
+    with pytest.raises(KeyboardInterrupt), run.stage("a", {"k": 1}) as stage:
+        atomic_write(stage.folder / "half", "h")
+        raise KeyboardInterrupt
+    assert run.done("a", {"k": 1}) is None
+    with run.stage("a", {"k": 1}) as stage:
+        assert (stage.folder / "half").exists()
+    with run.stage("a", {"k": 2}) as stage:
+        assert not (stage.folder / "half").exists()
+
+
+def test_a_second_process_is_refused_and_a_dead_one_is_no_obstacle(run):
+    code = "import sys; from pathlib import Path; from dcgen_convert.journal import Run\n"
+    code += "with Run(Path(sys.argv[1]), None).locked(): print('in', flush=True); sys.stdin.read()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(run.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "in\n"
+        with pytest.raises(ResourceError, match="another process"), run.locked():
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+    with run.locked():
+        pass
+
+
+def test_replacing_leaves_the_old_file_when_the_body_fails(tmp_path):
+    path = tmp_path / "f"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_fresh_folder_is_empty(tmp_path):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    (folder / "x").write_text("x")
+    assert list(fresh_folder(folder).iterdir()) == []

@@ -1,0 +1,90 @@
+"""Prompts, images and the latent cache."""
+
+import pytest
+import torch
+from PIL import Image
+
+from dcgen_convert.data import cache, images, prompts
+from dcgen_convert.errors import InputError
+
+
+def test_builtin_prompts_have_millions_of_combinations_and_a_seed():
+    assert prompts.combinations() > 1_000_000
+    drawn = prompts.make("builtin", 500, 1)
+    assert drawn == prompts.make("builtin", 500, 1) != prompts.make("builtin", 500, 2)
+    assert len(set(drawn)) > 490
+
+
+def test_prompts_of_a_file_are_repeated_in_order(tmp_path):
+    file = tmp_path / "p.txt"
+    file.write_text("one\n\n two \n")
+    assert prompts.make(str(file), 3, 0) == ["one", "two", "one"]
+    file.write_text(" \n")
+    with pytest.raises(InputError, match="empty"):
+        prompts.make(str(file), 3, 0)
+    with pytest.raises(InputError, match="does not exist"):
+        prompts.make(str(tmp_path / "none.txt"), 3, 0)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, size in (("a", (40, 30)), ("b", (64, 64))):
+        Image.new("RGB", size, (255, 0, 0)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(f"picture {name}\n")
+    return tmp_path
+
+
+def test_folder_of_images_and_captions(folder):
+    pictures = images.read_folder(folder)
+    assert [picture.caption for picture in pictures] == ["picture a", "picture b"]
+    pixels = images.read_pixels(pictures[0].file, 16)
+    assert pixels.shape == (3, 16, 16)
+    assert pixels[0].min() > 0.99 and pixels[1].max() < -0.99
+
+
+def test_no_images_no_captions_and_broken_images_are_named(folder, tmp_path):
+    (folder / "a.txt").unlink()
+    with pytest.raises(InputError, match=r"1 of 2 images have no caption, first .*a\.png"):
+        images.read_folder(folder)
+    (folder / "b.png").write_bytes((folder / "b.png").read_bytes()[:40])
+    with pytest.raises(InputError, match=r"b\.png cannot be read"):
+        images.read_pixels(folder / "b.png", 8)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(InputError, match="holds no images"):
+        images.read_folder(empty)
+
+
+def test_index_round_trip_keeps_files_inside_and_outside_the_folder(folder, tmp_path):
+    inside = images.Picture(folder / "a.png", "é, \"quoted\"", 5)
+    outside = images.Picture(tmp_path.parent / "elsewhere.png", "far", None)
+    images.write_index(folder, [inside, outside])
+    assert images.read_folder(folder / images.INDEX) == [inside, outside]
+
+
+def test_png_round_trip_is_within_half_a_level(tmp_path):
+    pixels = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    images.to_image(pixels).save(tmp_path / "x.png")
+    assert (images.read_pixels(tmp_path / "x.png", 8) - pixels).abs().max() <= 0.5 / 127.5 + 1e-6
+
+
+def test_cache_returns_the_rows_that_were_written(tmp_path):
+    z = torch.randn(10, 4, 2, 2)
+    text = torch.randn(10, 3, 5).bfloat16()
+    for number in range(3):
+        part = slice(4 * number, 4 * number + 4)
+        cache.write_shard(tmp_path, "target-64", number, {"z": z[part]})
+        cache.write_shard(tmp_path, "text", number, {"encoder_hidden_states": text[part]})
+    cache.write_shard(tmp_path, "null", 0, {"encoder_hidden_states": text[:1]})
+    with pytest.raises(FileNotFoundError):
+        cache.LatentCache(tmp_path, 64)  # no index yet: unfinished
+    cache.write_index(tmp_path, 10, 4)
+    rows = cache.LatentCache(tmp_path, 64)
+    got, condition = rows.batch([9, 0, 5])
+    torch.testing.assert_close(got, z[[9, 0, 5]])
+    assert torch.equal(condition["encoder_hidden_states"], text[[9, 0, 5]])
+    train, held_out = rows.split()
+    assert (len(train), len(held_out)) == (9, 1)
+    torch.testing.assert_close(held_out.batch([0])[0], z[9:])
+    with pytest.raises(InputError, match="no latents at 128 px"):
+        cache.LatentCache(tmp_path, 128)

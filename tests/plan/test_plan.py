@@ -1,0 +1,155 @@
+"""The whole plan: every shipped recipe, offline; speed-ups beside the paper's; disk, downloads and hours."""
+
+import json
+import shutil
+
+import pytest
+
+from dcgen_convert import plan, recipe
+from dcgen_convert.errors import ResourceError
+from dcgen_convert.plan import costs
+from dcgen_convert.settings import leaves
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def document(name: str, *, sets=(), **flags) -> dict:
+    return plan.plan(recipe.load(name, flags=flags, sets=sets, machine=recipe.Machine(offline=True)))
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_every_shipped_recipe_passes_offline(name):
+    doc = document(name)
+    assert doc["status"] == "feasible"
+    assert doc["tokens"][-1]["ratio"] >= 4
+    assert doc["time"]["gpu_hours"] > 0
+    text = plan.render(doc)
+    assert text.splitlines()[-1] == "verdict: feasible"
+    for key, value in leaves(recipe.load(name).recipe.model_dump(mode="json")):
+        assert doc["settings"][key]["value"] == value
+        assert key in text
+
+
+@pytest.mark.parametrize(
+    "px, ae, tokens, paper, tolerance",
+    [
+        (1024, "dc-ae-f32", (4096, 1024), 4.2, 0.20),
+        (2048, "dc-ae-f64", (16384, 1024), 16.9, 0.16),
+        (4096, "dc-ae-f64", (65536, 4096), 52.9, 0.02),
+    ],
+)
+def test_flops_agree_with_what_the_paper_measured(px, ae, tokens, paper, tolerance):
+    doc = document("flux-krea", ae=ae, resolution=px, sets=["latents.text_length=512"])
+    assert (doc["tokens"][-1]["before"], doc["tokens"][-1]["after"]) == tokens
+    assert doc["speedup"]["value"] == pytest.approx(paper, rel=tolerance)
+    assert doc["speedup_paper"]["value"] == paper
+    assert doc["speedup"]["basis"].startswith("scaled")
+    assert doc["speedup_paper"]["basis"].startswith("measured by the paper")
+
+
+def test_other_families_beside_the_paper():
+    for name, paper in (("sana-1.6b", 3.9), ("dit-xl-512", 4.7)):
+        doc = document(name)
+        assert doc["speedup_paper"]["value"] == paper
+        assert doc["speedup"]["value"] == pytest.approx(paper, rel=0.15)
+    assert document("flux-krea", ae="dc-ae-f64")["speedup_paper"] is None
+
+
+def test_gated_and_missing_repositories_are_named():
+    doc = document("flux-krea")
+    source, ae = doc["downloads"]
+    assert source["repo"] == "black-forest-labs/FLUX.1-Krea-dev"
+    assert source["accept_at"] == "https://huggingface.co/black-forest-labs/FLUX.1-Krea-dev"
+    assert source["bytes"] == pytest.approx(33.7e9, rel=0.01)
+    assert ae["repo"] == "mit-han-lab/dc-ae-f32c32-in-1.0-diffusers"
+    notes = "\n".join(doc["notes"])
+    assert "is gated" in notes
+    assert "not in the cache" in notes
+
+
+def test_what_is_cached_is_not_downloaded_again(tmp_path):
+    before = document("flux-krea")["disk"]["bytes"]["downloads"]
+    (tmp_path / "hub" / "models--black-forest-labs--FLUX.1-Krea-dev" / "snapshots").mkdir(parents=True)
+    doc = document("flux-krea")
+    assert doc["downloads"][0]["cached"]
+    assert doc["disk"]["bytes"]["downloads"] < before / 10
+
+
+def test_hours_follow_the_work():
+    short, long = (
+        document("flux-krea", sets=["adapt.phases.*.steps=1000"]),
+        document("flux-krea", sets=["adapt.phases.*.steps=2000"]),
+    )
+    stage = "adapt phase 1 (1024 px)"
+    assert long["time"]["stages"][stage] == pytest.approx(2 * short["time"]["stages"][stage])
+    assert sum(long["time"]["stages"].values()) == pytest.approx(long["time"]["gpu_hours"])
+    assert "data" not in document("flux-krea", sets=["data.kind=folder", "data.path=/somewhere"])["time"]["stages"]
+    assert "quantize" in document("flux-krea", **{"quantize.format": "nvfp4"})["time"]["stages"]
+    plain = document("flux-krea", sets=["adapt.objective=flow"])
+    assert plain["time"]["stages"][stage] < document("flux-krea")["time"]["stages"][stage]
+
+
+def test_disk_follows_the_data():
+    assert document("flux-krea", sets=["data.count=10"])["disk"]["peak"] < document("flux-krea")["disk"]["peak"]
+    doc = document("flux-krea")
+    assert sum(doc["disk"]["bytes"].values()) == pytest.approx(doc["disk"]["peak"])
+
+
+def test_hub_cache_obeys_the_environment():
+    assert str(costs.hub_cache({"HF_HUB_CACHE": "/a"})) == "/a"
+    assert str(costs.hub_cache({"HF_HOME": "/b"})) == "/b/hub"
+    assert str(costs.hub_cache({"XDG_CACHE_HOME": "/c"})) == "/c/huggingface/hub"
+
+
+def test_a_full_disk_is_refused_before_the_first_byte(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    costs.check_disk([(tmp_path / "not" / "yet" / "there", free / 2)])
+    with pytest.raises(ResourceError, match="GB needed") as caught:
+        costs.check_disk([(tmp_path / "run", free * 0.6), (tmp_path / "out", free * 0.6)])  # one disk: they add up
+    assert caught.value.exit_code == 4
+
+
+def test_a_conversion_too_large_for_the_disk_is_refused(tmp_path):
+    huge = recipe.load("flux-krea", sets=["data.count=1000000000"]).recipe
+    with pytest.raises(ResourceError, match="disk under"):
+        plan.require_disk(huge, tmp_path / "run", tmp_path / "out")
+    # what the run folder holds already is not needed again: a sparse file stands for terabytes of pictures
+    small = recipe.load("dit-xl-256", sets=["data.count=1"]).recipe
+    plan.require_disk(small, tmp_path / "run", tmp_path / "out")
+    large = recipe.load("dit-xl-256", sets=["data.count=50000000"]).recipe
+    with pytest.raises(ResourceError, match="disk under"):
+        plan.require_disk(large, tmp_path / "run", tmp_path / "out")
+    (tmp_path / "run").mkdir()
+    with open(tmp_path / "run" / "pictures", "wb") as file:
+        file.truncate(10**13)
+    plan.require_disk(large, tmp_path / "run", tmp_path / "out")
+
+
+def test_each_phase_is_fitted():
+    krea = recipe.load("flux-krea").recipe
+    low, high = (plan.fit_phase(krea, phase) for phase in krea.adapt.phases)
+    assert (low.zero, high.zero) == (1, 1)
+    assert low.limit > high.limit
+    assert 256 % low.micro_batch == 0 == 256 % high.micro_batch
+
+
+def test_a_folder_of_ones_own_is_planned_from_its_configs(tmp_path):
+    config = {
+        "_class_name": "FluxTransformer2DModel", "num_layers": 2, "num_single_layers": 4, "num_attention_heads": 4,
+        "attention_head_dim": 32, "in_channels": 64, "joint_attention_dim": 48, "pooled_projection_dim": 24,
+        "guidance_embeds": True, "patch_size": 1,
+    }  # fmt: skip
+    vae = {"_class_name": "AutoencoderKL", "block_out_channels": [8, 8, 8, 8], "latent_channels": 16}
+    deep = {"_class_name": "AutoencoderDC", "encoder_block_out_channels": [8] * 6, "latent_channels": 24}
+    for part, content in (("transformer", config), ("vae", vae), ("deep", deep)):
+        (tmp_path / "mine" / part).mkdir(parents=True)
+        (tmp_path / "mine" / part / "config.json").write_text(json.dumps(content))
+    resolved = recipe.load(str(tmp_path / "mine"), recipe="tiny-flux", flags={"ae": str(tmp_path / "mine" / "deep")})
+    doc = plan.plan(resolved)
+    assert (doc["source"]["family"], doc["autoencoder"]["f"], doc["autoencoder"]["c"]) == ("flux", 32, 24)
+    assert doc["tokens"] == [{"resolution": 128, "before": 64, "after": 16, "ratio": 4.0}]
+    assert doc["downloads"] == []
+    assert (doc["time"]["device"], doc["time"]["price_usd"]) == ("2 CPU cores", 0)

@@ -1,0 +1,204 @@
+"""Layering: flag > --set > environment > recipe > what it extends > default; every value knows its origin."""
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dcgen_convert import recipe
+from dcgen_convert.errors import InputError, RecipeError
+from dcgen_convert.settings import leaves, schema_keys
+
+NAMES = recipe.names()
+SHIPPED = {
+    "flux-krea", "flux-dev", "flux-schnell", "sana-1.6b", "dit-xl-256", "dit-xl-512",
+    "tiny-flux", "tiny-flux-long", "tiny-sana", "tiny-sana-long", "tiny-dit", "tiny-dit-long",
+    "ablations/dit-sd-vae-to-dc-ae", "ablations/no-alignment", "ablations/full-finetune", "ablations/plain-flow-loss",
+}  # fmt: skip
+
+
+def write(path, **values) -> str:
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+@given(st.sets(st.sampled_from(["flag", "set", "env", "file", "parent"])))
+def test_the_strongest_layer_wins(tmp_path_factory, layers):
+    folder = tmp_path_factory.mktemp("recipes")
+    seeds = {"parent": 1, "file": 2, "env": 3, "set": 4, "flag": 5}
+    parent = write(folder / "parent.yaml", extends="flux-krea", **({"seed": 1} if "parent" in layers else {}))
+    child = write(folder / "child.yaml", extends=parent, **({"seed": 2} if "file" in layers else {}))
+    resolved = recipe.load(
+        child,
+        flags={"seed": 5 if "flag" in layers else None},
+        sets=["seed=4"] if "set" in layers else [],
+        env={"DCGEN_CONVERT_SEED": "3", "HOME": "/x"} if "env" in layers else {"HOME": "/x"},
+    )
+    origins = {"flag": "flag --seed", "set": "--set", "env": "env DCGEN_CONVERT_SEED", "file": f"recipe {child}",
+               "parent": f"recipe {parent}"}  # fmt: skip
+    winner = max(layers, key=seeds.get, default=None)
+    assert resolved.recipe.seed == (seeds[winner] if winner else 0)
+    assert resolved.origins["seed"] == (origins[winner] if winner else "default")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_leaf_of_every_shipped_recipe_has_an_origin(name):
+    resolved = recipe.load(name)
+    values = dict(leaves(resolved.recipe.model_dump()))
+    assert set(resolved.origins) == set(values)
+    assert all(resolved.origins.values())
+    assert resolved.recipe.name == name.rpartition("/")[2]
+
+
+def test_the_shipped_recipes_are_the_promised_ones():
+    assert set(NAMES) == SHIPPED
+
+
+def test_published_numbers():
+    krea = recipe.load("flux-krea").recipe
+    assert [(p.resolution, p.rank, p.alpha, p.lr, p.warmup) for p in krea.adapt.phases] == [
+        (512, 256, 256, 1e-4, 1000),
+        (1024, 256, 256, 1e-4, 1000),
+    ]
+    assert (krea.adapt.phases[0].steps, krea.adapt.ema, krea.adapt.clip) == (10_000, 0.999, 0.1)
+    assert (krea.align_head.steps, krea.align_head.batch, krea.align_head.warmup) == (5_000, 512, 1_000)
+    assert (krea.align_embedder.steps, krea.align_embedder.batch, krea.align_embedder.lr) == (20_000, 64, 1e-4)
+    assert (krea.adapt.guidance_range, krea.adapt.text_drop) == ((1, 14), 0.1)
+
+
+def test_ablations_differ_from_their_base_in_what_they_ablate():
+    base = dict(leaves(recipe.load("tiny-flux").recipe.model_dump()))
+    allowed = {
+        "no-alignment": {"name", "align_embedder.method", "align_head.method", "align_head.steps"},
+        "plain-flow-loss": {"name", "adapt.objective"},
+        "full-finetune": {
+            "name",
+            "adapt.phases.0.mode",
+            "adapt.phases.0.lr",
+            "adapt.phases.0.rank",
+            "adapt.phases.0.alpha",
+        },
+    }
+    for name, keys in allowed.items():
+        values = dict(leaves(recipe.load(f"ablations/{name}").recipe.model_dump()))
+        assert {key for key in values if values[key] != base.get(key)} <= keys, name
+
+
+def test_lora_keys_reach_every_lora_phase_and_alpha_follows_rank():
+    resolved = recipe.load("flux-krea", sets=["lora.rank=64", "adapt.phases.1.lr=2e-4"])
+    assert [(p.rank, p.alpha) for p in resolved.recipe.adapt.phases] == [(64, 64), (64, 64)]
+    assert resolved.recipe.adapt.phases[1].lr == 2e-4
+    assert resolved.origins["adapt.phases.0.rank"] == "--set"
+    assert resolved.origins["adapt.phases.0.alpha"] == "derived: = rank"
+    assert recipe.load("flux-krea", sets=["lora.alpha=8"]).recipe.adapt.phases[0].alpha == 8
+
+
+def test_resolution_sets_the_last_phase_and_caps_the_others():
+    def sides(value):
+        found = recipe.load("flux-krea", flags={"resolution": value}).recipe
+        return found.data.resolution, [phase.resolution for phase in found.adapt.phases]
+
+    assert sides(2048) == (2048, [512, 2048])
+    assert sides(256) == (256, [256, 256])
+
+
+def test_environment_reaches_nested_keys_and_phases():
+    env = {"DCGEN_CONVERT_ADAPT__EMA": "0.5", "DCGEN_CONVERT_ADAPT__PHASES__0__STEPS": "7"}
+    found = recipe.load("tiny-flux", env=env).recipe
+    assert (found.adapt.ema, found.adapt.phases[0].steps) == (0.5, 7)
+
+
+WRONG = {
+    "adapt.emma=1": "unknown key 'adapt.emma'; did you mean 'adapt.ema'? (from --set)",
+    "adapt.phases.0.stps=1": "unknown key 'adapt.phases.0.stps'; did you mean 'adapt.phases.*.steps'? (from --set)",
+    "quantise.format=int4": "unknown key 'quantise.format'; did you mean 'quantize.format'? (from --set)",
+    "ema=0.9": "unknown key 'ema'; did you mean 'adapt.ema'? (from --set)",
+    "zzz=1": "unknown key 'zzz' (from --set)",
+    "seed.x=1": "unknown key 'seed.x'; did you mean 'seed'?",
+    "adapt.phases.5.steps=1": "adapt.phases.5.steps: there is no phase '5' (the recipe has 1, counted from 0)",
+    "adapt.ema=abc": "adapt.ema must be a number, not 'abc' (from --set)",
+    "adapt.ema=1": "adapt.ema must be less than 1.0, not 1 (from --set)",
+    "seed=1.5": "seed must be a whole number, not 1.5 (from --set)",
+    "adapt.zero=7": "adapt.zero must be one of 'auto', 0, 1, 2, 3, not 7 (from --set)",
+    "adapt.shift=x": "adapt.shift must be one of 'model', 'flux2' or a number, not 'x' (from --set)",
+    "adapt.guidance_range=[3, 1]": "guidance_range must be [lo, hi] with 0 < lo <= hi, not [3, 1]",
+    "adapt.checkpointing=perhaps": "adapt.checkpointing must be true or false, not 'perhaps' (from --set)",
+    "data=3": "data must be a group of settings, not 3 (from --set)",
+    "data.kind=folder": "data.kind is folder but data.path is empty: give --data FOLDER",
+    "adapt.lr=.nan": "unknown key 'adapt.lr'; did you mean 'adapt.phases.*.lr'? (from --set)",
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_one_sentence_for_each_mistake(text):
+    with pytest.raises(RecipeError) as caught:
+        recipe.load("tiny-flux", sets=[text])
+    assert caught.value.message == WRONG[text]
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "sets, words",
+    [
+        (["dtype=bf16", "adapt.zero=0"], "adapt.zero 0 with dtype bf16"),
+        (["quantize.format=nvfp4", "merge_lora=false"], "quantize needs merged weights"),
+        (["adapt.phases.0.mode=full", "merge_lora=false"], "no LoRA to keep apart"),
+        (["lora.rank=8", "adapt.phases.0.mode=full"], ""),
+    ],
+)
+def test_combinations(sets, words):
+    if not words:
+        recipe.load("tiny-flux", sets=sets)
+        return
+    with pytest.raises(RecipeError, match=words):
+        recipe.load("tiny-flux", sets=sets)
+
+
+@pytest.mark.parametrize("text", ["adapt.ema", "=3", "adapt.ema=[1"])
+def test_malformed_sets(text):
+    with pytest.raises(RecipeError):
+        recipe.load("tiny-flux", sets=[text])
+
+
+def test_extends_in_a_circle(tmp_path):
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    write(first, extends=str(second))
+    write(second, extends=str(first))
+    with pytest.raises(RecipeError, match="extends itself"):
+        recipe.load(str(first))
+
+
+def test_extends_an_unknown_recipe(tmp_path):
+    with pytest.raises(RecipeError, match="did you mean 'flux-krea'"):
+        recipe.load(write(tmp_path / "a.yaml", extends="flux-kraa"))
+
+
+@pytest.mark.parametrize("content", ["- 1\n", "a: [", ""])
+def test_a_file_that_is_no_recipe(tmp_path, content):
+    path = tmp_path / "a.yaml"
+    path.write_text(content)
+    with pytest.raises((RecipeError, yaml.YAMLError)):
+        recipe.load(str(path))
+
+
+def test_recipes_are_immutable_and_round_trip():
+    found = recipe.load("flux-krea").recipe
+    with pytest.raises(ValueError, match="frozen"):
+        found.adapt.ema = 0.5
+    assert recipe.Recipe.model_validate(found.model_dump(mode="json")) == found
+
+
+def test_schema_keys_name_every_leaf():
+    known = set(schema_keys())
+    for key, _ in leaves(recipe.load("flux-krea").recipe.model_dump()):
+        assert ".".join("*" if part.isdigit() else part for part in key.split(".")) in known
+
+
+@pytest.mark.parametrize("side, good", [(100, False), (96, False), (128, True), (0, False), (16, False)])
+def test_sizes_must_be_multiples_of_both_grids(side, good):
+    sets = [f"data.resolution={side}", f"adapt.phases.*.resolution={side}"]
+    if good:
+        recipe.load("tiny-flux", sets=sets, flags={"ae": "tiny-dc-ae-f64"})
+        return
+    with pytest.raises(InputError, match=r"multiple of|greater than 0"):
+        recipe.load("tiny-flux", sets=sets, flags={"ae": "tiny-dc-ae-f64"})

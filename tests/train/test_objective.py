@@ -1,0 +1,189 @@
+"""The losses against hand-written references, and the draws behind them."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from train_worker import FLUX, SCHEDULER, Rows, adapt_section, tiny_flux
+
+from dcgen_convert import families
+from dcgen_convert.train import lora
+from dcgen_convert.train.adapt import sampling_of
+from dcgen_convert.train.objective import (
+    EVALUATION,
+    Sampling,
+    draw,
+    drop_text,
+    evaluate_loss,
+    flow_loss,
+    flux2_shift,
+    guidance_corrected_loss,
+    sample_t,
+    shift_t,
+)
+
+SAMPLING = Sampling("logit-normal", 2.0, (1.5, 4.0), 0.4)
+SHAPE = (8, 4, 4)
+
+
+def batch(count=6, step=3):
+    rows = Rows()
+    z0, text = rows.batch(range(count))
+    return z0, text, draw(7, step, range(count), SHAPE, SAMPLING), rows.null
+
+
+def by_hand(model, null_model, z0, text, draws, null):
+    """v_hat of METHOD 2, sample by sample."""
+    errors = []
+    for i in range(len(z0)):
+        t, g, eps = draws.t[i], draws.guidance[i], draws.eps[i]
+        z = ((1 - t) * z0[i] + t * eps)[None]
+        condition = null if draws.dropped[i] else {key: value[i : i + 1] for key, value in text.items()}
+        v_g = FLUX.predict(model, z, t[None], condition, g[None])
+        v_0 = FLUX.predict(null_model, z, t[None], null, torch.ones(1))
+        errors.append(((v_g - (1 - g) * v_0) / g - (eps - z0[i])).square().mean())
+    return torch.stack(errors).mean()
+
+
+def gradients(loss, model):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_guidance_corrected_loss_is_the_written_one():
+    """Value and gradient; the null branch has no gradient, as if it were another network."""
+    model = tiny_flux().eval()
+    z0, text, draws, null = batch()
+    assert 0 < draws.dropped.sum() < len(z0)
+    loss = guidance_corrected_loss(FLUX, model, z0, text, draws, null)
+    reference = by_hand(model, copy.deepcopy(model), z0, text, draws, null)
+    assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
+    ours, theirs = gradients(loss, model), gradients(reference, model)
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6, rtol=1e-4) for name in theirs)
+
+
+def test_frozen_teacher_is_the_model_before_training():
+    model, z0, text, draws, null = tiny_flux().eval(), *batch()
+    before = copy.deepcopy(model)
+    lora.add_lora(model, FLUX.lora_targets, 4, 8.0, seed=0)
+    teacher = lora.frozen_teacher(model, ["x_embedder", "proj_out"])
+    with torch.no_grad():  # some training
+        for name, parameter in lora.trainable(model, ["x_embedder", "proj_out"]):
+            parameter.requires_grad_(True).add_(
+                0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+            )
+    loss = guidance_corrected_loss(FLUX, model, z0, text, draws, null, teacher)
+    assert loss.item() == pytest.approx(by_hand(model, before, z0, text, draws, null).item(), rel=1e-5)
+    assert abs(loss.item() - guidance_corrected_loss(FLUX, model, z0, text, draws, null).item()) > 1e-3
+    loss.backward()
+    trained = dict(lora.trainable(model, ["x_embedder", "proj_out"]))
+    assert not [name for name, p in trained.items() if "lora_A" not in name and (p.grad is None or not p.grad.any())]
+
+
+def test_guidance_one_is_plain_flow():
+    model, z0, text, draws, null = tiny_flux().eval(), *batch()
+    ones = SimpleNamespace(**{**vars(draws), "guidance": torch.ones(len(z0))})
+    corrected = guidance_corrected_loss(FLUX, model, z0, text, ones, null)
+    assert corrected.item() == pytest.approx(flow_loss(FLUX, model, z0, text, ones, null).item(), rel=1e-6)
+
+
+def test_epsilon_family_is_trained_on_its_own_prediction():
+    """A network that knows eps has no loss; one that answers v has."""
+    z0, _, draws, _ = batch()
+    labels, null = {"class_labels": torch.arange(6)}, {"class_labels": torch.tensor([1000])}
+
+    def network(answer):
+        def forward(z, timestep, class_labels, return_dict):
+            assert (class_labels[draws.dropped] == 1000).all()
+            return (torch.cat([answer, torch.full_like(answer, 9.0)], 1),)  # second half: learned sigma, ignored
+
+        network = SimpleNamespace(dtype=torch.float32)
+        return type("Network", (), {"__call__": staticmethod(forward), "dtype": network.dtype})()
+
+    family = families.get("dit")
+    assert flow_loss(family, network(draws.eps), z0, labels, draws, null).item() == pytest.approx(0.0)
+    assert flow_loss(family, network(draws.eps - z0), z0, labels, draws, null).item() > 0.5
+
+
+def test_draws_do_not_depend_on_the_split():
+    whole = draw(1, 5, range(8), SHAPE, SAMPLING)
+    parts = [draw(1, 5, part, SHAPE, SAMPLING) for part in (range(0, 3), range(3, 8))]
+    for key, value in vars(whole).items():
+        assert torch.equal(value, torch.cat([getattr(part, key) for part in parts]))
+    others = [draw(1, 6, range(8), SHAPE, SAMPLING), draw(2, 5, range(8), SHAPE, SAMPLING)]
+    others.append(draw(1, 5, range(8), SHAPE, SAMPLING, EVALUATION))
+    assert not any(torch.equal(other.eps, whole.eps) or torch.equal(other.t, whole.t) for other in others)
+
+
+def test_distribution_of_the_draws():
+    draws = draw(0, 0, range(4000), (1, 2, 2), SAMPLING)
+    assert draws.eps.mean().abs() < 0.03 and abs(draws.eps.std() - 1) < 0.03
+    assert draws.guidance.min() >= 1.5 and draws.guidance.max() <= 4.0 and abs(draws.guidance.mean() - 2.75) < 0.05
+    assert abs(draws.dropped.float().mean() - 0.4) < 0.03
+    assert draws.eps.dtype == draws.t.dtype == draws.guidance.dtype == torch.float32
+
+
+def test_t_is_logit_normal_and_shifted():
+    t = sample_t(20000, torch.Generator().manual_seed(0), "logit-normal", 3.0)
+    back = t / (3 - 2 * t)  # inverse of t' = 3 t / (1 + 2 t)
+    normal = torch.logit(back.double())
+    assert abs(normal.mean()) < 0.02 and abs(normal.std() - 1) < 0.02
+    assert shift_t(torch.tensor(0.25), 1.0) == 0.25
+    assert shift_t(torch.tensor(0.5), 3.0).item() == pytest.approx(0.75)
+
+
+def test_ddpm_steps_are_uniform():
+    times = torch.linspace(0.01, 0.99, 10)
+    t = sample_t(20000, torch.Generator().manual_seed(0), "ddpm", 1.0, times)
+    counts = torch.bincount(torch.searchsorted(times, t), minlength=10)
+    assert set(t.tolist()) == set(times.tolist()) and (counts - 2000).abs().max() < 150
+
+
+def test_shift_is_the_samplers():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    config = {
+        "use_dynamic_shifting": True,
+        "base_shift": 0.5,
+        "max_shift": 1.15,
+        "base_image_seq_len": 256,
+        "max_image_seq_len": 4096,
+    }
+    sampling = sampling_of(FLUX, adapt_section(), (32, 32, 32), {"in_channels": 32}, config)
+    scheduler = FlowMatchEulerDiscreteScheduler(**config)
+    mu = 0.5 + 0.65 * (1024 - 256) / 3840
+    scheduler.set_timesteps(sigmas=[0.25, 0.5, 0.75], mu=mu)
+    assert torch.allclose(shift_t(torch.tensor([0.25, 0.5, 0.75]), sampling.shift), scheduler.sigmas[:3], atol=1e-6)
+    assert sampling_of(FLUX, adapt_section(), (8, 4, 4), {"in_channels": 8}, SCHEDULER).shift == 3.0
+    assert flux2_shift((32, 32, 32)) == pytest.approx(2.828, abs=1e-3)  # METHOD 2: 1K f32c32
+    assert flux2_shift((128, 64, 64)) == pytest.approx(11.31, abs=1e-2)  # METHOD 2: 4K f64c128
+    assert sampling_of(FLUX, adapt_section(shift="flux2"), (32, 32, 32), {"in_channels": 32}, {}).shift == flux2_shift(
+        (32, 32, 32)
+    )
+    assert sampling_of(FLUX, adapt_section(shift=1.5), (32, 32, 32), {"in_channels": 32}, {}).shift == 1.5
+
+
+def test_dropped_text_is_the_null_text():
+    text = {"a": torch.ones(3, 2, 4), "labels": torch.tensor([1, 2, 3])}
+    null = {"a": torch.zeros(1, 2, 4), "labels": torch.tensor([9])}
+    mixed = drop_text(text, null, torch.tensor([False, True, False]))
+    assert mixed["a"].sum((1, 2)).tolist() == [8, 0, 8] and mixed["labels"].tolist() == [1, 9, 3]
+
+
+def test_evaluation_repeats_and_does_not_depend_on_batches():
+    model, rows = tiny_flux().eval(), Rows()
+
+    def loss_of(z0, text, draws):
+        assert not draws.dropped.any()
+        return flow_loss(FLUX, model, z0, text, draws, rows.null)
+
+    def batches(size):
+        return [(range(i, i + size), *rows.batch(range(i, i + size))) for i in range(0, 8, size)]
+
+    first = evaluate_loss(loss_of, batches(8), 0, SAMPLING)
+    torch.randn(5)  # the global generator has no part in it
+    assert evaluate_loss(loss_of, batches(8), 0, SAMPLING) == first
+    assert evaluate_loss(loss_of, batches(2), 0, SAMPLING) == pytest.approx(first, rel=1e-5)
+    assert len(first) == 6 and list(first)[2] == f"t{shift_t(torch.tensor(0.5), 2.0):.2f}"

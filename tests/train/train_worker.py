@@ -1,0 +1,146 @@
+"""A tiny FLUX, data for it, and a program that adapts it: what the tests of training run, in this process or as real
+ranks.
+
+As a program: `python train_worker.py '[{"folder": ..., "adapt": {"zero": 2}}, ...]'` does one job after the other,
+one process per rank, RANK and WORLD_SIZE in the environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from dcgen_convert import families
+from dcgen_convert.train.adapt import adapt_phase
+from dcgen_convert.train.loop import METRICS, Saving
+from dcgen_convert.train.settings import EngineSettings
+
+CHANNELS, SIDE, TEXT, WIDTH = 8, 4, 3, 16
+SCHEDULER = {"use_dynamic_shifting": False, "shift": 3.0}
+FLUX = families.get("flux")
+
+
+def tiny_flux(seed: int = 0):
+    """FluxTransformer2DModel, 1 double + 1 single block, width 32, guidance input."""
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(seed)
+    return FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=CHANNELS,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    )
+
+
+class Rows:
+    """Latents and text in memory, with the interface of `LatentCache`."""
+
+    def __init__(self, count: int = 100, seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+        self.z = torch.randn(count, CHANNELS, SIDE, SIDE, generator=generator)
+        self.text = {
+            "encoder_hidden_states": torch.randn(count, TEXT, WIDTH, generator=generator),
+            "pooled_projections": torch.randn(count, WIDTH, generator=generator),
+        }
+        self.null = {key: torch.zeros_like(value[:1]) for key, value in self.text.items()}
+
+    def __len__(self) -> int:
+        return len(self.z)
+
+    def batch(self, indices):
+        rows = torch.as_tensor(list(indices))
+        return self.z[rows], {key: value[rows] for key, value in self.text.items()}
+
+
+def engine_settings(**changes) -> EngineSettings:
+    values = dict(steps=50, lr=3e-3, warmup=5, schedule="cosine", batch=4, micro_batch=4, dtype="fp32", zero=2)
+    values |= dict(offload="none", clip=0.0, ema=0.0, checkpointing=False)
+    return EngineSettings(**{**values, **changes})
+
+
+def adapt_section(**changes) -> SimpleNamespace:
+    values = dict(
+        objective="flow", null_branch="student", guidance_range=(1.0, 5.0), shift="model", text_drop=0.1, ema=0.99
+    )
+    values |= dict(clip=1.0, checkpointing=False, zero=2, offload="none")
+    return SimpleNamespace(**{**values, **changes})
+
+
+def phase_section(**changes) -> SimpleNamespace:
+    values = dict(mode="lora", resolution=64, steps=12, rank=4, alpha=8.0, lr=3e-3, warmup=3, schedule="cosine")
+    values |= dict(batch=6, micro_batch=6, targets=None)
+    return SimpleNamespace(**{**values, **changes})
+
+
+def adapt(folder, *, phase=None, adapt=None, dtype="fp32", saving=(0, 0.0), **more):
+    """`adapt_phase` of a fresh tiny FLUX in ``folder``; returns (metrics, model)."""
+    model = tiny_flux()
+    metrics = adapt_phase(
+        model,
+        FLUX,
+        phase_section(**(phase or {})),
+        adapt_section(**(adapt or {})),
+        Rows(),
+        Path(folder),
+        scheduler=SCHEDULER,
+        dtype=dtype,
+        saving=Saving(*saving),
+        **more,
+    )
+    return metrics, model
+
+
+def losses(folder) -> list[float]:
+    """Loss of every step so far, checked to be one line per step."""
+    lines = [json.loads(line) for line in (Path(folder) / METRICS).read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(len(lines)))
+    return [line["loss"] for line in lines]
+
+
+def start_ranks(world: int, jobs: list[dict], log: Path) -> list[subprocess.Popen]:
+    """Start this file as ``world`` real processes that find one another through a free port; stderr goes to ``log``."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    ranks = []
+    for rank in range(world):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        place = {key: str(value) for key, value in place.items()} if world > 1 else {}
+        command = [sys.executable, __file__, json.dumps(jobs)]
+        with open(log, "ab") as errors:
+            ranks.append(subprocess.Popen(command, env=environment | place, stdout=subprocess.PIPE, stderr=errors))
+    return ranks
+
+
+def run_ranks(world: int, jobs: list[dict], log: Path, timeout: float = 600) -> list[bytes]:
+    """Run ``world`` ranks to their end; their stdout. AssertionError with the log when one fails."""
+    ranks = start_ranks(world, jobs, log)
+    outputs = [process.communicate(timeout=timeout)[0] for process in ranks]
+    codes = [process.returncode for process in ranks]
+    assert codes == [0] * world, f"the ranks ended with {codes}:\n{log.read_text()[-3000:]}"
+    return outputs
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for job in json.loads(sys.argv[1]):
+        adapt(**job)
+    from dcgen_convert.train import distributed
+
+    distributed.leave()
