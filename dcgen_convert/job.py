@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dcgen_convert import catalog
 from dcgen_convert.bundle.scheduler import scheduler_config
@@ -17,6 +17,9 @@ from dcgen_convert.families import Family
 from dcgen_convert.files import read_json, sha256
 from dcgen_convert.journal import Run
 from dcgen_convert.recipe import Recipe, Resolved
+
+if TYPE_CHECKING:
+    from dcgen_convert.data.cache import LatentCache
 
 AE_PATTERNS = ["config.json", "*.safetensors", "*.safetensors.index.json", "README.md", "LICENSE*"]
 
@@ -79,6 +82,17 @@ class Job:
         base = read_json(self.source.root / "scheduler" / "scheduler_config.json")
         return scheduler_config(base, self.recipe.adapt.shift, channels=self.ae.channels, tokens=self.tokens)
 
+    def rows(self, resolution: int) -> LatentCache:
+        """The latent cache of this run, with the text encoders attached when the recipe encodes on the fly."""
+        from dcgen_convert import pipelines
+        from dcgen_convert.data.cache import LatentCache
+
+        encode = None
+        if self.recipe.latents.text == "encode":
+            encoders = pipelines.load_text_encoders(self.source, self.dtype)
+            encode = partial(pipelines.encode_text, self.family, encoders, length=self.text_length)
+        return LatentCache(self.folder("latents"), resolution, encode=encode)
+
     def folder(self, stage: str) -> Path:
         return self.run.path / stage
 
@@ -86,6 +100,10 @@ class Job:
 def prepare(resolved: Resolved, run: Run, console: Console) -> Job:
     """Find and check everything that the job needs, before anything is written."""
     recipe = resolved.recipe
+    if (resolved.machine.gpus or 1) > 1 or resolved.machine.hostfile:
+        raise InputError("a conversion runs in one process for now, on one GPU or the CPU", "leave out --gpus and --hostfile")
+    if recipe.quantize.container != "diffusers" and recipe.quantize.format != "none":
+        raise InputError("convert writes the diffusers container only", "leave out quantize.container")
     entry = catalog.find_source(recipe.source)
     where = str(entry.folder) if entry and entry.folder else (entry.repo if entry else recipe.source)
     revision = recipe.revision or (entry.revision if entry else None)

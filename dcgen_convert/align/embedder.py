@@ -26,7 +26,7 @@ def run(job, stage: Stage) -> None:
     """Writes modules.safetensors (the embedder) and reports the MSE before, after, and at the optimum."""
     settings = job.recipe.align_embedder
     resolution = job.recipe.adapt.phases[0].resolution
-    cache = LatentCache(job.folder("latents"), resolution)
+    cache = job.rows(resolution)
     teacher = models.load(job.source.transformer, torch.float32)
     student = models.load(job.folder("surgery") / models.TRANSFORMER, torch.float32)
     problem = Problem(job, teacher, student, cache, settings.pooling)

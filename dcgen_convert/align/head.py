@@ -30,7 +30,7 @@ def run(job, stage: Stage) -> None:
     """Writes modules.safetensors (embedder and head) and reports the flow loss before, after the start, after training."""
     settings = job.recipe.align_head
     resolution = job.recipe.adapt.phases[0].resolution
-    train_rows, held_out = LatentCache(job.folder("latents"), resolution).split()
+    train_rows, held_out = job.rows(resolution).split()
     dtype = pipelines.DTYPES[job.recipe.dtype]
     embedder = job.folder("align-embedder") / models.MODULES
     model = models.load(job.folder("surgery") / models.TRANSFORMER, dtype, embedder, pipelines.device())

@@ -6,6 +6,8 @@ index.json                    {"count", "rows_per_shard", "tables": {name: {tens
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,12 +18,25 @@ from dcgen_convert.errors import InputError
 from dcgen_convert.files import atomic_save, read_json, write_json
 
 INDEX = "index.json"
+CAPTIONS = "captions.json"
 
 
 class LatentCache:
     """Rows of (z_0, text) for training, read from shards without loading them."""
 
-    def __init__(self, folder: Path, resolution: int, rows: range | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        resolution: int,
+        rows: range | None = None,
+        encode: Callable[[list[str]], dict[str, Tensor]] | None = None,
+    ) -> None:
+        """
+        Args:
+            resolution: picture side in px.
+            rows: the rows that this view shows; None: all.
+            encode: captions -> condition, for a cache that holds no text embeddings.
+        """
         self.folder = Path(folder)
         index = read_json(self.folder / INDEX)
         self.shard_rows: int = index["rows_per_shard"]
@@ -33,6 +48,8 @@ class LatentCache:
             raise InputError(f"{folder} holds no latents at {resolution} px, only {', '.join(index['tables'])}")
         self._open: dict[str, dict[str, Tensor]] = {}
         self.null = self._shard("null", 0)
+        self._encode = encode
+        self._captions: list[str] = read_json(self.folder / CAPTIONS) if encode else []
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -40,13 +57,18 @@ class LatentCache:
     def split(self) -> tuple[LatentCache, LatentCache]:
         """(training rows, held-out rows): the last twentieth is held out, 1 to 512 rows."""
         cut = len(self.rows) - min(max(1, len(self.rows) // 20), 512)
-        return LatentCache(self.folder, self.resolution, self.rows[:cut]), LatentCache(
-            self.folder, self.resolution, self.rows[cut:]
-        )
+        view = partial(LatentCache, self.folder, self.resolution, encode=self._encode)
+        return view(rows=self.rows[:cut]), view(rows=self.rows[cut:])
 
     def batch(self, indices: list[int] | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Rows ``indices``: z_0 (B, C, h, w) float32 and the condition, a dict of tensors with first axis B."""
-        return self.read(self.target, indices)["z"].float(), self.read("text", indices)
+        return self.read(self.target, indices)["z"].float(), self.condition(indices)
+
+    def condition(self, indices: list[int] | Tensor) -> dict[str, Tensor]:
+        """Conditions of rows ``indices``, read from the cache or encoded from their captions."""
+        if self._encode is None:
+            return self.read("text", indices)
+        return self._encode([self._captions[self.rows[int(i)]] for i in indices])
 
     def pairs(self, indices: list[int] | Tensor) -> tuple[Tensor, Tensor]:
         """Latents of the same pictures in both autoencoders: base (B, C0, h0, w0) and target (B, C, h, w), float32."""
@@ -82,7 +104,6 @@ def write_index(folder: Path, count: int, rows_per_shard: int) -> None:
     tables = {}
     for path in sorted(folder.glob("*-00000.safetensors")):
         with safe_open(path, framework="pt") as file:
-            tables[path.name.removesuffix("-00000.safetensors")] = {
-                key: file.get_slice(key).get_shape()[1:] for key in file.keys()
-            }  # noqa: SIM118
+            names = file.keys()
+            tables[path.name.removesuffix("-00000.safetensors")] = {key: file.get_slice(key).get_shape()[1:] for key in names}
     write_json(folder / INDEX, {"count": count, "rows_per_shard": rows_per_shard, "tables": tables})

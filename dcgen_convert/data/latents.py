@@ -135,12 +135,14 @@ def check_scale(job, stage: Stage, codec: Codec, resolution: int) -> None:
 
 
 def encode_captions(job, stage: Stage, pictures: list[Picture]) -> None:
-    """Shards text, and null with the condition of the empty prompt."""
+    """captions.json, shards text (unless the recipe encodes on the fly), and null with the condition of the empty prompt."""
+    write_json(stage.folder / cache.CAPTIONS, [picture.caption for picture in pictures])
     if (stage.folder / cache.shard_name("null", 0)).exists():
         return
     encoders = pipelines.load_text_encoders(job.source, job.dtype)
-    with job.console.progress("text embeddings", len(pictures), "captions") as bar:
-        for number, start in enumerate(range(0, len(pictures), SHARD_ROWS)):
+    cached = pictures if job.recipe.latents.text == "cache" else []
+    with job.console.progress("text embeddings", len(cached), "captions") as bar:
+        for number, start in enumerate(range(0, len(cached), SHARD_ROWS)):
             captions = [picture.caption for picture in pictures[start : start + SHARD_ROWS]]
             parts = []
             for at in range(0, len(captions), job.recipe.latents.batch):

@@ -75,10 +75,8 @@ class _Axis:
         self.low, self.high, self.start, self.end, self.log = low, high, start, end, log
 
     def __call__(self, value: float) -> float:
-        if self.log:
-            part = math.log(value / self.low) / math.log(self.high / self.low)
-        else:
-            part = (value - self.low) / (self.high - self.low)
+        place = math.log if self.log else float
+        part = (place(value) - place(self.low)) / (place(self.high) - place(self.low))
         return self.start + part * (self.end - self.start)
 
     def ticks(self) -> list[float]:

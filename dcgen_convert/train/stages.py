@@ -9,7 +9,6 @@ import torch
 
 from dcgen_convert import merge, models, pipelines, plan
 from dcgen_convert.align import gap
-from dcgen_convert.data.cache import LatentCache
 from dcgen_convert.errors import ResourceError
 from dcgen_convert.files import copy_file
 from dcgen_convert.journal import Stage
@@ -23,7 +22,7 @@ EXPORT = "export"
 def adapt_phase(job, stage: Stage, number: int) -> None:
     """Writes export/ (LoRA, embedder, head), checkpoints and metrics.jsonl; reports losses and the per-block gap."""
     settings, phase = fitted(job, job.recipe.adapt.phases[number - 1])
-    rows, held_out = LatentCache(job.folder("latents"), phase.resolution).split()
+    rows, held_out = job.rows(phase.resolution).split()
     aligned = job.folder("align-head") / models.MODULES if number == 1 else None
     model = models.load(dense_before(job, number), job.dtype, aligned, pipelines.device())
     record = adapt.adapt_phase(
@@ -82,7 +81,7 @@ def merge_phase(job, stage: Stage, number: int) -> None:
     stage.metrics.update(record)
     model = models.load(stage.folder / models.TRANSFORMER, job.dtype, device=pipelines.device())
     resolution = job.recipe.adapt.phases[number - 1].resolution
-    stage.metrics["gap"] = gap.measure(job, model, LatentCache(job.folder("latents"), resolution).split()[1])
+    stage.metrics["gap"] = gap.measure(job, model, job.rows(resolution).split()[1])
 
 
 def dense_before(job, number: int) -> Path:

@@ -1,0 +1,45 @@
+"""Closed-form embedder against the published 20,000 steps of AdamW, on the latents of a finished run: MSE and time.
+
+    python tests/benchmarks/closed_form.py RUN
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from dcgen_convert import models
+from dcgen_convert.align.embedder import Problem, descend, xavier
+from dcgen_convert.console import NULL
+from dcgen_convert.conversion import RECIPE
+from dcgen_convert.files import read_json
+from dcgen_convert.job import prepare
+from dcgen_convert.journal import Run
+from dcgen_convert.recipe import Recipe, Resolved
+
+STEPS, RATE, BATCH = 20_000, 1e-4, 64  # METHOD 3
+
+
+def main(folder: Path) -> None:
+    run = Run(folder, NULL)
+    job = prepare(Resolved(Recipe.model_validate(read_json(folder / RECIPE)["recipe"]), {}), run, NULL)
+    teacher = models.load(job.source.transformer, torch.float32)
+    student = models.load(job.folder("surgery") / models.TRANSFORMER, torch.float32)
+    problem = Problem(job, teacher, student, job.rows(job.resolution), "average")
+    started = time.perf_counter()
+    equations = problem.equations(BATCH)
+    weight, bias = equations.solve(job.recipe.align_embedder.ridge)
+    closed = time.perf_counter() - started
+    started = time.perf_counter()
+    start = xavier(student.get_submodule(job.family.embedder), 0)
+    descended = descend(problem, start, STEPS, RATE, BATCH, 0)
+    slow = time.perf_counter() - started
+    print(f"closed form: MSE {equations.mse(weight, bias):.6f} in {closed:.3f} s (reading the latents included)")
+    print(f"AdamW, {STEPS} steps: MSE {equations.mse(*descended):.6f} in {slow:.1f} s: {slow / closed:.0f} x the time")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

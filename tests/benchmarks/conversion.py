@@ -1,0 +1,62 @@
+"""Quality of whole conversions on the tiny world: runs recipes by the real command and prints one table row for each.
+
+    python tests/benchmarks/conversion.py WORK [NAME ...]
+
+WORK keeps runs and bundles, so that the script goes on where it stopped. Rows, with the options that make them, stand in ROWS.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+PROMPTS = 256
+ROWS: dict[str, list[str]] = {
+    "tiny-flux f32": ["tiny-flux", "--quantize", "nvfp4"],
+    "tiny-flux f64": ["tiny-flux", "--ae", "tiny-dc-ae-f64"],
+    "tiny-sana f64": ["tiny-sana"],
+    "tiny-dit f32": ["tiny-dit"],
+    "long: tiny-flux f32": ["tiny-flux-long", "--quantize", "nvfp4"],
+    "long: tiny-flux f64": ["tiny-flux-long", "--ae", "tiny-dc-ae-f64"],
+    "long: tiny-sana f64": ["tiny-sana-long"],
+    "long: tiny-dit f32": ["tiny-dit-long"],
+    "no alignment": ["ablations/no-alignment"],
+    "plain flow loss": ["ablations/plain-flow-loss"],
+    "full fine-tune": ["ablations/full-finetune"],
+    "xavier head": ["tiny-flux", "--set", "align_head.method=xavier"],
+    "adamw embedder": ["tiny-flux", "--set", "align_embedder.method=adamw"],
+    "noise-aware embedder": ["tiny-flux", "--set", "align_embedder.noise_aware=true"],
+    "teacher null branch": ["tiny-flux", "--set", "adapt.null_branch=teacher"],
+}
+
+
+def main(work: Path, names: list[str]) -> None:
+    print("| | minutes | loss start / end | accuracy source / converted / ratio | Frechet source / converted | 4-bit: accuracy, PSNR |")
+    print("|---|---|---|---|---|---|")
+    for name in names or ROWS:
+        folder = work / name.replace(" ", "-").replace(":", "")
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "dcgen_convert.cli", "convert", *ROWS[name], "--set", f"evaluate.prompts={PROMPTS}"]
+        command += ["-o", str(folder / "bundle"), "--run-dir", str(folder / "run"), "-y", "--json"]
+        with open(folder / "log.txt", "a") as log:
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True, check=True)
+        print(row(name, json.loads(done.stdout)), flush=True)
+
+
+def row(name: str, document: dict) -> str:
+    stages = {stage["name"]: stage for stage in document["stages"]}
+    seconds = sum(stage["seconds"] for stage in stages.values())
+    adapt = next(stage["metrics"] for key, stage in stages.items() if key.startswith("adapt-"))
+    metrics = document["metrics"]
+    loss = f"{stages['align-head']['metrics']['loss_start']:.3f} / {adapt['evaluation']['after']['mean']:.3f}"
+    source, converted = metrics["accuracy_source"], metrics["accuracy_converted"]
+    accuracy = f"{source:.3f} / {converted:.3f} / {converted / source:.1%}"
+    frechet = f"{metrics['frechet_source']:.1f} / {metrics['frechet_converted']:.1f}"
+    four_bit = f"{metrics['accuracy_nvfp4']:.3f}, {metrics['psnr_quantised_db']:.1f} dB" if "accuracy_nvfp4" in metrics else ""
+    return f"| {name} | {seconds / 60:.1f} | {loss} | {accuracy} | {frechet} | {four_bit} |"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

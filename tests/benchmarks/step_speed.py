@@ -1,0 +1,49 @@
+"""One denoising step of the source against the converted model at equal pixels, beside the token ratio. Same process, alternating.
+
+    python tests/benchmarks/step_speed.py RUN [BATCH]
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from dcgen_convert import models
+from dcgen_convert.console import NULL
+from dcgen_convert.conversion import RECIPE
+from dcgen_convert.files import read_json
+from dcgen_convert.job import prepare
+from dcgen_convert.journal import Run
+from dcgen_convert.recipe import Recipe, Resolved
+from dcgen_convert.train.stages import converted
+
+ROUNDS = 30
+
+
+@torch.no_grad()
+def main(folder: Path, batch: int) -> None:
+    job = prepare(Resolved(Recipe.model_validate(read_json(folder / RECIPE)["recipe"]), {}), Run(folder, NULL), NULL)
+    rows = job.rows(job.resolution)
+    indices = list(range(batch))
+    latents, text = rows.pairs(indices), rows.batch(indices)[1]
+    pair = [models.load(job.source.transformer, job.dtype), models.load(converted(job), job.dtype)]
+    times: list[list[float]] = [[], []]
+    tokens = [z.shape[2] * z.shape[3] // job.family.patch(m.config, z.shape[1]) ** 2 for z, m in zip(latents, pair, strict=True)]
+    for _ in range(ROUNDS):
+        for model, z, spent in zip(pair, latents, times, strict=True):
+            started = time.perf_counter()
+            job.family.predict(model, z.to(job.dtype), torch.full((batch,), 0.5), text, torch.full((batch,), 3.5))
+            spent.append(time.perf_counter() - started)
+    before, after = (statistics.median(spent) for spent in times)
+    length = next(iter(text.values())).shape[1] if text[job.family.text_keys[0]].ndim > 1 else 0
+    print(f"batch {batch}: {before * 1e3:.1f} ms -> {after * 1e3:.1f} ms per step: {before / after:.2f} x")
+    print(f"image tokens {tokens[0]} -> {tokens[1]}: {tokens[0] / tokens[1]:.1f} x; with {length} text tokens "
+          f"{(tokens[0] + length) / (tokens[1] + length):.2f} x")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 16)
