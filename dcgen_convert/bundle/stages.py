@@ -79,7 +79,9 @@ def describe(job) -> dict[str, Any]:
 
 def check(job, stage: Stage, output: Path) -> None:
     """Verify the bundle against its source, in a fresh process too, then compare it with the source on fixed seeds."""
+    layout.add_metrics(output, job.family, stage.folder.name, {})  # a run cut off between card and manifest heals here
     result = verify(output, job.console, job.source.root)
     stage.metrics["checks"] = result["checks"]
     if job.recipe.evaluate.prompts:
         compare.run(job, stage, output)
+        layout.add_metrics(output, job.family, stage.folder.name, stage.metrics)

@@ -4,6 +4,7 @@ glance.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -56,6 +57,5 @@ def _fit(pen, text: str, font, width: int) -> str:
     """``text``, shortened with "..." until it is at most ``width`` px long."""
     if pen.textlength(text, font=font) <= width:
         return text
-    while text and pen.textlength(text + "...", font=font) > width:
-        text = text[:-1]
-    return text + "..."
+    longest = bisect_right(range(len(text)), width, key=lambda n: pen.textlength(text[:n] + "...", font=font)) - 1
+    return text[: max(longest, 0)] + "..."

@@ -99,9 +99,9 @@ class Family:
             return prediction
         return (prediction - z) / (1 - t).clamp_min(1e-4)[:, None, None, None]
 
-    def null_text(self, null: Text, batch: int) -> Text:
-        """Repeat the encoded null condition (batch of one) ``batch`` times."""
-        return {key: value.expand(batch, *value.shape[1:]) for key, value in null.items()}
+    def noise_times(self) -> Tensor:
+        """Noise level t of every step of an epsilon family's DDPM schedule, (S,) float64."""
+        raise TypeError(f"{type(self).__name__} has no DDPM schedule")
 
     # -- quantisation ---------------------------------------------------------------------------------------------
 

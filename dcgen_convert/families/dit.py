@@ -41,6 +41,9 @@ class DiT(Family):
     def position_term(self, model, height, width):
         return model.pos_embed.pos_embed[0]  # sincos buffer, rebuilt from the config for the new grid
 
+    def noise_times(self):
+        return noise_times()
+
     def predict(self, model, z, t, text, guidance=None):
         """epsilon at z_t. The network lives on x = sqrt(abar) z_0 + sqrt(1 - abar) eps = z_t / sqrt(t^2 + (1-t)^2)."""
         scale = (t.square() + (1 - t).square()).rsqrt().to(z.dtype)[:, None, None, None]

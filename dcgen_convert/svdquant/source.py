@@ -3,13 +3,13 @@ memory.
 """
 
 import json
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from dcgen_convert.checkpoint import headers
 from dcgen_convert.errors import InputError
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
@@ -21,6 +21,10 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -70,30 +74,8 @@ class Entry:
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """Tensor name -> entry of one safetensors file. Errors: InputError when the file is cut short or is no safetensors
-    file.
-    """
-    size = path.stat().st_size
-    broken = InputError(f"{path} is not a whole safetensors file.", hint="Download or copy the checkpoint again.")
-    with open(path, "rb") as file:
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-        if length + 8 > size:
-            raise broken
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise broken from error
-    header.pop("__metadata__", None)
-    entries = {}
-    for name, info in header.items():
-        start, stop = info["data_offsets"]
-        if 8 + length + stop > size:
-            raise broken
-        if info["dtype"] not in DTYPES:
-            raise InputError(f"{path}: {name} has dtype {info['dtype']}, which this tool does not know.")
-        entries[name] = Entry(name, DTYPES[info["dtype"]], tuple(info["shape"]), path, 8 + length + start, stop - start)
-    return entries
+    """Tensor name -> entry of one safetensors file; InputError when it is cut short or malformed."""
+    return _entries(headers.read_header(path)[0])
 
 
 def read_folder(folder: Path) -> tuple[dict, dict[str, Entry]]:
@@ -101,31 +83,16 @@ def read_folder(folder: Path) -> tuple[dict, dict[str, Entry]]:
 
     Errors: InputError when config.json, the weights, or a shard that the index names is missing.
     """
-    config_file, index, single = folder / "config.json", folder / INDEX, folder / SINGLE
-    if not config_file.is_file():
+    config = folder / "config.json"
+    if not config.is_file():
         raise InputError(
             f"{folder} holds no config.json.", hint="Give the transformer folder of a diffusers checkpoint."
         )
-    config = json.loads(config_file.read_text())
-    if index.is_file():
-        wanted = json.loads(index.read_text())["weight_map"]
-        files = [folder / name for name in sorted(set(wanted.values()))]
-    elif single.is_file():
-        wanted, files = None, [single]
-    else:
-        raise InputError(
-            f"{folder} holds no {SINGLE} and no {INDEX}.", hint="Give the transformer folder of a diffusers checkpoint."
-        )
-    entries: dict[str, Entry] = {}
-    for file in files:
-        if not file.is_file():
-            raise InputError(
-                f"{folder.name}: the index names {file.name}, which is missing.", hint="Download the missing shard."
-            )
-        entries |= read_header(file)
-    missing = sorted(set(wanted or ()) - entries.keys())
-    if missing:
-        raise InputError(
-            f"{folder.name}: the index names {missing[0]}, which no shard holds.", hint="Download the checkpoint again."
-        )
-    return config, entries
+    return json.loads(config.read_text()), _entries(headers.read_weights(folder))
+
+
+def _entries(found: dict[str, headers.Entry]) -> dict[str, Entry]:
+    return {
+        name: Entry(name, DTYPES[entry.dtype], entry.shape, entry.file, entry.start, entry.end - entry.start)
+        for name, entry in found.items()
+    }

@@ -172,9 +172,7 @@ def sampling_of(
     """How t, guidance and dropped captions are drawn for latents of ``shape`` (C, h, w)."""
     common = dict(guidance_range=tuple(adapt.guidance_range), text_drop=adapt.text_drop)
     if family.prediction == "epsilon":
-        from dcgen_convert.families.dit import noise_times
-
-        return Sampling("ddpm", 1.0, **common, times=noise_times())
+        return Sampling("ddpm", 1.0, **common, times=family.noise_times())
     if adapt.shift == "model":
         patch = family.patch(config, shape[0])
         shift = sampling_shift(shape[1] * shape[2] // patch**2, scheduler)

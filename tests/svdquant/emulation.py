@@ -7,9 +7,10 @@ Part I.1 and I.2.
 
 import functools
 
-import layouts
 import numpy as np
 import torch
+
+from . import layouts
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 

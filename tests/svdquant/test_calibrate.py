@@ -21,7 +21,7 @@ def sana():
         out_channels=4,
         num_attention_heads=2,
         attention_head_dim=32,
-        num_layers=2,
+        num_layers=3,
         num_cross_attention_heads=2,
         cross_attention_head_dim=32,
         cross_attention_dim=64,
@@ -48,7 +48,7 @@ def dit():
         attention_head_dim=32,
         in_channels=4,
         out_channels=8,
-        num_layers=2,
+        num_layers=3,
         sample_size=8,
         patch_size=1,
         num_embeds_ada_norm=1000,
@@ -69,9 +69,7 @@ def whole_run(model, targets, calls):
     """Per target the inputs of every call, from the stock forward."""
     seen = {target: [] for target in targets}
     handles = [
-        model.get_submodule(target).register_forward_pre_hook(
-            lambda _m, args, target=target: seen[target].append(args[0].flatten(0, -2))
-        )
+        model.get_submodule(target).register_forward_pre_hook(lambda _m, args, target=target: seen[target].append(args[0].flatten(0, -2)))
         for target in targets
     ]
     with torch.no_grad():
@@ -91,9 +89,7 @@ def case(request, tmp_path):
     model, calls = {"sana": sana, "dit": dit}[request.param]()
     model.eval().save_pretrained(tmp_path / "transformer")
     targets = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and "blocks." in name and "norm" not in name
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and "blocks." in name and "norm" not in name
     ]
     return SimpleNamespace(model=model, folder=tmp_path / "transformer", targets=targets, calls=calls)
 

@@ -3,7 +3,6 @@
 import json
 from types import SimpleNamespace
 
-import emulation
 import pytest
 import torch
 from safetensors import safe_open
@@ -15,6 +14,8 @@ from dcgen_convert.svdquant.nunchaku import GELU_SHIFT, export_nunchaku
 from dcgen_convert.svdquant.quantize import quantize
 from dcgen_convert.svdquant.runtime import load_dequantised
 from dcgen_convert.svdquant.settings import Settings
+
+from . import emulation
 
 
 @pytest.fixture(scope="module", params=["nvfp4", "int4"])

@@ -2,13 +2,14 @@
 inverse, exactly.
 """
 
-import layouts
 import numpy as np
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from dcgen_convert.svdquant import pack
+
+from . import layouts
 
 sides = st.integers(1, 3).map(lambda tiles: 128 * tiles)
 ranks = st.integers(1, 4).map(lambda tiles: 16 * tiles)

@@ -10,10 +10,8 @@ import sys
 import types
 from types import SimpleNamespace
 
-import emulation
 import pytest
 import torch
-from conftest import flux_call
 from safetensors.torch import load_file, save_file
 
 from dcgen_convert.console import NULL
@@ -21,6 +19,9 @@ from dcgen_convert.errors import CheckFailed, InputError
 from dcgen_convert.svdquant.quantize import quantize
 from dcgen_convert.svdquant.runtime import emulate, load_dequantised
 from dcgen_convert.svdquant.settings import Settings
+
+from . import emulation
+from .conftest import flux_call
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -7,7 +7,6 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file
-from train_worker import FLUX, SCHEDULER, Rows, adapt, adapt_section, losses, tiny_flux
 
 from dcgen_convert.console import NULL
 from dcgen_convert.errors import CheckFailed, InputError, RecipeError, Terminated
@@ -15,6 +14,8 @@ from dcgen_convert.train import loop
 from dcgen_convert.train.adapt import train_head
 from dcgen_convert.train.checkpoints import whole
 from dcgen_convert.train.loop import Curve, Order, Saving
+
+from .train_worker import FLUX, SCHEDULER, Rows, adapt, adapt_section, losses, tiny_flux
 
 
 class Hook:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_worker import FLUX, Rows, engine_settings, tiny_flux
 
 from dcgen_convert.errors import CheckFailed, InternalError, RecipeError
 from dcgen_convert.train.engine import Engine, check_export
 from dcgen_convert.train.objective import Sampling, draw, flow_loss
+
+from .train_worker import FLUX, Rows, engine_settings, tiny_flux
 
 SAMPLING = Sampling("logit-normal", 1.0, (1.0, 5.0), 0.0)
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from train_worker import FLUX, Rows, adapt, tiny_flux
 
 from dcgen_convert.errors import RecipeError
 from dcgen_convert.files import sha256
 from dcgen_convert.train import lora
+
+from .train_worker import FLUX, Rows, adapt, tiny_flux
 
 
 def test_targets_are_attention_and_mlp_but_not_the_head():

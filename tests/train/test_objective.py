@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from train_worker import FLUX, SCHEDULER, Rows, adapt_section, tiny_flux
 
 from dcgen_convert import families
 from dcgen_convert.train import lora
@@ -22,6 +21,8 @@ from dcgen_convert.train.objective import (
     sample_t,
     shift_t,
 )
+
+from .train_worker import FLUX, SCHEDULER, Rows, adapt_section, tiny_flux
 
 SAMPLING = Sampling("logit-normal", 2.0, (1.5, 4.0), 0.4)
 SHAPE = (8, 4, 4)

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from train_worker import adapt, engine_settings, losses, run_ranks, start_ranks, tiny_flux
 
 from dcgen_convert.errors import CheckFailed, InputError, ResourceError
 from dcgen_convert.files import TEMPORARY, read_json, write_json
 from dcgen_convert.train import checkpoints
 from dcgen_convert.train.engine import Engine
+
+from .train_worker import adapt, engine_settings, losses, run_ranks, start_ranks, tiny_flux
 
 
 def exported(folder) -> dict[str, torch.Tensor]:

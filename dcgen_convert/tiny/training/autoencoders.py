@@ -63,11 +63,20 @@ def reconstruct(model, pictures: torch.Tensor, generator: torch.Generator) -> tu
     return model.decode(noisy).sample, 1e-4 * latent.square().mean()
 
 
-def train(name: str, steps: int, batch: int, lr: float, seed: int, log=print) -> torch.nn.Module:
-    """Train autoencoder ``name`` of ``CONFIGS`` on drawn pictures; sets its scaling (and shift) factor from its latents."""
+def train(name: str, steps: int, batch: int, lr: float, seed: int, log=print, start=None) -> torch.nn.Module:
+    """Train autoencoder ``name`` of ``CONFIGS`` on drawn pictures; sets its scaling (and shift) factor from its latents.
+
+    Args:
+        start: a trained autoencoder of the same widths whose weights are taken over wherever the shapes agree.
+    """
     torch.manual_seed(seed)
     cls, config = CONFIGS[name]
     model = cls(**config).train()
+    if start is not None:
+        shapes = {key: value.shape for key, value in model.state_dict().items()}
+        fitting = {key: value for key, value in start.state_dict().items() if shapes.get(key) == value.shape}
+        model.load_state_dict(fitting, strict=False)
+        log(f"{name} starts from {len(fitting)} of {len(shapes)} tensors")
     if isinstance(model, AutoencoderKL):  # start almost deterministic: unit posterior noise would drown the first steps
         (model.quant_conv or model.encoder.conv_out).bias.data[model.config.latent_channels :] = -7
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
