@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from dcgen_convert import catalog, models, pipelines
 from dcgen_convert.bundle.components import copy_component, copy_file
@@ -123,8 +122,9 @@ def record_calls(
     write_json(folder / "done.json", {"calls": count})
 
 
-def read_calls(folder: Path) -> list[dict[str, torch.Tensor]]:
-    return [load_file(path) for path in sorted(folder.glob("call-*.safetensors"))]
+def read_calls(folder: Path) -> list[Path]:
+    """The recorded calls, in order."""
+    return sorted(folder.glob("call-*.safetensors"))
 
 
 def quantize_source(name: str, output: Path, settings: Any, console) -> dict[str, Any]:
