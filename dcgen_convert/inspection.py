@@ -102,7 +102,7 @@ def _weights(tensors: dict[str, Entry], config: dict) -> dict:
 
 
 def packed_layers(tensors: dict[str, Entry]) -> dict[str, str]:
-    """Module -> format by tensors alone (SVDQUANT.md I 4): `qweight` with `wzeros` is AWQ; FP8 `wscales` mean NVFP4."""
+    """Module -> format by tensors alone (nunchaku's file format): `qweight` with `wzeros` is AWQ; FP8 `wscales` mean NVFP4."""
     found = {}
     for name in tensors:
         module, dot, leaf = name.rpartition(".")
@@ -130,7 +130,7 @@ def _licences(path: Path) -> dict[str, str]:
 
 
 def _runs_on(found: dict) -> str:
-    """Which GPUs run it natively (SVDQUANT.md I 5: what the kernels are compiled for)."""
+    """Which GPUs run it natively (nunchaku's file format: what the kernels are compiled for)."""
     counts = (found.get("quantisation") or {}).get("counts", {})
     elsewhere = "; elsewhere `dcgen-convert sample` draws through the dequantised reference"
     if "nvfp4" in counts:

@@ -1,4 +1,4 @@
-"""What a single-file checkpoint is, from its tensor names and shapes alone (FAMILIES.md 4). First rule that hits
+"""What a single-file checkpoint is, from its tensor names and shapes alone (diffusers' and the original key names). First rule that hits
 wins."""
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class Latents(Section):
 
 
 class AlignEmbedder(Section):
-    """Stage 1: the new patch embedder (METHOD.md 2, 5.1)."""
+    """Stage 1: the new patch embedder (arXiv 2509.25180)."""
 
     method: Literal["ridge", "adamw", "none"] = Field(
         "ridge", description="ridge: closed form; adamw: the paper's; none: Xavier start, no alignment"
@@ -121,7 +121,7 @@ class Adapt(Section):
     """Stage 3: LoRA phases, and what is common to all training."""
 
     objective: Literal["flow", "guidance-corrected"] = Field(
-        "flow", description="guidance-corrected for guidance-distilled bases (METHOD.md 2)"
+        "flow", description="guidance-corrected for guidance-distilled bases (arXiv 2509.25180)"
     )
     null_branch: Literal["student", "teacher"] = Field(
         "student", description="who answers the null prompt in the corrected loss"

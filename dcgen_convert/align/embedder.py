@@ -1,6 +1,6 @@
 """Stage `align-embedder`: the new patch embedder, fitted to the base model's patch embeddings of the same pictures.
 
-Loss (METHOD equations, stage 1; arXiv 2509.25180): L = || e_new(z_dc) - AvgPool_s(e_base(z_base)) ||^2. Both sides are
+Loss (stage 1 of arXiv 2509.25180): L = || e_new(z_dc) - AvgPool_s(e_base(z_base)) ||^2. Both sides are
 linear in the latents, so the optimum is one ridge regression. C C0 channels, N N0 tokens (new, base), D width.
 """
 

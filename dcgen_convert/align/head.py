@@ -1,8 +1,8 @@
 """Stage `align-head`: a start for the new output head, then embedder + head trained with the blocks frozen.
 
 The head is linear in the features that reach it, so with the blocks frozen its optimum over sampled (t, noise, text) is one
-least-squares problem. For guidance-distilled bases the corrected velocity v_hat = [v_g(c) - (1-g) v(null)] / g (METHOD
-equations) is the same head on the features [h_g(c) - (1-g) h(null)] / g: still linear, bias unchanged.
+least-squares problem. For guidance-distilled bases the corrected velocity v_hat = [v_g(c) - (1-g) v(null)] / g (arXiv
+2509.25180) is the same head on the features [h_g(c) - (1-g) h(null)] / g: still linear, bias unchanged.
 B batch, N tokens, D width, C channels.
 """
 

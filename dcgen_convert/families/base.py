@@ -1,7 +1,7 @@
 """What a family of diffusion transformers has to state, and the arithmetic that follows from the statement.
 
 Shapes: B batch, C latent channels, h w latent grid, p patch, N = (h/p)(w/p) tokens, D width, L text tokens.
-Flow convention everywhere: z_t = (1 - t) z_0 + t eps, v = eps - z_0, t in [0, 1] (METHOD equations; arXiv 2509.25180).
+Flow convention everywhere: z_t = (1 - t) z_0 + t eps, v = eps - z_0, t in [0, 1] (arXiv 2509.25180).
 
 A family is one file of facts. torch is imported inside functions so that `plan` and `inspect` can read the facts
 without it.

@@ -17,7 +17,7 @@ class Flux(Family):
     guidance = "embedded"  # schnell (guidance_embeds false) has none: see guided()
     text_keys = ("encoder_hidden_states", "pooled_projections")
     blocks = ("transformer_blocks", "single_transformer_blocks")
-    # METHOD 3: attention and MLP linears, not the AdaLN linears, embedders or the final proj_out (418 linears in FLUX.1).
+    # As published: attention and MLP linears, not the AdaLN linears, embedders or the final proj_out (418 linears in FLUX.1).
     lora_targets = (
         r"(transformer_blocks|single_transformer_blocks)\.\d+\."
         r"(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"

@@ -55,7 +55,7 @@ def _items(job: Job) -> list[Item]:
 
 
 def quantization_config(targets: Targets, settings: Settings) -> dict:
-    """The `quantization_config` of config.json (SVDQUANT Part I.6); a section without targets is left out."""
+    """The `quantization_config` of config.json (nunchaku's file format); a section without targets is left out."""
     document: dict = {"quant_method": "nunchaku_lite", "compute_dtype": "bfloat16"}
     if targets.svdq:
         document["svdq_w4a4"] = {

@@ -18,7 +18,7 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
 
 
 def check_svdq_shape(name: str, shape: tuple[int, ...]) -> None:
-    """A W4A4 layer is a matrix with both sides multiples of 128 (SVDQUANT Part I.5)."""
+    """A W4A4 layer is a matrix with both sides multiples of 128 (nunchaku's file format)."""
     _check_matrix(name, shape)
     for label, size in (("out", shape[0]), ("in", shape[1])):
         if size % 128 or not size:
@@ -30,7 +30,7 @@ def check_svdq_shape(name: str, shape: tuple[int, ...]) -> None:
 
 
 def check_awq_shape(name: str, shape: tuple[int, ...]) -> None:
-    """A W4A16 layer has in channels in multiples of 64 and out channels in multiples of 8 (SVDQUANT Part I.5)."""
+    """A W4A16 layer has in channels in multiples of 64 and out channels in multiples of 8 (nunchaku's file format)."""
     _check_matrix(name, shape)
     if shape[1] % AWQ_GROUP or shape[0] % 8:
         raise InputError(

@@ -2,7 +2,7 @@
 0909.4061, alg. 4.4).
 
 A full singular value decomposition of a 3072 x 12288 weight takes about a minute of one core; this takes about half a
-second and costs 0.03 % of quantisation error (SVDQUANT Part II.4).
+second and costs 0.03 % of quantisation error (after arXiv 2411.05007).
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""The classic nunchaku single file for FLUX.1 (SVDQUANT Part I.7), derived from a quantised diffusers folder.
+"""The classic nunchaku single file for FLUX.1 (nunchaku's file format), derived from a quantised diffusers folder.
 
 Fused q/k/v need one smoothing and one down projection: quantise with `Settings(share=True)`. The single blocks'
 proj_out is cut along its input channels, modulation rows are interleaved with 1 added to their scales' bias, and int4

@@ -1,4 +1,4 @@
-"""Byte layouts that nunchaku's kernels read (SVDQUANT Part I.4): every permutation as a view and a permute, with its
+"""Byte layouts that nunchaku's kernels read (nunchaku's file format): every permutation as a view and a permute, with its
 inverse.
 
 N out channels, K in channels, R rank, G scale groups along K. The formulas of the format document, element by element,

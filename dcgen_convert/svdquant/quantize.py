@@ -1,4 +1,4 @@
-"""Quantise a diffusers transformer folder into nunchaku_lite form (SVDQUANT Part I.6), block by block, resumable.
+"""Quantise a diffusers transformer folder into nunchaku_lite form (nunchaku's file format), block by block, resumable.
 
 Beside the output a hidden work folder grows: a weight file and a JSON neighbour per finished block, and the block
 outputs that the next block starts from. When every block is there the output folder is put together and renamed.

@@ -26,7 +26,7 @@ class _Emulation(torch.nn.Module):
 
 
 class EmulatedSvdq(_Emulation):
-    """A W4A4 linear with the kernel's roundings (SVDQUANT Part I.1): bfloat16 in and out of every step, float32 inside.
+    """A W4A4 linear with the kernel's roundings (nunchaku's file format): bfloat16 in and out of every step, float32 inside.
 
     Takes and returns any floating dtype; inputs are rounded to bfloat16 first.
     """

@@ -1,4 +1,4 @@
-"""What is kept about the inputs of one linear layer: bounded, whatever the number of calls (SVDQUANT Part II.5)."""
+"""What is kept about the inputs of one linear layer: bounded, whatever the number of calls (after arXiv 2411.05007)."""
 
 import zlib
 

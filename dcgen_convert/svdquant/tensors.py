@@ -1,4 +1,4 @@
-"""Between a decomposition and the tensors of a checkpoint (SVDQUANT Part I.3), both ways. Names are diffusers
+"""Between a decomposition and the tensors of a checkpoint (nunchaku's file format), both ways. Names are diffusers
 nunchaku_lite's.
 """
 

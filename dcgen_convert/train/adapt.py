@@ -50,7 +50,7 @@ def train_head(
     saving: Saving = MOMENT_SAVING,
     held_out: Any | None = None,
 ) -> dict[str, Any]:
-    """Train embedder and head with the blocks frozen (METHOD 1, stage 2). Arguments and result as `adapt_phase`.
+    """Train embedder and head with the blocks frozen (arXiv 2509.25180, stage 2). Arguments and result as `adapt_phase`.
 
     Args:
         align: steps, lr, batch, warmup, clip of the stage (recipe section ``align_head``).
@@ -85,7 +85,7 @@ def adapt_phase(
     saving: Saving = MOMENT_SAVING,
     held_out: Any | None = None,
 ) -> dict[str, Any]:
-    """One phase of adaptation (METHOD 1, stage 3): LoRA + embedder + head, or every weight.
+    """One phase of adaptation (arXiv 2509.25180, stage 3): LoRA + embedder + head, or every weight.
 
     Continues from its own checkpoints when ``folder`` has any. The model is left with the phase's adapter taken off
     and, with ZeRO below 3, with its trained embedder and head; the result of the phase is what was exported.

@@ -95,12 +95,12 @@ def t_of_normal(normal: Tensor, sampling: Sampling) -> Tensor:
 
 
 def shift_t(t: Tensor, shift: float) -> Tensor:
-    """t' = r t / (1 + (r - 1) t) (METHOD 2)."""
+    """t' = r t / (1 + (r - 1) t) (arXiv 2509.25180)."""
     return shift * t / (1 + (shift - 1) * t)
 
 
 def flux2_shift(shape: Sequence[int]) -> float:
-    """r = sqrt(C h w / 4096) over latent elements, the "Flux2" convention of the official code (METHOD 2)."""
+    """r = sqrt(C h w / 4096) over latent elements, the "Flux2" convention of the official code (arXiv 2509.25180)."""
     return math.sqrt(math.prod(shape) / 4096)
 
 
@@ -141,7 +141,7 @@ def guidance_corrected_loss(
     null: Text,
     null_branch: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Tensor:
-    """|| [v_g(c) - (1 - g) v(null)] / g - v ||^2 for guidance-distilled networks (METHOD 2); scalar.
+    """|| [v_g(c) - (1 - g) v(null)] / g - v ||^2 for guidance-distilled networks (arXiv 2509.25180); scalar.
 
     v(null) is taken at g = 1, without gradient, inside ``null_branch``: as it is, that is the current student; a
     context that switches the adapter off makes it the frozen teacher.

@@ -29,7 +29,7 @@ class EngineSettings:
         clip: largest global gradient norm; 0 disables clipping.
         ema: decay of the moving average of the trained weights; 0 disables it.
         checkpointing: recompute activations in the backward pass.
-        betas, eps, weight_decay: AdamW's, by default those of the published recipes (METHOD 3).
+        betas, eps, weight_decay: AdamW's, by default those of the published recipes (arXiv 2509.25180).
     """
 
     steps: int

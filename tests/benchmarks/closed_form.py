@@ -20,7 +20,7 @@ from dcgen_convert.job import prepare
 from dcgen_convert.journal import Run
 from dcgen_convert.recipe import Recipe, Resolved
 
-STEPS, RATE, BATCH = 20_000, 1e-4, 64  # METHOD 3
+STEPS, RATE, BATCH = 20_000, 1e-4, 64  # arXiv 2509.25180
 
 
 def main(folder: Path) -> None:

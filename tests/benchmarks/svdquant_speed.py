@@ -1,7 +1,7 @@
 """Time of one whole layer against one full singular value decomposition of it, and packing throughput.
 
 `python tests/benchmarks/svdquant_speed.py [out channels] [in channels]`, by default a 3072 x 12288 linear. The
-published tool does 39 such decompositions per layer (SVDQUANT Part II.1). Bars: less time than one; >= 200 MB/s of
+published tool does 39 such decompositions per layer (after arXiv 2411.05007). Bars: less time than one; >= 200 MB/s of
 bf16 weights per core.
 """
 

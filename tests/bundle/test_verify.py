@@ -144,7 +144,7 @@ def test_what_is_no_bundle(bundles, own_bundle, tmp_path):
 
 
 def test_expected_tensors_of_4_bit_linears(parts, tmp_path):
-    """The table of SVDQUANT.md 3 for linears of width 128."""
+    """The table of nunchaku's file format for linears of width 128."""
     from .conftest import flux_transformer
 
     model = flux_transformer(32, width=128)

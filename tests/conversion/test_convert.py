@@ -64,7 +64,7 @@ def test_every_planned_linear_is_quantised(converted):
 
 
 def test_bundle_loads_in_the_stock_pipeline_in_a_fresh_process_and_draws_two_sizes(converted, tmp_path):
-    done = run_cli(*FLUX, "-o", "dense", "--run-dir", str(converted / "dense-run"), *short_settings(), cwd=tmp_path)
+    done = run_cli(*FLUX, "-o", "dense", "--run-dir", "run", *short_settings(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     code = """
 import sys, numpy, torch

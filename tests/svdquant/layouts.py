@@ -1,4 +1,4 @@
-"""The index formulas of the format document (SVDQUANT Part I.4), element by element, in plain Python: the reference
+"""The index formulas of the format document (nunchaku's file format), element by element, in plain Python: the reference
 for `pack` and for readers.
 """
 

@@ -35,7 +35,7 @@ def batch(count=6, step=3):
 
 
 def by_hand(model, null_model, z0, text, draws, null):
-    """v_hat of METHOD 2, sample by sample."""
+    """v_hat of arXiv 2509.25180, sample by sample."""
     errors = []
     for i in range(len(z0)):
         t, g, eps = draws.t[i], draws.guidance[i], draws.eps[i]
@@ -158,8 +158,8 @@ def test_shift_is_the_samplers():
     scheduler.set_timesteps(sigmas=[0.25, 0.5, 0.75], mu=mu)
     assert torch.allclose(shift_t(torch.tensor([0.25, 0.5, 0.75]), sampling.shift), scheduler.sigmas[:3], atol=1e-6)
     assert sampling_of(FLUX, adapt_section(), (8, 4, 4), {"in_channels": 8}, SCHEDULER).shift == 3.0
-    assert flux2_shift((32, 32, 32)) == pytest.approx(2.828, abs=1e-3)  # METHOD 2: 1K f32c32
-    assert flux2_shift((128, 64, 64)) == pytest.approx(11.31, abs=1e-2)  # METHOD 2: 4K f64c128
+    assert flux2_shift((32, 32, 32)) == pytest.approx(2.828, abs=1e-3)  # arXiv 2509.25180: 1K f32c32
+    assert flux2_shift((128, 64, 64)) == pytest.approx(11.31, abs=1e-2)  # arXiv 2509.25180: 4K f64c128
     assert sampling_of(FLUX, adapt_section(shift="flux2"), (32, 32, 32), {"in_channels": 32}, {}).shift == flux2_shift(
         (32, 32, 32)
     )

@@ -1,4 +1,8 @@
-"""Put trained parts together as diffusers folders in bfloat16, and measure the gates."""
+"""Put trained parts together as diffusers folders, and measure the gates.
+
+Transformers and autoencoders in bfloat16; the small text encoders stay float32, so that a pipeline loaded without a
+dtype argument computes in one dtype throughout (transformers keeps the dtype of the file, diffusers takes float32).
+"""
 
 from __future__ import annotations
 
@@ -64,9 +68,9 @@ def flux(work: Path) -> FluxPipeline:
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**FLUX_SCHEDULER),
         vae=AutoencoderKL.from_pretrained(work / "kl-f8c16", dtype=torch.bfloat16),
-        text_encoder=clip.to(torch.bfloat16),
+        text_encoder=clip,
         tokenizer=clip_tokenizer,
-        text_encoder_2=t5.to(torch.bfloat16),
+        text_encoder_2=t5,
         tokenizer_2=t5_tokenizer,
         transformer=FluxTransformer2DModel.from_pretrained(work / "flux", dtype=torch.bfloat16),
     )
@@ -76,7 +80,7 @@ def sana(work: Path) -> SanaPipeline:
     gemma, tokenizer = text.gemma()
     return SanaPipeline(
         tokenizer=tokenizer,
-        text_encoder=gemma.to(torch.bfloat16),
+        text_encoder=gemma,
         vae=AutoencoderDC.from_pretrained(work / "dc-f32c32", dtype=torch.bfloat16),
         transformer=SanaTransformer2DModel.from_pretrained(work / "sana", dtype=torch.bfloat16),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -96,6 +100,10 @@ def _save(model, folder: Path) -> None:
     model.save_pretrained(folder, safe_serialization=True)
     for path in folder.rglob("*.safetensors"):
         path.chmod(0o644)
+    for path in folder.rglob("config.json"):
+        config = read_json(path)
+        config.pop("_name_or_path", None)  # where this machine kept the float32 weights
+        write_json(path, config)
 
 
 def _card(folder: Path, name: str, what: str) -> None:
