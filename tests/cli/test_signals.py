@@ -29,10 +29,21 @@ cli.main(sys.argv[1:])
 """
 
 
+def heed_interrupts() -> None:
+    """A shell starts its background jobs with SIGINT ignored, and children inherit that: undo it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def interrupted(tmp_path, number: int, *options: str) -> tuple[int, str, str]:
     command = [sys.executable, "-c", WAIT, "wait", str(tmp_path / "run"), *options]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd=tmp_path
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        cwd=tmp_path,
+        preexec_fn=heed_interrupts,
     )
     assert process.stderr.readline() == "waiting\n"
     process.send_signal(number)

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import command, environment, run_cli, short_settings
+from conftest import run_cli, short_settings, start_cli
 
 from dcgen_convert.checkpoint.headers import read_weights
 
@@ -109,14 +109,7 @@ def test_second_run_holds_and_a_changed_setting_reruns_only_what_it_touches(conv
 @pytest.mark.parametrize("stage", ["data", "adapt-1", "quantize"])
 def test_interrupt_says_how_to_resume_and_resume_gives_the_same_weights(converted, tmp_path, stage):
     arguments = [*FLUX, "--quantize", "nvfp4", "-o", "bundle", "--run-dir", "run"]
-    process = subprocess.Popen(
-        command(*arguments, *short_settings()),
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start_cli(*arguments, *short_settings(), cwd=tmp_path)
     started = tmp_path / "run" / stage / "started.json"
     deadline = time.monotonic() + 120
     while not started.exists() and process.poll() is None and time.monotonic() < deadline:
@@ -134,13 +127,7 @@ def test_interrupt_says_how_to_resume_and_resume_gives_the_same_weights(converte
 def test_kills_at_any_moment_leave_a_run_that_resumes_to_the_same_weights(converted, tmp_path):
     arguments = [*FLUX, "--quantize", "nvfp4", "-o", "bundle", "--run-dir", "run"]
     for delay in (3.0, 6.0, 9.0, 5.0):
-        process = subprocess.Popen(
-            command(*arguments, *short_settings()),
-            cwd=tmp_path,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
+        process = start_cli(*arguments, *short_settings(), cwd=tmp_path)
         try:
             process.wait(delay)
         except subprocess.TimeoutExpired:
