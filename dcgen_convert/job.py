@@ -110,8 +110,17 @@ def prepare(resolved: Resolved, run: Run, console: Console) -> Job:
     source = load_source(recipe.source, where, revision=revision, offline=resolved.machine.offline)
     if entry and entry.family != source.family.name:
         raise InputError(f"{source.root} holds a {source.family.name} model, {recipe.source} is a {entry.family}")
+    if not recipe.merge_lora and not hasattr(stock_pipeline(source), "load_lora_weights"):
+        raise InputError(f"the stock {source.family.pipeline_class} cannot load a LoRA apart", "leave out --no-merge-lora")
     offline = resolved.machine.offline
     return Job(recipe, source, find_autoencoder(recipe.ae, offline=offline), run, console, offline)
+
+
+def stock_pipeline(source: Source) -> type:
+    """The diffusers class that draws with this family."""
+    import diffusers
+
+    return getattr(diffusers, source.family.pipeline_class)
 
 
 def find_autoencoder(name: str, *, offline: bool = False) -> Autoencoder:

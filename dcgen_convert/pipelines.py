@@ -10,6 +10,7 @@ from torch import Tensor
 from dcgen_convert.bundle.loading import quiet_diffusers
 from dcgen_convert.checkpoint.source import Source
 from dcgen_convert.families import Family, Text
+from dcgen_convert.job import stock_pipeline
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NOT_TEXT = ("transformer", "vae")
@@ -21,11 +22,8 @@ def device() -> str:
 
 def load_pipeline(source: Source, dtype: torch.dtype, **components):
     """The source's stock pipeline; ``components`` replace parts (None leaves one out)."""
-    import diffusers
-
-    cls = getattr(diffusers, source.family.pipeline_class)
     with quiet_diffusers():
-        pipeline = cls.from_pretrained(source.root, dtype=dtype, **components)
+        pipeline = stock_pipeline(source).from_pretrained(source.root, dtype=dtype, **components)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device())
 

@@ -35,7 +35,7 @@ def add_lora(model: nn.Module, targets: str, rank: int, alpha: float, seed: int)
     Raises:
         RecipeError: nothing matches.
     """
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
     paths = [
         path
@@ -49,14 +49,17 @@ def add_lora(model: nn.Module, targets: str, rank: int, alpha: float, seed: int)
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), adapter_name=ADAPTER)
+        # What diffusers' add_adapter does, for every model: DiTTransformer2DModel lacks that method.
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), model, ADAPTER)
     return paths
 
 
 def remove_lora(model: nn.Module) -> None:
     """Take the adapter off; the base weights are as before `add_lora`."""
-    model.delete_adapters(ADAPTER)
-    model.unload_lora()
+    from diffusers.utils.peft_utils import recurse_remove_peft_layers
+
+    recurse_remove_peft_layers(model)
+    del model.peft_config
 
 
 def trainable(model: nn.Module, modules: list[str], everything: bool = False) -> list[tuple[str, nn.Parameter]]:

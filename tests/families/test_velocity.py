@@ -60,11 +60,12 @@ def test_prediction_is_what_the_stock_scheduler_receives(stock):
         elif family.name == "sana":
             mine, goal = ours(family, pipeline, sample, timestep[None] / 1000), output
         else:
+            t = family.noise_times()[int(timestep)][None]
             alpha = pipeline.scheduler.alphas_cumprod[int(timestep)].double()
-            keep, noise = alpha.sqrt(), (1 - alpha).sqrt()
-            t = (noise / (keep + noise))[None]
-            half = sample[:1]  # the pipeline carries conditional and unconditional halves
-            mine, goal = ours(family, pipeline, (half.double() / (keep + noise)).float(), t), output[:1]
+            torch.testing.assert_close(t / (1 - t), ((1 - alpha) / alpha).sqrt()[None], atol=0, rtol=1e-3)  # float32 alphas
+            half = sample[:1].double()  # the pipeline carries conditional and unconditional halves
+            mine = ours(family, pipeline, (half * (t.square() + (1 - t).square()).sqrt()).float(), t)
+            goal = output[:1]
         torch.testing.assert_close(mine, goal, atol=1e-5, rtol=1e-5)
 
 
