@@ -41,7 +41,10 @@ def run(job, stage: Stage, bundle: Path) -> None:
         twin = models.load(converted(job), job.dtype, device=pipelines.device())
         drawn["converted"] = _draw(job, converted_pipeline(job, twin), texts, seeds, steps, guidance)
     name = "converted" if job.recipe.quantize.format == "none" else job.recipe.quantize.format
-    pipeline, runtime = loading.load(bundle, job.dtype)
+    runtime = loading.choose_runtime(bundle, "auto", job.dtype)
+    if runtime == "dequantised":  # that would leave the activations' 4 bits out of the figures
+        runtime = "emulated"
+    pipeline, runtime = loading.load(bundle, job.dtype, runtime)
     drawn[name] = _draw(job, pipeline, texts, seeds, steps, guidance)
     stage.metrics["runtime"] = runtime
     codec = autoencoders.load(job.ae.folder, device=pipelines.device(), scale=job.recipe.latents.scale_override)

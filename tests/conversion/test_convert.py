@@ -63,6 +63,12 @@ def test_every_planned_linear_is_quantised(converted):
         assert entries[f"{target}.wscales"].dtype == "F8_E4M3" and entries[f"{target}.wtscale"].shape == (1,)
 
 
+def test_quality_of_a_quantised_bundle_counts_its_activations_too(converted):
+    metrics = stages(converted)["verify"]["metrics"]
+    assert metrics["runtime"] in ("emulated", "stock")  # never dequantised: that would be 16-bit activations
+    assert metrics["psnr_quantised_db"] > 10 and 0 <= metrics["accuracy_nvfp4"] <= 1
+
+
 def test_bundle_loads_in_the_stock_pipeline_in_a_fresh_process_and_draws_two_sizes(converted, tmp_path):
     done = run_cli(*FLUX, "-o", "dense", "--run-dir", "run", *short_settings(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
