@@ -17,6 +17,7 @@ from dcgen_convert.options import (
     CONTEXT,
     MACHINE,
     OUTPUT,
+    QUANTIZE,
     RECIPE,
     SOURCE,
     option,
@@ -124,32 +125,7 @@ def plan(session: Session, source: str, gpu_memory: float, **values: object) -> 
 
 @cli.command(context_settings=CONTEXT)
 @SOURCE
-@option(
-    "--format",
-    "quant_format",
-    type=click.Choice(["nvfp4", "int4"]),
-    default="nvfp4",
-    show_default=True,
-    help="4-bit format.",
-)
-@option(
-    "--rank",
-    type=click.IntRange(min=0),
-    default=32,
-    show_default=True,
-    help="Rank of the 16-bit branch; 0 disables it.",
-)
-@option(
-    "--calibration", metavar="N", type=click.IntRange(min=1), default=64, show_default=True, help="Calibration prompts."
-)
-@option(
-    "--container",
-    type=click.Choice(["diffusers", "nunchaku"]),
-    default="diffusers",
-    show_default=True,
-    help="Folder or one file.",
-)
-@option("-o", "--output", metavar="DIR", type=click.Path(), help="Folder of the result. Default: ./NAME-FORMAT.")
+@stack(QUANTIZE)
 @stack(OUTPUT)
 @click.pass_obj
 def quantize(session: Session, source: str, **values: object) -> int:

@@ -153,10 +153,3 @@ def resume(run_dir: Path, console) -> dict[str, Any]:
     record = read_json(path)
     resolved = Resolved(Recipe.model_validate(record["recipe"]), {}, Machine(**record["machine"]))
     return convert(resolved, Path(run_dir), Path(record["output"]), console)
-
-
-def quantize_only(source: str, output: Path, settings: Any, console) -> dict[str, Any]:
-    """SVDQuant of a pipeline that needs no conversion."""
-    from dcgen_convert.svdquant.stage import quantize_source
-
-    return quantize_source(source, output, settings, console)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from dcgen_convert.checkpoint.headers import read_weights
 from dcgen_convert.checkpoint.source import Source, load_source, resolve_folder
 from dcgen_convert.console import Console
 from dcgen_convert.errors import InputError
-from dcgen_convert.families import Family
+from dcgen_convert.families import Family, Text
 from dcgen_convert.files import read_json, sha256
 from dcgen_convert.journal import Run
 from dcgen_convert.recipe import Recipe, Resolved
@@ -83,15 +83,17 @@ class Job:
         return scheduler_config(base, self.recipe.adapt.shift, channels=self.ae.channels, tokens=self.tokens)
 
     def rows(self, resolution: int) -> LatentCache:
-        """The latent cache of this run, with the text encoders attached when the recipe encodes on the fly."""
+        """The latent cache of this run; where the recipe encodes on the fly, the first caption loads the encoders."""
         from dcgen_convert import pipelines
         from dcgen_convert.data.cache import LatentCache
 
-        encode = None
-        if self.recipe.latents.text == "encode":
-            encoders = pipelines.load_text_encoders(self.source, self.dtype)
-            encode = partial(pipelines.encode_text, self.family, encoders, length=self.text_length)
-        return LatentCache(self.folder("latents"), resolution, encode=encode)
+        encoders = cache(partial(pipelines.load_text_encoders, self.source, self.dtype))
+
+        def encode(captions: list[str]) -> Text:
+            return pipelines.encode_text(self.family, encoders(), captions, self.text_length)
+
+        on_the_fly = self.recipe.latents.text == "encode"
+        return LatentCache(self.folder("latents"), resolution, encode=encode if on_the_fly else None)
 
     def folder(self, stage: str) -> Path:
         return self.run.path / stage
@@ -99,19 +101,24 @@ class Job:
 
 def prepare(resolved: Resolved, run: Run, console: Console) -> Job:
     """Find and check everything that the job needs, before anything is written."""
+    from dcgen_convert.svdquant import stage
+
     recipe = resolved.recipe
     if (resolved.machine.gpus or 1) > 1 or resolved.machine.hostfile:
-        raise InputError("a conversion runs in one process for now, on one GPU or the CPU", "leave out --gpus and --hostfile")
-    if recipe.quantize.container != "diffusers" and recipe.quantize.format != "none":
-        raise InputError("convert writes the diffusers container only", "leave out quantize.container")
+        raise InputError(
+            "a conversion runs in one process for now, on one GPU or the CPU", "leave out --gpus and --hostfile"
+        )
     entry = catalog.find_source(recipe.source)
     where = str(entry.folder) if entry and entry.folder else (entry.repo if entry else recipe.source)
     revision = recipe.revision or (entry.revision if entry else None)
     source = load_source(recipe.source, where, revision=revision, offline=resolved.machine.offline)
     if entry and entry.family != source.family.name:
         raise InputError(f"{source.root} holds a {source.family.name} model, {recipe.source} is a {entry.family}")
+    stage.check_container(recipe.quantize, source.family)
     if not recipe.merge_lora and not hasattr(stock_pipeline(source), "load_lora_weights"):
-        raise InputError(f"the stock {source.family.pipeline_class} cannot load a LoRA apart", "leave out --no-merge-lora")
+        raise InputError(
+            f"the stock {source.family.pipeline_class} cannot load a LoRA apart", "leave out --no-merge-lora"
+        )
     offline = resolved.machine.offline
     return Job(recipe, source, find_autoencoder(recipe.ae, offline=offline), run, console, offline)
 

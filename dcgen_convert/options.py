@@ -58,6 +58,53 @@ RECIPE = [
     option("--revision", metavar="REV", help="Git revision of the source on the hub. Default: the catalogue's."),
 ]  # fmt: skip
 
+
+class CountOrNone(click.ParamType):
+    """A positive count, or the word none (None)."""
+
+    name = "count"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        if value is None or str(value).lower() == "none":
+            return None
+        if not str(value).isdigit() or int(str(value)) < 1:
+            self.fail(f"{value!r} is neither a positive whole number nor none", param, ctx)
+        return int(str(value))
+
+
+class Rank(click.IntRange):
+    """A rank that the 4-bit kernels take."""
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        rank = super().convert(value, param, ctx)
+        if rank % 16:
+            self.fail(f"{rank} is not a multiple of 16", param, ctx)
+        return rank
+
+
+QUANTIZE = [
+    option("--format", "quant_format", type=click.Choice(["nvfp4", "int4"]), default="nvfp4", show_default=True,
+           help="4-bit format."),
+    option("--rank", metavar="R", type=Rank(16, 1024), default=32, show_default=True,
+           help="Rank of the 16-bit branch, a multiple of 16."),
+    option("--calibration", metavar="N|none", type=CountOrNone(), default="64", show_default=True,
+           help="Calibration pictures; none quantises from the weights alone."),
+    option("--prompts", metavar="FILE", type=click.Path(),
+           help="One prompt per line, for the calibration pictures. Default: the catalogue's, else built-in ones."),
+    option("--resolution", metavar="PX", type=click.IntRange(min=1),
+           help="Side of the calibration pictures. Default: the catalogue's, else the pipeline's."),
+    option("--steps", metavar="N", type=click.IntRange(min=1),
+           help="Denoising steps per picture. Default: the catalogue's, else the family's."),
+    option("--guidance", metavar="G", type=click.FloatRange(min=0),
+           help="Guidance of the pictures. Default: the catalogue's, else the family's; 1 disables."),
+    option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of every random draw."),
+    option("--dense", metavar="REGEX", help="Block linears that stay 16-bit. Default: none beyond the family's."),
+    option("--container", type=click.Choice(["diffusers", "nunchaku"]), default="diffusers", show_default=True,
+           help="A diffusers folder; nunchaku adds the classic single file (FLUX.1)."),
+    option("-o", "--output", metavar="DIR", type=click.Path(),
+           help="Folder of the result. Default: ./NAME-FORMAT."),
+]  # fmt: skip
+
 MACHINE = [
     option("--gpus", metavar="N", type=click.IntRange(min=1),
            help="Ranks to start on this host. Default: 1, or join a launcher."),

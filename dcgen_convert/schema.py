@@ -155,13 +155,13 @@ class Quantize(Section):
     format: Literal["none", "nvfp4", "int4"] = Field(
         "none", description="4-bit format of the block linears; none disables"
     )
-    rank: NonNegativeInt = Field(32, description="rank of the 16-bit branch; 0 disables")
+    rank: int = Field(32, ge=16, le=1024, multiple_of=16, description="rank of the 16-bit branch, a multiple of 16")
     calibration: Calibration = Field(default_factory=Calibration)
     dense: str | None = Field(
         None, description="regex of block linears that stay 16-bit; null: none beyond the family's"
     )
     container: Literal["diffusers", "nunchaku"] = Field(
-        "diffusers", description="diffusers: a folder; nunchaku: one file"
+        "diffusers", description="diffusers: a folder; nunchaku: the classic single file too (FLUX.1)"
     )
 
 

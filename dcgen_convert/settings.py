@@ -250,6 +250,7 @@ _LIMITS = {
     "greater_than_equal": ("at least", "ge"),
     "less_than": ("less than", "lt"),
     "less_than_equal": ("at most", "le"),
+    "multiple_of": ("a multiple of", "multiple_of"),
     "too_short": ("a longer list, at least", "min_length"),
 }
 

@@ -58,17 +58,21 @@ def quantize(session: Session, source: str, values: dict) -> int:
     from dcgen_convert.schema import Calibration, Quantize
     from dcgen_convert.sources import short_name
 
-    settings = Quantize(
+    count = values["calibration"]
+    section = Quantize(
         format=values["quant_format"],
         rank=values["rank"],
         container=values["container"],
-        calibration=Calibration(prompts=values["calibration"]),
+        dense=values["dense"],
+        calibration=Calibration(prompts=count or 1),
     )
-    output = Path(values["output"] or f"{short_name(source)}-{settings.format}").absolute()
+    output = Path(values["output"] or f"{short_name(source)}-{section.format}").absolute()
     console = session.begin(**shown)
-    from dcgen_convert import conversion
+    from dcgen_convert.svdquant.direct import Drawing, quantize_source
 
-    return finish(console, conversion.quantize_only(source, output, settings, console))
+    drawn = ("prompts", "resolution", "steps", "guidance", "seed")
+    drawing = Drawing(data_free=count is None, **{key: values[key] for key in drawn})
+    return finish(console, quantize_source(source, output, section, drawing, console))
 
 
 def finish(console: Console, doc: dict) -> int:

@@ -63,10 +63,7 @@ def _summary(manifest: Mapping[str, Any]) -> str:
         "with the DC-Gen method (arXiv 2509.25180)."
     )
     if quantised != "none":
-        text += (
-            f" Its block linears are SVDQuant W4A4 {quantised.upper()} (arXiv 2411.05007), "
-            "in the `nunchaku_lite` format of diffusers."
-        )
+        text += f" Its block linears are SVDQuant W4A4 {quantised.upper()} (arXiv 2411.05007), in the `nunchaku_lite` format of diffusers."
     return text
 
 
@@ -95,6 +92,11 @@ def _usage(manifest: Mapping[str, Any], family: Family, layout: str, lora: bool)
             "\n\nThe NVFP4 kernels need an RTX 50 / RTX PRO Blackwell GPU, `pip install kernels` and "
             "`DIFFUSERS_TRUST_REMOTE_KERNELS=true`. "
             "`dcgen-convert sample` draws on any machine, from dequantised weights."
+        )
+    if manifest["recipe"].get("quantize", {}).get("container") == "nunchaku":
+        text += (
+            "\n\n`nunchaku.safetensors` is the same 4-bit transformer in nunchaku's classic container, "
+            "for `NunchakuFluxTransformer2dModel.from_pretrained` and ComfyUI-nunchaku."
         )
     return text
 

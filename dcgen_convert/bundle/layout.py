@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ def write_bundle(
     console: Console,
     layout: str = "stock",
     lora: Path | None = None,
+    single_file: Path | None = None,
     scaling_factor: float | None = None,
     force: bool = False,
 ) -> Path:
@@ -62,6 +64,7 @@ def write_bundle(
         card: text of README.md.
         layout: "stock" or "official".
         lora: adapter file in the form that `load_lora_weights` takes, for bundles that keep it apart; None when merged.
+        single_file: the transformer once more, in the classic nunchaku container; None: the bundle has none.
         scaling_factor: replaces the autoencoder's own, when it was measured anew.
 
     Raises:
@@ -74,7 +77,7 @@ def write_bundle(
     check_output(output, force)
     copies = {name: source / name for name in index if is_component(index[name]) and name not in REPLACED}
     copies |= {"transformer": Path(transformer), "vae": Path(autoencoder)}
-    check_disk(output, copies.values())
+    check_disk(output, copies.values(), () if single_file is None else (single_file,))
     staging = output.parent / f".{output.name}.partial"
     shutil.rmtree(staging, ignore_errors=True)
     try:
@@ -89,6 +92,8 @@ def write_bundle(
         write_json(staging / "scheduler" / "scheduler_config.json", scheduler_config)
         if lora is not None:
             files[LORA_FILE] = copy_file(Path(lora), staging / LORA_FILE)
+        if single_file is not None:
+            files[single_file.name] = copy_file(single_file, staging / single_file.name)
         _copy_licences(source, Path(autoencoder), staging)
         atomic_write(staging / "README.md", card)
         write_json(staging / "model_index.json", index)
@@ -157,9 +162,10 @@ def check_output(output: Path, force: bool) -> None:
         )
 
 
-def check_disk(output: Path, folders) -> None:
-    """ResourceError when the disk under ``output`` cannot hold copies of ``folders``."""
+def check_disk(output: Path, folders: Iterable[Path], files: Iterable[Path] = ()) -> None:
+    """ResourceError when the disk under ``output`` cannot hold copies of ``folders`` and ``files``."""
     need = sum((folder / name).stat().st_size for folder in folders for name in plan_copy(folder))
+    need += sum(file.stat().st_size for file in files)
     parent = next(p for p in output.absolute().parents if p.exists())
     free = shutil.disk_usage(parent).free
     if need > free:

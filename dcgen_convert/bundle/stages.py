@@ -12,6 +12,7 @@ from dcgen_convert.bundle.verify import verify
 from dcgen_convert.evaluate import compare
 from dcgen_convert.files import copy_file, read_json
 from dcgen_convert.journal import MARKER, Stage
+from dcgen_convert.svdquant.stage import SINGLE_FILE
 from dcgen_convert.train.stages import converted
 
 
@@ -20,6 +21,9 @@ def write(job, stage: Stage, output: Path, force: bool) -> None:
     quantised = job.recipe.quantize.format != "none"
     transformer = job.folder("quantize") / models.TRANSFORMER if quantised else converted(job)
     lora = None if job.recipe.merge_lora else converted(job).parent / layout.LORA_FILE
+    single_file = (
+        job.folder("quantize") / SINGLE_FILE if job.recipe.quantize.container == "nunchaku" and quantised else None
+    )
     facts = describe(job)
     layout.write_bundle(
         output,
@@ -35,6 +39,7 @@ def write(job, stage: Stage, output: Path, force: bool) -> None:
         console=job.console,
         layout=job.recipe.bundle.layout,
         lora=lora,
+        single_file=single_file,
         scaling_factor=job.recipe.latents.scale_override,
         force=force
         or (output / manifest.FILE).exists(),  # `convert` has checked that an existing bundle is this run's own

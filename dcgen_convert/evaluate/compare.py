@@ -69,7 +69,7 @@ def figures(job, stage: Stage, drawn: dict[str, Tensor], texts: list[str]) -> No
     for name, pictures in drawn.items():
         key = name.replace(" ", "_")
         stage.metrics[f"accuracy_{key}"] = round(tiny_world.accuracy(pictures, texts), 4)
-        stage.metrics[f"frechet_{key}"] = round(tiny_world.distance(pictures), 2)
+        stage.metrics[f"frechet_{key}"] = round(tiny_world.distance(pictures, texts), 2)
     shown = ", ".join(f"{name} {stage.metrics['accuracy_' + name.replace(' ', '_')]:.1%}" for name in drawn)
     job.console.say(f"evaluate: attribute accuracy {shown} on {len(texts)} prompts")
 

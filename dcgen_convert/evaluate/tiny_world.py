@@ -55,8 +55,11 @@ def features(pictures: Tensor) -> Tensor:
     return torch.cat([judge().embed(part) for part in pictures.split(100)])
 
 
-def distance(pictures: Tensor, seed: int = 31) -> float:
-    """Frechet distance to freshly drawn pictures, as many as are given (at least 256)."""
-    count = max(256, len(pictures))
-    real = torch.cat([world.draw(rows, seed + i) for i, rows in enumerate(world.sample_labels(count, seed).split(100))])
+def distance(pictures: Tensor, captions: list[str], seed: int = 31) -> float:
+    """Frechet distance to freshly drawn pictures, as many as are given (at least 256).
+
+    Beside pictures of classes stand pictures of classes: both know no texture.
+    """
+    labels = world.sample_labels(max(256, len(pictures)), seed, by_class=world.parse(captions[0]) is None)
+    real = torch.cat([world.draw(rows, seed + i) for i, rows in enumerate(labels.split(100))])
     return frechet(features(pictures), features(real))

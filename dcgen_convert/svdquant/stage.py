@@ -1,31 +1,28 @@
-"""Quantising with calibration on the model's own trajectories: the stage `quantize`, and the verb for models as they are."""
+"""Stage `quantize`: SVDQuant with calibration on the converted model's own trajectories."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dcgen_convert import catalog, models, pipelines
-from dcgen_convert.bundle.components import copy_component, copy_file
-from dcgen_convert.bundle.layout import check_disk, check_output, is_component
-from dcgen_convert.checkpoint.source import load_source
+from dcgen_convert import models, pipelines
 from dcgen_convert.data import make, prompts
 from dcgen_convert.errors import InputError
 from dcgen_convert.evaluate.preview import converted_pipeline
 from dcgen_convert.families import Family, QuantTargets
-from dcgen_convert.files import atomic_save, read_json, write_json
+from dcgen_convert.files import atomic_save, write_json
 from dcgen_convert.journal import Stage
+from dcgen_convert.svdquant.nunchaku import export_nunchaku
 from dcgen_convert.svdquant.quantize import quantize
 from dcgen_convert.svdquant.settings import Settings
 from dcgen_convert.train.stages import converted
 
 PROMPT_SEED = 7_919  # calibration prompts and noise are not those of the training pictures
-BATCH = 4  # pictures drawn at once by the verb
+SINGLE_FILE = "nunchaku.safetensors"  # the classic container, beside the folder that it is derived from
+CONVERTED_PATCH = 1
 
 
 def run(job, stage: Stage) -> None:
@@ -57,13 +54,13 @@ def run(job, stage: Stage) -> None:
             job.console,
             **call,
         )
-    settings = Settings(
-        precision=recipe.quantize.format, rank=recipe.quantize.rank, seed=recipe.seed, device=pipelines.device()
-    )
+    settings = settings_of(recipe.quantize, recipe.seed)
     records = quantize(
         converted(job), stage.folder / models.TRANSFORMER, targets, settings, read_calls(calls), job.console
     )
     write_json(stage.folder / "layers.json", records)
+    if recipe.quantize.container == "nunchaku":
+        export_nunchaku(stage.folder / models.TRANSFORMER, stage.folder / SINGLE_FILE, CONVERTED_PATCH)
     stage.metrics.update(
         format=settings.precision,
         rank=settings.rank,
@@ -71,6 +68,26 @@ def run(job, stage: Stage) -> None:
         awq=len(targets.awq),
         skipped=targets.skipped,
     )
+
+
+def settings_of(section: Any, seed: int) -> Settings:
+    """Settings for the recipe section ``quantize``. The classic container fuses q, k and v, which must then share."""
+    return Settings(
+        precision=section.format,
+        rank=section.rank,
+        seed=seed,
+        device=pipelines.device(),
+        share=section.container == "nunchaku",
+    )
+
+
+def check_container(section: Any, family: Family) -> None:
+    """InputError when ``quantize.container`` is not written for this family."""
+    if section.format != "none" and section.container == "nunchaku" and family.name != "flux":
+        raise InputError(
+            f"the classic nunchaku container is written for FLUX.1 only, not for {family.name}",
+            "use the diffusers container (quantize.container=diffusers)",
+        )
 
 
 def plan_targets(family: Family, model: torch.nn.Module, dense: str | None) -> QuantTargets:
@@ -125,60 +142,3 @@ def record_calls(
 def read_calls(folder: Path) -> list[Path]:
     """The recorded calls, in order."""
     return sorted(folder.glob("call-*.safetensors"))
-
-
-def quantize_source(name: str, output: Path, settings: Any, console) -> dict[str, Any]:
-    """Quantise a pipeline as it is: ``output`` is its copy with a 4-bit transformer. Result: bundle, layers.
-
-    Args:
-        name: catalogue name, folder or hub id.
-        settings: recipe section ``quantize`` (format, rank, calibration, dense).
-    """
-    check_output(output, force=False)
-    entry = catalog.find_source(name)
-    source = load_source(
-        name, str(entry.folder or entry.repo) if entry else name, revision=entry.revision if entry else None
-    )
-    check_disk(output, [source.root / part for part, value in source.index.items() if is_component(value)])
-    model = models.load(source.transformer, torch.bfloat16, device=pipelines.device())
-    targets = plan_targets(source.family, model, settings.dense)
-    staging = output.parent / f".{output.name}.partial"  # kept when the work is cut off: the next call goes on from it
-    calls = staging / "calls"
-    if not (calls / "done.json").exists():
-        family, pipeline = source.family, pipelines.load_pipeline(source, torch.bfloat16, transformer=model)
-        classes = make.class_names(source)
-        texts = prompts.make("builtin", settings.calibration.prompts, 0, classes)
-        call = dict(
-            side=default_side(pipeline),
-            steps=settings.calibration.steps or family.default_steps,
-            guidance=family.default_guidance,
-        )
-        record_calls(calls, family, pipeline, texts, 0, BATCH, console, **call, length=family.text_length)
-    chosen = Settings(precision=settings.format, rank=settings.rank, device=pipelines.device())
-    folder = staging / "bundle"
-    if not (folder / models.TRANSFORMER / "config.json").exists():
-        folder.mkdir(exist_ok=True)
-        records = quantize(source.transformer, folder / models.TRANSFORMER, targets, chosen, read_calls(calls), console)
-        write_json(staging / "layers.json", records)
-    for part, value in source.index.items():
-        if is_component(value) and part != models.TRANSFORMER:
-            shutil.rmtree(folder / part, ignore_errors=True)  # of a call that was cut off
-            copy_component(source.root / part, folder / part, console, label=part)
-    for path in source.root.iterdir():
-        if path.is_file() and path.suffix in (".json", ".md", ".txt", ""):
-            copy_file(path, folder / path.name)
-    os.replace(folder, output)  # an empty folder in its place is allowed, and replaced
-    layers = read_json(staging / "layers.json")
-    shutil.rmtree(staging)
-    return {
-        "bundle": str(output),
-        "metrics": {"format": chosen.precision, "svdq": len(targets.svdq), "awq": len(targets.awq)},
-        "layers": layers,
-    }
-
-
-def default_side(pipeline: Any) -> int:
-    """Picture side in px that the pipeline draws when it is not told."""
-    size = getattr(pipeline, "default_sample_size", None) or pipeline.transformer.config.sample_size
-    factor = getattr(pipeline, "vae_scale_factor", None) or 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
-    return int(size * factor)

@@ -53,7 +53,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "size": tuple(SIZES),
     "texture": TEXTURES,
 }
-CLASSES = tuple(itertools.product(SHAPES, COLORS))  # class labels of the class-conditional tiny-dit: 36
+CLASSES = tuple(itertools.product(SHAPES, COLORS))  # class labels of the class-conditional tiny-dit: 36, all plain
 
 
 def caption(labels: Sequence[int]) -> str:
@@ -80,10 +80,15 @@ def class_label(labels: Sequence[int]) -> int:
     return int(labels[0]) * len(COLORS) + int(labels[1])
 
 
-def sample_labels(count: int, seed: int) -> torch.Tensor:
-    """``count`` rows of uniformly drawn attribute indices, (count, 6) int64."""
+def sample_labels(count: int, seed: int, by_class: bool = False) -> torch.Tensor:
+    """``count`` rows of uniformly drawn attribute indices, (count, 6) int64.
+
+    by_class: the pictures that class-conditional models know, plain in texture.
+    """
     generator = torch.Generator().manual_seed(seed)
     columns = [torch.randint(len(names), (count,), generator=generator) for names in ATTRIBUTES.values()]
+    if by_class:
+        columns[list(ATTRIBUTES).index("texture")].fill_(TEXTURES.index("plain"))
     return torch.stack(columns, dim=1)
 
 

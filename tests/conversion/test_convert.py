@@ -112,6 +112,27 @@ def test_second_run_holds_and_a_changed_setting_reruns_only_what_it_touches(conv
     assert changed.stderr.count("holds, skipped") == 4
 
 
+def test_conditions_encoded_on_the_fly_train_as_cached_ones_do(converted, tmp_path):
+    shutil.copytree(converted / "run", tmp_path / "run")
+    settings = short_settings(**{"latents.text": "encode"})
+    done = run_cli(*FLUX, "-o", "bundle", "--run-dir", "run", "--until", "align-head", *settings, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not list((tmp_path / "run" / "latents").glob("text-*"))
+    cached, encoded = (stages(folder)["align-head"]["metrics"] for folder in (converted, tmp_path))
+    assert encoded["loss_start"] == pytest.approx(cached["loss_start"], rel=1e-4)
+
+
+def test_classic_container_stands_beside_the_same_bundle(converted, tmp_path):
+    shutil.copytree(converted / "run", tmp_path / "run")
+    settings = short_settings(**{"quantize.container": "nunchaku"})
+    arguments = [*FLUX, "--quantize", "nvfp4", "-o", "bundle", "--run-dir", "run", *settings]
+    done = run_cli(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    files = json.loads((tmp_path / "bundle" / "dcgen_manifest.json").read_text())["files"]
+    assert files["nunchaku.safetensors"]["bytes"] == (tmp_path / "bundle" / "nunchaku.safetensors").stat().st_size
+    assert "NunchakuFluxTransformer2dModel" in (tmp_path / "bundle" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("stage", ["data", "adapt-1", "quantize"])
 def test_interrupt_says_how_to_resume_and_resume_gives_the_same_weights(converted, tmp_path, stage):
     arguments = [*FLUX, "--quantize", "nvfp4", "-o", "bundle", "--run-dir", "run"]

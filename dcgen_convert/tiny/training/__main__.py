@@ -20,6 +20,7 @@ from diffusers import AutoencoderDC, AutoencoderKL, FluxPipeline, FluxTransforme
 from safetensors.torch import load_file, save_file
 
 from dcgen_convert import families
+from dcgen_convert.tiny import world
 from dcgen_convert.tiny.evaluator import Evaluator
 from dcgen_convert.tiny.training import assemble, autoencoders, evaluator, text
 from dcgen_convert.tiny.training import transformers as base
@@ -76,7 +77,8 @@ def train_transformer(work: Path, part: str):
         pipeline = SanaPipeline(tokenizer=tokenizer, text_encoder=model, vae=None, transformer=None, scheduler=None)
         pairs = caption_pairs(pipeline, families.get("sana"), AutoencoderDC.from_pretrained(work / "dc-f32c32"))
         return base.train_flow(*base.new_model("sana", SEED), pairs, 6000, 64, 1.5e-3, SHIFT["sana"], SEED, log)
-    z, labels = base.encode_pictures(AutoencoderKL.from_pretrained(work / "kl-f8c4").eval(), PICTURES, SEED)
+    labels = world.sample_labels(PICTURES, SEED, by_class=True)
+    z = base.encode_pictures(AutoencoderKL.from_pretrained(work / "kl-f8c4").eval(), labels, SEED)
     return base.train_dit(*base.new_model("dit", SEED), base.class_pairs(z, labels), 3000, 32, 1.5e-3, SEED, log)
 
 
@@ -96,7 +98,8 @@ def flux_pairs(work: Path) -> base.Pairs:
 
 @torch.no_grad()
 def caption_pairs(pipeline, family, vae) -> base.Pairs:
-    z, labels = base.encode_pictures(vae.eval(), PICTURES, SEED)
+    labels = world.sample_labels(PICTURES, SEED)
+    z = base.encode_pictures(vae.eval(), labels, SEED)
     table, null = base.caption_table(lambda captions: family.encode_text(pipeline, captions, base.TEXT_LENGTH))
     log(
         f"{len(z)} latents {tuple(z.shape[1:])}, mean {z.mean():.3f}, std {z.std():.3f}; {len(table[family.text_keys[0]])} captions"

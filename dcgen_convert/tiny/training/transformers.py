@@ -80,11 +80,10 @@ class Pairs:
 
 
 @torch.no_grad()
-def encode_pictures(vae, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Draw ``count`` pictures: their model latents (S, C, h, w) and attribute labels (S, 6)."""
-    labels = world.sample_labels(count, seed)
+def encode_pictures(vae, labels: Tensor, seed: int) -> Tensor:
+    """Model latents (S, C, h, w) of pictures drawn after ``labels`` (S, 6)."""
     parts = []
-    for start in range(0, count, 100):
+    for start in range(0, len(labels), 100):
         pictures = world.draw(labels[start : start + 100], seed + 1 + start)
         if isinstance(vae, AutoencoderDC):
             parts.append(vae.encode(pictures).latent * vae.config.scaling_factor)
@@ -92,7 +91,7 @@ def encode_pictures(vae, count: int, seed: int) -> tuple[Tensor, Tensor]:
             parts.append(
                 (vae.encode(pictures).latent_dist.mean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
             )
-    return torch.cat(parts), labels
+    return torch.cat(parts)
 
 
 def logit_normal(count: int, shift: float, generator: torch.Generator) -> Tensor:
@@ -181,6 +180,9 @@ def train_dit(family, model, pairs: Pairs, steps: int, batch: int, lr: float, se
     posterior[0] = posterior[1]
     coefficient = (betas.square() / (1 - betas) / (1 - alphas)).float()
     log_beta, log_posterior = betas.log().float(), posterior.log().float()
+    # an error of epsilon is an error of v times sqrt(alpha): plain epsilon MSE would leave the layout, decided in heavy
+    # noise, to the last
+    weight = (1 / alphas).clamp(max=25).float()
 
     def loss_of(step: int, generator: torch.Generator) -> Tensor:
         index = torch.randint(len(pairs.z), (batch,), generator=generator)
@@ -200,7 +202,8 @@ def train_dit(family, model, pairs: Pairs, steps: int, batch: int, lr: float, se
         distance = coefficient[tau].reshape(shape) * (eps - predicted.detach()).square()
         ratio = log_posterior[tau].reshape(shape) - log_variance
         bound = 0.5 * (-1 - ratio + ratio.exp() + distance * (-log_variance).exp())
-        return F.mse_loss(predicted, eps) + 1e-3 * bound.mean()
+        error = (predicted - eps).square().mean(dim=(1, 2, 3))
+        return (weight[tau] * error).mean() + 1e-3 * bound.mean()
 
     assert len(times) == TRAIN_STEPS
     return optimise(model, loss_of, steps, lr, seed, log)
