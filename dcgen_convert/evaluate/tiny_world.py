@@ -58,7 +58,7 @@ def features(pictures: Tensor) -> Tensor:
 def distance(pictures: Tensor, captions: list[str], seed: int = 31) -> float:
     """Frechet distance to freshly drawn pictures, as many as are given (at least 256).
 
-    Beside pictures of classes stand pictures of classes: both know no texture.
+    Pictures of classes are measured against pictures of classes.
     """
     labels = world.sample_labels(max(256, len(pictures)), seed, by_class=world.parse(captions[0]) is None)
     real = torch.cat([world.draw(rows, seed + i) for i, rows in enumerate(labels.split(100))])

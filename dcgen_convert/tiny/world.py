@@ -53,7 +53,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "size": tuple(SIZES),
     "texture": TEXTURES,
 }
-CLASSES = tuple(itertools.product(SHAPES, COLORS))  # class labels of the class-conditional tiny-dit: 36, all plain
+CLASSES = tuple(itertools.product(SHAPES, COLORS))  # class labels of the class-conditional tiny-dit: 36
 
 
 def caption(labels: Sequence[int]) -> str:
@@ -83,12 +83,13 @@ def class_label(labels: Sequence[int]) -> int:
 def sample_labels(count: int, seed: int, by_class: bool = False) -> torch.Tensor:
     """``count`` rows of uniformly drawn attribute indices, (count, 6) int64.
 
-    by_class: the pictures that class-conditional models know, plain in texture.
+    by_class: the pictures that class-conditional models know: plain in texture, in the center.
     """
     generator = torch.Generator().manual_seed(seed)
     columns = [torch.randint(len(names), (count,), generator=generator) for names in ATTRIBUTES.values()]
     if by_class:
         columns[list(ATTRIBUTES).index("texture")].fill_(TEXTURES.index("plain"))
+        columns[list(ATTRIBUTES).index("place")].fill_(list(PLACES).index("in the center"))
     return torch.stack(columns, dim=1)
 
 
