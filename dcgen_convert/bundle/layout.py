@@ -129,7 +129,7 @@ def model_index(source: dict[str, Any], family: Family, layout: str, scheduler: 
 
 def is_component(value: Any) -> bool:
     """Whether a model_index.json value names a class to load, as against a setting or an absent optional part."""
-    return isinstance(value, list) and len(value) == 2 and value[0] is not None
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
 
 
 def has_adapter(family: Family) -> bool:

@@ -20,6 +20,8 @@ from dcgen_convert.console import NULL
 from dcgen_convert.inspection import inspect
 from dcgen_convert.job import Autoencoder
 from dcgen_convert.journal import Stage
+from dcgen_convert.plan.arithmetic import matching
+from dcgen_convert.plan.layers import structure
 from dcgen_convert.train.objective import drop_text
 
 from .tiny_models import TINY
@@ -124,6 +126,16 @@ def test_the_family_is_found_from_headers_alone(tiny, source):
     assert (one["kind"], one["family"], one["layout"]) == ("checkpoint", source.family.name, "diffusers")
     assert (folder["kind"], folder["family"]) == ("pipeline", source.family.name)
     assert folder["autoencoder"]["f"] == tiny[1].factor
+
+
+def test_plan_counts_every_parameter(source):
+    model = models.load(source.transformer, torch.float32)
+    found = structure(source.config)
+    assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
+    adapted = {layer.name: layer.runs for layer in matching(found, source.family.lora_targets)}
+    assert adapted and "once" not in adapted.values()
+    modulation = matching(found, source.family.awq_pattern)
+    assert all(layer.runs == "once" for layer in modulation)
 
 
 def test_every_block_linear_is_lora_target_modulation_or_dense(source):

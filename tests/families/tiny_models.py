@@ -29,6 +29,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLModel,
     T5Config,
     T5EncoderModel,
     UMT5Config,
@@ -318,6 +320,45 @@ def cogview4(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def qwen_vae() -> diffusers.AutoencoderKLQwenImage:
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKLQwenImage(
+        base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+
+
+ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+
+
+def krea2(folder: Path) -> None:
+    torch.manual_seed(2)
+    transformer = diffusers.Krea2Transformer2DModel(
+        in_channels=64,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        timestep_embed_dim=16,
+        text_hidden_dim=WIDTH,
+        num_text_layers=2,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=2,
+        text_intermediate_size=16,
+        axes_dims_rope=(4, 6, 6),
+    )
+    text = dict(DECODER, num_hidden_layers=2, rope_parameters=ROPE)
+    vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=WIDTH, deepstack_visual_indexes=[0])
+    diffusers.Krea2Pipeline(
+        transformer=alive(transformer),
+        scheduler=flow(use_dynamic_shifting=True, max_image_seq_len=6400),
+        vae=qwen_vae(),
+        text_encoder=Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision)),
+        tokenizer=byte_tokenizer(),
+        text_encoder_select_layers=(1, 2),
+    ).save_pretrained(folder)
+
+
 def qwenimage(folder: Path) -> None:
     torch.manual_seed(2)
     transformer = diffusers.QwenImageTransformer2DModel(
@@ -329,19 +370,12 @@ def qwenimage(folder: Path) -> None:
         joint_attention_dim=WIDTH,
         axes_dims_rope=(4, 4, 8),
     )
-    text = dict(DECODER, num_hidden_layers=2, rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4})
+    text = dict(DECODER, num_hidden_layers=2, rope_parameters=ROPE)
     vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=WIDTH)
-    vae = diffusers.AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=16,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-    )
     diffusers.QwenImagePipeline(
         transformer=alive(transformer),
         scheduler=flow(use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192),
-        vae=vae,
+        vae=qwen_vae(),
         text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)),
         tokenizer=byte_tokenizer(),
     ).save_pretrained(folder)
@@ -396,5 +430,6 @@ TINY: dict[str, Tiny] = {
     "auraflow": Tiny(auraflow),
     "cogview4": Tiny(cogview4, prompt="a red fox in the snow", length=48),
     "qwenimage": Tiny(qwenimage, length=256, guide=rescaled_cfg),
+    "krea2": Tiny(krea2, length=256, guide=extra_cfg),
     "flux2-klein": Tiny(flux2_klein, length=96, packed_noise=True),
 }
