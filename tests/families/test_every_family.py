@@ -11,10 +11,9 @@ import pytest
 import torch
 from bundle.conftest import Parts, autoencoder_dc, make_bundle, modules_cache  # noqa: F401 (a fixture)
 
-from dcgen_convert import models, pipelines, surgery
+from dcgen_convert import autoencoders, geometry, models, pipelines, surgery
 from dcgen_convert.align.embedder import affine
 from dcgen_convert.bundle.loading import load
-from dcgen_convert.bundle.sample import draw
 from dcgen_convert.checkpoint.source import load_source
 from dcgen_convert.console import NULL
 from dcgen_convert.inspection import inspect
@@ -44,25 +43,35 @@ def source(tiny, tmp_path_factory):
     return load_source(name, str(folder))
 
 
-@pytest.fixture(scope="module")
-def stock(tiny, source):
-    """(pipeline, what scheduler.step receives at every step, what the embedder makes of it) of a stock drawing."""
-    _, entry = tiny
-    family, pipeline = source.family, pipelines.load_pipeline(source, torch.float32)
-    steps, embedded, original = [], [], pipeline.scheduler.step
+def keep_states(pipeline, states, steps=None):
+    """Let the scheduler note what every step receives, (output, timestep, sample), and the state that it returns."""
+    original = pipeline.scheduler.step
 
     def record(model_output, timestep, sample, *args, **kwargs):
-        steps.append((model_output.clone(), torch.as_tensor(timestep).float(), sample.clone()))
-        return original(model_output, timestep, sample, *args, **kwargs)
+        result = original(model_output, timestep, sample, *args, **kwargs)
+        states.append((result[0] if isinstance(result, tuple) else result.prev_sample).clone())
+        if steps is not None:
+            steps.append((model_output.clone(), torch.as_tensor(timestep).float(), sample.clone()))
+        return result
 
     pipeline.scheduler.step = record
+
+
+@pytest.fixture(scope="module")
+def stock(tiny, source):
+    """(pipeline, what scheduler.step receives at every step, what the embedder makes of it, (last state, picture)) of a
+    stock drawing."""
+    _, entry = tiny
+    family, pipeline = source.family, pipelines.load_pipeline(source, torch.float32)
+    steps, embedded, states = [], [], []
+    keep_states(pipeline, states, steps)
     embedder = pipeline.transformer.get_submodule(family.embedder)
     hook = embedder.register_forward_hook(lambda module, args, output: embedded.append(output))
     settings = dict(side=entry.side, steps=STEPS, guidance=GUIDANCE, length=entry.length)
-    pipelines.draw(family, pipeline, [entry.prompt], [SEED], **settings)
+    picture = pipelines.draw(family, pipeline, [entry.prompt], [SEED], **settings)
     hook.remove()
     assert len(steps) == STEPS
-    return pipeline, steps, embedded
+    return pipeline, steps, embedded, (states[-1], picture)
 
 
 def latent_of(entry, family, sample):
@@ -79,7 +88,7 @@ def text_of(entry, family, pipeline, prompt):
 
 def test_velocity_is_what_the_stock_scheduler_receives(tiny, source, stock):
     """Sign, time scale, guidance, text, patch order, to 1e-5."""
-    (_, entry), family, (pipeline, steps, _) = tiny, source.family, stock
+    (_, entry), family, (pipeline, steps, *_) = tiny, source.family, stock
     text, null = (text_of(entry, family, pipeline, prompt) for prompt in (entry.prompt, ""))
     assert any(not torch.equal(text[key], null[key]) for key in family.text_keys)
     g = torch.full((1,), GUIDANCE)
@@ -104,7 +113,7 @@ def test_velocity_is_what_the_stock_scheduler_receives(tiny, source, stock):
 
 def test_latent_and_tokens_are_in_the_stock_order_element_by_element(tiny, source, stock):
     """The first state is the noise, the embedder's input our tokens of it."""
-    (_, entry), family, (pipeline, steps, embedded) = tiny, source.family, stock
+    (_, entry), family, (pipeline, steps, embedded, _) = tiny, source.family, stock
     x = latent_of(entry, family, steps[0][2])
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(SEED))
     if entry.packed_noise:  # drawn as (1, C p p, h / p, w / p)
@@ -118,6 +127,24 @@ def test_latent_and_tokens_are_in_the_stock_order_element_by_element(tiny, sourc
     theirs = embedded[0].flatten(2).transpose(1, 2) if embedded[0].ndim == 4 else embedded[0]
     for row in theirs.reshape(-1, *mine.shape[1:]):
         torch.testing.assert_close(row[None], mine, atol=1e-5, rtol=1e-5)
+
+
+def test_model_latents_are_those_of_the_stock_pipeline(tiny, source, stock):
+    """Scale, shift and statistics: our decoder makes the stock picture of the sampler's last state."""
+    (_, entry), (*_, (last, picture)) = tiny, stock
+    codec = autoencoders.load(source.vae)
+    assert (codec.factor, codec.channels) == geometry.autoencoder_grid(autoencoders.describe(source.vae))
+    z = latent_of(entry, source.family, last)
+    torch.testing.assert_close(picture, codec.decode(z), atol=1e-4, rtol=1e-4)
+    # encode undoes decode's arithmetic: the same round trip as the autoencoder's own
+    pixels = torch.rand(1, 3, 64, 64).unsqueeze(2) * 2 - 1
+    pixels = pixels if codec.frames else pixels.squeeze(2)
+    with torch.no_grad():
+        encoded = codec.model.encode(pixels)
+        latent = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
+        again = codec.model.decode(latent).sample
+    pixels, again = (value.squeeze(2) if codec.frames else value for value in (pixels, again))
+    torch.testing.assert_close(codec.decode(codec.encode(pixels)), again.clamp(-1, 1), atol=1e-4, rtol=1e-4)
 
 
 def test_the_family_is_found_from_headers_alone(tiny, source):
@@ -218,14 +245,24 @@ def test_head_rows_are_latent_channels_and_its_inputs_image_tokens(tiny, source,
 
 
 def test_bundle_loads_in_the_stock_pipeline_and_draws_two_sizes(tiny, converted, tmp_path):
-    (_, entry), (parts, _) = tiny, converted
-    bundle = make_bundle(parts, tmp_path / "bundle")
-    pipeline, _ = load(bundle, torch.float32)
-    assert type(pipeline).__name__ == parts.family.pipeline_of({"_class_name": type(pipeline).__name__})
+    """Finite pictures, and the ones that the deep autoencoder alone makes of the sampler's last state."""
+    (_, entry), (parts, _), family = tiny, converted, converted[0].family
+    pipeline, _ = load(make_bundle(parts, tmp_path / "bundle"), torch.float32)
+    assert type(pipeline).__name__ == family.pipeline_of({"_class_name": type(pipeline).__name__})
+    codec, states = autoencoders.load(parts.autoencoder), []
+    keep_states(pipeline, states)
     side = parts.side
     for height, width in ((side, side), (side, 2 * side)):
-        if "class_labels" in parts.family.text_keys:
+        if "class_labels" in family.text_keys:
             width = height  # the stock pipeline draws one size
         settings = dict(height=height, width=width, steps=STEPS, guidance=GUIDANCE, length=entry.length)
-        picture = draw(pipeline, parts.family, [entry.prompt], [SEED], **settings)[0]  # refuses NaN
-        assert picture.size == (width, height)
+        call = family.pipeline_call(pipeline, [entry.prompt], **settings)
+        with torch.no_grad():
+            pixels = pipeline(**call, generator=torch.Generator().manual_seed(SEED), output_type="pt").images
+        assert pixels.shape == (1, 3, height, width) and torch.isfinite(pixels).all() and pixels.std() > 1e-3
+        last = states[-1][:1]
+        if last.ndim == 3:
+            deep = family.untokens(last, height // parts.factor, width // parts.factor, 1)
+        else:
+            deep = last if last.shape[1] == parts.channels else family.collect(last, parts.channels)
+        torch.testing.assert_close(pixels * 2 - 1, codec.decode(deep), atol=1e-4, rtol=1e-4)
