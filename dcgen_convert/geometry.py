@@ -42,7 +42,6 @@ def base_grid(source: str, offline: bool = True) -> Grid:
         return Grid(entry.vae_factor, entry.vae_channels, entry.patch)
     config = sources.transformer_config(source, offline)
     known = sources.CLASSES[sources.model_class(config, source)]
-    patch = known.pack * config.get("patch_size", 1)
     path = Path(source).expanduser()
     if path.is_dir() and (path / "vae" / "config.json").is_file():
         f, c = autoencoder_grid(sources.read_config(path / "vae" / "config.json"))
@@ -51,7 +50,7 @@ def base_grid(source: str, offline: bool = True) -> Grid:
         f, c = default.vae_factor, default.vae_channels
     else:
         f, c = autoencoder_grid(sources.hub_json(source, "vae/config.json", offline))
-    return Grid(f, c, patch)
+    return Grid(f, c, known.patch(config, c))
 
 
 def new_grid(ae: str, offline: bool = True) -> Grid:
@@ -69,7 +68,9 @@ def new_grid(ae: str, offline: bool = True) -> Grid:
 
 
 def autoencoder_grid(config: dict) -> tuple[int, int]:
-    """(f, c) of an AutoencoderKL or AutoencoderDC config."""
+    """(f, c) of an AutoencoderDC, AutoencoderKL or AutoencoderKLQwenImage config."""
+    if "dim_mult" in config and "z_dim" in config:
+        return 2 ** (len(config["dim_mult"]) - 1), config["z_dim"]
     levels = config.get("encoder_block_out_channels") or config.get("block_out_channels")
     if not levels or "latent_channels" not in config:
         raise RecipeError(

@@ -63,7 +63,7 @@ def _folder(path: Path) -> dict:
     known = sources.CLASSES.get(config.get("_class_name", ""))
     found: dict = {
         "kind": "bundle" if manifest.is_file() else "pipeline" if index.is_file() else "component",
-        "family": known.family if known else None,
+        "family": known.name if known else None,
         "class": config.get("_class_name"),
         "pipeline": sources.read_config(index).get("_class_name") if index.is_file() else None,
         "sizes": {key: config[key] for key in SIZES if config.get(key) is not None},

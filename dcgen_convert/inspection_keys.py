@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from dcgen_convert import families
 from dcgen_convert.checkpoint.headers import read_header
 from dcgen_convert.errors import InputError
 
@@ -60,26 +61,12 @@ def strip(name: str) -> str:
 
 
 def recognise_keys(names: Iterable[str]) -> tuple[str | None, str | None]:
-    """(family, layout) from tensor names; the first rule that hits wins. (None, None) when nothing does."""
-    keys = set(names)
-
-    def has(*wanted: str) -> bool:
-        return all(any(key == want or key.startswith(want) for key in keys) for want in wanted)
-
-    if has("single_stream_modulation") or has("distilled_guidance_layer"):
-        return None, None  # FLUX.2 and Chroma share names with FLUX.1
-    if has("double_blocks.0.img_attn.norm.key_norm.scale", "vector_in."):
-        return "flux", "bfl"
-    if has("single_transformer_blocks.0.proj_mlp.", "time_text_embed.text_embedder"):
-        return "flux", "diffusers"
-    if has("caption_norm.", "patch_embed.proj.", "transformer_blocks.0.ff.conv_depth."):
-        return "sana", "diffusers"
-    if has("attention_y_norm.", "blocks.0.cross_attn.q_linear."):
-        return "sana", "original"
-    if has("proj_out_1.", "proj_out_2."):
-        return "dit", "diffusers"
-    if has("y_embedder.embedding_table"):
-        return "dit", "original"
+    """(family, layout) from tensor names; the first family that finds all its names wins. (None, None) when none does."""
+    keys = list(names)
+    for family in families.FAMILIES.values():
+        for layout, wanted in family.layouts.items():
+            if all(any(key.startswith(want) for key in keys) for want in wanted):
+                return family.name, layout
     return None, None
 
 

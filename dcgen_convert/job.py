@@ -127,7 +127,7 @@ def stock_pipeline(source: Source) -> type:
     """The diffusers class that draws with this family."""
     import diffusers
 
-    return getattr(diffusers, source.family.pipeline_class)
+    return getattr(diffusers, source.family.pipeline_of(source.index))
 
 
 def find_autoencoder(name: str, *, offline: bool = False) -> Autoencoder:

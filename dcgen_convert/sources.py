@@ -7,30 +7,15 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
-from dcgen_convert import catalog, recipe
+from dcgen_convert import catalog, families, recipe
 from dcgen_convert.errors import AccessError, InputError
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 
 
-@dataclass(frozen=True)
-class ModelClass:
-    """What a transformer class implies before any family code runs. pack: cells that the *pipeline* packs into a
-    token (FLUX 2 x 2)."""
-
-    family: str
-    pack: int
-    recipe: str
-
-
-CLASSES = {
-    "FluxTransformer2DModel": ModelClass("flux", 2, "flux-dev"),
-    "SanaTransformer2DModel": ModelClass("sana", 1, "sana-1.6b"),
-    "DiTTransformer2DModel": ModelClass("dit", 1, "dit-xl-512"),
-}
+CLASSES = {family.model_class: family for family in families.FAMILIES.values()}
 
 
 def recipe_for(source: str, chosen: str | None, offline: bool) -> tuple[str, str | None]:
@@ -48,6 +33,19 @@ def recipe_for(source: str, chosen: str | None, offline: bool) -> tuple[str, str
     if entry is not None:
         return entry.recipe, source
     return CLASSES[model_class(transformer_config(_checked(source), offline), source)].recipe, source
+
+
+def family_defaults(source: str, offline: bool) -> dict:
+    """What the general recipe leaves to the family: steps, guidance, and the loss that its kind of guidance needs."""
+    config = transformer_config(source, offline)
+    family = CLASSES[model_class(config, source)]
+    drawing = {"steps": family.default_steps, "guidance": family.default_guidance}
+    distilled = family.guidance == "embedded" and config.get("guidance_embeds")
+    return {
+        "data": drawing,
+        "bundle": drawing,
+        "adapt": {"objective": "guidance-corrected" if distilled else "flow"},
+    }
 
 
 def _checked(source: str) -> str:

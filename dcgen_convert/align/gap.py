@@ -47,12 +47,13 @@ def block_tokens(
     family, model: nn.Module, z: Tensor, t: Tensor, text: dict[str, Tensor], grid: tuple[int, int]
 ) -> list[Tensor]:
     """Image tokens after every repeated block, each as a map (B, D, rows, cols)."""
-    outputs: list[Tensor] = []
     blocks = [block for name in family.blocks for block in model.get_submodule(name)]
 
+    outputs: dict[nn.Module, list[Tensor]] = {block: [] for block in blocks}  # a family may split the batch
+
     def keep(module: nn.Module, args: tuple, output) -> None:
-        tokens = family.image_tokens(output)
-        outputs.append(tokens.float().unflatten(1, grid).movedim(-1, 1))
+        tokens = family.image_tokens(output, grid[0] * grid[1], text)
+        outputs[module].append(tokens.float().unflatten(1, grid).movedim(-1, 1))
 
     handles = [block.register_forward_hook(keep) for block in blocks]
     try:
@@ -60,4 +61,4 @@ def block_tokens(
     finally:
         for handle in handles:
             handle.remove()
-    return outputs
+    return [torch.cat(parts) for parts in outputs.values()]

@@ -109,7 +109,7 @@ def head_equations(job, task: adapt.Task, draws: int) -> NormalEquations:
     def features(z: Tensor, t: Tensor, text: dict[str, Tensor], guidance: Tensor) -> Tensor:
         captured.clear()
         objective.predict(job.family, task.model, z, t, text, guidance)
-        return captured[0].float()  # (B, N, D)
+        return job.family.image_tokens(torch.cat(captured), z.shape[2] * z.shape[3], text).float()  # (B, N, D), patch 1
 
     try:
         with torch.no_grad(), job.console.progress("least squares for the head", draws * len(rows), "samples") as bar:

@@ -21,13 +21,14 @@ import inspect
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers.models.autoencoders.vae import DecoderOutput, EncoderOutput
 
-MODULE_NAME = "autoencoder_dc_adapter_v1"
+MODULE_NAME = "autoencoder_dc_adapter_v2"
 ORDERS = ("c_first", "c_last")
 
 
@@ -91,6 +92,10 @@ class AutoencoderDCAdapter(AutoencoderDC):
         shift_factor: read by pipelines from the config; DC-AE latents have a scale and no shift.
         block_out_channels: derived, whatever is passed. Pipelines compute their VAE factor as
             2 ** (len(block_out_channels) - 1); here that is f / p.
+        latent_frames: whether the pipeline's latents and pictures have a frame axis of one, (B, c/p^2, 1, p h, p w),
+            and are normalised by latents_mean and latents_std instead of scaling_factor (Qwen-Image).
+        latent_batch_norm: whether the pipeline normalises packed latents by the statistics of `bn` (FLUX.2).
+        z_dim, latents_mean, latents_std, batch_norm_eps: derived for these two, whatever is passed.
 
     Raises ValueError for an order that does not exist and channels or a factor that p does not divide.
     """
@@ -105,6 +110,12 @@ class AutoencoderDCAdapter(AutoencoderDC):
         latent_order: str = "c_first",
         shift_factor: float = 0.0,
         block_out_channels: tuple[int, ...] | None = None,
+        latent_frames: bool = False,
+        latent_batch_norm: bool = False,
+        z_dim: int | None = None,
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
+        batch_norm_eps: float | None = None,
         **stock,
     ):
         super().__init__(*args, **stock)
@@ -122,6 +133,16 @@ class AutoencoderDCAdapter(AutoencoderDC):
             shift_factor=shift_factor,
             block_out_channels=tuple(self.config.encoder_block_out_channels)[: int(levels)],
         )
+        self.register_to_config(latent_frames=latent_frames, latent_batch_norm=latent_batch_norm)
+        exposed, std = self.config.latent_channels // latent_pack**2, 1 / self.config.scaling_factor
+        if latent_frames:
+            self.temperal_downsample = (False,) * (int(levels) - 1)  # pipelines take 2 ** its length as their factor
+            self.register_to_config(z_dim=exposed, latents_mean=[0.0] * exposed, latents_std=[std] * exposed)
+        if latent_batch_norm:
+            # Not a module: the statistics follow from the config, and must not be rounded to the weights' dtype.
+            channels = self.config.latent_channels
+            self.bn = SimpleNamespace(running_mean=torch.zeros(channels), running_var=torch.full((channels,), std**2))
+            self.register_to_config(batch_norm_eps=0.0)
         if self.tile_sample_stride_height % self.spatial_compression_ratio:
             # The stock tiles (512, stride 448) break f128: 448 is not a multiple of it. These fit every f up to 128.
             self.tile_sample_min_height = self.tile_sample_min_width = 1024
@@ -134,9 +155,10 @@ class AutoencoderDCAdapter(AutoencoderDC):
     __init__.__signature__ = _stock.replace(parameters=[*_stock.parameters.values(), *_own])
 
     def encode(self, x: torch.Tensor, return_dict: bool = True) -> AdapterOutput | tuple[torch.Tensor]:
-        """Encode images (B, 3, f h, f w) into exposed latents (B, c/p^2, p h, p w), unscaled."""
-        (deep,) = super().encode(x, return_dict=False)
+        """Encode images (B, 3, f h, f w) into exposed latents (B, c/p^2, p h, p w), unscaled; a frame axis is kept."""
+        (deep,) = super().encode(x[:, :, 0] if x.ndim == 5 else x, return_dict=False)
         exposed = expose(deep, self.config.latent_pack, self.config.latent_order)
+        exposed = exposed.unsqueeze(2) if x.ndim == 5 else exposed
         return AdapterOutput(latent=exposed) if return_dict else (exposed,)
 
     def decode(
@@ -144,8 +166,11 @@ class AutoencoderDCAdapter(AutoencoderDC):
     ) -> DecoderOutput | tuple[torch.Tensor]:
         """Decode exposed latents (B, c/p^2, p h, p w), or deep ones (B, c, h, w), into images (B, 3, f h, f w).
 
-        Which of the two it is follows from the channel count; any other count is a ValueError.
+        Which of the two it is follows from the channel count; any other count is a ValueError. A frame axis is kept.
         """
+        if z.ndim == 5:
+            (frame,) = self.decode(z[:, :, 0], return_dict=False)
+            return DecoderOutput(sample=frame.unsqueeze(2)) if return_dict else (frame.unsqueeze(2),)
         deep_channels, pack = self.config.latent_channels, self.config.latent_pack
         if z.shape[1] == deep_channels // pack**2:
             z = collect(z, pack, self.config.latent_order)

@@ -102,17 +102,12 @@ def _usage(manifest: Mapping[str, Any], family: Family, layout: str, lora: bool)
 
 
 def _arguments(defaults: Mapping[str, Any], family: Family) -> str:
-    common = f"num_inference_steps={defaults['steps']}, guidance_scale={defaults['guidance']}"
-    if "class_labels" in family.text_keys:
-        return f"class_labels=[207], {common}"
-    size = f"height={defaults['height']}, width={defaults['width']}"
-    text = f'"a red fox in the snow", {size}, {common}, max_sequence_length={defaults["text_length"]}'
-    # SANA's bins would round the size, and its instruction lengthens every prompt: the bundle is trained without both.
-    return text + (
-        ", use_resolution_binning=False, complex_human_instruction=None"
-        if family.pipeline_class.startswith("Sana")
-        else ""
-    )
+    """The family's own call of the stock pipeline, as source code."""
+    size = {key: defaults[key] for key in ("height", "width", "steps", "guidance")}
+    prompt = "207" if "class_labels" in family.text_keys else "a red fox in the snow"
+    call = family.pipeline_call(None, [prompt], **size, length=defaults["text_length"])
+    first = [f'"{call.pop("prompt")[0]}"'] if "prompt" in call else []
+    return ", ".join([*first, *(f"{key}={value!r}" for key, value in call.items())])
 
 
 def _numbers(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, int | float]]:

@@ -30,7 +30,6 @@ from dcgen_convert.files import atomic_write, read_json, write_json
 
 LAYOUTS = ("stock", "official")
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights(folder) looks for
-PACK = 2  # FLUX-like pipelines pack 2 x 2 latent pixels into a token
 REPLACED = ("transformer", "vae", "scheduler")
 
 
@@ -115,7 +114,7 @@ def model_index(source: dict[str, Any], family: Family, layout: str, scheduler: 
     """model_index.json of the bundle, from the source pipeline's own."""
     if layout not in LAYOUTS:
         raise InputError(f"layout {layout!r} does not exist", f"choose one of {', '.join(LAYOUTS)}")
-    if layout == "official" and not has_adapter(family):
+    if layout == "official" and not family.official_layout:
         raise InputError(
             f"the DC-Gen authors published no pipeline class for {family.name}",
             "use the stock layout, which needs none",
@@ -125,7 +124,7 @@ def model_index(source: dict[str, Any], family: Family, layout: str, scheduler: 
     adapted = layout == "stock" and has_adapter(family)
     return {
         **{key: value for key, value in source.items() if not key.startswith("_")},
-        "_class_name": f"DCGen_{family.pipeline_class}" if layout == "official" else family.pipeline_class,
+        "_class_name": f"DCGen_{family.pipeline_class}" if layout == "official" else family.pipeline_of(source),
         "_diffusers_version": version("diffusers"),
         "scheduler": ["diffusers", scheduler["_class_name"]],
         "transformer": ["diffusers", family.model_class],
@@ -135,7 +134,7 @@ def model_index(source: dict[str, Any], family: Family, layout: str, scheduler: 
 
 def is_component(value: Any) -> bool:
     """Whether a model_index.json value names a class to load, as against a setting or an absent optional part."""
-    return isinstance(value, list) and len(value) == 2 and value[0] is not None
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
 
 
 def has_adapter(family: Family) -> bool:
@@ -197,16 +196,17 @@ def _write_vae(folder: Path, family: Family, layout: str, scaling_factor: float 
     if layout == "stock" and has_adapter(family):
         from dcgen_convert.bundle import autoencoder_dc_adapter as adapter
 
-        stages = len(config["encoder_block_out_channels"]) - (PACK.bit_length() - 1)
+        widths = config["encoder_block_out_channels"]
+        pack = family.pack(2 ** (len(widths) - 1))
         config |= {
             "_class_name": "AutoencoderDCAdapter",
-            "latent_pack": PACK,
+            "latent_pack": pack,
             "latent_order": family.adapter_order,
             "shift_factor": 0.0,
-            "block_out_channels": config["encoder_block_out_channels"][:stages],
+            "block_out_channels": widths[: len(widths) - (pack.bit_length() - 1)],
         }
         atomic_write(folder / f"{adapter.MODULE_NAME}.py", Path(adapter.__file__).read_bytes())
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config | family.vae_config(config))
 
 
 def _copy_licences(source: Path, autoencoder: Path, staging: Path) -> None:

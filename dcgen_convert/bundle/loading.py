@@ -58,7 +58,7 @@ def load(bundle: Path, dtype=None, runtime: str = "auto", device: str | None = N
         parts["transformer"] = emulate(bundle / "transformer", dtype)
     options = dict(dtype=dtype, trust_remote_code=has_adapter(family), local_files_only=True)
     with quiet_diffusers():
-        if index["_class_name"] == family.pipeline_class:
+        if index["_class_name"] in (family.pipeline_class, *family.other_pipelines):
             pipeline = DiffusionPipeline.from_pretrained(bundle, **parts, **options)
         else:
             pipeline = _official(bundle, family, parts, options)

@@ -136,6 +136,13 @@ def load_source(name: str, repo_or_path: str, *, revision: str | None = None, of
     root, revision = resolve_folder(repo_or_path, revision=revision, offline=offline, patterns=patterns)
     source = Source(name, root, revision)
     _ = source.index, source.family, source.tensors
+    known = (source.family.pipeline_class, *source.family.other_pipelines)
+    if source.index.get("_class_name") not in known:
+        raise InputError(
+            f"{root} is a {source.index.get('_class_name')}, only {' and '.join(known)} can be converted with a "
+            f"{source.family.model_class}",
+            "inpainting, editing and step-distilled variants need inputs that the conversion does not train",
+        )
     for module in (source.family.embedder, source.family.head):
         if f"{module}.weight" not in source.tensors:
             raise InputError(

@@ -8,20 +8,28 @@ from torch import nn
 
 from dcgen_convert import pipelines
 from dcgen_convert.bundle.autoencoder_dc_adapter import AutoencoderDCAdapter
-from dcgen_convert.bundle.layout import PACK, has_adapter
+from dcgen_convert.bundle.layout import has_adapter
 from dcgen_convert.bundle.loading import quiet_diffusers
+from dcgen_convert.files import read_json
 
 
 def converted_pipeline(job, transformer: nn.Module):
     """The source's stock pipeline around ``transformer``, with the new autoencoder and the bundle's scheduler."""
+    keys = job.family.vae_config(read_json(job.ae.folder / "config.json"))
     options = {"scaling_factor": job.recipe.latents.scale_override} if job.recipe.latents.scale_override else {}
     with quiet_diffusers():
         if has_adapter(job.family):
             vae = AutoencoderDCAdapter.from_pretrained(
-                job.ae.folder, dtype=job.dtype, latent_pack=PACK, latent_order=job.family.adapter_order, **options
+                job.ae.folder,
+                dtype=job.dtype,
+                latent_pack=job.family.pack(job.ae.factor),
+                latent_order=job.family.adapter_order,
+                **keys,
+                **options,
             )
         else:
             vae = AutoencoderDC.from_pretrained(job.ae.folder, dtype=job.dtype, **options)
+            vae.register_to_config(**keys)
         pipeline = pipelines.load_pipeline(job.source, job.dtype, transformer=transformer, vae=vae.eval())
     scheduler = getattr(diffusers, job.scheduler["_class_name"])
     pipeline.scheduler = scheduler.from_config(job.scheduler)

@@ -5,14 +5,42 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from dcgen_convert.errors import InputError
+from dcgen_convert.families.auraflow import AuraFlow
 from dcgen_convert.families.base import Family, QuantTargets, Text
+from dcgen_convert.families.chroma import Chroma
+from dcgen_convert.families.cogview4 import CogView4
 from dcgen_convert.families.dit import DiT
 from dcgen_convert.families.flux import Flux
+from dcgen_convert.families.flux2 import Flux2
+from dcgen_convert.families.krea2 import Krea2
+from dcgen_convert.families.lumina2 import Lumina2
+from dcgen_convert.families.pixart import PixArt
+from dcgen_convert.families.qwenimage import QwenImage
 from dcgen_convert.families.sana import Sana
+from dcgen_convert.families.sd3 import SD3
+from dcgen_convert.families.zimage import ZImage
 
 __all__ = ["FAMILIES", "Family", "QuantTargets", "Text", "get", "recognise"]
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (Flux(), Sana(), DiT())}
+# In the order in which tensor names are tried: a family whose names include another's stands before it.
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Flux2(),
+        Chroma(),
+        Flux(),
+        Sana(),
+        DiT(),
+        SD3(),
+        PixArt(),
+        QwenImage(),
+        Krea2(),
+        ZImage(),
+        Lumina2(),
+        AuraFlow(),
+        CogView4(),
+    )
+}
 
 
 def get(name: str) -> Family:

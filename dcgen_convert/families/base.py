@@ -35,20 +35,25 @@ class Family:
     name: ClassVar[str]
     model_class: ClassVar[str]  # diffusers transformer class
     pipeline_class: ClassVar[str]  # stock diffusers pipeline
+    other_pipelines: ClassVar[tuple[str, ...]] = ()  # further stock pipelines of the same transformer and task
     embedder: ClassVar[str]  # module that reads latent tokens (Linear, or Conv2d with kernel = stride = patch)
     head: ClassVar[str]  # linear that writes latent tokens
     in_order: ClassVar[str]  # order inside one input patch, einops
     out_order: ClassVar[str]  # order inside one output patch, einops
     guidance: ClassVar[str]  # "embedded" (distilled into the network) | "cfg" | "none"
-    prediction: ClassVar[str] = "flow"  # what the network predicts: "flow" (eps - z_0) | "epsilon"
+    # what the network predicts: "flow" (eps - z_0) | "reversed" (z_0 - eps, at the time 1 - t) | "epsilon"
+    prediction: ClassVar[str] = "flow"
     text_keys: ClassVar[tuple[str, ...]]  # forward() keywords that carry the condition
     blocks: ClassVar[tuple[str, ...]]  # ModuleLists of repeated blocks, in forward order
     lora_targets: ClassVar[str]  # regex over full module names, as PEFT's target_modules takes it
     awq_pattern: ClassVar[str] = r"(?!)"  # AdaLN / modulation linears inside the blocks
-    bundle_tier: ClassVar[int] = (
-        0  # 0: stock AutoencoderDC; 2: in-bundle adapter that undoes the pipeline's 2x2 packing
-    )
-    adapter_order: ClassVar[str] = "c_first"
+    # 0: stock AutoencoderDC; 1: the same with keys in its config that the pipeline asks for; 2: in-bundle adapter that
+    # undoes the p x p packing of the pipeline, or of a transformer that packs for itself
+    bundle_tier: ClassVar[int] = 0
+    official_layout: ClassVar[bool] = False  # whether the DC-Gen authors published a pipeline class
+    # layout of a single file -> prefixes of tensor names that only this family has together
+    layouts: ClassVar[dict[str, tuple[str, ...]]]
+    recipe: ClassVar[str] = "image"  # shipped recipe of a source that has none of its own
     default_steps: ClassVar[int]
     default_guidance: ClassVar[float]
     text_length: ClassVar[int] = 1  # text tokens that training and the bundle's usage pad to
@@ -56,8 +61,12 @@ class Family:
     # -- tokens ---------------------------------------------------------------------------------------------------
 
     def patch(self, config: dict[str, Any], channels: int) -> int:
-        """Patch size p of a model with ``config`` that reads ``channels`` latent channels."""
-        return int(config.get("patch_size") or 1)
+        """Patch size p of a model with ``config`` on latents of ``channels`` channels: a token holds C p p numbers.
+
+        A transformer that packs a latent grid for itself reads C / p^2 channels of a finer grid once it is converted,
+        so its own patch_size is not the answer.
+        """
+        return math.isqrt(config["in_channels"] * (config.get("patch_size") or 1) ** 2 // channels)
 
     def tokens(self, z: Tensor, patch: int) -> Tensor:
         """(B, C, h, w) -> (B, N, C p p), features in the order of the embedder's flattened weight columns."""
@@ -82,21 +91,71 @@ class Family:
         """Absolute position table that the model adds to the embedded tokens, (N, D); None with RoPE or no positions."""
         return None
 
-    def image_tokens(self, block_output: Any) -> Tensor:
-        """Image tokens (B, N, D) in what one repeated block returns."""
-        return block_output
+    def image_tokens(self, features: Any, count: int, text: Text) -> Tensor:
+        """The ``count`` = N image tokens (B, N, D) in what a repeated block returns or the head is given.
+
+        Blocks of two streams return (text, image); one stream holds the text first.
+        """
+        features = features[1] if isinstance(features, tuple) else features
+        return features[:, -count:]
+
+    def expose(self, z: Tensor, config: dict[str, Any]) -> Tensor:
+        """(B, C, h, w) -> (B, in_channels, q h, q w): the finer grid on which a self-packing transformer works.
+
+        Its q x q packing gives the C channels back, in order: the inverse of what the bundle's adapter collects.
+        """
+        from einops import rearrange
+
+        q = math.isqrt(z.shape[1] // config["in_channels"])
+        return rearrange(z, f"b ({self.in_order}) h w -> b c (h p1) (w p2)", p1=q, p2=q)
+
+    def collect(self, fine: Tensor, channels: int) -> Tensor:
+        """Undo `expose`: (B, C / q^2, q h, q w) -> (B, channels, h, w)."""
+        from einops import rearrange
+
+        q = math.isqrt(channels // fine.shape[1])
+        return rearrange(fine, f"b c (h p1) (w p2) -> b ({self.in_order}) h w", p1=q, p2=q)
+
+    @property
+    def adapter_order(self) -> str:
+        """Order of a packed token in the adapter's words."""
+        return "c_last" if self.in_order.endswith("c") else "c_first"
+
+    def mu(self, tokens: int, scheduler: dict[str, Any]) -> float:
+        """mu of a dynamic timestep shift at ``tokens`` image tokens, as the stock pipeline computes it."""
+        return linear_mu(tokens, scheduler)
+
+    def shift(self, tokens: int, scheduler: dict[str, Any]) -> float:
+        """r of sigma' = r sigma / (1 + (r - 1) sigma) that the bundle samples with at ``tokens`` image tokens."""
+        if not scheduler.get("use_dynamic_shifting"):
+            return sampling_shift(tokens, scheduler)
+        mu = self.mu(tokens, scheduler)
+        return mu if scheduler.get("time_shift_type") == "linear" else math.exp(mu)
+
+    def pack(self, factor: int) -> int:
+        """p of the bundle's adapter for an autoencoder of that factor: the patch that the stock pipeline packs."""
+        return 2
+
+    def pipeline_of(self, index: dict[str, Any]) -> str:
+        """Stock pipeline class that runs a folder with this model_index.json."""
+        name = index.get("_class_name")
+        return name if name in self.other_pipelines else self.pipeline_class
+
+    def vae_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Keys that the stock pipeline reads from the autoencoder's config and an AutoencoderDC ``config`` lacks."""
+        return {}
 
     # -- one step in the common convention ------------------------------------------------------------------------
 
     def target(self, z0: Tensor, eps: Tensor) -> Tensor:
         """What the network is trained to predict for (z_0, eps), same shape as z_0."""
-        return eps if self.prediction == "epsilon" else eps - z0
+        return {"flow": eps - z0, "reversed": z0 - eps, "epsilon": eps}[self.prediction]
 
     def velocity(self, model: nn.Module, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
         """Velocity v = eps - z_0 at z_t, (B, C, h, w). From an epsilon prediction: v = (eps - z_t) / (1 - t)."""
         prediction = self.predict(model, z, t, text, guidance)
-        if self.prediction == "flow":
-            return prediction
+        if self.prediction != "epsilon":
+            return prediction if self.prediction == "flow" else -prediction
         return (prediction - z) / (1 - t).clamp_min(1e-4)[:, None, None, None]
 
     def noise_times(self) -> Tensor:
@@ -153,6 +212,21 @@ class Family:
     ) -> dict:
         """Keyword arguments with which the stock pipeline draws ``prompts``."""
         raise TypeError(f"{type(self).__name__} states no pipeline_call")
+
+
+def token_ids(rows: int, columns: int, like: Tensor) -> Tensor:
+    """FLUX's position ids (0, row, column) of an image's tokens, (N, 3), in ``like``'s dtype and on its device."""
+    import torch
+
+    ids = torch.cartesian_prod(torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float())
+    return ids.to(like)
+
+
+def added_positions(embed: nn.Module, channels: int, height: int, width: int) -> Tensor:
+    """What a diffusers patch embedder adds to its projection of a latent on ``height`` x ``width`` tokens, (N, D)."""
+    z = embed.proj.weight.new_zeros(1, channels, height * embed.patch_size, width * embed.patch_size)
+    tokens = embed(z)[0]
+    return tokens if embed.proj.bias is None else tokens - embed.proj.bias
 
 
 def linear_mu(tokens: int, scheduler: dict[str, Any]) -> float:

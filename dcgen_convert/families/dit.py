@@ -20,12 +20,17 @@ class DiT(Family):
     out_order = "p1 p2 c"
     guidance = "cfg"
     prediction = "epsilon"
+    layouts = {
+        "diffusers": ("proj_out_1.", "proj_out_2."),
+        "original": ("y_embedder.embedding_table",),
+    }
     text_keys = ("class_labels",)
     blocks = ("transformer_blocks",)
     lora_targets = r"transformer_blocks\.\d+\.(attn1\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))"
     awq_pattern = r"transformer_blocks\.\d+\.norm1\.linear"
     dense_pattern = r"transformer_blocks\.\d+\.norm1\.emb\..*"  # timestep MLPs
     bundle_tier = 0
+    recipe = "dit-xl-512"
     default_steps = 50
     default_guidance = 4.0
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-
-from dcgen_convert.families.base import Family
+from dcgen_convert.families.base import Family, token_ids
 
 
 class Flux(Family):
@@ -15,6 +13,11 @@ class Flux(Family):
     head = "proj_out"
     in_order = out_order = "c p1 p2"
     guidance = "embedded"  # schnell (guidance_embeds false) has none: see guided()
+    official_layout = True
+    layouts = {
+        "bfl": ("double_blocks.0.img_attn.norm.key_norm.scale", "vector_in."),
+        "diffusers": ("single_transformer_blocks.0.proj_mlp.", "time_text_embed.text_embedder"),
+    }
     text_keys = ("encoder_hidden_states", "pooled_projections")
     blocks = ("transformer_blocks", "single_transformer_blocks")
     # As published: attention and MLP linears, not the AdaLN linears, embedders or the final proj_out (418 linears in FLUX.1).
@@ -25,35 +28,26 @@ class Flux(Family):
     )
     awq_pattern = r"(transformer_blocks\.\d+\.norm1(_context)?|single_transformer_blocks\.\d+\.norm)\.linear"
     bundle_tier = 2
+    recipe = "flux-dev"
     default_steps = 20
     default_guidance = 3.5
     text_length = 256
 
-    def patch(self, config, channels):
-        return math.isqrt(config["in_channels"] // channels)  # the pipeline packs p x p, config.patch_size stays 1
-
     def convert_config(self, config, factor, channels, side):
         return {**config, "in_channels": channels, "out_channels": channels}
-
-    def image_tokens(self, block_output):
-        return block_output[1]  # every block returns (text tokens, image tokens)
 
     def predict(self, model, z, t, text, guidance=None):
         import torch
 
         patch = self.patch(model.config, z.shape[1])
         tokens = self.tokens(z, patch)  # (B, N, C p p)
-        rows, cols = z.shape[2] // patch, z.shape[3] // patch
-        ids = torch.zeros(rows, cols, 3, device=z.device, dtype=z.dtype)
-        ids[..., 1] += torch.arange(rows, device=z.device, dtype=z.dtype)[:, None]
-        ids[..., 2] += torch.arange(cols, device=z.device, dtype=z.dtype)[None, :]
         hidden = text["encoder_hidden_states"]
         output = model(
             hidden_states=tokens,
             encoder_hidden_states=hidden,
             pooled_projections=text["pooled_projections"],
             timestep=t.to(z.dtype),
-            img_ids=ids.reshape(-1, 3),
+            img_ids=token_ids(z.shape[2] // patch, z.shape[3] // patch, z),
             txt_ids=torch.zeros(hidden.shape[1], 3, device=z.device, dtype=z.dtype),
             guidance=guidance.to(z.dtype) if model.config.guidance_embeds else None,
             return_dict=False,

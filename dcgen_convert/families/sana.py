@@ -16,11 +16,16 @@ class Sana(Family):
     in_order = "c p1 p2"
     out_order = "p1 p2 c"
     guidance = "cfg"
+    layouts = {
+        "diffusers": ("caption_norm.", "patch_embed.proj.", "transformer_blocks.0.ff.conv_depth."),
+        "original": ("attention_y_norm.", "blocks.0.cross_attn.q_linear."),
+    }
     text_keys = ("encoder_hidden_states", "encoder_attention_mask")
     blocks = ("transformer_blocks",)
     lora_targets = r"transformer_blocks\.\d+\.(attn1|attn2)\.(to_q|to_k|to_v|to_out\.0)|transformer_blocks\.\d+\.ff\.conv_(inverted|point)"
     dense_pattern = r"transformer_blocks\.\d+\.attn2\.to_[kv]"  # cross-attention keys and values stay half precision
     bundle_tier = 0
+    recipe = "sana-1.6b"
     default_steps = 20
     default_guidance = 4.5
     text_length = 300

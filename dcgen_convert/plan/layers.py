@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from dcgen_convert import families
 from dcgen_convert.errors import InputError
 
 
@@ -171,7 +172,11 @@ def structure(config: dict) -> Structure:
     """
     name = config.get("_class_name")
     if name not in STRUCTURES:
-        raise InputError(f"no arithmetic for transformer class {name}", f"known: {', '.join(STRUCTURES)}")
+        if families.recognise(name) is None:
+            raise InputError(f"no arithmetic for transformer class {name}", f"known: {', '.join(families.FAMILIES)}")
+        from dcgen_convert.plan.modules import measured  # it needs torch
+
+        return measured(config)
     try:
         return STRUCTURES[name](config)
     except KeyError as exc:

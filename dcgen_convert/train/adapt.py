@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from dcgen_convert.console import NULL, Console
 from dcgen_convert.errors import RecipeError
 from dcgen_convert.families import Family, Text
-from dcgen_convert.families.base import sampling_shift
 from dcgen_convert.files import read_json, write_json
 from dcgen_convert.train import loop, lora
 from dcgen_convert.train.engine import Engine
@@ -175,7 +174,7 @@ def sampling_of(
         return Sampling("ddpm", 1.0, **common, times=family.noise_times())
     if adapt.shift == "model":
         patch = family.patch(config, shape[0])
-        shift = sampling_shift(shape[1] * shape[2] // patch**2, scheduler)
+        shift = family.shift(shape[1] * shape[2] // patch**2, scheduler)
     else:
         shift = flux2_shift(shape) if adapt.shift == "flux2" else float(adapt.shift)
     return Sampling("logit-normal", shift, **common)

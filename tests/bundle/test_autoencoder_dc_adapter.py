@@ -15,7 +15,10 @@ from dcgen_convert.bundle.autoencoder_dc_adapter import AutoencoderDCAdapter, co
 from .conftest import autoencoder_dc
 
 # sha256 of every version ever shipped. Bundles share one module cache under this name: code and name change together.
-SHIPPED = {"autoencoder_dc_adapter_v1": "155ea1f9545d982f2e5d0bf03bc34d6dd148dc440f6b0160d9241d26822ec705"}
+SHIPPED = {
+    "autoencoder_dc_adapter_v1": "155ea1f9545d982f2e5d0bf03bc34d6dd148dc440f6b0160d9241d26822ec705",
+    "autoencoder_dc_adapter_v2": "3875d957b43d3f585b3fda60b8b1e3a85416641f17eed907fb07b23a96292a34",
+}
 
 
 def adapted(factor: int, channels: int, **options) -> AutoencoderDCAdapter:

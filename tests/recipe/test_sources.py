@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dcgen_convert import catalog, families, geometry, recipe, sources
+from dcgen_convert import catalog, families, geometry, recipe
 from dcgen_convert.errors import AccessError, InputError
 
 FLUX = dict(
@@ -126,8 +126,3 @@ def test_catalogue_entries_agree_with_families_and_recipes(entry):
         assert family.name == entry.family
         assert family.patch(config, entry.vae_channels) == entry.patch
         assert hasattr(diffusers, config["_class_name"])
-
-
-def test_classes_agree_with_the_families():
-    table = {name: known.family for name, known in sources.CLASSES.items()}
-    assert table == {family.model_class: family.name for family in families.FAMILIES.values()}

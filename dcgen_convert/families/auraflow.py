@@ -1,0 +1,64 @@
+"""AuraFlow: `AuraFlowTransformer2DModel`. Source: diffusers 0.42 pipeline_aura_flow.py."""
+
+from __future__ import annotations
+
+from dcgen_convert.families.base import Family, added_positions
+
+
+class AuraFlow(Family):
+    name = "auraflow"
+    model_class = "AuraFlowTransformer2DModel"
+    pipeline_class = "AuraFlowPipeline"
+    embedder = "pos_embed.proj"
+    head = "proj_out"
+    in_order = "c p1 p2"
+    out_order = "p1 p2 c"
+    guidance = "cfg"
+    layouts = {
+        "diffusers": ("register_tokens", "joint_transformer_blocks.0."),
+        "original": ("register_tokens", "double_layers.0.attn.w2q."),
+    }
+    text_keys = ("encoder_hidden_states",)
+    blocks = ("joint_transformer_blocks", "single_transformer_blocks")
+    lora_targets = (
+        r"(joint|single)_transformer_blocks\.\d+\."
+        r"(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)|(ff|ff_context)\.(linear_1|linear_2|out_projection))"
+    )
+    awq_pattern = r"(joint|single)_transformer_blocks\.\d+\.norm1(_context)?\.linear"
+    bundle_tier = 1
+    default_steps = 50
+    default_guidance = 3.5
+    text_length = 256
+
+    def convert_config(self, config, factor, channels, side):
+        # pos_embed_max_size stays: the position table is learnt, and its centre is cropped as before.
+        return {
+            **config,
+            "in_channels": channels,
+            "out_channels": channels,
+            "patch_size": 1,
+            "sample_size": side // factor,
+        }
+
+    def vae_config(self, config):
+        return {"block_out_channels": list(config["encoder_block_out_channels"])}
+
+    def position_term(self, model, height, width):
+        return added_positions(model.pos_embed, model.config.in_channels, height, width)
+
+    def predict(self, model, z, t, text, guidance=None):
+        return model(z, timestep=t.to(z.dtype), return_dict=False, **text)[0]
+
+    def encode_text(self, pipeline, prompts, length):
+        embeds, *_ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=length)
+        return {"encoder_hidden_states": embeds}
+
+    def pipeline_call(self, pipeline, prompts, *, height, width, steps, guidance, length):
+        return dict(
+            prompt=prompts,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            max_sequence_length=length,
+        )

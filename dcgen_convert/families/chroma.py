@@ -1,0 +1,64 @@
+"""Chroma: `ChromaTransformer2DModel`, FLUX.1 with its modulation computed once. Source: diffusers 0.42 pipeline_chroma.py."""
+
+from __future__ import annotations
+
+from dcgen_convert.families.base import Family, token_ids
+
+
+class Chroma(Family):
+    name = "chroma"
+    model_class = "ChromaTransformer2DModel"
+    pipeline_class = "ChromaPipeline"
+    embedder = "x_embedder"
+    head = "proj_out"
+    in_order = out_order = "c p1 p2"
+    guidance = "cfg"
+    layouts = {
+        "bfl": ("double_blocks.0.img_attn.norm.key_norm.scale", "distilled_guidance_layer."),
+        "diffusers": ("single_transformer_blocks.0.proj_mlp.", "distilled_guidance_layer."),
+    }
+    text_keys = ("encoder_hidden_states", "attention_mask")
+    blocks = ("transformer_blocks", "single_transformer_blocks")
+    lora_targets = (
+        r"(transformer_blocks|single_transformer_blocks)\.\d+\."
+        r"(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+        r"|(ff|ff_context)\.net\.(0\.proj|2)|proj_mlp|proj_out)"
+    )  # the blocks hold no modulation linears
+    bundle_tier = 2
+    default_steps = 35
+    default_guidance = 5.0
+    text_length = 512
+
+    def convert_config(self, config, factor, channels, side):
+        return {**config, "in_channels": channels, "out_channels": channels}
+
+    def predict(self, model, z, t, text, guidance=None):
+        import torch
+
+        patch = self.patch(model.config, z.shape[1])
+        tokens = self.tokens(z, patch)  # (B, N, C p p)
+        hidden, mask = text["encoder_hidden_states"], text["attention_mask"]
+        output = model(
+            hidden_states=tokens,
+            encoder_hidden_states=hidden,
+            timestep=t.to(z.dtype),
+            img_ids=token_ids(z.shape[2] // patch, z.shape[3] // patch, z),
+            txt_ids=torch.zeros(hidden.shape[1], 3, device=z.device, dtype=z.dtype),
+            attention_mask=torch.cat([mask, mask.new_ones(tokens.shape[:2])], dim=1),
+            return_dict=False,
+        )[0]
+        return self.untokens(output, z.shape[2], z.shape[3], patch)
+
+    def encode_text(self, pipeline, prompts, length):
+        embeds, _, mask, *_ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=length)
+        return {"encoder_hidden_states": embeds, "attention_mask": mask}
+
+    def pipeline_call(self, pipeline, prompts, *, height, width, steps, guidance, length):
+        return dict(
+            prompt=prompts,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            max_sequence_length=length,
+        )

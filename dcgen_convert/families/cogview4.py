@@ -1,0 +1,91 @@
+"""CogView4: `CogView4Transformer2DModel`. Source: diffusers 0.42 pipeline_cogview4.py."""
+
+from __future__ import annotations
+
+import math
+from itertools import groupby
+
+from dcgen_convert.families.base import Family
+
+
+class CogView4(Family):
+    name = "cogview4"
+    model_class = "CogView4Transformer2DModel"
+    pipeline_class = "CogView4Pipeline"
+    embedder = "patch_embed.proj"  # patch_embed.text_proj stands beside it and is kept
+    head = "proj_out"
+    in_order = out_order = "c p1 p2"
+    guidance = "cfg"
+    layouts = {"diffusers": ("patch_embed.text_proj.", "time_condition_embed.")}
+    text_keys = ("encoder_hidden_states", "text_mask")
+    blocks = ("transformer_blocks",)
+    lora_targets = r"transformer_blocks\.\d+\.(attn1\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))"
+    awq_pattern = r"transformer_blocks\.\d+\.norm1\.linear"
+    bundle_tier = 2
+    default_steps = 50
+    default_guidance = 3.5
+    text_length = 256
+
+    def convert_config(self, config, factor, channels, side):
+        # The transformer packs 2 x 2 for itself: it reads the adapter's grid, twice as fine as the deep latent.
+        return {
+            **config,
+            "in_channels": channels // 4,
+            "out_channels": channels // 4,
+            "patch_size": 2,
+            "sample_size": 2 * side // factor,
+            "pixels_per_latent": factor,
+        }
+
+    def mu(self, tokens, scheduler):
+        base, slope = scheduler.get("base_shift", 0.25), scheduler.get("max_shift", 0.75)
+        return math.sqrt(tokens / scheduler.get("base_image_seq_len", 256)) * slope + base
+
+    def image_tokens(self, features, count, text):
+        return features[0] if isinstance(features, tuple) else features  # blocks return (image, text)
+
+    def predict(self, model, z, t, text, guidance=None):
+        import torch
+
+        pixels = model.config.get("pixels_per_latent", 8)
+        size = torch.tensor([[z.shape[2] * pixels, z.shape[3] * pixels]], dtype=z.dtype, device=z.device)
+        fine, outputs, start = self.expose(z, model.config), [], 0
+        # The network has no way to leave out text tokens: captions of one length go through it together, in order.
+        for length, run in groupby(text["text_mask"].sum(1).long().tolist()):
+            rows = slice(start, start := start + len(list(run)))
+            count = rows.stop - rows.start
+            output = model(
+                hidden_states=fine[rows],
+                encoder_hidden_states=text["encoder_hidden_states"][rows, :length],
+                timestep=t[rows] * 1000,
+                original_size=size.expand(count, 2),
+                target_size=size.expand(count, 2),
+                crop_coords=torch.zeros_like(size).expand(count, 2),
+                return_dict=False,
+            )[0]
+            outputs.append(output)
+        return self.collect(torch.cat(outputs), z.shape[1])
+
+    def encode_text(self, pipeline, prompts, length):
+        """Prompts one by one: the stock pipeline pads a prompt to a multiple of 16 tokens and attends to the padding."""
+        import torch
+
+        rows = [
+            pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=length)[0][0][-length:]
+            for prompt in prompts
+        ]
+        embeds = rows[0].new_zeros(len(rows), length, rows[0].shape[-1])
+        mask = torch.zeros(len(rows), length, device=embeds.device)
+        for i, row in enumerate(rows):
+            embeds[i, : len(row)], mask[i, : len(row)] = row, 1
+        return {"encoder_hidden_states": embeds, "text_mask": mask}
+
+    def pipeline_call(self, pipeline, prompts, *, height, width, steps, guidance, length):
+        return dict(
+            prompt=prompts,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            max_sequence_length=length,
+        )

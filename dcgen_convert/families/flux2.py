@@ -1,0 +1,72 @@
+"""FLUX.2 dev and klein: `Flux2Transformer2DModel`. Sources: diffusers 0.42 pipeline_flux2.py, pipeline_flux2_klein.py."""
+
+from __future__ import annotations
+
+from dcgen_convert.families.base import Family
+
+
+class Flux2(Family):
+    name = "flux2"
+    model_class = "Flux2Transformer2DModel"
+    pipeline_class = "Flux2Pipeline"
+    other_pipelines = ("Flux2KleinPipeline",)
+    embedder = "x_embedder"
+    head = "proj_out"
+    in_order = out_order = "c p1 p2"
+    guidance = "embedded"  # dev; klein (guidance_embeds false) is guided by its pipeline
+    layouts = {
+        "bfl": ("single_stream_modulation.lin.",),
+        "diffusers": ("single_stream_modulation.linear.",),
+    }
+    text_keys = ("encoder_hidden_states",)
+    blocks = ("transformer_blocks", "single_transformer_blocks")
+    lora_targets = (
+        r"transformer_blocks\.\d+\.(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+        r"|(ff|ff_context)\.linear_(in|out))|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
+    )  # modulation is shared by all blocks and stands outside them
+    bundle_tier = 2
+    default_steps = 28
+    default_guidance = 4.0
+    text_length = 512
+
+    def convert_config(self, config, factor, channels, side):
+        return {**config, "in_channels": channels, "out_channels": channels}
+
+    def vae_config(self, config):
+        return {"latent_batch_norm": True}
+
+    def mu(self, tokens, scheduler):
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+        return compute_empirical_mu(tokens, self.default_steps)  # written into the pipeline; it depends on the steps
+
+    def predict(self, model, z, t, text, guidance=None):
+        import torch
+
+        patch = self.patch(model.config, z.shape[1])
+        rows, columns = torch.arange(z.shape[2] // patch), torch.arange(z.shape[3] // patch)
+        words = torch.arange(text["encoder_hidden_states"].shape[1])
+        zero = torch.zeros(1, dtype=torch.long)
+        output = model(
+            hidden_states=self.tokens(z, patch),
+            timestep=t.to(z.dtype),
+            guidance=guidance.to(z.dtype) if model.config.guidance_embeds else None,
+            img_ids=torch.cartesian_prod(zero, rows, columns, zero).to(z.device),  # axes: time, row, column, word
+            txt_ids=torch.cartesian_prod(zero, zero, zero, words).to(z.device),
+            return_dict=False,
+            **text,
+        )[0]
+        return self.untokens(output, z.shape[2], z.shape[3], patch)
+
+    def encode_text(self, pipeline, prompts, length):
+        return {"encoder_hidden_states": pipeline.encode_prompt(prompts, max_sequence_length=length)[0]}
+
+    def pipeline_call(self, pipeline, prompts, *, height, width, steps, guidance, length):
+        return dict(
+            prompt=prompts,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            max_sequence_length=length,
+        )

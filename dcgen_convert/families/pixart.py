@@ -1,0 +1,97 @@
+"""PixArt-alpha and Sigma: `PixArtTransformer2DModel`, epsilon prediction with learned sigma. Sources: diffusers 0.42
+pipeline_pixart_alpha.py, pipeline_pixart_sigma.py."""
+
+from __future__ import annotations
+
+from dcgen_convert.families.base import Family, added_positions
+from dcgen_convert.families.dit import ddpm_step, noise_times  # the same DDPM schedule
+
+MULTI_SCALE = 128  # sample_size by which alpha's model and pipeline know that they are conditioned on the picture's size
+
+
+class PixArt(Family):
+    name = "pixart"
+    model_class = "PixArtTransformer2DModel"
+    pipeline_class = "PixArtSigmaPipeline"
+    other_pipelines = ("PixArtAlphaPipeline",)
+    embedder = "pos_embed.proj"
+    head = "proj_out"
+    in_order = "c p1 p2"
+    out_order = "p1 p2 c"
+    guidance = "cfg"
+    prediction = "epsilon"
+    layouts = {
+        "diffusers": ("adaln_single.linear.", "pos_embed.proj.", "caption_projection."),
+        "original": ("t_block.1.", "y_embedder.y_proj."),
+    }
+    text_keys = ("encoder_hidden_states", "encoder_attention_mask")
+    blocks = ("transformer_blocks",)
+    lora_targets = r"transformer_blocks\.\d+\.((attn1|attn2)\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))"
+    dense_pattern = r"transformer_blocks\.\d+\.attn2\.to_[kv]"  # cross-attention keys and values, as in SANA
+    bundle_tier = 1
+    default_steps = 20
+    default_guidance = 4.5
+    text_length = 300
+
+    def convert_config(self, config, factor, channels, side):
+        size, patch = config.get("sample_size", 128), config.get("patch_size", 2)
+        conditioned = sized(config)
+        new_size = MULTI_SCALE if conditioned else side // factor
+        # Positions run to (sample_size / patch) / interpolation_scale over the picture, whatever the grid: keep that range.
+        scale = config.get("interpolation_scale") or max(size // 64, 1)
+        return {
+            **config,
+            "in_channels": channels,
+            "out_channels": 2 * channels,
+            "patch_size": 1,
+            "sample_size": new_size,
+            "interpolation_scale": scale * new_size / (size // patch),
+            "use_additional_conditions": conditioned,
+            "pixels_per_latent": factor,
+        }
+
+    def vae_config(self, config):
+        return {"block_out_channels": list(config["encoder_block_out_channels"])}
+
+    def position_term(self, model, height, width):
+        return added_positions(model.pos_embed, model.config.in_channels, height, width)
+
+    def noise_times(self):
+        return noise_times()
+
+    def predict(self, model, z, t, text, guidance=None):
+        """epsilon at z_t. The network lives on x = z_t / sqrt(t^2 + (1-t)^2), as DiT does."""
+        import torch
+
+        scale = (t.square() + (1 - t).square()).rsqrt().to(z.dtype)[:, None, None, None]
+        size = {"resolution": None, "aspect_ratio": None}
+        if sized(model.config):
+            pixels = model.config.get("pixels_per_latent", 8)
+            height, width = z.shape[2] * pixels, z.shape[3] * pixels
+            size = {
+                "resolution": torch.tensor([[height, width]], dtype=z.dtype, device=z.device).expand(len(z), 2),
+                "aspect_ratio": torch.tensor([[height / width]], dtype=z.dtype, device=z.device).expand(len(z), 1),
+            }
+        output = model(z * scale, timestep=ddpm_step(t), added_cond_kwargs=size, return_dict=False, **text)[0]
+        return output[:, : z.shape[1]]  # the second half is the learned sigma, which the stock pipeline drops too
+
+    def encode_text(self, pipeline, prompts, length):
+        embeds, mask, _, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=length)
+        return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+
+    def pipeline_call(self, pipeline, prompts, *, height, width, steps, guidance, length):
+        return dict(
+            prompt=prompts,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            max_sequence_length=length,
+            use_resolution_binning=False,  # the bins belong to sample sizes of f8 latents
+        )
+
+
+def sized(config) -> bool:
+    """Whether the network is conditioned on the picture's size (alpha at 1024 px)."""
+    given = config.get("use_additional_conditions")
+    return config.get("sample_size") == MULTI_SCALE if given is None else bool(given)

@@ -1,0 +1,73 @@
+"""Qwen-Image: `QwenImageTransformer2DModel`. Source: diffusers 0.42 pipeline_qwenimage.py."""
+
+from __future__ import annotations
+
+import math
+
+from dcgen_convert.families.base import Family
+
+
+class QwenImage(Family):
+    name = "qwenimage"
+    model_class = "QwenImageTransformer2DModel"
+    pipeline_class = "QwenImagePipeline"
+    embedder = "img_in"
+    head = "proj_out"
+    in_order = out_order = "c p1 p2"
+    guidance = "cfg"
+    layouts = {"diffusers": ("txt_norm.", "img_in.", "transformer_blocks.0.img_mod.1.")}
+    text_keys = ("encoder_hidden_states", "encoder_hidden_states_mask")
+    blocks = ("transformer_blocks",)
+    lora_targets = (
+        r"transformer_blocks\.\d+\.(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+        r"|(img_mlp|txt_mlp)\.net\.(0\.proj|2))"
+    )
+    awq_pattern = r"transformer_blocks\.\d+\.(img_mod|txt_mod)\.1"
+    bundle_tier = 2
+    default_steps = 50
+    default_guidance = 4.0
+    text_length = 512
+
+    def patch(self, config, channels):
+        return math.isqrt(config["in_channels"] // channels)  # of packed tokens; patch_size is that of the output alone
+
+    def convert_config(self, config, factor, channels, side):
+        return {**config, "in_channels": channels, "out_channels": channels, "patch_size": 1}
+
+    def vae_config(self, config):
+        return {"latent_frames": True}
+
+    def predict(self, model, z, t, text, guidance=None):
+        patch = self.patch(model.config, z.shape[1])
+        grid = (1, z.shape[2] // patch, z.shape[3] // patch)
+        output = model(
+            hidden_states=self.tokens(z, patch),
+            timestep=t.to(z.dtype),
+            img_shapes=[[grid]] * len(z),
+            return_dict=False,
+            **text,
+        )[0]
+        return self.untokens(output, z.shape[2], z.shape[3], patch)
+
+    def encode_text(self, pipeline, prompts, length):
+        import torch
+
+        embeds, mask = pipeline.encode_prompt(list(prompts), max_sequence_length=length)
+        if mask is None:  # no prompt is shorter than another
+            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+        missing = length - embeds.shape[1]
+        return {
+            "encoder_hidden_states": torch.nn.functional.pad(embeds, (0, 0, 0, missing)),
+            "encoder_hidden_states_mask": torch.nn.functional.pad(mask, (0, missing)),
+        }
+
+    def pipeline_call(self, pipeline, prompts, *, height, width, steps, guidance, length):
+        return dict(
+            prompt=prompts,
+            negative_prompt=[""] * len(prompts),
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            true_cfg_scale=guidance,
+            max_sequence_length=length,
+        )

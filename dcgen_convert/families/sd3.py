@@ -1,0 +1,64 @@
+"""SD3 and SD3.5: `SD3Transformer2DModel`. Source: diffusers 0.42 pipeline_stable_diffusion_3.py."""
+
+from __future__ import annotations
+
+from dcgen_convert.families.base import Family, added_positions
+
+
+class SD3(Family):
+    name = "sd3"
+    model_class = "SD3Transformer2DModel"
+    pipeline_class = "StableDiffusion3Pipeline"
+    embedder = "pos_embed.proj"
+    head = "proj_out"
+    in_order = "c p1 p2"
+    out_order = "p1 p2 c"
+    guidance = "cfg"
+    layouts = {
+        "diffusers": ("pos_embed.pos_embed", "pos_embed.proj.", "time_text_embed."),
+        "original": ("joint_blocks.0.context_block.adaLN_modulation.1.",),
+    }
+    text_keys = ("encoder_hidden_states", "pooled_projections")
+    blocks = ("transformer_blocks",)
+    lora_targets = (
+        r"transformer_blocks\.\d+\."
+        r"(attn2?\.(to_q|to_k|to_v|to_out\.0)|attn\.(add_q_proj|add_k_proj|add_v_proj|to_add_out)|(ff|ff_context)\.net\.(0\.proj|2))"
+    )
+    awq_pattern = r"transformer_blocks\.\d+\.norm1(_context)?\.linear"
+    bundle_tier = 1
+    default_steps = 28
+    default_guidance = 4.5
+    text_length = 256
+
+    def convert_config(self, config, factor, channels, side):
+        # pos_embed_max_size stays: the sincos table is a tensor of the checkpoint, and its centre is cropped as before.
+        return {
+            **config,
+            "in_channels": channels,
+            "out_channels": channels,
+            "patch_size": 1,
+            "sample_size": side // factor,
+        }
+
+    def vae_config(self, config):
+        return {"block_out_channels": list(config["encoder_block_out_channels"]), "shift_factor": 0.0}
+
+    def position_term(self, model, height, width):
+        return added_positions(model.pos_embed, model.config.in_channels, height, width)
+
+    def predict(self, model, z, t, text, guidance=None):
+        return model(hidden_states=z, timestep=(t * 1000).to(z.dtype), return_dict=False, **text)[0]
+
+    def encode_text(self, pipeline, prompts, length):
+        embeds, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=length)
+        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+
+    def pipeline_call(self, pipeline, prompts, *, height, width, steps, guidance, length):
+        return dict(
+            prompt=prompts,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            max_sequence_length=length,
+        )

@@ -1,0 +1,68 @@
+"""Z-Image: `ZImageTransformer2DModel`, which predicts z_0 - eps at the time 1 - t. Source: diffusers 0.42 pipeline_z_image.py."""
+
+from __future__ import annotations
+
+from dcgen_convert.errors import InputError
+from dcgen_convert.families.base import Family
+
+
+class ZImage(Family):
+    name = "zimage"
+    model_class = "ZImageTransformer2DModel"
+    pipeline_class = "ZImagePipeline"
+    embedder = "all_x_embedder.2-1"
+    head = "all_final_layer.2-1.linear"
+    in_order = out_order = "p1 p2 c"
+    guidance = "cfg"
+    prediction = "reversed"
+    layouts = {
+        "diffusers": ("all_x_embedder.", "cap_pad_token"),
+        "original": ("x_embedder.", "cap_pad_token", "x_pad_token"),
+    }
+    text_keys = ("encoder_hidden_states", "encoder_attention_mask")
+    blocks = ("noise_refiner", "layers")
+    lora_targets = r"(noise_refiner|layers)\.\d+\.(attention\.(to_q|to_k|to_v|to_out\.0)|feed_forward\.w[123])"
+    awq_pattern = r"(noise_refiner|layers)\.\d+\.adaLN_modulation\.0"
+    bundle_tier = 2
+    default_steps = 50
+    default_guidance = 5.0
+    text_length = 512
+
+    def patch(self, config, channels):
+        return super().patch({"in_channels": config["in_channels"], "patch_size": 2}, channels)
+
+    def convert_config(self, config, factor, channels, side):
+        if list(config.get("all_patch_size", (2,))) != [2] or list(config.get("all_f_patch_size", (1,))) != [1]:
+            raise InputError("this Z-Image model has more patch sizes than 2 x 2, which its stock pipeline cannot run")
+        return {**config, "in_channels": channels // 4}  # 2 x 2 cells of the adapter's grid are one deep latent cell
+
+    def image_tokens(self, features, count, text):
+        return features[:, :count]  # the picture comes first, its padding and the caption after it
+
+    def predict(self, model, z, t, text, guidance=None):
+        import torch
+
+        captions = [row[mask.bool()] for row, mask in zip(text["encoder_hidden_states"], text["encoder_attention_mask"], strict=True)]
+        frames = list(self.expose(z, model.config).unsqueeze(2))  # B of (C / 4, 1, 2 h, 2 w)
+        output = model(frames, (1 - t).to(z.dtype), captions, return_dict=False)[0]
+        return self.collect(torch.stack(output).squeeze(2), z.shape[1])
+
+    def encode_text(self, pipeline, prompts, length):
+        import torch
+
+        rows, _ = pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False, max_sequence_length=length)
+        embeds = rows[0].new_zeros(len(rows), length, rows[0].shape[-1])
+        mask = torch.zeros(len(rows), length, dtype=torch.long, device=embeds.device)
+        for i, row in enumerate(rows):
+            embeds[i, : len(row)], mask[i, : len(row)] = row, 1
+        return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+
+    def pipeline_call(self, pipeline, prompts, *, height, width, steps, guidance, length):
+        return dict(
+            prompt=prompts,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            max_sequence_length=length,
+        )

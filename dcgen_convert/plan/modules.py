@@ -1,0 +1,58 @@
+"""The structure of a transformer read off its class on the meta device, for families without arithmetic of their own.
+
+Parameters are exact. What a layer runs on follows from its name, so FLOPs are estimates. Needs torch and diffusers.
+"""
+
+from __future__ import annotations
+
+import re
+
+from dcgen_convert import families
+from dcgen_convert.plan.layers import Layer, Structure
+
+TEXT = re.compile(r"(^|.*\.)(add_[qkv]_proj|to_add_out|ff_context|txt_\w+|text_\w+|context_\w+|caption_\w+|cap_\w+|attn2\.to_[kv])(\..*|$)")
+ONCE = re.compile(r"(^|.*\.)(time_\w+|timestep_\w+|t_embedder|adaln_\w+|norm_out|norm1\w*|distilled_guidance_layer)(\..*|$)")
+TEXT_WIDTHS = ("joint_attention_dim", "caption_channels", "text_embed_dim", "cap_feat_dim", "text_hidden_dim")
+
+
+def measured(config: dict) -> Structure:
+    """The structure of a config whose class belongs to a family.
+
+    A block with layers for the text alone runs its others on the image; a block without runs on both.
+    """
+    import diffusers
+    import torch
+
+    family = families.recognise(config["_class_name"])
+    with torch.device("meta"):
+        model = getattr(diffusers, family.model_class).from_config(config)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)}
+    stacks = [model.get_submodule(name) for name in family.blocks]
+    split = {block for block in family.blocks if any(TEXT.match(name) for name in linears if name.startswith(f"{block}."))}
+
+    def runs(name: str) -> str:
+        if name in (family.embedder, family.head):
+            return "image"
+        if re.fullmatch(family.awq_pattern, name) or ONCE.match(name):
+            return "once"
+        if TEXT.match(name):
+            return "text"
+        return "image" if name.partition(".")[0] in split else "both"
+
+    layers = tuple(
+        Layer(
+            name,
+            module.weight.shape[1],
+            module.weight.shape[0],
+            module.weight.numel(),
+            0 if module.bias is None else module.bias.numel(),
+            runs(name),
+        )
+        for name, module in linears.items()
+    )
+    total = sum(parameter.numel() for parameter in model.parameters())
+    held = sum(layer.weights + layer.bias for layer in layers)
+    blocks = sum(len(stack) for stack in stacks)
+    width = linears[family.embedder].weight.shape[0]
+    text = next((model.config[key] for key in TEXT_WIDTHS if model.config.get(key)), 0)
+    return Structure(layers, total - held, blocks, width, text * model.config.get("num_text_layers", 1), quadratic=blocks)

@@ -1,0 +1,268 @@
+"""What every family must prove, over tiny pipelines with random weights: a new family is one file of facts and one entry
+of `tiny_models.TINY`.
+
+B batch, C latent channels, h w latent grid, N tokens, D width, f c factor and channels of the new autoencoder.
+"""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from bundle.conftest import Parts, autoencoder_dc, make_bundle, modules_cache  # noqa: F401 (a fixture)
+
+from dcgen_convert import autoencoders, geometry, models, pipelines, surgery
+from dcgen_convert.align.embedder import affine
+from dcgen_convert.bundle.loading import load
+from dcgen_convert.checkpoint.source import load_source
+from dcgen_convert.console import NULL
+from dcgen_convert.inspection import inspect
+from dcgen_convert.job import Autoencoder
+from dcgen_convert.journal import Stage
+from dcgen_convert.plan.arithmetic import matching
+from dcgen_convert.plan.layers import structure
+from dcgen_convert.train.objective import drop_text
+
+from .tiny_models import TINY
+
+GUIDANCE, SEED, STEPS = 2.5, 3, 2
+DEEP = [(32, 32), (64, 128)]
+
+
+@pytest.fixture(scope="module", params=TINY)
+def tiny(request):
+    return request.param, TINY[request.param]
+
+
+@pytest.fixture(scope="module")
+def source(tiny, tmp_path_factory):
+    """The family's tiny source, resolved from its folder as `convert` does."""
+    name, entry = tiny
+    folder = tmp_path_factory.mktemp(name) / "source"
+    entry.build(folder)
+    return load_source(name, str(folder))
+
+
+def keep_states(pipeline, states, steps=None):
+    """Let the scheduler note what every step receives, (output, timestep, sample), and the state that it returns."""
+    original = pipeline.scheduler.step
+
+    def record(model_output, timestep, sample, *args, **kwargs):
+        result = original(model_output, timestep, sample, *args, **kwargs)
+        states.append((result[0] if isinstance(result, tuple) else result.prev_sample).clone())
+        if steps is not None:
+            steps.append((model_output.clone(), torch.as_tensor(timestep).float(), sample.clone()))
+        return result
+
+    pipeline.scheduler.step = record
+
+
+@pytest.fixture(scope="module")
+def stock(tiny, source):
+    """(pipeline, what scheduler.step receives at every step, what the embedder makes of it, (last state, picture)) of a
+    stock drawing."""
+    _, entry = tiny
+    family, pipeline = source.family, pipelines.load_pipeline(source, torch.float32)
+    steps, embedded, states = [], [], []
+    keep_states(pipeline, states, steps)
+    embedder = pipeline.transformer.get_submodule(family.embedder)
+    hook = embedder.register_forward_hook(lambda module, args, output: embedded.append(output))
+    settings = dict(side=entry.side, steps=STEPS, guidance=GUIDANCE, length=entry.length)
+    picture = pipelines.draw(family, pipeline, [entry.prompt], [SEED], **settings)
+    hook.remove()
+    assert len(steps) == STEPS
+    return pipeline, steps, embedded, (states[-1], picture)
+
+
+def latent_of(entry, family, sample):
+    """The sampler's state as a latent (1, C, h, w)."""
+    cells = entry.side // entry.factor
+    if sample.ndim == 3:
+        return family.untokens(sample, cells, cells, 2, family.in_order)
+    return sample[:1].flatten(1, -4) if sample.ndim > 4 else sample[:1]
+
+
+def text_of(entry, family, pipeline, prompt):
+    return pipelines.encode_text(family, pipeline, [prompt], entry.length)
+
+
+def test_velocity_is_what_the_stock_scheduler_receives(tiny, source, stock):
+    """Sign, time scale, guidance, text, patch order, to 1e-5."""
+    (_, entry), family, (pipeline, steps, *_) = tiny, source.family, stock
+    text, null = (text_of(entry, family, pipeline, prompt) for prompt in (entry.prompt, ""))
+    assert any(not torch.equal(text[key], null[key]) for key in family.text_keys)
+    g = torch.full((1,), GUIDANCE)
+    for output, timestep, sample in steps:
+        x, goal = latent_of(entry, family, sample), output[:1]
+        assert goal.std() > 1e-2  # agreement is not agreement on zero
+        if family.prediction == "epsilon":
+            t = family.noise_times()[int(timestep)][None]
+            z = (x.double() * (t.square() + (1 - t).square()).sqrt()).float()
+            step = family.predict  # the scheduler takes epsilon
+        else:
+            t, z, step = timestep[None] / 1000, x, family.velocity
+
+        with torch.no_grad():
+            mine, free = (step(pipeline.transformer, z, t, condition, g) for condition in (text, null))
+        if sample.ndim == 3:
+            mine, free = family.tokens(mine, 2), family.tokens(free, 2)
+        assert (mine - free).abs().max() > 1e-4  # the prompt matters
+        mine = mine if not entry.guided else entry.guide(mine, free, GUIDANCE)
+        torch.testing.assert_close(mine, goal.reshape(mine.shape), atol=1e-5, rtol=1e-5)
+
+
+def test_latent_and_tokens_are_in_the_stock_order_element_by_element(tiny, source, stock):
+    """The first state is the noise, the embedder's input our tokens of it."""
+    (_, entry), family, (pipeline, steps, embedded, _) = tiny, source.family, stock
+    x = latent_of(entry, family, steps[0][2])
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(SEED))
+    if entry.packed_noise:  # drawn as (1, C p p, h / p, w / p)
+        noise = noise.reshape(1, -1, x.shape[2] // 2, x.shape[3] // 2)
+        noise = family.untokens(noise.flatten(2).transpose(1, 2), *x.shape[2:], 2, family.in_order)
+    torch.testing.assert_close(x, noise, atol=1e-6, rtol=1e-6)
+    embedder = pipeline.transformer.get_submodule(family.embedder)
+    patch = family.patch(pipeline.transformer.config, x.shape[1])
+    with torch.no_grad():
+        mine = affine(embedder, family.tokens(x, patch))  # (1, N, D)
+    theirs = embedded[0].flatten(2).transpose(1, 2) if embedded[0].ndim == 4 else embedded[0]
+    for row in theirs.reshape(-1, *mine.shape[1:]):
+        torch.testing.assert_close(row[None], mine, atol=1e-5, rtol=1e-5)
+
+
+def test_model_latents_are_those_of_the_stock_pipeline(tiny, source, stock):
+    """Scale, shift and statistics: our decoder makes the stock picture of the sampler's last state."""
+    (_, entry), (*_, (last, picture)) = tiny, stock
+    codec = autoencoders.load(source.vae)
+    assert (codec.factor, codec.channels) == geometry.autoencoder_grid(autoencoders.describe(source.vae))
+    z = latent_of(entry, source.family, last)
+    torch.testing.assert_close(picture, codec.decode(z), atol=1e-4, rtol=1e-4)
+    # encode undoes decode's arithmetic: the same round trip as the autoencoder's own
+    pixels = torch.rand(1, 3, 64, 64).unsqueeze(2) * 2 - 1
+    pixels = pixels if codec.frames else pixels.squeeze(2)
+    with torch.no_grad():
+        encoded = codec.model.encode(pixels)
+        latent = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
+        again = codec.model.decode(latent).sample
+    pixels, again = (value.squeeze(2) if codec.frames else value for value in (pixels, again))
+    torch.testing.assert_close(codec.decode(codec.encode(pixels)), again.clamp(-1, 1), atol=1e-4, rtol=1e-4)
+
+
+def test_the_family_is_found_from_headers_alone(tiny, source):
+    file = next(source.transformer.glob("*.safetensors"))
+    one, folder = inspect(file), inspect(source.root)
+    assert (one["kind"], one["family"], one["layout"]) == ("checkpoint", source.family.name, "diffusers")
+    assert (folder["kind"], folder["family"]) == ("pipeline", source.family.name)
+    assert folder["autoencoder"]["f"] == tiny[1].factor
+
+
+def test_plan_counts_every_parameter(source):
+    model = models.load(source.transformer, torch.float32)
+    found = structure(source.config)
+    assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
+    adapted = {layer.name: layer.runs for layer in matching(found, source.family.lora_targets)}
+    assert adapted and "once" not in adapted.values()
+    modulation = matching(found, source.family.awq_pattern)
+    assert all(layer.runs == "once" for layer in modulation)
+
+
+def test_every_block_linear_is_lora_target_modulation_or_dense(source):
+    family, model = source.family, models.load(source.transformer, torch.float32)
+    inside = re.compile("|".join(rf"{re.escape(name)}\.\d+\." for name in family.blocks))
+    linears = {path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    blocks = {path for path in linears if inside.match(path)}
+    lora, awq, dense = (
+        {path for path in linears if re.fullmatch(pattern, path)}
+        for pattern in (family.lora_targets, family.awq_pattern, family.dense_pattern)
+    )
+    assert lora and lora | awq | dense == blocks and not lora & awq
+
+
+@pytest.fixture(scope="module", params=DEEP, ids=lambda deep: f"f{deep[0]}")
+def converted(request, tiny, source, tmp_path_factory):
+    """(Parts of the bundle, converted model) after surgery, embedder and head random: they are aligned elsewhere."""
+    factor, channels = request.param
+    folder = tmp_path_factory.mktemp(f"{tiny[0]}-f{factor}")
+    autoencoder_dc(factor, channels).save_pretrained(folder / "ae")
+    ae = Autoencoder("tiny", folder / "ae", None, factor, channels)
+    job = SimpleNamespace(source=source, family=source.family, ae=ae, resolution=2 * factor, console=NULL)
+    surgery.run(job, Stage(folder))
+    model = models.load(folder / models.TRANSFORMER, torch.float32)
+    generator = torch.Generator().manual_seed(5)
+    for name in (source.family.embedder, source.family.head):
+        for value in model.get_submodule(name).parameters():
+            value.copy_(0.2 * torch.randn(value.shape, generator=generator))
+    model.save_pretrained(folder / models.TRANSFORMER)
+    parts = Parts(source.family, source.root, folder / models.TRANSFORMER, folder / "ae", channels, factor, 2 * factor)
+    return parts, model
+
+
+def test_surgery_remakes_embedder_and_head_and_nothing_else(source, converted):
+    parts, model = converted
+    family, base = source.family, models.load(source.transformer, torch.float32).state_dict()
+    fresh = tuple(f"{name}." for name in (family.embedder, family.head))
+    state = model.state_dict()
+    assert set(state) == set(base)
+    assert all(torch.equal(value, base[name]) for name, value in state.items() if not name.startswith(fresh))
+    embedder, head = (model.get_submodule(name).weight for name in (family.embedder, family.head))
+    assert embedder.flatten(1).shape[1] == parts.channels
+    assert head.shape[0] == (2 if family.prediction == "epsilon" else 1) * parts.channels
+    assert family.patch(model.config, parts.channels) == 1
+
+
+def test_head_rows_are_latent_channels_and_its_inputs_image_tokens(tiny, source, stock, converted):
+    """What the closed-form alignment leans on: one token per latent cell, channel by channel, for texts of any length."""
+    (_, entry), family, (pipeline, *_), (parts, model) = tiny, source.family, stock, converted
+    z = torch.randn(2, parts.channels, 2, 4 if "class_labels" not in family.text_keys else 2)
+    n = z.shape[2] * z.shape[3]
+    text = pipelines.encode_text(family, pipeline, [entry.prompt, "a big blue cat" if entry.prompt != "fox" else "0"], entry.length)
+    text = drop_text(text, text_of(entry, family, pipeline, ""), torch.tensor([True, False]))
+    seen = {"embedded": [], "features": [], "written": []}  # a family may split the batch
+    embedder, head = (model.get_submodule(name) for name in (family.embedder, family.head))
+    hooks = [
+        embedder.register_forward_hook(lambda module, args, output: seen["embedded"].append(output)),
+        head.register_forward_hook(lambda module, args, output: seen["features"].append(args[0])),
+        head.register_forward_hook(lambda module, args, output: seen["written"].append(output)),
+    ]
+    with torch.no_grad():
+        prediction = family.predict(model, z, torch.tensor([0.3, 0.8]), text, torch.ones(2))
+    [hook.remove() for hook in hooks]
+    seen = {key: torch.cat(parts) for key, parts in seen.items()}
+    assert prediction.shape == z.shape
+    embedded = seen["embedded"].flatten(2).transpose(1, 2) if seen["embedded"].ndim == 4 else seen["embedded"]
+    scale = 1.0
+    if family.prediction == "epsilon":
+        t = torch.tensor([0.3, 0.8])
+        scale = (t.square() + (1 - t).square()).rsqrt()[:, None, None, None]
+    mine = affine(embedder, family.tokens(z * scale, 1))
+    rows = embedded.reshape(-1, embedded.shape[-1])
+    step = len(rows) // 2  # a family may pad the tokens of every picture
+    for row in range(2):
+        torch.testing.assert_close(rows[row * step : row * step + n], mine[row], atol=1e-5, rtol=1e-5)
+    written = family.image_tokens(seen["written"], n, text)[..., : parts.channels]
+    torch.testing.assert_close(written, prediction.flatten(2).transpose(1, 2), atol=1e-5, rtol=1e-5)
+    features = family.image_tokens(seen["features"], n, text)
+    torch.testing.assert_close(affine(head, features)[..., : parts.channels], written, atol=1e-5, rtol=1e-5)
+
+
+def test_bundle_loads_in_the_stock_pipeline_and_draws_two_sizes(tiny, converted, tmp_path):
+    """Finite pictures, and the ones that the deep autoencoder alone makes of the sampler's last state."""
+    (_, entry), (parts, _), family = tiny, converted, converted[0].family
+    pipeline, _ = load(make_bundle(parts, tmp_path / "bundle"), torch.float32)
+    assert type(pipeline).__name__ == family.pipeline_of({"_class_name": type(pipeline).__name__})
+    codec, states = autoencoders.load(parts.autoencoder), []
+    keep_states(pipeline, states)
+    side = parts.side
+    for height, width in ((side, side), (side, 2 * side)):
+        if "class_labels" in family.text_keys:
+            width = height  # the stock pipeline draws one size
+        settings = dict(height=height, width=width, steps=STEPS, guidance=GUIDANCE, length=entry.length)
+        call = family.pipeline_call(pipeline, [entry.prompt], **settings)
+        with torch.no_grad():
+            pixels = pipeline(**call, generator=torch.Generator().manual_seed(SEED), output_type="pt").images
+        assert pixels.shape == (1, 3, height, width) and torch.isfinite(pixels).all() and pixels.std() > 1e-3
+        last = states[-1][:1]
+        if last.ndim == 3:
+            deep = family.untokens(last, height // parts.factor, width // parts.factor, 1)
+        else:
+            deep = last if last.shape[1] == parts.channels else family.collect(last, parts.channels)
+        torch.testing.assert_close(pixels * 2 - 1, codec.decode(deep), atol=1e-4, rtol=1e-4)

@@ -1,0 +1,435 @@
+"""Tiny pipelines with random weights, one per family, built from the real classes in about a second and without a network.
+
+A builder writes a whole diffusers folder; `TINY` names it and says what differs from the common test settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from string import ascii_lowercase
+
+import diffusers
+import torch
+from bundle.conftest import dit_source, flux_source, sana_source, tokenizer_clip, tokenizer_t5
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    GlmConfig,
+    GlmModel,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLModel,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+WIDTH = 16  # of every text encoder
+
+
+def cfg(conditional: torch.Tensor, null: torch.Tensor, scale: float) -> torch.Tensor:
+    """Classifier-free guidance."""
+    return null + scale * (conditional - null)
+
+
+def rescaled_cfg(conditional: torch.Tensor, null: torch.Tensor, scale: float) -> torch.Tensor:
+    """Classifier-free guidance scaled back to the norm of the conditional prediction along the last axis."""
+    guided = cfg(conditional, null, scale)
+    return guided * (conditional.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+
+
+def extra_cfg(conditional: torch.Tensor, null: torch.Tensor, scale: float) -> torch.Tensor:
+    """Guidance on top of the conditional prediction: one less than the usual scale."""
+    return conditional + scale * (conditional - null)
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A family's tiny source.
+
+    Attributes:
+        build: writes the pipeline folder.
+        prompt: what is drawn.
+        length: text tokens that both sides pad to.
+        side: px of the square picture.
+        factor: px per latent cell of the source's autoencoder.
+        guide: how the stock pipeline puts conditional and null prediction together.
+        guided: whether it does so at all.
+        packed_noise: whether it draws its noise on the grid of tokens.
+    """
+
+    build: Callable[[Path], None]
+    prompt: str = "a red fox"
+    length: int = 16
+    side: int = 128
+    factor: int = 8
+    guide: Callable = cfg
+    packed_noise: bool = False
+    guided: bool = True
+
+
+def kl(channels: int, **options) -> diffusers.AutoencoderKL:
+    """AutoencoderKL f8."""
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=4,
+        latent_channels=channels,
+        mid_block_add_attention=False,
+        **options,
+    )
+
+
+def alive(model: torch.nn.Module) -> torch.nn.Module:
+    """Every vector of the model away from its neutral start: no bias of zero, no norm weight of one, no closed gate."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim < 2 or not parameter.abs().max():
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def t5() -> T5EncoderModel:
+    torch.manual_seed(1)
+    return T5EncoderModel(T5Config(vocab_size=40, d_model=WIDTH, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).eval()
+
+
+def clip_projection(seed: int) -> CLIPTextModelWithProjection:
+    torch.manual_seed(seed)
+    config = CLIPTextConfig(
+        vocab_size=64,
+        hidden_size=WIDTH // 2,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        projection_dim=WIDTH // 2,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    return CLIPTextModelWithProjection(config).eval()
+
+
+def flow(**options) -> diffusers.FlowMatchEulerDiscreteScheduler:
+    return diffusers.FlowMatchEulerDiscreteScheduler(**options)
+
+
+def sd3(folder: Path) -> None:
+    torch.manual_seed(2)
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        caption_projection_dim=32,
+        pooled_projection_dim=WIDTH,
+        pos_embed_max_size=12,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    diffusers.StableDiffusion3Pipeline(
+        transformer=alive(transformer),
+        scheduler=flow(shift=3.0),
+        vae=kl(16, scaling_factor=1.5, shift_factor=0.06),
+        text_encoder=clip_projection(3),
+        tokenizer=tokenizer_clip(),
+        text_encoder_2=clip_projection(4),
+        tokenizer_2=tokenizer_clip(),
+        text_encoder_3=t5(),
+        tokenizer_3=tokenizer_t5(),
+    ).save_pretrained(folder)
+
+
+def pixart(folder: Path, pipeline: str = "PixArtSigmaPipeline", sample_size: int = 16) -> None:
+    torch.manual_seed(2)
+    transformer = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=24,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        cross_attention_dim=48,
+        sample_size=sample_size,
+        patch_size=2,
+        caption_channels=WIDTH,
+    )
+    getattr(diffusers, pipeline)(
+        transformer=alive(transformer),
+        scheduler=diffusers.DPMSolverMultistepScheduler(),
+        vae=kl(4, scaling_factor=0.13),
+        text_encoder=t5(),
+        tokenizer=tokenizer_t5(),
+    ).save_pretrained(folder)
+
+
+def pixart_alpha(folder: Path) -> None:
+    pixart(folder, "PixArtAlphaPipeline", 128)
+
+
+def byte_tokenizer(**options) -> Qwen2Tokenizer:
+    """Byte-level tokenizer without merges, with the chat marks of Qwen."""
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocab = {piece: i for i, piece in enumerate([*marks, *bytes_to_unicode().values()])}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], pad_token="<|endoftext|>", **options)
+    tokenizer.add_special_tokens({"additional_special_tokens": marks[1:]})
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+        "{% endfor %}<|im_start|>assistant\n"
+    )
+    return tokenizer
+
+
+def glm_tokenizer() -> PreTrainedTokenizerFast:
+    """As GLM-4's: two marks before every text, padding on the left."""
+    inner = byte_tokenizer().backend_tokenizer
+    marks = [(mark, inner.token_to_id(mark)) for mark in ("<|im_start|>", "<|im_end|>")]
+    inner.post_processor = TemplateProcessing(single="<|im_start|> <|im_end|> $A", special_tokens=marks)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<|endoftext|>", padding_side="left")
+
+
+DECODER = dict(
+    vocab_size=300,
+    hidden_size=WIDTH,
+    intermediate_size=16,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+)
+
+
+def lumina2(folder: Path) -> None:
+    torch.manual_seed(2)
+    transformer = diffusers.Lumina2Transformer2DModel(
+        sample_size=16,
+        hidden_size=48,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=8,
+        axes_dim_rope=(8, 8, 8),
+        cap_feat_dim=WIDTH,
+    )
+    vocab = {piece: i for i, piece in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *ascii_lowercase])}
+    diffusers.Lumina2Pipeline(
+        transformer=alive(transformer),
+        scheduler=flow(shift=6.0),
+        vae=kl(16, scaling_factor=0.4, shift_factor=0.1),
+        text_encoder=Gemma2Model(Gemma2Config(**DECODER, num_hidden_layers=2)),
+        tokenizer=GemmaTokenizer(vocab=vocab, merges=[]),
+    ).save_pretrained(folder)
+
+
+def zimage(folder: Path) -> None:
+    torch.manual_seed(2)
+    transformer = diffusers.ZImageTransformer2DModel(
+        dim=48, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=WIDTH, axes_dims=[8, 8, 8]
+    )
+    diffusers.ZImagePipeline(
+        transformer=alive(transformer),
+        scheduler=flow(shift=3.0),
+        vae=kl(16, scaling_factor=0.4, shift_factor=0.1),
+        text_encoder=Qwen3Model(Qwen3Config(**DECODER, num_hidden_layers=2)),
+        tokenizer=byte_tokenizer(),
+    ).save_pretrained(folder)
+
+
+def chroma(folder: Path) -> None:
+    torch.manual_seed(2)
+    transformer = diffusers.ChromaTransformer2DModel(
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        axes_dims_rope=(4, 4, 8),
+        approximator_num_channels=8,
+        approximator_hidden_dim=16,
+        approximator_layers=1,
+    )
+    diffusers.ChromaPipeline(
+        transformer=alive(transformer),
+        scheduler=flow(use_dynamic_shifting=True),
+        vae=kl(16, scaling_factor=0.4, shift_factor=0.1),
+        text_encoder=t5(),
+        tokenizer=tokenizer_t5(),
+    ).save_pretrained(folder)
+
+
+def auraflow(folder: Path) -> None:
+    torch.manual_seed(2)
+    transformer = diffusers.AuraFlowTransformer2DModel(
+        sample_size=16,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        caption_projection_dim=32,
+        pos_embed_max_size=144,
+    )
+    diffusers.AuraFlowPipeline(
+        transformer=alive(transformer),
+        scheduler=flow(shift=1.73),
+        vae=kl(4, scaling_factor=0.13),
+        text_encoder=UMT5EncoderModel(UMT5Config(vocab_size=40, d_model=WIDTH, d_kv=8, d_ff=16, num_layers=1, num_heads=2)),
+        tokenizer=tokenizer_t5(),
+    ).save_pretrained(folder)
+
+
+def cogview4(folder: Path) -> None:
+    torch.manual_seed(2)
+    transformer = diffusers.CogView4Transformer2DModel(
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        text_embed_dim=WIDTH,
+        time_embed_dim=16,
+        condition_dim=8,
+        sample_size=16,
+    )
+    diffusers.CogView4Pipeline(
+        transformer=alive(transformer),
+        scheduler=flow(use_dynamic_shifting=True, base_shift=0.25, max_shift=0.75, time_shift_type="linear"),
+        vae=kl(16, scaling_factor=0.4),
+        text_encoder=GlmModel(GlmConfig(**DECODER, num_hidden_layers=2, pad_token_id=0)),
+        tokenizer=glm_tokenizer(),
+    ).save_pretrained(folder)
+
+
+def qwen_vae() -> diffusers.AutoencoderKLQwenImage:
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKLQwenImage(
+        base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+
+
+ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+
+
+def krea2(folder: Path) -> None:
+    torch.manual_seed(2)
+    transformer = diffusers.Krea2Transformer2DModel(
+        in_channels=64,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        timestep_embed_dim=16,
+        text_hidden_dim=WIDTH,
+        num_text_layers=2,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=2,
+        text_intermediate_size=16,
+        axes_dims_rope=(4, 6, 6),
+    )
+    text = dict(DECODER, num_hidden_layers=2, rope_parameters=ROPE)
+    vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=WIDTH, deepstack_visual_indexes=[0])
+    diffusers.Krea2Pipeline(
+        transformer=alive(transformer),
+        scheduler=flow(use_dynamic_shifting=True, max_image_seq_len=6400),
+        vae=qwen_vae(),
+        text_encoder=Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision)),
+        tokenizer=byte_tokenizer(),
+        text_encoder_select_layers=(1, 2),
+    ).save_pretrained(folder)
+
+
+def qwenimage(folder: Path) -> None:
+    torch.manual_seed(2)
+    transformer = diffusers.QwenImageTransformer2DModel(
+        in_channels=64,
+        out_channels=16,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        axes_dims_rope=(4, 4, 8),
+    )
+    text = dict(DECODER, num_hidden_layers=2, rope_parameters=ROPE)
+    vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=WIDTH)
+    diffusers.QwenImagePipeline(
+        transformer=alive(transformer),
+        scheduler=flow(use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192),
+        vae=qwen_vae(),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)),
+        tokenizer=byte_tokenizer(),
+    ).save_pretrained(folder)
+
+
+def flux2_transformer(**options) -> diffusers.Flux2Transformer2DModel:
+    torch.manual_seed(2)
+    model = diffusers.Flux2Transformer2DModel(
+        in_channels=128,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * WIDTH,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        **options,
+    )
+    return alive(model)
+
+
+def flux2_vae() -> diffusers.AutoencoderKLFlux2:
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 8, 8), norm_num_groups=4, layers_per_block=1, mid_block_add_attention=False
+    )
+    vae.bn.running_mean.normal_(std=0.2)
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    return vae
+
+
+def flux2_klein(folder: Path) -> None:
+    diffusers.Flux2KleinPipeline(
+        transformer=flux2_transformer(guidance_embeds=False),
+        scheduler=flow(use_dynamic_shifting=True),
+        vae=flux2_vae(),
+        text_encoder=Qwen3ForCausalLM(Qwen3Config(**DECODER, num_hidden_layers=28)),
+        tokenizer=byte_tokenizer(),
+    ).save_pretrained(folder)
+
+
+TINY: dict[str, Tiny] = {
+    "flux": Tiny(flux_source, factor=2, side=64, guided=False),
+    "sana": Tiny(sana_source, factor=32),
+    "dit": Tiny(dit_source, prompt="fox", factor=2, side=16),
+    "sd3": Tiny(sd3),
+    "pixart": Tiny(pixart),
+    "pixart-alpha": Tiny(pixart_alpha),
+    "lumina2": Tiny(lumina2, length=256, guide=rescaled_cfg),
+    "zimage": Tiny(zimage, length=96, guide=extra_cfg),
+    "chroma": Tiny(chroma),
+    "auraflow": Tiny(auraflow),
+    "cogview4": Tiny(cogview4, prompt="a red fox in the snow", length=48),
+    "qwenimage": Tiny(qwenimage, length=256, guide=rescaled_cfg),
+    "krea2": Tiny(krea2, length=256, guide=extra_cfg),
+    "flux2-klein": Tiny(flux2_klein, length=96, packed_noise=True),
+}
