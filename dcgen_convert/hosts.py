@@ -10,10 +10,13 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -24,6 +27,7 @@ from dcgen_convert.files import atomic_write, read_json, write_json
 from dcgen_convert.recipe import Machine
 
 OUTCOME, STOP, LOG = "outcome.json", "stop", "log-launcher.txt"
+SSH_SECONDS = 15  # longest wait for one host
 LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*")
 
 
@@ -56,14 +60,17 @@ def run(arguments: list[str], machine: Machine, run_dir: Path, console: Console,
         RankLost: rank 0 left no outcome.
     """
     hosts = slots(machine.hostfile)
-    if len(hosts) > 1 and shutil.which("pdsh") is None:
-        raise InputError("several hosts need pdsh, which is not on PATH", "install pdsh, or start the ranks with torchrun")
+    here = list(hosts) in (["localhost"], ["127.0.0.1"], [socket.gethostname()])
+    if not here:
+        _require_reachable(hosts)
     each = {host: min(count, machine.gpus or count) for host, count in hosts.items()}
     console.say(f"ranks: {sum(each.values())} on {', '.join(each)}; rank 0 speaks, the others write logs in the run folder")
     for name in (OUTCOME, STOP):
         (run_dir / name).unlink(missing_ok=True)
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(Path(machine.hostfile).absolute())]
-    command += ["--master_port", str(ranks.free_port()), "--no_local_rank"]
+    command += ["--master_port", str(ranks.free_port()), "--no_local_rank", "--no_ssh_check"]
+    # Without the second flag DeepSpeed starts the ranks of a single host here, whatever its name.
+    command += ["--master_addr", "127.0.0.1"] if here else ["--force_multi"]
     command += ["--num_gpus", str(machine.gpus)] if machine.gpus else []
     # The ranks must know that they came from here, also where the hostfile is that of a run's record.
     command += ["--module", "dcgen_convert.cli", *arguments, "--hostfile", machine.hostfile]
@@ -80,12 +87,32 @@ def run(arguments: list[str], machine: Machine, run_dir: Path, console: Console,
         while launcher.poll() is None and len(received) < 3:
             time.sleep(0.2)
     finally:
-        if launcher.poll() is None:
-            launcher.terminate()
-            launcher.wait()
+        _end(launcher)
         for number, kept in before.items():
             signal.signal(number, kept)
     return _outcome(run_dir, result, launcher.returncode)
+
+
+def _require_reachable(hosts: Iterable[str]) -> None:
+    """InputError naming what is missing for DeepSpeed's launcher, which would answer with a traceback."""
+    for name in ("pdsh", "ssh"):
+        if shutil.which(name) is None:
+            raise InputError(f"other hosts need {name}, which is not on PATH", f"install {name}, or start the ranks with torchrun")
+    for host in hosts:
+        probe = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_SECONDS}", host, "true"]
+        if subprocess.run(probe, stdin=subprocess.DEVNULL, capture_output=True).returncode:
+            raise InputError(f"{host} of the hostfile is not reachable by ssh without a password", f"ssh {host} true")
+
+
+def _end(launcher: subprocess.Popen) -> None:
+    """Ask the launcher to kill its ranks, then kill what is left on this host."""
+    if launcher.poll() is None:
+        launcher.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            launcher.wait(10)
+    with suppress(ProcessLookupError):
+        os.killpg(launcher.pid, signal.SIGKILL)
+    launcher.wait()
 
 
 def _outcome(run_dir: Path, result: IO[str], code: int) -> int:
@@ -100,7 +127,7 @@ def _outcome(run_dir: Path, result: IO[str], code: int) -> int:
 
 def leave(run_dir: Path, code: int, result: str) -> None:
     """Rank 0's last word: what the parent prints and returns."""
-    if run_dir.is_dir():
+    with suppress(OSError):  # a full disk: the parent then says that nothing was left
         write_json(run_dir / OUTCOME, {"code": code, "result": result})
 
 

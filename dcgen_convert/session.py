@@ -92,17 +92,24 @@ class Session:
 
     def _force(self, error: DcgenError) -> None:
         """End the process from another thread: the main one waits for a rank that is gone."""
-        self.leave(self.fail(error))
+        code = self.fail(error)
+        self.leave(code)
+        os._exit(code)
 
     def leave(self, code: int) -> None:
         """End the job with ``code`` on every rank; returns only where the interpreter may end the process itself."""
         if self._outcome is not None:
             hosts.leave(self._outcome, code, self.result.getvalue())
         self.crew.close(code)
-        if code and self.crew is not SOLO:  # a broken process group may wait in its destructor
+        if self.crew is SOLO:
+            return
+        if code:  # a broken process group may wait in its destructor
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
+        from dcgen_convert.train import distributed
+
+        distributed.leave()
 
     def fail(self, exc: BaseException) -> int:
         """Say what went wrong, once, in the right place; return the exit code."""

@@ -20,7 +20,8 @@ from dcgen_convert.evaluate.grids import grid
 from dcgen_convert.files import read_json, replacing, write_json
 from dcgen_convert.journal import Stage
 
-SHARD_ROWS = 512
+SHARD_ROWS = (32, 512)  # fewest and most pictures in one file
+SHARDS = 256  # files that small data sets are cut into: what the ranks share is whole files
 ROUNDTRIP = 8  # pictures
 
 
@@ -39,7 +40,7 @@ def run(job, stage: Stage) -> None:
                 encode_pictures(job, pictures, codecs, resolution, bar)
             check_scale(job, stage, target, resolution)
     encode_captions(job, stage, pictures)
-    cache.write_index(stage.folder, len(pictures), SHARD_ROWS)
+    cache.write_index(stage.folder, len(pictures), shard_rows(len(pictures)))
 
 
 def load_codecs(job) -> dict[str, Codec]:
@@ -97,9 +98,16 @@ def roundtrip(job, stage: Stage, pictures: list[Picture], codec: Codec, side: in
     return psnr
 
 
+def shard_rows(count: int) -> int:
+    """Rows per shard for ``count`` pictures, whatever the number of ranks: a run may go on with another."""
+    fewest, most = SHARD_ROWS
+    return min(most, max(fewest, math.ceil(count / SHARDS)))
+
+
 def own_shards(job, count: int) -> list[tuple[int, slice]]:
     """(number, rows) of the shards of ``count`` rows that this rank makes: every `world`-th."""
-    slices = [slice(start, start + SHARD_ROWS) for start in range(0, count, SHARD_ROWS)]
+    size = shard_rows(count)
+    slices = [slice(start, start + size) for start in range(0, count, size)]
     return list(enumerate(slices))[job.crew.rank :: job.crew.world]
 
 

@@ -113,6 +113,17 @@ def mean_over_ranks(values: list[float], device) -> list[float]:
     return (tensor / world_size()).tolist()
 
 
+def of_rank_0(value: int, device) -> int:
+    """Rank 0's ``value`` on every rank."""
+    import torch
+
+    if world_size() == 1:
+        return value
+    tensor = torch.tensor([value], device=device)
+    torch.distributed.broadcast(tensor, 0)
+    return int(tensor.item())
+
+
 def agree(ok: bool, device) -> bool:
     """Whether ``ok`` holds on every rank. Ranks that would wait for a failed one learn of it here."""
     import torch

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 FLUX = ["tiny-flux", "--ae", "tiny-dc-ae-f32", "-y", "-o", "bundle", "--run-dir", "run"]
 STEPS = 120
 TRAIN = ["--until", "adapt-1", *short_settings(**{"adapt.phases.0.steps": STEPS, "adapt.phases.0.batch": 6})]
-SECONDS = 60  # for an end that takes three on an idle machine
+SECONDS = 120  # for an end that takes three on an idle machine
 
 
 @pytest.fixture
