@@ -18,6 +18,7 @@ from dcgen_convert.options import (
     MACHINE,
     OUTPUT,
     QUANTIZE,
+    RANKS,
     RECIPE,
     SOURCE,
     option,
@@ -137,14 +138,14 @@ def quantize(session: Session, source: str, **values: object) -> int:
 
 @cli.command(context_settings=CONTEXT)
 @click.argument("run", type=click.Path(exists=True, file_okay=False))
+@stack(RANKS)
 @stack(OUTPUT)
 @click.pass_obj
 def resume(session: Session, run: str, **values: object) -> int:
-    """Continue the run in folder RUN from its journal."""
-    console = session.begin(**output_options(values), run_dir=Path(run))
-    from dcgen_convert import conversion, verbs
+    """Continue the run in folder RUN from its journal, on as many ranks as before unless told otherwise."""
+    from dcgen_convert import verbs
 
-    return verbs.finish(console, conversion.resume(Path(run), console))
+    return verbs.resume(session, Path(run).absolute(), values)
 
 
 @cli.command(context_settings=CONTEXT)
@@ -296,7 +297,9 @@ def main(argv: list[str] | None = None) -> None:
         code = 0 if sys.stdout is not stdout else session.fail(exc)
     except BaseException as exc:  # every failure leaves through the one table
         code = session.fail(exc)
-    sys.exit(code if isinstance(code, int) else 0)
+    code = code if isinstance(code, int) else 0
+    session.leave(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

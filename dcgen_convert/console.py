@@ -79,6 +79,10 @@ class Console:
     def stderr(self) -> IO[str]:
         return self._stderr or sys.stderr
 
+    def result_to(self, stream: IO[str]) -> None:
+        """Send the result there from now on."""
+        self._stdout = stream
+
     def say(self, text: str) -> None:
         """One line about what is decided or done."""
         self._log("info", text)

@@ -19,6 +19,7 @@ from typing import Any
 from dcgen_convert import __version__
 from dcgen_convert.bundle.layout import check_output
 from dcgen_convert.bundle.manifest import FILE as MANIFEST
+from dcgen_convert.crew import SOLO, Crew
 from dcgen_convert.errors import InputError
 from dcgen_convert.files import read_json, write_json
 from dcgen_convert.job import Job, prepare
@@ -82,6 +83,7 @@ def convert(
     output: Path,
     console,
     *,
+    crew: Crew = SOLO,
     start: str | None = None,
     until: str | None = None,
     force: bool = False,
@@ -89,6 +91,7 @@ def convert(
     """Convert; returns the result document (bundle, run folder, stages with seconds and metrics).
 
     Args:
+        crew: the other ranks, which help with the stages that can be shared. They do nothing but what rank 0 asks for.
         start: run this stage and all after it again, even where they hold.
         until: stop after this stage.
         force: replace an output folder that is not empty.
@@ -96,7 +99,7 @@ def convert(
     run = Run(Path(run_dir), console)
     with run.locked():
         recorded = read_json(run.path / RECIPE) if (run.path / RECIPE).exists() else {}
-        job = prepare(resolved, run, console)
+        job = prepare(resolved, run, console, crew)
         if recorded.get("output") != str(output) or not _bundled(output, run):
             check_output(output, force)
         require_disk(resolved.recipe, run.path, output, resolved.machine.offline)
@@ -106,6 +109,7 @@ def convert(
             "output": str(output),
         }
         write_json(run.path / RECIPE, {**record, "version": __version__})
+        crew.introduce({"run": str(run.path), **record})
         steps = list(walk(job, output, force))
         names = [step.name for step in steps]
         for name in (start, until):
@@ -147,9 +151,14 @@ def _bundled(output: Path, run: Run) -> bool:
 
 def resume(run_dir: Path, console) -> dict[str, Any]:
     """Continue the run in ``run_dir`` from its own record."""
-    path = Path(run_dir) / RECIPE
+    resolved, output = recorded(Path(run_dir))
+    return convert(resolved, Path(run_dir), output, console)
+
+
+def recorded(run_dir: Path) -> tuple[Resolved, Path]:
+    """What the run in ``run_dir`` was started with, and its output folder; InputError when it is no run folder."""
+    path = run_dir / RECIPE
     if not path.is_file():
         raise InputError(f"{run_dir} is not a run folder: it has no {RECIPE}", "give the folder that --run-dir named")
     record = read_json(path)
-    resolved = Resolved(Recipe.model_validate(record["recipe"]), {}, Machine(**record["machine"]))
-    return convert(resolved, Path(run_dir), Path(record["output"]), console)
+    return Resolved(Recipe.model_validate(record["recipe"]), {}, Machine(**record["machine"])), Path(record["output"])

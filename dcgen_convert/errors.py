@@ -55,6 +55,12 @@ class ResourceError(DcgenError):
     exit_code, code = 4, "resources"
 
 
+class RankLost(ResourceError):
+    """A rank of a job died without a word (exit 4): killed, mostly for memory, or its host went away."""
+
+    code = "rank-lost"
+
+
 class CheckFailed(DcgenError):
     """A check ran and found a difference (exit 1)."""
 

@@ -12,10 +12,11 @@ from dcgen_convert.bundle.scheduler import scheduler_config
 from dcgen_convert.checkpoint.headers import read_weights
 from dcgen_convert.checkpoint.source import Source, load_source, resolve_folder
 from dcgen_convert.console import Console
-from dcgen_convert.errors import InputError
+from dcgen_convert.crew import SOLO, Crew
+from dcgen_convert.errors import InputError, RecipeError
 from dcgen_convert.families import Family, Text
 from dcgen_convert.files import read_json, sha256
-from dcgen_convert.journal import Run
+from dcgen_convert.journal import MARKER, Run
 from dcgen_convert.recipe import Recipe, Resolved
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Job:
     run: Run
     console: Console
     offline: bool = False
+    crew: Crew = SOLO
 
     @property
     def family(self) -> Family:
@@ -99,15 +101,12 @@ class Job:
         return self.run.path / stage
 
 
-def prepare(resolved: Resolved, run: Run, console: Console) -> Job:
+def prepare(resolved: Resolved, run: Run, console: Console, crew: Crew = SOLO) -> Job:
     """Find and check everything that the job needs, before anything is written."""
     from dcgen_convert.svdquant import stage
 
     recipe = resolved.recipe
-    if (resolved.machine.gpus or 1) > 1 or resolved.machine.hostfile:
-        raise InputError(
-            "a conversion runs in one process for now, on one GPU or the CPU", "leave out --gpus and --hostfile"
-        )
+    _require_even(recipe, run, crew.world)
     entry = catalog.find_source(recipe.source)
     where = str(entry.folder) if entry and entry.folder else (entry.repo if entry else recipe.source)
     revision = recipe.revision or (entry.revision if entry else None)
@@ -120,7 +119,22 @@ def prepare(resolved: Resolved, run: Run, console: Console) -> Job:
             f"the stock {source.family.pipeline_class} cannot load a LoRA apart", "leave out --no-merge-lora"
         )
     offline = resolved.machine.offline
-    return Job(recipe, source, find_autoencoder(recipe.ae, offline=offline), run, console, offline)
+    return Job(recipe, source, find_autoencoder(recipe.ae, offline=offline), run, console, offline, crew)
+
+
+def _require_even(recipe: Recipe, run: Run, world: int) -> None:
+    """RecipeError when the ranks cannot share a batch evenly: found now, not after hours of synthesis.
+
+    Stages that were done with another number of ranks do not count.
+    """
+    batches = {f"adapt-{n}": (f"adapt.phases.{n - 1}.batch", phase.batch) for n, phase in enumerate(recipe.adapt.phases, 1)}
+    if recipe.align_head.steps:
+        batches = {"align-head": ("align_head.batch", recipe.align_head.batch), **batches}
+    uneven = [pair for stage, pair in batches.items() if pair[1] % world and not (run.path / stage / MARKER).exists()]
+    if uneven:
+        named = ", ".join(f"{key} = {batch}" for key, batch in uneven)
+        even = " ".join(f"--set {key}={-(-batch // world) * world}" for key, batch in uneven)
+        raise RecipeError(f"{world} ranks cannot share these batches evenly: {named}", even)
 
 
 def stock_pipeline(source: Source) -> type:

@@ -105,11 +105,15 @@ QUANTIZE = [
            help="Folder of the result. Default: ./NAME-FORMAT."),
 ]  # fmt: skip
 
-MACHINE = [
+RANKS = [
     option("--gpus", metavar="N", type=click.IntRange(min=1),
-           help="Ranks to start on this host. Default: 1, or join a launcher."),
+           help="Ranks to start on this host, CPU processes where it has no GPU. Default: 1, or join a launcher."),
     option("--hostfile", metavar="F", type=click.Path(),
            help="DeepSpeed hostfile of several hosts. Default: this host only."),
+]  # fmt: skip
+
+MACHINE = [
+    *RANKS,
     option("--offline", is_flag=True,
            help="Use local files and the cache only. Default: off (HF_HUB_OFFLINE is obeyed too)."),
 ]  # fmt: skip

@@ -6,10 +6,13 @@ print to it) and a private copy is kept for the result.
 
 from __future__ import annotations
 
+import faulthandler
+import io
 import os
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 import warnings
 from pathlib import Path
@@ -17,8 +20,10 @@ from typing import IO
 
 import click
 
+from dcgen_convert import hosts, ranks
 from dcgen_convert.console import Console
-from dcgen_convert.errors import DcgenError, InternalError, InterruptedRun, Terminated, explain
+from dcgen_convert.crew import SOLO, Crew
+from dcgen_convert.errors import DcgenError, InternalError, InterruptedRun, RankLost, Terminated, explain
 
 
 class Session:
@@ -31,7 +36,12 @@ class Session:
     def __init__(self, argv: list[str]):
         self.argv = argv
         self.json = "--json" in argv
-        self.rank = int(os.environ.get("RANK") or 0)
+        ranks.adopt()
+        self.rank = ranks.rank()
+        self.crew: Crew = SOLO
+        self._failing = threading.Lock()
+        self._outcome: Path | None = None
+        self.result: IO[str] | None = None  # where the result goes while a verb works
         self.run_dir: Path | None = None
         self.console = Console("json" if self.json else "human", verbose="-v" in argv or "--verbose" in argv)
 
@@ -55,24 +65,64 @@ class Session:
         signal.signal(signal.SIGTERM, _on_sigterm)
         if not verbose:
             _hush()
-        if run_dir is not None and log_file is None:
-            log_file = str(run_dir / (f"log-rank-{self.rank}.txt" if self.rank else "log.txt"))
-        mode, result = "json" if json else "human", _result_stream()
+        if run_dir is not None and (log_file is None or self.rank):
+            log_file = str(run_dir / ranks.log_name(self.rank))
+        mode, self.result = "json" if json else "human", _result_stream()
         if self.rank:  # only rank 0 speaks; the others log into the run folder
             nowhere = open(os.devnull, "w")  # noqa: SIM115  lives as long as the process
+            _divert(log_file)
             self.console = Console(mode, log_file=log_file, quiet=True, stdout=nowhere, stderr=nowhere)
         else:
-            self.console = Console(mode, events=events, log_file=log_file, verbose=verbose, quiet=quiet, stdout=result)
+            self.console = Console(mode, events=events, log_file=log_file, verbose=verbose, quiet=quiet, stdout=self.result)
+        if ranks.LAUNCHED in os.environ:
+            threading.Thread(target=_follow_parent, daemon=True, name="parent").start()
         return self.console
+
+    def join(self, hostfile: bool = False) -> Crew:
+        """Meet the other ranks of this job, if a launcher started several. From here on none outlives another.
+
+        hostfile: `hosts` started the ranks: result and stop requests go through the run folder.
+        """
+        if hostfile and ranks.world() > 1 and not self.rank:
+            self.result, self._outcome = io.StringIO(), self.run_dir
+            self.console.result_to(self.result)
+            hosts.heed_stop(self.run_dir)
+        self.crew = ranks.join(str(self.console.log_file or ""), self._force, self.console)
+        return self.crew
+
+    def _force(self, error: DcgenError) -> None:
+        """End the process from another thread: the main one waits for a rank that is gone."""
+        code = self.fail(error)
+        self.leave(code)
+        os._exit(code)
+
+    def leave(self, code: int) -> None:
+        """End the job with ``code`` on every rank; returns only where the interpreter may end the process itself."""
+        if self._outcome is not None:
+            hosts.leave(self._outcome, code, self.result.getvalue())
+        self.crew.close(code)
+        if self.crew is SOLO:
+            return
+        if code:  # a broken process group may wait in its destructor
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        from dcgen_convert.train import distributed
+
+        distributed.leave()
 
     def fail(self, exc: BaseException) -> int:
         """Say what went wrong, once, in the right place; return the exit code."""
         if isinstance(exc, click.Abort) and exc.__cause__ is not None:
             exc = exc.__cause__  # click's wrapping of KeyboardInterrupt, which hides SIGTERM
-        error = explain(exc)
+        error = self.crew.settle(explain(exc))
+        if not self._failing.acquire(blocking=False):
+            threading.Event().wait()  # the other thread is saying it, and ends the process
         if isinstance(error, InterruptedRun):
             error.hint = self._again()
         self._keep_traceback(exc, error)
+        if isinstance(error, RankLost) and not error.hint:
+            error.hint = self._again()
         self.console.error(error.message, "" if isinstance(error, InterruptedRun) else error.hint)
         if isinstance(error, InterruptedRun):
             self.console.last_line(error.hint)
@@ -114,6 +164,24 @@ def _result_stream() -> IO[str]:
     kept = os.dup(1)
     os.dup2(2, 1)
     return os.fdopen(kept, "w", encoding="utf-8")
+
+
+def _divert(log_file: str | None) -> None:
+    """Let everything that libraries print, and the stack of a crash, end in this rank's log."""
+    path = log_file or os.devnull
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    faulthandler.enable()
+
+
+def _follow_parent() -> None:
+    """The command that started this rank holds the other end of its stdin: when that closes, stop as on SIGTERM."""
+    while os.read(0, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _on_sigterm(signum: int, frame: object) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
+from dcgen_convert import ranks
 from dcgen_convert.console import Console, wants_live
+from dcgen_convert.crew import Crew
 from dcgen_convert.errors import InputError
+from dcgen_convert.journal import Run
 from dcgen_convert.options import default_name, output_options, resolve
 from dcgen_convert.progress import duration
+from dcgen_convert.recipe import Machine
 from dcgen_convert.session import Session
 
 ASK_ABOVE_HOURS = 1.0
@@ -23,22 +29,57 @@ def convert(session: Session, source: str, values: dict) -> int:
         return plan(session, source, values, 79.1)
     shown = output_options(values)
     resolved = resolve(source, values)
-    name = default_name(resolved)
+    machine, name = resolved.machine, default_name(resolved)
     output = Path(values["output"] or name).absolute()
     run_dir = Path(values["run_dir"] or Path("runs") / name).absolute()
     console = session.begin(**shown, run_dir=run_dir)
-    if not values["yes"]:
+    if not values["yes"] and ranks.world() == 1:
         _ask(resolved, console)
+
+    def work(crew: Crew) -> dict:
+        from dcgen_convert import conversion
+
+        steps = {"start": values["start"], "until": values["until"], "force": values["force"]}
+        doc = conversion.convert(resolved, run_dir, output, console, crew=crew, **steps)
+        if values["push_to"] and doc.get("bundle"):
+            from dcgen_convert.bundle.push import push
+
+            doc = {**doc, "url": push(Path(doc["bundle"]), values["push_to"], values["private"], console)}
+        return doc
+
+    return _on_ranks(session, machine, run_dir, work)
+
+
+def resume(session: Session, run_dir: Path, values: dict) -> int:
+    """Continue a run, with the ranks of its record unless the options name others."""
+    asked = {"gpus": values.pop("gpus"), "hostfile": values.pop("hostfile")}
+    console = session.begin(**output_options(values), run_dir=run_dir)
     from dcgen_convert import conversion
 
-    doc = conversion.convert(
-        resolved, run_dir, output, console, start=values["start"], until=values["until"], force=values["force"]
-    )
-    if values["push_to"] and doc.get("bundle"):
-        from dcgen_convert.bundle.push import push
+    resolved, output = conversion.recorded(run_dir)
+    if any(asked.values()):
+        resolved = replace(resolved, machine=replace(resolved.machine, **asked))
+    elif ranks.world() > 1:  # the ranks that a launcher has started count, not those of the record
+        resolved = replace(resolved, machine=replace(resolved.machine, gpus=None, hostfile=None))
+    return _on_ranks(session, resolved.machine, run_dir, lambda crew: conversion.convert(resolved, run_dir, output, console, crew=crew))
 
-        doc = {**doc, "url": push(Path(doc["bundle"]), values["push_to"], values["private"], console)}
-    return finish(console, doc)
+
+def _on_ranks(session: Session, machine: Machine, run_dir: Path, work: Callable[[Crew], dict]) -> int:
+    """Start the ranks and wait for them; or, as one of them (or alone), do the work."""
+    from dcgen_convert import hosts, launch
+
+    console = session.console
+    if launch.wanted(machine):
+        Run(run_dir, console)
+        if machine.hostfile:
+            return hosts.run(session.argv, machine, run_dir, console, session.result)
+        return launch.run(session.argv, machine.gpus, run_dir, console, session.result)
+    crew = session.join(hostfile=bool(machine.hostfile))
+    if crew.rank:
+        from dcgen_convert import tasks
+
+        return crew.serve(tasks.Performer(crew, console))
+    return finish(console, work(crew))
 
 
 def plan(session: Session, source: str, values: dict, gpu_memory: float) -> int:

@@ -23,6 +23,7 @@ from dcgen_convert.journal import Stage
 from dcgen_convert.train import adapt, objective
 
 RIDGE = 1e-6  # relative; features of a finite sample are nearly collinear
+START = "start.safetensors"  # embedder and head before training, for the other ranks
 DRAW_STREAM = 1 << 30  # steps no training run reaches: the closed form sees draws of its own
 
 
@@ -47,23 +48,34 @@ def run(job, stage: Stage) -> None:
     if not settings.steps:
         atomic_save(module_state(job, model), output)
         return
-    record = adapt.train_head(
-        model,
-        job.family,
-        settings,
-        job.recipe.adapt,
-        train_rows,
-        stage.folder / "training",
-        scheduler=job.scheduler,
-        dtype=job.recipe.dtype,
-        console=job.console,
-        seed=job.recipe.seed,
-    )
+    if job.crew.world > 1:
+        atomic_save(module_state(job, model), stage.folder / START)
+    with job.crew.share("train-head"):
+        record = train(job, model)
     atomic_save(load_file(record["exports"]["modules"]), output)
     models.load_modules(model, output)
     loss = heldout_loss(job, task, held_out)
     stage.metrics.update(loss_trained=loss, train_seconds=record["seconds"])
     job.console.say(f"align head: after {settings.steps} steps with frozen blocks, held-out loss {loss:.4f}")
+
+
+def train(job, model: nn.Module | None = None) -> dict:
+    """Embedder and head with the blocks frozen, on every rank; without ``model``, from what rank 0 started with."""
+    if model is None:
+        start, dtype = job.folder("align-head") / START, pipelines.DTYPES[job.recipe.dtype]
+        model = models.load(job.folder("surgery") / models.TRANSFORMER, dtype, start, pipelines.device())
+    return adapt.train_head(
+        model,
+        job.family,
+        job.recipe.align_head,
+        job.recipe.adapt,
+        job.rows(job.recipe.adapt.phases[0].resolution).split()[0],
+        job.folder("align-head") / "training",
+        scheduler=job.scheduler,
+        dtype=job.recipe.dtype,
+        console=job.console,
+        seed=job.recipe.seed,
+    )
 
 
 def module_state(job, model: nn.Module) -> dict[str, Tensor]:

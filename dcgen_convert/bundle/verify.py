@@ -17,6 +17,7 @@ from dcgen_convert.bundle.layout import read_index
 from dcgen_convert.checkpoint.source import resolve_folder
 from dcgen_convert.console import Console
 from dcgen_convert.errors import CheckFailed
+from dcgen_convert.ranks import alone
 
 SHOWN = 20  # differences that the error lists
 PROBE_SECONDS = 3600
@@ -89,7 +90,7 @@ def run_probe(bundle: Path) -> dict[str, Any]:
         # Its own cache of in-bundle code: a file that another bundle left behind must not answer for this one.
         child = subprocess.run(
             [sys.executable, "-m", "dcgen_convert.bundle.probe", str(bundle.absolute())],
-            env=os.environ
+            env=alone()
             | {
                 "HF_MODULES_CACHE": modules,
                 "HF_HUB_OFFLINE": "1",

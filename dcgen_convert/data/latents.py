@@ -17,27 +17,48 @@ from dcgen_convert.data import cache, images
 from dcgen_convert.data.images import Picture
 from dcgen_convert.errors import InputError
 from dcgen_convert.evaluate.grids import grid
-from dcgen_convert.files import replacing, write_json
+from dcgen_convert.files import read_json, replacing, write_json
 from dcgen_convert.journal import Stage
 
-SHARD_ROWS = 512
+SHARD_ROWS = (32, 512)  # fewest and most pictures in one file
+SHARDS = 256  # files that small data sets are cut into: what the ranks share is whole files
 ROUNDTRIP = 8  # pictures
 
 
 def run(job, stage: Stage) -> None:
     """Encode every readable picture at every resolution of the recipe's phases."""
-    pictures = images.read_folder(job.folder("data") / images.INDEX)
-    base = autoencoders.load(job.source.vae, device=pipelines.device())
-    target = autoencoders.load(job.ae.folder, device=pipelines.device(), scale=job.recipe.latents.scale_override)
+    every = images.read_folder(job.folder("data") / images.INDEX)
+    codecs = load_codecs(job)
+    target = codecs["target"]
     resolutions = sorted({phase.resolution for phase in job.recipe.adapt.phases})
-    pictures = readable(job, pictures)
+    pictures = readable(job, every)
+    skip = sorted({str(picture.file) for picture in every} - {str(picture.file) for picture in pictures})
     stage.metrics["roundtrip_psnr_db"] = roundtrip(job, stage, pictures, target, resolutions[-1])
     with job.console.progress("latents", len(pictures) * len(resolutions), "pictures") as bar:
         for resolution in resolutions:
-            encode_pictures(job, stage, pictures, {"base": base, "target": target}, resolution, bar)
+            with job.crew.share("latents", bar, resolution=resolution, skip=skip):
+                encode_pictures(job, pictures, codecs, resolution, bar)
             check_scale(job, stage, target, resolution)
     encode_captions(job, stage, pictures)
-    cache.write_index(stage.folder, len(pictures), SHARD_ROWS)
+    cache.write_index(stage.folder, len(pictures), shard_rows(len(pictures)))
+
+
+def load_codecs(job) -> dict[str, Codec]:
+    """Both autoencoders: "base" and "target"."""
+    base = autoencoders.load(job.source.vae, device=pipelines.device())
+    target = autoencoders.load(job.ae.folder, device=pipelines.device(), scale=job.recipe.latents.scale_override)
+    return {"base": base, "target": target}
+
+
+def encode_share(job, bar, resolution: int, skip: list[str]) -> None:
+    """Another rank's part of `encode_pictures`.
+
+    Args:
+        skip: files that rank 0 found unreadable.
+    """
+    pictures = images.read_folder(job.folder("data") / images.INDEX)
+    pictures = [picture for picture in pictures if str(picture.file) not in skip]
+    encode_pictures(job, pictures, load_codecs(job), resolution, bar)
 
 
 def readable(job, pictures: list[Picture]) -> list[Picture]:
@@ -77,11 +98,25 @@ def roundtrip(job, stage: Stage, pictures: list[Picture], codec: Codec, side: in
     return psnr
 
 
-def encode_pictures(job, stage: Stage, pictures: list[Picture], codecs: dict[str, Codec], resolution: int, bar) -> None:
-    """Shards base-<px> and target-<px>; a shard that is already there is kept."""
-    for number, start in enumerate(range(0, len(pictures), SHARD_ROWS)):
-        rows = pictures[start : start + SHARD_ROWS]
-        if all((stage.folder / cache.shard_name(f"{name}-{resolution}", number)).exists() for name in codecs):
+def shard_rows(count: int) -> int:
+    """Rows per shard for ``count`` pictures, whatever the number of ranks: a run may go on with another."""
+    fewest, most = SHARD_ROWS
+    return min(most, max(fewest, math.ceil(count / SHARDS)))
+
+
+def own_shards(job, count: int) -> list[tuple[int, slice]]:
+    """(number, rows) of the shards of ``count`` rows that this rank makes: every `world`-th."""
+    size = shard_rows(count)
+    slices = [slice(start, start + size) for start in range(0, count, size)]
+    return list(enumerate(slices))[job.crew.rank :: job.crew.world]
+
+
+def encode_pictures(job, pictures: list[Picture], codecs: dict[str, Codec], resolution: int, bar) -> None:
+    """This rank's shards base-<px> and target-<px>; a shard that is already there is kept."""
+    folder = job.folder("latents")
+    for number, part in own_shards(job, len(pictures)):
+        rows = pictures[part]
+        if all((folder / cache.shard_name(f"{name}-{resolution}", number)).exists() for name in codecs):
             bar.advance(len(rows))
             continue
         parts: dict[str, list[Tensor]] = {name: [] for name in codecs}
@@ -93,7 +128,7 @@ def encode_pictures(job, stage: Stage, pictures: list[Picture], codecs: dict[str
                 parts[name].append(codec.encode(pixels).cpu())
             bar.advance(len(pixels))
         for name, tensors in parts.items():
-            cache.write_shard(stage.folder, f"{name}-{resolution}", number, {"z": torch.cat(tensors)})
+            cache.write_shard(folder, f"{name}-{resolution}", number, {"z": torch.cat(tensors)})
 
 
 def check_scale(job, stage: Stage, codec: Codec, resolution: int) -> None:
@@ -139,20 +174,26 @@ def encode_captions(job, stage: Stage, pictures: list[Picture]) -> None:
     write_json(stage.folder / cache.CAPTIONS, [picture.caption for picture in pictures])
     if (stage.folder / cache.shard_name("null", 0)).exists():
         return
+    cached = len(pictures) if job.recipe.latents.text == "cache" else 0
     encoders = pipelines.load_text_encoders(job.source, job.dtype)
-    cached = pictures if job.recipe.latents.text == "cache" else []
-    with job.console.progress("text embeddings", len(cached), "captions") as bar:
-        for number, start in enumerate(range(0, len(cached), SHARD_ROWS)):
-            captions = [picture.caption for picture in pictures[start : start + SHARD_ROWS]]
-            parts = []
-            for at in range(0, len(captions), job.recipe.latents.batch):
-                parts.append(
-                    pipelines.encode_text(
-                        job.family, encoders, captions[at : at + job.recipe.latents.batch], job.text_length
-                    )
-                )
-                bar.advance(len(captions[at : at + job.recipe.latents.batch]))
-            cache.write_shard(
-                stage.folder, "text", number, {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-            )
+    if cached:
+        with job.console.progress("text embeddings", cached, "captions") as bar, job.crew.share("captions", bar):
+            caption_share(job, bar, encoders)
     cache.write_shard(stage.folder, "null", 0, pipelines.encode_text(job.family, encoders, [""], job.text_length))
+
+
+def caption_share(job, bar, encoders=None) -> None:
+    """This rank's shards text; a shard that is already there is kept."""
+    folder, batch = job.folder("latents"), job.recipe.latents.batch
+    captions: list[str] = read_json(folder / cache.CAPTIONS)
+    for number, part in own_shards(job, len(captions)):
+        texts = captions[part]
+        if (folder / cache.shard_name("text", number)).exists():
+            bar.advance(len(texts))
+            continue
+        encoders = encoders or pipelines.load_text_encoders(job.source, job.dtype)
+        parts = []
+        for at in range(0, len(texts), batch):
+            parts.append(pipelines.encode_text(job.family, encoders, texts[at : at + batch], job.text_length))
+            bar.advance(len(texts[at : at + batch]))
+        cache.write_shard(folder, "text", number, {key: torch.cat([part[key] for part in parts]) for key in parts[0]})

@@ -24,34 +24,48 @@ def run(job, stage: Stage) -> None:
 
 def synthesise(job, stage: Stage) -> list[Picture]:
     """Draw the pictures that are not there yet; each is written whole, so a run that was cut off goes on with the next."""
+    pictures = intended(job)
+    pictures[0].file.parent.mkdir(exist_ok=True)
+    missing = sum(not picture.file.exists() for picture in pictures)
+    if missing:
+        with job.console.progress("synthesis by the base model", len(pictures), "pictures") as bar:
+            bar.advance(len(pictures) - missing)
+            with job.crew.share("pictures", bar):
+                draw_share(job, bar)
+    return pictures
+
+
+def intended(job) -> list[Picture]:
+    """Every picture of the recipe with its caption and seed, drawn or not."""
     settings = job.recipe.data
     texts = prompts.make(settings.prompts, settings.count, job.recipe.seed, class_names(job.source))
-    folder = stage.folder / "pictures"
-    folder.mkdir(exist_ok=True)
-    pictures = [Picture(folder / f"{i:07d}.png", text, job.recipe.seed * 1_000_003 + i) for i, text in enumerate(texts)]
-    missing = [picture for picture in pictures if not picture.file.exists()]
+    folder = job.folder("data") / "pictures"
+    return [Picture(folder / f"{i:07d}.png", text, job.recipe.seed * 1_000_003 + i) for i, text in enumerate(texts)]
+
+
+def draw_share(job, bar) -> None:
+    """Draw what is missing among this rank's pictures: every `world`-th."""
+    settings = job.recipe.data
+    missing = [picture for picture in intended(job)[job.crew.rank :: job.crew.world] if not picture.file.exists()]
     if not missing:
-        return pictures
+        return
     pipeline = pipelines.load_pipeline(job.source, job.dtype)
-    with job.console.progress("synthesis by the base model", len(pictures), "pictures") as bar:
-        bar.advance(len(pictures) - len(missing))
-        for start in range(0, len(missing), settings.batch):
-            batch = missing[start : start + settings.batch]
-            drawn = pipelines.draw(
-                job.family,
-                pipeline,
-                [picture.caption for picture in batch],
-                [picture.seed for picture in batch],
-                side=settings.resolution,
-                steps=settings.steps,
-                guidance=settings.guidance,
-                length=job.text_length,
-            )
-            for picture, pixels in zip(batch, drawn, strict=True):
-                with replacing(picture.file) as temporary:
-                    images.to_image(pixels).save(temporary, format="PNG", compress_level=1)
-            bar.advance(len(batch))
-    return pictures
+    for start in range(0, len(missing), settings.batch):
+        batch = missing[start : start + settings.batch]
+        drawn = pipelines.draw(
+            job.family,
+            pipeline,
+            [picture.caption for picture in batch],
+            [picture.seed for picture in batch],
+            side=settings.resolution,
+            steps=settings.steps,
+            guidance=settings.guidance,
+            length=job.text_length,
+        )
+        for picture, pixels in zip(batch, drawn, strict=True):
+            with replacing(picture.file) as temporary:
+                images.to_image(pixels).save(temporary, format="PNG", compress_level=1)
+        bar.advance(len(batch))
 
 
 def class_names(source: Source) -> list[str] | None:

@@ -17,7 +17,7 @@ from dcgen_convert.console import NULL, Console
 from dcgen_convert.errors import RecipeError
 from dcgen_convert.families import Family, Text
 from dcgen_convert.files import read_json, write_json
-from dcgen_convert.train import loop, lora
+from dcgen_convert.train import distributed, loop, lora
 from dcgen_convert.train.engine import Engine
 from dcgen_convert.train.loop import Saving
 from dcgen_convert.train.objective import (
@@ -253,7 +253,7 @@ def _evaluate(engine: Engine, task: Task, loss_of: Callable, place: Place) -> di
 def _evaluate_once(engine: Engine, task: Task, loss_of: Callable, place: Place) -> dict[str, float] | None:
     """`_evaluate` before the first step; a resumed run finds it on disk."""
     path = place.folder / "evaluation-before.json"
-    if path.exists():
+    if distributed.agree(path.exists(), engine.device):  # by all or by none: ranks look at different moments
         return read_json(path)
     result = _evaluate(engine, task, loss_of, place)
     if result is not None and engine.rank == 0:

@@ -47,7 +47,7 @@ def save(engine: Engine, folder: str | Path, extra: dict[str, Any]) -> Path:
         ResourceError: rank 0 could not write (disk full, no permission).
     """
     folder = Path(folder)
-    final = folder / f"step-{engine.step_count:06d}"
+    final = step_folder(folder, engine.step_count)
     temporary = folder / f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{final.name}"
     writer = _Writer(temporary) if engine.rank == 0 else None
     for key in engine.state.keys:
@@ -121,6 +121,10 @@ class _Writer:
             self.error = OSError(None, str(error))
 
 
+def step_folder(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:06d}"
+
+
 def whole(folder: str | Path) -> list[Path]:
     """Whole checkpoints under ``folder``, oldest first."""
     return sorted(path for path in Path(folder).glob("step-*") if _is_whole(path))
@@ -158,9 +162,12 @@ def load(engine: Engine, folder: str | Path) -> dict[str, Any] | None:
         CheckFailed: a value in it is missing or not finite.
     """
     found = latest(folder)
-    if not distributed.agree(found is not None, engine.device):
+    # Rank 0's choice: on a network file system the ranks may see the folder at different times.
+    step = distributed.of_rank_0(found[1]["step"] if found else -1, engine.device)
+    if step < 0:
         return None
-    path, document = found
+    path = step_folder(Path(folder), step)
+    document = read_json(path / INDEX)
     wanted = {f"{key}/{name}": list(true_shape(p)) for key in engine.state.keys for name, p in engine.named.items()}
     if document.get("schema") != SCHEMA or document["shapes"] != wanted:
         different = next(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
 import sys
 import warnings
 from collections.abc import Iterator
@@ -18,18 +17,11 @@ from functools import cache
 from types import ModuleType
 
 from dcgen_convert.errors import ResourceError
+from dcgen_convert.ranks import free_port
+from dcgen_convert.ranks import rank as rank
+from dcgen_convert.ranks import world as world_size
 
 TIMEOUT = timedelta(minutes=30)  # longest wait of one collective: a save by rank 0, or a slow rank's data
-
-
-def rank() -> int:
-    """This process's rank, 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    """Number of ranks, 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @cache
@@ -102,13 +94,6 @@ def leave() -> None:
         torch.distributed.destroy_process_group()
 
 
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def barrier() -> None:
     """Wait for every rank; nothing with one."""
     import torch
@@ -126,6 +111,17 @@ def mean_over_ranks(values: list[float], device) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(tensor)
     return (tensor / world_size()).tolist()
+
+
+def of_rank_0(value: int, device) -> int:
+    """Rank 0's ``value`` on every rank."""
+    import torch
+
+    if world_size() == 1:
+        return value
+    tensor = torch.tensor([value], device=device)
+    torch.distributed.broadcast(tensor, 0)
+    return int(tensor.item())
 
 
 def agree(ok: bool, device) -> bool:

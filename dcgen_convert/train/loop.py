@@ -267,7 +267,7 @@ class _Signals:
         self.received = number
 
     def exception(self) -> BaseException:
-        return Terminated() if self.received == signal.SIGTERM else KeyboardInterrupt()
+        return KeyboardInterrupt() if self.received == signal.SIGINT else Terminated()  # None: another rank got it
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -12,7 +13,7 @@ from dcgen_convert.align import gap
 from dcgen_convert.errors import ResourceError
 from dcgen_convert.files import copy_file
 from dcgen_convert.journal import Stage
-from dcgen_convert.schema import Adapt, Phase
+from dcgen_convert.schema import Phase
 from dcgen_convert.train import adapt
 from dcgen_convert.train.lora import LORA_FILE, MODULES_FILE
 
@@ -21,23 +22,10 @@ EXPORT = "export"
 
 def adapt_phase(job, stage: Stage, number: int) -> None:
     """Writes export/ (LoRA, embedder, head), checkpoints and metrics.jsonl; reports losses and the per-block gap."""
-    settings, phase = fitted(job, job.recipe.adapt.phases[number - 1])
-    rows, held_out = job.rows(phase.resolution).split()
-    aligned = job.folder("align-head") / models.MODULES if number == 1 else None
-    model = models.load(dense_before(job, number), job.dtype, aligned, pipelines.device())
-    record = adapt.adapt_phase(
-        model,
-        job.family,
-        phase,
-        settings,
-        rows,
-        stage.folder,
-        scheduler=job.scheduler,
-        dtype=job.recipe.dtype,
-        console=job.console,
-        seed=job.recipe.seed,
-        held_out=held_out,
-    )
+    phase = job.recipe.adapt.phases[number - 1]
+    layout = fitted(job, phase)
+    with job.crew.share("adapt", number=number, layout=layout):
+        record = train_phase(job, number, layout)
     record.pop("exports")
     stage.metrics.update(record)
     before, after = record["evaluation"]["before"]["mean"], record["evaluation"]["after"]["mean"]
@@ -46,19 +34,39 @@ def adapt_phase(job, stage: Stage, number: int) -> None:
     )
 
 
-def fitted(job, phase: Phase) -> tuple[Adapt, Phase]:
+def train_phase(job, number: int, layout: dict[str, Any]) -> dict[str, Any]:
+    """Phase ``number`` on every rank, in the layout that rank 0 chose: zero, offload, micro_batch."""
+    phase = job.recipe.adapt.phases[number - 1]
+    rows, held_out = job.rows(phase.resolution).split()
+    aligned = job.folder("align-head") / models.MODULES if number == 1 else None
+    model = models.load(dense_before(job, number), job.dtype, aligned, pipelines.device())
+    return adapt.adapt_phase(
+        model,
+        job.family,
+        phase.model_copy(update={"micro_batch": layout["micro_batch"]}),
+        job.recipe.adapt.model_copy(update={"zero": layout["zero"], "offload": layout["offload"]}),
+        rows,
+        job.folder(f"adapt-{number}"),
+        scheduler=job.scheduler,
+        dtype=job.recipe.dtype,
+        console=job.console,
+        seed=job.recipe.seed,
+        held_out=held_out,
+    )
+
+
+def fitted(job, phase: Phase) -> dict[str, Any]:
     """ZeRO stage, offload and micro-batch from the plan's memory arithmetic; ResourceError when nothing fits.
 
-    Without a GPU the machine's available memory takes the place of the GPU's.
+    Without a GPU the machine's available memory takes the place of the GPU's, shared by the ranks.
     """
-    has_gpu = torch.cuda.is_available()
-    memory = torch.cuda.get_device_properties(0).total_memory if has_gpu else psutil.virtual_memory().available
-    fit = plan.fit_phase(job.recipe, phase, gpu_bytes=memory, offline=job.offline)
+    has_gpu, world = torch.cuda.is_available(), job.crew.world
+    memory = torch.cuda.get_device_properties(0).total_memory if has_gpu else psutil.virtual_memory().available / world
+    fit = plan.fit_phase(job.recipe, phase, world, gpu_bytes=memory, offline=job.offline)
     if fit.problem:
         raise ResourceError(fit.problem, "dcgen-convert plan shows what fits")
     job.console.say(f"adapt: {fit.reason}")
-    settings = job.recipe.adapt.model_copy(update={"zero": fit.zero, "offload": fit.offload})
-    return settings, phase.model_copy(update={"micro_batch": fit.micro_batch})
+    return {"zero": fit.zero, "offload": fit.offload, "micro_batch": fit.micro_batch}
 
 
 def merge_phase(job, stage: Stage, number: int) -> None:

@@ -2,7 +2,7 @@
 ranks.
 
 As a program: `python train_worker.py '[{"folder": ..., "adapt": {"zero": 2}}, ...]'` does one job after the other,
-one process per rank, RANK and WORLD_SIZE in the environment.
+one process per rank, RANK and WORLD_SIZE in the environment; an error is one JSON document on stdout.
 """
 
 from __future__ import annotations
@@ -137,10 +137,25 @@ def run_ranks(world: int, jobs: list[dict], log: Path, timeout: float = 600) -> 
     return outputs
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for job in json.loads(sys.argv[1]):
-        adapt(**job)
+def main() -> int:
+    """The jobs, as one process or as a rank that is bound to the others as in the product; the exit code."""
+    from dcgen_convert.session import Session
     from dcgen_convert.train import distributed
 
-    distributed.leave()
+    torch.set_num_threads(1)
+    jobs, session = json.loads(sys.argv[1]), Session(["--json"])
+    session.begin(json=True, run_dir=Path(jobs[0]["folder"]).parent / "ranks")
+    try:
+        crew = session.join()
+        for job in jobs:
+            adapt(**job)
+        code = crew.serve(lambda *task: None) if crew.rank else 0
+        distributed.leave()
+    except BaseException as error:
+        code = session.fail(error)
+    session.leave(code)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

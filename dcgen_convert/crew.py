@@ -1,0 +1,272 @@
+"""The ranks of one job, and the line that holds them together.
+
+Rank 0 walks through the stages; the others wait for the tasks that it shares with them. Every rank keeps one TCP
+connection to rank 0 open. Tasks, progress and failures travel on it as JSON lines, and the kernel closes it when a
+process dies, of whatever. A thread reads it: no rank waits for a dead one, not even inside a collective that would wait
+for half an hour. What the main thread cannot end within a grace, that thread ends.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import selectors
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from dcgen_convert.errors import DcgenError, InternalError, InterruptedRun, RankLost, TerminatedRun
+
+LOST_GRACE = 2.0  # seconds that the main thread has to end by itself after a rank was lost ...
+FAILED_GRACE = 5.0  # ... and after a rank said why it failed: the others mostly fail of the same
+FAREWELL = 5.0  # seconds that rank 0 waits for the others at the end
+
+
+class Crew:
+    """One process alone: what `Leader` and `Member` do for several is nothing here."""
+
+    rank, world = 0, 1
+
+    def introduce(self, document: dict[str, Any]) -> None:
+        """Tell the others which job they belong to."""
+
+    @contextmanager
+    def share(self, task: str, bar: Any = None, **arguments: Any) -> Iterator[None]:
+        """The other ranks run ``task`` while the body runs here; leaves when all are done.
+
+        Args:
+            bar: progress that also counts what the others advance by.
+        Raises:
+            DcgenError: another rank failed or was lost.
+        """
+        yield
+
+    def settle(self, error: DcgenError) -> DcgenError:
+        """What the job really failed of, given what this process failed of."""
+        return error
+
+    def close(self, code: int) -> None:
+        """The job ends with exit code ``code``."""
+
+
+SOLO = Crew()
+
+
+@dataclass
+class Peer:
+    """The other end of one line."""
+
+    rank: int
+    socket: socket.socket
+    log: str = ""
+    rest: bytes = b""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def send(self, document: dict[str, Any]) -> None:
+        """One line; a peer that is gone is noticed by the reader."""
+        try:
+            with self.lock:
+                self.socket.sendall(json.dumps(document).encode() + b"\n")
+        except OSError:
+            return
+
+    def receive(self) -> list[dict[str, Any]] | None:
+        """The whole lines that have arrived (blocks until there is something); None at the end of the line."""
+        try:
+            data = self.socket.recv(1 << 16)
+        except OSError:
+            return None
+        *lines, self.rest = (self.rest + data).split(b"\n")
+        return [json.loads(line) for line in lines] if data else None
+
+
+class _Linked(Crew):
+    """What both ends share: one failure noted, and an end that does not depend on the main thread.
+
+    Args:
+        give_up: called in the reading thread when the main thread did not end in time; must end the process.
+    """
+
+    def __init__(self, rank: int, world: int, give_up: Callable[[DcgenError], None]):
+        self.rank, self.world, self._give_up = rank, world, give_up
+        self.failure: DcgenError | None = None
+        self._changed = threading.Condition()
+        self._closing = False
+
+    def _note(self, error: DcgenError, grace: float) -> None:
+        with self._changed:
+            worse = isinstance(error, RankLost) and not isinstance(self.failure, RankLost)
+            if self._closing or not (self.failure is None or worse):
+                return
+            if self.failure is None:
+                timer = threading.Timer(grace, self._force)
+                timer.daemon = True
+                timer.start()
+            self.failure = error
+            self._changed.notify_all()
+
+    def _force(self) -> None:
+        if not self._closing:
+            self._give_up(self.failure)
+
+    def settle(self, error: DcgenError) -> DcgenError:
+        """A lost rank explains everything; a broken collective is explained by whoever broke it."""
+        with self._changed:
+            if isinstance(error, InternalError):
+                self._changed.wait_for(lambda: self.failure is not None, timeout=LOST_GRACE)
+            if isinstance(self.failure, RankLost) or (self.failure and isinstance(error, InternalError)):
+                return self.failure
+        return error
+
+
+class Leader(_Linked):
+    """Rank 0's end of the lines."""
+
+    def __init__(self, peers: list[Peer], give_up: Callable[[DcgenError], None]):
+        super().__init__(0, len(peers) + 1, give_up)
+        self._peers = peers
+        self._busy: set[int] = set()
+        self._advanced = 0
+        self._gone: set[int] = set()
+        threading.Thread(target=self._watch, daemon=True, name="crew").start()
+
+    def introduce(self, document: dict[str, Any]) -> None:
+        self._send_all({"kind": "job", "document": document})
+
+    @contextmanager
+    def share(self, task: str, bar: Any = None, **arguments: Any) -> Iterator[None]:
+        with self._changed:
+            self._busy, self._advanced = {peer.rank for peer in self._peers}, 0
+        self._send_all({"kind": "task", "task": task, "arguments": arguments})
+        yield
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self.failure or not self._busy, timeout=1.0)
+                if self.failure:
+                    raise self.failure
+                advanced, self._advanced = self._advanced, 0
+                left = bool(self._busy)
+            if bar is not None and advanced:
+                bar.advance(advanced)
+            if not left:
+                return
+
+    def close(self, code: int) -> None:
+        with self._changed:
+            self._closing = True
+        self._send_all({"kind": "end", "code": code})
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._gone) == len(self._peers), timeout=FAREWELL if code == 0 else 0)
+
+    def _send_all(self, document: dict[str, Any]) -> None:
+        for peer in self._peers:
+            peer.send(document)
+
+    def _watch(self) -> None:
+        with selectors.DefaultSelector() as lines:
+            for peer in self._peers:
+                lines.register(peer.socket, selectors.EVENT_READ, peer)
+            while lines.get_map():
+                for key, _ in lines.select():
+                    peer = key.data
+                    messages = peer.receive()
+                    for message in messages or []:
+                        self._take(peer, message)
+                    if messages is None:
+                        lines.unregister(peer.socket)
+                        self._lose(peer)
+
+    def _take(self, peer: Peer, message: dict[str, Any]) -> None:
+        with self._changed:
+            if message["kind"] == "done":
+                self._busy.discard(peer.rank)
+            elif message["kind"] == "advance":
+                self._advanced += message["count"]
+            self._changed.notify_all()
+        if message["kind"] == "failed":
+            self._gone.add(peer.rank)
+            self._note(_failure(peer, message), FAILED_GRACE)
+
+    def _lose(self, peer: Peer) -> None:
+        with self._changed:
+            lost = peer.rank not in self._gone and not self._closing
+            self._gone.add(peer.rank)
+            self._changed.notify_all()
+        if lost:
+            error = RankLost(f"rank {peer.rank} was lost: it was killed or it crashed; its log is {peer.log}")
+            self._send_all({"kind": "end", "code": error.exit_code})
+            self._note(error, LOST_GRACE)
+
+
+class Member(_Linked):
+    """Another rank's end of its line."""
+
+    def __init__(self, rank: int, world: int, line: Peer, give_up: Callable[[DcgenError], None]):
+        super().__init__(rank, world, give_up)
+        self._line = line
+        self._inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        threading.Thread(target=self._read, daemon=True, name="crew").start()
+
+    def advance(self, n: int = 1, **info: object) -> None:
+        """Progress that rank 0 shows (this object is the `bar` of a shared task)."""
+        self._line.send({"kind": "advance", "count": n})
+
+    def serve(self, perform: Callable[[dict[str, Any], str, dict[str, Any]], None]) -> int:
+        """Run the tasks of rank 0 until it ends the job; its exit code.
+
+        Args:
+            perform: called with the job's document, the task's name and its arguments.
+        """
+        document: dict[str, Any] = {}
+        while True:
+            message = self._inbox.get()
+            if message["kind"] == "end":
+                if self.failure is not None and message.get("lost"):
+                    raise self.failure
+                return message["code"]
+            if message["kind"] == "job":
+                document = message["document"]
+            else:
+                perform(document, message["task"], message["arguments"])
+                self._line.send({"kind": "done"})
+
+    def settle(self, error: DcgenError) -> DcgenError:
+        settled = super().settle(error)
+        if settled is error and self.failure is None:
+            self._line.send({"kind": "failed", **error.document()["error"], "exit_code": error.exit_code})
+        return settled
+
+    def close(self, code: int) -> None:
+        self._closing = True
+
+    def _read(self) -> None:
+        while (messages := self._line.receive()) is not None:
+            for message in messages:
+                self._inbox.put(message)
+                if message["kind"] == "end":
+                    if message["code"]:
+                        self._note(_ended(message["code"]), LOST_GRACE)
+                    return
+        lost = RankLost("rank 0 was lost: it was killed or it crashed")
+        self._note(lost, LOST_GRACE)
+        self._inbox.put({"kind": "end", "code": lost.exit_code, "lost": True})
+
+
+def _failure(peer: Peer, message: dict[str, Any]) -> DcgenError:
+    """The error that a rank reported, as rank 0 tells it."""
+    kinds = {"interrupted": InterruptedRun, "terminated": TerminatedRun}
+    if message["code"] in kinds:
+        return kinds[message["code"]](message["message"])
+    hint = f"the traceback is in {peer.log}" if message["code"] == "internal" else message["hint"]
+    error = DcgenError(f"rank {peer.rank}: {message['message']}", hint or f"its log is {peer.log}")
+    error.code, error.exit_code = message["code"], message["exit_code"]
+    return error
+
+
+def _ended(code: int) -> DcgenError:
+    error = RankLost("rank 0 ended the job; it says why")
+    error.exit_code = code
+    return error

@@ -1,0 +1,69 @@
+"""Ranks that nothing watches over: whatever one dies of, the others end within seconds, with one voice."""
+
+import signal
+
+import pytest
+
+from .crew_worker import finish, start, wait_ready
+
+SECONDS = 20  # the graces are 2 and 5 s; the rest is for a busy machine
+
+
+def test_shared_work_is_counted_and_everyone_leaves_with_zero(tmp_path):
+    (code, out, err), *others = finish(start(tmp_path, 3, rank0="count", member="count"), 240)
+    assert (code, out) == (0, "done 15\n") and "work: 15 piece" in err
+    assert others == [(0, "", "")] * 2
+
+
+@pytest.mark.parametrize("rank0", ["sleep", "collective"])
+def test_a_killed_rank_ends_the_job(tmp_path, rank0):
+    member = {"sleep": "sleep", "collective": "wait-in-collective"}[rank0]
+    ranks = start(tmp_path, 3, rank0=rank0, member=member)
+    wait_ready(tmp_path, ranks, range(3))
+    ranks[1].kill()
+    (code, out, err), killed, other = finish(ranks, SECONDS)
+    assert code == 4 and out == "" and killed[0] == -signal.SIGKILL
+    assert err.count("error:") == 1
+    assert f"rank 1 was lost: it was killed or it crashed; its log is {tmp_path / 'log-rank-1.txt'}" in err
+    assert f"dcgen-convert resume {tmp_path}" in err and "Traceback" not in err
+    assert other == (4, "", "")
+
+
+@pytest.mark.parametrize("member", ["sleep", "wait-in-collective"])
+def test_a_killed_rank_0_ends_the_others(tmp_path, member):
+    ranks = start(tmp_path, 2, rank0="collective" if member != "sleep" else "sleep", member=member)
+    wait_ready(tmp_path, ranks, range(2))
+    ranks[0].kill()
+    _, other = finish(ranks, SECONDS)
+    assert other == (4, "", "")
+    assert "rank 0 was lost" in (tmp_path / "log-rank-1.txt").read_text()
+
+
+def test_idle_ranks_end_with_the_code_of_rank_0(tmp_path):
+    (code, _, err), *others = finish(start(tmp_path, 3, rank0="fail"), 240)
+    assert code == 2 and "the picture cannot be read" in err
+    assert [other[0] for other in others] == [2, 2]
+
+
+def test_the_failure_of_another_rank_is_told_by_rank_0(tmp_path):
+    (code, _, err), other = finish(start(tmp_path, 2, rank0="sleep", member="fail"), 240)
+    assert code == 2 and other == (2, "", "")
+    assert "rank 1: the picture cannot be read" in err and "hint: replace it" in err
+
+
+def test_an_internal_error_of_another_rank_names_its_log(tmp_path):
+    (code, _, err), other = finish(start(tmp_path, 2, rank0="sleep", member="crash"), 240)
+    assert code == other[0] == 70
+    assert "rank 1: internal error: ZeroDivisionError" in err and str(tmp_path / "log-rank-1.txt") in err
+    assert "Traceback" not in err and "ZeroDivisionError" in (tmp_path / "log-rank-1.txt").read_text()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_all_ranks_is_one_resumable_end(tmp_path, number, code):
+    ranks = start(tmp_path, 2, rank0="sleep", member="sleep")
+    wait_ready(tmp_path, ranks, range(2))
+    for process in ranks:
+        process.send_signal(number)
+    (first, _, err), other = finish(ranks, SECONDS)
+    assert first == other[0] == code
+    assert err.count("error:") == 1 and err.splitlines()[-1] == f"dcgen-convert resume {tmp_path}"
