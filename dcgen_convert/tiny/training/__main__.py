@@ -88,7 +88,7 @@ def train_transformer(work: Path, part: str):
 
 
 def sana_pairs(work: Path) -> base.Pairs:
-    model, tokenizer = text.gemma()
+    model, tokenizer = text.gemma(work)
     pipeline = SanaPipeline(tokenizer=tokenizer, text_encoder=model, vae=None, transformer=None, scheduler=None)
     return caption_pairs(pipeline, "sana", AutoencoderDC.from_pretrained(work / "dc-f32c32"))
 
@@ -100,7 +100,7 @@ def dit_pairs(work: Path) -> base.Pairs:
 
 
 def flux_pairs(work: Path) -> base.Pairs:
-    (clip, clip_tokenizer), (t5, t5_tokenizer) = text.clip(), text.t5()
+    (clip, clip_tokenizer), (t5, t5_tokenizer) = text.clip(work), text.t5()
     pipeline = FluxPipeline(
         scheduler=None,
         vae=None,

@@ -64,7 +64,7 @@ def write(work: Path, weights: Path) -> None:
 
 
 def flux(work: Path) -> FluxPipeline:
-    (clip, clip_tokenizer), (t5, t5_tokenizer) = text.clip(), text.t5()
+    (clip, clip_tokenizer), (t5, t5_tokenizer) = text.clip(work), text.t5()
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**FLUX_SCHEDULER),
         vae=AutoencoderKL.from_pretrained(work / "kl-f8c16", dtype=torch.bfloat16),
@@ -77,7 +77,7 @@ def flux(work: Path) -> FluxPipeline:
 
 
 def sana(work: Path) -> SanaPipeline:
-    gemma, tokenizer = text.gemma()
+    gemma, tokenizer = text.gemma(work)
     return SanaPipeline(
         tokenizer=tokenizer,
         text_encoder=gemma,

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import json
 import string
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -54,10 +57,21 @@ def _bpe(prefix: str, suffix: str) -> tuple[list[str], list[tuple[str, str]]]:
     return pieces + extra, [tuple(m) for m in state["merges"]]
 
 
-def clip() -> tuple[CLIPTextModel, CLIPTokenizer]:
+def _kept(folder: Path, cls: type, make: Callable[[], Any]) -> Any:
+    """The tokenizer in ``folder``, made at the first call. Two trainings number their pieces differently."""
+    if not folder.exists():
+        make().save_pretrained(folder)
+    return cls.from_pretrained(folder)
+
+
+def _clip_tokenizer() -> CLIPTokenizer:
     pieces, merges = _bpe("", "</w>")
     vocab = {piece: i for i, piece in enumerate(["<|startoftext|>", "<|endoftext|>", *pieces])}
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
+
+
+def clip(work: Path) -> tuple[CLIPTextModel, CLIPTokenizer]:
+    tokenizer = _kept(work / "clip-tokenizer", CLIPTokenizer, _clip_tokenizer)
     torch.manual_seed(1)
     model = CLIPTextModel(
         CLIPTextConfig(
@@ -105,12 +119,16 @@ def t5() -> tuple[T5EncoderModel, T5Tokenizer]:
     return model.eval(), tokenizer
 
 
-def gemma() -> tuple[Gemma2Model, GemmaTokenizer]:
+def _gemma_tokenizer() -> GemmaTokenizer:
     pieces, merges = _bpe("▁", "")
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
     byte_pieces = [f"<0x{i:02X}>" for i in range(256)]
     vocab = {piece: i for i, piece in enumerate([*special, *byte_pieces, *pieces])}
-    tokenizer = GemmaTokenizer(vocab=vocab, merges=merges, model_max_length=300, add_bos_token=True)
+    return GemmaTokenizer(vocab=vocab, merges=merges, model_max_length=300, add_bos_token=True)
+
+
+def gemma(work: Path) -> tuple[Gemma2Model, GemmaTokenizer]:
+    tokenizer = _kept(work / "gemma-tokenizer", GemmaTokenizer, _gemma_tokenizer)
     torch.manual_seed(3)
     model = Gemma2Model(
         Gemma2Config(
