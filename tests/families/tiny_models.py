@@ -22,6 +22,8 @@ from transformers import (
     GemmaTokenizer,
     GlmConfig,
     GlmModel,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -407,6 +409,22 @@ def flux2_vae() -> diffusers.AutoencoderKLFlux2:
     return vae
 
 
+def flux2_dev(folder: Path) -> None:
+    text = dict(DECODER, num_hidden_layers=31, model_type="mistral")
+    vision = dict(model_type="pixtral", hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, head_dim=8)
+    tokenizer = byte_tokenizer()  # the real one is a processor of pictures too, which text does not need
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{% for part in message['content'] %}{{ part['text'] }}{% endfor %}<|im_end|>{% endfor %}"
+    )
+    diffusers.Flux2Pipeline(
+        transformer=flux2_transformer(guidance_embeds=True),
+        scheduler=flow(use_dynamic_shifting=True),
+        vae=flux2_vae(),
+        text_encoder=Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision)),
+        tokenizer=tokenizer,
+    ).save_pretrained(folder)
+
+
 def flux2_klein(folder: Path) -> None:
     diffusers.Flux2KleinPipeline(
         transformer=flux2_transformer(guidance_embeds=False),
@@ -431,5 +449,6 @@ TINY: dict[str, Tiny] = {
     "cogview4": Tiny(cogview4, prompt="a red fox in the snow", length=48),
     "qwenimage": Tiny(qwenimage, length=256, guide=rescaled_cfg),
     "krea2": Tiny(krea2, length=256, guide=extra_cfg),
+    "flux2-dev": Tiny(flux2_dev, length=512, guided=False, packed_noise=True),
     "flux2-klein": Tiny(flux2_klein, length=96, packed_noise=True),
 }
