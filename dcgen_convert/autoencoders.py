@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dcgen_convert.errors import InputError
 from dcgen_convert.files import read_json
 
-CLASSES = ("AutoencoderDC", "AutoencoderKL", "AutoencoderKLQwenImage", "AutoencoderKLFlux2")
+CLASSES = ("AutoencoderDC", "AutoencoderKL", "AutoencoderKLQwenImage", "AutoencoderKLFlux2", "AutoencoderKLHunyuanImage")
 
 
 @dataclass
@@ -131,6 +131,8 @@ def describe(folder: Path) -> dict[str, Any]:
 
 def geometry(config: dict[str, Any]) -> tuple[int, int]:
     """(f, C) from a config."""
+    if "spatial_compression_ratio" in config:
+        return int(config["spatial_compression_ratio"]), int(config["latent_channels"])
     if "dim_mult" in config:
         return 2 ** (len(config["dim_mult"]) - 1), int(config["z_dim"])
     widths = config.get("encoder_block_out_channels") or config["block_out_channels"]

@@ -68,7 +68,9 @@ def new_grid(ae: str, offline: bool = True) -> Grid:
 
 
 def autoencoder_grid(config: dict) -> tuple[int, int]:
-    """(f, c) of an AutoencoderDC, AutoencoderKL or AutoencoderKLQwenImage config."""
+    """(f, c) of an autoencoder's config, whatever its class."""
+    if "spatial_compression_ratio" in config and "latent_channels" in config:
+        return config["spatial_compression_ratio"], config["latent_channels"]
     if "dim_mult" in config and "z_dim" in config:
         return 2 ** (len(config["dim_mult"]) - 1), config["z_dim"]
     levels = config.get("encoder_block_out_channels") or config.get("block_out_channels")

@@ -15,6 +15,7 @@ import torch
 from bundle.conftest import dit_source, flux_source, sana_source, tokenizer_clip, tokenizer_t5
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    ByT5Tokenizer,
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     Gemma2Config,
@@ -22,6 +23,8 @@ from transformers import (
     GemmaTokenizer,
     GlmConfig,
     GlmModel,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -407,6 +410,22 @@ def flux2_vae() -> diffusers.AutoencoderKLFlux2:
     return vae
 
 
+def flux2_dev(folder: Path) -> None:
+    text = dict(DECODER, num_hidden_layers=31, model_type="mistral")
+    vision = dict(model_type="pixtral", hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, head_dim=8)
+    tokenizer = byte_tokenizer()  # the real one is a processor of pictures too, which text does not need
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{% for part in message['content'] %}{{ part['text'] }}{% endfor %}<|im_end|>{% endfor %}"
+    )
+    diffusers.Flux2Pipeline(
+        transformer=flux2_transformer(guidance_embeds=True),
+        scheduler=flow(use_dynamic_shifting=True),
+        vae=flux2_vae(),
+        text_encoder=Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision)),
+        tokenizer=tokenizer,
+    ).save_pretrained(folder)
+
+
 def flux2_klein(folder: Path) -> None:
     diffusers.Flux2KleinPipeline(
         transformer=flux2_transformer(guidance_embeds=False),
@@ -414,6 +433,45 @@ def flux2_klein(folder: Path) -> None:
         vae=flux2_vae(),
         text_encoder=Qwen3ForCausalLM(Qwen3Config(**DECODER, num_hidden_layers=28)),
         tokenizer=byte_tokenizer(),
+    ).save_pretrained(folder)
+
+
+def hunyuanimage(folder: Path) -> None:
+    torch.manual_seed(2)
+    transformer = diffusers.HunyuanImageTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        patch_size=(1, 1),
+        guidance_embeds=True,
+        text_embed_dim=WIDTH,
+        text_embed_2_dim=WIDTH,
+        rope_axes_dim=(8, 8),
+    )
+    vae = diffusers.AutoencoderKLHunyuanImage(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=64,
+        block_out_channels=(32, 32, 32, 32, 64, 128),
+        layers_per_block=1,
+        spatial_compression_ratio=32,
+        sample_size=128,
+        scaling_factor=0.75,
+    )
+    text = dict(DECODER, num_hidden_layers=3, rope_parameters=ROPE)
+    vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=WIDTH)
+    torch.manual_seed(1)
+    glyphs = T5EncoderModel(T5Config(vocab_size=384, d_model=WIDTH, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+    diffusers.HunyuanImagePipeline(
+        transformer=alive(transformer),
+        scheduler=flow(shift=5.0),
+        vae=vae,
+        text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)),
+        tokenizer=byte_tokenizer(),
+        text_encoder_2=glyphs,
+        tokenizer_2=ByT5Tokenizer(),
     ).save_pretrained(folder)
 
 
@@ -431,5 +489,7 @@ TINY: dict[str, Tiny] = {
     "cogview4": Tiny(cogview4, prompt="a red fox in the snow", length=48),
     "qwenimage": Tiny(qwenimage, length=256, guide=rescaled_cfg),
     "krea2": Tiny(krea2, length=256, guide=extra_cfg),
+    "hunyuanimage": Tiny(hunyuanimage, prompt='a sign "hi"', length=256, factor=32, guided=False),
+    "flux2-dev": Tiny(flux2_dev, length=512, guided=False, packed_noise=True),
     "flux2-klein": Tiny(flux2_klein, length=96, packed_noise=True),
 }

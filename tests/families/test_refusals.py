@@ -1,0 +1,43 @@
+"""A variant that cannot be converted is refused with one sentence, before anything is written."""
+
+import json
+
+import pytest
+
+from dcgen_convert import families
+from dcgen_convert.checkpoint.source import load_source
+from dcgen_convert.errors import InputError
+
+from .tiny_models import TINY
+
+
+@pytest.mark.parametrize(
+    "name, pipeline",
+    [
+        ("flux", "FluxFillPipeline"),
+        ("flux", "FluxKontextPipeline"),
+        ("sana", "SanaSprintPipeline"),
+        ("sd3", "StableDiffusion3InpaintPipeline"),
+        ("qwenimage", "QwenImageEditPipeline"),
+    ],
+)
+def test_pipelines_whose_inputs_are_not_trained(name, pipeline, tmp_path):
+    TINY[name].build(tmp_path)
+    assert load_source(name, str(tmp_path)).family.name == name
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "_class_name": pipeline}))
+    with pytest.raises(InputError, match=f"{pipeline}, only .* can be converted"):
+        load_source(name, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name, config, channels, text",
+    [
+        ("lumina2", {}, 30, "do not fit"),
+        ("zimage", {"all_patch_size": (1, 2), "all_f_patch_size": (1, 1)}, 32, "more patch sizes"),
+        ("hunyuanimage", {"use_meanflow": True}, 32, "distilled to a few steps"),
+    ],
+)
+def test_configs_that_do_not_convert(name, config, channels, text):
+    with pytest.raises(InputError, match=text):
+        families.get(name).convert_config(config, 32, channels, 1024)
