@@ -18,13 +18,15 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from dcgen_convert import ranks
 from dcgen_convert.console import Console
 from dcgen_convert.errors import InputError, RankLost
 from dcgen_convert.files import atomic_write, read_json, write_json
-from dcgen_convert.recipe import Machine
+
+if TYPE_CHECKING:  # the command line imports this file before it knows the verb
+    from dcgen_convert.recipe import Machine
 
 OUTCOME, STOP, LOG = "outcome.json", "stop", "log-launcher.txt"
 SSH_SECONDS = 15  # longest wait for one host
@@ -74,6 +76,7 @@ def run(arguments: list[str], machine: Machine, run_dir: Path, console: Console,
     command += ["--num_gpus", str(machine.gpus)] if machine.gpus else []
     # The ranks must know that they came from here, also where the hostfile is that of a run's record.
     command += ["--module", "dcgen_convert.cli", *arguments, "--hostfile", machine.hostfile]
+    command += ["--gpus", str(machine.gpus)] if machine.gpus else []
     received: list[int] = []
 
     def handler(number: int, frame: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +60,7 @@ def resume(session: Session, run_dir: Path, values: dict) -> int:
     resolved, output = conversion.recorded(run_dir)
     if any(asked.values()):
         resolved = replace(resolved, machine=replace(resolved.machine, **asked))
-    elif ranks.world() > 1:  # the ranks that a launcher has started count, not those of the record
+    elif ranks.world() > 1 and ranks.LAUNCHED not in os.environ:  # what torchrun or srun started counts, not the record
         resolved = replace(resolved, machine=replace(resolved.machine, gpus=None, hostfile=None))
     return _on_ranks(session, resolved.machine, run_dir, lambda crew: conversion.convert(resolved, run_dir, output, console, crew=crew))
 

@@ -82,8 +82,17 @@ def assert_nothing_left(folder, seconds=SECONDS) -> None:
         time.sleep(0.1)
 
 
-def test_two_ranks_share_the_stages(converted, tmp_path):
-    done = run_cli(*FLUX, "--gpus", "2", "--until", "align-head", *short_settings(), cwd=tmp_path, timeout=900)
+def test_two_ranks_share_the_stages_and_go_on_after_a_death(converted, tmp_path):
+    command = [*FLUX, "--gpus", "2", "--until", "align-head", *short_settings(**{"data.batch": 8})]
+    process = start_cli(*command, cwd=tmp_path)
+    pictures = tmp_path / "run" / "data" / "pictures"
+    wait_for(pictures / "0000001.png", process)
+    ranks_of(tmp_path)[1].kill()
+    assert process.communicate(timeout=SECONDS)[0] == "" and process.returncode == 4
+    drawn = {path: path.stat().st_mtime_ns for path in pictures.glob("0*.png")}
+    assert 0 < len(drawn) < 96
+    done = run_cli(*command, cwd=tmp_path, timeout=900)
+    assert all(path.stat().st_mtime_ns == time for path, time in drawn.items())  # not drawn again
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout == f"{tmp_path / 'run'}\n"
     assert "ranks: 2" in done.stderr and done.stderr.count("align head: after") == 1  # one rank speaks
@@ -108,6 +117,9 @@ def test_sigterm_writes_a_checkpoint_and_another_number_of_ranks_goes_on(prepare
     assert out == "" and "a checkpoint is written" in err and "Traceback" not in err
     assert err.splitlines()[-1] == f"dcgen-convert resume {prepared / 'run'}"
     assert_nothing_left(prepared)
+    refused = run_cli("resume", "run", "--gpus", "4", cwd=prepared)
+    assert refused.returncode == 2
+    assert "4 ranks cannot share these batches evenly: adapt.phases.0.batch = 6" in refused.stderr
     done = run_cli(*FLUX, *TRAIN, "--gpus", "3", cwd=prepared)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "continuing from the checkpoint of step" in done.stderr
@@ -156,7 +168,7 @@ def test_hostfile_of_one_host(prepared, reference):
 
 
 def test_torchrun_ranks_join(prepared, reference):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     env = {**os.environ, "CI": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WEIGHTS.parents[2])}
     done = subprocess.run(
         [*command, "dcgen_convert.cli", *FLUX, *TRAIN], cwd=prepared, env=env, capture_output=True, text=True, timeout=600
