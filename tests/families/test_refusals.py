@@ -32,6 +32,15 @@ def test_pipelines_whose_inputs_are_not_trained(name, pipeline, tmp_path):
         load_source(name, str(tmp_path))
 
 
+def test_models_that_say_they_are_distilled(tmp_path):
+    TINY["flux2-klein"].build(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["is_distilled"] is False and load_source("klein", str(tmp_path)).family.name == "flux2"
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "is_distilled": True}))
+    with pytest.raises(InputError, match="distilled to a few steps"):
+        load_source("klein", str(tmp_path))
+
+
 @pytest.mark.parametrize(
     "name, config, channels, text",
     [
