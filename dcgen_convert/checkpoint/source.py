@@ -143,6 +143,11 @@ def load_source(name: str, repo_or_path: str, *, revision: str | None = None, of
             f"{source.family.model_class}",
             "inpainting, editing and step-distilled variants need inputs that the conversion does not train",
         )
+    if source.index.get("is_distilled"):
+        raise InputError(
+            f"{root} is distilled to a few steps (is_distilled), which flow matching would undo",
+            "give the undistilled model",
+        )
     for module in (source.family.embedder, source.family.head):
         if f"{module}.weight" not in source.tensors:
             raise InputError(

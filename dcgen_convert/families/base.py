@@ -50,6 +50,7 @@ class Family:
     # 0: stock AutoencoderDC; 1: the same with keys in its config that the pipeline asks for; 2: in-bundle adapter that
     # undoes the p x p packing of the pipeline, or of a transformer that packs for itself
     bundle_tier: ClassVar[int] = 0
+    fixed_shift: ClassVar[bool] = False  # whether the network's time input leans on the shift of the stock scheduler
     official_layout: ClassVar[bool] = False  # whether the DC-Gen authors published a pipeline class
     # layout of a single file -> prefixes of tensor names that only this family has together
     layouts: ClassVar[dict[str, tuple[str, ...]]]

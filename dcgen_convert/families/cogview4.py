@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import groupby
 
+from dcgen_convert.errors import InputError
 from dcgen_convert.families.base import Family
 
 
@@ -22,6 +23,7 @@ class CogView4(Family):
     lora_targets = r"transformer_blocks\.\d+\.(attn1\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))"
     awq_pattern = r"transformer_blocks\.\d+\.norm1\.linear"
     bundle_tier = 2
+    fixed_shift = True
     default_steps = 50
     default_guidance = 3.5
     text_length = 256
@@ -37,6 +39,14 @@ class CogView4(Family):
             "pixels_per_latent": factor,
         }
 
+    def shift(self, tokens, scheduler):
+        if scheduler.get("time_shift_type") != "linear" or self.mu(tokens, scheduler) != self.mu(tokens, {}):
+            raise InputError(
+                "CogView4's network is told the step before the timestep shift, so the shift of its scheduler must stay",
+                "use CogView4's own scheduler config",
+            )
+        return super().shift(tokens, scheduler)
+
     def mu(self, tokens, scheduler):
         base, slope = scheduler.get("base_shift", 0.25), scheduler.get("max_shift", 0.75)
         return math.sqrt(tokens / scheduler.get("base_image_seq_len", 256)) * slope + base
@@ -47,6 +57,9 @@ class CogView4(Family):
     def predict(self, model, z, t, text, guidance=None):
         import torch
 
+        # The pipeline shifts the noise level and tells the network the step before the shift: t = mu s / (1 + (mu - 1) s).
+        mu = self.mu(z.shape[2] * z.shape[3] // self.patch(model.config, z.shape[1]) ** 2, {})
+        steps = t / (mu - (mu - 1) * t)
         pixels = model.config.get("pixels_per_latent", 8)
         size = torch.tensor([[z.shape[2] * pixels, z.shape[3] * pixels]], dtype=z.dtype, device=z.device)
         fine, outputs, start = self.expose(z, model.config), [], 0
@@ -57,7 +70,7 @@ class CogView4(Family):
             output = model(
                 hidden_states=fine[rows],
                 encoder_hidden_states=text["encoder_hidden_states"][rows, :length],
-                timestep=t[rows] * 1000,
+                timestep=steps[rows] * 1000,
                 original_size=size.expand(count, 2),
                 target_size=size.expand(count, 2),
                 crop_coords=torch.zeros_like(size).expand(count, 2),

@@ -172,6 +172,11 @@ def sampling_of(
     common = dict(guidance_range=tuple(adapt.guidance_range), text_drop=adapt.text_drop)
     if family.prediction == "epsilon":
         return Sampling("ddpm", 1.0, **common, times=family.noise_times())
+    if family.fixed_shift and adapt.shift != "model":
+        raise RecipeError(
+            f"the time input of a {family.name} network leans on its scheduler's shift, {adapt.shift!r} would break it",
+            hint="set adapt.shift to model",
+        )
     if adapt.shift == "model":
         patch = family.patch(config, shape[0])
         shift = family.shift(shape[1] * shape[2] // patch**2, scheduler)

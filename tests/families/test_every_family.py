@@ -92,7 +92,7 @@ def test_velocity_is_what_the_stock_scheduler_receives(tiny, source, stock):
     text, null = (text_of(entry, family, pipeline, prompt) for prompt in (entry.prompt, ""))
     assert any(not torch.equal(text[key], null[key]) for key in family.text_keys)
     g = torch.full((1,), GUIDANCE)
-    for output, timestep, sample in steps:
+    for i, (output, timestep, sample) in enumerate(steps):
         x, goal = latent_of(entry, family, sample), output[:1]
         assert goal.std() > 1e-2  # agreement is not agreement on zero
         if family.prediction == "epsilon":
@@ -100,7 +100,7 @@ def test_velocity_is_what_the_stock_scheduler_receives(tiny, source, stock):
             z = (x.double() * (t.square() + (1 - t).square()).sqrt()).float()
             step = family.predict  # the scheduler takes epsilon
         else:
-            t, z, step = timestep[None] / 1000, x, family.velocity
+            t, z, step = pipeline.scheduler.sigmas[i][None], x, family.velocity
 
         with torch.no_grad():
             mine, free = (step(pipeline.transformer, z, t, condition, g) for condition in (text, null))
@@ -127,6 +127,18 @@ def test_latent_and_tokens_are_in_the_stock_order_element_by_element(tiny, sourc
     theirs = embedded[0].flatten(2).transpose(1, 2) if embedded[0].ndim == 4 else embedded[0]
     for row in theirs.reshape(-1, *mine.shape[1:]):
         torch.testing.assert_close(row[None], mine, atol=1e-5, rtol=1e-5)
+
+
+def test_training_shift_is_the_one_that_the_stock_pipeline_samples_with(tiny, source, stock, monkeypatch):
+    """sigma' = r sigma / (1 + (r - 1) sigma) at the second step, r by the scheduler's config and the family's rule."""
+    (_, entry), family, (pipeline, steps, *_) = tiny, source.family, stock
+    if entry.middle is None:
+        pytest.skip("the scheduler spaces its steps itself")
+    monkeypatch.setattr(type(family), "default_steps", STEPS)  # FLUX.2's rule counts them
+    z = latent_of(entry, family, steps[0][2])
+    tokens = z.shape[2] * z.shape[3] // family.patch(pipeline.transformer.config, z.shape[1]) ** 2
+    r = family.shift(tokens, pipeline.scheduler.config)
+    assert pipeline.scheduler.sigmas[1].item() == pytest.approx(r * entry.middle / (1 + (r - 1) * entry.middle), rel=1e-4)
 
 
 def test_model_latents_are_those_of_the_stock_pipeline(tiny, source, stock):

@@ -6,7 +6,9 @@ import pytest
 
 from dcgen_convert import families
 from dcgen_convert.checkpoint.source import load_source
-from dcgen_convert.errors import InputError
+from dcgen_convert.errors import InputError, RecipeError
+from dcgen_convert.schema import Adapt
+from dcgen_convert.train.adapt import sampling_of
 
 from .tiny_models import TINY
 
@@ -30,6 +32,15 @@ def test_pipelines_whose_inputs_are_not_trained(name, pipeline, tmp_path):
         load_source(name, str(tmp_path))
 
 
+def test_models_that_say_they_are_distilled(tmp_path):
+    TINY["flux2-klein"].build(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["is_distilled"] is False and load_source("klein", str(tmp_path)).family.name == "flux2"
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "is_distilled": True}))
+    with pytest.raises(InputError, match="distilled to a few steps"):
+        load_source("klein", str(tmp_path))
+
+
 @pytest.mark.parametrize(
     "name, config, channels, text",
     [
@@ -41,3 +52,13 @@ def test_pipelines_whose_inputs_are_not_trained(name, pipeline, tmp_path):
 def test_configs_that_do_not_convert(name, config, channels, text):
     with pytest.raises(InputError, match=text):
         families.get(name).convert_config(config, 32, channels, 1024)
+
+
+def test_a_shift_that_the_network_leans_on_cannot_be_changed():
+    cogview = families.get("cogview4")
+    own = {"use_dynamic_shifting": True, "time_shift_type": "linear", "base_shift": 0.25, "max_shift": 0.75}
+    assert cogview.shift(1024, own) == 1.75
+    with pytest.raises(InputError, match="must stay"):
+        cogview.shift(1024, {**own, "max_shift": 1.15})
+    with pytest.raises(RecipeError, match="would break it"):
+        sampling_of(cogview, Adapt(shift=3.0, phases=[{"resolution": 64, "steps": 1}]), (32, 2, 2), {}, own)

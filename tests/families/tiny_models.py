@@ -72,6 +72,7 @@ class Tiny:
         factor: px per latent cell of the source's autoencoder.
         guide: how the stock pipeline puts conditional and null prediction together.
         guided: whether it does so at all.
+        middle: unshifted sigma of the second of two steps; None where the scheduler spaces its steps itself.
         packed_noise: whether it draws its noise on the grid of tokens.
     """
 
@@ -81,6 +82,7 @@ class Tiny:
     side: int = 128
     factor: int = 8
     guide: Callable = cfg
+    middle: float | None = 0.5
     packed_noise: bool = False
     guided: bool = True
 
@@ -477,16 +479,16 @@ def hunyuanimage(folder: Path) -> None:
 
 TINY: dict[str, Tiny] = {
     "flux": Tiny(flux_source, factor=2, side=64, guided=False),
-    "sana": Tiny(sana_source, factor=32),
-    "dit": Tiny(dit_source, prompt="fox", factor=2, side=16),
-    "sd3": Tiny(sd3),
-    "pixart": Tiny(pixart),
-    "pixart-alpha": Tiny(pixart_alpha),
+    "sana": Tiny(sana_source, factor=32, middle=None),
+    "dit": Tiny(dit_source, middle=None, prompt="fox", factor=2, side=16),
+    "sd3": Tiny(sd3, middle=None),
+    "pixart": Tiny(pixart, middle=None),
+    "pixart-alpha": Tiny(pixart_alpha, middle=None),
     "lumina2": Tiny(lumina2, length=256, guide=rescaled_cfg),
     "zimage": Tiny(zimage, length=96, guide=extra_cfg),
     "chroma": Tiny(chroma),
-    "auraflow": Tiny(auraflow),
-    "cogview4": Tiny(cogview4, prompt="a red fox in the snow", length=48),
+    "auraflow": Tiny(auraflow, middle=None),
+    "cogview4": Tiny(cogview4, middle=0.001, prompt="a red fox in the snow", length=48),
     "qwenimage": Tiny(qwenimage, length=256, guide=rescaled_cfg),
     "krea2": Tiny(krea2, length=256, guide=extra_cfg),
     "hunyuanimage": Tiny(hunyuanimage, prompt='a sign "hi"', length=256, factor=32, guided=False),
