@@ -17,6 +17,8 @@ import torch
 from conftest import WEIGHTS, run_cli, short_settings, start_cli
 from safetensors.torch import load_file
 
+from dcgen_convert.data.images import read_pixels
+
 FLUX = ["tiny-flux", "--ae", "tiny-dc-ae-f32", "-y", "-o", "bundle", "--run-dir", "run"]
 STEPS = 120
 TRAIN = ["--until", "adapt-1", *short_settings(**{"adapt.phases.0.steps": STEPS, "adapt.phases.0.batch": 6})]
@@ -99,11 +101,13 @@ def test_two_ranks_share_the_stages_and_go_on_after_a_death(converted, tmp_path)
     log = (tmp_path / "run" / "log-rank-1.txt").read_text()
     assert all(f"task {task}" in log for task in ("pictures", "latents", "captions", "train-head"))
     for path in sorted((converted / "run" / "data" / "pictures").iterdir()):
-        assert path.read_bytes() == (tmp_path / "run" / "data" / "pictures" / path.name).read_bytes()
-    for path in sorted((converted / "run" / "latents").glob("*.safetensors")):
-        assert path.read_bytes() == (tmp_path / "run" / "latents" / path.name).read_bytes()
-    ours, theirs = (load_file(folder / "run" / "align-head" / "modules.safetensors") for folder in (tmp_path, converted))
-    assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in theirs)
+        ours, theirs = (read_pixels(file, 128) for file in (pictures / path.name, path))
+        assert (ours - theirs).abs().max() <= 1.01 * 2 / 255  # one level: batches of another size round differently
+    files = sorted((converted / "run" / "latents").glob("*.safetensors"))
+    for path in [*files, converted / "run" / "align-head" / "modules.safetensors"]:
+        ours, theirs = load_file(tmp_path / path.relative_to(converted)), load_file(path)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.allclose(ours[name], theirs[name], atol=5e-3) for name in theirs), path.name
     assert_nothing_left(tmp_path)
 
 
