@@ -30,7 +30,7 @@ class QuantTargets:
 
 
 class Family:
-    """Facts of one family. Subclasses fill the class attributes and the five methods at the end."""
+    """Facts of one family. Subclasses fill the class attributes and state the methods at the end where theirs differ."""
 
     name: ClassVar[str]
     model_class: ClassVar[str]  # diffusers transformer class
@@ -211,8 +211,26 @@ class Family:
     def pipeline_call(
         self, pipeline: Any, prompts: list[str], *, height: int, width: int, steps: int, guidance: float, length: int
     ) -> dict:
-        """Keyword arguments with which the stock pipeline draws ``prompts``."""
-        raise TypeError(f"{type(self).__name__} states no pipeline_call")
+        """Keyword arguments with which the stock pipeline draws ``prompts``; these are what most pipelines call them."""
+        return dict(
+            prompt=prompts,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            max_sequence_length=length,
+        )
+
+
+def padded(rows: list[Tensor], length: int) -> tuple[Tensor, Tensor]:
+    """Text features (L_i, D) of several prompts as (B, length, D), zeros behind each, and their mask (B, length) of 0 / 1."""
+    import torch
+
+    embeds = rows[0].new_zeros(len(rows), length, rows[0].shape[-1])
+    mask = torch.zeros(len(rows), length, dtype=torch.long, device=embeds.device)
+    for i, row in enumerate(rows):
+        embeds[i, : len(row)], mask[i, : len(row)] = row, 1
+    return embeds, mask
 
 
 def token_ids(rows: int, columns: int, like: Tensor) -> Tensor:

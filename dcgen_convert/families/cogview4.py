@@ -6,7 +6,7 @@ import math
 from itertools import groupby
 
 from dcgen_convert.errors import InputError
-from dcgen_convert.families.base import Family
+from dcgen_convert.families.base import Family, padded
 
 
 class CogView4(Family):
@@ -81,24 +81,9 @@ class CogView4(Family):
 
     def encode_text(self, pipeline, prompts, length):
         """Prompts one by one: the stock pipeline pads a prompt to a multiple of 16 tokens and attends to the padding."""
-        import torch
-
         rows = [
             pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=length)[0][0][-length:]
             for prompt in prompts
         ]
-        embeds = rows[0].new_zeros(len(rows), length, rows[0].shape[-1])
-        mask = torch.zeros(len(rows), length, device=embeds.device)
-        for i, row in enumerate(rows):
-            embeds[i, : len(row)], mask[i, : len(row)] = row, 1
+        embeds, mask = padded(rows, length)
         return {"encoder_hidden_states": embeds, "text_mask": mask}
-
-    def pipeline_call(self, pipeline, prompts, *, height, width, steps, guidance, length):
-        return dict(
-            prompt=prompts,
-            height=height,
-            width=width,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            max_sequence_length=length,
-        )

@@ -57,13 +57,3 @@ class Flux(Family):
     def encode_text(self, pipeline, prompts, length):
         embeds, pooled, _ = pipeline.encode_prompt(prompt=prompts, prompt_2=None, max_sequence_length=length)
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
-
-    def pipeline_call(self, pipeline, prompts, *, height, width, steps, guidance, length):
-        return dict(
-            prompt=prompts,
-            height=height,
-            width=width,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            max_sequence_length=length,
-        )

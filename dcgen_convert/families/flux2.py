@@ -60,13 +60,3 @@ class Flux2(Family):
 
     def encode_text(self, pipeline, prompts, length):
         return {"encoder_hidden_states": pipeline.encode_prompt(prompts, max_sequence_length=length)[0]}
-
-    def pipeline_call(self, pipeline, prompts, *, height, width, steps, guidance, length):
-        return dict(
-            prompt=prompts,
-            height=height,
-            width=width,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            max_sequence_length=length,
-        )

@@ -53,13 +53,3 @@ class Krea2(Family):
     def encode_text(self, pipeline, prompts, length):
         embeds, mask = pipeline.encode_prompt(prompts, max_sequence_length=length)
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
-
-    def pipeline_call(self, pipeline, prompts, *, height, width, steps, guidance, length):
-        return dict(
-            prompt=prompts,
-            height=height,
-            width=width,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            max_sequence_length=length,
-        )

@@ -72,13 +72,3 @@ class Lumina2(Family):
             "encoder_hidden_states": torch.where(empty[:, None, None], null, embeds),
             "encoder_attention_mask": torch.where(empty[:, None], null_mask, mask),
         }
-
-    def pipeline_call(self, pipeline, prompts, *, height, width, steps, guidance, length):
-        return dict(
-            prompt=prompts,
-            height=height,
-            width=width,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            max_sequence_length=length,
-        )

@@ -52,13 +52,3 @@ class SD3(Family):
     def encode_text(self, pipeline, prompts, length):
         embeds, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=length)
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
-
-    def pipeline_call(self, pipeline, prompts, *, height, width, steps, guidance, length):
-        return dict(
-            prompt=prompts,
-            height=height,
-            width=width,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            max_sequence_length=length,
-        )

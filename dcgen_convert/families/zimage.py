@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dcgen_convert.errors import InputError
-from dcgen_convert.families.base import Family
+from dcgen_convert.families.base import Family, padded
 
 
 class ZImage(Family):
@@ -48,21 +48,6 @@ class ZImage(Family):
         return self.collect(torch.stack(output).squeeze(2), z.shape[1])
 
     def encode_text(self, pipeline, prompts, length):
-        import torch
-
         rows, _ = pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False, max_sequence_length=length)
-        embeds = rows[0].new_zeros(len(rows), length, rows[0].shape[-1])
-        mask = torch.zeros(len(rows), length, dtype=torch.long, device=embeds.device)
-        for i, row in enumerate(rows):
-            embeds[i, : len(row)], mask[i, : len(row)] = row, 1
+        embeds, mask = padded(rows, length)
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
-
-    def pipeline_call(self, pipeline, prompts, *, height, width, steps, guidance, length):
-        return dict(
-            prompt=prompts,
-            height=height,
-            width=width,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            max_sequence_length=length,
-        )
