@@ -6,7 +6,8 @@
 surgery comes first because it reads every byte of the inputs: a damaged checkpoint is found before hours of synthesis.
 
 Every stage reads artefacts of the run folder and writes its own; journal.py decides which stages still hold. `inputs`
-below lists what a stage depends on: a change there, or in a stage before it, makes it run again.
+below lists what a stage depends on: a change there, or in a stage that it builds on, makes it run again. Pictures do not
+depend on the autoencoder, so another --ae keeps them.
 """
 
 from __future__ import annotations
@@ -32,11 +33,15 @@ RECIPE = "recipe.json"
 
 @dataclass(frozen=True)
 class Step:
-    """One stage: its name, the function that does it, and what it depends on beside the stages before it."""
+    """One stage: its name, the function that does it, what it depends on, and the stages that it builds on.
+
+    ``after`` is None for all stages before it, which is what most build on.
+    """
 
     name: str
     function: Callable[[Job, Stage], None]
     inputs: dict[str, Any]
+    after: tuple[str, ...] | None = None
 
 
 def walk(job: Job, output: Path, force: bool) -> Iterator[Step]:
@@ -52,7 +57,7 @@ def walk(job: Job, output: Path, force: bool) -> Iterator[Step]:
     phases = recipe["adapt"].pop("phases")
     common = {"source": job.source.fingerprint, "dtype": recipe["dtype"], "seed": recipe["seed"]}
     yield Step("surgery", surgery.run, {**common, "autoencoder": job.ae.fingerprint, "resolution": job.resolution})
-    yield Step("data", make.run, {"data": recipe["data"]})
+    yield Step("data", make.run, {**common, "data": recipe["data"], "text_length": job.text_length}, after=())
     yield Step(
         "latents", latents.run, {"latents": recipe["latents"], "resolutions": [phase["resolution"] for phase in phases]}
     )
@@ -120,10 +125,12 @@ def convert(
 
 def _run_steps(job: Job, steps: list[Step], output: Path, start: str | None, until: str | None) -> dict[str, Any]:
     records = []
-    before = {"version": __version__}
+    prints: dict[str, str] = {}
     again = False
     for step in steps:
-        inputs = {**step.inputs, "before": fingerprint(before)}
+        before = prints if step.after is None else {name: prints[name] for name in step.after}
+        inputs = {**step.inputs, "version": __version__, "before": fingerprint(before)}
+        prints[step.name] = fingerprint(inputs)
         lost = step.name == "bundle" and not (output / MANIFEST).exists()
         again = again or step.name == start or lost
         record = None if again else job.run.done(step.name, inputs)
@@ -135,7 +142,6 @@ def _run_steps(job: Job, steps: list[Step], output: Path, start: str | None, unt
             job.console.say(f"{step.name}: holds, skipped")
         job.console.event("stage", name=step.name, seconds=record["seconds"], metrics=record["metrics"])
         records.append({"name": step.name, "seconds": record["seconds"], "metrics": record["metrics"]})
-        before = inputs
         if step.name == until:
             return {"status": "stopped", "run": str(job.run.path), "stages": records}
     metrics = {

@@ -1,8 +1,8 @@
 """Stage `align-head`: a start for the new output head, then embedder + head trained with the blocks frozen.
 
 The head is linear in the features that reach it, so with the blocks frozen its optimum over sampled (t, noise, text) is one
-least-squares problem. For guidance-distilled bases the corrected velocity v_hat = [v_g(c) - (1-g) v(null)] / g (arXiv
-2509.25180) is the same head on the features [h_g(c) - (1-g) h(null)] / g: still linear, bias unchanged.
+least-squares problem. For guidance-distilled bases the corrected velocity v_hat = v(null) + (g_d / g) [v_g(c) - v(null)]
+(`train.objective`) is the same head on the features h(null) + (g_d / g) [h_g(c) - h(null)]: still linear, bias unchanged.
 B batch, N tokens, D width, C channels.
 """
 
@@ -134,8 +134,9 @@ def head_equations(job, task: adapt.Task, draws: int) -> NormalEquations:
                     x = features(z, drawn.t, objective.drop_text(text, rows.null, drawn.dropped), drawn.guidance)
                     if corrected:
                         nothing = objective.drop_text(text, rows.null, torch.ones_like(drawn.dropped))
-                        g = drawn.guidance[:, None, None]
-                        x = (x - (1 - g) * features(z, drawn.t, nothing, torch.ones_like(drawn.guidance))) / g
+                        h_null = features(z, drawn.t, nothing, torch.ones_like(drawn.guidance))
+                        shown = job.recipe.adapt.data_guidance
+                        x = h_null + shown / drawn.guidance[:, None, None] * (x - h_null)
                     equations.add(x, job.family.target(z0, drawn.eps).flatten(2).transpose(1, 2))  # (B, N, C), patch 1
                     bar.advance(len(part))
     finally:

@@ -153,7 +153,8 @@ class Task:
         if self.adapt.objective == "flow":
             return lambda z0, text, draws: flow_loss(family, model, z0, text, draws, null)
         branch = lora.frozen_teacher(model, self.modules) if self.adapt.null_branch == "teacher" else nullcontext
-        return lambda z0, text, draws: guidance_corrected_loss(family, model, z0, text, draws, null, branch)
+        shown = self.adapt.data_guidance
+        return lambda z0, text, draws: guidance_corrected_loss(family, model, z0, text, draws, null, branch, shown)
 
     def identity(self, settings: EngineSettings) -> dict[str, Any]:
         """Everything that decides the loss curve.

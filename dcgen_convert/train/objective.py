@@ -6,6 +6,10 @@ z_0, t in [0, 1].
 A guidance-distilled network outputs v_g = v_0 + g (v_c - v_0) for its guidance input g. With the null text guidance
 collapses, v_g(null) = v_0, so the raw velocity is v_hat = [v_g(c) - (1 - g) v(null)] / g, and v_hat is what the
 corrected loss compares with v.
+
+Pictures that the base model drew show a guidance g_d already: their v is v_d = v_0 + g_d (v_c - v_0), not v_c. The velocity
+to compare with v is then v_hat = v(null) + (g_d / g) (v_g(c) - v(null)), which is the formula above for g_d = 1. Without it
+the converted model would be guided twice.
 """
 
 from __future__ import annotations
@@ -140,8 +144,11 @@ def guidance_corrected_loss(
     draws: Draws,
     null: Text,
     null_branch: Callable[[], AbstractContextManager] = nullcontext,
+    data_guidance: float = 1.0,
 ) -> Tensor:
-    """|| [v_g(c) - (1 - g) v(null)] / g - v ||^2 for guidance-distilled networks (arXiv 2509.25180); scalar.
+    """|| v(null) + (g_d / g) [v_g(c) - v(null)] - v ||^2 for guidance-distilled networks; scalar.
+
+    With g_d = ``data_guidance`` = 1 it is the published loss, || [v_g(c) - (1 - g) v(null)] / g - v ||^2 (arXiv 2509.25180).
 
     v(null) is taken at g = 1, without gradient, inside ``null_branch``: as it is, that is the current student; a
     context that switches the adapter off makes it the frozen teacher.
@@ -151,8 +158,7 @@ def guidance_corrected_loss(
         nothing = drop_text(text, null, torch.ones_like(draws.dropped))
         v_null = predict(family, model, z, draws.t, nothing, torch.ones_like(draws.guidance))
     v_g = predict(family, model, z, draws.t, drop_text(text, null, draws.dropped), draws.guidance)
-    g = draws.guidance[:, None, None, None]
-    v_hat = (v_g - (1 - g) * v_null) / g
+    v_hat = v_null + data_guidance / draws.guidance[:, None, None, None] * (v_g - v_null)
     return (v_hat - family.target(z0, draws.eps)).square().mean()
 
 

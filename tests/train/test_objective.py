@@ -34,8 +34,8 @@ def batch(count=6, step=3):
     return z0, text, draw(7, step, range(count), SHAPE, SAMPLING), rows.null
 
 
-def by_hand(model, null_model, z0, text, draws, null):
-    """v_hat of arXiv 2509.25180, sample by sample."""
+def by_hand(model, null_model, z0, text, draws, null, shown=1.0):
+    """v_hat sample by sample: of arXiv 2509.25180 for ``shown`` = 1, else for pictures drawn with that guidance."""
     errors = []
     for i in range(len(z0)):
         t, g, eps = draws.t[i], draws.guidance[i], draws.eps[i]
@@ -43,7 +43,8 @@ def by_hand(model, null_model, z0, text, draws, null):
         condition = null if draws.dropped[i] else {key: value[i : i + 1] for key, value in text.items()}
         v_g = FLUX.predict(model, z, t[None], condition, g[None])
         v_0 = FLUX.predict(null_model, z, t[None], null, torch.ones(1))
-        errors.append(((v_g - (1 - g) * v_0) / g - (eps - z0[i])).square().mean())
+        v_c = (v_g - (1 - g) * v_0) / g
+        errors.append((v_0 + shown * (v_c - v_0) - (eps - z0[i])).square().mean())
     return torch.stack(errors).mean()
 
 
@@ -53,13 +54,14 @@ def gradients(loss, model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_guidance_corrected_loss_is_the_written_one():
+@pytest.mark.parametrize("shown", [1.0, 3.5])
+def test_guidance_corrected_loss_is_the_written_one(shown):
     """Value and gradient; the null branch has no gradient, as if it were another network."""
     model = tiny_flux().eval()
     z0, text, draws, null = batch()
     assert 0 < draws.dropped.sum() < len(z0)
-    loss = guidance_corrected_loss(FLUX, model, z0, text, draws, null)
-    reference = by_hand(model, copy.deepcopy(model), z0, text, draws, null)
+    loss = guidance_corrected_loss(FLUX, model, z0, text, draws, null, data_guidance=shown)
+    reference = by_hand(model, copy.deepcopy(model), z0, text, draws, null, shown)
     assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
     ours, theirs = gradients(loss, model), gradients(reference, model)
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-6, rtol=1e-4) for name in theirs)
@@ -88,6 +90,14 @@ def test_guidance_one_is_plain_flow():
     ones = SimpleNamespace(**{**vars(draws), "guidance": torch.ones(len(z0))})
     corrected = guidance_corrected_loss(FLUX, model, z0, text, ones, null)
     assert corrected.item() == pytest.approx(flow_loss(FLUX, model, z0, text, ones, null).item(), rel=1e-6)
+
+
+def test_pictures_of_guidance_g_are_the_target_of_guidance_g():
+    """At g = g_d the corrected loss asks the network for what it sees: no guidance is applied a second time."""
+    model, z0, text, draws, null = tiny_flux().eval(), *batch()
+    same = SimpleNamespace(**{**vars(draws), "guidance": torch.full((len(z0),), 3.5)})
+    corrected = guidance_corrected_loss(FLUX, model, z0, text, same, null, data_guidance=3.5)
+    assert corrected.item() == pytest.approx(flow_loss(FLUX, model, z0, text, same, null).item(), rel=1e-5)
 
 
 def test_epsilon_family_is_trained_on_its_own_prediction():
