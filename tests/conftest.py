@@ -10,10 +10,12 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from filelock import FileLock
 
 hypothesis.settings.register_profile("any machine", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("any machine")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores; before torch is imported
 WEIGHTS = Path(__file__).parent.parent / "dcgen_convert" / "tiny" / "weights"
 
 # Short everywhere: enough for every stage to do its real work, not for quality.
@@ -74,10 +76,19 @@ def weights() -> Path:
 
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory) -> Path:
-    """A folder with `bundle` and `run` of a short NVFP4 conversion of tiny-flux, made by the real command."""
-    folder = tmp_path_factory.mktemp("converted")
-    arguments = ["tiny-flux", "--ae", "tiny-dc-ae-f32", "--quantize", "nvfp4", "-o", "bundle", "--run-dir", "run", "-y"]
-    done = run_cli(*arguments, *short_settings(), cwd=folder)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip() == str(folder / "bundle")
+    """A folder with `bundle` and `run` of a short NVFP4 conversion of tiny-flux, made by the real command.
+
+    The workers of one test run share it: the first one makes it. What a test changes, it changes in a copy.
+    """
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "converted"
+    with FileLock(f"{folder}.lock"):
+        if (folder / "whole").exists():
+            return folder
+        folder.mkdir(exist_ok=True)
+        arguments = ["tiny-flux", "--ae", "tiny-dc-ae-f32", "--quantize", "nvfp4", "-o", "bundle", "--run-dir", "run", "-y"]
+        done = run_cli(*arguments, *short_settings(), cwd=folder)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.strip() == str(folder / "bundle")
+        (folder / "whole").touch()
     return folder

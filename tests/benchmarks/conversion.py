@@ -3,11 +3,13 @@
     python tests/benchmarks/conversion.py WORK [NAME ...]
 
 WORK keeps runs and bundles, so that the script goes on where it stopped. Rows, with the options that make them, stand in ROWS.
+A row starts from a copy of the run that SHARED names, where there is one: the stages that both have in common hold.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,19 +27,29 @@ ROWS: dict[str, list[str]] = {
     "no alignment": ["ablations/no-alignment"],
     "plain flow loss": ["ablations/plain-flow-loss"],
     "full fine-tune": ["ablations/full-finetune"],
+    "published corrected loss": ["tiny-flux", "--set", "adapt.data_guidance=1"],
     "xavier head": ["tiny-flux", "--set", "align_head.method=xavier"],
     "adamw embedder": ["tiny-flux", "--set", "align_embedder.method=adamw"],
     "noise-aware embedder": ["tiny-flux", "--set", "align_embedder.noise_aware=true"],
     "teacher null branch": ["tiny-flux", "--set", "adapt.null_branch=teacher"],
 }
+SHARED = {"long: tiny-flux f64": "long: tiny-flux f32", "tiny-flux f64": "tiny-flux f32"}
+SHARED |= {name: "tiny-flux f32" for name in list(ROWS)[list(ROWS).index("no alignment") :]}
+
+
+def folder_of(work: Path, name: str) -> Path:
+    return work / name.replace(" ", "-").replace(":", "")
 
 
 def main(work: Path, names: list[str]) -> None:
     print("| | minutes | loss start / end | accuracy source / converted / ratio | Frechet source / converted | 4-bit: accuracy, PSNR |")
     print("|---|---|---|---|---|---|")
     for name in names or ROWS:
-        folder = work / name.replace(" ", "-").replace(":", "")
+        folder = folder_of(work, name)
         folder.mkdir(parents=True, exist_ok=True)
+        shared = folder_of(work, SHARED.get(name, name)) / "run"
+        if shared.exists() and not (folder / "run").exists():
+            shutil.copytree(shared, folder / "run")
         command = [sys.executable, "-m", "dcgen_convert.cli", "convert", *ROWS[name], "--set", f"evaluate.prompts={PROMPTS}"]
         command += ["-o", str(folder / "bundle"), "--run-dir", str(folder / "run"), "-y", "--json"]
         with open(folder / "log.txt", "a") as log:

@@ -37,7 +37,7 @@ def prepared(converted, tmp_path):
 def reference(converted, tmp_path_factory):
     """Losses and LoRA of the phase in one process."""
     folder = tmp_path_factory.mktemp("reference")
-    shutil.copytree(converted / "run", folder / "run")
+    shutil.copytree(converted / "run", folder / "run", ignore=shutil.ignore_patterns(".tmp-*"))
     done = run_cli(*FLUX, *TRAIN, cwd=folder)
     assert done.returncode == 0, done.stderr[-2000:]
     return losses(folder), load_file(folder / "run" / "adapt-1" / "export" / "modules.safetensors")
