@@ -127,9 +127,9 @@ class Adapt(Section):
         "student", description="who answers the null prompt in the corrected loss"
     )
     guidance_range: tuple[float, float] = Field((1.0, 14.0), description="guidance is drawn uniformly from [lo, hi]")
-    data_guidance: PositiveFloat | None = Field(
-        None,
-        description="guidance that the pictures show already, for the corrected loss; null: data.guidance, or 1 for a folder",
+    data_guidance: PositiveFloat = Field(
+        1.0,
+        description="g_d of the corrected loss: the guidance that the pictures are taken to show; 1: none, the published loss",
     )
     shift: Literal["model", "flux2"] | PositiveFloat = Field(
         "model", description="timestep shift: model (its scheduler), flux2 (sqrt(CHW/4096)), or a number; 1 disables"
@@ -202,15 +202,6 @@ class Recipe(Section):
     merge_lora: bool = Field(True, description="fold the last LoRA into the weights; false: ship it beside them")
     bundle: Bundle = Field(default_factory=Bundle)
     evaluate: Evaluate = Field(default_factory=Evaluate)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _pictures_show_their_guidance(cls, values: object) -> object:
-        adapt, data = (values.get(key, {}) for key in ("adapt", "data")) if isinstance(values, dict) else (None, None)
-        if not (isinstance(adapt, dict) and isinstance(data, dict) and adapt.get("objective") == "guidance-corrected"):
-            return values
-        shown = 1.0 if data.get("kind") == "folder" else data.get("guidance", Data.model_fields["guidance"].default)
-        return {**values, "adapt": {**adapt, "data_guidance": adapt.get("data_guidance") or shown}}
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

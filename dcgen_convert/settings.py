@@ -161,9 +161,9 @@ class Layers:
         """The origin of every leaf of a validated recipe: recorded, derived, or "default"."""
         found: dict[str, str] = {}
         for key, _ in leaves(recipe.model_dump(mode="python")):
-            derived = next((f"derived: {rule}" for end, rule in _DERIVED.items() if key.endswith(end)), None)
-            absent = derived is not None and self._value(key) is None
-            found[key] = derived if absent else self.origins.get(key, "default")
+            derived = "derived: = rank" if key.endswith(".alpha") else "default"
+            recorded = self.origins.get(key, derived)
+            found[key] = derived if key.endswith(".alpha") and self._value(key) is None else recorded
         return found
 
     def _value(self, dotted: str) -> object:
@@ -176,10 +176,6 @@ class Layers:
             else:
                 return None
         return node
-
-
-# keys that the schema fills from others when nobody sets them
-_DERIVED = {".alpha": "= rank", "adapt.data_guidance": "the guidance of the data"}
 
 
 def _copy(value: object) -> object:

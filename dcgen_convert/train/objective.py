@@ -7,9 +7,9 @@ A guidance-distilled network outputs v_g = v_0 + g (v_c - v_0) for its guidance 
 collapses, v_g(null) = v_0, so the raw velocity is v_hat = [v_g(c) - (1 - g) v(null)] / g, and v_hat is what the
 corrected loss compares with v.
 
-Pictures that the base model drew show a guidance g_d already: their v is v_d = v_0 + g_d (v_c - v_0), not v_c. The velocity
-to compare with v is then v_hat = v(null) + (g_d / g) (v_g(c) - v(null)), which is the formula above for g_d = 1. Without it
-the converted model would be guided twice.
+Pictures that the base model drew with guidance g_d show it already: their v is v_0 + g_d (v_c - v_0), not v_c. The published
+loss takes it for v_c, so that the converted model is guided twice. With g_d > 1, v_hat = v(null) + (g_d / g) (v_g(c) -
+v(null)), the formula above for g_d = 1, and guidance keeps the meaning that it has in the base model.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ ROWS: dict[str, list[str]] = {
     "no alignment": ["ablations/no-alignment"],
     "plain flow loss": ["ablations/plain-flow-loss"],
     "full fine-tune": ["ablations/full-finetune"],
-    "published corrected loss": ["tiny-flux", "--set", "adapt.data_guidance=1"],
+    "guidance of the data": ["tiny-flux", "--set", "adapt.data_guidance=3.5"],
     "xavier head": ["tiny-flux", "--set", "align_head.method=xavier"],
     "adamw embedder": ["tiny-flux", "--set", "align_embedder.method=adamw"],
     "noise-aware embedder": ["tiny-flux", "--set", "align_embedder.noise_aware=true"],

@@ -70,7 +70,7 @@ def test_ablations_differ_from_their_base_in_what_they_ablate():
     base = dict(leaves(recipe.load("tiny-flux").recipe.model_dump()))
     allowed = {
         "no-alignment": {"name", "align_embedder.method", "align_head.method", "align_head.steps"},
-        "plain-flow-loss": {"name", "adapt.objective", "adapt.data_guidance"},
+        "plain-flow-loss": {"name", "adapt.objective"},
         "full-finetune": {
             "name",
             "adapt.phases.0.mode",
@@ -91,18 +91,6 @@ def test_lora_keys_reach_every_lora_phase_and_alpha_follows_rank():
     assert resolved.origins["adapt.phases.0.rank"] == "--set"
     assert resolved.origins["adapt.phases.0.alpha"] == "derived: = rank"
     assert recipe.load("flux-krea", sets=["lora.alpha=8"]).recipe.adapt.phases[0].alpha == 8
-
-
-def test_corrected_loss_knows_the_guidance_of_its_pictures():
-    def shown(*sets):
-        resolved = recipe.load("tiny-flux", sets=sets)
-        return resolved.recipe.adapt.data_guidance, resolved.origins["adapt.data_guidance"]
-
-    assert shown() == (3.5, "derived: the guidance of the data")
-    assert shown("data.guidance=2")[0] == 2
-    assert shown("data.kind=folder", "data.path=pictures")[0] == 1
-    assert shown("adapt.data_guidance=5") == (5, "--set")
-    assert shown("adapt.objective=flow") == (None, "derived: the guidance of the data")
 
 
 def test_resolution_sets_the_last_phase_and_caps_the_others():
