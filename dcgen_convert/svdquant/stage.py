@@ -16,6 +16,7 @@ from dcgen_convert.families import Family, QuantTargets
 from dcgen_convert.families.base import by_kind
 from dcgen_convert.files import atomic_save, read_json, write_json
 from dcgen_convert.journal import Stage
+from dcgen_convert.svdquant.assemble import timeless
 from dcgen_convert.svdquant.nunchaku import export_nunchaku
 from dcgen_convert.svdquant.quantize import quantize
 from dcgen_convert.svdquant.settings import Settings
@@ -69,7 +70,8 @@ def run(job, stage: Stage) -> None:
         rank=settings.rank,
         svdq=len(targets.svdq),
         awq=len(targets.awq),
-        skipped=targets.skipped,
+        skipped=by_kind(targets.skipped),
+        layers=[timeless(record) for record in records],
     )
 
 
@@ -80,7 +82,7 @@ def settings_of(section: Any, seed: int) -> Settings:
         rank=section.rank,
         seed=seed,
         device=pipelines.device(),
-        share=section.container == "nunchaku",
+        share=section.share or section.container == "nunchaku",
     )
 
 
