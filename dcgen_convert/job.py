@@ -78,6 +78,11 @@ class Job:
         """Image tokens at every resolution of the phases."""
         return tuple(sorted({(phase.resolution // self.ae.factor) ** 2 for phase in self.recipe.adapt.phases}))
 
+    @property
+    def converted_config(self) -> dict[str, Any]:
+        """Config of the transformer on the new latents."""
+        return self.family.convert_config(self.source.config, self.ae.factor, self.ae.channels, self.resolution)
+
     @cached_property
     def scheduler(self) -> dict[str, Any]:
         """Scheduler config of the bundle: training draws t with the shift that it samples with."""
@@ -119,7 +124,10 @@ def prepare(resolved: Resolved, run: Run, console: Console, crew: Crew = SOLO) -
             f"the stock {source.family.pipeline_class} cannot load a LoRA apart", "leave out --no-merge-lora"
         )
     offline = resolved.machine.offline
-    return Job(recipe, source, find_autoencoder(recipe.ae, offline=offline), run, console, offline, crew)
+    job = Job(recipe, source, find_autoencoder(recipe.ae, offline=offline), run, console, offline, crew)
+    if recipe.quantize.format != "none":
+        stage.plan_targets(job.family, job.converted_config, recipe.quantize.dense)  # not after days of training
+    return job
 
 
 def _require_even(recipe: Recipe, run: Run, world: int) -> None:

@@ -167,6 +167,9 @@ class Quantize(Section):
     container: Literal["diffusers", "nunchaku"] = Field(
         "diffusers", description="diffusers: a folder; nunchaku: the classic single file too (FLUX.1)"
     )
+    share: bool = Field(
+        False, description="q, k and v share smoothing and down projection; the nunchaku container always does"
+    )
 
 
 class Bundle(Section):

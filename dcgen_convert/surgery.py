@@ -24,7 +24,7 @@ def run(job, stage: Stage) -> None:
     """Writes transformer/ and surgery.json (module names, old and new shapes)."""
     autoencoders.load(job.source.vae)  # both autoencoders must work before anything is drawn
     autoencoders.load(job.ae.folder)
-    config = job.family.convert_config(job.source.config, job.ae.factor, job.ae.channels, job.resolution)
+    config = job.converted_config
     replaced = new_shapes(job, config)
     output = stage.folder / TRANSFORMER
     output.mkdir(exist_ok=True)

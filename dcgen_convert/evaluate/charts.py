@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: no script, no library, readable in any browser and in print."""
+"""Line and bar charts as inline SVG: no script, no library, readable in any browser and in print."""
 
 from __future__ import annotations
 
@@ -57,6 +57,32 @@ def line_chart(series: Mapping[str, Points], *, x_label: str, y_label: str) -> s
     return "".join(parts) + "</svg>" + _legend(series)
 
 
+def bar_chart(rows: Sequence[tuple[str, Mapping[str, float]]], label: str) -> str:
+    """SVG of horizontal bars from zero: per row (name, {series: value >= 0}), one thin bar per series, its value behind.
+
+    Colours follow the series' order over all rows.
+    """
+    names = list(dict.fromkeys(name for _, values in rows for name in values))
+    colours = dict(zip(names, _cycle(len(names)), strict=True))
+    top = max((value for _, values in rows for value in values.values()), default=0.0) or 1.0
+    left, thick, gap = WIDTH * 0.5, 8, 8  # px
+    parts, y = [], 4
+    for row, values in rows:
+        height = thick * max(len(values), 1)
+        parts.append(f'<text x="{left - 6:g}" y="{y + height / 2 + 4:g}" text-anchor="end">{escape(row)}</text>')
+        for name, value in values.items():
+            width = (WIDTH - 48 - left) * value / top
+            parts.append(
+                f'<rect x="{left:g}" y="{y}" width="{width:.1f}" height="{thick - 1}" fill="{colours[name]}">'
+                f"<title>{escape(row)}, {escape(name)}</title></rect>"
+                f'<text x="{left + width + 4:.1f}" y="{y + thick - 1}" font-size="8">{value:.3g}</text>'
+            )
+            y += thick
+        y += gap
+    svg = f'<svg viewBox="0 0 {WIDTH} {y}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
+    return svg + f"<p>{escape(label)}</p>" + _legend(dict.fromkeys(names, True))
+
+
 def thin(points: Points) -> list[tuple[float, float]]:
     """At most ``MOST`` points: means over equal pieces, so that a noisy curve keeps its course."""
     if len(points) <= MOST:
@@ -95,7 +121,7 @@ def _cycle(count: int) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(count)]
 
 
-def _legend(series: Mapping[str, Points]) -> str:
+def _legend(series: Mapping[str, Points | bool]) -> str:
     items = [
         f'<span style="color:{colour}">&#9632; {escape(name)}{"" if line else " (no finite values)"}</span>'
         for (name, line), colour in zip(series.items(), _cycle(len(series)), strict=True)

@@ -3,7 +3,8 @@ inside it.
 
 It reads what the stages left, and knows none of them by name:
     RUN/<stage>/stage.json     metrics and seconds: numbers go into a table; lists of numbers into a chart over their
-                               index, lists under one name into one chart (the gap of every block, before and after)
+                               index, lists under one name into one chart (the gap of every block, before and after);
+                               lists of records with a "module" into bars of the worst layers and a table of all
     RUN/<stage>/**/*.jsonl     one line per step: loss, grad_norm and lr become curves over "step"
     RUN/<stage>/**/*.png       grids and pictures
 """
@@ -19,10 +20,12 @@ from typing import Any
 
 from dcgen_convert.errors import InputError
 from dcgen_convert.evaluate.charts import line_chart
+from dcgen_convert.evaluate.layers import layer_section
 from dcgen_convert.files import atomic_write, read_json
 
 MARKER = "stage.json"
 REPORT = "report.html"
+QUANTISED = "quantization.json"  # beside 4-bit weights: the record of every layer (svdquant.assemble.RECORDS)
 PICTURES = 8  # per stage; grids first
 CURVES = ("loss", "grad_norm", "lr")  # columns drawn, in this order, where a step file has them
 STYLE = """
@@ -40,10 +43,16 @@ pre { background: #f5f5f5; padding: .8em; overflow-x: auto; }
 def write_report(run: Path, output: Path | None = None) -> Path:
     """Write the report of the run folder ``run`` to ``output`` (default RUN/report.html) and return its path.
 
-    Raises InputError when the folder holds no finished stage.
+    Of a folder that `quantize` wrote the report is its layers. Raises InputError for a folder that is neither.
     """
     run = Path(run)
     stages = finished_stages(run)
+    layers = run / "transformer" / QUANTISED
+    if not stages and layers.is_file():
+        output = Path(output) if output else run / REPORT
+        parts = [f"<h1>{escape(run.name)}</h1>", *layer_section(read_json(layers)["layers"])]
+        atomic_write(output, _page(run.name, "\n".join(parts)))
+        return output
     if not stages:
         raise InputError(f"{run} holds no finished stage", "give the run folder of a conversion, or resume it first")
     parts = [f"<h1>{escape(run.name)}</h1>", _timings(stages), *_compared(stages)]
@@ -102,6 +111,9 @@ def _stage(folder: Path, record: Mapping[str, Any]) -> list[str]:
         parts.append(f"<table>{cells}</table>")
     for name, series in charts(metrics).items():
         parts += [f"<h3>{escape(name)}</h3>", line_chart(series, x_label="index", y_label=name)]
+    for value in metrics.values():
+        if _is_layers(value):
+            parts += layer_section(value)
     for path in sorted(folder.rglob("*.jsonl")):
         parts += _curves(path, path.relative_to(folder).as_posix())
     pictures = sorted(folder.rglob("*.png"), key=lambda path: ("grid" not in path.name, path.as_posix()))
@@ -144,7 +156,7 @@ def scalars(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
             rows += scalars(value, f"{prefix}{key}.")
         elif not isinstance(value, list):
             rows.append((prefix + key, value))
-        elif not all(map(_is_number, value)):
+        elif not _is_layers(value) and not all(map(_is_number, value)):
             rows.append((prefix + key, ", ".join(map(str, value))))
     return rows
 
@@ -161,6 +173,10 @@ def charts(tree: Mapping[str, Any], prefix: str = "") -> dict[str, dict[str, lis
         if isinstance(value, Mapping):
             found |= charts(value, f"{prefix}{key}.")
     return found
+
+
+def _is_layers(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and "module" in value[0]
 
 
 def _is_number(value: Any) -> bool:

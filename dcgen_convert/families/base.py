@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Text = dict[str, "Tensor"]  # forward() keyword -> tensor whose first axis is the batch
+ON_PURPOSE = "kept dense"  # how the reason of a block linear that nobody wanted to quantise begins
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,20 @@ class QuantTargets:
     svdq: list[str]
     awq: list[str]
     skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def impossible(self) -> dict[str, str]:
+        """What the formats cannot hold: path -> why. The rest of `skipped` stays dense on purpose."""
+        return {path: reason for path, reason in self.skipped.items() if not reason.startswith(ON_PURPOSE)}
+
+
+def by_kind(reasons: dict[str, str]) -> dict[str, str]:
+    """`QuantTargets.skipped` or a part of it for people: layers that differ in a block's number only are one line."""
+    counts: dict[tuple[str, str], int] = {}
+    for path, reason in reasons.items():
+        kind = re.sub(r"\.\d+\.", ".*.", path, count=1), reason
+        counts[kind] = counts.get(kind, 0) + 1
+    return {f"{pattern} ({count})": reason for (pattern, reason), count in counts.items()}
 
 
 class Family:
@@ -178,14 +193,14 @@ class Family:
             if not inside.match(path):
                 continue
             if dense and re.fullmatch(dense, path):
-                skipped[path] = "kept dense by the recipe"
+                skipped[path] = f"{ON_PURPOSE} by the recipe"
             elif re.fullmatch(self.awq_pattern, path):
                 if k % 64 or n % 128:
                     skipped[path] = f"W4A16 needs in % 64 = 0 and out % 128 = 0, it has {k} -> {n}"
                 else:
                     awq.append(path)
             elif re.fullmatch(self.dense_pattern, path):
-                skipped[path] = "kept dense by the family"
+                skipped[path] = f"{ON_PURPOSE} by the family"
             elif n % 128 or k % 128:
                 skipped[path] = f"the 4-bit format needs multiples of 128, it has {k} -> {n}"
             else:

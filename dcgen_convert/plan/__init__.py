@@ -12,6 +12,7 @@ from pathlib import Path
 from dcgen_convert import catalog
 from dcgen_convert.plan import costs, memory, speed
 from dcgen_convert.plan.fit import Fit, fit
+from dcgen_convert.plan.quantised import quantised
 from dcgen_convert.plan.render import render
 from dcgen_convert.plan.shapes import Shapes, shapes
 from dcgen_convert.recipe import Resolved
@@ -37,6 +38,8 @@ def plan(resolved: Resolved, gpu_bytes: float = GPU_BYTES) -> dict:
     problems = [
         found.problem for phase in recipe.adapt.phases if (found := _fit(resolved, sizes, phase, gpu_bytes)).problem
     ]
+    quantization, impossible = quantised(recipe.quantize, sizes)
+    problems += impossible
     space = costs.disk(recipe, sizes)
     fetch = costs.downloads(recipe, sizes.base)
     return {
@@ -63,6 +66,7 @@ def plan(resolved: Resolved, gpu_bytes: float = GPU_BYTES) -> dict:
             "text_tokens": sizes.text,
         },
         "memory": _memory(resolved, sizes, gpu_bytes),
+        "quantization": quantization,
         "disk": space,
         "downloads": fetch,
         "time": costs.hours(recipe, sizes),

@@ -7,7 +7,7 @@ device. Legend: D width, L text tokens, N image tokens; `runs` says how often a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dcgen_convert import families
 from dcgen_convert.errors import InputError
@@ -18,7 +18,8 @@ class Layer:
     """One linear or convolution: y = W x (+ b).
 
     weights: entries of W; bias: entries of b; inputs, outputs: features (what a LoRA pair sees);
-    runs: "image" (per image token), "text" (per text token), "both", or "once" (per picture).
+    runs: "image" (per image token), "text" (per text token), "both", or "once" (per picture);
+    convolution: an nn.Conv2d, also one that does a linear's work (1 x 1).
     """
 
     name: str
@@ -27,6 +28,7 @@ class Layer:
     weights: int
     bias: int
     runs: str
+    convolution: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ class Structure:
 
 def linear(name: str, inputs: int, outputs: int, runs: str, bias: bool = True) -> Layer:
     return Layer(name, inputs, outputs, inputs * outputs, outputs if bias else 0, runs)
+
+
+def pointwise(name: str, inputs: int, outputs: int, runs: str, bias: bool = True) -> Layer:
+    """A 1 x 1 convolution, or one with kernel = stride."""
+    return replace(linear(name, inputs, outputs, runs, bias), convolution=True)
 
 
 def _mlp(name: str, inputs: int, width: int, runs: str) -> Iterator[Layer]:
@@ -102,7 +109,7 @@ def sana(config: dict) -> Structure:
     bias = config["attention_bias"]
     out = patch * patch * (config["out_channels"] or config["in_channels"])
     layers = [
-        linear("patch_embed.proj", config["in_channels"] * patch * patch, d, "image"),
+        pointwise("patch_embed.proj", config["in_channels"] * patch * patch, d, "image"),
         *_mlp("time_embed.emb.timestep_embedder", 256, d, "once"),
         linear("time_embed.linear", d, 6 * d, "once"),
         *_mlp("caption_projection", config["caption_channels"], d, "text"),
@@ -117,9 +124,9 @@ def sana(config: dict) -> Structure:
             linear(f"{at}.attn2.{name}", config["cross_attention_dim"], cross, "text") for name in ("to_k", "to_v")
         ]
         layers.append(linear(f"{at}.attn2.to_out.0", cross, d, "image"))
-        layers.append(linear(f"{at}.ff.conv_inverted", d, 2 * hidden, "image"))
-        layers.append(Layer(f"{at}.ff.conv_depth", 2 * hidden, 2 * hidden, 9 * 2 * hidden, 2 * hidden, "image"))
-        layers.append(linear(f"{at}.ff.conv_point", hidden, d, "image", bias=False))
+        layers.append(pointwise(f"{at}.ff.conv_inverted", d, 2 * hidden, "image"))
+        layers.append(Layer(f"{at}.ff.conv_depth", 2 * hidden, 2 * hidden, 9 * 2 * hidden, 2 * hidden, "image", True))
+        layers.append(pointwise(f"{at}.ff.conv_point", hidden, d, "image", bias=False))
     blocks = config["num_layers"]
     affine = 2 * d * blocks if config.get("norm_elementwise_affine") else 0
     loose = d + 2 * d + 6 * d * blocks + affine  # caption norm, two scale-shift tables, norm2
@@ -142,7 +149,7 @@ def dit(config: dict) -> Structure:
     bias = config["attention_bias"]
     out = patch * patch * (config["out_channels"] or config["in_channels"])
     layers = [
-        linear("pos_embed.proj", config["in_channels"] * patch * patch, d, "image"),
+        pointwise("pos_embed.proj", config["in_channels"] * patch * patch, d, "image"),
         linear("proj_out_1", d, 2 * d, "once"),
         linear("proj_out_2", d, out, "image"),
     ]

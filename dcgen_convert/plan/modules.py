@@ -47,6 +47,7 @@ def measured(config: dict) -> Structure:
             module.weight.numel(),
             0 if module.bias is None else module.bias.numel(),
             runs(name),
+            isinstance(module, torch.nn.Conv2d),
         )
         for name, module in linears.items()
     )

@@ -44,6 +44,7 @@ def render(doc: dict) -> str:
         f"  [{doc['memory']['basis']}]",
         *_memory_table(doc["memory"]["table"]),
         "",
+        *_quantization(doc["quantization"]),
         f"disk at the peak: {size(doc['disk']['peak'])}  [{doc['disk']['basis']}]",
         "  " + ", ".join(f"{kind} {size(value)}" for kind, value in doc["disk"]["bytes"].items() if value),
     ]
@@ -55,6 +56,14 @@ def render(doc: dict) -> str:
     lines += [f"  {key:<{width}}  {str(item['value']):<20}  {item['origin']}" for key, item in doc["settings"].items()]
     lines += [""] + [f"note: {note}" for note in doc["notes"]] + [f"problem: {problem}" for problem in doc["problems"]]
     return "\n".join([*lines, f"verdict: {doc['status']}"])
+
+
+def _quantization(part: dict | None) -> list[str]:
+    if part is None:
+        return []
+    lines = [f"quantised: {part['w4a4']} linears W4A4 {part['format']} rank {part['rank']}, {part['w4a16']} W4A16"]
+    lines += [f"  {name}: {reason}" for kind in ("dense", "impossible") for name, reason in part[kind].items()]
+    return [*lines, ""]
 
 
 def _memory_table(rows: list[dict]) -> list[str]:

@@ -12,7 +12,7 @@ from dcgen_convert.svdquant.settings import AWQ_GROUP, Settings
 from dcgen_convert.svdquant.shards import Item, write_folder
 from dcgen_convert.svdquant.source import Entry, read_header
 
-REPORT = "quantization.json"  # per-layer records; written last, so its presence marks a whole folder
+RECORDS = "quantization.json"  # per-layer records; written last, so its presence marks a whole folder
 
 
 def assemble(job: Job, output: Path, records: list[dict]) -> None:
@@ -26,12 +26,17 @@ def assemble(job: Job, output: Path, records: list[dict]) -> None:
     write_folder(building, _items(job), job.settings.max_shard_bytes)
     quantisation = {"quantization_config": quantization_config(job.targets, job.settings)}
     write_json(building / "config.json", job.config | quantisation)
-    layers = [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+    layers = [timeless(record) for record in records]
     settings = {key: value for key, value in job.settings.as_dict().items() if key != "device"}
-    write_json(building / REPORT, {"schema": "dcgen.quantization/1", "settings": settings, "layers": layers})
+    write_json(building / RECORDS, {"schema": "dcgen.quantization/1", "settings": settings, "layers": layers})
     building.rename(output)
     fsync(output.parent)
     shutil.rmtree(job.work)
+
+
+def timeless(record: dict) -> dict:
+    """A layer's record without what differs from run to run."""
+    return {key: value for key, value in record.items() if key != "seconds"}
 
 
 def _items(job: Job) -> list[Item]:

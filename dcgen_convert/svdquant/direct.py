@@ -66,12 +66,11 @@ def quantize_source(name: str, output: Path, section: Quantize, drawing: Drawing
     source = load_source(name, where, revision=revision)
     stage.check_container(section, source.family)
     check_disk(output, [source.root / part for part, value in source.index.items() if is_component(value)])
-    model = models.load(source.transformer, torch.bfloat16, device=pipelines.device())
-    targets = stage.plan_targets(source.family, model, section.dense)
+    targets = stage.plan_targets(source.family, source.config, section.dense)
     staging = _staging(output, source, section, drawing)
     calls = staging / "calls"
     if not drawing.data_free and not (calls / "done.json").exists():
-        _record(calls, source, model, section.calibration.prompts, drawing, console)
+        _record(calls, source, section.calibration.prompts, drawing, console)
     settings = stage.settings_of(section, drawing.seed)
     if drawing.data_free:
         settings = replace(settings, calibration="none")
@@ -83,7 +82,7 @@ def quantize_source(name: str, output: Path, section: Quantize, drawing: Drawing
         write_json(staging / "layers.json", records)
     _copy_rest(source, folder, console)
     if section.container == "nunchaku":
-        patch = source.family.patch(model.config, latent_channels(source))
+        patch = source.family.patch(source.config, latent_channels(source))
         export_nunchaku(transformer, folder / stage.SINGLE_FILE, patch)
     os.replace(folder, output)  # an empty folder in its place is allowed, and replaced
     layers = read_json(staging / "layers.json")
@@ -103,7 +102,8 @@ def _staging(output: Path, source: Source, section: Quantize, drawing: Drawing) 
     return folder
 
 
-def _record(folder: Path, source: Source, model, count: int, drawing: Drawing, console) -> None:
+def _record(folder: Path, source: Source, count: int, drawing: Drawing, console) -> None:
+    model = models.load(source.transformer, torch.bfloat16, device=pipelines.device())
     family, pipeline = source.family, pipelines.load_pipeline(source, torch.bfloat16, transformer=model)
     texts = prompts.make(drawing.prompts or "builtin", count, drawing.seed, make.class_names(source))
     call = dict(

@@ -9,9 +9,10 @@ import torch
 
 from dcgen_convert.svdquant.formats import ROUND
 from dcgen_convert.svdquant.settings import GROUP
-from dcgen_convert.svdquant.weights import GRID, QuantWeight
+from dcgen_convert.svdquant.weights import GRID, QuantWeight, round_to_nearest
 
 BLOCK = 128
+CLEAR = 0.9  # share of the objective without feedback below which rounding to nearest has no chance
 
 
 def shrink(hessian: torch.Tensor, count: int) -> torch.Tensor:
@@ -51,27 +52,44 @@ def factor(hessian: torch.Tensor) -> torch.Tensor | None:
 def gptq(weight: torch.Tensor, lower: torch.Tensor, micro: torch.Tensor, scale: float, precision: str) -> QuantWeight:
     """`weight` (N, K) rounded column by column on fixed scales, feeding each column's error into those still to come.
 
-    lower: from `factor`. micro (N, K / g), scale: from `weights.group_scales`, `weights.tensor_scale`.
+    lower: from `factor`. micro (N, K / g), scale: from `weights.group_scales`, `weights.tensor_scale`. Never worse than
+    rounding to nearest under H = L L^T: where feedback gains little, plain rounding could win by luck; then both are
+    compared and the better one returned.
     """
     n, k = weight.shape
     target = weight.T.contiguous()  # (K, N); a finished column is overwritten by its error
     grid = torch.empty_like(target, dtype=GRID)
     scales = (micro * scale).T.contiguous()  # (G, N)
-    diagonal = lower.diagonal()  # L / diagonal = I + M
+    diagonal = lower.diagonal()  # L / diagonal = I + M, D = diagonal^2
+    rounding_error = torch.empty(k, device=weight.device)  # ||e_k||^2 of what was rounded; sum_k D_k ||e_k||^2 is the objective
     group, rounding = GROUP[precision], ROUND[precision]
     for start in range(k - BLOCK, -1, -BLOCK):
         stop = start + BLOCK
         feedback = (lower[start:, start:stop] / diagonal[start:stop]).T.contiguous()  # (BLOCK, K - start)
-        carried = feedback[:, BLOCK:] @ target[stop:]  # (BLOCK, N): errors of the finished columns
+        wanted = feedback[:, BLOCK:] @ target[stop:]  # (BLOCK, N): so far the errors of the finished columns
         for j in range(BLOCK - 1, -1, -1):
-            column, step = start + j, scales[(start + j) // group]
-            wanted = target[column] + carried[j]
+            column, step, value = start + j, scales[(start + j) // group], wanted[j]
+            value += target[column]
             if j + 1 < BLOCK:
-                wanted += feedback[j, j + 1 : BLOCK] @ target[column + 1 : stop]
-            rounded = rounding(wanted / step)
+                value += feedback[j, j + 1 : BLOCK] @ target[column + 1 : stop]
+            rounded = rounding(value / step)
             grid[column] = rounded
             target[column].addcmul_(rounded, step, value=-1)
+        steps = scales[start // group : stop // group].repeat_interleave(group, 0)  # (BLOCK, N)
+        rounding_error[start:stop] = wanted.addcmul_(grid[start:stop].float(), steps, value=-1).square_().sum(1)
+    spent = diagonal.square() @ rounding_error
+    without_feedback = torch.linalg.vector_norm(lower, dim=1).square() @ rounding_error  # sum_k H_kk ||e_k||^2
+    if spent > CLEAR * without_feedback:
+        plain = round_to_nearest(weight, micro, scale, precision)
+        if _objective(weight - plain.dequantise(), lower) < spent:
+            return plain
     return QuantWeight(grid.T.contiguous(), micro, scale, precision)
+
+
+def _objective(error: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
+    """tr(E L L^T E^T) for E (N, K), a block of columns of E L at a time."""
+    blocks = range(0, error.shape[1], BLOCK)
+    return sum((error[:, start:] @ lower[start:, start : start + BLOCK]).square().sum() for start in blocks)
 
 
 def objective(weight: torch.Tensor, quantised: torch.Tensor, hessian: torch.Tensor) -> float:

@@ -109,12 +109,15 @@ def _finish_block(job: Job, block: str, names: list[str], stats: dict[str, Stats
 
 
 def _groups(job: Job, names: list[str], stats: dict[str, Stats]) -> list[list[str]]:
-    """Layers that are quantised together: those with one input under the setting `share`, else each alone."""
+    """Layers that are quantised together: under the setting `share` those of one module with one input, such as an
+    attention's q, k and v; else each alone.
+    """
     if not job.settings.share or not stats:
         return [[name] for name in names]
-    groups: dict[int | str, list[str]] = {}
+    groups: dict[tuple, list[str]] = {}
     for name in names:
-        groups.setdefault(id(stats[name]) if name in stats else name, []).append(name)
+        key = (name.rpartition(".")[0], id(stats[name])) if name in stats else (name,)
+        groups.setdefault(key, []).append(name)
     return list(groups.values())
 
 

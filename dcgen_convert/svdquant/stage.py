@@ -13,11 +13,14 @@ from dcgen_convert.data import make, prompts
 from dcgen_convert.errors import InputError
 from dcgen_convert.evaluate.preview import converted_pipeline
 from dcgen_convert.families import Family, QuantTargets
-from dcgen_convert.files import atomic_save, write_json
+from dcgen_convert.families.base import by_kind
+from dcgen_convert.files import atomic_save, read_json, write_json
 from dcgen_convert.journal import Stage
+from dcgen_convert.svdquant.assemble import timeless
 from dcgen_convert.svdquant.nunchaku import export_nunchaku
 from dcgen_convert.svdquant.quantize import quantize
 from dcgen_convert.svdquant.settings import Settings
+from dcgen_convert.svdquant.skeleton import build
 from dcgen_convert.train.stages import converted
 
 PROMPT_SEED = 7_919  # calibration prompts and noise are not those of the training pictures
@@ -28,10 +31,10 @@ CONVERTED_PATCH = 1
 def run(job, stage: Stage) -> None:
     """Writes calls/ (inputs of the transformer), transformer/ (4-bit) and layers.json (format, errors, per layer)."""
     recipe = job.recipe
-    model = models.load(converted(job), job.dtype, device=pipelines.device())
-    targets = plan_targets(job.family, model, recipe.quantize.dense)
+    targets = plan_targets(job.family, read_json(converted(job) / "config.json"), recipe.quantize.dense)
     calls = stage.folder / "calls"
     if not (calls / "done.json").exists():
+        model = models.load(converted(job), job.dtype, device=pipelines.device())
         texts = prompts.make(
             recipe.data.prompts,
             recipe.quantize.calibration.prompts,
@@ -54,6 +57,7 @@ def run(job, stage: Stage) -> None:
             job.console,
             **call,
         )
+        del model  # from here on one block at a time
     settings = settings_of(recipe.quantize, recipe.seed)
     records = quantize(
         converted(job), stage.folder / models.TRANSFORMER, targets, settings, read_calls(calls), job.console
@@ -66,7 +70,8 @@ def run(job, stage: Stage) -> None:
         rank=settings.rank,
         svdq=len(targets.svdq),
         awq=len(targets.awq),
-        skipped=targets.skipped,
+        skipped=by_kind(targets.skipped),
+        layers=[timeless(record) for record in records],
     )
 
 
@@ -77,7 +82,7 @@ def settings_of(section: Any, seed: int) -> Settings:
         rank=section.rank,
         seed=seed,
         device=pipelines.device(),
-        share=section.container == "nunchaku",
+        share=section.share or section.container == "nunchaku",
     )
 
 
@@ -90,18 +95,23 @@ def check_container(section: Any, family: Family) -> None:
         )
 
 
-def plan_targets(family: Family, model: torch.nn.Module, dense: str | None) -> QuantTargets:
-    """The linears to quantise; InputError when a shape rules one out and the recipe does not keep it dense."""
+def plan_targets(family: Family, config: dict[str, Any], dense: str | None) -> QuantTargets:
+    """The linears to quantise, from a transformer's config; no weights.
+
+    Raises:
+        InputError: naming every kind of linear whose shape the format cannot hold and the recipe does not keep dense.
+    """
     linears = {
-        name: (m.out_features, m.in_features) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)
+        name: (layer.out_features, layer.in_features)
+        for name, layer in build(config).named_modules()
+        if isinstance(layer, torch.nn.Linear)
     }
     targets = family.quant_targets(linears, dense)
-    impossible = {path: reason for path, reason in targets.skipped.items() if not reason.startswith("kept dense")}
-    if impossible:
-        path, reason = next(iter(impossible.items()))
+    if targets.impossible:
+        kinds = "; ".join(f"{name}: {reason}" for name, reason in by_kind(targets.impossible).items())
         raise InputError(
-            f"{len(impossible)} linears cannot be quantised, first {path}: {reason}",
-            "keep them 16-bit with --set quantize.dense=REGEX, or --quantize none",
+            f"{len(targets.impossible)} linears cannot be quantised: {kinds}",
+            "keep them 16-bit with --set quantize.dense=REGEX (quantize: --dense REGEX), or --quantize none",
         )
     if not targets.svdq:
         raise InputError(f"no linear of this {family.name} model can be quantised to 4 bits", "use --quantize none")

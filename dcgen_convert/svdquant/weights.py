@@ -12,6 +12,7 @@ from dcgen_convert.svdquant.settings import GROUP
 
 GRID = torch.bfloat16  # holds every e2m1 and int4 value exactly, in half the memory
 GRID_MAX = {"nvfp4": E2M1_MAX, "int4": 7.0}
+CACHED = 1 << 18  # weights whose scales are searched at once: several copies of 1 MB stay in a core's cache
 HEADROOM = 1.4  # searched scales may grow past abs-max / 6; keep them below e4m3's largest value
 # candidate scales relative to abs-max / grid maximum. Below 1 clips the largest weights; above 1 moves them off the
 # coarse end of the grid.
@@ -72,12 +73,21 @@ def search_factor(
 
     importance (K,) is the mean square of the inputs, None for ones.
     """
+    rows = max(1, CACHED // weight.shape[1])
+    parts = [_search_factor(part, precision, scale, importance) for part in weight.split(rows)]
+    return torch.cat(parts)
+
+
+def _search_factor(
+    weight: torch.Tensor, precision: str, scale: float, importance: torch.Tensor | None
+) -> torch.Tensor:
     groups = _groups(weight, precision)  # (N, G, g)
+    largest = groups.abs().amax(-1) / (GRID_MAX[precision] * scale)
     weights = None if importance is None else importance.view(1, -1, GROUP[precision])
     best = torch.ones(groups.shape[:2], device=weight.device)
     best_error = torch.full_like(best, torch.inf)
     for factor in FACTORS[precision]:
-        micro = group_scales(weight, precision, scale, torch.full_like(best, factor))
+        micro = _stored(largest * factor, precision)
         error = _group_error(groups, (micro * scale).unsqueeze(-1), precision, weights)
         better = error < best_error
         best, best_error = torch.where(better, factor, best), torch.where(better, error, best_error)

@@ -42,7 +42,7 @@ def main(work: Path, names: list[str]) -> None:
         data = recipe.load(name).recipe.data
         call = dict(side=data.resolution, steps=data.steps, guidance=data.guidance, length=16)
         model = models.load(source.transformer, torch.float32)
-        targets = stage.plan_targets(source.family, model, None)
+        targets = stage.plan_targets(source.family, source.config, None)
         texts = prompts.make("tiny-world", COUNT, SEED)
         wanted = draw(source, model, texts, call)
         print(f"{name}: 16-bit accuracy {tiny_world.accuracy(wanted, texts):.4f}", flush=True)

@@ -139,3 +139,11 @@ def test_names_and_sizes(tmp_path):
     refused(tmp_path, "tiny-flux", "--ae", "tiny-dc-ae-f23", says="tiny-dc-ae-f32")
     refused(tmp_path, "tiny-flux", *CONVERT, "--resolution", "100", says="100")
     refused(tmp_path, "tiny-flux", *CONVERT, "--set", "adapt.emma=1", says="ema")
+
+
+def test_widths_that_no_4_bit_format_holds_are_refused_before_anything_starts(source, tmp_path):
+    path = source / "transformer" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_attention_heads": 3}))
+    arguments = ["convert", str(source), "--recipe", "tiny-flux", *CONVERT, "--quantize", "int4"]
+    refused(tmp_path, *arguments, says="transformer_blocks.*.attn.to_q")
+    assert not list((tmp_path / "run").glob("*/"))  # a log at most

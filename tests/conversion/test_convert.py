@@ -61,6 +61,9 @@ def test_every_planned_linear_is_quantised(converted):
     entries = read_weights(converted / "bundle" / "transformer")
     for target in config["svdq_w4a4"]["targets"]:
         assert entries[f"{target}.wscales"].dtype == "F8_E4M3" and entries[f"{target}.wtscale"].shape == (1,)
+    table = json.loads((converted / "bundle" / "dcgen_manifest.json").read_text())["metrics"]["quantize"]["layers"]
+    assert [row["module"] for row in table] == config["svdq_w4a4"]["targets"] + config["awq_w4a16"]["targets"]
+    assert all(row["error"] < row["error_rtn"] for row in table if row["format"] == "nvfp4")
 
 
 def test_quality_of_a_quantised_bundle_counts_its_activations_too(converted):

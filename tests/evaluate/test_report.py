@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dcgen_convert.errors import InputError
-from dcgen_convert.evaluate.charts import MOST, line_chart, thin
+from dcgen_convert.evaluate.charts import MOST, bar_chart, line_chart, thin
 from dcgen_convert.evaluate.report import charts, write_report
 from dcgen_convert.files import write_json
 
@@ -123,6 +123,42 @@ def test_long_curves_are_averaged():
     points = [(i, i % 2) for i in range(MOST * 10)]
     short = thin(points)
     assert len(short) == MOST and all(y == pytest.approx(0.5) for _, y in short)
+
+
+def records():
+    layers = [
+        {"module": f"blocks.{i}.to_q", "format": "nvfp4", "shape": [128, 256], "alpha": 0.5, "error_rtn": 0.2, "error": 0.01 * i}
+        for i in range(20)
+    ]
+    return [*layers, {"module": "blocks.0.norm", "format": "awq_w4a16", "shape": [768, 128], "weight_error": 0.03}]
+
+
+def test_quantised_layers_are_a_table_and_the_worst_are_bars(tmp_path):
+    run = tmp_path / "run"
+    stage(run, "quantize", {"format": "nvfp4", "layers": records()}, 2.0, 1)
+    text = write_report(run).read_text()
+    page = Balanced()
+    page.feed(text)
+    assert not page.open and "worst 16 of 21 layers" in text and "{" not in text[text.index("<body>") :]
+    bars = re.findall(r'<rect [^>]*width="([\d.]+)" [^>]*><title>([^<]*)</title>', text)
+    assert [title for _, title in bars][:4] == [f"blocks.{i}.to_q, {side}" for i in (19, 18) for side in ("before", "after")]
+    widths = {title: float(width) for width, title in bars}
+    assert widths["blocks.10.to_q, after"] == pytest.approx(widths["blocks.10.to_q, before"] / 2, abs=0.1)
+    for layer in ("<td>blocks.0.to_q</td><td>nvfp4</td><td>128 x 256</td><td>0.5</td><td>0.2</td><td>0</td>", "awq_w4a16"):
+        assert layer in text, layer
+    assert "<td>format</td><td>nvfp4</td>" in text
+
+
+def test_a_quantised_folder_has_a_report_of_its_layers(tmp_path):
+    free = [{"module": "a", "format": "int4", "shape": [128, 128], "weight_error_rtn": 0.2, "weight_error": 0.1}]
+    (tmp_path / "bundle" / "transformer").mkdir(parents=True)
+    write_json(tmp_path / "bundle" / "transformer" / "quantization.json", {"layers": free})
+    text = write_report(tmp_path / "bundle").read_text()
+    assert "worst 1 of 1 layers" in text and "relative error of the weight" in text and "a, after" in text
+
+
+def test_no_bars_are_no_chart_of_nothing():
+    assert "<svg" in bar_chart([("a", {"x": 0.0})], "error") and "nan" not in bar_chart([], "error")
 
 
 def test_a_run_without_a_finished_stage(tmp_path, run):

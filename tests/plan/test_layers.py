@@ -36,6 +36,7 @@ def agree(config: dict) -> torch.nn.Module:
         assert layer.weights == module.weight.numel(), layer.name
         assert layer.bias == (0 if module.bias is None else module.bias.numel()), layer.name
         assert layer.outputs == module.weight.shape[0], layer.name
+        assert layer.convolution == isinstance(module, torch.nn.Conv2d), layer.name
     return model
 
 

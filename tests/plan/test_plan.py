@@ -5,10 +5,12 @@ import shutil
 
 import pytest
 
-from dcgen_convert import plan, recipe
+from dcgen_convert import families, plan, recipe, sources
 from dcgen_convert.errors import ResourceError
 from dcgen_convert.plan import costs
+from dcgen_convert.plan.shapes import shapes
 from dcgen_convert.settings import leaves
+from dcgen_convert.svdquant.stage import plan_targets
 
 
 @pytest.fixture(autouse=True)
@@ -153,3 +155,35 @@ def test_a_folder_of_ones_own_is_planned_from_its_configs(tmp_path):
     assert doc["tokens"] == [{"resolution": 128, "before": 64, "after": 16, "ratio": 4.0}]
     assert doc["downloads"] == []
     assert (doc["time"]["device"], doc["time"]["price_usd"]) == ("2 CPU cores", 0)
+
+
+def test_quantised_linears_are_those_that_the_quantiser_finds_in_the_model():
+    for name in ("flux-krea", "tiny-sana", "dit-xl-512"):
+        resolved = recipe.load(name, flags={"quantize.format": "nvfp4"}, machine=recipe.Machine(offline=True))
+        part = plan.plan(resolved)["quantization"]
+        sizes = shapes(resolved.recipe, offline=True)
+        config = sources.transformer_config(resolved.recipe.source, True)
+        family = families.recognise(config["_class_name"])
+        side = resolved.recipe.adapt.phases[-1].resolution
+        targets = plan_targets(family, family.convert_config(config, sizes.new.f, sizes.new.c, side), None)
+        assert (part["w4a4"], part["w4a16"]) == (len(targets.svdq), len(targets.awq))
+        assert sum(int(kind.rpartition("(")[2][:-1]) for kind in part["dense"]) == len(targets.skipped)
+        assert not part["impossible"]
+    assert (part["w4a4"], part["w4a16"]) == (28 * 6, 28)  # the last: DiT-XL
+
+
+def test_linears_that_no_format_holds_are_listed_and_make_it_infeasible():
+    doc = document("sana-1.6b", **{"quantize.format": "nvfp4"})
+    assert doc["status"] == "infeasible"
+    kinds = doc["quantization"]["impossible"]
+    assert kinds["transformer_blocks.*.attn1.to_q (20)"].endswith("it has 2240 -> 2240")
+    assert not any("ff.conv" in kind for kind in kinds)  # convolutions were never planned
+    text = plan.render(doc)
+    assert "problem: transformer_blocks.*.attn1.to_q (20) cannot be quantised" in text and "quantize.dense=REGEX" in text
+    kept = document("sana-1.6b", sets=["quantize.dense=.*"], **{"quantize.format": "nvfp4"})
+    assert kept["quantization"]["impossible"] == {} and "no linear of this sana model" in kept["problems"][0]
+    assert "FLUX.1 only" in document("dit-xl-512", sets=["quantize.container=nunchaku"], **{"quantize.format": "int4"})["problems"][0]
+
+
+def test_nothing_quantised_is_nothing_planned():
+    assert document("flux-krea")["quantization"] is None

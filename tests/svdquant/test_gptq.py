@@ -4,6 +4,8 @@ recursion.
 
 import pytest
 import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 
 from dcgen_convert.svdquant.gptq import factor, gptq, objective, shrink
 from dcgen_convert.svdquant.weights import group_scales, round_to_nearest, search_factor, tensor_scale
@@ -27,6 +29,23 @@ def test_never_worse_than_rounding_on_its_objective(precision, seed):
     plain = round_to_nearest(weight, micro, scale, precision).dequantise()
     better = gptq(weight, factor(hessian.clone()), micro, scale, precision).dequantise()
     assert objective(weight, better, hessian) < 0.7 * objective(weight, plain, hessian)
+
+
+@settings(max_examples=30, deadline=None, phases=(Phase.generate,))
+@given(st.integers(0, 2**31), st.sampled_from(["nvfp4", "int4"]), st.floats(-6, 0), st.integers(4, 600))
+def test_never_worse_than_rounding_whatever_the_inputs(seed, precision, exponent, tokens):
+    """Its objective is that of the damped Hessian. With next to no correlation rounding is as good, and luck decides."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.eye(128) + 10**exponent * torch.randn(128, 128, generator=generator)
+    x = torch.randn(tokens, 128, generator=generator) @ mixing
+    hessian = mixing.T @ mixing if tokens > 300 else x.T @ x / tokens
+    lower = factor(hessian)
+    damped = (lower.double() @ lower.double().T).float()
+    weight = torch.randn(128, 128, generator=generator)
+    scale = tensor_scale(weight, precision)
+    micro = group_scales(weight, precision, scale)
+    plain = objective(weight, round_to_nearest(weight, micro, scale, precision).dequantise(), damped)
+    assert objective(weight, gptq(weight, lower, micro, scale, precision).dequantise(), damped) <= plain * (1 + 1e-5)
 
 
 def test_uncorrelated_inputs_give_rounding():

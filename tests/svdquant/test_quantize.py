@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from dcgen_convert.console import NULL
 from dcgen_convert.errors import InputError
+from dcgen_convert.schema import Quantize
 from dcgen_convert.svdquant import quantize as module
 from dcgen_convert.svdquant.quantize import quantize
 from dcgen_convert.svdquant.settings import Settings
+from dcgen_convert.svdquant.stage import settings_of
 
 from .conftest import flux_call, flux_model, flux_targets
 
@@ -229,6 +231,11 @@ def test_calibrated_calls_beat_data_free_in_the_model_s_output(done, flux, tmp_p
     assert error(done.folder) < error(tmp_path / "free") < 0.2
 
 
+def test_sharing_is_an_option_and_what_the_classic_container_needs():
+    for section, shared in (({}, False), ({"share": True}, True), ({"container": "nunchaku"}, True)):
+        assert settings_of(Quantize(format="nvfp4", **section), 0).share is shared
+
+
 def test_shared_layers_have_one_smoothing_and_one_down_projection(flux, tmp_path):
     settings = Settings(refits=0, samples=64, share=True)
     records = quantize(flux.folder, tmp_path / "out", flux.targets, settings, flux.calls, NULL)
@@ -242,4 +249,6 @@ def test_shared_layers_have_one_smoothing_and_one_down_projection(flux, tmp_path
         assert torch.equal(query, key) and torch.equal(query, value)
         assert part == "wtscale" or not torch.equal(query, other)
     assert not torch.equal(tensors[f"{double}.to_q.qweight"], tensors[f"{double}.to_k.qweight"])
+    single = "single_transformer_blocks.0"  # proj_mlp reads the same input but is no part of the attention
+    assert not torch.equal(tensors[f"{single}.attn.to_q.proj_down"], tensors[f"{single}.proj_mlp.proj_down"])
     assert all(record["error"] < record["error_rtn"] for record in records if "error" in record)
