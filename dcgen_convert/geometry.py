@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcgen_convert import catalog, sources
-from dcgen_convert.errors import AccessError, RecipeError
+from dcgen_convert import bases, catalog, sources
+from dcgen_convert.errors import AccessError, InputError, RecipeError
 from dcgen_convert.schema import Recipe
 
 
@@ -32,25 +32,40 @@ class Grid:
         return (side // self.token_px) ** 2
 
 
-def base_grid(source: str, offline: bool = True) -> Grid:
+def base_grid(source: str, offline: bool = True, base: str | None = None) -> Grid:
     """The latent space that the source was trained in, from the catalogue or from the configs beside it.
 
-    A single-file checkpoint carries no autoencoder; it gets the grid of its class's catalogue model.
+    A transformer that comes alone has the grid of ``base``, by default of the published model of its kind.
     """
     entry = catalog.find_source(source)
     if entry is not None:
         return Grid(entry.vae_factor, entry.vae_channels, entry.patch)
-    config = sources.transformer_config(source, offline)
+    config = sources.transformer_config(source, offline, base)
     known = sources.CLASSES[sources.model_class(config, source)]
     path = Path(source).expanduser()
     if path.is_dir() and (path / "vae" / "config.json").is_file():
         f, c = autoencoder_grid(sources.read_config(path / "vae" / "config.json"))
+    elif base is not None:
+        f, c = vae_grid(base, offline)
     elif path.exists():
-        default = catalog.SOURCES[known.recipe]
-        f, c = default.vae_factor, default.vae_channels
+        default = bases.base_of(known.name, config)
+        if default is None:
+            raise InputError(f"{source} has no autoencoder beside it", "name the pipeline that it belongs to: --base FOLDER|REPO")
+        f, c = default.factor, default.channels
     else:
         f, c = autoencoder_grid(sources.hub_json(source, "vae/config.json", offline))
     return Grid(f, c, known.patch(config, c))
+
+
+def vae_grid(base: str, offline: bool) -> tuple[int, int]:
+    """(f, c) of the autoencoder of a pipeline: catalogue name, folder or hub id."""
+    entry = catalog.find_source(base)
+    if entry is not None:
+        return entry.vae_factor, entry.vae_channels
+    path = Path(base).expanduser()
+    if path.is_dir():
+        return autoencoder_grid(sources.read_config(path / "vae" / "config.json"))
+    return autoencoder_grid(sources.hub_json(base, "vae/config.json", offline))
 
 
 def new_grid(ae: str, offline: bool = True) -> Grid:
@@ -90,7 +105,7 @@ def check(recipe: Recipe) -> None:
         RecipeError: naming the setting and the nearest sizes that work.
     """
     try:
-        grids = {"source": base_grid(recipe.source), "autoencoder": new_grid(recipe.ae)}
+        grids = {"source": base_grid(recipe.source, base=recipe.base), "autoencoder": new_grid(recipe.ae)}
     except AccessError:
         return
     sides = {"data.resolution": recipe.data.resolution}
