@@ -59,8 +59,11 @@ def _file(path: Path) -> dict:
     weights = _weights(tensors, {})
     kind = "lora" if updates else "checkpoint" if family else "autoencoder" if deep else "unknown"
     facts = {"kind": kind, "family": family, "layout": layout, "metadata": metadata, "lora_linears": updates}
-    if kind == "checkpoint" and not weights["quantisation"]:
-        facts |= _transformer(path)
+    if kind == "checkpoint":
+        try:
+            facts |= _transformer(path)
+        except InputError as error:
+            facts["notes"] = [f"convert refuses it: {error.message}"]
     return {**facts, "licences": {}, **weights}
 
 

@@ -179,7 +179,7 @@ def load_source(
         root, revision = resolve_folder(repo_or_path, revision=revision, offline=offline, patterns=WHOLE)
     if root is not None and base is None and not loras and is_plain(root):
         source = Source(name, root, revision)
-        _ = source.family, source.tensors
+        _ = source.index, source.family, source.tensors
         check_variant(source)
         for module in (source.family.embedder, source.family.head):
             if f"{module}.weight" not in source.tensors:

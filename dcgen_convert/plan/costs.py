@@ -50,7 +50,7 @@ def downloads(recipe: Recipe, base: Structure) -> list[dict]:
 def _base_repo(recipe: Recipe) -> str | None:
     """Hub id of what completes a source that is a transformer alone; None when nothing is missing or it is a folder."""
     path = Path(recipe.source).expanduser()
-    alone = path.is_file() or (path.is_dir() and not (path / "model_index.json").is_file())
+    alone = path.is_file() or (path / "config.json").is_file()
     asked = recipe.base
     if asked is None and alone:
         config = sources.transformer_config(recipe.source)
