@@ -13,6 +13,8 @@ from dcgen_convert import bases, catalog, sources
 from dcgen_convert.errors import AccessError, InputError, RecipeError
 from dcgen_convert.schema import Recipe
 
+MOST = 1 << 16  # of a factor, of channels, of a patch: more is damage
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -54,7 +56,13 @@ def base_grid(source: str, offline: bool = True, base: str | None = None) -> Gri
         f, c = default.factor, default.channels
     else:
         f, c = autoencoder_grid(sources.hub_json(source, "vae/config.json", offline))
-    return Grid(f, c, known.patch(config, c))
+    try:
+        p = known.patch(config, c)
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise InputError(f"{source}: the transformer's config is damaged: {type(error).__name__}: {error}", "fetch it again") from error
+    if not 0 < p <= MOST:
+        raise InputError(f"{source}: the transformer's config and its autoencoder's give a patch of {p} cells", "do they belong together?")
+    return Grid(f, c, p)
 
 
 def vae_grid(base: str, offline: bool) -> tuple[int, int]:
@@ -84,17 +92,17 @@ def new_grid(ae: str, offline: bool = True) -> Grid:
 
 def autoencoder_grid(config: dict) -> tuple[int, int]:
     """(f, c) of an autoencoder's config, whatever its class."""
-    if "spatial_compression_ratio" in config and "latent_channels" in config:
-        return config["spatial_compression_ratio"], config["latent_channels"]
-    if "dim_mult" in config and "z_dim" in config:
-        return 2 ** (len(config["dim_mult"]) - 1), config["z_dim"]
-    levels = config.get("encoder_block_out_channels") or config.get("block_out_channels")
-    if not levels or "latent_channels" not in config:
+    levels = config.get("dim_mult") or config.get("encoder_block_out_channels") or config.get("block_out_channels")
+    factor = config.get("spatial_compression_ratio")
+    if factor is None and isinstance(levels, (list, tuple)) and len(levels) <= 16:
+        factor = 2 ** (len(levels) - 1)
+    channels = config.get("z_dim" if "dim_mult" in config else "latent_channels")
+    if not all(type(number) is int and 0 < number <= MOST for number in (factor, channels)):
         raise RecipeError(
             f"autoencoder config ({config.get('_class_name', 'no class')}) lacks block_out_channels or latent_channels",
             "use an AutoencoderDC or AutoencoderKL folder",
         )
-    return 2 ** (len(levels) - 1), config["latent_channels"]
+    return factor, channels
 
 
 def check(recipe: Recipe) -> None:

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from dcgen_convert import bases, geometry, sources
+from dcgen_convert import bases, families, geometry, sources
 from dcgen_convert.bundle.manifest import FILE as MANIFEST
 from dcgen_convert.bundle.manifest import quantised_formats
 from dcgen_convert.checkpoint import lora
@@ -85,7 +85,9 @@ def _folder(path: Path) -> dict:
     index, manifest = path / "model_index.json", path / MANIFEST
     home = path / "transformer" if index.is_file() else path
     config = sources.read_config(home / "config.json")
-    known = sources.CLASSES.get(config.get("_class_name", ""))
+    if not isinstance(config.get("quantization_config") or {}, dict):
+        raise InputError(f"{home / 'config.json'} has a damaged quantization_config", "fetch the checkpoint again")
+    known = families.recognise(config.get("_class_name"))
     found: dict = {
         "kind": "bundle" if manifest.is_file() else "pipeline" if index.is_file() else "component",
         "family": known.name if known else None,

@@ -80,7 +80,7 @@ def short_name(source: str) -> str:
 def model_class(config: dict, where: str) -> str:
     """The transformer's class name, when a shipped family handles it."""
     name = config.get("_class_name", "(none)")
-    if name not in CLASSES:
+    if not isinstance(name, str) or name not in CLASSES:
         raise InputError(f"{where}: transformer class {name} has no family here", f"supported: {', '.join(CLASSES)}")
     return name
 

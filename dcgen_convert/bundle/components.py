@@ -16,6 +16,7 @@ from pathlib import Path
 from dcgen_convert.checkpoint.headers import INDEX_VARIANT, VARIANT
 from dcgen_convert.console import Console
 from dcgen_convert.errors import InputError
+from dcgen_convert.files import read_object
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".onnx_data")
 CHUNK = 1 << 22  # bytes
@@ -96,7 +97,9 @@ def _plain(name: str) -> str:
 
 
 def write_index(source: Path, target: Path) -> str:
-    index = json.loads(source.read_text(encoding="utf-8"))
+    index = read_object(source)
+    if not isinstance(index.get("weight_map"), dict) or not all(isinstance(name, str) for name in index["weight_map"].values()):
+        raise InputError(f"{source} is no index of shards", "fetch the checkpoint again")
     index["weight_map"] = {key: _plain(name) for key, name in index["weight_map"].items()}
     data = json.dumps(index, indent=2, sort_keys=True).encode() + b"\n"
     target.write_bytes(data)

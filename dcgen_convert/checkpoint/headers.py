@@ -69,7 +69,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             header = json.loads(file.read(length))
             metadata = header.pop("__metadata__", {})
             entries = {name: _entry(path, name, value, 8 + length) for name, value in header.items()}
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{path} has a damaged safetensors header: {error}", "fetch it again") from error
     end = max((entry.end for entry in entries.values()), default=8 + length)
     if end != size:
@@ -79,8 +79,9 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 def _entry(path: Path, name: str, value: dict, base: int) -> Entry:
     start, end = value["data_offsets"]
-    shape = tuple(int(n) for n in value["shape"])
-    dtype = value["dtype"]
+    shape, dtype = tuple(value["shape"]), value["dtype"]
+    if not all(type(n) is int for n in (start, end, *shape)):
+        raise ValueError(f"{name} has offsets {[start, end]} and the shape {list(shape)}")
     if dtype not in BYTES:
         raise ValueError(f"{name} has the unknown dtype {dtype}")
     if not 0 <= start <= end or end - start != math.prod(shape) * BYTES[dtype] or any(n < 0 for n in shape):
@@ -125,7 +126,7 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Entry]:
     try:
         weight_map: dict[str, str] = dict(read_json(index)["weight_map"])
         shards = sorted(set(weight_map.values()))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(f"{index} is no index of shards: {type(error).__name__}: {error}", "fetch the checkpoint again") from error
     entries: dict[str, Entry] = {}
     for shard in shards:

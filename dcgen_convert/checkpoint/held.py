@@ -190,6 +190,8 @@ def from_entries(path: Path, entries: Mapping[str, Entry]) -> Contents:
     scales, tensors, formats = {}, {}, Counter()
     for short, name in names.items():
         leaf = next((leaf for leaf in SCALES if short.endswith(leaf)), None)
+        if leaf and short.removesuffix(leaf) in scales:
+            raise InputError(f"{path} holds two scales of {short.removesuffix(leaf)}", "is the checkpoint two in one?")
         if leaf:
             scales[short.removesuffix(leaf)] = entries[name]
     for short, name in names.items():

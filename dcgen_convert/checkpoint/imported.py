@@ -23,7 +23,8 @@ from dcgen_convert.checkpoint import stream
 from dcgen_convert.checkpoint.keymap import LISTED
 from dcgen_convert.checkpoint.lora import Lora, Merger
 from dcgen_convert.checkpoint.single import Single, read_single
-from dcgen_convert.checkpoint.source import COMPLETING, Source, check_variant, fingerprint_of, resolve_folder
+from dcgen_convert.checkpoint.sizes import AXES
+from dcgen_convert.checkpoint.source import COMPLETING, Source, check_variant, fingerprint_of, require_possible, resolve_folder
 from dcgen_convert.console import Console
 from dcgen_convert.errors import AccessError, InputError
 from dcgen_convert.families import Family
@@ -97,9 +98,14 @@ class Imported(Source):
 
     def check(self) -> None:
         """InputError when the transformer is not the one that the base's pipeline runs, or lacks tensors of its class."""
-        check_variant(self)
-        self._check_tensors()
+        check_variant(self.index, self.family, self.base)
         whole = _template(self.base, self.family)
+        if any(key in whole and key not in self.config for key in AXES):
+            raise InputError(
+                f"{self.single.path} has attention heads of another width than the base {self.base}, and no tensor tells its rotary axes",
+                "name a pipeline with the same heads: --base FOLDER",
+            )
+        self._check_tensors()
         old, new = (config.get("in_channels") for config in (whole, self.config))
         if old is not None and old != new:
             raise InputError(
@@ -115,24 +121,24 @@ class Imported(Source):
         import diffusers
         import torch
 
+        require_possible(self.config, self.single.shapes, self.single.path)
         try:
             with torch.device("meta"):
                 model = getattr(diffusers, self.family.model_class).from_config(self.config)
         except Exception as error:  # the class trusts its config: whatever it stumbles over is a config that cannot be
+            first = next(iter(str(error).strip().splitlines()), "")
             raise InputError(
-                f"the config of {self.single.path} describes no {self.family.model_class}: {type(error).__name__}: {error}",
+                f"the config of {self.single.path} describes no {self.family.model_class}: {type(error).__name__}: {first}",
                 "name the pipeline folder that it belongs to: --base FOLDER",
             ) from error
         wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         shapes = self.single.shapes
-        for what, names in (("lacks", wanted.keys() - shapes.keys()), ("has no use for", shapes.keys() - wanted.keys())):
+        for what, names in (("lacks", wanted.keys() - shapes.keys()), ("has too many:", shapes.keys() - wanted.keys())):
             if names:
                 some, more = sorted(names)[:LISTED], len(names) - LISTED
                 rest = f" and {more} more" if more > 0 else ""
                 raise InputError(
-                    f"{self.single.path}: a {self.family.model_class} of its sizes {what} {len(names)} tensors: {', '.join(some)}{rest}"
-                    if what != "lacks"
-                    else f"{self.single.path} lacks {len(names)} tensors of its {self.family.model_class}: {', '.join(some)}{rest}",
+                    f"{self.single.path} {what} {len(names)} tensors for a {self.family.model_class} of its sizes: {', '.join(some)}{rest}",
                     "is the checkpoint complete, and is --base of the same kind?",
                 )
         odd = next((name for name, shape in wanted.items() if shapes[name] != shape), None)

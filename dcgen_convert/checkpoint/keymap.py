@@ -119,8 +119,11 @@ class KeyMap:
                 yield name, shape, rules[pattern], number
 
     def _sizes(self, rule: Rule, rows: int, shapes: Mapping[str, Shape], name: str) -> list[int]:
-        width = shapes[self.width][0] if shapes.get(self.width) else 0
-        known = [width if size == "D" else None for _, size in rule.right]
+        known: list[int | None] = [None] * len(rule.right)
+        if any(size == "D" for _, size in rule.right):
+            if not shapes.get(self.width):
+                raise InputError(f"the checkpoint lacks {self.width}, whose rows split {name}", "is it complete?")
+            known = [shapes[self.width][0] if size == "D" else None for _, size in rule.right]
         open_ = known.count(None)
         left = rows - sum(size for size in known if size)
         share = left // open_ if open_ else 0

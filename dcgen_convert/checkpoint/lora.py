@@ -6,6 +6,7 @@ dW = scale (alpha / rank) up @ down. An update of a fused linear falls apart alo
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from dcgen_convert.checkpoint import keymap
 from dcgen_convert.checkpoint.headers import Entry, read_header
-from dcgen_convert.checkpoint.held import PREFIXES
+from dcgen_convert.checkpoint.held import FLOATS, PREFIXES, Held
 from dcgen_convert.checkpoint.key_tables import TABLES
 from dcgen_convert.checkpoint.keymap import LISTED, Cut, Shape
 from dcgen_convert.errors import InputError
@@ -45,10 +46,9 @@ class Pair:
     """One low-rank update of a file. alpha: None where the file names none, which means the rank."""
 
     module: str
-    down: str
-    up: str
-    shape: tuple[Shape, Shape]  # of down, of up
-    alpha: float | str | None  # a number, or the tensor that holds it
+    down: Held
+    up: Held
+    alpha: float | Held | None  # a number, or the tensor that holds it
     targets: tuple[Target, ...] = ()
 
 
@@ -63,22 +63,19 @@ class Lora:
 
     def updates(self) -> dict[str, list[tuple[int, Update]]]:
         """Weight -> (first row, update of the rows from there on), read from the file."""
-        from safetensors import safe_open
-
         found: dict[str, list[tuple[int, Update]]] = {}
-        with safe_open(self.path, framework="pt") as file:
-            for pair in self.pairs:
-                down, up = file.get_tensor(pair.down), file.get_tensor(pair.up)
-                for name, tensor in ((pair.down, down), (pair.up, up)):
-                    if not tensor.isfinite().all():
-                        raise InputError(f"{self.path} holds NaN or infinite values in {name}", "fetch it again")
-                alpha = file.get_tensor(pair.alpha).item() if isinstance(pair.alpha, str) else pair.alpha
-                rank = len(down)
-                update = Update(down, up, self.scale * (rank if alpha is None else alpha) / rank)
-                for target in pair.targets:
-                    rows = target.cut.stop - target.cut.start
-                    part = replace(update, up=up[target.first : target.first + rows])
-                    found.setdefault(target.cut.name, []).append((target.cut.start, part))
+        for pair in self.pairs:
+            down, up = (held.read(0, held.rows).float() for held in (pair.down, pair.up))
+            alpha = pair.alpha.read(0, 1).item() if isinstance(pair.alpha, Held) else pair.alpha
+            rank = len(down)
+            scale = self.scale * (rank if alpha is None else alpha) / rank
+            if not (down.isfinite().all() and up.isfinite().all() and math.isfinite(scale)):
+                raise InputError(f"{self.path} holds NaN or infinite values in {pair.module}", "fetch it again")
+            update = Update(down, up, scale)
+            for target in pair.targets:
+                rows = target.cut.stop - target.cut.start
+                part = replace(update, up=up[target.first : target.first + rows])
+                found.setdefault(target.cut.name, []).append((target.cut.start, part))
         return found
 
 
@@ -137,14 +134,23 @@ def _pairs(path: Path, entries: Mapping[str, Entry], alpha: float | None) -> tup
         raise InputError(f"{path}: {single[0]} lacks its down or up weight", "fetch it again")
     pairs = []
     for module, down in sorted(downs.items()):
-        shape = (entries[down].shape, entries[ups[module]].shape)
-        if any(len(one) < 2 or 0 in one for one in shape) or shape[0][0] != shape[1][1]:
-            raise InputError(f"{path}: down and up of {module} are {list(shape[0])} and {list(shape[1])}, which do not multiply")
-        own = f"{module}{ALPHA}" if module in alphas else alpha
-        pairs.append(Pair(_plain(module), down, ups[module], shape, own))
+        low, high = entries[down].shape, entries[ups[module]].shape
+        if any(len(shape) < 2 or 0 in shape for shape in (low, high)) or low[0] != high[1]:
+            raise InputError(f"{path}: down and up of {module} are {list(low)} and {list(high)}, which do not multiply")
+        own = _held(path, f"{module}{ALPHA}", entries) if module in alphas else alpha
+        if isinstance(own, Held) and math.prod(own.shape) != 1:
+            raise InputError(f"{path}: {module}{ALPHA} is {list(own.shape)}, one number is wanted", "fetch it again")
+        pairs.append(Pair(_plain(module), _held(path, down, entries), _held(path, ups[module], entries), own))
     if len({pair.module for pair in pairs}) < len(pairs):
         raise InputError(f"{path} holds two updates of one weight under different prefixes")
     return pairs, len(entries) - len(mine)
+
+
+def _held(path: Path, name: str, entries: Mapping[str, Entry]) -> Held:
+    entry = entries[name]
+    if entry.dtype not in FLOATS:
+        raise InputError(f"{path} holds {name} as {entry.dtype}, which is no floating-point number", "fetch it again")
+    return Held(entry, entry.shape, entry.dtype)
 
 
 def _plain(module: str) -> str:
@@ -161,7 +167,7 @@ def _alpha(path: Path, metadata: Mapping[str, str]) -> float | None:
         config = {key.rpartition(".")[2]: value for key, value in json.loads(metadata[METADATA]).items() if "text_encoder" not in key}
         odd = [key for key in PATTERNS if config.get(key)]
         alpha = float(config["lora_alpha"]) if "lora_alpha" in config else None
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise InputError(f"{path} has damaged LoRA metadata: {error}", "fetch it again") from error
     if odd:
         raise InputError(f"{path} uses {odd[0]}: only plain LoRA can be merged")
@@ -170,7 +176,7 @@ def _alpha(path: Path, metadata: Mapping[str, str]) -> float | None:
 
 def _places(family: str, shapes: Mapping[str, Shape], modules: list[str]) -> dict[str, tuple[Shape, tuple[Cut, ...]]]:
     """Module, as the file calls it -> the weight's shape and the rows of diffusers' tensors that make it up."""
-    known = {name: (shape, (Cut(name, 0, shape[0]),)) for name, shape in shapes.items() if name.endswith(".weight")}
+    known = {name: (shape, (Cut(name, 0, shape[0]),)) for name, shape in shapes.items() if shape and name.endswith(".weight")}
     names = _spelled(known)
     if any(module not in names for module in modules):
         for layout in (layout for owner, layout in TABLES if owner == family):
@@ -186,7 +192,7 @@ def _spelled(weights: Mapping[str, tuple]) -> dict[str, tuple]:
 
 
 def _fitted(path: Path, pair: Pair, shape: Shape, cuts: tuple[Cut, ...], shapes: Mapping[str, Shape]) -> Pair:
-    down, up = pair.shape
+    down, up = pair.down.shape, pair.up.shape
     inputs, wanted = down[1:], shape[1:]
     same = inputs == wanted or (all(n == 1 for n in inputs[1:]) and inputs[:1] == wanted)
     if up[0] != shape[0] or not same or any(n != 1 for n in up[2:]):

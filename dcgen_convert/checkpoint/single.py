@@ -55,7 +55,13 @@ class Single:
                 f"{self.path} is a {self.family.name} transformer, whose sizes its tensors do not tell",
                 "name the pipeline folder that it belongs to: --base FOLDER",
             )
-        return config_of(self.family, self.shapes, template)
+        try:
+            return config_of(self.family, self.shapes, template)
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+            raise InputError(
+                f"the transformer config that completes {self.path} is damaged: {type(error).__name__}: {error}",
+                "name another pipeline folder: --base FOLDER",
+            ) from error
 
     def item(self, name: str, update=None) -> Item:
         """What to write for the tensor of that diffusers name; ``update`` changes its rows."""

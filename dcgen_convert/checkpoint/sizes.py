@@ -191,6 +191,7 @@ def krea2(t: Shapes) -> dict:
     }
 
 
+AXES = ("axes_dims_rope", "axes_dim_rope", "axes_dims")  # rotary axes, which together are as wide as a head
 SIZES: dict[str, Callable[[Shapes], dict]] = {
     f.__name__: f for f in (flux, chroma, flux2, sd3, sana, lumina2, zimage, qwenimage, auraflow, krea2)
 }
@@ -215,7 +216,7 @@ def config_of(family, shapes: Mapping[str, Shape], template: Mapping[str, object
     cross = config.get("cross_attention_dim")
     if cross and config.get("cross_attention_head_dim"):
         config["num_cross_attention_heads"] = cross // config["cross_attention_head_dim"]
-    for key in ("axes_dims_rope", "axes_dim_rope", "axes_dims"):
+    for key in AXES:
         if key in config and sum(config[key]) != _head_width(config):
             del config[key]
     config.pop("quantization_config", None)

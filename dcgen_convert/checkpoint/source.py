@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ from dcgen_convert.bundle.manifest import source_record
 from dcgen_convert.checkpoint.headers import FLOAT8, Entry, read_weights
 from dcgen_convert.errors import AccessError, InputError
 from dcgen_convert.families import Family
-from dcgen_convert.files import read_json, read_object, sha256
+from dcgen_convert.files import read_object, sha256
 
 # What a conversion takes of a hub repository, the base model's and that of a base which only completes a transformer.
 _REST = ["*.json", "*.txt", "*.model", "*.md", "LICENSE*", "vae/*.safetensors", "text_encoder*/*.safetensors"]
@@ -55,7 +56,11 @@ class Source:
                 f"{self.root} has no model_index.json: not a diffusers pipeline folder",
                 "give a diffusers folder or a hub id",
             )
-        return read_object(path)
+        index = read_object(path)
+        odd = next((part for part, value in index.items() if is_component(value) and not re.fullmatch(r"\w[\w.-]*", part)), None)
+        if odd is not None:
+            raise InputError(f"{path} names the component {odd!r}, which is no folder name", "fetch the checkpoint again")
+        return index
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -179,8 +184,12 @@ def load_source(
         root, revision = resolve_folder(repo_or_path, revision=revision, offline=offline, patterns=WHOLE)
     if root is not None and base is None and not loras and is_plain(root):
         source = Source(name, root, revision)
-        _ = source.index, source.family, source.tensors
-        check_variant(source)
+        _ = source.index, source.family
+        require_possible(source.config, source.tensors, root)
+        check_variant(source.index, source.family, root)
+        lost = next((part for part, folder in source.parts.items() if not folder.is_dir()), None)
+        if lost is not None:
+            raise InputError(f"{root} has no folder {lost}, which its model_index.json names", "fetch the whole checkpoint again")
         for module in (source.family.embedder, source.family.head):
             if f"{module}.weight" not in source.tensors:
                 raise InputError(
@@ -191,6 +200,13 @@ def load_source(
     from dcgen_convert.checkpoint.imported import import_source
 
     return import_source(name, root or path, revision, base=base, loras=loras, home=home, offline=offline)
+
+
+def require_possible(config: Mapping[str, Any], tensors: Mapping[str, object], where: Path) -> None:
+    """InputError for a config of more blocks than there are tensors: its class would be built for ever."""
+    for key, value in config.items():
+        if ("layers" in key or "blocks" in key) and isinstance(value, int) and value > len(tensors):
+            raise InputError(f"{where}: {key} is {value} where {len(tensors)} tensors are", "is the config the right one?")
 
 
 def is_plain(root: Path) -> bool:
@@ -209,21 +225,19 @@ def is_plain(root: Path) -> bool:
 
 
 def _class_of(config: Path) -> str | None:
-    document = read_json(config) if config.is_file() else {}
-    return document.get("_class_name") if isinstance(document, dict) else None
+    return read_object(config).get("_class_name") if config.is_file() else None
 
 
-def check_variant(source: Source) -> None:
+def check_variant(index: Mapping[str, Any], family: Family, where: Path) -> None:
     """InputError for pipelines of another task than drawing from text, and for models distilled to a few steps."""
-    known = (source.family.pipeline_class, *source.family.other_pipelines)
-    if source.index.get("_class_name") not in known:
+    known = (family.pipeline_class, *family.other_pipelines)
+    if index.get("_class_name") not in known:
         raise InputError(
-            f"{source.root} is a {source.index.get('_class_name')}, only {' and '.join(known)} can be converted with a "
-            f"{source.family.model_class}",
+            f"{where} is a {index.get('_class_name')}, only {' and '.join(known)} can be converted with a {family.model_class}",
             "inpainting, editing and step-distilled variants need inputs that the conversion does not train",
         )
-    if source.index.get("is_distilled"):
+    if index.get("is_distilled"):
         raise InputError(
-            f"{source.root} is distilled to a few steps (is_distilled), which flow matching would undo",
+            f"{where} is distilled to a few steps (is_distilled), which flow matching would undo",
             "give the undistilled model",
         )

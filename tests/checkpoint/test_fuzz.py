@@ -27,7 +27,7 @@ from .test_single_file import peft_file, to_bfl, write_gguf
 BASE = WEIGHTS / "tiny-flux"
 FILE = BASE / "transformer" / "diffusion_pytorch_model.safetensors"
 MANY = settings(max_examples=400, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-SECONDS = 20  # that one input may take on a machine with other work
+SECONDS = 5  # of processor time that one input may take
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +47,14 @@ def place(tmp_path_factory):
 def tried(action, place, watched=()):
     """Run ``action``: it may fail with a typed error only, soon, and write only under ``place``/run."""
     before = listing(place, watched)
-    started = time.monotonic()
+    started = time.process_time()
     try:
         action()
     except DcgenError as error:
         assert error.message and "\n" not in error.message.strip() and error.exit_code != 70, error.message
     except OSError as error:  # the command's own table knows these
         assert explain(error).exit_code != 70
-    assert time.monotonic() - started < SECONDS
+    assert time.process_time() - started < SECONDS
     assert listing(place, watched) == before
 
 
@@ -95,7 +95,7 @@ def mutated(data, document):
         elif change == "remove" or isinstance(parent, list):
             del parent[key]
         else:
-            names = [str(key) + "x", str(key)[:-1], "", "a.b", "double_blocks.999999.x.weight"]
+            names = [str(key) + "x", str(key)[:-1], "", "../../x", "a.b", "double_blocks.999999.x.weight"]
             parent[data.draw(st.sampled_from(names))] = parent.pop(key)
     return document
 
