@@ -61,7 +61,7 @@ def _source_names() -> list[str]:
 def _may_be_source(word: str) -> bool:
     """A known recipe or source, an existing path, a hub id, a .yaml or a .safetensors."""
     looks = (
-        word.endswith((".yaml", ".yml", ".safetensors"))
+        word.endswith((".yaml", ".yml", ".safetensors", ".gguf"))
         or word.count("/") == 1
         or word.startswith(("/", "./", "../", "~"))
     )
@@ -97,7 +97,7 @@ def cli() -> None:
 @stack(OUTPUT)
 @click.pass_obj
 def convert(session: Session, source: str, **values: object) -> int:
-    """The whole job: SOURCE (recipe, .yaml, catalogue name, folder, .safetensors or hub id) to a verified bundle."""
+    """The whole job: SOURCE (recipe, .yaml, catalogue name, folder, .safetensors, .gguf or hub id) to a verified bundle."""
     from dcgen_convert import verbs
 
     return verbs.convert(session, source, values)

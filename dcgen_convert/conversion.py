@@ -1,9 +1,10 @@
 """The walk of one conversion, stage by stage. Read this first.
 
-    surgery -> data -> latents -> align-embedder -> align-head -> (adapt-1 -> merge-1 -> adapt-2 -> merge-2 ...)
+    (import ->) surgery -> data -> latents -> align-embedder -> align-head -> (adapt-1 -> merge-1 -> adapt-2 -> merge-2 ...)
             -> quantize -> bundle -> verify
 
-surgery comes first because it reads every byte of the inputs: a damaged checkpoint is found before hours of synthesis.
+import writes a source that is no plain pipeline folder (a single file, LoRAs to fuse) as one. It or surgery comes first
+because they read every byte of the inputs: a damaged checkpoint is found before hours of synthesis.
 
 Every stage reads artefacts of the run folder and writes its own; journal.py decides which stages still hold. `inputs`
 below lists what a stage depends on: a change there, or in a stage that it builds on, makes it run again. Pictures do not
@@ -49,6 +50,7 @@ def walk(job: Job, output: Path, force: bool) -> Iterator[Step]:
     from dcgen_convert import surgery
     from dcgen_convert.align import embedder, head
     from dcgen_convert.bundle import stages as bundle
+    from dcgen_convert.checkpoint import imported
     from dcgen_convert.data import latents, make
     from dcgen_convert.svdquant import stage as svdquant
     from dcgen_convert.train import stages as train
@@ -56,6 +58,8 @@ def walk(job: Job, output: Path, force: bool) -> Iterator[Step]:
     recipe = job.recipe.model_dump(mode="json")
     phases = recipe["adapt"].pop("phases")
     common = {"source": job.source.fingerprint, "dtype": recipe["dtype"], "seed": recipe["seed"]}
+    if job.source.imported:
+        yield Step(imported.STAGE, imported.run, {"source": job.source.fingerprint})
     yield Step("surgery", surgery.run, {**common, "autoencoder": job.ae.fingerprint, "resolution": job.resolution})
     yield Step("data", make.run, {**common, "data": recipe["data"], "text_length": job.text_length}, after=())
     yield Step(

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dcgen_convert.errors import InputError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -62,6 +64,17 @@ def write_json(path: Path, document: Any) -> None:
 
 def read_json(path: Path) -> Any:
     return json.loads(Path(path).read_text())
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that must hold an object; InputError when it does not."""
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}", "fetch the file again") from error
+    if not isinstance(document, dict):
+        raise InputError(f"{path} holds no JSON object", "fetch the file again")
+    return document
 
 
 def sha256(path: Path) -> str:

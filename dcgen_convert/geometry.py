@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcgen_convert import catalog, sources
-from dcgen_convert.errors import AccessError, RecipeError
+from dcgen_convert import bases, catalog, sources
+from dcgen_convert.errors import AccessError, InputError, RecipeError
 from dcgen_convert.schema import Recipe
+
+MOST = 1 << 16  # of a factor, of channels, of a patch: more is damage
 
 
 @dataclass(frozen=True)
@@ -32,25 +34,46 @@ class Grid:
         return (side // self.token_px) ** 2
 
 
-def base_grid(source: str, offline: bool = True) -> Grid:
+def base_grid(source: str, offline: bool = True, base: str | None = None) -> Grid:
     """The latent space that the source was trained in, from the catalogue or from the configs beside it.
 
-    A single-file checkpoint carries no autoencoder; it gets the grid of its class's catalogue model.
+    A transformer that comes alone has the grid of ``base``, by default of the published model of its kind.
     """
     entry = catalog.find_source(source)
     if entry is not None:
         return Grid(entry.vae_factor, entry.vae_channels, entry.patch)
-    config = sources.transformer_config(source, offline)
+    config = sources.transformer_config(source, offline, base)
     known = sources.CLASSES[sources.model_class(config, source)]
     path = Path(source).expanduser()
     if path.is_dir() and (path / "vae" / "config.json").is_file():
         f, c = autoencoder_grid(sources.read_config(path / "vae" / "config.json"))
+    elif base is not None:
+        f, c = vae_grid(base, offline)
     elif path.exists():
-        default = catalog.SOURCES[known.recipe]
-        f, c = default.vae_factor, default.vae_channels
+        default = bases.base_of(known.name, config)
+        if default is None:
+            raise InputError(f"{source} has no autoencoder beside it", "name the pipeline that it belongs to: --base FOLDER|REPO")
+        f, c = default.factor, default.channels
     else:
         f, c = autoencoder_grid(sources.hub_json(source, "vae/config.json", offline))
-    return Grid(f, c, known.patch(config, c))
+    try:
+        p = known.patch(config, c)
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise InputError(f"{source}: the transformer's config is damaged: {type(error).__name__}: {error}", "fetch it again") from error
+    if not 0 < p <= MOST:
+        raise InputError(f"{source}: the transformer's config and its autoencoder's give a patch of {p} cells", "do they belong together?")
+    return Grid(f, c, p)
+
+
+def vae_grid(base: str, offline: bool) -> tuple[int, int]:
+    """(f, c) of the autoencoder of a pipeline: catalogue name, folder or hub id."""
+    entry = catalog.find_source(base)
+    if entry is not None:
+        return entry.vae_factor, entry.vae_channels
+    path = Path(base).expanduser()
+    if path.is_dir():
+        return autoencoder_grid(sources.read_config(path / "vae" / "config.json"))
+    return autoencoder_grid(sources.hub_json(base, "vae/config.json", offline))
 
 
 def new_grid(ae: str, offline: bool = True) -> Grid:
@@ -69,17 +92,17 @@ def new_grid(ae: str, offline: bool = True) -> Grid:
 
 def autoencoder_grid(config: dict) -> tuple[int, int]:
     """(f, c) of an autoencoder's config, whatever its class."""
-    if "spatial_compression_ratio" in config and "latent_channels" in config:
-        return config["spatial_compression_ratio"], config["latent_channels"]
-    if "dim_mult" in config and "z_dim" in config:
-        return 2 ** (len(config["dim_mult"]) - 1), config["z_dim"]
-    levels = config.get("encoder_block_out_channels") or config.get("block_out_channels")
-    if not levels or "latent_channels" not in config:
+    levels = config.get("dim_mult") or config.get("encoder_block_out_channels") or config.get("block_out_channels")
+    factor = config.get("spatial_compression_ratio")
+    if factor is None and isinstance(levels, (list, tuple)) and len(levels) <= 16:
+        factor = 2 ** (len(levels) - 1)
+    channels = config.get("z_dim" if "dim_mult" in config else "latent_channels")
+    if not all(type(number) is int and 0 < number <= MOST for number in (factor, channels)):
         raise RecipeError(
             f"autoencoder config ({config.get('_class_name', 'no class')}) lacks block_out_channels or latent_channels",
             "use an AutoencoderDC or AutoencoderKL folder",
         )
-    return 2 ** (len(levels) - 1), config["latent_channels"]
+    return factor, channels
 
 
 def check(recipe: Recipe) -> None:
@@ -90,7 +113,7 @@ def check(recipe: Recipe) -> None:
         RecipeError: naming the setting and the nearest sizes that work.
     """
     try:
-        grids = {"source": base_grid(recipe.source), "autoencoder": new_grid(recipe.ae)}
+        grids = {"source": base_grid(recipe.source, base=recipe.base), "autoencoder": new_grid(recipe.ae)}
     except AccessError:
         return
     sides = {"data.resolution": recipe.data.resolution}

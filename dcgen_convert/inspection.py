@@ -7,12 +7,15 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from dcgen_convert import geometry, sources
+from dcgen_convert import bases, families, geometry, sources
 from dcgen_convert.bundle.manifest import FILE as MANIFEST
 from dcgen_convert.bundle.manifest import quantised_formats
+from dcgen_convert.checkpoint import lora
 from dcgen_convert.checkpoint.headers import PICKLES, Entry, read_header, read_weights
+from dcgen_convert.checkpoint.held import PREFIXES
+from dcgen_convert.checkpoint.single import read_single
 from dcgen_convert.errors import InputError
-from dcgen_convert.inspection_keys import recognise_keys, strip
+from dcgen_convert.inspection_keys import recognise_keys
 
 SIZES = (
     "in_channels",
@@ -45,14 +48,36 @@ def inspect(path: Path) -> dict:
 
 
 def _file(path: Path) -> dict:
+    """A transformer in one file, a LoRA, an autoencoder, or a packed checkpoint."""
+    if path.suffix == ".gguf":
+        return {"kind": "checkpoint", **_transformer(path), "licences": {}}
     tensors, metadata = read_header(path)
-    names = [strip(name) for name in tensors]
-    family, layout = recognise_keys(names)
-    lora = sum(".lora_A." in name or ".lora_down." in name for name in tensors)
-    deep = any(".op_list" in name or "to_qkv_multiscale" in name for name in names)
-    kind = "lora" if lora else "checkpoint" if family else "autoencoder" if deep else "unknown"
-    facts = {"kind": kind, "family": family, "layout": layout, "metadata": metadata, "lora_linears": lora}
-    return {**facts, "licences": {}, **_weights(tensors, {})}
+    updates = sum(bool(lora.DOWN.search(name)) for name in tensors)
+    bare = [name.removeprefix(prefix) for name in tensors for prefix in PREFIXES if name.startswith(prefix)] or list(tensors)
+    family, layout = recognise_keys(bare)
+    deep = any(".op_list" in name or "to_qkv_multiscale" in name for name in tensors)
+    weights = _weights(tensors, {})
+    kind = "lora" if updates else "checkpoint" if family else "autoencoder" if deep else "unknown"
+    facts = {"kind": kind, "family": family, "layout": layout, "metadata": metadata, "lora_linears": updates}
+    if kind == "checkpoint":
+        try:
+            facts |= _transformer(path)
+        except InputError as error:
+            facts["notes"] = [f"convert refuses it: {error.message}"]
+    return {**facts, "licences": {}, **weights}
+
+
+def _transformer(path: Path) -> dict:
+    """Family, layout and sizes of a transformer alone, what it is completed with, and what its format has lost."""
+    single = read_single(path)
+    notes = single.contents.losses()
+    notes += [f"{count} tensors of {kind} are left aside" for kind, count in single.contents.aside.items()]
+    found = {"family": single.family.name, "layout": single.layout, "notes": notes, "tensors": len(single.contents.tensors)}
+    if bases.template_of(single.family.name):
+        config = single.config()
+        base = bases.base_of(single.family.name, config)
+        found |= {"sizes": {key: config[key] for key in SIZES if config.get(key) is not None}, "base": base and base.repo}
+    return found
 
 
 def _folder(path: Path) -> dict:
@@ -60,7 +85,9 @@ def _folder(path: Path) -> dict:
     index, manifest = path / "model_index.json", path / MANIFEST
     home = path / "transformer" if index.is_file() else path
     config = sources.read_config(home / "config.json")
-    known = sources.CLASSES.get(config.get("_class_name", ""))
+    if not isinstance(config.get("quantization_config") or {}, dict):
+        raise InputError(f"{home / 'config.json'} has a damaged quantization_config", "fetch the checkpoint again")
+    known = families.recognise(config.get("_class_name"))
     found: dict = {
         "kind": "bundle" if manifest.is_file() else "pipeline" if index.is_file() else "component",
         "family": known.name if known else None,

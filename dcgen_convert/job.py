@@ -108,6 +108,7 @@ class Job:
 
 def prepare(resolved: Resolved, run: Run, console: Console, crew: Crew = SOLO) -> Job:
     """Find and check everything that the job needs, before anything is written."""
+    from dcgen_convert.checkpoint.imported import STAGE
     from dcgen_convert.svdquant import stage
 
     recipe = resolved.recipe
@@ -115,7 +116,15 @@ def prepare(resolved: Resolved, run: Run, console: Console, crew: Crew = SOLO) -
     entry = catalog.find_source(recipe.source)
     where = str(entry.folder) if entry and entry.folder else (entry.repo if entry else recipe.source)
     revision = recipe.revision or (entry.revision if entry else None)
-    source = load_source(recipe.source, where, revision=revision, offline=resolved.machine.offline)
+    source = load_source(
+        recipe.source,
+        where,
+        revision=revision,
+        offline=resolved.machine.offline,
+        base=recipe.base,
+        loras=recipe.loras,
+        home=run.path / STAGE,
+    )
     if entry and entry.family != source.family.name:
         raise InputError(f"{source.root} holds a {source.family.name} model, {recipe.source} is a {entry.family}")
     stage.check_container(recipe.quantize, source.family)

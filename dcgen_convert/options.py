@@ -30,11 +30,19 @@ def stack(decorators: list[Callable]) -> Callable:
 
 SOURCE = click.argument("source", shell_complete=completion.sources)
 
+INPUTS = [
+    option("--base", metavar="FOLDER|REPO",
+           help="Pipeline with text encoders and autoencoder, for a SOURCE that is a transformer alone. Default: the published one."),
+    option("--lora", "loras", multiple=True, metavar="FILE[:SCALE]",
+           help="LoRA file to fuse into SOURCE first; repeatable. Default: none."),
+]  # fmt: skip
+
 RECIPE = [
     option("--ae", metavar="NAME|PATH|REPO", shell_complete=completion.autoencoders,
            help="Autoencoder to convert to: alias, folder or hub id. Default: the recipe's."),
     option("--recipe", metavar="FILE", shell_complete=completion.recipes,
            help="Recipe for a SOURCE that is a model. Default: the one of its family."),
+    *INPUTS,
     option("--set", "sets", multiple=True, metavar="KEY=VALUE",
            help="One setting, e.g. lora.rank=64 or adapt.ema=0; repeatable. Default: none."),
     option("--quantize", type=click.Choice(["none", "nvfp4", "int4"]),
@@ -83,6 +91,7 @@ class Rank(click.IntRange):
 
 
 QUANTIZE = [
+    *INPUTS,
     option("--format", "quant_format", type=click.Choice(["nvfp4", "int4"]), default="nvfp4", show_default=True,
            help="4-bit format."),
     option("--rank", metavar="R", type=Rank(16, 1024), default=32, show_default=True,
@@ -156,6 +165,8 @@ def resolve(source: str, values: dict) -> object:
     zero, data = values.pop("zero"), values.pop("data")
     flags = {
         "ae": values.pop("ae"),
+        "base": values.pop("base"),
+        "loras": list(values.pop("loras")) or None,
         "quantize.format": values.pop("quantize"),
         "merge_lora": values.pop("merge_lora"),
         "bundle.layout": values.pop("layout"),

@@ -149,12 +149,13 @@ def load(
     """
     from dcgen_convert import families, geometry, sources
 
-    base, source = sources.recipe_for(str(name_or_path), recipe, offline=bool(machine and machine.offline))
+    completing = (flags or {}).get("base")
+    base, source = sources.recipe_for(str(name_or_path), recipe, bool(machine and machine.offline), completing)
     layers = Layers()
     for label, values in read(base):
         layers.add(values, f"recipe {label}" if source is None or recipe else f"family default (recipe {label})")
     if source is not None and base == families.Family.recipe:
-        layers.add(sources.family_defaults(source, bool(machine and machine.offline)), "family default")
+        layers.add(sources.family_defaults(source, bool(machine and machine.offline), completing), "family default")
     if source is not None:
         layers.add({"source": source, "name": sources.short_name(source)}, "argument SOURCE")
     layers.add_environment(env or {}, ENV_PREFIX)

@@ -191,7 +191,12 @@ class Recipe(Section):
     """One conversion, completely. `alpha` of each phase is filled (= rank) when the recipe leaves it out."""
 
     name: str
-    source: str = Field(description="catalogue name, hub id, diffusers folder or .safetensors of the base model")
+    source: str = Field(description="catalogue name, hub id, diffusers folder, .safetensors or .gguf of the base model")
+    base: str | None = Field(
+        None,
+        description="pipeline with text encoders and autoencoder, for a source that is a transformer alone; null: the published one",
+    )
+    loras: tuple[str, ...] = Field((), description="LoRA files FILE[:scale], fused into the source first; empty: none")
     ae: str = Field(description="autoencoder: alias, hub id or folder")
     revision: str | None = Field(None, description="git revision of the source on the hub; null: the catalogue's")
     seed: NonNegativeInt = 0

@@ -13,6 +13,8 @@ from dcgen_convert.schema import Phase, Recipe
 
 FLAGS = {
     "ae": "--ae",
+    "base": "--base",
+    "loras": "--lora",
     "quantize.format": "--quantize",
     "quantize.rank": "--rank",
     "quantize.container": "--container",

@@ -1,4 +1,4 @@
-"""What SOURCE on the command line is: a recipe, a .yaml, a catalogue name, a folder, a .safetensors file or a hub id.
+"""What SOURCE on the command line is: a recipe, a .yaml, a catalogue name, a folder, a .safetensors or .gguf file, or a hub id.
 
 Only small JSON files and safetensors headers are read here; no weights, no torch.
 """
@@ -11,14 +11,16 @@ from pathlib import Path
 
 from dcgen_convert import catalog, families, recipe
 from dcgen_convert.errors import AccessError, InputError
+from dcgen_convert.files import read_object
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 
 
+SUFFIXES = (".safetensors", ".gguf")
 CLASSES = {family.model_class: family for family in families.FAMILIES.values()}
 
 
-def recipe_for(source: str, chosen: str | None, offline: bool) -> tuple[str, str | None]:
+def recipe_for(source: str, chosen: str | None, offline: bool, base: str | None = None) -> tuple[str, str | None]:
     """(recipe name or path, source to put into it or None when the recipe names its own).
 
     Raises:
@@ -32,12 +34,12 @@ def recipe_for(source: str, chosen: str | None, offline: bool) -> tuple[str, str
     entry = catalog.find_source(source)
     if entry is not None:
         return entry.recipe, source
-    return CLASSES[model_class(transformer_config(_checked(source), offline), source)].recipe, source
+    return CLASSES[model_class(transformer_config(_checked(source), offline, base), source)].recipe, source
 
 
-def family_defaults(source: str, offline: bool) -> dict:
+def family_defaults(source: str, offline: bool, base: str | None = None) -> dict:
     """What the general recipe leaves to the family: steps, guidance, and the loss that its kind of guidance needs."""
-    config = transformer_config(source, offline)
+    config = transformer_config(source, offline, base)
     family = CLASSES[model_class(config, source)]
     drawing = {"steps": family.default_steps, "guidance": family.default_guidance}
     distilled = family.guidance == "embedded" and config.get("guidance_embeds")
@@ -58,32 +60,36 @@ def _checked(source: str) -> str:
         )
     if catalog.find_source(source) or path.exists():
         return source
-    if path.suffix == ".safetensors" or source.startswith(("/", "./", "../", "~")):
+    if path.suffix in SUFFIXES or source.startswith(("/", "./", "../", "~")):
         raise InputError(f"no such file or folder: {source}", "check the path")
     if HUB_ID.match(source):
         return source
     known = [*recipe.names(), *catalog.SOURCES]
     raise InputError(
         f"unknown source {source!r}{recipe.nearest(source, known)}",
-        "dcgen-convert recipes list; or a folder, a .safetensors, or ORG/NAME",
+        "dcgen-convert recipes list; or a folder, a .safetensors, a .gguf, or ORG/NAME",
     )
 
 
 def short_name(source: str) -> str:
     """A name for folders: the last part of a path or hub id, without suffix."""
-    return Path(source).name.removesuffix(".safetensors") or "model"
+    name = Path(source).name
+    return next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), name) or "model"
 
 
 def model_class(config: dict, where: str) -> str:
     """The transformer's class name, when a shipped family handles it."""
     name = config.get("_class_name", "(none)")
-    if name not in CLASSES:
+    if not isinstance(name, str) or name not in CLASSES:
         raise InputError(f"{where}: transformer class {name} has no family here", f"supported: {', '.join(CLASSES)}")
     return name
 
 
-def transformer_config(source: str, offline: bool = False) -> dict:
-    """The transformer's config of any SOURCE: catalogue file, folder, single-file header, hub cache or hub."""
+def transformer_config(source: str, offline: bool = False, base: str | None = None) -> dict:
+    """The transformer's config of any SOURCE: catalogue file, folder, single-file header, hub cache or hub.
+
+    base: the pipeline that a single file belongs to, if the user named one: its config says what no tensor shape tells.
+    """
     entry = catalog.find_source(source)
     if entry is not None:
         return entry.transformer_config()
@@ -91,9 +97,10 @@ def transformer_config(source: str, offline: bool = False) -> dict:
     if path.is_dir():
         return read_config(path / "transformer" / "config.json", path / "config.json")
     if path.is_file():
-        from dcgen_convert.inspection_keys import config_from_header
+        from dcgen_convert.checkpoint.single import read_single
 
-        return config_from_header(path)
+        single = read_single(path)
+        return single.config(None if base is None else transformer_config(base, offline))
     return hub_json(source, "transformer/config.json", offline)
 
 
@@ -101,10 +108,7 @@ def read_config(*candidates: Path) -> dict:
     """The first existing JSON file of `candidates`."""
     for path in candidates:
         if path.is_file():
-            try:
-                return json.loads(path.read_text(encoding="utf-8"))
-            except json.JSONDecodeError as exc:
-                raise InputError(f"{path} is not valid JSON: {exc}", "fetch the file again") from exc
+            return read_object(path)
     raise InputError(
         f"no config found: {candidates[0]} does not exist", "give a diffusers folder (the one with model_index.json)"
     )

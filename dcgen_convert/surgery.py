@@ -6,16 +6,17 @@ other tensor keeps its bytes.
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from dcgen_convert import autoencoders
+from dcgen_convert.checkpoint import stream
 from dcgen_convert.checkpoint.headers import Entry
 from dcgen_convert.errors import InputError
-from dcgen_convert.files import atomic_save, write_json
+from dcgen_convert.files import copy_file, write_json
 from dcgen_convert.journal import Stage
 from dcgen_convert.models import TRANSFORMER
 
@@ -28,10 +29,15 @@ def run(job, stage: Stage) -> None:
     replaced = new_shapes(job, config)
     output = stage.folder / TRANSFORMER
     output.mkdir(exist_ok=True)
-    files = sorted({entry.file for entry in job.source.tensors.values()})
+    files: dict[Path, dict[str, Entry]] = {}
+    for name, entry in sorted(job.source.tensors.items()):
+        files.setdefault(entry.file, {})[name] = entry
     with job.console.progress("surgery", len(files), "shards") as bar:
-        for file in files:
-            rewrite(file, output / file.name, replaced)
+        for file, entries in sorted(files.items()):
+            if job.source.imported and not entries.keys() & replaced.keys():
+                share(file, output / file.name)  # written and checked by stage import, in this run folder
+            else:
+                rewrite(file, output / file.name, entries, replaced)
             bar.advance(1)
     for index in job.source.transformer.glob("*.safetensors.index.json"):
         shutil.copyfile(index, output / index.name)
@@ -73,13 +79,20 @@ def new_shapes(job, config: dict) -> dict[str, tuple[int, ...]]:
     return replaced
 
 
-def rewrite(source: Path, output: Path, replaced: dict[str, tuple[int, ...]]) -> None:
+def rewrite(source: Path, output: Path, entries: dict[str, Entry], replaced: dict[str, tuple[int, ...]]) -> None:
     """Copy one safetensors file, zeros in place of the re-made tensors; InputError for NaN or infinite weights."""
-    tensors = {}
-    with safe_open(source, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 (not a dict)
-            tensor = file.get_tensor(name)
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise InputError(f"{source} holds NaN or infinite values in {name}", "fetch the checkpoint again")
-            tensors[name] = torch.zeros(replaced[name], dtype=tensor.dtype) if name in replaced else tensor
-    atomic_save(tensors, output, {"format": "pt"})
+    items = {
+        name: stream.Zeros(entry.dtype, replaced[name]) if name in replaced else stream.whole(name, entry)
+        for name, entry in entries.items()
+    }
+    stream.write(output, items, {"format": "pt"})
+
+
+def share(source: Path, output: Path) -> None:
+    """``output`` is the file ``source`` itself where the file system allows a second name, else a copy. Weight files are
+    replaced, never written into."""
+    output.unlink(missing_ok=True)
+    try:
+        os.link(source, output)
+    except OSError:
+        copy_file(source, output)

@@ -113,9 +113,10 @@ def quantize(session: Session, source: str, values: dict) -> int:
     console = session.begin(**shown)
     from dcgen_convert.svdquant.direct import Drawing, quantize_source
 
+    inputs = {"base": values["base"], "loras": values["loras"]}
     drawn = ("prompts", "resolution", "steps", "guidance", "seed")
     drawing = Drawing(data_free=count is None, **{key: values[key] for key in drawn})
-    return finish(console, quantize_source(source, output, section, drawing, console))
+    return finish(console, quantize_source(source, output, section, drawing, console, **inputs))
 
 
 def finish(console: Console, doc: dict) -> int:

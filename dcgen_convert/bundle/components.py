@@ -11,15 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from pathlib import Path
 
+from dcgen_convert.checkpoint.headers import INDEX_VARIANT, VARIANT
 from dcgen_convert.console import Console
 from dcgen_convert.errors import InputError
+from dcgen_convert.files import read_object
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".onnx_data")
-VARIANT = re.compile(r"\.(?P<variant>[a-z0-9_]+)(?P<shard>-\d{5}-of-\d{5})?\.safetensors$")
-INDEX_VARIANT = re.compile(r"\.index\.(?P<variant>[a-z0-9_]+)\.json$")
 CHUNK = 1 << 22  # bytes
 
 
@@ -67,7 +66,7 @@ def copy_component(source: Path, target: Path, console: Console, *, label: str) 
             destination = target / new_name
             destination.parent.mkdir(parents=True, exist_ok=True)
             if name != new_name and name.endswith(".json"):
-                hashes[new_name] = _write_index(source / name, destination)
+                hashes[new_name] = write_index(source / name, destination)
             else:
                 hashes[new_name] = copy_file(source / name, destination, bar.advance)
     return hashes
@@ -97,8 +96,10 @@ def _plain(name: str) -> str:
     return VARIANT.sub(lambda m: f"{m['shard'] or ''}.safetensors", name)
 
 
-def _write_index(source: Path, target: Path) -> str:
-    index = json.loads(source.read_text(encoding="utf-8"))
+def write_index(source: Path, target: Path) -> str:
+    index = read_object(source)
+    if not isinstance(index.get("weight_map"), dict) or not all(isinstance(name, str) for name in index["weight_map"].values()):
+        raise InputError(f"{source} is no index of shards", "fetch the checkpoint again")
     index["weight_map"] = {key: _plain(name) for key, name in index["weight_map"].items()}
     data = json.dumps(index, indent=2, sort_keys=True).encode() + b"\n"
     target.write_bytes(data)

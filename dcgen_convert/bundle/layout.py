@@ -23,6 +23,7 @@ from dcgen_convert.bundle import licence
 from dcgen_convert.bundle import manifest as manifests
 from dcgen_convert.bundle.card import render
 from dcgen_convert.bundle.components import copy_component, copy_file, plan_copy
+from dcgen_convert.checkpoint.source import is_component
 from dcgen_convert.console import Console
 from dcgen_convert.errors import InputError, ResourceError
 from dcgen_convert.families.base import Family
@@ -130,11 +131,6 @@ def model_index(source: dict[str, Any], family: Family, layout: str, scheduler: 
         "transformer": ["diffusers", family.model_class],
         "vae": [MODULE_NAME, "AutoencoderDCAdapter"] if adapted else ["diffusers", "AutoencoderDC"],
     }
-
-
-def is_component(value: Any) -> bool:
-    """Whether a model_index.json value names a class to load, as against a setting or an absent optional part."""
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
 
 
 def has_adapter(family: Family) -> bool:

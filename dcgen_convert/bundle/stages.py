@@ -59,7 +59,7 @@ def describe(job) -> dict[str, Any]:
         recipe=job.recipe.model_dump(mode="json"),
         family=job.family.name,
         sources={
-            "base": manifest.source_record(job.recipe.source, job.source.root, job.source.revision),
+            "base": job.source.record(job.recipe.source),
             "autoencoder": manifest.source_record(job.ae.name, job.ae.folder, job.ae.revision),
         },
         autoencoder={

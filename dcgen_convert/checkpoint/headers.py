@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +31,10 @@ BYTES = {
     "BOOL": 1,
 }
 BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
+FLOAT8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+VARIANT = re.compile(r"\.(?P<variant>[a-z0-9_]+)(?P<shard>-\d{5}-of-\d{5})?\.safetensors$")  # model.fp16.safetensors
+INDEX_VARIANT = re.compile(r"\.index\.(?P<variant>[a-z0-9_]+)\.json$")
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
 
 
@@ -64,7 +69,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             header = json.loads(file.read(length))
             metadata = header.pop("__metadata__", {})
             entries = {name: _entry(path, name, value, 8 + length) for name, value in header.items()}
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{path} has a damaged safetensors header: {error}", "fetch it again") from error
     end = max((entry.end for entry in entries.values()), default=8 + length)
     if end != size:
@@ -74,8 +79,9 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 def _entry(path: Path, name: str, value: dict, base: int) -> Entry:
     start, end = value["data_offsets"]
-    shape = tuple(int(n) for n in value["shape"])
-    dtype = value["dtype"]
+    shape, dtype = tuple(value["shape"]), value["dtype"]
+    if not all(type(n) is int for n in (start, end, *shape)):
+        raise ValueError(f"{name} has offsets {[start, end]} and the shape {list(shape)}")
     if dtype not in BYTES:
         raise ValueError(f"{name} has the unknown dtype {dtype}")
     if not 0 <= start <= end or end - start != math.prod(shape) * BYTES[dtype] or any(n < 0 for n in shape):
@@ -84,31 +90,17 @@ def _entry(path: Path, name: str, value: dict, base: int) -> Entry:
 
 
 def read_weights(folder: Path) -> dict[str, Entry]:
-    """Tensors of a diffusers module folder: a single file or the shards of its index.
+    """Tensors of a diffusers module folder: a single file or the shards of its index; a precision variant
+    (`model.fp16.safetensors`) where nothing else is there.
 
     Raises:
         InputError: no weights, only pickles, a shard missing, or an index that disagrees with its shards.
     """
     folder = Path(folder)
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    indexes = _plain_first(folder.glob("*.safetensors.index*.json"), INDEX_VARIANT)
     if indexes:
-        weight_map: dict[str, str] = read_json(indexes[0])["weight_map"]
-        entries: dict[str, Entry] = {}
-        for shard in sorted(set(weight_map.values())):
-            path = folder / shard
-            if Path(shard).name != shard or not path.is_file():
-                raise InputError(
-                    f"{indexes[0]} names the shard {shard}, which is missing", "fetch the checkpoint again"
-                )
-            entries.update(read_header(path)[0])
-        lost = sorted(set(weight_map) ^ set(entries))
-        if lost:
-            raise InputError(
-                f"{indexes[0]} and its shards disagree on {len(lost)} tensors, first {lost[0]}",
-                "fetch the checkpoint again",
-            )
-        return entries
-    files = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+        return _read_shards(folder, indexes[0])
+    files = _plain_first((path for path in folder.glob("*.safetensors") if not path.name.startswith(".")), VARIANT)
     if len(files) == 1:
         return read_header(files[0])[0]
     if files:
@@ -122,3 +114,28 @@ def read_weights(folder: Path) -> dict[str, Entry]:
             f"{folder} holds only pickle weights ({pickles[0]}), which are refused", "save them as .safetensors first"
         )
     raise InputError(f"{folder} holds no safetensors weights", "give a diffusers folder, a hub id or a recipe name")
+
+
+def _plain_first(paths: Iterable[Path], variant: re.Pattern) -> list[Path]:
+    """The files without a variant in their name; all, when every one has."""
+    found = sorted(paths)
+    return [path for path in found if not variant.search(path.name)] or found
+
+
+def _read_shards(folder: Path, index: Path) -> dict[str, Entry]:
+    try:
+        weight_map: dict[str, str] = dict(read_json(index)["weight_map"])
+        shards = sorted(set(weight_map.values()))
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise InputError(f"{index} is no index of shards: {type(error).__name__}: {error}", "fetch the checkpoint again") from error
+    entries: dict[str, Entry] = {}
+    for shard in shards:
+        if not isinstance(shard, str) or Path(shard).name != shard or not (folder / shard).is_file():
+            raise InputError(f"{index} names the shard {shard}, which is missing", "fetch the checkpoint again")
+        entries.update(read_header(folder / shard)[0])
+    lost = sorted(set(weight_map) ^ set(entries))
+    if lost:
+        raise InputError(
+            f"{index} and its shards disagree on {len(lost)} tensors, first {lost[0]}", "fetch the checkpoint again"
+        )
+    return entries

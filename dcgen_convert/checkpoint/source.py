@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from dcgen_convert import families
-from dcgen_convert.checkpoint.headers import Entry, read_weights
+from dcgen_convert.bundle.manifest import source_record
+from dcgen_convert.checkpoint.headers import FLOAT8, Entry, read_weights
 from dcgen_convert.errors import AccessError, InputError
 from dcgen_convert.families import Family
-from dcgen_convert.files import read_json, sha256
+from dcgen_convert.files import read_object, sha256
 
+# What a conversion takes of a hub repository, the base model's and that of a base which only completes a transformer.
+_REST = ["*.json", "*.txt", "*.model", "*.md", "LICENSE*", "vae/*.safetensors", "text_encoder*/*.safetensors"]
+WHOLE, COMPLETING = [*_REST, "transformer/*.safetensors"], _REST
 HASH_WHOLE = 1 << 30  # bytes; larger weights are fingerprinted by headers and sizes, their full hash is in the manifest
 
 
@@ -32,6 +38,8 @@ class Source:
     root: Path
     revision: str | None = None
 
+    imported: ClassVar[bool] = False  # whether stage `import` writes the folder
+
     @property
     def transformer(self) -> Path:
         return self.root / "transformer"
@@ -48,17 +56,21 @@ class Source:
                 f"{self.root} has no model_index.json: not a diffusers pipeline folder",
                 "give a diffusers folder or a hub id",
             )
-        return read_json(path)
+        index = read_object(path)
+        odd = next((part for part, value in index.items() if is_component(value) and not re.fullmatch(r"\w[\w.-]*", part)), None)
+        if odd is not None:
+            raise InputError(f"{path} names the component {odd!r}, which is no folder name", "fetch the checkpoint again")
+        return index
 
     @cached_property
     def config(self) -> dict[str, Any]:
         path = self.transformer / "config.json"
         if not path.is_file():
             raise InputError(f"{self.root} has no transformer/config.json", "give a diffusers folder or a hub id")
-        config = read_json(path)
+        config = read_object(path)
         if "quantization_config" in config:
             raise InputError(
-                f"{self.root} is already quantised ({config['quantization_config'].get('quant_method')})",
+                f"{self.root} is already quantised ({_method(config['quantization_config'])})",
                 "give the dense model",
             )
         return config
@@ -81,14 +93,43 @@ class Source:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the transformer and VAE: of all bytes below 1 GiB, else of headers, sizes and modification times."""
-        digest = hashlib.sha256()
-        for part in (self.transformer, self.vae):
-            for path in sorted(p for p in part.glob("*") if p.suffix in (".json", ".safetensors")):
-                stat = path.stat()
-                digest.update(f"{part.name}/{path.name} {stat.st_size} ".encode())
-                whole = stat.st_size <= HASH_WHOLE
-                digest.update((sha256(path) if whole else str(stat.st_mtime_ns)).encode())
-        return digest.hexdigest()
+        return fingerprint_of([self.transformer, self.vae])
+
+    @property
+    def parts(self) -> dict[str, Path]:
+        """Component -> its folder, of all that model_index.json names as classes."""
+        return {part: self.root / part for part, value in self.index.items() if is_component(value)}
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Weight files outside of any component's folder."""
+        return ()
+
+    def record(self, name: str) -> dict[str, Any]:
+        """What the manifest says of this source, which the user called ``name``."""
+        return source_record(name, self.root, self.revision)
+
+
+def _method(quantisation: Any) -> str:
+    return str(quantisation.get("quant_method")) if isinstance(quantisation, dict) else "unknown method"
+
+
+def fingerprint_of(places: Iterable[Path]) -> str:
+    """Hash of files and of the JSON and weight files of folders: of all bytes below 1 GiB, else of size and time."""
+    digest = hashlib.sha256()
+    for place in places:
+        inside = [place] if place.is_file() else sorted(p for p in place.glob("*") if p.suffix in (".json", ".safetensors"))
+        for path in inside:
+            stat = path.stat()
+            digest.update(f"{place.name}/{path.name} {stat.st_size} ".encode())
+            whole = stat.st_size <= HASH_WHOLE
+            digest.update((sha256(path) if whole else str(stat.st_mtime_ns)).encode())
+    return digest.hexdigest()
+
+
+def is_component(value: Any) -> bool:
+    """Whether a model_index.json value names a class to load, as against a setting or an absent optional part."""
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
 
 
 def resolve_folder(
@@ -99,9 +140,7 @@ def resolve_folder(
     if path.is_dir():
         return path.resolve(), None
     if path.exists():
-        raise InputError(
-            f"{path} is a file, a diffusers folder is wanted", "give the folder that holds model_index.json"
-        )
+        raise InputError(f"{path} is a file, a folder is wanted", "give the folder that holds its config.json")
     if repo_or_path.count("/") != 1 or repo_or_path.startswith((".", "/", "~")):
         raise InputError(
             f"{repo_or_path} does not exist", "give a recipe, a catalogue name, a folder or a hub id (org/name)"
@@ -121,37 +160,84 @@ def resolve_folder(
     return folder, folder.name
 
 
-def load_source(name: str, repo_or_path: str, *, revision: str | None = None, offline: bool = False) -> Source:
-    """Resolve and check the base model: family known, weights complete by their headers."""
-    patterns = [
-        "*.json",
-        "*.txt",
-        "*.model",
-        "*.md",
-        "LICENSE*",
-        "transformer/*.safetensors",
-        "vae/*.safetensors",
-        "text_encoder*/*.safetensors",
-    ]
-    root, revision = resolve_folder(repo_or_path, revision=revision, offline=offline, patterns=patterns)
-    source = Source(name, root, revision)
-    _ = source.index, source.family, source.tensors
-    known = (source.family.pipeline_class, *source.family.other_pipelines)
-    if source.index.get("_class_name") not in known:
+def load_source(
+    name: str,
+    repo_or_path: str,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    base: str | None = None,
+    loras: Sequence[str] = (),
+    home: Path | None = None,
+) -> Source:
+    """Resolve and check the base model: family known, weights complete by their headers.
+
+    Args:
+        base: catalogue name, folder or hub id of the pipeline that completes a transformer which comes alone; by
+            default the published one of its kind.
+        loras: FILE[:scale] texts, fused before anything else happens.
+        home: folder where stage `import` writes the pipeline if SOURCE is not one as it is.
+    """
+    path = Path(os.path.expanduser(repo_or_path))
+    root = None
+    if not path.is_file():
+        root, revision = resolve_folder(repo_or_path, revision=revision, offline=offline, patterns=WHOLE)
+    if root is not None and base is None and not loras and is_plain(root):
+        source = Source(name, root, revision)
+        _ = source.index, source.family
+        require_possible(source.config, source.tensors, root)
+        check_variant(source.index, source.family, root)
+        lost = next((part for part, folder in source.parts.items() if not folder.is_dir()), None)
+        if lost is not None:
+            raise InputError(f"{root} has no folder {lost}, which its model_index.json names", "fetch the whole checkpoint again")
+        for module in (source.family.embedder, source.family.head):
+            if f"{module}.weight" not in source.tensors:
+                raise InputError(
+                    f"{root}/transformer lacks {module}.weight, which every {source.family.name} model has",
+                    "is the checkpoint complete?",
+                )
+        return source
+    from dcgen_convert.checkpoint.imported import import_source
+
+    return import_source(name, root or path, revision, base=base, loras=loras, home=home, offline=offline)
+
+
+def require_possible(config: Mapping[str, Any], tensors: Mapping[str, object], where: Path) -> None:
+    """InputError for a config of more blocks than there are tensors: its class would be built for ever."""
+    for key, value in config.items():
+        if ("layers" in key or "blocks" in key) and isinstance(value, int) and value > len(tensors):
+            raise InputError(f"{where}: {key} is {value} where {len(tensors)} tensors are", "is the config the right one?")
+
+
+def is_plain(root: Path) -> bool:
+    """Whether a folder is a pipeline that diffusers loads as it is, in numbers that can be trained and merged.
+
+    A folder without model_index.json counts as one unless it is a transformer's own, so that it is refused as such.
+    """
+    from dcgen_convert.bundle.components import plan_copy
+
+    source = Source(str(root), root)
+    if not (root / "model_index.json").is_file():
+        return families.recognise(_class_of(root / "config.json")) is None
+    folders = [folder for folder in source.parts.values() if folder.is_dir()]
+    named = all(name == copied for folder in folders for name, copied in plan_copy(folder).items())
+    return named and not any(entry.dtype in FLOAT8 for entry in source.tensors.values())
+
+
+def _class_of(config: Path) -> str | None:
+    return read_object(config).get("_class_name") if config.is_file() else None
+
+
+def check_variant(index: Mapping[str, Any], family: Family, where: Path) -> None:
+    """InputError for pipelines of another task than drawing from text, and for models distilled to a few steps."""
+    known = (family.pipeline_class, *family.other_pipelines)
+    if index.get("_class_name") not in known:
         raise InputError(
-            f"{root} is a {source.index.get('_class_name')}, only {' and '.join(known)} can be converted with a "
-            f"{source.family.model_class}",
+            f"{where} is a {index.get('_class_name')}, only {' and '.join(known)} can be converted with a {family.model_class}",
             "inpainting, editing and step-distilled variants need inputs that the conversion does not train",
         )
-    if source.index.get("is_distilled"):
+    if index.get("is_distilled"):
         raise InputError(
-            f"{root} is distilled to a few steps (is_distilled), which flow matching would undo",
+            f"{where} is distilled to a few steps (is_distilled), which flow matching would undo",
             "give the undistilled model",
         )
-    for module in (source.family.embedder, source.family.head):
-        if f"{module}.weight" not in source.tensors:
-            raise InputError(
-                f"{root}/transformer lacks {module}.weight, which every {source.family.name} model has",
-                "is the checkpoint complete?",
-            )
-    return source

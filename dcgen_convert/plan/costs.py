@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from dcgen_convert import catalog
+from dcgen_convert import bases, catalog, sources
 from dcgen_convert.errors import ResourceError
 from dcgen_convert.plan.arithmetic import forward_flops, train_flops
 from dcgen_convert.plan.layers import Structure
@@ -36,12 +36,28 @@ def downloads(recipe: Recipe, base: Structure) -> list[dict]:
         found.append(_download("source", source.repo, size, source.gated))
     elif source is None and not Path(recipe.source).expanduser().exists():
         found.append(_download("source", recipe.source, BF16 * base.parameters, None))
+    base_repo = _base_repo(recipe)
+    if base_repo:
+        found.append(_download("base", base_repo, None, None))
     ae = catalog.find_autoencoder(recipe.ae)
     if ae is not None and ae.repo:
         found.append(_download("autoencoder", ae.repo, BF16 * ae.parameters, False))
     elif ae is None and not Path(recipe.ae).expanduser().exists():
         found.append(_download("autoencoder", recipe.ae, None, None))
     return found
+
+
+def _base_repo(recipe: Recipe) -> str | None:
+    """Hub id of what completes a source that is a transformer alone; None when nothing is missing or it is a folder."""
+    path = Path(recipe.source).expanduser()
+    alone = path.is_file() or (path / "config.json").is_file()
+    asked = recipe.base
+    if asked is None and alone:
+        config = sources.transformer_config(recipe.source)
+        published = bases.base_of(sources.CLASSES[config["_class_name"]].name, config)
+        asked = published and published.repo
+    entry = catalog.find_source(asked) if asked else None
+    return entry.repo if entry else asked if asked and not Path(asked).expanduser().exists() else None
 
 
 def _download(role: str, repo: str, size: int | None, gated: bool | None) -> dict:
@@ -74,6 +90,7 @@ def disk(recipe: Recipe, sizes: Shapes) -> dict:
         "pictures": count * data.resolution**2 * PNG_BYTES_PER_PIXEL if data.kind == "synthetic" else 0,
         "latents": count * cells * BF16,
         "text": count * sizes.text * sizes.base.text_width * BF16 if recipe.latents.text == "cache" else 0,
+        "import": dense if recipe.base or recipe.loras or Path(recipe.source).expanduser().is_file() else 0,
         "checkpoints": 2 * 16 * trained,  # the newest and the one before it: fp32 weight, two moments, EMA
         "merged": dense * len(recipe.adapt.phases),
         "quantised": quantised,

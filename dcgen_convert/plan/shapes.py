@@ -40,9 +40,9 @@ def shapes(recipe: Recipe, offline: bool = False) -> Shapes:
     Raises:
         InputError: a transformer class that no family handles. AccessError: a hub config that cannot be had.
     """
-    config = sources.transformer_config(recipe.source, offline)
+    config = sources.transformer_config(recipe.source, offline, recipe.base)
     family = families.recognise(sources.model_class(config, recipe.source))
-    old, new = geometry.base_grid(recipe.source, offline), geometry.new_grid(recipe.ae, offline)
+    old, new = geometry.base_grid(recipe.source, offline, recipe.base), geometry.new_grid(recipe.ae, offline)
     base = structure(config)
     converted = structure(family.convert_config(config, new.f, new.c, recipe.adapt.phases[-1].resolution))
     text = (recipe.latents.text_length or family.text_length) if base.text_width else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import torch
 
 from dcgen_convert import catalog, models, pipelines, recipe
 from dcgen_convert.bundle.components import copy_component, copy_file
-from dcgen_convert.bundle.layout import check_disk, check_output, is_component
+from dcgen_convert.bundle.layout import check_disk, check_output
+from dcgen_convert.checkpoint.imported import STAGE
 from dcgen_convert.checkpoint.source import Source, load_source
 from dcgen_convert.data import make, prompts
+from dcgen_convert.errors import InputError
 from dcgen_convert.files import read_json, write_json
 from dcgen_convert.schema import Quantize
 from dcgen_convert.svdquant import stage
@@ -50,11 +53,14 @@ class Drawing:
         return replace(self, **{key: value for key, value in known.items() if getattr(self, key) is None})
 
 
-def quantize_source(name: str, output: Path, section: Quantize, drawing: Drawing, console) -> dict[str, Any]:
+def quantize_source(
+    name: str, output: Path, section: Quantize, drawing: Drawing, console, base: str | None = None, loras: Sequence[str] = ()
+) -> dict[str, Any]:
     """``output`` becomes a copy of the pipeline with a 4-bit transformer. Result: bundle, metrics, layers.
 
     Args:
-        name: catalogue name, folder or hub id.
+        name: catalogue name, folder, file or hub id.
+        base, loras: as `load_source` takes them.
         section: recipe section ``quantize`` (format, rank, calibration.prompts, container, dense).
 
     An interrupted call leaves ``.NAME.partial`` beside the output; the same call goes on from it.
@@ -63,11 +69,25 @@ def quantize_source(name: str, output: Path, section: Quantize, drawing: Drawing
     entry = catalog.find_source(name)
     drawing = drawing.filled(entry and entry.recipe)
     where, revision = (str(entry.folder or entry.repo), entry.revision) if entry else (name, None)
-    source = load_source(name, where, revision=revision)
+    home = partial_folder(output) / STAGE
+    source = load_source(name, where, revision=revision, base=base, loras=loras, home=home)
     stage.check_container(section, source.family)
+<<<<<<< HEAD
     check_disk(output, [source.root / part for part, value in source.index.items() if is_component(value)])
     targets = stage.plan_targets(source.family, source.config, section.dense)
+=======
+    folders = list(source.parts.values())
+    check_disk(output, [path for path in folders if path.is_dir()], source.files)
+>>>>>>> inputs
     staging = _staging(output, source, section, drawing)
+    try:
+        if source.imported and not (home / "model_index.json").exists():  # written last
+            source.lay_out(console)
+        model = models.load(source.transformer, torch.bfloat16, device=pipelines.device())
+        targets = stage.plan_targets(source.family, model, section.dense)
+    except InputError:
+        shutil.rmtree(staging)
+        raise
     calls = staging / "calls"
     if not drawing.data_free and not (calls / "done.json").exists():
         _record(calls, source, section.calibration.prompts, drawing, console)
@@ -91,9 +111,14 @@ def quantize_source(name: str, output: Path, section: Quantize, drawing: Drawing
     return {"bundle": str(output), "metrics": {**metrics, "skipped": targets.skipped}, "layers": layers}
 
 
+def partial_folder(output: Path) -> Path:
+    """Where the work on ``output`` is done."""
+    return output.parent / f".{output.name}.partial"
+
+
 def _staging(output: Path, source: Source, section: Quantize, drawing: Drawing) -> Path:
     """The work folder of this very call; one that another source or other settings left is replaced."""
-    folder = output.parent / f".{output.name}.partial"
+    folder = partial_folder(output)
     call = {"source": source.fingerprint, "quantize": section.model_dump(mode="json"), "drawing": asdict(drawing)}
     if folder.exists() and not ((folder / "call.json").is_file() and read_json(folder / "call.json") == call):
         shutil.rmtree(folder)
@@ -120,8 +145,8 @@ def _record(folder: Path, source: Source, count: int, drawing: Drawing, console)
 
 def _copy_rest(source: Source, folder: Path, console) -> None:
     """Everything but the transformer, as it is."""
-    for part, value in source.index.items():
-        if is_component(value) and part != models.TRANSFORMER:
+    for part in source.parts:
+        if part != models.TRANSFORMER:
             shutil.rmtree(folder / part, ignore_errors=True)  # of a call that was cut off
             copy_component(source.root / part, folder / part, console, label=part)
     for path in source.root.iterdir():

@@ -1,14 +1,13 @@
 """Writing safetensors files without holding their tensors: a header from what is known, then bytes copied through."""
 
-import json
-import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from dcgen_convert.files import replacing, write_json
+from dcgen_convert.checkpoint import stream
+from dcgen_convert.files import write_json
 from dcgen_convert.svdquant.source import INDEX, NAMES, SINGLE, Entry
 
 
@@ -64,24 +63,20 @@ class _Held:
         yield self.tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def write_file(path: Path, items: Iterable[Item | _Held], metadata: dict[str, str] | None = None) -> None:
-    """One safetensors file, atomically: the same items give the same bytes. Metadata is by default {"format": "pt"}.
+@dataclass(frozen=True)
+class _Streamed(stream.Item):
+    """An item as `stream.write` takes it."""
 
-    Wide dtypes come first, so that every tensor lies aligned.
-    """
-    items = sorted(items, key=lambda item: (-item.dtype.itemsize, item.name))
-    header, offset = {"__metadata__": metadata or {"format": "pt"}}, 0
-    for item in items:
-        span = [offset, offset + item.nbytes]
-        header[item.name] = {"dtype": NAMES[item.dtype], "shape": list(item.shape), "data_offsets": span}
-        offset += item.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for item in items:
-            for piece in item.chunks():
-                file.write(piece)
+    item: Item | _Held
+
+    def chunks(self) -> Iterator[bytes]:
+        return self.item.chunks()
+
+
+def write_file(path: Path, items: Iterable[Item | _Held], metadata: dict[str, str] | None = None) -> None:
+    """One safetensors file, atomically: the same items give the same bytes. Metadata is by default {"format": "pt"}."""
+    streamed = {item.name: _Streamed(NAMES[item.dtype], tuple(item.shape), item) for item in items}
+    stream.write(path, streamed, metadata or {"format": "pt"})
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
