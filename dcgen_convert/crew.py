@@ -4,15 +4,20 @@ Rank 0 walks through the stages; the others wait for the tasks that it shares wi
 connection to rank 0 open. Tasks, progress and failures travel on it as JSON lines, and the kernel closes it when a
 process dies, of whatever. A thread reads it: no rank waits for a dead one, not even inside a collective that would wait
 for half an hour. What the main thread cannot end within a grace, that thread ends.
+
+A process that is stopped (SIGSTOP, a frozen container, a host that hangs) keeps its connections. So both ends also say
+every few seconds that they are there, from a thread of their own, and whoever is silent for `SILENCE` counts as lost.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import queue
 import selectors
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +27,8 @@ from dcgen_convert.errors import DcgenError, InternalError, InterruptedRun, Rank
 
 LOST_GRACE = 2.0  # seconds that the main thread has to end by itself after a rank was lost ...
 FAILED_GRACE = 5.0  # ... and after a rank said why it failed: the others mostly fail of the same
+SILENCE = 120.0  # seconds without a sign of life: longer than any call that keeps Python's lock
+BEAT = 5.0  # seconds between two signs of life, at most
 FAREWELL = 5.0  # seconds that rank 0 waits for the others at the end
 
 
@@ -63,6 +70,7 @@ class Peer:
     socket: socket.socket
     log: str = ""
     rest: bytes = b""
+    heard: float = math.inf  # monotonic time of the last sign of life; before the first, none is missed
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def send(self, document: dict[str, Any]) -> None:
@@ -79,6 +87,7 @@ class Peer:
             data = self.socket.recv(1 << 16)
         except OSError:
             return None
+        self.heard = time.monotonic()
         *lines, self.rest = (self.rest + data).split(b"\n")
         return [json.loads(line) for line in lines] if data else None
 
@@ -88,13 +97,41 @@ class _Linked(Crew):
 
     Args:
         give_up: called in the reading thread when the main thread did not end in time; must end the process.
+        silence: seconds after which a silent peer counts as lost, 0 for never.
     """
 
-    def __init__(self, rank: int, world: int, give_up: Callable[[DcgenError], None]):
-        self.rank, self.world, self._give_up = rank, world, give_up
+    def __init__(self, rank: int, world: int, give_up: Callable[[DcgenError], None], silence: float):
+        self.rank, self.world, self._give_up, self._silence = rank, world, give_up, silence
         self.failure: DcgenError | None = None
         self._changed = threading.Condition()
         self._closing = False
+
+    def _start_beating(self, peers: list[Peer], frozen: Callable[[Peer], None]) -> None:
+        """Say and check from now on that both ends are there; ``frozen`` is called once for a silent peer."""
+        if self._silence:
+            threading.Thread(target=self._beat, args=(peers, frozen), daemon=True, name="beat").start()
+
+    def _beat(self, peers: list[Peer], frozen: Callable[[Peer], None]) -> None:
+        pause = min(BEAT, self._silence / 8)
+        watched, before = list(peers), time.monotonic()
+        while watched and not self._closing:
+            for peer in watched:
+                peer.send({"kind": "beat"})
+            time.sleep(pause)
+            now = time.monotonic()
+            if now - before > pause + self._silence / 2:  # this process itself was stopped: it has not listened
+                for peer in watched:
+                    peer.heard = max(peer.heard, now)
+            before = now
+            for peer in [peer for peer in watched if now - peer.heard > self._silence]:
+                watched.remove(peer)
+                frozen(peer)
+
+    def _frozen(self, peer: Peer) -> RankLost:
+        log = f"; its log is {peer.log}" if peer.log else ""
+        return RankLost(
+            f"rank {peer.rank} has been silent for {self._silence:.0f} s: it is stopped, or its host hangs{log}"
+        )
 
     def _note(self, error: DcgenError, grace: float) -> None:
         with self._changed:
@@ -125,13 +162,16 @@ class _Linked(Crew):
 class Leader(_Linked):
     """Rank 0's end of the lines."""
 
-    def __init__(self, peers: list[Peer], give_up: Callable[[DcgenError], None]):
-        super().__init__(0, len(peers) + 1, give_up)
+    def __init__(self, peers: list[Peer], give_up: Callable[[DcgenError], None], silence: float = SILENCE):
+        super().__init__(0, len(peers) + 1, give_up, silence)
         self._peers = peers
         self._busy: set[int] = set()
         self._advanced = 0
         self._gone: set[int] = set()
+        for peer in peers:
+            peer.heard = time.monotonic()  # the first of them may have waited long for the last
         threading.Thread(target=self._watch, daemon=True, name="crew").start()
+        self._start_beating(peers, lambda peer: self._lose(peer, self._frozen(peer)))
 
     def introduce(self, document: dict[str, Any]) -> None:
         self._send_all({"kind": "job", "document": document})
@@ -190,13 +230,13 @@ class Leader(_Linked):
             self._gone.add(peer.rank)
             self._note(_failure(peer, message), FAILED_GRACE)
 
-    def _lose(self, peer: Peer) -> None:
+    def _lose(self, peer: Peer, error: RankLost | None = None) -> None:
         with self._changed:
             lost = peer.rank not in self._gone and not self._closing
             self._gone.add(peer.rank)
             self._changed.notify_all()
         if lost:
-            error = RankLost(f"rank {peer.rank} was lost: it was killed or it crashed; its log is {peer.log}")
+            error = error or RankLost(f"rank {peer.rank} was lost: it was killed or it crashed; its log is {peer.log}")
             self._send_all({"kind": "end", "code": error.exit_code})
             self._note(error, LOST_GRACE)
 
@@ -204,11 +244,14 @@ class Leader(_Linked):
 class Member(_Linked):
     """Another rank's end of its line."""
 
-    def __init__(self, rank: int, world: int, line: Peer, give_up: Callable[[DcgenError], None]):
-        super().__init__(rank, world, give_up)
+    def __init__(
+        self, rank: int, world: int, line: Peer, give_up: Callable[[DcgenError], None], silence: float = SILENCE
+    ):
+        super().__init__(rank, world, give_up, silence)
         self._line = line
         self._inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True, name="crew").start()
+        self._start_beating([line], lambda peer: self._lose(self._frozen(peer)))
 
     def advance(self, n: int = 1, **info: object) -> None:
         """Progress that rank 0 shows (this object is the `bar` of a shared task)."""
@@ -245,12 +288,16 @@ class Member(_Linked):
     def _read(self) -> None:
         while (messages := self._line.receive()) is not None:
             for message in messages:
+                if message["kind"] == "beat":
+                    continue
                 self._inbox.put(message)
                 if message["kind"] == "end":
                     if message["code"]:
                         self._note(_ended(message["code"]), LOST_GRACE)
                     return
-        lost = RankLost("rank 0 was lost: it was killed or it crashed")
+        self._lose(RankLost("rank 0 was lost: it was killed or it crashed"))
+
+    def _lose(self, lost: RankLost) -> None:
         self._note(lost, LOST_GRACE)
         self._inbox.put({"kind": "end", "code": lost.exit_code, "lost": True})
 

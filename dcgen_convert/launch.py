@@ -123,13 +123,17 @@ def _wait(started: list[subprocess.Popen], run_dir: Path, received: list[int]) -
         return code  # rank 0 has said why
     if received and (code is None or -code in received or len(received) > 2):
         raise Terminated if received[0] == signal.SIGTERM else KeyboardInterrupt
-    number = next((i for i, process in enumerate(started) if i and process.poll()), 0)
+    # Others that ended with a lost rank's code say that rank 0, which is still there, has frozen.
+    fates = [process.poll() for process in started]
+    number = next((i for i, fate in enumerate(fates) if i and fate and fate != RankLost.exit_code), 0)
     number = 0 if code is not None else number
     raise RankLost(f"rank {number} {_fate(started[number])}; its log is {run_dir / ranks.log_name(number)}")
 
 
 def _fate(process: subprocess.Popen) -> str:
-    if process.returncode is None or process.returncode >= 0:
+    if process.returncode is None:
+        return "does not answer: it is stopped, or it hangs"
+    if process.returncode >= 0:
         return f"ended with code {process.returncode}"
     name = signal.Signals(-process.returncode).name
     hint = ", as the system does when memory runs out" if name == "SIGKILL" else ""

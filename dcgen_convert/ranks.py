@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import closing
 from datetime import timedelta
 
-from dcgen_convert.crew import SOLO, Crew, Leader, Member, Peer
+from dcgen_convert.crew import SILENCE, SOLO, Crew, Leader, Member, Peer
 from dcgen_convert.errors import DcgenError, InputError, RankLost, ResourceError
 
 JOIN_SECONDS = 300.0  # longest wait for all ranks to be there: hosts load Python at very different speeds
@@ -94,12 +94,13 @@ def log_name(number: int) -> str:
     return f"log-rank-{number}.txt" if number else "log.txt"
 
 
-def join(log: str, give_up: Callable[[DcgenError], None], console) -> Crew:
+def join(log: str, give_up: Callable[[DcgenError], None], console, timeout: float = SILENCE) -> Crew:
     """Meet the other ranks; `SOLO` without any. Every rank calls it.
 
     Args:
         log: this rank's log file, named when it is lost.
         give_up: must end the process; see `crew`.
+        timeout: seconds after which a silent rank counts as frozen, 0 for never.
     Raises:
         InputError: the launcher did not say where rank 0 is.
         ResourceError: this host has fewer GPUs than ranks.
@@ -118,10 +119,10 @@ def join(log: str, give_up: Callable[[DcgenError], None], console) -> Crew:
     _take_gpu()
     address, store = os.environ["MASTER_ADDR"], _store()
     if rank() == 0:
-        return Leader(_accept(address, store, count), give_up)
+        return Leader(_accept(address, store, count), give_up, timeout)
     line = _connect(address, store, log)
     console.detail(f"rank {rank()} of {count} on {socket.gethostname()}, process {os.getpid()}")
-    return Member(rank(), count, Peer(0, line), give_up)
+    return Member(rank(), count, Peer(0, line), give_up, timeout)
 
 
 def _take_gpu() -> None:

@@ -126,6 +126,11 @@ class Adapt(Section):
     null_branch: Literal["student", "teacher"] = Field(
         "student", description="who answers the null prompt in the corrected loss"
     )
+    null_pass: Literal["separate", "batched"] = Field(
+        "separate",
+        description="separate: the null prompt in a forward pass of its own, the least work and memory; batched: in one pass "
+        "of twice the batch, for devices that one micro-batch leaves half empty",
+    )
     guidance_range: tuple[float, float] = Field((1.0, 14.0), description="guidance is drawn uniformly from [lo, hi]")
     data_guidance: PositiveFloat = Field(
         1.0,
@@ -147,6 +152,8 @@ class Adapt(Section):
         lo, hi = self.guidance_range
         if not 0 < lo <= hi:
             raise ValueError(f"guidance_range must be [lo, hi] with 0 < lo <= hi, not [{lo:g}, {hi:g}]")
+        if self.null_pass == "batched" and self.null_branch == "teacher":
+            raise ValueError("adapt.null_pass batched needs null_branch student: teacher and student are different weights")
         return self
 
 

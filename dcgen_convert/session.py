@@ -22,7 +22,7 @@ import click
 
 from dcgen_convert import hosts, ranks
 from dcgen_convert.console import Console
-from dcgen_convert.crew import SOLO, Crew
+from dcgen_convert.crew import SILENCE, SOLO, Crew
 from dcgen_convert.errors import DcgenError, InternalError, InterruptedRun, RankLost, Terminated, explain
 
 
@@ -78,16 +78,17 @@ class Session:
             threading.Thread(target=_follow_parent, daemon=True, name="parent").start()
         return self.console
 
-    def join(self, hostfile: bool = False) -> Crew:
+    def join(self, hostfile: bool = False, timeout: float = SILENCE) -> Crew:
         """Meet the other ranks of this job, if a launcher started several. From here on none outlives another.
 
         hostfile: `hosts` started the ranks: result and stop requests go through the run folder.
+        timeout: seconds after which a silent rank counts as frozen, 0 for never.
         """
         if hostfile and ranks.world() > 1 and not self.rank:
             self.result, self._outcome = io.StringIO(), self.run_dir
             self.console.result_to(self.result)
             hosts.heed_stop(self.run_dir)
-        self.crew = ranks.join(str(self.console.log_file or ""), self._force, self.console)
+        self.crew = ranks.join(str(self.console.log_file or ""), self._force, self.console, timeout)
         return self.crew
 
     def _force(self, error: DcgenError) -> None:

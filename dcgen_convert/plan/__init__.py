@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dcgen_convert import catalog
 from dcgen_convert.plan import costs, memory, speed
-from dcgen_convert.plan.fit import Fit, fit
+from dcgen_convert.plan.fit import Fit, fit, numbers_of, sample_bytes
 from dcgen_convert.plan.quantised import quantised
 from dcgen_convert.plan.render import render
 from dcgen_convert.plan.shapes import Shapes, shapes
@@ -77,7 +77,8 @@ def plan(resolved: Resolved, gpu_bytes: float = GPU_BYTES) -> dict:
 def fit_phase(recipe: Recipe, phase: Phase, gpus: int = 1, gpu_bytes: float = GPU_BYTES, offline: bool = False) -> Fit:
     """ZeRO stage, offload and micro-batch for one phase on `gpus` GPUs, with the reason; `.problem` when none fits."""
     sizes = shapes(recipe, offline)
-    return fit(recipe.adapt, phase, sizes.converted, sizes.trainable(phase), sizes.tokens(phase), gpus, gpu_bytes)
+    trained, tokens = sizes.trainable(phase), sizes.tokens(phase)
+    return fit(recipe.adapt, phase, sizes.converted, trained, tokens, gpus, gpu_bytes, recipe.dtype)
 
 
 def require_disk(recipe: Recipe, run_dir: Path, output: Path, offline: bool = False) -> None:
@@ -95,23 +96,24 @@ def require_disk(recipe: Recipe, run_dir: Path, output: Path, offline: bool = Fa
 
 
 def _fit(resolved: Resolved, sizes: Shapes, phase: Phase, gpu_bytes: float) -> Fit:
-    gpus = resolved.machine.gpus or 1
-    trained = sizes.trainable(phase)
-    return fit(resolved.recipe.adapt, phase, sizes.converted, trained, sizes.tokens(phase), gpus, gpu_bytes)
+    recipe, gpus = resolved.recipe, resolved.machine.gpus or 1
+    trained, tokens = sizes.trainable(phase), sizes.tokens(phase)
+    return fit(recipe.adapt, phase, sizes.converted, trained, tokens, gpus, gpu_bytes, recipe.dtype)
 
 
 def _memory(resolved: Resolved, sizes: Shapes, gpu_bytes: float) -> dict:
     """The configuration that the last phase runs with, and the whole table of ZeRO stage x GPUs."""
-    adapt = resolved.recipe.adapt
+    adapt, dtype = resolved.recipe.adapt, resolved.recipe.dtype
     last = adapt.phases[-1]
     found, trained = _fit(resolved, sizes, last, gpu_bytes), sizes.trainable(last)
-    sample = memory.activations(sizes.tokens(last), sizes.converted.width, sizes.converted.blocks, adapt.checkpointing)
+    sample = sample_bytes(adapt, sizes.converted, sizes.tokens(last), dtype)
     decided = {"micro_batch": found.micro_batch, "max_micro_batch": found.limit, "reason": found.reason}
     return {
         "gpu_gib": round(gpu_bytes / memory.GIB, 1),
         "chosen": {**found.memory.gib(), **decided},
-        "table": memory.table(trained.frozen, trained.trained, sample),
-        "basis": "parameter terms measured by tensor census; activations scaled from FLUX (2.31 GiB per 4,608-token "
+        "table": memory.table(trained.frozen, trained.trained, sample, numbers_of(adapt, dtype)),
+        "basis": "parameter terms measured by tensor census (the moving average is in optim); activations scaled from "
+        "FLUX (2.31 GiB per 4,608-token "
         "sample); 1.5 GiB + 8 % for context and fragmentation assumed",
     }
 

@@ -53,10 +53,13 @@ def forward_flops(structure: Structure, image_tokens: int, text_tokens: int) -> 
     return total
 
 
-def train_flops(forward: float, *, full: bool, checkpointing: bool, null_branch: bool) -> float:
+def train_flops(forward: float, *, full: bool, checkpointing: bool, null_branch: bool, batched: bool = False) -> float:
     """FLOPs of one training sample.
 
     Forward 1, gradients of activations 1, of weights 1 more when every weight trains (LoRA's own are below 10 %),
-    recomputation 1 with checkpointing, a second forward 1 for the null branch of the guidance-corrected loss.
+    recomputation 1 with checkpointing, a second forward 1 for the null branch of the guidance-corrected loss; all of it
+    twice when that branch runs in the same pass (``batched``).
     """
+    if null_branch and batched:
+        return 2 * forward * (2 + full + checkpointing)
     return forward * (2 + full + checkpointing + null_branch)

@@ -140,18 +140,19 @@ def hours(recipe: Recipe, sizes: Shapes) -> dict:
     name = "2 CPU cores" if base.parameters < SMALL else "one H100"
     rate, price, basis = DEVICES[name]
     corrected = recipe.adapt.objective == "guidance-corrected"
+    common = {"checkpointing": recipe.adapt.checkpointing, "null_branch": corrected}
+    common["batched"] = recipe.adapt.null_pass == "batched"
     guided = not corrected and recipe.data.guidance > 1  # classifier-free guidance runs the model twice
     stages: dict[str, float] = {}
     if recipe.data.kind == "synthetic":
         once = forward_flops(base, old.tokens(recipe.data.resolution), text)
         stages["data"] = recipe.data.count * recipe.data.steps * (2 if guided else 1) * once
     first = forward_flops(converted, new.tokens(recipe.adapt.phases[0].resolution), text)
-    head = train_flops(first, full=False, checkpointing=recipe.adapt.checkpointing, null_branch=corrected)
+    head = train_flops(first, full=False, **common)
     stages["align head"] = recipe.align_head.steps * recipe.align_head.batch * head
     for i, phase in enumerate(recipe.adapt.phases):
         once = forward_flops(converted, new.tokens(phase.resolution), text)
-        checkpointing = recipe.adapt.checkpointing
-        each = train_flops(once, full=phase.mode == "full", checkpointing=checkpointing, null_branch=corrected)
+        each = train_flops(once, full=phase.mode == "full", **common)
         stages[f"adapt phase {i} ({phase.resolution} px)"] = phase.steps * phase.batch * each
     if recipe.quantize.format != "none":
         once = forward_flops(converted, new.tokens(recipe.adapt.phases[-1].resolution), text)

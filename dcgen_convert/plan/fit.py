@@ -33,29 +33,50 @@ def micro_batch(share: int, limit: int) -> int:
     return next((size for size in range(min(share, limit), 0, -1) if share % size == 0), 1)
 
 
+def sample_bytes(adapt: Adapt, structure: Structure, tokens: int, dtype: str) -> float:
+    """Activations of one picture with ``tokens`` image and text tokens; the batched null prompt counts as a second one."""
+    batched = adapt.objective == "guidance-corrected" and adapt.null_pass == "batched"
+    passes = (1 + batched) * numbers_of(adapt, dtype).element / 2
+    return passes * memory.activations(tokens, structure.width, structure.blocks, adapt.checkpointing)
+
+
+def numbers_of(adapt: Adapt, dtype: str) -> memory.Numbers:
+    return memory.Numbers(4 if dtype == "fp32" else 2, adapt.ema > 0)
+
+
 def fit(
-    adapt: Adapt, phase: Phase, structure: Structure, trained: Trainable, tokens: int, gpus: int, gpu_bytes: float
+    adapt: Adapt,
+    phase: Phase,
+    structure: Structure,
+    trained: Trainable,
+    tokens: int,
+    gpus: int,
+    gpu_bytes: float,
+    dtype: str = "bf16",
 ) -> Fit:
     """Decide for one phase.
 
     Args:
         tokens: image + text tokens per picture.
         gpu_bytes: memory that training may use on each GPU.
+        dtype: "fp32" | "bf16", of weights, gradients and activations.
     """
-    sample = memory.activations(tokens, structure.width, structure.blocks, adapt.checkpointing)
+    sample, numbers = sample_bytes(adapt, structure, tokens, dtype), numbers_of(adapt, dtype)
     sizes = (trained.frozen, trained.trained, gpus)
     share = max(1, phase.batch // gpus)
     if adapt.zero == "auto":
-        choice = memory.choose(*sizes, sample, phase.micro_batch or 1, gpu_bytes)
+        choice = memory.choose(*sizes, sample, phase.micro_batch or 1, gpu_bytes, numbers)
         zero, offload, reason = 3 if choice.zero is None else choice.zero, choice.offload, choice.reason
     else:
         zero, offload, reason = adapt.zero, adapt.offload, f"ZeRO-{adapt.zero} as set"
-    limit = memory.max_micro_batch(*sizes, zero, offload, sample, gpu_bytes)
+    limit = memory.max_micro_batch(*sizes, zero, offload, sample, gpu_bytes, numbers)
     size = phase.micro_batch or micro_batch(share, limit)
     problem = None
     if limit < size:
-        change = memory.smallest_change(*sizes, sample, gpu_bytes)
+        change = memory.smallest_change(*sizes, sample, gpu_bytes, numbers)
+        if limit:
+            change = f"--set adapt.phases.*.micro_batch={micro_batch(share, limit)}"
         room = f"{gpu_bytes / memory.GIB:.1f} GiB per GPU"
         problem = f"training at {phase.resolution} px does not fit {room} at micro-batch {size}: use {change}"
-    need = memory.memory(*sizes, zero, offload, sample, size)
+    need = memory.memory(*sizes, zero, offload, sample, size, numbers)
     return Fit(zero, offload, gpus, size, limit, reason, problem, need)

@@ -18,6 +18,7 @@ from dcgen_convert.errors import RecipeError
 from dcgen_convert.families import Family, Text
 from dcgen_convert.files import read_json, write_json
 from dcgen_convert.train import distributed, loop, lora
+from dcgen_convert.train.batched import batched_corrected_loss
 from dcgen_convert.train.engine import Engine
 from dcgen_convert.train.loop import Saving
 from dcgen_convert.train.objective import (
@@ -30,7 +31,7 @@ from dcgen_convert.train.objective import (
 )
 from dcgen_convert.train.settings import EngineSettings
 
-LAYOUT = ("zero", "micro_batch", "offload", "checkpointing")  # settings that do not change the loss curve
+LAYOUT = ("zero", "micro_batch", "offload", "checkpointing", "null_pass")  # settings that do not change the loss curve
 MOMENT_SAVING = Saving(steps=0, minutes=10)  # a kill costs ten minutes at most
 
 
@@ -152,8 +153,10 @@ class Task:
         family, model, null = self.family, self.model, self.cache.null
         if self.adapt.objective == "flow":
             return lambda z0, text, draws: flow_loss(family, model, z0, text, draws, null)
-        branch = lora.frozen_teacher(model, self.modules) if self.adapt.null_branch == "teacher" else nullcontext
         shown = self.adapt.data_guidance
+        if self.adapt.null_pass == "batched":
+            return lambda z0, text, draws: batched_corrected_loss(family, model, z0, text, draws, null, shown)
+        branch = lora.frozen_teacher(model, self.modules) if self.adapt.null_branch == "teacher" else nullcontext
         return lambda z0, text, draws: guidance_corrected_loss(family, model, z0, text, draws, null, branch, shown)
 
     def identity(self, settings: EngineSettings) -> dict[str, Any]:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from dcgen_convert.errors import CheckFailed, InternalError
+from dcgen_convert.plan.memory import BUCKET
 from dcgen_convert.train import distributed
 from dcgen_convert.train.settings import EngineSettings
 from dcgen_convert.train.state import EMA, WEIGHT, TrainedState, true_shape
@@ -118,6 +119,8 @@ class Engine:
             "stage": settings.zero,
             "contiguous_gradients": True,
             "overlap_comm": torch.cuda.is_available(),
+            # DeepSpeed allocates whole buckets, by default of 1 GB each, however little trains
+            "reduce_bucket_size": min(int(BUCKET), sum(parameter.numel() for parameter in self.named.values())),
         }
         if settings.offload != "none":
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}

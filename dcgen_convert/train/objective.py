@@ -158,8 +158,13 @@ def guidance_corrected_loss(
         nothing = drop_text(text, null, torch.ones_like(draws.dropped))
         v_null = predict(family, model, z, draws.t, nothing, torch.ones_like(draws.guidance))
     v_g = predict(family, model, z, draws.t, drop_text(text, null, draws.dropped), draws.guidance)
-    v_hat = v_null + data_guidance / draws.guidance[:, None, None, None] * (v_g - v_null)
-    return (v_hat - family.target(z0, draws.eps)).square().mean()
+    return corrected_error(v_g, v_null, draws.guidance, data_guidance, family.target(z0, draws.eps))
+
+
+def corrected_error(v_g: Tensor, v_null: Tensor, guidance: Tensor, data_guidance: float, v: Tensor) -> Tensor:
+    """|| v(null) + (g_d / g) [v_g - v(null)] - v ||^2; velocities (B, C, h, w), guidance (B,); scalar."""
+    v_hat = v_null + data_guidance / guidance[:, None, None, None] * (v_g - v_null)
+    return (v_hat - v).square().mean()
 
 
 @torch.no_grad()

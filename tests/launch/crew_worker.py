@@ -1,7 +1,7 @@
 """A program of several ranks with the real command line around it, and the means to start and watch them.
 
 As a program: `python crew_worker.py crew RUN '{"rank0": "share", "member": "sleep"}'`. Rank 0 shares one task whose
-part on each rank is named: "count", "sleep" (interruptible), "collective" (gloo, waits in C++), "fail" (InputError),
+part on each rank is named: "count", "sleep" (interruptible), "nap" (6 s), "collective" (gloo, waits in C++), "fail" (InputError),
 "crash" (InternalError), or rank 0 shares nothing and runs "work" (a stage of its own).
 """
 
@@ -27,6 +27,8 @@ def part(kind: str, run: Path, rank: int, bar) -> None:
         bar.advance(5)
     elif kind == "sleep":
         time.sleep(120)
+    elif kind == "nap":
+        time.sleep(6)
     elif kind == "fail":
         from dcgen_convert.errors import InputError
 
@@ -53,6 +55,7 @@ def part(kind: str, run: Path, rank: int, bar) -> None:
 
 def command() -> None:
     from dcgen_convert import cli
+    from dcgen_convert.crew import SILENCE
     from dcgen_convert.options import OUTPUT, output_options, stack
 
     @cli.cli.command("crew")
@@ -63,7 +66,7 @@ def command() -> None:
     def crew_verb(session, run: str, parts: str, **values) -> int:
         kinds, path = json.loads(parts), Path(run)
         console = session.begin(**output_options(values), run_dir=path)
-        crew = session.join()
+        crew = session.join(timeout=kinds.get("timeout", SILENCE))
         if crew.rank:
             return crew.serve(lambda document, task, arguments: part(arguments["kind"], path, crew.rank, crew))
         crew.introduce({})
@@ -89,7 +92,7 @@ def heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def start(run: Path, count: int, **parts: str) -> list[subprocess.Popen]:
+def start(run: Path, count: int, **parts: str | float) -> list[subprocess.Popen]:
     """``count`` ranks as srun starts them: nothing watches over them but they themselves."""
     from dcgen_convert.ranks import free_port
 

@@ -1,6 +1,7 @@
 """Ranks that nothing watches over: whatever one dies of, the others end within seconds, with one voice."""
 
 import signal
+import time
 
 import pytest
 
@@ -37,6 +38,37 @@ def test_a_killed_rank_0_ends_the_others(tmp_path, member):
     _, other = finish(ranks, SECONDS)
     assert other == (4, "", "")
     assert "rank 0 was lost" in (tmp_path / "log-rank-1.txt").read_text()
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_rank_ends_the_job_within_the_timeout(tmp_path, frozen):
+    """SIGSTOP closes no connection, and the others wait in a collective."""
+    ranks = start(tmp_path, 3, rank0="wait-in-collective", member="wait-in-collective", timeout=4)
+    wait_ready(tmp_path, ranks, range(3))
+    time.sleep(1)
+    ranks[frozen].send_signal(signal.SIGSTOP)
+    others = [process for number, process in enumerate(ranks) if number != frozen]
+    try:
+        ended = finish(others, 4 + SECONDS)
+    finally:
+        ranks[frozen].kill()
+        ranks[frozen].communicate()
+    assert [code for code, _, _ in ended] == [4, 4]
+    said = ended[0][2] if frozen else (tmp_path / "log-rank-1.txt").read_text()
+    assert f"rank {frozen} has been silent for 4 s: it is stopped, or its host hangs" in said
+    assert not frozen or f"its log is {tmp_path / 'log-rank-1.txt'}" in said
+
+
+def test_a_job_that_was_stopped_whole_goes_on(tmp_path):
+    """Suspended and continued, as by a scheduler: nobody blames the others for the pause."""
+    ranks = start(tmp_path, 2, rank0="nap", member="nap", timeout=2)
+    wait_ready(tmp_path, ranks, range(2))
+    for process in ranks:
+        process.send_signal(signal.SIGSTOP)
+    time.sleep(4)
+    for process in ranks:
+        process.send_signal(signal.SIGCONT)
+    assert [code for code, _, _ in finish(ranks, 60)] == [0, 0]
 
 
 def test_idle_ranks_end_with_the_code_of_rank_0(tmp_path):

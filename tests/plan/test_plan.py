@@ -1,6 +1,7 @@
 """The whole plan: every shipped recipe, offline; speed-ups beside the paper's; disk, downloads and hours."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -11,6 +12,8 @@ from dcgen_convert.plan import costs
 from dcgen_convert.plan.shapes import shapes
 from dcgen_convert.settings import leaves
 from dcgen_convert.svdquant.stage import plan_targets
+
+from .test_memory import TABLE
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +53,38 @@ def test_flops_agree_with_what_the_paper_measured(px, ae, tokens, paper, toleran
     assert doc["speedup_paper"]["value"] == paper
     assert doc["speedup"]["basis"].startswith("scaled")
     assert doc["speedup_paper"]["basis"].startswith("measured by the paper")
+
+
+def test_the_memory_table_of_flux_at_4096_px_from_its_config():
+    """FLUX.1 to f64c128, 4096 + 512 tokens, LoRA 256: every row within 10 % of the table that the terms were derived with,
+    which counts no moving average."""
+    sets = ["latents.text_length=512", "adapt.ema=0", "adapt.objective=flow"]
+    doc = document("flux-krea", ae="dc-ae-f64", resolution=4096, sets=sets)
+    found = {(row["zero"], row["offload"], row["gpus"]): row for row in doc["memory"]["table"]}
+    for line in TABLE:
+        zero, offload, gpus, *sizes, h100, h200 = line.split()
+        row = found.pop((int(zero), offload, int(gpus)))
+        kinds = ("weights", "grads", "optimizer", "activations", "other", "total", "host")
+        assert [row[kind] for kind in kinds] == pytest.approx([float(size) for size in sizes], rel=0.10, abs=0.06)
+        assert row["max_micro_batch_H100-80"] == pytest.approx(int(h100), abs=1)
+        assert row["max_micro_batch_H200-141"] == pytest.approx(int(h200), abs=1)
+    assert not found
+    averaged = document("flux-krea", ae="dc-ae-f64", resolution=4096, sets=sets[:1])
+    assert averaged["memory"]["table"][0]["optimizer"] == pytest.approx(15.6 * 20 / 16, abs=0.06)
+
+
+@pytest.mark.parametrize(("name", "gib"), [("flux-krea", 24), ("flux-krea", 8), ("sana-1.6b", 6)])
+def test_what_cannot_fit_is_refused_with_a_change_that_does(name, gib):
+    def planned(gpus=None, **settings):
+        sets = [f"adapt.{key}={value}" for key, value in settings.items()]
+        resolved = recipe.load(name, flags={}, sets=sets, machine=recipe.Machine(gpus=gpus, offline=True))
+        return plan.plan(resolved, gpu_bytes=gib * 2**30)
+
+    doc = planned(zero=1)
+    assert doc["status"] == "infeasible"
+    change = re.search(r"use --zero (\d) --offload (\w+)(?: --gpus (\d+))? with micro_batch 1", doc["problems"][0])
+    settings = {"zero": change[1], "offload": change[2], "phases.*.micro_batch": 1}
+    assert planned(gpus=change[3] and int(change[3]), **settings)["status"] == "feasible"
 
 
 def test_other_families_beside_the_paper():

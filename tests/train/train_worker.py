@@ -74,7 +74,7 @@ def engine_settings(**changes) -> EngineSettings:
 
 def adapt_section(**changes) -> SimpleNamespace:
     values = dict(
-        objective="flow", null_branch="student", guidance_range=(1.0, 5.0), shift="model", text_drop=0.1, ema=0.99
+        objective="flow", null_branch="student", null_pass="separate", guidance_range=(1.0, 5.0), shift="model", text_drop=0.1, ema=0.99
     )
     values |= dict(clip=1.0, checkpointing=False, zero=2, offload="none", data_guidance=1.0)
     return SimpleNamespace(**{**values, **changes})
