@@ -83,7 +83,7 @@ def autoencoder_grid(config: dict) -> tuple[int, int]:
 
 
 def check(recipe: Recipe) -> None:
-    """Every picture side must be a multiple of both f*p, or the grids cannot meet.
+    """Every picture side must be a multiple of both f*p, or the grids cannot meet, and one that the base model can draw.
 
     A hub id whose config is not here yet is left to the stage that downloads it.
     Raises:
@@ -91,6 +91,7 @@ def check(recipe: Recipe) -> None:
     """
     try:
         grids = {"source": base_grid(recipe.source), "autoencoder": new_grid(recipe.ae)}
+        config = sources.transformer_config(recipe.source, offline=True)
     except AccessError:
         return
     sides = {"data.resolution": recipe.data.resolution}
@@ -104,3 +105,9 @@ def check(recipe: Recipe) -> None:
                     f"= {grid.f}*{grid.p} = {grid.token_px} px",
                     f"use {f'{low} or ' if low else ''}{high} px (--resolution)",
                 )
+    only = sources.CLASSES[sources.model_class(config, recipe.source)].only_side(config, grids["source"].f)
+    if only and recipe.data.kind == "synthetic" and recipe.data.resolution != only:
+        raise RecipeError(
+            f"data.resolution is {recipe.data.resolution} px, but the pipeline of {recipe.source} draws {only} px only",
+            f"set data.resolution to {only}, or give pictures of your own with --data",
+        )

@@ -22,7 +22,7 @@ def converted_pipeline(job, transformer: nn.Module):
             vae = AutoencoderDCAdapter.from_pretrained(
                 job.ae.folder,
                 dtype=job.dtype,
-                latent_pack=job.family.pack(job.ae.factor),
+                latent_pack=job.family.pack(transformer.config),
                 latent_order=job.family.adapter_order,
                 **keys,
                 **options,

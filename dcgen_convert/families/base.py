@@ -133,9 +133,18 @@ class Family:
         mu = self.mu(tokens, scheduler)
         return mu if scheduler.get("time_shift_type") == "linear" else math.exp(mu)
 
-    def pack(self, factor: int) -> int:
-        """p of the bundle's adapter for an autoencoder of that factor: the patch that the stock pipeline packs."""
+    def pack(self, config: dict[str, Any]) -> int:
+        """p of the bundle's adapter: the patch that the stock pipeline packs, or a converted transformer with ``config``."""
         return 2
+
+    def only_side(self, config: dict[str, Any], cell: int) -> int | None:
+        """Side in px of the pictures that the stock pipeline draws whatever size is asked for; None: it draws what is asked.
+
+        Args:
+            config: of the transformer, before or after conversion.
+            cell: px per cell of the pipeline's latent grid: f of the autoencoder, f / p behind the bundle's adapter.
+        """
+        return None
 
     def pipeline_of(self, index: dict[str, Any]) -> str:
         """Stock pipeline class that runs a folder with this model_index.json."""

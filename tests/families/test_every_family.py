@@ -196,7 +196,8 @@ def converted(request, tiny, source, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"{tiny[0]}-f{factor}")
     autoencoder_dc(factor, channels).save_pretrained(folder / "ae")
     ae = Autoencoder("tiny", folder / "ae", None, factor, channels)
-    job = SimpleNamespace(source=source, family=source.family, ae=ae, resolution=2 * factor, console=NULL)
+    side = tiny[1].deep_side or 2 * factor
+    job = SimpleNamespace(source=source, family=source.family, ae=ae, resolution=side, console=NULL)
     surgery.run(job, Stage(folder))
     model = models.load(folder / models.TRANSFORMER, torch.float32)
     generator = torch.Generator().manual_seed(5)
@@ -204,7 +205,7 @@ def converted(request, tiny, source, tmp_path_factory):
         for value in model.get_submodule(name).parameters():
             value.copy_(0.2 * torch.randn(value.shape, generator=generator))
     model.save_pretrained(folder / models.TRANSFORMER)
-    parts = Parts(source.family, source.root, folder / models.TRANSFORMER, folder / "ae", channels, factor, 2 * factor)
+    parts = Parts(source.family, source.root, folder / models.TRANSFORMER, folder / "ae", channels, factor, side)
     return parts, model
 
 
@@ -263,10 +264,11 @@ def test_bundle_loads_in_the_stock_pipeline_and_draws_two_sizes(tiny, converted,
     assert type(pipeline).__name__ == family.pipeline_of({"_class_name": type(pipeline).__name__})
     codec, states = autoencoders.load(parts.autoencoder), []
     keep_states(pipeline, states)
-    side = parts.side
-    for height, width in ((side, side), (side, 2 * side)):
+    side, cell = parts.side, parts.factor // pipeline.vae.config.get("latent_pack", 1)
+    assert family.only_side(pipeline.transformer.config, cell) in (None, side)
+    for height, width in ((side, side), (side // 2 if entry.deep_side else side, 2 * side)):
         if "class_labels" in family.text_keys:
-            width = height  # the stock pipeline draws one size
+            height = width = side  # the stock pipeline draws one size
         settings = dict(height=height, width=width, steps=STEPS, guidance=GUIDANCE, length=entry.length)
         call = family.pipeline_call(pipeline, [entry.prompt], **settings)
         with torch.no_grad():

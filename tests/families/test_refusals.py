@@ -7,6 +7,7 @@ import pytest
 from dcgen_convert import families
 from dcgen_convert.checkpoint.source import load_source
 from dcgen_convert.errors import InputError, RecipeError
+from dcgen_convert.recipe import load
 from dcgen_convert.schema import Adapt
 from dcgen_convert.train.adapt import sampling_of
 
@@ -62,3 +63,10 @@ def test_a_shift_that_the_network_leans_on_cannot_be_changed():
         cogview.shift(1024, {**own, "max_shift": 1.15})
     with pytest.raises(RecipeError, match="would break it"):
         sampling_of(cogview, Adapt(shift=3.0, phases=[{"resolution": 64, "steps": 1}]), (32, 2, 2), {}, own)
+
+
+def test_pictures_of_a_size_that_the_base_cannot_draw():
+    """DiT's pipeline draws the size that it was trained on, whatever is asked."""
+    assert load("tiny-dit").recipe.data.resolution == 128
+    with pytest.raises(RecipeError, match="draws 128 px only"):
+        load("tiny-dit", sets=["data.resolution=256"])

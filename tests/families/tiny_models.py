@@ -70,6 +70,7 @@ class Tiny:
         length: text tokens that both sides pad to.
         side: px of the square picture.
         factor: px per latent cell of the source's autoencoder.
+        deep_side: px of the bundle's square picture where the pipeline draws one area; None: two latent cells, and others.
         guide: how the stock pipeline puts conditional and null prediction together.
         guided: whether it does so at all.
         middle: unshifted sigma of the second of two steps; None where the scheduler spaces its steps itself.
@@ -81,6 +82,7 @@ class Tiny:
     length: int = 16
     side: int = 128
     factor: int = 8
+    deep_side: int | None = None
     guide: Callable = cfg
     middle: float | None = 0.5
     packed_noise: bool = False
