@@ -23,6 +23,8 @@ from transformers import (
     GemmaTokenizer,
     GlmConfig,
     GlmModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     PreTrainedTokenizerFast,
@@ -263,6 +265,36 @@ def zimage(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def hidream(folder: Path) -> None:
+    torch.manual_seed(2)
+    transformer = diffusers.HiDreamImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        caption_channels=[WIDTH, WIDTH],
+        text_emb_dim=WIDTH,
+        axes_dims_rope=(8, 4, 4),
+        llama_layers=[0, 1],
+    )
+    diffusers.HiDreamImagePipeline(
+        transformer=alive(transformer),
+        scheduler=flow(use_dynamic_shifting=True),
+        vae=kl(16, scaling_factor=0.4, shift_factor=0.1),
+        text_encoder=clip_projection(3),
+        tokenizer=tokenizer_clip(),
+        text_encoder_2=clip_projection(4),
+        tokenizer_2=tokenizer_clip(),
+        text_encoder_3=t5(),
+        tokenizer_3=tokenizer_t5(),
+        text_encoder_4=LlamaForCausalLM(LlamaConfig(**DECODER, num_hidden_layers=2)),
+        tokenizer_4=byte_tokenizer(),
+    ).save_pretrained(folder)
+
+
 def chroma(folder: Path) -> None:
     torch.manual_seed(2)
     transformer = diffusers.ChromaTransformer2DModel(
@@ -494,6 +526,7 @@ TINY: dict[str, Tiny] = {
     "qwenimage": Tiny(qwenimage, length=256, guide=rescaled_cfg),
     "krea2": Tiny(krea2, length=256, guide=extra_cfg),
     "hunyuanimage": Tiny(hunyuanimage, prompt='a sign "hi"', length=256, factor=32, guided=False),
+    "hidream": Tiny(hidream, middle=0.001, side=1024, deep_side=1024),
     "flux2-dev": Tiny(flux2_dev, length=512, guided=False, packed_noise=True),
     "flux2-klein": Tiny(flux2_klein, length=96, packed_noise=True),
 }
