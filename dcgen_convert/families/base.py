@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+TEXT_WIDTHS = ("joint_attention_dim", "caption_channels", "text_embed_dim", "cap_feat_dim", "text_hidden_dim")
 Text = dict[str, "Tensor"]  # forward() keyword -> tensor whose first axis is the batch
 
 
@@ -132,6 +133,11 @@ class Family:
             return sampling_shift(tokens, scheduler)
         mu = self.mu(tokens, scheduler)
         return mu if scheduler.get("time_shift_type") == "linear" else math.exp(mu)
+
+    def text_width(self, config: dict[str, Any]) -> int:
+        """Numbers in the condition of one text token, for the size of its cache."""
+        width = next((config[key] for key in TEXT_WIDTHS if config.get(key)), 0)
+        return width * config.get("num_text_layers", 1)
 
     def pack(self, config: dict[str, Any]) -> int:
         """p of the bundle's adapter: the patch that the stock pipeline packs, or a converted transformer with ``config``."""

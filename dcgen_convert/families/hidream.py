@@ -31,6 +31,10 @@ class HiDream(Family):
     default_guidance = 5.0
     text_length = 128
 
+    def text_width(self, config):
+        t5, llama = config["caption_channels"]
+        return t5 + (max(config["llama_layers"]) + 1) * llama
+
     def pack(self, config):
         return config["patch_size"]
 
