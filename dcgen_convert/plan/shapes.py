@@ -42,7 +42,7 @@ def shapes(recipe: Recipe, offline: bool = False) -> Shapes:
     """
     config = sources.transformer_config(recipe.source, offline)
     family = families.recognise(sources.model_class(config, recipe.source))
-    old, new = geometry.base_grid(recipe.source, offline), geometry.new_grid(recipe.ae, offline)
+    old, new = geometry.base_grid(recipe.source, offline), geometry.new_grid(recipe.ae, offline, recipe.ae_channels)
     base = structure(config)
     converted = structure(family.convert_config(config, new.f, new.c, recipe.adapt.phases[-1].resolution))
     text = (recipe.latents.text_length or family.text_length) if base.text_width else 0
