@@ -119,5 +119,5 @@ def check(recipe: Recipe) -> None:
     if only and recipe.data.kind == "synthetic" and recipe.data.resolution != only:
         raise RecipeError(
             f"data.resolution is {recipe.data.resolution} px, but the pipeline of {recipe.source} draws {only} px only",
-            f"set data.resolution to {only}, or give pictures of your own with --data",
+            f"use {only} px (--resolution), or give pictures of your own with --data",
         )

@@ -13,6 +13,7 @@ from dcgen_convert.schema import Phase, Recipe
 
 FLAGS = {
     "ae": "--ae",
+    "ae_channels": "--ae-channels",
     "quantize.format": "--quantize",
     "quantize.rank": "--rank",
     "quantize.container": "--container",
