@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dcgen_convert.errors import InputError
 from dcgen_convert.files import read_json
+from dcgen_convert.geometry import tile_sizes
 
 CLASSES = ("AutoencoderDC", "AutoencoderKL", "AutoencoderKLQwenImage", "AutoencoderKLFlux2", "AutoencoderKLHunyuanImage")
 
@@ -88,6 +89,10 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", 
     if bad:
         raise InputError(f"the autoencoder {folder} holds NaN or infinite values in {bad}", "fetch the file again")
     factor, channels = geometry(config)
+    if name == "AutoencoderDC":  # off until someone calls enable_tiling, which then finds tiles that fit
+        tile, stride = tile_sizes(factor)
+        model.enable_tiling(tile, tile, stride, stride)
+        model.disable_tiling()
     codec = Codec(
         model.eval().requires_grad_(False).to(device),
         factor,

@@ -221,7 +221,7 @@ def find_autoencoder(name: str) -> AutoencoderEntry | None:
     entry = AUTOENCODERS.get(name) or next(
         (entry for entry in AUTOENCODERS.values() if entry.repo and entry.repo == name), None
     )
-    if entry is None and "/" not in name and not Path(name).exists():
+    if entry is None and "/" not in name and ".safetensors" not in name and not Path(name).exists():
         hits = difflib.get_close_matches(name, AUTOENCODERS, n=1, cutoff=0.3)
         hint = f"; did you mean {hits[0]!r}?" if hits else ""
         raise InputError(

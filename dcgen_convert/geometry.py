@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcgen_convert import bases, catalog, sources
+from dcgen_convert import autoencoder_files, bases, catalog, sources
 from dcgen_convert.errors import AccessError, InputError, RecipeError
 from dcgen_convert.schema import Recipe
 
@@ -76,18 +76,20 @@ def vae_grid(base: str, offline: bool) -> tuple[int, int]:
     return autoencoder_grid(sources.hub_json(base, "vae/config.json", offline))
 
 
-def new_grid(ae: str, offline: bool = True) -> Grid:
-    """The latent space of the deep-compression autoencoder; patch 1."""
-    entry = catalog.find_autoencoder(ae)
+def new_grid(ae: str, offline: bool = True, channels: int | None = None) -> Grid:
+    """The latent space of the deep-compression autoencoder, or of its first ``channels``; patch 1."""
+    entry, path = catalog.find_autoencoder(ae), Path(ae).expanduser()
     if entry is not None:
-        return Grid(entry.factor, entry.channels, 1)
-    path = Path(ae).expanduser()
-    config = (
-        sources.read_config(path / "config.json", path / "vae" / "config.json")
-        if path.exists()
-        else sources.hub_json(ae, "config.json", offline)
-    )
-    return Grid(*autoencoder_grid(config), 1)
+        f, c = entry.factor, entry.channels
+    elif autoencoder_files.is_file(ae):
+        f, c = autoencoder_grid(autoencoder_files.file_and_config(ae)[1])
+    elif path.exists():
+        f, c = autoencoder_grid(sources.read_config(path / "config.json", path / "vae" / "config.json"))
+    else:
+        f, c = autoencoder_grid(sources.hub_json(ae, "config.json", offline))
+    if channels and channels > c:
+        raise RecipeError(f"ae_channels is {channels}, but {ae} has {c} channels", f"use --ae-channels {c} or less, or leave it out")
+    return Grid(f, channels or c, 1)
 
 
 def autoencoder_grid(config: dict) -> tuple[int, int]:
@@ -105,15 +107,27 @@ def autoencoder_grid(config: dict) -> tuple[int, int]:
     return factor, channels
 
 
+def tile_sizes(factor: int) -> tuple[int, int]:
+    """(side, stride) in px of tiles that an AutoencoderDC of that factor can be cut into: diffusers' own where they fit.
+
+    The stock stride of 448 px is 3.5 latent cells at f128, so that tiles would be put together wrongly.
+    """
+    return (512, 448) if 448 % factor == 0 else (8 * factor, 7 * factor)
+
+
 def check(recipe: Recipe) -> None:
-    """Every picture side must be a multiple of both f*p, or the grids cannot meet.
+    """Every picture side must be a multiple of both f*p, or the grids cannot meet, and one that the base model can draw.
 
     A hub id whose config is not here yet is left to the stage that downloads it.
     Raises:
         RecipeError: naming the setting and the nearest sizes that work.
     """
     try:
-        grids = {"source": base_grid(recipe.source, base=recipe.base), "autoencoder": new_grid(recipe.ae)}
+        grids = {
+            "source": base_grid(recipe.source, base=recipe.base),
+            "autoencoder": new_grid(recipe.ae, channels=recipe.ae_channels),
+        }
+        config = sources.transformer_config(recipe.source, offline=True, base=recipe.base)
     except AccessError:
         return
     sides = {"data.resolution": recipe.data.resolution}
@@ -127,3 +141,9 @@ def check(recipe: Recipe) -> None:
                     f"= {grid.f}*{grid.p} = {grid.token_px} px",
                     f"use {f'{low} or ' if low else ''}{high} px (--resolution)",
                 )
+    only = sources.CLASSES[sources.model_class(config, recipe.source)].only_side(config, grids["source"].f)
+    if only and recipe.data.kind == "synthetic" and recipe.data.resolution != only:
+        raise RecipeError(
+            f"data.resolution is {recipe.data.resolution} px, but the pipeline of {recipe.source} draws {only} px only",
+            f"use {only} px (--resolution), or give pictures of your own with --data",
+        )

@@ -7,7 +7,7 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dcgen_convert import catalog
+from dcgen_convert import autoencoder_files, catalog
 from dcgen_convert.bundle.scheduler import scheduler_config
 from dcgen_convert.checkpoint.headers import read_weights
 from dcgen_convert.checkpoint.source import Source, load_source, resolve_folder
@@ -102,6 +102,12 @@ class Job:
         on_the_fly = self.recipe.latents.text == "encode"
         return LatentCache(self.folder("latents"), resolution, encode=encode if on_the_fly else None)
 
+    @property
+    def target(self) -> Path:
+        """Folder of the autoencoder that the bundle gets: stage `latents` rewrites the one given where the recipe says so."""
+        normalised = self.recipe.latents.normalise == "channel"
+        return self.folder("latents") / autoencoder_files.NORMALISED if normalised else self.ae.folder
+
     def folder(self, stage: str) -> Path:
         return self.run.path / stage
 
@@ -133,7 +139,8 @@ def prepare(resolved: Resolved, run: Run, console: Console, crew: Crew = SOLO) -
             f"the stock {source.family.pipeline_class} cannot load a LoRA apart", "leave out --no-merge-lora"
         )
     offline = resolved.machine.offline
-    job = Job(recipe, source, find_autoencoder(recipe.ae, offline=offline), run, console, offline, crew)
+    ae = find_autoencoder(recipe.ae, run.path, channels=recipe.ae_channels, offline=offline)
+    job = Job(recipe, source, ae, run, console, offline, crew)
     if recipe.quantize.format != "none":
         stage.plan_targets(job.family, job.converted_config, recipe.quantize.dense)  # not after days of training
     return job
@@ -161,13 +168,20 @@ def stock_pipeline(source: Source) -> type:
     return getattr(diffusers, source.family.pipeline_of(source.index))
 
 
-def find_autoencoder(name: str, *, offline: bool = False) -> Autoencoder:
-    """The autoencoder called ``name`` (alias, folder or hub id), its headers checked."""
+def find_autoencoder(name: str, work: Path, *, channels: int | None = None, offline: bool = False) -> Autoencoder:
+    """The autoencoder called ``name`` (alias, folder, hub id or single file), its headers checked.
+
+    Args:
+        work: folder that takes what a single file or a prefix of ``channels`` is rewritten into; what is there already is kept.
+    """
     from dcgen_convert import autoencoders
 
     entry = catalog.find_autoencoder(name)
     where = str(entry.folder) if entry and entry.folder else (entry.repo if entry else name)
-    folder, revision = resolve_folder(where, offline=offline, patterns=AE_PATTERNS)
+    if autoencoder_files.is_file(name):
+        folder, revision = autoencoder_files.folder_of_file(name, work), None
+    else:
+        folder, revision = resolve_folder(where, offline=offline, patterns=AE_PATTERNS)
     config = autoencoders.describe(folder)
     if config["_class_name"] != "AutoencoderDC":
         raise InputError(
@@ -175,5 +189,7 @@ def find_autoencoder(name: str, *, offline: bool = False) -> Autoencoder:
             f"known: {', '.join(catalog.AUTOENCODERS)}",
         )
     read_weights(folder)
-    factor, channels = autoencoders.geometry(config)
-    return Autoencoder(name, folder, revision, factor, channels)
+    if channels and channels != config["latent_channels"]:
+        folder = autoencoder_files.prefix_of_folder(folder, channels, work)
+    factor, found = autoencoders.geometry(config)
+    return Autoencoder(name, folder, revision, factor, channels or found)

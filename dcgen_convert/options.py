@@ -39,7 +39,9 @@ INPUTS = [
 
 RECIPE = [
     option("--ae", metavar="NAME|PATH|REPO", shell_complete=completion.autoencoders,
-           help="Autoencoder to convert to: alias, folder or hub id. Default: the recipe's."),
+           help="Autoencoder to convert to: alias, folder, hub id, or FILE.safetensors:ALIAS. Default: the recipe's."),
+    option("--ae-channels", metavar="K", type=click.IntRange(min=1),
+           help="Use the first K latent channels (DC-AE 1.5's structured latents). Default: all."),
     option("--recipe", metavar="FILE", shell_complete=completion.recipes,
            help="Recipe for a SOURCE that is a model. Default: the one of its family."),
     *INPUTS,
@@ -167,6 +169,7 @@ def resolve(source: str, values: dict) -> object:
         "ae": values.pop("ae"),
         "base": values.pop("base"),
         "loras": list(values.pop("loras")) or None,
+        "ae_channels": values.pop("ae_channels"),
         "quantize.format": values.pop("quantize"),
         "merge_lora": values.pop("merge_lora"),
         "bundle.layout": values.pop("layout"),

@@ -57,6 +57,9 @@ class Latents(Section):
     scale_tolerance: PositiveFloat = Field(
         0.10, description="allowed fraction between the measured scale and the autoencoder's factor"
     )
+    normalise: Literal["none", "channel"] = Field(
+        "none", description="channel: divide every latent channel by its RMS, inside the autoencoder's weights; none disables"
+    )
     scale_override: PositiveFloat | None = Field(
         None, description="scaling factor to use instead of the autoencoder's; null disables"
     )
@@ -204,7 +207,10 @@ class Recipe(Section):
         description="pipeline with text encoders and autoencoder, for a source that is a transformer alone; null: the published one",
     )
     loras: tuple[str, ...] = Field((), description="LoRA files FILE[:scale], fused into the source first; empty: none")
-    ae: str = Field(description="autoencoder: alias, hub id or folder")
+    ae: str = Field(description="autoencoder: alias, hub id, folder, or FILE.safetensors:ALIAS")
+    ae_channels: PositiveInt | None = Field(
+        None, description="use the first K latent channels, for structured latents (DC-AE 1.5); null: all"
+    )
     revision: str | None = Field(None, description="git revision of the source on the hub; null: the catalogue's")
     seed: NonNegativeInt = 0
     dtype: Literal["fp32", "bf16"] = Field("bf16", description="weights and activations in training")
@@ -222,6 +228,8 @@ class Recipe(Section):
     def _consistent(self) -> Recipe:
         if self.data.kind == "folder" and not self.data.path:
             raise ValueError("data.kind is folder but data.path is empty: give --data FOLDER")
+        if self.latents.normalise == "channel" and self.latents.scale_override:
+            raise ValueError("latents.normalise channel leaves no scaling factor to override: drop latents.scale_override")
         if self.dtype == "bf16" and self.adapt.zero == 0:
             raise ValueError("adapt.zero 0 with dtype bf16 trains wrongly (its first Adam step is off): use 1, 2 or 3")
         if self.quantize.format != "none" and not self.merge_lora:

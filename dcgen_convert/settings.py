@@ -15,6 +15,7 @@ FLAGS = {
     "ae": "--ae",
     "base": "--base",
     "loras": "--lora",
+    "ae_channels": "--ae-channels",
     "quantize.format": "--quantize",
     "quantize.rank": "--rank",
     "quantize.container": "--container",

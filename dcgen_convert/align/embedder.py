@@ -33,12 +33,13 @@ def run(job, stage: Stage) -> None:
 
     equations = problem.equations(settings.batch)
     started = time.perf_counter()
-    start = xavier(student.get_submodule(job.family.embedder), job.recipe.seed)
-    best = equations.solve(0.0)
+    module = student.get_submodule(job.family.embedder)
+    start = xavier(module, job.recipe.seed)
+    best = equations.solve(0.0, bias=problem.biased)
     weight, bias = start
     if settings.method == "ridge":
         noise = noise_moments(job, student, cache) if settings.noise_aware else None
-        weight, bias = equations.solve(settings.ridge, noise)
+        weight, bias = equations.solve(settings.ridge, noise, problem.biased)
     elif settings.method == "adamw":
         weight, bias = descend(problem, start, settings.steps, settings.lr, settings.batch, job.recipe.seed)
     seconds = time.perf_counter() - started
@@ -49,7 +50,6 @@ def run(job, stage: Stage) -> None:
     job.console.say(
         f"align embedder: {settings.method}, MSE {before:.5g} (Xavier) -> {after:.5g}, optimum {optimum:.5g}, {seconds:.2f} s"
     )
-    module = student.get_submodule(job.family.embedder)
     atomic_save(as_module(module, job.family.embedder, weight, bias), stage.folder / models.MODULES)
 
 
@@ -59,6 +59,7 @@ class Problem:
     def __init__(self, job, teacher: nn.Module, student: nn.Module, cache: LatentCache, pooling: str) -> None:
         self.family, self.cache, self.pooling = job.family, cache, pooling
         self.teacher = teacher.get_submodule(job.family.embedder)
+        self.biased = self.teacher.bias is not None
         z_base, z = cache.pairs([0])
         self.patch_base = job.family.patch(teacher.config, z_base.shape[1])
         self.patch = job.family.patch(student.config, z.shape[1])
@@ -132,6 +133,7 @@ def descend(
 ) -> tuple[Tensor, Tensor]:
     """The published way: AdamW (0.9, 0.95), no weight decay, constant rate, on batches of pictures."""
     weight, bias = (nn.Parameter(value.clone()) for value in start)
+    bias.requires_grad_(problem.biased)
     optimizer = torch.optim.AdamW([weight, bias], lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     rows = None

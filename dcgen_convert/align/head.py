@@ -101,7 +101,7 @@ def start_head(job, task: adapt.Task) -> None:
         if settings.method == "xavier":
             head.weight.copy_(xavier(head, job.recipe.seed)[0])
         elif settings.method == "least-squares":
-            weight, bias = head_equations(job, task, settings.draws).solve(RIDGE)
+            weight, bias = head_equations(job, task, settings.draws).solve(RIDGE, bias=head.bias is not None)
             # A learned-sigma head writes 2 C channels; the stock pipeline drops the second half, which stays zero.
             head.weight[: len(weight)].copy_(weight)
             if head.bias is not None:

@@ -46,9 +46,11 @@ class NormalEquations:
         self.xy.addmm_(x.T, y)
         self.yy += y.square().sum()
 
-    def solve(self, ridge: float, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
+    def solve(self, ridge: float, noise: Noise | None = None, bias: bool = True) -> tuple[Tensor, Tensor]:
         """W (D, K) and b (D,), float64.
 
+        Args:
+            bias: False for a module without one: the best W with b = 0.
         Raises:
             InputError: no rows, or non-finite rows.
         """
@@ -63,6 +65,8 @@ class NormalEquations:
                 len(covariance), dtype=torch.float64
             )
             cross, mean_x, mean_y = noise.keep_square * cross, noise.keep * mean_x, noise.keep * mean_y
+        if not bias:
+            mean_x, mean_y = torch.zeros_like(mean_x), torch.zeros_like(mean_y)
         covariance = covariance - torch.outer(mean_x, mean_x)
         cross = cross - torch.outer(mean_x, mean_y)
         # A floor far below the data keeps the factorisation defined for channels that never vary.

@@ -9,6 +9,9 @@ import yaml
 
 from dcgen_convert.bundle.licence import FIELDS
 from dcgen_convert.families.base import Family
+from dcgen_convert.geometry import tile_sizes
+
+STOCK_TILES = (512, 448)  # px, of diffusers' AutoencoderDC
 
 
 def render(
@@ -87,6 +90,9 @@ def _usage(manifest: Mapping[str, Any], family: Family, layout: str, lora: bool)
             "the deep latent to the stock pipeline in the shape that it packs. "
             "The pipeline, the transformer and the scheduler are stock."
         )
+    elif tile_sizes(manifest["autoencoder"]["factor"]) != STOCK_TILES:
+        tile, stride = tile_sizes(manifest["autoencoder"]["factor"])
+        text += f"\n\nTiled decoding needs its sizes here: `pipe.vae.enable_tiling({tile}, {tile}, {stride}, {stride})`."
     if manifest["recipe"].get("quantize", {}).get("format", "none") == "nvfp4":
         text += (
             "\n\nThe NVFP4 kernels need an RTX 50 / RTX PRO Blackwell GPU, `pip install kernels` and "

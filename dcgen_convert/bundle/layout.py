@@ -86,7 +86,7 @@ def write_bundle(
         for name, folder in copies.items():
             hashes = copy_component(folder, staging / name, console, label=name)
             files |= {f"{name}/{file}": digest for file, digest in hashes.items()}
-        _write_vae(staging / "vae", family, layout, scaling_factor)
+        _write_vae(staging / "vae", family, layout, scaling_factor, read_json(Path(transformer) / "config.json"))
         del files["vae/config.json"]  # no longer a copy
         (staging / "scheduler").mkdir()
         write_json(staging / "scheduler" / "scheduler_config.json", scheduler_config)
@@ -185,7 +185,9 @@ def add_metrics(bundle: Path, family: Family, stage: str, metrics: dict[str, Any
     write_json(bundle / manifests.FILE, record)
 
 
-def _write_vae(folder: Path, family: Family, layout: str, scaling_factor: float | None) -> None:
+def _write_vae(
+    folder: Path, family: Family, layout: str, scaling_factor: float | None, transformer: dict[str, Any]
+) -> None:
     config = read_json(folder / "config.json")
     if scaling_factor is not None:
         config["scaling_factor"] = scaling_factor
@@ -193,7 +195,7 @@ def _write_vae(folder: Path, family: Family, layout: str, scaling_factor: float 
         from dcgen_convert.bundle import autoencoder_dc_adapter as adapter
 
         widths = config["encoder_block_out_channels"]
-        pack = family.pack(2 ** (len(widths) - 1))
+        pack = family.pack(transformer)
         config |= {
             "_class_name": "AutoencoderDCAdapter",
             "latent_pack": pack,

@@ -29,9 +29,8 @@ def probe(bundle: Path) -> dict:
 
     family, defaults = family_of(bundle), read(bundle)["defaults"]
     pipeline, runtime = load(bundle)
-    fixed = "class_labels" in family.text_keys
-    tokens = transformer_config(bundle)["sample_size"] if fixed else TOKENS_PER_SIDE
-    side = tokens * pipeline.vae.spatial_compression_ratio
+    factor = pipeline.vae.spatial_compression_ratio
+    side = family.only_side(transformer_config(bundle), factor // pipeline.vae.config.get("latent_pack", 1)) or TOKENS_PER_SIDE * factor
     prompt = PROMPTS.get(family.text_keys[0], "a red fox in the snow")
     settings = dict(height=side, width=side, steps=STEPS, guidance=defaults["guidance"], length=defaults["text_length"])
     picture = numpy.asarray(draw(pipeline, family, [prompt], [0], **settings)[0]) / 255

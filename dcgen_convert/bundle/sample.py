@@ -121,19 +121,18 @@ def to_pil(picture):
 
 
 def checked_size(bundle: Path, family: Family, height: int, width: int) -> tuple[int, int]:
-    """The size if the bundle can draw it, else InputError: multiples of f, and the one trained size of class-
-    conditional models.
+    """The size if the bundle can draw it, else InputError: multiples of f, and the one size of pipelines that have one.
     """
-    factor = 2 ** (len(read_json(bundle / "vae" / "config.json")["encoder_block_out_channels"]) - 1)
+    vae = read_json(bundle / "vae" / "config.json")
+    factor = 2 ** (len(vae["encoder_block_out_channels"]) - 1)
     if height < factor or width < factor or height % factor or width % factor:
         raise InputError(
             f"the size {height} x {width} px is not a multiple of {factor}, the autoencoder's factor",
             f"try {_near(height, factor)} x {_near(width, factor)}",
         )
-    if "class_labels" in family.text_keys:
-        side = transformer_config(bundle)["sample_size"] * factor
-        if (height, width) != (side, side):
-            raise InputError(f"this model draws {side} x {side} px only, not {height} x {width}", "leave the size out")
+    side = family.only_side(transformer_config(bundle), factor // vae.get("latent_pack", 1))
+    if side and (height, width) != (side, side):
+        raise InputError(f"this model draws {side} x {side} px only, not {height} x {width}", "leave the size out")
     return height, width
 
 

@@ -30,7 +30,7 @@ def write(job, stage: Stage, output: Path, force: bool) -> None:
         family=job.family,
         source=job.source.root,
         transformer=transformer,
-        autoencoder=job.ae.folder,
+        autoencoder=job.target,
         scheduler_config=job.scheduler,
         manifest=facts,
         card=card.render(
@@ -50,8 +50,8 @@ def write(job, stage: Stage, output: Path, force: bool) -> None:
 def describe(job) -> dict[str, Any]:
     """The manifest's facts: recipe, sources with hashes, defaults, and what every stage measured."""
     records = [read_json(path) for path in sorted(job.run.path.glob(f"*/{MARKER}"))]
-    config = read_json(job.ae.folder / "config.json")
-    bases = {"base": licence_of(job.source.root), "autoencoder": licence_of(job.ae.folder)}
+    config = read_json(job.target / "config.json")
+    bases = {"base": licence_of(job.source.root), "autoencoder": licence_of(job.target)}
     for role, entry in (("base", catalog.find_source(job.recipe.source)), ("autoencoder", None)):
         if entry and bases[role]["license"] == "unknown" and entry.folder:
             bases[role]["license"] = entry.licence  # shipped with this program, which knows its own licence
@@ -60,7 +60,7 @@ def describe(job) -> dict[str, Any]:
         family=job.family.name,
         sources={
             "base": job.source.record(job.recipe.source),
-            "autoencoder": manifest.source_record(job.ae.name, job.ae.folder, job.ae.revision),
+            "autoencoder": manifest.source_record(job.ae.name, job.target, job.ae.revision),
         },
         autoencoder={
             "name": job.ae.name,

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from dcgen_convert import autoencoders, pipelines
+from dcgen_convert import autoencoder_files, autoencoders, pipelines
 from dcgen_convert.autoencoders import Codec
 from dcgen_convert.data import cache, images
 from dcgen_convert.data.images import Picture
@@ -23,15 +23,18 @@ from dcgen_convert.journal import Stage
 SHARD_ROWS = (32, 512)  # fewest and most pictures in one file
 SHARDS = 256  # files that small data sets are cut into: what the ranks share is whole files
 ROUNDTRIP = 8  # pictures
+STATISTICS = 1024  # pictures that the scale of a channel is taken from
 
 
 def run(job, stage: Stage) -> None:
     """Encode every readable picture at every resolution of the recipe's phases."""
     every = images.read_folder(job.folder("data") / images.INDEX)
-    codecs = load_codecs(job)
-    target = codecs["target"]
     resolutions = sorted({phase.resolution for phase in job.recipe.adapt.phases})
     pictures = readable(job, every)
+    if job.recipe.latents.normalise == "channel":
+        normalise(job, pictures, resolutions[0])
+    codecs = load_codecs(job)
+    target = codecs["target"]
     skip = sorted({str(picture.file) for picture in every} - {str(picture.file) for picture in pictures})
     stage.metrics["roundtrip_psnr_db"] = roundtrip(job, stage, pictures, target, resolutions[-1])
     with job.console.progress("latents", len(pictures) * len(resolutions), "pictures") as bar:
@@ -43,10 +46,31 @@ def run(job, stage: Stage) -> None:
     cache.write_index(stage.folder, len(pictures), shard_rows(len(pictures)))
 
 
+def normalise(job, pictures: list[Picture], side: int) -> None:
+    """Write the autoencoder whose latent channels have an RMS of one on (up to STATISTICS of) these pictures.
+
+    No shift: decoders pad their latent with zeros, so that zero has to stay zero.
+    """
+    if (job.target / "config.json").exists():
+        return
+    codec = autoencoders.load(job.ae.folder, device=pipelines.device(), scale=1.0)
+    square, count = torch.zeros(codec.channels, dtype=torch.float64), 0
+    for start in range(0, min(len(pictures), STATISTICS), job.recipe.latents.batch):
+        part = pictures[start : start + job.recipe.latents.batch]
+        z = codec.encode(torch.stack([images.read_pixels(picture.file, side) for picture in part])).cpu()
+        z = z.double().movedim(1, 0).flatten(1)  # (C, samples)
+        square, count = square + z.square().sum(1), count + z.shape[1]
+    rms = (square / count).sqrt()
+    if not rms.min() > 0:
+        raise InputError(f"latent channel {int(rms.argmin())} is zero on every picture", "set latents.normalise to none")
+    autoencoder_files.write_rewritten(job.ae.folder, job.target, rms=rms)
+    job.console.say(f"latents: channels divided by their RMS, {rms.min():.3g} to {rms.max():.3g}, inside the autoencoder's weights")
+
+
 def load_codecs(job) -> dict[str, Codec]:
     """Both autoencoders: "base" and "target"."""
     base = autoencoders.load(job.source.vae, device=pipelines.device())
-    target = autoencoders.load(job.ae.folder, device=pipelines.device(), scale=job.recipe.latents.scale_override)
+    target = autoencoders.load(job.target, device=pipelines.device(), scale=job.recipe.latents.scale_override)
     return {"base": base, "target": target}
 
 

@@ -47,7 +47,7 @@ def run(job, stage: Stage, bundle: Path) -> None:
     pipeline, runtime = loading.load(bundle, job.dtype, runtime)
     drawn[name] = _draw(job, pipeline, texts, seeds, steps, guidance)
     stage.metrics["runtime"] = runtime
-    codec = autoencoders.load(job.ae.folder, device=pipelines.device(), scale=job.recipe.latents.scale_override)
+    codec = autoencoders.load(job.target, device=pipelines.device(), scale=job.recipe.latents.scale_override)
     drawn["round trip"] = torch.cat(
         [codec.decode(codec.encode(part)).cpu() for part in drawn["source"].split(job.recipe.latents.batch)]
     )

@@ -15,20 +15,20 @@ from dcgen_convert.files import read_json
 
 def converted_pipeline(job, transformer: nn.Module):
     """The source's stock pipeline around ``transformer``, with the new autoencoder and the bundle's scheduler."""
-    keys = job.family.vae_config(read_json(job.ae.folder / "config.json"))
+    keys = job.family.vae_config(read_json(job.target / "config.json"))
     options = {"scaling_factor": job.recipe.latents.scale_override} if job.recipe.latents.scale_override else {}
     with quiet_diffusers():
         if has_adapter(job.family):
             vae = AutoencoderDCAdapter.from_pretrained(
-                job.ae.folder,
+                job.target,
                 dtype=job.dtype,
-                latent_pack=job.family.pack(job.ae.factor),
+                latent_pack=job.family.pack(transformer.config),
                 latent_order=job.family.adapter_order,
                 **keys,
                 **options,
             )
         else:
-            vae = AutoencoderDC.from_pretrained(job.ae.folder, dtype=job.dtype, **options)
+            vae = AutoencoderDC.from_pretrained(job.target, dtype=job.dtype, **options)
             vae.register_to_config(**keys)
         pipeline = pipelines.load_pipeline(job.source, job.dtype, transformer=transformer, vae=vae.eval())
     scheduler = getattr(diffusers, job.scheduler["_class_name"])

@@ -12,6 +12,7 @@ from dcgen_convert.families.cogview4 import CogView4
 from dcgen_convert.families.dit import DiT
 from dcgen_convert.families.flux import Flux
 from dcgen_convert.families.flux2 import Flux2
+from dcgen_convert.families.hidream import HiDream
 from dcgen_convert.families.hunyuanimage import HunyuanImage
 from dcgen_convert.families.krea2 import Krea2
 from dcgen_convert.families.lumina2 import Lumina2
@@ -41,6 +42,7 @@ FAMILIES: dict[str, Family] = {
         AuraFlow(),
         CogView4(),
         HunyuanImage(),
+        HiDream(),
     )
 }
 

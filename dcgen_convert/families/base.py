@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+TEXT_WIDTHS = ("joint_attention_dim", "caption_channels", "text_embed_dim", "cap_feat_dim", "text_hidden_dim")
 Text = dict[str, "Tensor"]  # forward() keyword -> tensor whose first axis is the batch
 ON_PURPOSE = "kept dense"  # how the reason of a block linear that nobody wanted to quantise begins
 
@@ -148,9 +149,23 @@ class Family:
         mu = self.mu(tokens, scheduler)
         return mu if scheduler.get("time_shift_type") == "linear" else math.exp(mu)
 
-    def pack(self, factor: int) -> int:
-        """p of the bundle's adapter for an autoencoder of that factor: the patch that the stock pipeline packs."""
+    def text_width(self, config: dict[str, Any]) -> int:
+        """Numbers in the condition of one text token, for the size of its cache."""
+        width = next((config[key] for key in TEXT_WIDTHS if config.get(key)), 0)
+        return width * config.get("num_text_layers", 1)
+
+    def pack(self, config: dict[str, Any]) -> int:
+        """p of the bundle's adapter: the patch that the stock pipeline packs, or a converted transformer with ``config``."""
         return 2
+
+    def only_side(self, config: dict[str, Any], cell: int) -> int | None:
+        """Side in px of the pictures that the stock pipeline draws whatever size is asked for; None: it draws what is asked.
+
+        Args:
+            config: of the transformer, before or after conversion.
+            cell: px per cell of the pipeline's latent grid: f of the autoencoder, f / p behind the bundle's adapter.
+        """
+        return None
 
     def pipeline_of(self, index: dict[str, Any]) -> str:
         """Stock pipeline class that runs a folder with this model_index.json."""

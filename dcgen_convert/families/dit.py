@@ -43,6 +43,9 @@ class DiT(Family):
             "sample_size": side // factor,
         }
 
+    def only_side(self, config, cell):
+        return config["sample_size"] * cell
+
     def position_term(self, model, height, width):
         return model.pos_embed.pos_embed[0]  # sincos buffer, rebuilt from the config for the new grid
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dcgen_convert.errors import InputError
 from dcgen_convert.families.base import Family, token_ids
 
 
@@ -34,6 +35,12 @@ class Flux(Family):
     text_length = 256
 
     def convert_config(self, config, factor, channels, side):
+        reads, writes = config["in_channels"], config.get("out_channels") or config["in_channels"]
+        if reads != writes:
+            raise InputError(
+                f"this FLUX.1 model reads {reads} channels and writes {writes}: a Fill, Depth or Canny variant, which sees two pictures",
+                "give the text-to-image model (dev, Krea or schnell): the conversion trains no second picture",
+            )
         return {**config, "in_channels": channels, "out_channels": channels}
 
     def predict(self, model, z, t, text, guidance=None):

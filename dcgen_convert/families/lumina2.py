@@ -32,11 +32,11 @@ class Lumina2(Family):
     default_guidance = 4.0
     text_length = 256
 
-    def pack(self, factor):
-        return factor // PIPELINE_FACTOR
+    def pack(self, config):
+        return config["patch_size"]
 
     def convert_config(self, config, factor, channels, side):
-        pack = self.pack(factor)
+        pack = factor // PIPELINE_FACTOR
         if channels % pack**2:
             raise InputError(
                 f"Lumina2's pipeline samples on a grid of {PIPELINE_FACTOR} px, on which {channels} channels at f{factor} do not fit",

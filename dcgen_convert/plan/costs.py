@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from dcgen_convert import bases, catalog, sources
+from dcgen_convert import autoencoder_files, bases, catalog, sources
 from dcgen_convert.errors import ResourceError
 from dcgen_convert.plan.arithmetic import forward_flops, train_flops
 from dcgen_convert.plan.layers import Structure
@@ -42,7 +42,7 @@ def downloads(recipe: Recipe, base: Structure) -> list[dict]:
     ae = catalog.find_autoencoder(recipe.ae)
     if ae is not None and ae.repo:
         found.append(_download("autoencoder", ae.repo, BF16 * ae.parameters, False))
-    elif ae is None and not Path(recipe.ae).expanduser().exists():
+    elif ae is None and not autoencoder_files.is_file(recipe.ae) and not Path(recipe.ae).expanduser().exists():
         found.append(_download("autoencoder", recipe.ae, None, None))
     return found
 

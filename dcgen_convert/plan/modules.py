@@ -10,9 +10,13 @@ import re
 from dcgen_convert import families
 from dcgen_convert.plan.layers import Layer, Structure
 
-TEXT = re.compile(r"(^|.*\.)(add_[qkv]_proj|to_add_out|ff_context|txt_\w+|text_\w+|context_\w+|caption_\w+|cap_\w+|attn2\.to_[kv])(\..*|$)")
-ONCE = re.compile(r"(^|.*\.)(time_\w+|timestep_\w+|t_embedder|adaln_\w+|norm_out|norm1\w*|distilled_guidance_layer)(\..*|$)")
-TEXT_WIDTHS = ("joint_attention_dim", "caption_channels", "text_embed_dim", "cap_feat_dim", "text_hidden_dim")
+TEXT = re.compile(
+    r"(^|.*\.)(add_[qkv]_proj|to_add_out|to_(q|k|v|out)_t|ff_t|ff_context|txt_\w+|text_\w+|context_\w+|caption_\w+|cap_\w+"
+    r"|attn2\.to_[kv])(\..*|$)"
+)
+ONCE = re.compile(
+    r"(^|.*\.)(time_\w+|timestep_\w+|[tp]_embedder|adaln_\w+|adaLN_modulation|norm_out|norm1\w*|distilled_guidance_layer)(\..*|$)"
+)
 
 
 def measured(config: dict) -> Structure:
@@ -55,5 +59,4 @@ def measured(config: dict) -> Structure:
     held = sum(layer.weights + layer.bias for layer in layers)
     blocks = sum(len(stack) for stack in stacks)
     width = linears[family.embedder].weight.shape[0]
-    text = next((model.config[key] for key in TEXT_WIDTHS if model.config.get(key)), 0)
-    return Structure(layers, total - held, blocks, width, text * model.config.get("num_text_layers", 1), quadratic=blocks)
+    return Structure(layers, total - held, blocks, width, family.text_width(model.config), quadratic=blocks)

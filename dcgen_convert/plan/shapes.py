@@ -42,7 +42,8 @@ def shapes(recipe: Recipe, offline: bool = False) -> Shapes:
     """
     config = sources.transformer_config(recipe.source, offline, recipe.base)
     family = families.recognise(sources.model_class(config, recipe.source))
-    old, new = geometry.base_grid(recipe.source, offline, recipe.base), geometry.new_grid(recipe.ae, offline)
+    old = geometry.base_grid(recipe.source, offline, recipe.base)
+    new = geometry.new_grid(recipe.ae, offline, recipe.ae_channels)
     base = structure(config)
     converted = structure(family.convert_config(config, new.f, new.c, recipe.adapt.phases[-1].resolution))
     text = (recipe.latents.text_length or family.text_length) if base.text_width else 0

@@ -72,19 +72,13 @@ def quantize_source(
     home = partial_folder(output) / STAGE
     source = load_source(name, where, revision=revision, base=base, loras=loras, home=home)
     stage.check_container(section, source.family)
-<<<<<<< HEAD
-    check_disk(output, [source.root / part for part, value in source.index.items() if is_component(value)])
-    targets = stage.plan_targets(source.family, source.config, section.dense)
-=======
     folders = list(source.parts.values())
     check_disk(output, [path for path in folders if path.is_dir()], source.files)
->>>>>>> inputs
+    targets = stage.plan_targets(source.family, source.config, section.dense)
     staging = _staging(output, source, section, drawing)
     try:
         if source.imported and not (home / "model_index.json").exists():  # written last
             source.lay_out(console)
-        model = models.load(source.transformer, torch.bfloat16, device=pipelines.device())
-        targets = stage.plan_targets(source.family, model, section.dense)
     except InputError:
         shutil.rmtree(staging)
         raise

@@ -33,6 +33,13 @@ def test_solution_is_the_float64_least_squares_optimum(rows):
     torch.testing.assert_close(bias, best[K], atol=1e-8, rtol=1e-8)
 
 
+def test_without_a_bias_it_is_the_optimum_through_the_origin(rows):
+    x, y = rows
+    weight, bias = stream(x, y).solve(0.0, bias=False)
+    torch.testing.assert_close(weight, torch.linalg.lstsq(x.double(), y.double()).solution.T, atol=1e-8, rtol=1e-8)
+    assert not bias.any()
+
+
 def test_mse_without_the_rows_is_the_mse_on_the_rows(rows):
     x, y = rows
     weight, bias = torch.randn(D, K), torch.randn(D)

@@ -65,7 +65,7 @@ class Parts:
 def autoencoder_dc(factor: int, channels: int) -> AutoencoderDC:
     """Random AutoencoderDC f``factor``c``channels`` of under a million parameters."""
     levels = factor.bit_length()
-    widths = tuple([8, 8, 16, 16, 32, 32, 32][:levels])
+    widths = tuple([8, 8, 16, 16, 32, 32, 32, 32][:levels])
     torch.manual_seed(1)
     return AutoencoderDC(
         latent_channels=channels,
@@ -271,10 +271,13 @@ def manifest_of(parts: Parts, **changes) -> dict:
     return manifests.build(**(record | changes))
 
 
-def make_bundle(parts: Parts, output: Path, *, shift="model", transformer: Path | None = None, **options) -> Path:
-    """A bundle of ``parts`` through the public functions, as a conversion makes it."""
+def make_bundle(
+    parts: Parts, output: Path, *, shift="model", transformer: Path | None = None, length: int = 16, **options
+) -> Path:
+    """A bundle of ``parts`` through the public functions, as a conversion makes it; ``length`` text tokens."""
     base = json.loads((parts.source / "scheduler" / "scheduler_config.json").read_text())
     manifest = manifest_of(parts)
+    manifest["defaults"]["text_length"] = length
     layout = options.get("layout", "stock")
     card = render(manifest, family=parts.family, layout=layout, lora=options.get("lora") is not None, title=output.name)
     return write_bundle(

@@ -27,15 +27,22 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", ["sd3", "lumina2", "qwenimage"])
-def test_convert_aligns_trains_bundles_and_verifies(name, tmp_path):
+@pytest.mark.parametrize(
+    "name, options, vae",
+    [
+        ("sd3", ["--set", "latents.normalise=channel"], {"latent_channels": 32, "scaling_factor": 1.0}),
+        ("lumina2", [], {"latent_channels": 32}),
+        ("qwenimage", ["--ae-channels", "16"], {"latent_channels": 16}),
+    ],
+)
+def test_convert_aligns_trains_bundles_and_verifies(name, options, vae, tmp_path):
     """SD3: position table and a stock autoencoder with further keys; Lumina2: reversed time, captions in the token sequence,
-    p = 4; Qwen-Image: latents with a frame axis and statistics per channel."""
+    p = 4; Qwen-Image: latents with a frame axis and statistics per channel. Channels of unit RMS and a prefix of them ride along."""
     entry = TINY[name]
     entry.build(tmp_path / "source")
     settings = {**SETTINGS, "latents.text_length": entry.length}
     done = run_cli(
-        *(str(tmp_path / "source"), "--recipe", "tiny-flux", "--ae", "tiny-dc-ae-f32", "-o", "bundle", "--run-dir", "run", "-y"),
+        *(str(tmp_path / "source"), "--recipe", "tiny-flux", "--ae", "tiny-dc-ae-f32", "-o", "bundle", "--run-dir", "run", "-y", *options),
         *(part for key, value in settings.items() for part in ("--set", f"{key}={value}")),
         cwd=tmp_path,
     )
@@ -45,3 +52,8 @@ def test_convert_aligns_trains_bundles_and_verifies(name, tmp_path):
     assert aligned["mse_optimum"] <= aligned["mse_after"] <= aligned["mse_optimum"] * 1.001 < aligned["mse_before"]
     assert stages["align-head"]["loss_start"] < 1e3 and stages["merge-1"]["merged"] > 0
     assert all(check for check in stages["verify"]["checks"])
+    config = json.loads((tmp_path / "bundle" / "vae" / "config.json").read_text())
+    assert {key: config[key] for key in vae} == vae
+    if "scaling_factor" in vae:
+        rms = json.loads((tmp_path / "run" / "latents" / "statistics-128.json").read_text())["rms_per_channel"]
+        assert rms == pytest.approx([1.0] * 32, rel=1e-2)  # stored weights are rounded to bfloat16

@@ -4,29 +4,38 @@ of `tiny_models.TINY`.
 B batch, C latent channels, h w latent grid, N tokens, D width, f c factor and channels of the new autoencoder.
 """
 
+import copy
+import json
+import os
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 from bundle.conftest import Parts, autoencoder_dc, make_bundle, modules_cache  # noqa: F401 (a fixture)
 
 from dcgen_convert import autoencoders, geometry, models, pipelines, surgery
-from dcgen_convert.align.embedder import affine
+from dcgen_convert.align.embedder import Problem, affine, as_module
 from dcgen_convert.bundle.loading import load
 from dcgen_convert.checkpoint.source import load_source
 from dcgen_convert.console import NULL
+from dcgen_convert.files import read_json
 from dcgen_convert.inspection import inspect
 from dcgen_convert.job import Autoencoder
 from dcgen_convert.journal import Stage
+from dcgen_convert.merge import merge
 from dcgen_convert.plan.arithmetic import matching
 from dcgen_convert.plan.layers import structure
-from dcgen_convert.train.objective import drop_text
+from dcgen_convert.train import lora
+from dcgen_convert.train.objective import Sampling, draw, drop_text, flow_loss
 
 from .tiny_models import TINY
 
 GUIDANCE, SEED, STEPS = 2.5, 3, 2
-DEEP = [(32, 32), (64, 128)]
+DEEP = [(32, 32), (64, 128), (128, 512), (32, 128)]  # the last is DC-AE 1.5 at f32
 
 
 @pytest.fixture(scope="module", params=TINY)
@@ -130,10 +139,13 @@ def test_latent_and_tokens_are_in_the_stock_order_element_by_element(tiny, sourc
 
 
 def test_training_shift_is_the_one_that_the_stock_pipeline_samples_with(tiny, source, stock, monkeypatch):
-    """sigma' = r sigma / (1 + (r - 1) sigma) at the second step, r by the scheduler's config and the family's rule."""
+    """sigma' = r sigma / (1 + (r - 1) sigma) at the second step, r by the scheduler's config and the family's rule; with a
+    DDPM schedule the noise level t / (1 - t) of every step."""
     (_, entry), family, (pipeline, steps, *_) = tiny, source.family, stock
-    if entry.middle is None:
-        pytest.skip("the scheduler spaces its steps itself")
+    if family.prediction == "epsilon":
+        t, alphas = family.noise_times(), pipeline.scheduler.alphas_cumprod.double()
+        torch.testing.assert_close(t / (1 - t), ((1 - alphas) / alphas).sqrt(), atol=0, rtol=1e-3)  # float32 alphas
+        return
     monkeypatch.setattr(type(family), "default_steps", STEPS)  # FLUX.2's rule counts them
     z = latent_of(entry, family, steps[0][2])
     tokens = z.shape[2] * z.shape[3] // family.patch(pipeline.transformer.config, z.shape[1]) ** 2
@@ -189,14 +201,15 @@ def test_every_block_linear_is_lora_target_modulation_or_dense(source):
     assert lora and lora | awq | dense == blocks and not lora & awq
 
 
-@pytest.fixture(scope="module", params=DEEP, ids=lambda deep: f"f{deep[0]}")
+@pytest.fixture(scope="module", params=DEEP, ids=lambda deep: f"f{deep[0]}c{deep[1]}")
 def converted(request, tiny, source, tmp_path_factory):
     """(Parts of the bundle, converted model) after surgery, embedder and head random: they are aligned elsewhere."""
     factor, channels = request.param
     folder = tmp_path_factory.mktemp(f"{tiny[0]}-f{factor}")
     autoencoder_dc(factor, channels).save_pretrained(folder / "ae")
     ae = Autoencoder("tiny", folder / "ae", None, factor, channels)
-    job = SimpleNamespace(source=source, family=source.family, ae=ae, resolution=2 * factor, console=NULL)
+    side = tiny[1].deep_side or 2 * factor
+    job = SimpleNamespace(source=source, family=source.family, ae=ae, resolution=side, console=NULL)
     surgery.run(job, Stage(folder))
     model = models.load(folder / models.TRANSFORMER, torch.float32)
     generator = torch.Generator().manual_seed(5)
@@ -204,7 +217,7 @@ def converted(request, tiny, source, tmp_path_factory):
         for value in model.get_submodule(name).parameters():
             value.copy_(0.2 * torch.randn(value.shape, generator=generator))
     model.save_pretrained(folder / models.TRANSFORMER)
-    parts = Parts(source.family, source.root, folder / models.TRANSFORMER, folder / "ae", channels, factor, 2 * factor)
+    parts = Parts(source.family, source.root, folder / models.TRANSFORMER, folder / "ae", channels, factor, side)
     return parts, model
 
 
@@ -213,6 +226,8 @@ def test_surgery_remakes_embedder_and_head_and_nothing_else(source, converted):
     family, base = source.family, models.load(source.transformer, torch.float32).state_dict()
     fresh = tuple(f"{name}." for name in (family.embedder, family.head))
     state = model.state_dict()
+    replaced = read_json(parts.transformer.parent / "surgery.json")["replaced"]  # also where the shape stays as it was
+    assert set(replaced) == {name for name in base if name.startswith(fresh)}
     assert set(state) == set(base)
     assert all(torch.equal(value, base[name]) for name, value in state.items() if not name.startswith(fresh))
     embedder, head = (model.get_submodule(name).weight for name in (family.embedder, family.head))
@@ -256,17 +271,24 @@ def test_head_rows_are_latent_channels_and_its_inputs_image_tokens(tiny, source,
     torch.testing.assert_close(affine(head, features)[..., : parts.channels], written, atol=1e-5, rtol=1e-5)
 
 
-def test_bundle_loads_in_the_stock_pipeline_and_draws_two_sizes(tiny, converted, tmp_path):
+@pytest.fixture(scope="module")
+def bundle(tiny, converted, tmp_path_factory):
+    """The bundle's folder, written as a conversion writes it."""
+    return make_bundle(converted[0], tmp_path_factory.mktemp("bundle") / tiny[0], length=tiny[1].length)
+
+
+def test_bundle_loads_in_the_stock_pipeline_and_draws_two_sizes(tiny, converted, bundle):
     """Finite pictures, and the ones that the deep autoencoder alone makes of the sampler's last state."""
     (_, entry), (parts, _), family = tiny, converted, converted[0].family
-    pipeline, _ = load(make_bundle(parts, tmp_path / "bundle"), torch.float32)
+    pipeline, _ = load(bundle, torch.float32)
     assert type(pipeline).__name__ == family.pipeline_of({"_class_name": type(pipeline).__name__})
     codec, states = autoencoders.load(parts.autoencoder), []
     keep_states(pipeline, states)
-    side = parts.side
-    for height, width in ((side, side), (side, 2 * side)):
+    side, cell = parts.side, parts.factor // pipeline.vae.config.get("latent_pack", 1)
+    assert family.only_side(pipeline.transformer.config, cell) in (None, side)
+    for height, width in ((side, side), (side // 2 if entry.deep_side else side, 2 * side)):
         if "class_labels" in family.text_keys:
-            width = height  # the stock pipeline draws one size
+            height = width = side  # the stock pipeline draws one size
         settings = dict(height=height, width=width, steps=STEPS, guidance=GUIDANCE, length=entry.length)
         call = family.pipeline_call(pipeline, [entry.prompt], **settings)
         with torch.no_grad():
@@ -278,3 +300,150 @@ def test_bundle_loads_in_the_stock_pipeline_and_draws_two_sizes(tiny, converted,
         else:
             deep = last if last.shape[1] == parts.channels else family.collect(last, parts.channels)
         torch.testing.assert_close(pixels * 2 - 1, codec.decode(deep), atol=1e-4, rtol=1e-4)
+
+
+DRAWER = """
+import json, os, sys, warnings
+results = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+import numpy
+warnings.filterwarnings("error", "invalid value")  # a picture that is not finite
+for line in sys.stdin:
+    names = {}
+    try:
+        exec(json.loads(line), names)
+        picture = numpy.asarray(names["image"]) / 255
+        found = {"size": picture.shape[:2], "std": picture.std(), "ours": any("dcgen" in name for name in sys.modules)}
+    except Exception as error:
+        found = {"error": repr(error)}
+    print(json.dumps(found), file=results, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory):
+    """draw(code) -> what a process draws with it that knows diffusers and nothing of this package."""
+    folder = tmp_path_factory.mktemp("stranger")
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_MODULES_CACHE": str(folder)}
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    with subprocess.Popen([sys.executable, "-c", DRAWER], cwd=folder, env=env, **pipes) as child:
+
+        def draw(code: str) -> dict:
+            print(json.dumps(code), file=child.stdin, flush=True)
+            return json.loads(child.stdout.readline())
+
+        yield draw
+        child.stdin.close()
+
+
+@pytest.mark.parametrize("converted", DEEP[:2], indirect=True, ids=["f32", "f64"])
+def test_the_lines_of_the_model_card_draw_in_a_fresh_process(tiny, converted, bundle, stranger):
+    lines = re.search(r"```python\n(.*?)```", (bundle / "README.md").read_text(), re.DOTALL)[1]
+    assert lines.count("from_pretrained(") == 1
+    here = {'"PATH"': repr(str(bundle)), '.to("cuda")': "", "torch.bfloat16": "torch.float32"}  # this machine has no GPU
+    for old, new in here.items():
+        lines = lines.replace(old, new)
+    found = stranger(lines)
+    side = converted[0].side
+    assert found.get("size") == [side, side] and found["std"] > 1e-3 and not found["ours"], found
+
+
+SIBLINGS = {  # other stock pipelines of the families' models, by what they do
+    "flux": ("Img2Img", "Inpaint"),
+    "sd3": ("Img2Img", "Inpaint"),
+    "zimage": ("Img2Img", "Inpaint"),
+    "chroma": ("Img2Img", "Inpaint"),
+    "qwenimage": ("Img2Img", "Inpaint"),
+    "flux2-klein": ("Inpaint",),
+}
+
+
+@pytest.mark.parametrize("converted", DEEP[:1], indirect=True)
+def test_img2img_and_inpainting_load_where_stock_ones_exist(tiny, source, converted, bundle):
+    """And draw, where they can: SD3's ask a stock AutoencoderDC for a name that it does not have, and klein's, which edits a
+    reference that no conversion trains, takes the channels in the autoencoder's config for those of its own latent."""
+    (name, entry), parts, family = tiny, converted[0], source.family
+    stock = source.index["_class_name"].removesuffix("Pipeline")
+    assert SIBLINGS.get(name, ()) == tuple(task for task in ("Img2Img", "Inpaint") if hasattr(diffusers, f"{stock}{task}Pipeline"))
+    for task in SIBLINGS.get(name, ()):
+        pipeline = getattr(diffusers, f"{stock}{task}Pipeline").from_pretrained(bundle, trust_remote_code=family.bundle_tier == 2)
+        if name not in ("sd3", "flux2-klein"):
+            settings = dict(height=parts.side, width=parts.side, steps=STEPS, guidance=GUIDANCE, length=entry.length)
+            call = family.pipeline_call(pipeline, [entry.prompt], **settings)
+            call |= {"image": torch.rand(1, 3, parts.side, parts.side), "strength": 0.9}
+            if task == "Inpaint":
+                call["mask_image"] = torch.ones(1, 1, parts.side, parts.side)
+            pixels = pipeline(**call, output_type="pt").images
+            assert pixels.shape[-2:] == (parts.side, parts.side) and torch.isfinite(pixels).all() and pixels.std() > 1e-3
+
+
+class Pairs:
+    """Rows of both latent spaces as `LatentCache` gives them: random, which is all that linear algebra asks for."""
+
+    def __init__(self, base, deep, count):
+        generator = torch.Generator().manual_seed(9)
+        self.base, self.deep = (torch.randn(count, *shape, generator=generator) + 0.3 for shape in (base, deep))
+
+    def __len__(self):
+        return len(self.deep)
+
+    def pairs(self, indices):
+        return self.base[indices], self.deep[indices]
+
+
+@pytest.mark.parametrize("converted", DEEP[:1], indirect=True)
+def test_alignment_reaches_the_least_squares_optimum_of_the_embedder(tiny, source, converted):
+    """Error of the module itself in float64, against a dense solver on the same rows; rel. 1e-3, as ridge 1e-6 allows."""
+    (_, entry), (parts, student), family = tiny, converted, source.family
+    teacher, channels = models.load(source.transformer, torch.float32), autoencoders.load(source.vae).channels
+    cells, fine = parts.side // parts.factor, parts.side // entry.factor
+    if "class_labels" in family.text_keys:
+        fine = teacher.config.sample_size  # its position table fits one size
+    cache = Pairs((channels, fine, fine), (parts.channels, cells, cells), count=2000 // cells**2 + 8)
+    problem = Problem(SimpleNamespace(family=family), teacher, student, cache, "average")
+    module = copy.deepcopy(student.get_submodule(family.embedder))
+    solved = as_module(module, "module", *problem.equations(8).solve(1e-6, bias=problem.biased))
+    module.load_state_dict({key.removeprefix("module."): value for key, value in solved.items()})
+    with torch.no_grad():
+        x, y = (rows.double().flatten(0, 1) for rows in problem.rows(list(range(len(cache)))))
+        left = (affine(module.double(), x) - y).square().mean()
+    design = torch.cat([x, torch.ones(len(x), 1)], 1) if module.bias is not None else x
+    optimum = (design @ torch.linalg.lstsq(design, y).solution - y).square().mean()
+    assert optimum * (1 - 1e-9) <= left <= optimum * 1.001 < y.square().mean()
+
+
+@pytest.mark.parametrize("converted", DEEP[:1], indirect=True)
+def test_one_lora_step_changes_exactly_the_planned_tensors_and_merge_reaches_all(tiny, source, stock, converted, tmp_path):
+    """A planned tensor stays as it was only where the output does not depend on it; merged weights draw as the adapter, to 1e-4."""
+    (_, entry), family, (pipeline, *_), (parts, _) = tiny, source.family, stock, converted
+    model = models.load(parts.transformer, torch.float32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    planned = lora.add_lora(model, family.lora_targets, 2, 2.0, SEED)
+    assert planned == [path for path, module in model.named_modules() if hasattr(module, "lora_A")]
+    trained = dict(lora.trainable(model, [family.embedder, family.head]))
+    [value.requires_grad_(True) for value in trained.values()]
+    text, null = (text_of(entry, family, pipeline, prompt) for prompt in (entry.prompt, ""))
+    z0 = torch.randn(2, parts.channels, 2, 2, generator=torch.Generator().manual_seed(SEED))
+    text = {key: value.expand(2, *value.shape[1:]) for key, value in text.items()}
+    sampling = Sampling("logit-normal", 1.0, (1.0, 1.0), 0.0)
+    if family.prediction == "epsilon":
+        sampling = Sampling("ddpm", 1.0, (1.0, 1.0), 0.0, family.noise_times())
+    draws = draw(SEED, 0, [0, 1], z0.shape[1:], sampling)
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2, weight_decay=0.0)
+    flow_loss(family, model, z0, text, draws, null).backward()
+    optimizer.step()
+
+    exports = lora.save_export({name: value.detach() for name, value in trained.items()}, tmp_path, lora.adapter_metadata(model))
+    done = merge(parts.transformer, tmp_path / "merged", lora=exports["lora"], modules=exports["modules"])
+    assert done["merged"] == len(planned) and done["untouched"] == len(before) - len(planned) - done["replaced"]
+    merged = models.load(tmp_path / "merged", torch.float32)
+    changed = {name for name, value in merged.state_dict().items() if not torch.equal(value, before[name])}
+    remade = {name for name in before if name.rpartition(".")[0] in (family.embedder, family.head)}
+    weights = {f"{path}.weight" for path in planned}
+    assert remade <= changed <= remade | weights
+    with torch.no_grad():
+        trained, again = (family.predict(m, z0, draws.t, text, draws.guidance) for m in (model, merged))
+        torch.testing.assert_close(again, trained, atol=1e-4, rtol=1e-4)
+        for name in weights - changed:
+            merged.get_parameter(name).add_(1.0)
+        assert torch.equal(family.predict(merged, z0, draws.t, text, draws.guidance), again)

@@ -7,6 +7,7 @@ import pytest
 from dcgen_convert import families
 from dcgen_convert.checkpoint.source import load_source
 from dcgen_convert.errors import InputError, RecipeError
+from dcgen_convert.recipe import load
 from dcgen_convert.schema import Adapt
 from dcgen_convert.train.adapt import sampling_of
 
@@ -45,6 +46,9 @@ def test_models_that_say_they_are_distilled(tmp_path):
     "name, config, channels, text",
     [
         ("lumina2", {}, 30, "do not fit"),
+        ("flux", {"in_channels": 384, "out_channels": 64}, 32, "reads 384 channels and writes 64"),
+        ("sana", {"guidance_embeds": True}, 32, "SANA-Sprint"),
+        ("hidream", {}, 24, "draws on 128 x 128 cells"),
         ("zimage", {"all_patch_size": (1, 2), "all_f_patch_size": (1, 1)}, 32, "more patch sizes"),
         ("hunyuanimage", {"use_meanflow": True}, 32, "distilled to a few steps"),
     ],
@@ -62,3 +66,10 @@ def test_a_shift_that_the_network_leans_on_cannot_be_changed():
         cogview.shift(1024, {**own, "max_shift": 1.15})
     with pytest.raises(RecipeError, match="would break it"):
         sampling_of(cogview, Adapt(shift=3.0, phases=[{"resolution": 64, "steps": 1}]), (32, 2, 2), {}, own)
+
+
+def test_pictures_of_a_size_that_the_base_cannot_draw():
+    """DiT's pipeline draws the size that it was trained on, whatever is asked."""
+    assert load("tiny-dit").recipe.data.resolution == 128
+    with pytest.raises(RecipeError, match="draws 128 px only"):
+        load("tiny-dit", sets=["data.resolution=256"])

@@ -13,22 +13,19 @@ from string import ascii_lowercase
 import diffusers
 import torch
 from bundle.conftest import dit_source, flux_source, sana_source, tokenizer_clip, tokenizer_t5
-from tokenizers.processors import TemplateProcessing
 from transformers import (
     ByT5Tokenizer,
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
     GlmConfig,
     GlmModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
-    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
@@ -39,9 +36,8 @@ from transformers import (
     UMT5Config,
     UMT5EncoderModel,
 )
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-WIDTH = 16  # of every text encoder
+from .tiny_parts import DECODER, ROPE, WIDTH, alive, byte_tokenizer, clip_projection, flow, glm_tokenizer, kl, t5
 
 
 def cfg(conditional: torch.Tensor, null: torch.Tensor, scale: float) -> torch.Tensor:
@@ -70,9 +66,10 @@ class Tiny:
         length: text tokens that both sides pad to.
         side: px of the square picture.
         factor: px per latent cell of the source's autoencoder.
+        deep_side: px of the bundle's square picture where the pipeline draws one area; None: two latent cells, and others.
         guide: how the stock pipeline puts conditional and null prediction together.
         guided: whether it does so at all.
-        middle: unshifted sigma of the second of two steps; None where the scheduler spaces its steps itself.
+        middle: unshifted sigma of the second of two steps; None with a DDPM schedule.
         packed_noise: whether it draws its noise on the grid of tokens.
     """
 
@@ -81,60 +78,16 @@ class Tiny:
     length: int = 16
     side: int = 128
     factor: int = 8
+    deep_side: int | None = None
     guide: Callable = cfg
     middle: float | None = 0.5
     packed_noise: bool = False
     guided: bool = True
 
 
-def kl(channels: int, **options) -> diffusers.AutoencoderKL:
-    """AutoencoderKL f8."""
-    torch.manual_seed(0)
-    return diffusers.AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        norm_num_groups=4,
-        latent_channels=channels,
-        mid_block_add_attention=False,
-        **options,
-    )
-
-
-def alive(model: torch.nn.Module) -> torch.nn.Module:
-    """Every vector of the model away from its neutral start: no bias of zero, no norm weight of one, no closed gate."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim < 2 or not parameter.abs().max():
-                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
-    return model.eval()
-
-
-def t5() -> T5EncoderModel:
-    torch.manual_seed(1)
-    return T5EncoderModel(T5Config(vocab_size=40, d_model=WIDTH, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).eval()
-
-
-def clip_projection(seed: int) -> CLIPTextModelWithProjection:
-    torch.manual_seed(seed)
-    config = CLIPTextConfig(
-        vocab_size=64,
-        hidden_size=WIDTH // 2,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        projection_dim=WIDTH // 2,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    return CLIPTextModelWithProjection(config).eval()
-
-
-def flow(**options) -> diffusers.FlowMatchEulerDiscreteScheduler:
-    return diffusers.FlowMatchEulerDiscreteScheduler(**options)
+def lowest(shift: float) -> float:
+    """Where a scheduler of static shift puts the last of its steps before it shifts them: the lowest of 1000 shifted levels."""
+    return shift / (1000 + shift - 1)
 
 
 def sd3(folder: Path) -> None:
@@ -193,37 +146,6 @@ def pixart_alpha(folder: Path) -> None:
     pixart(folder, "PixArtAlphaPipeline", 128)
 
 
-def byte_tokenizer(**options) -> Qwen2Tokenizer:
-    """Byte-level tokenizer without merges, with the chat marks of Qwen."""
-    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    vocab = {piece: i for i, piece in enumerate([*marks, *bytes_to_unicode().values()])}
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], pad_token="<|endoftext|>", **options)
-    tokenizer.add_special_tokens({"additional_special_tokens": marks[1:]})
-    tokenizer.chat_template = (
-        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-        "{% endfor %}<|im_start|>assistant\n"
-    )
-    return tokenizer
-
-
-def glm_tokenizer() -> PreTrainedTokenizerFast:
-    """As GLM-4's: two marks before every text, padding on the left."""
-    inner = byte_tokenizer().backend_tokenizer
-    marks = [(mark, inner.token_to_id(mark)) for mark in ("<|im_start|>", "<|im_end|>")]
-    inner.post_processor = TemplateProcessing(single="<|im_start|> <|im_end|> $A", special_tokens=marks)
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<|endoftext|>", padding_side="left")
-
-
-DECODER = dict(
-    vocab_size=300,
-    hidden_size=WIDTH,
-    intermediate_size=16,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=8,
-)
-
-
 def lumina2(folder: Path) -> None:
     torch.manual_seed(2)
     transformer = diffusers.Lumina2Transformer2DModel(
@@ -258,6 +180,36 @@ def zimage(folder: Path) -> None:
         vae=kl(16, scaling_factor=0.4, shift_factor=0.1),
         text_encoder=Qwen3Model(Qwen3Config(**DECODER, num_hidden_layers=2)),
         tokenizer=byte_tokenizer(),
+    ).save_pretrained(folder)
+
+
+def hidream(folder: Path) -> None:
+    torch.manual_seed(2)
+    transformer = diffusers.HiDreamImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        caption_channels=[WIDTH, WIDTH],
+        text_emb_dim=WIDTH,
+        axes_dims_rope=(8, 4, 4),
+        llama_layers=[0, 1],
+    )
+    diffusers.HiDreamImagePipeline(
+        transformer=alive(transformer),
+        scheduler=flow(use_dynamic_shifting=True),
+        vae=kl(16, scaling_factor=0.4, shift_factor=0.1),
+        text_encoder=clip_projection(3),
+        tokenizer=tokenizer_clip(),
+        text_encoder_2=clip_projection(4),
+        tokenizer_2=tokenizer_clip(),
+        text_encoder_3=t5(),
+        tokenizer_3=tokenizer_t5(),
+        text_encoder_4=LlamaForCausalLM(LlamaConfig(**DECODER, num_hidden_layers=2)),
+        tokenizer_4=byte_tokenizer(),
     ).save_pretrained(folder)
 
 
@@ -330,9 +282,6 @@ def qwen_vae() -> diffusers.AutoencoderKLQwenImage:
     return diffusers.AutoencoderKLQwenImage(
         base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
     )
-
-
-ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
 
 
 def krea2(folder: Path) -> None:
@@ -479,19 +428,20 @@ def hunyuanimage(folder: Path) -> None:
 
 TINY: dict[str, Tiny] = {
     "flux": Tiny(flux_source, factor=2, side=64, guided=False),
-    "sana": Tiny(sana_source, factor=32, middle=None),
+    "sana": Tiny(sana_source, factor=32, middle=lowest(3.0)),
     "dit": Tiny(dit_source, middle=None, prompt="fox", factor=2, side=16),
-    "sd3": Tiny(sd3, middle=None),
+    "sd3": Tiny(sd3, middle=lowest(3.0)),
     "pixart": Tiny(pixart, middle=None),
     "pixart-alpha": Tiny(pixart_alpha, middle=None),
     "lumina2": Tiny(lumina2, length=256, guide=rescaled_cfg),
     "zimage": Tiny(zimage, length=96, guide=extra_cfg),
     "chroma": Tiny(chroma),
-    "auraflow": Tiny(auraflow, middle=None),
+    "auraflow": Tiny(auraflow, middle=lowest(1.73)),
     "cogview4": Tiny(cogview4, middle=0.001, prompt="a red fox in the snow", length=48),
     "qwenimage": Tiny(qwenimage, length=256, guide=rescaled_cfg),
     "krea2": Tiny(krea2, length=256, guide=extra_cfg),
     "hunyuanimage": Tiny(hunyuanimage, prompt='a sign "hi"', length=256, factor=32, guided=False),
+    "hidream": Tiny(hidream, middle=0.001, side=1024, deep_side=1024),
     "flux2-dev": Tiny(flux2_dev, length=512, guided=False, packed_noise=True),
     "flux2-klein": Tiny(flux2_klein, length=96, packed_noise=True),
 }

@@ -1,0 +1,44 @@
+"""Settings by which a stock pipeline or position table would go astray after the swap (sizes, bins, ranges)."""
+
+import diffusers
+import pytest
+import torch
+
+from dcgen_convert import families
+
+SIGMA = dict(
+    num_attention_heads=2, attention_head_dim=24, in_channels=4, out_channels=8, num_layers=1, cross_attention_dim=48,
+    patch_size=2, caption_channels=16,
+)  # fmt: skip
+CALL = dict(height=1024, width=1024, steps=2, guidance=1.0, length=16)
+
+
+def test_sana_keeps_the_sample_size_by_which_its_pipeline_picks_resolution_bins():
+    """16 would be the bins of 512 px; a size without bins follows the grid."""
+    sana = families.get("sana")
+    assert sana.convert_config({"sample_size": 32, "in_channels": 32}, 64, 128, 1024)["sample_size"] == 32
+    assert sana.convert_config({"sample_size": 24, "in_channels": 32}, 64, 128, 768)["sample_size"] == 12
+
+
+@pytest.mark.parametrize("name", ["sana", "pixart"])
+def test_pictures_are_drawn_at_the_size_that_is_asked_for(name):
+    assert families.get(name).pipeline_call(None, ["a"], **CALL)["use_resolution_binning"] is False
+
+
+@pytest.mark.parametrize("factor, channels", [(32, 32), (64, 128)])
+def test_pixart_positions_run_over_the_range_of_the_base(factor, channels):
+    """Corner tokens of 1024 px: the base's table ends one fine token later than the coarse one, whose step is larger."""
+    pixart = families.get("pixart")
+    base = {**SIGMA, "sample_size": 128, "interpolation_scale": 2}
+    new = pixart.convert_config(base, factor, channels, 1024)
+    old_model, model = (diffusers.PixArtTransformer2DModel.from_config(config) for config in (base, new))
+    fine, coarse = pixart.position_term(old_model, 64, 64), pixart.position_term(model, 1024 // factor, 1024 // factor)
+    ratio, side = factor // 16, 1024 // factor
+    step = fine.unflatten(0, (64, 64))[::ratio, ::ratio].flatten(0, 1)  # fine tokens where the coarse ones begin
+    assert len(step) == side**2
+    torch.testing.assert_close(coarse, step, atol=1e-5, rtol=1e-5)
+
+
+def test_sd3_keeps_the_side_of_its_position_table():
+    config = families.get("sd3").convert_config({"pos_embed_max_size": 192, "in_channels": 16}, 32, 32, 1024)
+    assert (config["pos_embed_max_size"], config["sample_size"], config["patch_size"]) == (192, 32, 1)

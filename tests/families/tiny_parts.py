@@ -1,0 +1,98 @@
+"""What the tiny pipelines are put together from: text encoders, tokenizers, an AutoencoderKL, random weights that are alive."""
+
+from __future__ import annotations
+
+import diffusers
+import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+    T5Config,
+    T5EncoderModel,
+)
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+WIDTH = 16  # of every text encoder
+ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+DECODER = dict(
+    vocab_size=300,
+    hidden_size=WIDTH,
+    intermediate_size=16,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+)
+
+
+def kl(channels: int, **options) -> diffusers.AutoencoderKL:
+    """AutoencoderKL f8."""
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=4,
+        latent_channels=channels,
+        mid_block_add_attention=False,
+        **options,
+    )
+
+
+def alive(model: torch.nn.Module) -> torch.nn.Module:
+    """Every vector of the model away from its neutral start: no bias of zero, no norm weight of one, no closed gate."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim < 2 or not parameter.abs().max():
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def t5() -> T5EncoderModel:
+    torch.manual_seed(1)
+    return T5EncoderModel(T5Config(vocab_size=40, d_model=WIDTH, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).eval()
+
+
+def clip_projection(seed: int) -> CLIPTextModelWithProjection:
+    torch.manual_seed(seed)
+    config = CLIPTextConfig(
+        vocab_size=64,
+        hidden_size=WIDTH // 2,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        projection_dim=WIDTH // 2,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    return CLIPTextModelWithProjection(config).eval()
+
+
+def flow(**options) -> diffusers.FlowMatchEulerDiscreteScheduler:
+    return diffusers.FlowMatchEulerDiscreteScheduler(**options)
+
+
+def byte_tokenizer(**options) -> Qwen2Tokenizer:
+    """Byte-level tokenizer without merges, with the chat marks of Qwen."""
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocab = {piece: i for i, piece in enumerate([*marks, *bytes_to_unicode().values()])}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], pad_token="<|endoftext|>", **options)
+    tokenizer.add_special_tokens({"additional_special_tokens": marks[1:]})
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+        "{% endfor %}<|im_start|>assistant\n"
+    )
+    return tokenizer
+
+
+def glm_tokenizer() -> PreTrainedTokenizerFast:
+    """As GLM-4's: two marks before every text, padding on the left."""
+    inner = byte_tokenizer().backend_tokenizer
+    marks = [(mark, inner.token_to_id(mark)) for mark in ("<|im_start|>", "<|im_end|>")]
+    inner.post_processor = TemplateProcessing(single="<|im_start|> <|im_end|> $A", special_tokens=marks)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<|endoftext|>", padding_side="left")
