@@ -163,6 +163,7 @@ class Adapt(Section):
 class Calibration(Section):
     prompts: PositiveInt = Field(64, description="prompts that the quantiser sees")
     steps: PositiveInt | None = Field(None, description="denoising steps per prompt; null: the bundle's steps")
+    batch: PositiveInt | None = Field(None, description="pictures drawn at once; ranks share the batches; null: data.batch")
 
 
 class Quantize(Section):

@@ -44,6 +44,10 @@ class Performer:
             from dcgen_convert.train import stages
 
             stages.train_phase(job, **arguments)
+        elif task == "calibration":
+            from dcgen_convert.svdquant import stage
+
+            stage.record_share(job, self.crew)
         else:
             raise ValueError(f"no task is called {task!r}")
 

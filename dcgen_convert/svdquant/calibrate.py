@@ -86,9 +86,9 @@ class Walker:
 
     def walk(self, targets: Sequence[str]) -> Iterator[tuple[str, dict[str, Stats]]]:
         """Per block: its path and {target: statistics}; layers that read the same tensor share one Stats. The caller
-        quantises in between.
+        quantises in between. Ends with the last block that holds a target.
         """
-        while self.left:
+        while any(target.startswith(f"{block}.") for block in self.left for target in targets):
             block = self._next()
             module = self.model.get_submodule(block)
             load(module, block, self.entries, self.settings.device, self.dtype)

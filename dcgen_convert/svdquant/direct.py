@@ -82,8 +82,8 @@ def quantize_source(
     except InputError:
         shutil.rmtree(staging)
         raise
-    calls = staging / "calls"
-    if not drawing.data_free and not (calls / "done.json").exists():
+    calls = staging / stage.CALLS
+    if not drawing.data_free:
         _record(calls, source, section.calibration.prompts, drawing, console)
     settings = stage.settings_of(section, drawing.seed)
     if drawing.data_free:
@@ -122,8 +122,11 @@ def _staging(output: Path, source: Source, section: Quantize, drawing: Drawing) 
 
 
 def _record(folder: Path, source: Source, count: int, drawing: Drawing, console) -> None:
+    if (folder / stage.DONE).exists():
+        return
+    family = source.family
     model = models.load(source.transformer, torch.bfloat16, device=pipelines.device())
-    family, pipeline = source.family, pipelines.load_pipeline(source, torch.bfloat16, transformer=model)
+    pipeline = pipelines.load_pipeline(source, torch.bfloat16, transformer=model)
     texts = prompts.make(drawing.prompts or "builtin", count, drawing.seed, make.class_names(source))
     call = dict(
         side=drawing.resolution or default_side(pipeline),
@@ -134,7 +137,10 @@ def _record(folder: Path, source: Source, count: int, drawing: Drawing, console)
     console.say(
         f"calibration: {count} pictures of {call['side']} px, {call['steps']} steps, guidance {call['guidance']}"
     )
-    stage.record_calls(folder, family, pipeline, texts, drawing.seed, BATCH, console, **call)
+
+    with console.progress("calibration", count, "prompts") as bar:
+        stage.record_calls(folder, family, lambda: pipeline, texts, drawing.seed, BATCH, bar, **call)
+    write_json(folder / stage.DONE, {"calls": len(stage.read_calls(folder))})
 
 
 def _copy_rest(source: Source, folder: Path, console) -> None:

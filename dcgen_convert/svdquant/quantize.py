@@ -86,11 +86,13 @@ def _walk(job: Job, model: torch.nn.Module, left: list[str]) -> Iterator[tuple[s
     load(model, "", job.entries, job.settings.device, run_dtype(job.settings.device), skip=tuple(blocks))
     spool = Spool(job.work / "outputs")
     walker = Walker(model, blocks, job.entries, job.calls, spool, job.settings, job.walked())
+    seen = set()
     for block, stats in walker.walk(job.targets.svdq):
+        seen.add(block)
         if block in left:
             yield block, stats
         job.mark_walked(block)
-    yield from ((block, {}) for block in left if block not in blocks)
+    yield from ((block, {}) for block in left if block not in seen)
 
 
 def _finish_block(job: Job, block: str, names: list[str], stats: dict[str, Stats]) -> list[dict]:

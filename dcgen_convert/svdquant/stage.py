@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,38 +26,19 @@ from dcgen_convert.train.stages import converted
 PROMPT_SEED = 7_919  # calibration prompts and noise are not those of the training pictures
 SINGLE_FILE = "nunchaku.safetensors"  # the classic container, beside the folder that it is derived from
 CONVERTED_PATCH = 1
+CALLS, DONE = "calls", "done.json"
 
 
 def run(job, stage: Stage) -> None:
     """Writes calls/ (inputs of the transformer), transformer/ (4-bit) and layers.json (format, errors, per layer)."""
     recipe = job.recipe
     targets = plan_targets(job.family, read_json(converted(job) / "config.json"), recipe.quantize.dense)
-    calls = stage.folder / "calls"
-    if not (calls / "done.json").exists():
-        model = models.load(converted(job), job.dtype, device=pipelines.device())
-        texts = prompts.make(
-            recipe.data.prompts,
-            recipe.quantize.calibration.prompts,
-            recipe.seed + PROMPT_SEED,
-            make.class_names(job.source),
-        )
-        call = dict(
-            side=job.resolution,
-            steps=recipe.quantize.calibration.steps or recipe.bundle.steps,
-            guidance=recipe.bundle.guidance,
-            length=job.text_length,
-        )
-        record_calls(
-            calls,
-            job.family,
-            converted_pipeline(job, model),
-            texts,
-            recipe.seed,
-            recipe.data.batch,
-            job.console,
-            **call,
-        )
-        del model  # from here on one block at a time
+    calls = stage.folder / CALLS
+    if not (calls / DONE).exists():
+        count = recipe.quantize.calibration.prompts
+        with job.console.progress("calibration", count, "prompts") as bar, job.crew.share("calibration", bar):
+            record_share(job, bar)
+        write_json(calls / DONE, {"calls": len(read_calls(calls))})
     settings = settings_of(recipe.quantize, recipe.seed)
     records = quantize(
         converted(job), stage.folder / models.TRANSFORMER, targets, settings, read_calls(calls), job.console
@@ -118,35 +99,68 @@ def plan_targets(family: Family, config: dict[str, Any], dense: str | None) -> Q
     return targets
 
 
+def record_share(job, bar) -> None:
+    """Record what is missing among this rank's calls. A batch's calls do not depend on who draws it."""
+    recipe, section = job.recipe, job.recipe.quantize.calibration
+    texts = prompts.make(recipe.data.prompts, section.prompts, recipe.seed + PROMPT_SEED, make.class_names(job.source))
+    call = dict(
+        side=job.resolution,
+        steps=section.steps or recipe.bundle.steps,
+        guidance=recipe.bundle.guidance,
+        length=job.text_length,
+    )
+
+    def pipeline() -> Any:
+        return converted_pipeline(job, models.load(converted(job), job.dtype, device=pipelines.device()))
+
+    batch, share = section.batch or recipe.data.batch, (job.crew.rank, job.crew.world)
+    record_calls(job.folder("quantize") / CALLS, job.family, pipeline, texts, recipe.seed, batch, bar, share, **call)
+
+
 def record_calls(
-    folder: Path, family: Family, pipeline: Any, texts: Sequence[str], seed: int, batch: int, console, **call: Any
+    folder: Path,
+    family: Family,
+    pipeline: Callable[[], Any],
+    texts: Sequence[str],
+    seed: int,
+    batch: int,
+    bar: Any,
+    share: tuple[int, int] = (0, 1),
+    **call: Any,
 ) -> None:
-    """What the transformer is given while it draws ``texts``: one safetensors file per forward call, then done.json."""
+    """What the transformer is given while it draws ``texts``: one safetensors file per forward call.
+
+    Args:
+        pipeline: makes the pipeline; not called when all is there. It is gone afterwards: quantising needs the memory.
+        share: (rank, ranks): of the batches this draws every ``ranks``-th. Those that are there are not drawn again.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    count = 0
+    rank, ranks = share
+    starts = [start for number, start in enumerate(range(0, len(texts), batch)) if number % ranks == rank]
+    missing = [start for start in starts if not (folder / f"drawn-{start:05d}.json").exists()]
+    bar.advance(sum(min(batch, len(texts) - start) for start in starts if start not in missing))
+    if not missing:
+        return
+    given: list[Path] = []  # by the batch in work
+    drawing = pipeline()
 
     def keep(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        nonlocal count
-        given = {key: value for key, value in kwargs.items() if isinstance(value, torch.Tensor)}
+        tensors = {key: value.detach().cpu() for key, value in kwargs.items() if isinstance(value, torch.Tensor)}
         if args:  # SANA and DiT pipelines pass the latents by position
-            given["hidden_states"] = args[0]
-        atomic_save(
-            {key: value.detach().cpu() for key, value in given.items()}, folder / f"call-{count:05d}.safetensors"
-        )
-        count += 1
+            tensors["hidden_states"] = args[0].detach().cpu()
+        given.append(folder / f"call-{start:05d}-{len(given):05d}.safetensors")
+        atomic_save(tensors, given[-1])
 
-    handle = pipeline.transformer.register_forward_pre_hook(keep, with_kwargs=True)
+    handle = drawing.transformer.register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        with console.progress("calibration", len(texts), "prompts") as bar:
-            for start in range(0, len(texts), batch):
-                part = texts[start : start + batch]
-                pipelines.draw(
-                    family, pipeline, part, [seed + PROMPT_SEED + start + i for i in range(len(part))], **call
-                )
-                bar.advance(len(part))
+        for start in missing:
+            given.clear()
+            part = texts[start : start + batch]
+            pipelines.draw(family, drawing, part, [seed + PROMPT_SEED + start + i for i in range(len(part))], **call)
+            write_json(folder / f"drawn-{start:05d}.json", {"calls": len(given)})
+            bar.advance(len(part))
     finally:
         handle.remove()
-    write_json(folder / "done.json", {"calls": count})
 
 
 def read_calls(folder: Path) -> list[Path]:

@@ -1,9 +1,10 @@
 """Peak memory of quantising a random-weight FLUX of at least 4 GB on disk, beside what the bar allows.
 
-`python tests/benchmarks/svdquant_memory.py FOLDER [blocks to quantise]` writes a 4.4 GB source into FOLDER once, at
-full width (3072, 15360 into proj_out), and quantises the targets of its first blocks, by default one double and one
-single block, each calibrated on four calls of 1024 + 256 tokens. Bar: one block + its Hessians + 1 GB above the
-baseline, which is the process after its imports. The block is counted in float32, as a CPU runs it.
+`python tests/benchmarks/svdquant_memory.py FOLDER [BLOCK ...]` writes a 4.4 GB source into FOLDER once, at full width
+(3072, 15360 into proj_out), and quantises every target of the blocks named, by default the first single block, whose
+proj_out has the largest Hessian there is (transformer_blocks.0 takes three times as long). Bar: one block + its
+Hessians + 1 GB above the baseline, which is the process after its imports. The block is counted in float32, as a CPU
+runs it. To spare time: few tokens (two calls of 256 + 64) and no refit; neither changes what is held at once.
 """
 
 import resource
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 import zlib
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,11 +41,21 @@ CONFIG = {
 
 
 class RandomEntry(Entry):
-    """A tensor of noise that is drawn while it is written."""
+    """A tensor of noise, made while it is written: pieces of one pool of normal numbers, from places of its own."""
 
     def chunks(self):
-        torch.manual_seed(zlib.crc32(self.name.encode()))
-        yield (torch.randn(self.shape) * 0.02).to(torch.bfloat16).view(torch.uint8).numpy().tobytes()
+        pool, generator = noise(), torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
+        left = self.nbytes // 2
+        while left:
+            start = int(torch.randint(len(pool) // 2, (1,), generator=generator))
+            piece = pool[start : start + min(left, len(pool) // 2)]
+            left -= len(piece)
+            yield piece.view(torch.uint8).numpy().tobytes()
+
+
+@cache
+def noise() -> torch.Tensor:
+    return (torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)) * 0.02).to(torch.bfloat16)
 
 
 def write_source(folder: Path) -> None:
@@ -62,15 +74,15 @@ def write_source(folder: Path) -> None:
 
 def call(seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.stack([torch.zeros(1024), torch.arange(1024) // 32, torch.arange(1024) % 32], 1)
+    ids = torch.stack([torch.zeros(256), torch.arange(256) // 16, torch.arange(256) % 16], 1)
     return {
-        "hidden_states": torch.randn(1, 1024, 64, generator=generator),
-        "encoder_hidden_states": torch.randn(1, 256, 4096, generator=generator),
+        "hidden_states": torch.randn(1, 256, 64, generator=generator),
+        "encoder_hidden_states": torch.randn(1, 64, 4096, generator=generator),
         "pooled_projections": torch.randn(1, 768, generator=generator),
         "timestep": torch.rand(1, generator=generator),
         "guidance": torch.full((1,), 3.5),
         "img_ids": ids,
-        "txt_ids": torch.zeros(256, 3),
+        "txt_ids": torch.zeros(64, 3),
     }
 
 
@@ -92,23 +104,33 @@ def peak_of(work) -> float:
     return most / 1e9
 
 
-def main(root: Path, count: int) -> None:
+def inputs(name: str) -> str:
+    """What a target reads, as far as its Hessian is concerned: q, k, v and proj_mlp of a block read the same."""
+    shared = {"to_q": "in", "to_k": "in", "to_v": "in", "proj_mlp": "in", "add_q_proj": "text", "add_k_proj": "text", "add_v_proj": "text"}
+    return shared.get(name.rpartition(".")[2], name)
+
+
+def needs(model: torch.nn.Module, block: str, targets: list[str]) -> tuple[float, float]:
+    """GB of a block's float32 weights, and of its targets' Hessians: one per tensor that they read."""
+    sides = {inputs(name): model.get_submodule(name).in_features for name in targets if name.startswith(f"{block}.")}
+    weights = sum(parameter.numel() for parameter in model.get_submodule(block).parameters())
+    return 4e-9 * weights, 4e-9 * sum(side**2 for side in sides.values())
+
+
+def main(root: Path, wanted: list[str]) -> None:
     source = root / "source"
     if not source.exists():
         write_source(source)
     model = build(CONFIG)
-    lists = ("transformer_blocks", "single_transformer_blocks")
-    wanted = [f"{name}.{index}" for index in range(count) for name in lists]
-    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     inside = [name for name in linears if any(name.startswith(f"{block}.") for block in wanted)]
     targets = SimpleNamespace(
         svdq=[name for name in inside if ".norm" not in name], awq=[name for name in inside if ".norm" in name]
     )
-    block = 4 * max(sum(p.numel() for p in model.get_submodule(path).parameters()) for path in wanted) / 1e9
-    hessians = 4 * (3072**2 + 15360**2) / 1e9  # the single block's: one for q, k, v and proj_mlp, one for proj_out
+    block, hessians = max(needs(model, path, targets.svdq) for path in wanted)
     baseline = psutil.Process().memory_info().rss / 1e9
-    began, calls = time.monotonic(), [call(seed) for seed in range(4)]
-    settings = Settings(hessian_tokens=4096)
+    began, calls = time.monotonic(), [call(seed) for seed in range(2)]
+    settings = Settings(samples=64, refits=0)
     output = root / f"nvfp4-{int(time.time())}"
     peak = peak_of(lambda: quantize(source, output, targets, settings, calls, NULL))
     size = sum(path.stat().st_size for path in source.iterdir()) / 1e9
@@ -121,4 +143,4 @@ def main(root: Path, count: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1)
+    main(Path(sys.argv[1]), sys.argv[2:] or ["single_transformer_blocks.0"])

@@ -9,6 +9,7 @@ Rows: round-to-nearest W4A4, smoothing + SVD (the published recipe), data-free, 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from dcgen_convert.console import NULL
 from dcgen_convert.data import prompts
 from dcgen_convert.evaluate import tiny_world
 from dcgen_convert.evaluate.metrics import psnr
+from dcgen_convert.files import write_json
 from dcgen_convert.svdquant import stage
 from dcgen_convert.svdquant.layer import SvdqLinear
 from dcgen_convert.svdquant.quantize import quantize
@@ -48,9 +50,11 @@ def main(work: Path, names: list[str]) -> None:
         print(f"{name}: 16-bit accuracy {tiny_world.accuracy(wanted, texts):.4f}", flush=True)
         calls = work / name / "calls"
         if not (calls / "done.json").exists():
-            pipeline = pipelines.load_pipeline(source, torch.float32, transformer=model)
             few = prompts.make("tiny-world", CALIBRATION, SEED + 1)
-            stage.record_calls(calls, source.family, pipeline, few, SEED, CALIBRATION, NULL, **call)
+            with NULL.progress("", CALIBRATION, "") as bar:
+                whole = partial(pipelines.load_pipeline, source, torch.float32, transformer=model)
+                stage.record_calls(calls, source.family, whole, few, SEED, CALIBRATION, bar, **call)
+            write_json(calls / "done.json", {})
         report(f"{name}: round to nearest", draw(source, rounded(source, targets.svdq), texts, call), wanted, texts)
         for title, changes in VARIANTS.items():
             folder = work / name / title.replace(" ", "")

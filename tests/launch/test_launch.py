@@ -111,6 +111,24 @@ def test_two_ranks_share_the_stages_and_go_on_after_a_death(converted, tmp_path)
     assert_nothing_left(tmp_path)
 
 
+def test_two_ranks_draw_the_calibration_and_the_bundle_is_the_same_to_the_byte(converted, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the order of float32 sums depends on the threads
+    settings = short_settings(**{"quantize.calibration.batch": 1, "quantize.calibration.steps": 1})
+    made = []
+    for ranks in ("1", "2"):
+        folder = tmp_path / ranks
+        for stage in ("surgery", "data", "latents", "align-embedder", "align-head", "adapt-1", "merge-1"):
+            shutil.copytree(converted / "run" / stage, folder / "run" / stage)
+        done = run_cli(*FLUX, "--quantize", "nvfp4", "--until", "quantize", "--gpus", ranks, *settings, cwd=folder)
+        assert done.returncode == 0, done.stderr[-2000:]
+        files = [path for path in (folder / "run" / "quantize").rglob("*") if path.suffix in (".safetensors", ".json")]
+        timed = ("stage.json", "layers.json")
+        made.append({str(path.relative_to(folder)): path.read_bytes() for path in files if path.name not in timed})
+    assert "task calibration" in (tmp_path / "2" / "run" / "log-rank-1.txt").read_text()
+    assert sum("/call-" in name for name in made[0]) == 2
+    assert made[0].keys() == made[1].keys() and [name for name in made[0] if made[0][name] != made[1][name]] == []
+
+
 def test_sigterm_writes_a_checkpoint_and_another_number_of_ranks_goes_on(prepared, reference):
     process = start_cli(*FLUX, *TRAIN, "--gpus", "2", cwd=prepared)
     wait_for(prepared / "run" / "adapt-1" / "metrics.jsonl", process)

@@ -118,6 +118,27 @@ def test_the_stream_sees_what_the_whole_model_sees(case, tmp_path):
         assert stats.count + len(kept) == len(inputs)
 
 
+def test_blocks_behind_the_last_target_are_not_run(tmp_path):
+    torch.manual_seed(0)
+    model, calls = sana()
+    model.save_pretrained(tmp_path / "transformer")
+    target = "transformer_blocks.1.attn1.to_q"
+    case = SimpleNamespace(folder=tmp_path / "transformer", targets=[target], calls=calls)
+    walked = [block for block, _ in walker(case, Spool(tmp_path / "spool")).walk([target])]
+    assert walked == ["transformer_blocks.0", "transformer_blocks.1"]
+
+
+@pytest.mark.parametrize("calls", [4, 64])
+def test_what_is_kept_does_not_grow_with_the_calls(calls):
+    stats = Stats("m", 128, calls, samples=48, hessian_tokens=256, seed=0)
+    for number in range(calls):
+        stats.add(torch.randn(200, 128, generator=torch.Generator().manual_seed(number)), number)
+    held = [value for value in vars(stats).values() if isinstance(value, torch.Tensor)] + stats._drawn
+    assert sum(tensor.nbytes for tensor in held) == 4 * (128 + 128 * 128 + 48 * 128)
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in held)  # no view keeps a call alive
+    assert stats.count == 256
+
+
 def test_layers_that_read_the_same_tensor_share_statistics(flux, tmp_path):
     case = SimpleNamespace(folder=flux.folder, targets=flux.targets.svdq, calls=flux.calls)
     found = {}

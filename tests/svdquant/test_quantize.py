@@ -231,6 +231,13 @@ def test_calibrated_calls_beat_data_free_in_the_model_s_output(done, flux, tmp_p
     assert error(done.folder) < error(tmp_path / "free") < 0.2
 
 
+def test_modulation_layers_behind_the_last_w4a4_layer_are_quantised_too(flux, tmp_path):
+    few = [target for target in flux.targets.svdq if target.startswith("transformer_blocks.0.attn.to_")]
+    targets = SimpleNamespace(svdq=few, awq=flux.targets.awq)
+    records = quantize(flux.folder, tmp_path / "out", targets, FAST, flux.calls, NULL)
+    assert [record["module"] for record in records] == [*few, *flux.targets.awq]
+
+
 def test_sharing_is_an_option_and_what_the_classic_container_needs():
     for section, shared in (({}, False), ({"share": True}, True), ({"container": "nunchaku"}, True)):
         assert settings_of(Quantize(format="nvfp4", **section), 0).share is shared
