@@ -63,6 +63,9 @@ class StoppingConsole:
     def say(self, text):
         return None
 
+    def scalars(self, *args):
+        return None
+
 
 def stop_and_resume(folder, first: dict, second: dict):
     """Save at step 4 and 8, die after step 10 of 12, continue with other options."""
