@@ -15,6 +15,7 @@ from dcgen_convert import __version__, completion
 from dcgen_convert.errors import InputError
 from dcgen_convert.options import (
     CONTEXT,
+    JOB,
     MACHINE,
     OUTPUT,
     QUANTIZE,
@@ -79,7 +80,7 @@ def cli() -> None:
 
 @cli.command(context_settings=CONTEXT)
 @SOURCE
-@stack(RECIPE + MACHINE)
+@stack(RECIPE + MACHINE + JOB)
 @option("-o", "--output", metavar="DIR", type=click.Path(), help="Folder of the bundle. Default: ./NAME-AE[-FORMAT].")
 @option(
     "--run-dir",
@@ -138,7 +139,7 @@ def quantize(session: Session, source: str, **values: object) -> int:
 
 @cli.command(context_settings=CONTEXT)
 @click.argument("run", type=click.Path(exists=True, file_okay=False))
-@stack(RANKS)
+@stack(RANKS + JOB)
 @stack(OUTPUT)
 @click.pass_obj
 def resume(session: Session, run: str, **values: object) -> int:

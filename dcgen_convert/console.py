@@ -14,9 +14,14 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from dcgen_convert.progress import LineProgress, LiveProgress, SilentProgress
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from dcgen_convert.track import Tracker
 
 MODES = ("human", "json", "quiet")
 
@@ -74,6 +79,7 @@ class Console:
         self.log_file = Path(log_file) if log_file else None
         self._stdout = stdout
         self._stderr = stderr
+        self.tracker: Tracker | None = None
 
     @property
     def stderr(self) -> IO[str]:
@@ -140,6 +146,16 @@ class Console:
         if self.events is not None:
             line = {"schema": "dcgen.event/1", "time": round(time.time(), 3), "kind": kind, **data}
             _append(self.events, json.dumps(line, default=str))
+
+    def scalars(self, label: str, step: int, values: Mapping[str, float]) -> None:
+        """Figures of one step, to the tracker that was asked for."""
+        if self.tracker is not None:
+            self.tracker.scalars(label, step, values)
+
+    def picture(self, label: str, step: int, image: Image) -> None:
+        """A picture of one step, to the tracker that was asked for."""
+        if self.tracker is not None:
+            self.tracker.picture(label, step, image)
 
     def result(self, doc: dict, text: str) -> None:
         """The result, once, on stdout: `doc` as JSON in mode "json", else `text` (usually a path)."""

@@ -7,7 +7,7 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dcgen_convert import autoencoder_files, catalog
+from dcgen_convert import __version__, autoencoder_files, catalog
 from dcgen_convert.bundle.scheduler import scheduler_config
 from dcgen_convert.checkpoint.headers import read_weights
 from dcgen_convert.checkpoint.source import Source, load_source, resolve_folder
@@ -89,6 +89,22 @@ class Job:
         base = read_json(self.source.root / "scheduler" / "scheduler_config.json")
         return scheduler_config(base, self.recipe.adapt.shift, channels=self.ae.channels, tokens=self.tokens)
 
+    @property
+    def latents_key(self) -> dict[str, Any]:
+        """What latents and text embeddings depend on: models and their hashes, sizes, settings, and this program."""
+        latents = self.recipe.latents
+        return {
+            "model": self.family.name,
+            "weights": self.source.fingerprint,
+            "autoencoder": self.ae.fingerprint,
+            "resolutions": sorted({phase.resolution for phase in self.recipe.adapt.phases}),
+            "text": latents.text,
+            "text_length": self.text_length,
+            "scale": latents.scale_override,
+            "dtype": self.recipe.dtype,
+            "version": __version__,
+        }
+
     def rows(self, resolution: int) -> LatentCache:
         """The latent cache of this run; where the recipe encodes on the fly, the first caption loads the encoders."""
         from dcgen_convert import pipelines
@@ -100,7 +116,8 @@ class Job:
             return pipelines.encode_text(self.family, encoders(), captions, self.text_length)
 
         on_the_fly = self.recipe.latents.text == "encode"
-        return LatentCache(self.folder("latents"), resolution, encode=encode if on_the_fly else None)
+        encode = encode if on_the_fly else None
+        return LatentCache(self.folder("latents"), resolution, encode=encode, key=self.latents_key)
 
     @property
     def target(self) -> Path:

@@ -125,6 +125,13 @@ RANKS = [
            help="DeepSpeed hostfile of several hosts. Default: this host only."),
 ]  # fmt: skip
 
+JOB = [
+    option("--track", type=click.Choice(["tensorboard", "wandb"]),
+           help="Also send curves and sample grids there. Default: off."),
+    option("--rank-timeout", metavar="S", type=click.FloatRange(min=0),
+           help="Seconds of silence after which a frozen rank ends the job. Default: 120; 0 disables."),
+]  # fmt: skip
+
 MACHINE = [
     *RANKS,
     option("--offline", is_flag=True,
@@ -152,6 +159,12 @@ def output_options(values: dict) -> dict:
     }
 
 
+def job_options(values: dict) -> dict:
+    """Take the JOB options that were given out of a verb's arguments, as fields of `recipe.Machine`."""
+    given = {name: values.pop(name, None) for name in ("track", "rank_timeout")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def resolve(source: str, values: dict) -> object:
     """Take the RECIPE and MACHINE options out of a verb's arguments and resolve them to a `recipe.Resolved`."""
     import os
@@ -162,7 +175,7 @@ def resolve(source: str, values: dict) -> object:
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     machine = recipe.Machine(
-        values.pop("gpus"), values.pop("hostfile"), offline or bool(os.environ.get("HF_HUB_OFFLINE"))
+        values.pop("gpus"), values.pop("hostfile"), offline or bool(os.environ.get("HF_HUB_OFFLINE")), **job_options(values)
     )
     zero, data = values.pop("zero"), values.pop("data")
     flags = {

@@ -27,6 +27,7 @@ from dcgen_convert.schema import (
     Phase,
     Quantize,
     Recipe,
+    Watch,
 )
 from dcgen_convert.settings import Layers, one_sentence
 
@@ -44,6 +45,7 @@ __all__ = [
     "Quantize",
     "Recipe",
     "Resolved",
+    "Watch",
     "find",
     "load",
     "names",
@@ -55,11 +57,16 @@ ENV_PREFIX = "DCGEN_CONVERT_"
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a run happens: no part of the recipe, so it never changes a fingerprint."""
+    """Where a run happens and who watches: no part of the recipe, so it never changes a fingerprint.
+
+    track: "tensorboard" | "wandb" | None; rank_timeout: seconds after which a silent rank is given up, 0 disables.
+    """
 
     gpus: int | None = None
     hostfile: str | None = None
     offline: bool = False
+    track: str | None = None
+    rank_timeout: float = 120.0
 
 
 @dataclass(frozen=True)

@@ -198,6 +198,16 @@ class Evaluate(Section):
     )
 
 
+class Watch(Section):
+    """Looks at a phase while it trains; they change nothing in it."""
+
+    evaluate_every: NonNegativeInt = Field(1000, description="steps between held-out losses at fixed noise levels; 0 disables")
+    grid_every: NonNegativeInt = Field(
+        1000, description="steps between fixed-seed sample grids, each after a checkpoint; 0 disables"
+    )
+    pictures: PositiveInt = Field(8, description="held-out captions drawn in a grid")
+
+
 class Recipe(Section):
     """One conversion, completely. `alpha` of each phase is filled (= rank) when the recipe leaves it out."""
 
@@ -224,6 +234,7 @@ class Recipe(Section):
     merge_lora: bool = Field(True, description="fold the last LoRA into the weights; false: ship it beside them")
     bundle: Bundle = Field(default_factory=Bundle)
     evaluate: Evaluate = Field(default_factory=Evaluate)
+    watch: Watch = Field(default_factory=Watch)
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

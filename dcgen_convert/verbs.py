@@ -14,10 +14,11 @@ from dcgen_convert.console import Console, wants_live
 from dcgen_convert.crew import Crew
 from dcgen_convert.errors import InputError
 from dcgen_convert.journal import Run
-from dcgen_convert.options import default_name, output_options, resolve
+from dcgen_convert.options import default_name, job_options, output_options, resolve
 from dcgen_convert.progress import duration
-from dcgen_convert.recipe import Machine
+from dcgen_convert.recipe import Resolved
 from dcgen_convert.session import Session
+from dcgen_convert.settings import leaves
 
 ASK_ABOVE_HOURS = 1.0
 
@@ -30,7 +31,7 @@ def convert(session: Session, source: str, values: dict) -> int:
         return plan(session, source, values, 79.1)
     shown = output_options(values)
     resolved = resolve(source, values)
-    machine, name = resolved.machine, default_name(resolved)
+    name = default_name(resolved)
     output = Path(values["output"] or name).absolute()
     run_dir = Path(values["run_dir"] or Path("runs") / name).absolute()
     console = session.begin(**shown, run_dir=run_dir)
@@ -48,12 +49,12 @@ def convert(session: Session, source: str, values: dict) -> int:
             doc = {**doc, "url": push(Path(doc["bundle"]), values["push_to"], values["private"], console)}
         return doc
 
-    return _on_ranks(session, machine, run_dir, work)
+    return _on_ranks(session, resolved, run_dir, work)
 
 
 def resume(session: Session, run_dir: Path, values: dict) -> int:
     """Continue a run, with the ranks of its record unless the options name others."""
-    asked = {"gpus": values.pop("gpus"), "hostfile": values.pop("hostfile")}
+    asked, watched = {"gpus": values.pop("gpus"), "hostfile": values.pop("hostfile")}, job_options(values)
     console = session.begin(**output_options(values), run_dir=run_dir)
     from dcgen_convert import conversion
 
@@ -62,25 +63,28 @@ def resume(session: Session, run_dir: Path, values: dict) -> int:
         resolved = replace(resolved, machine=replace(resolved.machine, **asked))
     elif ranks.world() > 1 and ranks.LAUNCHED not in os.environ:  # what torchrun or srun started counts, not the record
         resolved = replace(resolved, machine=replace(resolved.machine, gpus=None, hostfile=None))
-    return _on_ranks(session, resolved.machine, run_dir, lambda crew: conversion.convert(resolved, run_dir, output, console, crew=crew))
+    resolved = replace(resolved, machine=replace(resolved.machine, **watched))
+    return _on_ranks(session, resolved, run_dir, lambda crew: conversion.convert(resolved, run_dir, output, console, crew=crew))
 
 
-def _on_ranks(session: Session, machine: Machine, run_dir: Path, work: Callable[[Crew], dict]) -> int:
+def _on_ranks(session: Session, resolved: Resolved, run_dir: Path, work: Callable[[Crew], dict]) -> int:
     """Start the ranks and wait for them; or, as one of them (or alone), do the work."""
-    from dcgen_convert import hosts, launch
+    from dcgen_convert import hosts, launch, track
 
-    console = session.console
+    console, machine = session.console, resolved.machine
+    track.require(machine.track)
     if launch.wanted(machine):
         Run(run_dir, console)
         if machine.hostfile:
             return hosts.run(session.argv, machine, run_dir, console, session.result)
         return launch.run(session.argv, machine.gpus, run_dir, console, session.result)
-    crew = session.join(hostfile=bool(machine.hostfile))
+    crew = session.join(hostfile=bool(machine.hostfile), timeout=machine.rank_timeout)
     if crew.rank:
         from dcgen_convert import tasks
 
         return crew.serve(tasks.Performer(crew, console))
-    return finish(console, work(crew))
+    with track.tracking(console, machine.track, run_dir, dict(leaves(resolved.recipe.model_dump(mode="json")))):
+        return finish(console, work(crew))
 
 
 def plan(session: Session, source: str, values: dict, gpu_memory: float) -> int:

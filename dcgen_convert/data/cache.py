@@ -1,14 +1,21 @@
 """Paired latents and conditions on disk: safetensors shards, memory-mapped, one row per picture.
 
-index.json                    {"count", "rows_per_shard", "tables": {name: {tensor: shape of one row}}}
+index.json                    {"key", "count", "rows_per_shard", "tables": {name: {tensor: shape of one row}}}
 <table>-00000.safetensors     table "target" {"z"}, "base" {"z"}, "text" {forward() keywords}, "null" (one row)
+captions.safetensors          {"text": UTF-8 of all captions, "ends": (N,) where each ends}
+
+Nothing is held per row: shards and captions are memory-mapped, and a bounded number of shards is open. "key" says what
+the rows were made from; a cache of something else is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -18,7 +25,8 @@ from dcgen_convert.errors import InputError
 from dcgen_convert.files import atomic_save, read_json, write_json
 
 INDEX = "index.json"
-CAPTIONS = "captions.json"
+CAPTIONS = "captions.safetensors"
+OPEN_SHARDS = 4096  # mapped at once; the kernel allows a process 65,530 mappings
 
 
 class LatentCache:
@@ -30,15 +38,20 @@ class LatentCache:
         resolution: int,
         rows: range | None = None,
         encode: Callable[[list[str]], dict[str, Tensor]] | None = None,
+        key: Mapping[str, Any] | None = None,
     ) -> None:
         """
         Args:
             resolution: picture side in px.
             rows: the rows that this view shows; None: all.
             encode: captions -> condition, for a cache that holds no text embeddings.
+            key: what the rows must have been made from; None asks for nothing.
+        Raises:
+            InputError: the cache is of something else, or holds no latents at that resolution.
         """
         self.folder = Path(folder)
         index = read_json(self.folder / INDEX)
+        _require_key(self.folder, index.get("key") or {}, key)
         self.shard_rows: int = index["rows_per_shard"]
         self.rows = rows if rows is not None else range(index["count"])
         self.resolution = resolution
@@ -46,10 +59,9 @@ class LatentCache:
         self.base = f"base-{resolution}"
         if self.target not in index["tables"]:
             raise InputError(f"{folder} holds no latents at {resolution} px, only {', '.join(index['tables'])}")
-        self._open: dict[str, dict[str, Tensor]] = {}
+        self._open: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self.null = self._shard("null", 0)
         self._encode = encode
-        self._captions: list[str] = read_json(self.folder / CAPTIONS) if encode else []
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -57,7 +69,7 @@ class LatentCache:
     def split(self) -> tuple[LatentCache, LatentCache]:
         """(training rows, held-out rows): the last twentieth is held out, 1 to 512 rows."""
         cut = len(self.rows) - min(max(1, len(self.rows) // 20), 512)
-        view = partial(LatentCache, self.folder, self.resolution, encode=self._encode)
+        view = partial(LatentCache, self.folder, self.resolution, encode=self._encode)  # the key was checked
         return view(rows=self.rows[:cut]), view(rows=self.rows[cut:])
 
     def batch(self, indices: list[int] | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -68,7 +80,11 @@ class LatentCache:
         """Conditions of rows ``indices``, read from the cache or encoded from their captions."""
         if self._encode is None:
             return self.read("text", indices)
-        return self._encode([self._captions[self.rows[int(i)]] for i in indices])
+        return self._encode(self.captions(indices))
+
+    def captions(self, indices: Iterable[int] | Tensor) -> list[str]:
+        """Captions of rows ``indices``."""
+        return Captions(self.folder).read(self.rows[int(i)] for i in indices)
 
     def pairs(self, indices: list[int] | Tensor) -> tuple[Tensor, Tensor]:
         """Latents of the same pictures in both autoencoders: base (B, C0, h0, w0) and target (B, C, h, w), float32."""
@@ -85,10 +101,48 @@ class LatentCache:
 
     def _shard(self, table: str, number: int) -> dict[str, Tensor]:
         name = shard_name(table, number)
-        if name not in self._open:
-            with safe_open(self.folder / name, framework="pt") as file:  # memory-mapped: rows are paged in when read
-                self._open[name] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        if name in self._open:
+            self._open.move_to_end(name)
+            return self._open[name]
+        with safe_open(self.folder / name, framework="pt") as file:  # memory-mapped: rows are paged in when read
+            self._open[name] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        if len(self._open) > OPEN_SHARDS:
+            self._open.popitem(last=False)
         return self._open[name]
+
+
+class Captions:
+    """The captions of a cache, memory-mapped."""
+
+    def __init__(self, folder: Path) -> None:
+        with safe_open(Path(folder) / CAPTIONS, framework="pt") as file:
+            self._text, self._ends = file.get_tensor("text"), file.get_tensor("ends")
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def read(self, rows: Iterable[int]) -> list[str]:
+        """Captions of ``rows``."""
+        spans = ((int(self._ends[row - 1]) if row else 0, int(self._ends[row])) for row in rows)
+        return [self._text[start:end].numpy().tobytes().decode() for start, end in spans]
+
+
+def write_captions(folder: Path, captions: Iterable[str]) -> None:
+    parts = [caption.encode() for caption in captions]
+    text = torch.frombuffer(bytearray(b"".join(parts)) or bytearray(1), dtype=torch.uint8)
+    ends = torch.tensor(list(itertools.accumulate(map(len, parts))), dtype=torch.int64)
+    atomic_save({"text": text, "ends": ends}, folder / CAPTIONS)
+
+
+def _require_key(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any] | None) -> None:
+    if wanted is None:
+        return
+    different = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
+    if different:
+        shown = ", ".join(f"{name} ({str(found.get(name))[:24]}, wanted {str(wanted.get(name))[:24]})" for name in different)
+        raise InputError(
+            f"the latents in {folder} were made from something else: {shown}", "make them again with --from latents"
+        )
 
 
 def shard_name(table: str, number: int) -> str:
@@ -99,11 +153,15 @@ def write_shard(folder: Path, table: str, number: int, tensors: dict[str, Tensor
     atomic_save(tensors, folder / shard_name(table, number))
 
 
-def write_index(folder: Path, count: int, rows_per_shard: int) -> None:
-    """Write the index last: from every table's first shard, so that a cache without an index is unfinished."""
+def write_index(folder: Path, count: int, rows_per_shard: int, key: Mapping[str, Any] | None = None) -> None:
+    """Write the index last: from every table's first shard, so that a cache without an index is unfinished.
+
+    Args:
+        key: what the rows were made from, by name.
+    """
     tables = {}
     for path in sorted(folder.glob("*-00000.safetensors")):
         with safe_open(path, framework="pt") as file:
             names = file.keys()
             tables[path.name.removesuffix("-00000.safetensors")] = {key: file.get_slice(key).get_shape()[1:] for key in names}
-    write_json(folder / INDEX, {"count": count, "rows_per_shard": rows_per_shard, "tables": tables})
+    write_json(folder / INDEX, {"key": key, "count": count, "rows_per_shard": rows_per_shard, "tables": tables})

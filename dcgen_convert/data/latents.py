@@ -17,7 +17,7 @@ from dcgen_convert.data import cache, images
 from dcgen_convert.data.images import Picture
 from dcgen_convert.errors import InputError
 from dcgen_convert.evaluate.grids import grid
-from dcgen_convert.files import read_json, replacing, write_json
+from dcgen_convert.files import replacing, write_json
 from dcgen_convert.journal import Stage
 
 SHARD_ROWS = (32, 512)  # fewest and most pictures in one file
@@ -43,7 +43,7 @@ def run(job, stage: Stage) -> None:
                 encode_pictures(job, pictures, codecs, resolution, bar)
             check_scale(job, stage, target, resolution)
     encode_captions(job, stage, pictures)
-    cache.write_index(stage.folder, len(pictures), shard_rows(len(pictures)))
+    cache.write_index(stage.folder, len(pictures), shard_rows(len(pictures)), job.latents_key)
 
 
 def normalise(job, pictures: list[Picture], side: int) -> None:
@@ -194,8 +194,8 @@ def check_scale(job, stage: Stage, codec: Codec, resolution: int) -> None:
 
 
 def encode_captions(job, stage: Stage, pictures: list[Picture]) -> None:
-    """captions.json, shards text (unless the recipe encodes on the fly), and null with the condition of the empty prompt."""
-    write_json(stage.folder / cache.CAPTIONS, [picture.caption for picture in pictures])
+    """captions.safetensors, shards text (unless the recipe encodes on the fly), and null with the condition of the empty prompt."""
+    cache.write_captions(stage.folder, (picture.caption for picture in pictures))
     if (stage.folder / cache.shard_name("null", 0)).exists():
         return
     cached = len(pictures) if job.recipe.latents.text == "cache" else 0
@@ -209,9 +209,9 @@ def encode_captions(job, stage: Stage, pictures: list[Picture]) -> None:
 def caption_share(job, bar, encoders=None) -> None:
     """This rank's shards text; a shard that is already there is kept."""
     folder, batch = job.folder("latents"), job.recipe.latents.batch
-    captions: list[str] = read_json(folder / cache.CAPTIONS)
+    captions = cache.Captions(folder)
     for number, part in own_shards(job, len(captions)):
-        texts = captions[part]
+        texts = captions.read(range(*part.indices(len(captions))))
         if (folder / cache.shard_name("text", number)).exists():
             bar.advance(len(texts))
             continue

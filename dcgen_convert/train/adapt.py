@@ -21,6 +21,7 @@ from dcgen_convert.train import distributed, loop, lora
 from dcgen_convert.train.batched import batched_corrected_loss
 from dcgen_convert.train.engine import Engine
 from dcgen_convert.train.loop import Saving
+from dcgen_convert.train.meter import meter_of
 from dcgen_convert.train.objective import (
     Draws,
     Sampling,
@@ -30,6 +31,7 @@ from dcgen_convert.train.objective import (
     guidance_corrected_loss,
 )
 from dcgen_convert.train.settings import EngineSettings
+from dcgen_convert.train.watch import NONE, Intervals, Watch
 
 LAYOUT = ("zero", "micro_batch", "offload", "checkpointing", "null_pass")  # settings that do not change the loss curve
 MOMENT_SAVING = Saving(steps=0, minutes=10)  # a kill costs ten minutes at most
@@ -84,6 +86,7 @@ def adapt_phase(
     seed: int = 0,
     saving: Saving = MOMENT_SAVING,
     held_out: Any | None = None,
+    intervals: Intervals = NONE,
 ) -> dict[str, Any]:
     """One phase of adaptation (arXiv 2509.25180, stage 3): LoRA + embedder + head, or every weight.
 
@@ -101,7 +104,8 @@ def adapt_phase(
         folder: takes ``checkpoints/``, ``metrics.jsonl`` and ``export/``.
         scheduler: the bundle's scheduler config; shift "model" trains with the shift that it samples with.
         dtype: "fp32" | "bf16".
-        held_out: rows for the evaluation before and after, as ``cache``; None skips it.
+        held_out: rows for the evaluation before, after and at intervals, as ``cache``; None skips it.
+        intervals: when to evaluate and to draw on the way.
     Returns:
         what `loop.run` returns, and trained_parameters, adapted_linears, evaluation {"before", "after"}, exports
         (paths by kind).
@@ -115,10 +119,11 @@ def adapt_phase(
                 "full tuning changes every weight, so the frozen teacher would need a second model",
                 hint="set adapt.null_branch to student, or the phase's mode to lora",
             )
-        return _train(task, settings, None, Place(folder, console, seed, saving, held_out, "adapt (full)", identity))
+        place = Place(folder, console, seed, saving, held_out, "adapt (full)", identity, intervals)
+        return _train(task, settings, None, place)
     paths = lora.add_lora(model, phase.targets or family.lora_targets, phase.rank, phase.alpha, seed)
     try:
-        place = Place(folder, console, seed, saving, held_out, f"adapt (LoRA {phase.rank})", identity)
+        place = Place(folder, console, seed, saving, held_out, f"adapt (LoRA {phase.rank})", identity, intervals)
         metrics = _train(task, settings, task.modules, place)
     finally:
         if settings.zero < 3:
@@ -137,6 +142,7 @@ class Place:
     held_out: Any | None
     label: str
     identity: dict[str, Any]
+    intervals: Intervals = NONE
 
 
 class Task:
@@ -227,6 +233,7 @@ def _train(task: Task, settings: EngineSettings, modules: list[str] | None, plac
             saving=place.saving,
             console=place.console,
             seed=place.seed,
+            watch=_watch(engine, task, loss_of, place, modules is None),
         )
         with engine.averaged() if settings.ema else nullcontext():
             after = _evaluate(engine, task, loss_of, place)
@@ -257,6 +264,30 @@ def _evaluate(engine: Engine, task: Task, loss_of: Callable, place: Place) -> di
         return engine.evaluate(lambda parts: loss_of(*parts), batch)
 
     return evaluate_loss(through_engine, list(batches), place.seed, task.sampling, engine.device)
+
+
+def _watch(engine: Engine, task: Task, loss_of: Callable, place: Place, full: bool) -> Watch:
+    """What is looked at on the way, always with the averaged weights."""
+    family, model, z0_and_text = task.family, task.model, task.cache.batch([0])
+
+    def averaged():
+        return engine.averaged() if engine.settings.ema else nullcontext()
+
+    def evaluate() -> dict[str, float] | None:
+        with averaged():
+            return _evaluate(engine, task, loss_of, place)
+
+    def velocity(z: Tensor, t: Tensor, text: Text, guidance: Tensor) -> Tensor:
+        text = {key: value.to(model.dtype) if value.is_floating_point() else value for key, value in text.items()}
+        call = (z.to(model.dtype), t, text, guidance)
+        return engine.evaluate(lambda _: family.velocity(model, *call), None).float()
+
+    def draw(step: int) -> None:
+        with averaged():
+            place.intervals.draw(velocity, step)
+
+    meter = meter_of(family, model, *z0_and_text, task.adapt, full)
+    return Watch(place.folder, place.intervals, meter, evaluate, draw)
 
 
 def _evaluate_once(engine: Engine, task: Task, loss_of: Callable, place: Place) -> dict[str, float] | None:

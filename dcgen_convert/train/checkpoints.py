@@ -4,6 +4,10 @@
         state-00001.safetensors ...   "param/<name>", "exp_avg/<name>", "exp_avg_sq/<name>", "ema/<name>", all full fp32
         checkpoint.json               step, files with sizes, shapes, and what the caller adds ("extra")
 
+Rank 0 gathers and writes, except when every weight trains on several ranks: then nothing is gathered and each rank
+writes what it holds, as files state-r003-00001.safetensors of flat parts "<key>/<name>@<offset>". Such a checkpoint is as
+portable: parts of one tensor follow one another by their offsets, however many ranks wrote them.
+
 Written under a temporary name, flushed, then renamed: a folder called step-... is whole. The newest whole one wins;
 two are kept. Nothing about random numbers is stored: the draws of a step depend on (seed, step, sample) alone (see
 `objective.draw`).
@@ -12,13 +16,17 @@ two are kept. Nothing about random numbers is stored: the draws of a step depend
 from __future__ import annotations
 
 import json
+import math
 import os
+import secrets
 import shutil
 import uuid
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from dcgen_convert.errors import CheckFailed, InputError, ResourceError
@@ -40,35 +48,51 @@ SHARD_BYTES = 2 << 30  # what rank 0 holds at once while it gathers
 def save(engine: Engine, folder: str | Path, extra: dict[str, Any]) -> Path:
     """Write `step-%06d` under ``folder`` and delete all but the last two. Collective: every rank calls it.
 
-    Rank 0 alone writes; the others take part in gathering. When the write fails, every rank raises and the older
-    checkpoints stay.
+    When a write fails, every rank raises and the older checkpoints stay.
 
     Raises:
-        ResourceError: rank 0 could not write (disk full, no permission).
+        ResourceError: a rank could not write (disk full, no permission).
     """
-    folder = Path(folder)
+    folder, speaks = Path(folder), engine.rank == 0
     final = step_folder(folder, engine.step_count)
-    temporary = folder / f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{final.name}"
-    writer = _Writer(temporary) if engine.rank == 0 else None
+    tag = distributed.of_rank_0(secrets.randbits(31), engine.device)
+    temporary = folder / f"{TEMPORARY}{tag:08x}-{final.name}"
+    writer = None
+    if engine.sharded:
+        writer = _Writer(temporary, f"r{engine.rank:03d}-")
+    elif speaks:
+        writer = _Writer(temporary)
     for key in engine.state.keys:
-        for name, tensor in engine.tensors(key):
+        for name, tensor in engine.pieces(key) if engine.sharded else engine.tensors(key):
             if writer:
                 writer.add(f"{key}/{name}", tensor)
-    if writer:
+    files = writer.flush() if writer else {}
+    if engine.sharded:  # the name that says "whole" may be given only when every rank's files are on the disk
+        found = distributed.of_all([files, str(writer.error) if writer.error else None], engine.device)
+        files = {name: size for part, _ in found for name, size in part.items()}
+        failed = next((f"rank {rank}: {error}" for rank, (_, error) in enumerate(found) if error), None)
+        if failed and writer.error is None:
+            writer.error = OSError(None, failed)
+    if speaks:
         document = {"schema": SCHEMA, "step": engine.step_count, "ema": engine.settings.ema > 0, "extra": extra}
-        writer.finish(document, final)
+        writer.finish({**document, "files": files, "shapes": _shapes(engine)}, final)
     error = writer.error if writer else None
     if not distributed.agree(error is None, engine.device):
-        if writer:
+        if speaks:
             shutil.rmtree(temporary, ignore_errors=True)
         reason = error.strerror or error if error else "rank 0 failed"
         raise ResourceError(
             f"the checkpoint of step {engine.step_count} could not be written to {folder}: {reason}",
             hint="free disk space, then resume: the previous checkpoint is whole",
         ) from error
-    if writer:
+    if speaks:
         prune(folder)
     return final
+
+
+def _shapes(engine: Engine) -> dict[str, list[int]]:
+    """Shape of every tensor of a checkpoint of ``engine``."""
+    return {f"{key}/{name}": list(true_shape(p)) for key in engine.state.keys for name, p in engine.named.items()}
 
 
 class _Writer:
@@ -77,38 +101,36 @@ class _Writer:
     After a failed write it only remembers the error: the other ranks are still gathering.
     """
 
-    def __init__(self, folder: Path):
-        self.folder, self.error = folder, None
-        self.files: dict[str, int] = {}
-        self.shapes: dict[str, list[int]] = {}
+    def __init__(self, folder: Path, label: str = ""):
+        self.folder, self.label, self.error = folder, label, None
+        self._files: dict[str, int] = {}
         self._shard: dict[str, Tensor] = {}
         self._bytes = 0
-        self._guarded(folder.mkdir, parents=True)
+        self._guarded(folder.mkdir, parents=True, exist_ok=True)
 
     def add(self, key: str, tensor: Tensor) -> None:
-        self.shapes[key] = list(tensor.shape)
         self._shard[key] = tensor
         self._bytes += tensor.nbytes
         if self._bytes >= SHARD_BYTES:
-            self._flush()
+            self.flush()
 
     def finish(self, document: dict[str, Any], final: Path) -> None:
-        """Write what is left and the index, then give the folder its final name."""
-        self._flush()
-        self._guarded(write_json, self.folder / INDEX, {**document, "files": self.files, "shapes": self.shapes})
+        """Write the index, then give the folder its final name."""
+        self._guarded(write_json, self.folder / INDEX, document)
         self._guarded(fsync, self.folder)
         if final.exists():  # the same step again, after a resume from an older checkpoint
             self._guarded(os.replace, final, final.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{final.name}"))
         self._guarded(os.replace, self.folder, final)
         self._guarded(fsync, final.parent)
 
-    def _flush(self) -> None:
-        if not self._shard:
-            return
-        path = self.folder / f"state-{len(self.files) + 1:05d}.safetensors"
-        self._guarded(atomic_save, self._shard, path)
-        self.files[path.name] = path.stat().st_size if path.exists() else 0
-        self._shard, self._bytes = {}, 0
+    def flush(self) -> dict[str, int]:
+        """Write what is left; name -> size of all files so far."""
+        if self._shard:
+            path = self.folder / f"state-{self.label}{len(self._files) + 1:05d}.safetensors"
+            self._guarded(atomic_save, self._shard, path)
+            self._files[path.name] = path.stat().st_size if path.exists() else 0
+            self._shard, self._bytes = {}, 0
+        return self._files
 
     def _guarded(self, action, *args, **kwargs) -> None:
         if self.error is not None:
@@ -168,7 +190,7 @@ def load(engine: Engine, folder: str | Path) -> dict[str, Any] | None:
         return None
     path = step_folder(Path(folder), step)
     document = read_json(path / INDEX)
-    wanted = {f"{key}/{name}": list(true_shape(p)) for key in engine.state.keys for name, p in engine.named.items()}
+    wanted = _shapes(engine)
     if document.get("schema") != SCHEMA or document["shapes"] != wanted:
         different = next(
             (key for key in {**wanted, **document["shapes"]} if wanted.get(key) != document["shapes"].get(key)),
@@ -178,7 +200,7 @@ def load(engine: Engine, folder: str | Path) -> dict[str, Any] | None:
             f"{path} was written by a run that trains other tensors ({different} differs)",
             hint=f"delete {Path(folder)} to start this stage again",
         )
-    for key, name, value in _tensors(path, document["files"]):
+    for key, name, value in _tensors(path, document):
         if key == WEIGHT and not value.isfinite().all():
             raise CheckFailed(
                 f"{path}: {name} holds values that are not finite",
@@ -190,10 +212,26 @@ def load(engine: Engine, folder: str | Path) -> dict[str, Any] | None:
     return document["extra"]
 
 
-def _tensors(path: Path, files: dict[str, int]) -> Iterator[tuple[str, str, Tensor]]:
-    """(key, parameter name, tensor) of every tensor of a checkpoint, in the order it was written."""
-    for file_name in files:
-        with safe_open(path / file_name, framework="pt") as file:
-            for full_name in sorted(file.keys()):
-                key, name = full_name.split("/", 1)
-                yield key, name, file.get_tensor(full_name)
+def _tensors(path: Path, document: dict[str, Any]) -> Iterator[tuple[str, str, Tensor]]:
+    """(key, parameter name, full tensor) of everything in a checkpoint, one at a time, in the same order on every rank.
+
+    Raises:
+        CheckFailed: parts of a tensor are missing.
+    """
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(path / name, framework="pt")) for name in document["files"]]
+        places: dict[str, list[tuple[int, Any, str]]] = {}
+        for file in files:  # memory-mapped: what is opened is not read
+            for stored in file.keys():  # noqa: SIM118
+                full_name, _, offset = stored.partition("@")
+                places.setdefault(full_name, []).append((int(offset or 0), file, stored))
+        for full_name, shape in document["shapes"].items():
+            parts = sorted(places.get(full_name, ()), key=lambda place: place[0])
+            value = torch.cat([file.get_tensor(stored).flatten() for _, file, stored in parts]) if parts else torch.empty(0)
+            if value.numel() != math.prod(shape):
+                raise CheckFailed(
+                    f"{path}: {full_name} has {value.numel()} of {math.prod(shape)} numbers",
+                    hint=f"delete {path}: the checkpoint before it is used then",
+                )
+            key, name = full_name.split("/", 1)
+            yield key, name, value.view(shape)

@@ -7,6 +7,7 @@ belongs to the result, so the import happens with stdout turned away.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import sys
@@ -122,6 +123,21 @@ def of_rank_0(value: int, device) -> int:
     tensor = torch.tensor([value], device=device)
     torch.distributed.broadcast(tensor, 0)
     return int(tensor.item())
+
+
+def of_all(value: object, device) -> list:
+    """Every rank's ``value`` (small, of JSON's types), by rank, on every rank."""
+    import torch
+
+    if world_size() == 1:
+        return [value]
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+    lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size())]
+    torch.distributed.all_gather(lengths, torch.tensor([len(data)], device=device))
+    longest = max(int(length) for length in lengths)
+    found = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in lengths]
+    torch.distributed.all_gather(found, torch.nn.functional.pad(data, (0, longest - len(data))))
+    return [json.loads(part[: int(length)].cpu().numpy().tobytes()) for part, length in zip(found, lengths, strict=True)]
 
 
 def agree(ok: bool, device) -> bool:

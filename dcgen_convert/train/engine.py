@@ -204,6 +204,19 @@ class Engine:
         for name, parameter in self.named.items():
             yield name, self.state.read(parameter, key).to("cpu", copy=True)
 
+    @property
+    def sharded(self) -> bool:
+        """Whether every rank writes its own part of a checkpoint: when every weight trains, on several ranks."""
+        everything = len(self.named) == sum(1 for _ in self.model.parameters())
+        return everything and self.world > 1 and self.settings.zero > 0
+
+    def pieces(self, key: str) -> Iterator[tuple[str, Tensor]]:
+        """(name@offset, flat fp32 CPU tensor) of what this rank holds of the tensors that `tensors` gathers."""
+        for name, parameter in self.named.items():
+            offset, part = self.state.piece(parameter, key)
+            if part.numel():
+                yield f"{name}@{offset}", part.detach().to("cpu", copy=True)
+
     def export(self) -> dict[str, Tensor]:
         """What the run made: the moving average if there is one, else the weights; full fp32, checked.
 

@@ -1,7 +1,8 @@
 """The training loop that every stage shares: batches in, steps, watching, checkpoints, a clean stop.
 
-One step line per step on the console's progress, one JSON line per step in metrics.jsonl. A NaN or a spike stops the
-run and keeps the last good checkpoint; SIGINT and SIGTERM let the step finish, write a checkpoint, and raise.
+One step line per step on the console's progress and to its tracker, one JSON line per step in metrics.jsonl. A NaN or a
+spike stops the run and keeps the last good checkpoint; SIGINT and SIGTERM let the step finish, write a checkpoint, and
+raise. The next step's micro-batches are read while the device works on this one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,11 +25,12 @@ from torch import Tensor
 from dcgen_convert.console import NULL, Console
 from dcgen_convert.errors import CheckFailed, InputError, Terminated
 from dcgen_convert.families import Text
-from dcgen_convert.files import atomic_write
 from dcgen_convert.train import distributed
 from dcgen_convert.train.checkpoints import latest, whole
 from dcgen_convert.train.engine import Engine, StepRecord
 from dcgen_convert.train.objective import Draws, Sampling, draw, to_device
+from dcgen_convert.train.prefetch import Prefetch
+from dcgen_convert.train.watch import NONE, Watch, kept_lines
 
 SPIKE = 10.0  # a loss this many times the recent median stops the run
 WINDOW = 50  # steps that the median looks back on
@@ -87,7 +89,9 @@ class Order:
         epoch, offset = divmod(place, self.rows)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-            self._epoch, self._permutation = epoch, torch.randperm(self.rows, generator=generator)
+            permutation = torch.randperm(self.rows, generator=generator)
+            small = torch.int32 if self.rows < 2**31 else torch.int64  # 4 bytes for each of many millions of rows
+            self._epoch, self._permutation = epoch, permutation.to(small)
         return int(self._permutation[offset])
 
 
@@ -103,14 +107,16 @@ def run(
     saving: Saving,
     console: Console,
     seed: int,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Train to ``engine.settings.steps``, from the newest checkpoint in ``folder`` if there is one.
 
     Args:
         loss_of: (z0, text, draws) -> mean loss over the samples.
         identity: what must be equal for a checkpoint to be continued (objective, data, phase).
+        watch: figures, evaluations and grids on the way; None: none.
     Returns:
-        steps, seconds, samples_per_second, loss_first and loss_last (means of the first / last 20 steps of this
+        steps, seconds, samples_per_second, data_wait_seconds, loss_first and loss_last (means of the first / last 20 steps of this
         process), resumed_from.
     Raises:
         CheckFailed: NaN or a loss spike; the message names the step, the hint the checkpoint that was kept.
@@ -122,25 +128,32 @@ def run(
         raise InputError(f"{label}: there are no samples to train on")
     speaks = engine.rank == 0
     console = console if speaks else NULL
+    watch = watch or Watch(folder, NONE)
     resumed = _resume(engine, checkpoints, identity, console)
     metrics = _Metrics(folder / METRICS, engine.step_count) if speaks else None
-    order, curve = Order(len(samples), settings.batch, seed), Curve()
+    if speaks:
+        watch.forget(engine.step_count)
+    curve = Curve()
     start = last_save = time.monotonic()
     first_step = engine.step_count
-    with _signals() as signals, console.progress(label, settings.steps - first_step, "step") as bar:
+    feed = _feed(engine, samples, sampling, seed)
+    with closing(feed), _signals() as signals, console.progress(label, settings.steps - first_step, "step") as bar:
         while engine.step_count < settings.steps:
-            step = engine.step_count
-            rows = order.rows_of(step)
-            record = _guarded_step(engine, samples, rows, loss_of, sampling, seed, curve, signals.pending, checkpoints)
+            waited = feed.waited
+            record = _guarded_step(engine, len(samples), feed, loss_of, seed, curve, signals.pending, checkpoints)
             rate = settings.batch / record.seconds
+            read = watch.meter.read(settings.batch, record.seconds, engine.world) if watch.meter else {}
+            shown = {"loss": record.loss, "grad_norm": record.grad_norm, "lr": record.lr, "samples_per_s": rate, **read}
             if metrics:
-                metrics.add(record, rate)
-            bar.advance(1, loss=record.loss, grad_norm=record.grad_norm, lr=record.lr, samples_per_s=rate)
+                metrics.add(record, rate, {**read, "data_wait_seconds": feed.waited - waited})
+            bar.advance(1, **shown)
+            console.scalars(label, record.step, shown)
             due = saving.minutes and _any_rank(time.monotonic() - last_save > 60 * saving.minutes, engine)
             if (
                 record.stop
                 or due
                 or (saving.steps and engine.step_count % saving.steps == 0)
+                or watch.wants_grid(engine.step_count)
                 or engine.step_count == settings.steps
             ):
                 if metrics:
@@ -152,6 +165,11 @@ def run(
                     f"{label}: stopped after step {engine.step_count} of {settings.steps}; a checkpoint is written"
                 )
                 raise signals.exception()
+            watch.after_save(engine.step_count)
+            losses = watch.after_step(engine.step_count, speaks)
+            if losses:
+                console.scalars(label, record.step, {f"held_out_{key}": value for key, value in losses.items()})
+                console.say(f"{label}: held-out loss {losses['mean']:.4f} after step {engine.step_count}")
     done = engine.step_count - first_step
     seconds = time.monotonic() - start
     if metrics:
@@ -161,9 +179,25 @@ def run(
         "resumed_from": resumed,
         "seconds": round(seconds, 3),
         "samples_per_second": round(done * settings.batch / seconds, 3) if done else None,
+        "data_wait_seconds": round(feed.waited, 3),
         "loss_first": _mean(curve.losses[:20]),
         "loss_last": _mean(curve.losses[-20:]),
     }
+
+
+def _feed(engine: Engine, samples: Samples, sampling: Sampling, seed: int) -> Prefetch:
+    """This rank's micro-batches (z0, text, draws) from the present step on, by (step, positions in the global batch)."""
+    order = Order(len(samples), engine.settings.batch, seed)
+
+    def read(key: tuple[int, range]) -> tuple[Tensor, Text, Draws]:
+        step, positions = key
+        rows = order.rows_of(step)
+        z0, text = samples.batch([rows[position] for position in positions])
+        return z0, text, draw(seed, step, positions, z0.shape[1:], sampling)
+
+    steps = range(engine.step_count, engine.settings.steps)
+    keys = ((step, positions) for step in steps for positions in positions_of(engine))
+    return Prefetch(read, keys, engine.accumulation + 1, engine.device)
 
 
 def _resume(engine: Engine, checkpoints: Path, identity: dict[str, Any], console: Console) -> int | None:
@@ -184,14 +218,12 @@ def _resume(engine: Engine, checkpoints: Path, identity: dict[str, Any], console
     return engine.step_count
 
 
-def _guarded_step(engine, samples, rows, loss_of, sampling, seed, curve, stop, checkpoints) -> StepRecord:
+def _guarded_step(engine, count, feed, loss_of, seed, curve, stop, checkpoints) -> StepRecord:
     """One step of the engine; CheckFailed with the step, the batch and the kept checkpoint when it went wrong."""
     step = engine.step_count
 
     def micro_loss(positions: Sequence[int]) -> Tensor:
-        z0, text = samples.batch([rows[position] for position in positions])
-        draws = draw(seed, step, positions, z0.shape[1:], sampling)
-        return loss_of(*to_device((z0, text, draws), engine.device))
+        return loss_of(*to_device(feed.take((step, positions)), engine.device))
 
     try:
         record = engine.step(micro_loss, positions_of(engine), stop)
@@ -201,7 +233,7 @@ def _guarded_step(engine, samples, rows, loss_of, sampling, seed, curve, stop, c
     except CheckFailed as error:
         kept = whole(checkpoints)
         raise CheckFailed(
-            f"{error.message} (rows {_short(rows)})",
+            f"{error.message} (rows {_short(Order(count, engine.settings.batch, seed).rows_of(step))})",
             hint=f"the last good checkpoint is {kept[-1]}; lower lr or clip, or look at those rows"
             if kept
             else "lower lr or clip",
@@ -235,13 +267,12 @@ class _Metrics:
     def __init__(self, path: Path, step: int):
         self.path, self._lines = path, []
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < step]
-        atomic_write(path, "".join(line + "\n" for line in kept))
+        kept_lines(path, lambda line: line["step"] < step)
 
-    def add(self, record: StepRecord, rate: float) -> None:
+    def add(self, record: StepRecord, rate: float, more: dict[str, float]) -> None:
         line = {key: value for key, value in asdict(record).items() if key != "stop"}
-        self._lines.append(json.dumps({**line, "samples_per_second": round(rate, 3)}))
+        more = {key: float(f"{value:.5g}") for key, value in more.items()}
+        self._lines.append(json.dumps({**line, "samples_per_second": round(rate, 3), **more}))
         if len(self._lines) >= 20:
             self.flush()
 

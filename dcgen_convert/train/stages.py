@@ -14,8 +14,9 @@ from dcgen_convert.errors import ResourceError
 from dcgen_convert.files import copy_file
 from dcgen_convert.journal import Stage
 from dcgen_convert.schema import Phase
-from dcgen_convert.train import adapt
+from dcgen_convert.train import adapt, grid
 from dcgen_convert.train.lora import LORA_FILE, MODULES_FILE
+from dcgen_convert.train.watch import Intervals
 
 EXPORT = "export"
 
@@ -52,6 +53,11 @@ def train_phase(job, number: int, layout: dict[str, Any]) -> dict[str, Any]:
         console=job.console,
         seed=job.recipe.seed,
         held_out=held_out,
+        intervals=Intervals(
+            job.recipe.watch.evaluate_every,
+            job.recipe.watch.grid_every,
+            grid.drawing(job, held_out, job.folder(f"adapt-{number}")),
+        ),
     )
 
 

@@ -93,17 +93,36 @@ class TrainedState:
         if key == WEIGHT:
             self._show(parameter, value)
 
+    def piece(self, parameter: nn.Parameter, key: str) -> tuple[int, Tensor]:
+        """This rank's part of a tensor: (offset in the flattened whole, flat fp32 view); empty where it holds nothing.
+
+        The parts of all ranks make the whole. Not collective. ZeRO 1 to 3.
+        """
+        if self.stage == 3:
+            local = (
+                self._access.safe_get_local_fp32_param(parameter)
+                if key == WEIGHT
+                else self._access.safe_get_local_optimizer_state(parameter, key)
+            ).flatten()
+            offset = self.rank * parameter.ds_tensor.numel()
+            return offset, local[: max(0, parameter.ds_numel - offset)]  # the last ranks' parts end in padding
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return 0, torch.empty(0)
+        return mapping.lp_fragment_address.start, mapping.get_hp_fragment(None if key == WEIGHT else key).flatten()
+
     @contextmanager
     def averaged(self, parameters: list[nn.Parameter]) -> Iterator[None]:
         """Let the model compute with the moving average; the trained weights come back afterwards."""
-        before = [self.read(parameter, WEIGHT).clone() for parameter in parameters]
+        # With ZeRO what the forward pass reads is a copy of the fp32 weights; without, they must be kept.
+        before = [parameter.detach().clone() for parameter in parameters] if self.stage == 0 else None
         for parameter in parameters:
             self._show(parameter, self.read(parameter, EMA))
         try:
             yield
         finally:
-            for parameter, value in zip(parameters, before, strict=True):
-                self._show(parameter, value)
+            for number, parameter in enumerate(parameters):
+                self._show(parameter, before[number] if before else self.read(parameter, WEIGHT))
 
     @torch.no_grad()
     def _show(self, parameter: nn.Parameter, value: Tensor) -> None:

@@ -1,6 +1,6 @@
 """Kill -9 storm: kills at random moments, every second one inside a save; the run must come out as if undisturbed.
 
-    python tests/benchmarks/train_kill_storm.py [kills] [world] [zero]
+    python tests/benchmarks/train_kill_storm.py [kills, 60] [world, 1] [zero, 2]
 
 With several ranks every other pair of kills takes one rank only: the others must end by themselves, with exit code 4.
 Prints the number of kills, of unfinished saves they left, of failed resumes, of hangs (a rank alive 30 s after another
@@ -97,5 +97,5 @@ def main(kills: int, world: int, zero: int) -> int:
 
 if __name__ == "__main__":
     given = sys.argv[1:]
-    kills, world, zero = (int(value) for value in (*given, *("20", "1", "2")[len(given) :]))
+    kills, world, zero = (int(value) for value in (*given, *("60", "1", "2")[len(given) :]))
     raise SystemExit(main(kills, world, zero))

@@ -1,11 +1,14 @@
 """Prompts, images and the latent cache."""
 
+import os
+
 import pytest
 import torch
 from PIL import Image
 
 from dcgen_convert.data import cache, images, prompts
 from dcgen_convert.errors import InputError
+from dcgen_convert.train.loop import Order
 
 
 def test_builtin_prompts_have_millions_of_combinations_and_a_seed():
@@ -88,3 +91,59 @@ def test_cache_returns_the_rows_that_were_written(tmp_path):
     torch.testing.assert_close(held_out.batch([0])[0], z[9:])
     with pytest.raises(InputError, match="no latents at 128 px"):
         cache.LatentCache(tmp_path, 128)
+
+
+def small_cache(folder, key=None):
+    z, text = torch.arange(10.0).view(10, 1, 1, 1), torch.zeros(10, 1, 1)
+    cache.write_shard(folder, "target-64", 0, {"z": z})
+    cache.write_shard(folder, "text", 0, {"encoder_hidden_states": text})
+    cache.write_shard(folder, "null", 0, {"encoder_hidden_states": text[:1]})
+    cache.write_captions(folder, [f"picture {i}, é" if i != 3 else "" for i in range(10)])
+    cache.write_index(folder, 10, 10, key)
+
+
+def test_captions_are_those_that_were_written(tmp_path):
+    small_cache(tmp_path)
+    rows = cache.LatentCache(tmp_path, 64, encode=lambda texts: {"texts": texts})
+    assert rows.captions([0, 9, 3]) == ["picture 0, é", "picture 9, é", ""]
+    _, held_out = rows.split()
+    assert held_out.condition([0]) == {"texts": ["picture 9, é"]}
+
+
+def test_a_cache_of_something_else_is_refused(tmp_path):
+    key = {"weights": "a" * 64, "resolutions": [64]}
+    small_cache(tmp_path, key)
+    assert len(cache.LatentCache(tmp_path, 64, key=key)) == 10
+    with pytest.raises(InputError, match=r"made from something else: weights \(a{24}, wanted b{24}\)"):
+        cache.LatentCache(tmp_path, 64, key={**key, "weights": "b" * 64})
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that is not a view of a file."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+
+def test_ten_million_rows_cost_their_index_only(tmp_path):
+    """19,532 shards of 512 rows (one file under many names) read at random: at most 16 B a row, order of the epoch included."""
+    count, per_shard, side = 10_000_000, 512, 4
+    z = torch.arange(float(per_shard)).view(-1, 1, 1, 1).expand(per_shard, 4, side, side).bfloat16()
+    cache.write_shard(tmp_path, "target-64", 0, {"z": z})
+    cache.write_shard(tmp_path, "text", 0, {"encoder_hidden_states": torch.zeros(per_shard, 2, 2)})
+    cache.write_shard(tmp_path, "null", 0, {"encoder_hidden_states": torch.zeros(1, 2, 2)})
+    for number in range(1, -(-count // per_shard)):
+        for table in ("target-64", "text"):
+            os.link(tmp_path / cache.shard_name(table, 0), tmp_path / cache.shard_name(table, number))
+    cache.write_index(tmp_path, count, per_shard)
+    before = anonymous_bytes()
+    rows, _ = cache.LatentCache(tmp_path, 64).split()
+    order = Order(len(rows), 16, seed=0)
+    shards = set()
+    for step in range(300):
+        indices = order.rows_of(step)
+        shards |= {index // per_shard for index in indices}
+        z0, _ = rows.batch(indices)
+        assert torch.equal(z0[:, 0, 0, 0], torch.tensor([index % per_shard for index in indices]).bfloat16().float())
+    assert len(shards) > cache.OPEN_SHARDS  # so that old ones had to be closed
+    assert len(rows._open) == cache.OPEN_SHARDS
+    assert anonymous_bytes() - before < 16 * count

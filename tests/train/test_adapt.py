@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from dcgen_convert.train import loop
 from dcgen_convert.train.adapt import train_head
 from dcgen_convert.train.checkpoints import whole
 from dcgen_convert.train.loop import Curve, Order, Saving
+from dcgen_convert.train.watch import Intervals
 
 from .train_worker import FLUX, SCHEDULER, Rows, adapt, adapt_section, losses, tiny_flux
 
@@ -22,7 +24,7 @@ class Hook:
     """A console whose progress bar calls a function after every step."""
 
     def __init__(self, action):
-        self.action, self.said = action, []
+        self.action, self.said, self.scalar = action, [], []
 
     def progress(self, *args):
         return self
@@ -39,6 +41,9 @@ class Hook:
     def say(self, text):
         self.said.append(text)
 
+    def scalars(self, *args):
+        self.scalar.append(args)
+
 
 def test_lora_phase_learns_and_reports(tmp_path):
     seen = []
@@ -52,9 +57,12 @@ def test_lora_phase_learns_and_reports(tmp_path):
     assert metrics["steps"] == 60 and metrics["resumed_from"] is None
     assert metrics["loss_last"] < 0.96 * metrics["loss_first"]
     assert metrics["evaluation"]["after"]["mean"] < 0.99 * metrics["evaluation"]["before"]["mean"]
-    assert len(seen) == 60 and set(seen[0]) == {"loss", "grad_norm", "lr", "samples_per_s"}
+    assert len(seen) == 60
+    assert set(seen[0]) == {"loss", "grad_norm", "lr", "samples_per_s", "tokens_per_s", "memory_gib"}  # no MFU without a GPU
+    assert seen[0]["tokens_per_s"] == pytest.approx(seen[0]["samples_per_s"] * (16 + 3))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert set(lines[0]) == {"step", "loss", "grad_norm", "lr", "seconds", "samples_per_second"} and len(lines) == 60
+    known = {"step", "loss", "grad_norm", "lr", "seconds", "samples_per_second", "tokens_per_s", "memory_gib", "data_wait_seconds"}
+    assert set(lines[0]) == known and len(lines) == 60
     # frozen is frozen; embedder and head in memory are what was exported; the adapter is off
     exported, before = load_file(metrics["exports"]["modules"]), tiny_flux().state_dict()
     for name, value in model.state_dict().items():
@@ -98,14 +106,15 @@ def test_nan_names_the_step_and_keeps_the_checkpoint(tmp_path, monkeypatch):
 
     def poisoned(self, indices):
         z0, text = rows(self, indices)
-        poison = len(losses_so_far) >= 7 and len(indices) > 1
-        return (z0 * float("nan") if poison else z0), text
+        batches.extend([indices] if len(indices) > 1 else [])  # one a step; single rows are read for their shape
+        return (z0 * float("nan") if len(batches) > 7 else z0), text
 
-    losses_so_far = []
+    batches = []
     monkeypatch.setattr(Rows, "batch", poisoned)
     with pytest.raises(CheckFailed, match=r"loss of step 7 is nan \(rows \d+, ") as caught:
-        adapt(tmp_path, saving=(3, 0.0), console=Hook(losses_so_far.append))
+        adapt(tmp_path, saving=(3, 0.0))
     assert "step-000006" in caught.value.hint
+    assert ", ".join(map(str, batches[7])) in caught.value.message
     assert [path.name for path in whole(tmp_path / "checkpoints")] == ["step-000003", "step-000006"]
 
 
@@ -169,6 +178,75 @@ def test_no_samples_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(Rows, "__len__", lambda self: 0)
     with pytest.raises(InputError, match="there are no samples"):
         adapt(tmp_path)
+
+
+def test_the_next_batch_is_read_while_this_one_is_trained_on(tmp_path, monkeypatch):
+    """No step ends before the batch of the next one is there: without reading ahead, the wait would be in vain."""
+    rows, read, late = Rows.batch, threading.Semaphore(0), []
+
+    def batch(self, indices):
+        found = rows(self, indices)
+        if len(indices) > 1:
+            read.release()
+        return found
+
+    def step(self, loss_of, batches, stop=False):
+        def waiting(positions):
+            loss = loss_of(positions)
+            # the first step waits for its own batch too: from then on one batch is read before the step that needs it
+            for _ in range({0: 2, self.settings.steps - 1: 0}.get(self.step_count, 1)):
+                if not read.acquire(timeout=300):
+                    late.append(self.step_count)
+            return loss
+
+        return take_step(self, waiting, batches, stop)
+
+    take_step = loop.Engine.step
+    monkeypatch.setattr(Rows, "batch", batch)
+    monkeypatch.setattr(loop.Engine, "step", step)
+    metrics, _ = adapt(tmp_path, phase={"steps": 4})
+    assert not late and metrics["steps"] == 4 and not read.acquire(blocking=False)
+
+
+def test_an_error_of_the_reader_reaches_the_run(tmp_path, monkeypatch):
+    def broken(self, indices):
+        if len(indices) > 1:
+            raise InputError("the shard is gone")
+        return rows(self, indices)
+
+    rows = Rows.batch
+    monkeypatch.setattr(Rows, "batch", broken)
+    with pytest.raises(InputError, match="the shard is gone"):
+        adapt(tmp_path)
+    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+def test_looks_on_the_way_change_nothing_and_follow_the_checkpoint(tmp_path):
+    """Held-out losses every 4 steps, a drawing every 5, of the averaged weights; the curve is that of a run without."""
+
+    def draw(velocity, step):
+        saved = [path.name for path in whole(tmp_path / "looked" / "checkpoints")]
+        z = torch.zeros(2, 8, 4, 4)
+        text = {key: value[:2] for key, value in Rows(2).text.items()}
+        with torch.no_grad():
+            drawn.append((step, saved[-1], velocity(z, torch.full((2,), 0.5), text, torch.ones(2)).shape))
+
+    drawn, console = [], Hook(lambda info: None)
+    adapt(tmp_path / "looked", held_out=Rows(4, seed=1), intervals=Intervals(4, 5, draw), console=console)
+    adapt(tmp_path / "plain", held_out=Rows(4, seed=1))
+    assert losses(tmp_path / "looked") == losses(tmp_path / "plain")
+    assert drawn == [(5, "step-000005", (2, 8, 4, 4)), (10, "step-000010", (2, 8, 4, 4))]
+    lines = [json.loads(line) for line in (tmp_path / "looked" / "evaluations.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 8, 12]
+    assert len(set(lines[0]) - {"step", "mean"}) == 5
+    values = [dict(values) for label, step, values in console.scalar if step == 3]
+    assert len(values) == 2 and "held_out_mean" in values[1] and "tokens_per_s" in values[0]
+
+
+def test_the_last_look_is_the_evaluation_after(tmp_path):
+    metrics, _ = adapt(tmp_path, phase={"steps": 4}, held_out=Rows(4, seed=1), intervals=Intervals(evaluate=4))
+    line = json.loads((tmp_path / "evaluations.jsonl").read_text())
+    assert {key: line[key] for key in metrics["evaluation"]["after"]} == metrics["evaluation"]["after"]
 
 
 def test_console_null_is_enough(tmp_path):

@@ -63,6 +63,9 @@ class StoppingConsole:
     def say(self, text):
         return None
 
+    def scalars(self, *args):
+        return None
+
 
 def stop_and_resume(folder, first: dict, second: dict):
     """Save at step 4 and 8, die after step 10 of 12, continue with other options."""
@@ -122,6 +125,28 @@ def test_three_ranks_train_and_export_alike(tmp_path, undisturbed):
         metrics, _ = adapt(folder)
         assert metrics["resumed_from"] == 8
         assert max(abs(a - b) for a, b in zip(losses(folder), reference, strict=True)) < 1e-6
+
+
+def test_full_tuning_is_saved_in_shards_that_any_layout_continues(tmp_path):
+    """Two ranks with every weight training, in ZeRO 2 and 3: each writes its own part; one process goes on with another stage."""
+    phase = {"mode": "full", "steps": 6}
+    adapt(tmp_path / "one", phase=phase)
+    jobs = [
+        {"folder": str(tmp_path / f"zero{zero}"), "adapt": {"zero": zero}, "saving": [4, 0.0], "phase": phase} for zero in (2, 3)
+    ]
+    run_ranks(2, jobs, tmp_path / "ranks.log")
+    for zero, other in ((2, 3), (3, 2)):
+        folder = tmp_path / f"zero{zero}"
+        newest = checkpoints.whole(folder / "checkpoints")[-1]
+        files = read_json(newest / checkpoints.INDEX)["files"]
+        assert sorted(files) == ["state-r000-00001.safetensors", "state-r001-00001.safetensors"]
+        small, large = sorted(files.values())
+        assert small > 0.8 * large  # nobody writes it all
+        (newest / checkpoints.INDEX).unlink()  # as if the last save had not come to its end
+        metrics, _ = adapt(folder, phase=phase, adapt={"zero": other})
+        assert metrics["resumed_from"] == 4
+        assert max(abs(a - b) for a, b in zip(losses(folder), losses(tmp_path / "one"), strict=True)) < 1e-6
+        assert distance(exported(folder), exported(tmp_path / "one")) < 1e-5
 
 
 def test_kill_9_at_random_moments(tmp_path, undisturbed):

@@ -1,0 +1,78 @@
+"""How fast a run trains: tokens per second, model FLOPs utilisation (MFU) and memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from dcgen_convert.families import Family, Text
+from dcgen_convert.plan.arithmetic import forward_flops, train_flops
+from dcgen_convert.plan.layers import structure
+
+PEAKS = {
+    "B200": 2250e12,
+    "GB200": 2500e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 5090": 209e12,
+    "RTX 4090": 165e12,
+}
+"""Dense bf16 FLOP/s with fp32 accumulation, from the makers' data sheets; the longest name that a device's name holds."""
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s of a GPU, None for one that is not listed."""
+    names = [name for name in PEAKS if all(word in device_name for word in name.split())]
+    return PEAKS[max(names, key=len)] if names else None
+
+
+@dataclass(frozen=True)
+class Meter:
+    """tokens: image and text tokens of one sample; flops: of one training sample; peak: FLOP/s of one device.
+
+    flops and peak are None where the device's peak is not known: then there is no MFU.
+    """
+
+    tokens: int
+    flops: float | None
+    peak: float | None
+
+    def read(self, samples: int, seconds: float, devices: int) -> dict[str, float]:
+        """Figures of a step of ``samples`` on ``devices``: tokens_per_s, mfu (where known), memory_gib of this rank."""
+        figures = {"tokens_per_s": samples * self.tokens / seconds}
+        if self.flops and self.peak:
+            figures["mfu"] = samples * self.flops / seconds / (self.peak * devices)
+        return {**figures, "memory_gib": memory_gib()}
+
+
+def memory_gib() -> float:
+    """Highest GPU memory in use by tensors so far, or what this process holds now where there is no GPU; GiB."""
+    held = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
+    return held / 2**30
+
+
+def meter_of(family: Family, model: nn.Module, z0: Tensor, text: Text, adapt: Any, full: bool) -> Meter:
+    """The meter of one training task.
+
+    Args:
+        z0: (1, C, h, w); text: as the cache gives it, one row.
+        adapt: objective (recipe section ``adapt``).
+        full: whether every weight trains.
+    """
+    image = z0.shape[2] * z0.shape[3] // family.patch(model.config, z0.shape[1]) ** 2
+    words = max((value.shape[1] for value in text.values() if value.ndim == 3), default=0)
+    peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    if peak is None:
+        return Meter(image + words, None, None)
+    shape = structure({**model.config, "_class_name": type(model).__name__})
+    corrected = adapt.objective == "guidance-corrected"
+    once = forward_flops(shape, image, words)
+    # MFU counts the work that the loss asks for: recomputed activations and the zero half of a batched pass are overhead
+    return Meter(image + words, train_flops(once, full=full, checkpointing=False, null_branch=corrected), peak)

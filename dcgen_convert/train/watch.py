@@ -1,0 +1,86 @@
+"""What is looked at while a run trains, beside the step line: evaluations and sample grids at intervals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dcgen_convert.files import atomic_write
+
+EVALUATIONS = "evaluations.jsonl"
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Steps between two looks; 0 disables each.
+
+    Attributes:
+        evaluate: of the held-out loss at fixed noise levels.
+        grid: of the sample grid.
+        draw: (velocity, step) -> None draws the grid; called on every rank, after the checkpoint of that step was written.
+            velocity is the network with its averaged weights: (z, t, text, guidance) -> (B, C, h, w).
+    """
+
+    evaluate: int = 0
+    grid: int = 0
+    draw: Callable[[Callable, int], None] | None = None
+
+
+class Watch:
+    """The looks of one run.
+
+    Args:
+        meter: see `meter`; None leaves its figures out.
+        evaluate: () -> losses by noise level with the averaged weights; collective.
+        draw: step -> None; collective.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        intervals: Intervals,
+        meter: Any = None,
+        evaluate: Callable[[], dict[str, float] | None] | None = None,
+        draw: Callable[[int], None] | None = None,
+    ):
+        self.folder, self.intervals, self.meter = folder, intervals, meter
+        self._evaluate, self._draw = evaluate, draw
+
+    def wants_grid(self, step: int) -> bool:
+        """Whether a grid follows the checkpoint of ``step``, which therefore must be written."""
+        return bool(self._draw and self.intervals.draw and self.intervals.grid and step % self.intervals.grid == 0)
+
+    def after_step(self, step: int, speaks: bool) -> dict[str, float]:
+        """Evaluate when it is due; the losses, or an empty dict."""
+        every = self.intervals.evaluate
+        losses = self._evaluate() if self._evaluate and every and step % every == 0 else None
+        if losses is None:
+            return {}
+        if speaks:
+            with open(self.folder / EVALUATIONS, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **losses}) + "\n")
+        return losses
+
+    def after_save(self, step: int) -> None:
+        """Draw the grid when it is due. A failure here costs no work: the checkpoint is on the disk."""
+        if self.wants_grid(step):
+            self._draw(step)
+
+    def forget(self, step: int) -> None:
+        """Drop evaluations of steps after ``step``, which a resumed run repeats."""
+        path = self.folder / EVALUATIONS
+        if path.exists():
+            kept_lines(path, lambda line: line["step"] <= step)
+
+
+def kept_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Rewrite a file of JSON lines with those that ``keep`` accepts; a line that was cut short is dropped."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if line.endswith("}") and keep(json.loads(line))]
+    atomic_write(path, "".join(line + "\n" for line in kept))
+
+
+NONE = Intervals()
