@@ -101,6 +101,7 @@ class Job:
             "text": latents.text,
             "text_length": self.text_length,
             "scale": latents.scale_override,
+            "normalise": latents.normalise,
             "dtype": self.recipe.dtype,
             "version": __version__,
         }

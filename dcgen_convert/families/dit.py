@@ -44,7 +44,7 @@ class DiT(Family):
         }
 
     def only_side(self, config, cell):
-        return config["sample_size"] * cell
+        return config["sample_size"] * cell if config.get("sample_size") else None  # a single file does not say it
 
     def position_term(self, model, height, width):
         return model.pos_embed.pos_embed[0]  # sincos buffer, rebuilt from the config for the new grid

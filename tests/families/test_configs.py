@@ -8,7 +8,7 @@ from dcgen_convert import families
 
 SIGMA = dict(
     num_attention_heads=2, attention_head_dim=24, in_channels=4, out_channels=8, num_layers=1, cross_attention_dim=48,
-    patch_size=2, caption_channels=16,
+    patch_size=2, caption_channels=16, use_additional_conditions=False,
 )  # fmt: skip
 CALL = dict(height=1024, width=1024, steps=2, guidance=1.0, length=16)
 
