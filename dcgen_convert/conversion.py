@@ -63,7 +63,7 @@ def walk(job: Job, output: Path, force: bool) -> Iterator[Step]:
     yield Step("surgery", surgery.run, {**common, "autoencoder": job.ae.fingerprint, "resolution": job.resolution})
     yield Step("data", make.run, {**common, "data": recipe["data"], "text_length": job.text_length}, after=())
     yield Step(
-        "latents", latents.run, {"latents": recipe["latents"], "resolutions": [phase["resolution"] for phase in phases]}
+        "latents", latents.run, {"latents": recipe["latents"], "resolutions": sorted({phase["resolution"] for phase in phases})}
     )
     yield Step(
         "align-embedder", embedder.run, {"align_embedder": recipe["align_embedder"], "shift": recipe["adapt"]["shift"]}
