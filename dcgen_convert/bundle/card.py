@@ -112,8 +112,9 @@ def _arguments(defaults: Mapping[str, Any], family: Family) -> str:
     size = {key: defaults[key] for key in ("height", "width", "steps", "guidance")}
     prompt = "207" if "class_labels" in family.text_keys else "a red fox in the snow"
     call = family.pipeline_call(None, [prompt], **size, length=defaults["text_length"])
-    first = [f'"{call.pop("prompt")[0]}"'] if "prompt" in call else []
-    return ", ".join([*first, *(f"{key}={value!r}" for key, value in call.items())])
+    if "prompt" in call:
+        call["prompt"] = prompt
+    return ", ".join(f"{key}={value!r}" for key, value in call.items())  # by name: FLUX.2's first argument is an image
 
 
 def _numbers(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, int | float]]:

@@ -36,7 +36,7 @@ from dcgen_convert.console import NULL
 from dcgen_convert.job import find_autoencoder
 from dcgen_convert.journal import Stage
 file, base, folder = map(Path, sys.argv[1:])
-ae = find_autoencoder("tiny-dc-ae-f32")
+ae = find_autoencoder("tiny-dc-ae-f32", folder)
 started = time.perf_counter()
 source = load_source("x", str(file), base=str(base), home=folder / "import")
 resolved = time.perf_counter() - started
@@ -45,7 +45,8 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 started = time.perf_counter()
 source.lay_out(NULL)
 imported = time.perf_counter() - started
-job = SimpleNamespace(source=source, family=source.family, ae=ae, resolution=1024, console=NULL)
+config = source.family.convert_config(source.config, ae.factor, ae.channels, 1024)
+job = SimpleNamespace(source=source, family=source.family, ae=ae, converted_config=config, console=NULL)
 (folder / "surgery").mkdir()
 surgery.run(job, Stage(folder / "surgery"))
 total = time.perf_counter() - started

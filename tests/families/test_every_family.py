@@ -209,7 +209,8 @@ def converted(request, tiny, source, tmp_path_factory):
     autoencoder_dc(factor, channels).save_pretrained(folder / "ae")
     ae = Autoencoder("tiny", folder / "ae", None, factor, channels)
     side = tiny[1].deep_side or 2 * factor
-    job = SimpleNamespace(source=source, family=source.family, ae=ae, resolution=side, console=NULL)
+    config = source.family.convert_config(source.config, factor, channels, side)
+    job = SimpleNamespace(source=source, family=source.family, ae=ae, resolution=side, converted_config=config, console=NULL)
     surgery.run(job, Stage(folder))
     model = models.load(folder / models.TRANSFORMER, torch.float32)
     generator = torch.Generator().manual_seed(5)
@@ -356,18 +357,26 @@ SIBLINGS = {  # other stock pipelines of the families' models, by what they do
     "qwenimage": ("Img2Img", "Inpaint"),
     "flux2-klein": ("Inpaint",),
 }
+LOADS_ONLY = {
+    # They ask a stock AutoencoderDC for a name that it does not have.
+    ("sd3", "Img2Img"),
+    ("sd3", "Inpaint"),
+    # It edits a reference, which no conversion trains, and takes the channels in the autoencoder's config for those of its latent.
+    ("flux2-klein", "Inpaint"),
+    # diffusers 0.42 asks the transformer for FLUX.1's guidance_embeds, which no Chroma has: it cannot draw with the base model either.
+    ("chroma", "Inpaint"),
+}
 
 
 @pytest.mark.parametrize("converted", DEEP[:1], indirect=True)
 def test_img2img_and_inpainting_load_where_stock_ones_exist(tiny, source, converted, bundle):
-    """And draw, where they can: SD3's ask a stock AutoencoderDC for a name that it does not have, and klein's, which edits a
-    reference that no conversion trains, takes the channels in the autoencoder's config for those of its own latent."""
+    """And draw, unless `LOADS_ONLY` says why not."""
     (name, entry), parts, family = tiny, converted[0], source.family
     stock = source.index["_class_name"].removesuffix("Pipeline")
     assert SIBLINGS.get(name, ()) == tuple(task for task in ("Img2Img", "Inpaint") if hasattr(diffusers, f"{stock}{task}Pipeline"))
     for task in SIBLINGS.get(name, ()):
         pipeline = getattr(diffusers, f"{stock}{task}Pipeline").from_pretrained(bundle, trust_remote_code=family.bundle_tier == 2)
-        if name not in ("sd3", "flux2-klein"):
+        if (name, task) not in LOADS_ONLY:
             settings = dict(height=parts.side, width=parts.side, steps=STEPS, guidance=GUIDANCE, length=entry.length)
             call = family.pipeline_call(pipeline, [entry.prompt], **settings)
             call |= {"image": torch.rand(1, 3, parts.side, parts.side), "strength": 0.9}
