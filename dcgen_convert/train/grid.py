@@ -72,7 +72,7 @@ def drawing(job, rows: LatentCache, folder: Path) -> Callable[[Velocity, int], N
         z = sample(velocity, noise, levels, text, null, settings.guidance, combine)
         if job.crew.rank:
             return
-        codec = autoencoders.load(job.ae.folder, device=device, scale=job.recipe.latents.scale_override)
+        codec = autoencoders.load(job.target, device=device, scale=job.recipe.latents.scale_override)
         columns = {f"step {step}": codec.decode(z.cpu()), "round trip": codec.decode(z0)}
         pictures = {title: [to_image(pixels) for pixels in part.cpu()] for title, part in columns.items()}
         sheet = grid(pictures, rows.captions(chosen))
