@@ -109,6 +109,8 @@ def _read(path: Path, cursor: _Cursor, size: int, sizes: dict) -> dict[str, tupl
 def _info(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     """(name, shape, format, offset) of one tensor."""
     name, dims = cursor.text(), cursor.number("<I")
+    if not name.isprintable():
+        raise ValueError(f"a tensor called {name!r}")
     if dims > MAX_DIMS:
         raise ValueError(f"{name} has {dims} dimensions")
     shape = tuple(cursor.number("<Q") for _ in range(dims))

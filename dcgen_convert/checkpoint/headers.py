@@ -78,6 +78,8 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 
 def _entry(path: Path, name: str, value: dict, base: int) -> Entry:
+    if not name.isprintable():
+        raise ValueError(f"a tensor called {name!r}")
     start, end = value["data_offsets"]
     shape, dtype = tuple(value["shape"]), value["dtype"]
     if not all(type(n) is int for n in (start, end, *shape)):
