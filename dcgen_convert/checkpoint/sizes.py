@@ -47,7 +47,8 @@ def _heads(t: Shapes, width: str, head: str) -> dict:
     return {"attention_head_dim": dim, "num_attention_heads": t.rows(width) // dim}
 
 
-def flux(t: Shapes) -> dict:
+def _two_streams(t: Shapes) -> dict:
+    """What FLUX.1, FLUX.2 and Chroma have in common."""
     return {
         "in_channels": t.columns("x_embedder.weight"),
         "out_channels": t.rows("proj_out.weight"),
@@ -55,6 +56,12 @@ def flux(t: Shapes) -> dict:
         "num_single_layers": t.count("single_transformer_blocks"),
         **_heads(t, "x_embedder.weight", "transformer_blocks.0.attn.norm_k.weight"),
         "joint_attention_dim": t.columns("context_embedder.weight"),
+    }
+
+
+def flux(t: Shapes) -> dict:
+    return {
+        **_two_streams(t),
         "pooled_projection_dim": t.columns("time_text_embed.text_embedder.linear_1.weight"),
         "guidance_embeds": t.has("time_text_embed.guidance_embedder."),
     }
@@ -62,12 +69,7 @@ def flux(t: Shapes) -> dict:
 
 def chroma(t: Shapes) -> dict:
     return {
-        "in_channels": t.columns("x_embedder.weight"),
-        "out_channels": t.rows("proj_out.weight"),
-        "num_layers": t.count("transformer_blocks"),
-        "num_single_layers": t.count("single_transformer_blocks"),
-        **_heads(t, "x_embedder.weight", "transformer_blocks.0.attn.norm_k.weight"),
-        "joint_attention_dim": t.columns("context_embedder.weight"),
+        **_two_streams(t),
         "approximator_num_channels": t.columns("distilled_guidance_layer.in_proj.weight"),
         "approximator_hidden_dim": t.rows("distilled_guidance_layer.in_proj.weight"),
         "approximator_layers": t.count("distilled_guidance_layer.layers"),
@@ -76,12 +78,7 @@ def chroma(t: Shapes) -> dict:
 
 def flux2(t: Shapes) -> dict:
     return {
-        "in_channels": t.columns("x_embedder.weight"),
-        "out_channels": t.rows("proj_out.weight"),
-        "num_layers": t.count("transformer_blocks"),
-        "num_single_layers": t.count("single_transformer_blocks"),
-        **_heads(t, "x_embedder.weight", "transformer_blocks.0.attn.norm_k.weight"),
-        "joint_attention_dim": t.columns("context_embedder.weight"),
+        **_two_streams(t),
         "timestep_guidance_channels": t.columns("time_guidance_embed.timestep_embedder.linear_1.weight"),
         "mlp_ratio": t.columns("transformer_blocks.0.ff.linear_out.weight") / t.rows("x_embedder.weight"),
         "guidance_embeds": t.has("time_guidance_embed.guidance_embedder."),
