@@ -8,7 +8,7 @@ from PIL import Image
 
 from dcgen_convert.data import cache, images, prompts
 from dcgen_convert.errors import InputError
-from dcgen_convert.train.loop import Order
+from dcgen_convert.train.order import Order
 
 
 def test_builtin_prompts_have_millions_of_combinations_and_a_seed():
@@ -137,7 +137,7 @@ def test_ten_million_rows_cost_their_index_only(tmp_path):
     cache.write_index(tmp_path, count, per_shard)
     before = anonymous_bytes()
     rows, _ = cache.LatentCache(tmp_path, 64).split()
-    order = Order(len(rows), 16, seed=0)
+    order = Order(rows.spans, 16, seed=0)
     shards = set()
     for step in range(300):
         indices = order.rows_of(step)

@@ -57,6 +57,7 @@ class Rows:
             "pooled_projections": torch.randn(count, WIDTH, generator=generator),
         }
         self.null = {key: torch.zeros_like(value[:1]) for key, value in self.text.items()}
+        self.spans, self.shapes = [range(count)], [self.z.shape[1:]]
 
     def __len__(self) -> int:
         return len(self.z)
