@@ -36,7 +36,7 @@ def read_folder(path: Path) -> list[Picture]:
     Raises:
         InputError: nothing there, no pictures, or pictures without captions (named).
     """
-    path = Path(path).expanduser()
+    path = Path(path).expanduser().absolute()  # what is written into an index lies beside it or is absolute
     if path.suffix == ".jsonl":
         if not path.is_file():
             raise InputError(f"{path} does not exist", "give a folder of images with .txt captions, or a .jsonl")
@@ -93,7 +93,7 @@ def size_of(file: Path) -> tuple[int, int]:
 
 
 def read_pixels(file: Path, height: int, width: int | None = None) -> Tensor:
-    """(3, height, width) float32 in [-1, 1]: the largest centred part of that shape, resized with Lanczos.
+    """(3, height, width) float32 in [-1, 1]: the largest centred part of that shape (from a whole pixel on), resized with Lanczos.
 
     Args:
         width: None: a square of ``height``.

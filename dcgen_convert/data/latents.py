@@ -63,11 +63,9 @@ def arranged(
     pictures, shapes = [pictures[i] for i in order], [shapes[i] for i in order]
     spans = {px: buckets.spans(shapes, [tuple(size) for size in job.buckets[str(px)]], px) for px in resolutions}
     for px in resolutions:
-        filled = {
-            table.partition("-")[2]: sum(len(part.rows) for part in parts) for table, parts in buckets.tables(spans[px]).items()
-        }
-        stage.metrics[f"buckets_{px}"] = filled
-        shown = ", ".join(f"{size} {rows}" for size, rows in filled.items())
+        filled = buckets.tables(spans[px]).values()
+        shown = ", ".join(f"{parts[0].height}x{parts[0].width} {sum(len(part.rows) for part in parts)}" for parts in filled)
+        stage.metrics[f"buckets_{px}"] = shown
         job.console.say(f"latents: {px} px, pictures by height x width: {shown}")
     return pictures, spans
 
