@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+MIXING = -1  # stream of random numbers that no span has
+
 
 class Order:
     """Batches of rows of one span each.
@@ -61,7 +63,7 @@ class Order:
             low, high = (middle, high) if self._total(middle) <= step else (low, middle)
         due = [self._batches(number, low + 1) - self._batches(number, low) for number in range(len(self.spans))]
         labels = torch.repeat_interleave(torch.arange(len(due), dtype=torch.int16), torch.tensor(due))
-        mixed = torch.randperm(len(labels), generator=self._generator(1 << 20, low))
+        mixed = torch.randperm(len(labels), generator=self._generator(MIXING, low))
         self._epoch, self._due, self._first = low, labels[mixed], self._total(low)
 
     def _row(self, number: int, place: int) -> int:
@@ -76,4 +78,8 @@ class Order:
         return rows[int(permutation[offset])]
 
     def _generator(self, stream: int, turn: int) -> torch.Generator:
-        return torch.Generator().manual_seed((self.seed * 1_000_003 + turn + (stream << 40)) % 2**63)
+        """Random numbers of the ``turn``-th permutation of a span, or of epoch ``turn`` for MIXING.
+
+        A generator's state follows from the low 32 bits of its seed; the odd multiplier (of Fibonacci hashing) spreads over these.
+        """
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + turn + stream * 0x9E3779B1) % 2**63)

@@ -130,5 +130,5 @@ def test_run_trained_on_every_shape_and_drew_its_grid(folder):
     assert len(lines) == 12 and tokens == {15, 16}
     assert [json.loads(line)["step"] for line in (run / "adapt-1" / "evaluations.jsonl").read_text().splitlines()] == [6, 12]
     assert (run / "adapt-1" / "samples" / "step-000012.png").exists()
-    assert len(json.loads((run / "merge-1" / "stage.json").read_text())["metrics"]["gap"]) == 4
+    assert len(json.loads((run / "merge-1" / "stage.json").read_text())["metrics"]["gap"]) == 6  # blocks
     assert (folder / "bundle" / "dcgen_manifest.json").exists()

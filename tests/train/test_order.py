@@ -35,6 +35,16 @@ def test_order_is_a_permutation_of_each_epoch():
     assert rows[:10] == first
 
 
+def test_spans_are_shuffled_apart():
+    spans = spans_of([30, 30, 30])
+    order = Order(spans, 10, seed=1)
+    steps = [order.rows_of(step) for step in range(18)]
+    passes = [[row - span.start for rows in steps[:9] for row in rows if row in span] for span in spans]
+    assert passes[0] != passes[1] != passes[2] != passes[0]
+    turns = [order.span_of(step) for step in range(18)]
+    assert sorted(turns[:9]) == sorted(turns[9:]) == [0] * 3 + [1] * 3 + [2] * 3 and turns[:9] != turns[9:] != sorted(turns[9:])
+
+
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(1, 12), st.integers(0, 5))
 def test_batches_are_of_one_span_and_no_row_waits_or_is_lost(lengths, batch, seed):
     spans = spans_of(lengths)
