@@ -1,6 +1,8 @@
 """A folder of pictures of several shapes, through the real command to a bundle: what the cache holds, what the heads were fitted to."""
 
 import json
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from conftest import WEIGHTS, run_cli, short_settings
 from PIL import Image, ImageOps
 
 from dcgen_convert import autoencoders, models
-from dcgen_convert.align.embedder import Problem, affine
+from dcgen_convert.align.embedder import Problem, affine, descend, noise_moments, xavier
 from dcgen_convert.align.head import head_equations
 from dcgen_convert.console import NULL
 from dcgen_convert.data.images import to_image
@@ -18,6 +20,7 @@ from dcgen_convert.journal import Run
 from dcgen_convert.recipe import Recipe, Resolved
 from dcgen_convert.tiny import world
 from dcgen_convert.train.adapt import Task
+from dcgen_convert.train.objective import shift_t
 
 SHAPES = {(160, 240): 10, (240, 160): 9, (128, 128): 8, (64, 248): 2}  # height, width: pictures
 ASSIGNED = {(160, 240): (96, 160), (240, 160): (160, 96), (128, 128): (128, 128), (64, 248): (64, 256)}
@@ -100,7 +103,8 @@ def test_embedder_is_fitted_to_all_shapes(folder, job):
     teacher = models.load(job.source.transformer, torch.float32)
     student = models.load(job.folder("surgery") / models.TRANSFORMER, torch.float32)
     rows = job.rows(128)
-    equations = Problem(job, teacher, student, rows, "average").equations(4)
+    problem = Problem(job, teacher, student, rows, "average")
+    equations = problem.equations(4)
     inputs, goals = [], []
     for row in range(len(rows)):
         base, deep = rows.pairs([row])
@@ -112,6 +116,35 @@ def test_embedder_is_fitted_to_all_shapes(folder, job):
     assert equations.count == len(x) == 10 * 15 + 9 * 15 + 8 * 16 + 2 * 16
     torch.testing.assert_close(equations.xx, x.T @ x, rtol=1e-5, atol=1e-3)
     torch.testing.assert_close(equations.xy, x.T @ y, rtol=1e-5, atol=1e-3)
+
+    start = xavier(student.x_embedder, 0)
+    weight, bias = (torch.nn.Parameter(value.clone()) for value in start)
+    optimizer = torch.optim.AdamW([weight, bias], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(4):  # the published way on batches of any shapes, by hand
+        drawn = torch.randint(len(rows), (6,), generator=generator).tolist()
+        optimizer.zero_grad()
+        errors = inputs_of(drawn, inputs) @ weight.T + bias - inputs_of(drawn, goals)
+        errors.square().mean().backward()
+        optimizer.step()
+    descended = descend(problem, start, 4, 1e-2, 6, 3)
+    torch.testing.assert_close(descended, (weight.detach(), bias.detach()), rtol=1e-4, atol=1e-5)
+
+
+def inputs_of(rows, table):
+    return torch.cat([table[row] for row in rows]).float()
+
+
+def test_noise_levels_of_the_regression_are_those_of_all_shapes(folder, job):
+    """Moments over t of every row's own shift, joined; rel. 1e-6."""
+    student = models.load(job.folder("surgery") / models.TRANSFORMER, torch.float32)
+    scheduler = {"use_dynamic_shifting": True, "base_image_seq_len": 15, "max_image_seq_len": 16, "base_shift": 0.0, "max_shift": 2.0}
+    other = SimpleNamespace(family=job.family, recipe=job.recipe, scheduler=scheduler)
+    normal = torch.randn(100_000, generator=torch.Generator().manual_seed(0)).double()
+    moments = noise_moments(other, student, job.rows(128))
+    t = torch.cat([shift_t(torch.sigmoid(normal), r) for r, count in ((1.0, 19), (math.exp(2.0), 10)) for _ in range(count)])
+    expected = [(1 - t).mean().item(), (1 - t).square().mean().item(), t.square().mean().item()]
+    assert [moments.keep, moments.keep_square, moments.noise_square] == pytest.approx(expected, rel=1e-6)
 
 
 def test_head_is_fitted_to_every_token_of_the_training_rows(folder, job):
