@@ -6,11 +6,14 @@ Legend: f spatial compression of an autoencoder, c its latent channels, p patch 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from dcgen_convert import autoencoder_files, bases, catalog, sources
+from dcgen_convert.data import buckets
 from dcgen_convert.errors import AccessError, InputError, RecipeError
+from dcgen_convert.families import Family
 from dcgen_convert.schema import Recipe
 
 MOST = 1 << 16  # of a factor, of channels, of a patch: more is damage
@@ -29,9 +32,9 @@ class Grid:
         """px per token side."""
         return self.f * self.p
 
-    def tokens(self, side: int) -> int:
-        """Tokens of a square picture."""
-        return (side // self.token_px) ** 2
+    def tokens(self, height: int, width: int | None = None) -> int:
+        """Tokens of a picture; of a square one without ``width``."""
+        return (height // self.token_px) * ((width or height) // self.token_px)
 
 
 def base_grid(source: str, offline: bool = True, base: str | None = None) -> Grid:
@@ -107,6 +110,28 @@ def autoencoder_grid(config: dict) -> tuple[int, int]:
     return factor, channels
 
 
+def bucket_sizes(family: Family, config: dict, base: Grid, new: Grid, resolution: int) -> list[tuple[int, int]]:
+    """(height, width) in px of the aspect-ratio buckets at ``resolution``: both grids' token sides divide theirs.
+
+    Args:
+        config: of the source's transformer.
+    Raises:
+        RecipeError: the family or the resolution allows squares only.
+    """
+    table = family.table_side(config)
+    step, longest = math.lcm(base.token_px, new.token_px), table and table * base.token_px
+    if not family.any_shape:
+        raise RecipeError(f"data.buckets: {family.name} models draw one shape of pictures only", "leave out data.buckets")
+    found = buckets.sizes(resolution, step, longest)
+    if len(found) < 2:
+        limit = f" and at most {longest} px, where the position table ends" if table else ""
+        raise RecipeError(
+            f"data.buckets: at {resolution} px only the square is left, because sides are multiples of {step} px{limit}",
+            "raise --resolution, or leave out data.buckets",
+        )
+    return found
+
+
 def tile_sizes(factor: int) -> tuple[int, int]:
     """(side, stride) in px of tiles that an AutoencoderDC of that factor can be cut into: diffusers' own where they fit.
 
@@ -120,7 +145,7 @@ def check(recipe: Recipe) -> None:
 
     A hub id whose config is not here yet is left to the stage that downloads it.
     Raises:
-        RecipeError: naming the setting and the nearest sizes that work.
+        RecipeError: naming the setting and the nearest sizes that work; buckets for a family that has no use for them.
     """
     try:
         grids = {
@@ -141,7 +166,11 @@ def check(recipe: Recipe) -> None:
                     f"= {grid.f}*{grid.p} = {grid.token_px} px",
                     f"use {f'{low} or ' if low else ''}{high} px (--resolution)",
                 )
-    only = sources.CLASSES[sources.model_class(config, recipe.source)].only_side(config, grids["source"].f)
+    family = sources.CLASSES[sources.model_class(config, recipe.source)]
+    if recipe.data.buckets:
+        for phase in recipe.adapt.phases:
+            bucket_sizes(family, config, grids["source"], grids["autoencoder"], phase.resolution)
+    only = family.only_side(config, grids["source"].f)
     if only and recipe.data.kind == "synthetic" and recipe.data.resolution != only:
         raise RecipeError(
             f"data.resolution is {recipe.data.resolution} px, but the pipeline of {recipe.source} draws {only} px only",

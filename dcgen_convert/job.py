@@ -16,6 +16,7 @@ from dcgen_convert.crew import SOLO, Crew
 from dcgen_convert.errors import InputError, RecipeError
 from dcgen_convert.families import Family, Text
 from dcgen_convert.files import read_json, sha256
+from dcgen_convert.geometry import Grid, autoencoder_grid, bucket_sizes
 from dcgen_convert.journal import MARKER, Run
 from dcgen_convert.recipe import Recipe, Resolved
 
@@ -93,7 +94,7 @@ class Job:
     def latents_key(self) -> dict[str, Any]:
         """What latents and text embeddings depend on: models and their hashes, sizes, settings, and this program."""
         latents = self.recipe.latents
-        return {
+        key = {
             "model": self.family.name,
             "weights": self.source.fingerprint,
             "autoencoder": self.ae.fingerprint,
@@ -105,6 +106,21 @@ class Job:
             "dtype": self.recipe.dtype,
             "version": __version__,
         }
+        return {**key, "buckets": self.buckets} if self.buckets else key
+
+    @cached_property
+    def buckets(self) -> dict[str, list[list[int]]]:
+        """[height, width] in px of every bucket, by the resolution of a phase; empty where all pictures are squares.
+
+        Raises:
+            RecipeError: the family or the resolution allows squares only.
+        """
+        if not self.recipe.data.buckets:
+            return {}
+        f, c = autoencoder_grid(read_json(self.source.vae / "config.json"))
+        config, resolutions = self.source.config, sorted({phase.resolution for phase in self.recipe.adapt.phases})
+        base, new = Grid(f, c, self.family.patch(config, c)), Grid(self.ae.factor, self.ae.channels, 1)
+        return {str(px): [[*size] for size in bucket_sizes(self.family, config, base, new, px)] for px in resolutions}
 
     def rows(self, resolution: int) -> LatentCache:
         """The latent cache of this run; where the recipe encodes on the fly, the first caption loads the encoders."""
@@ -159,6 +175,7 @@ def prepare(resolved: Resolved, run: Run, console: Console, crew: Crew = SOLO) -
     offline = resolved.machine.offline
     ae = find_autoencoder(recipe.ae, run.path, channels=recipe.ae_channels, offline=offline)
     job = Job(recipe, source, ae, run, console, offline, crew)
+    _ = job.buckets  # refuses what cannot have any
     if recipe.quantize.format != "none":
         stage.plan_targets(job.family, job.converted_config, recipe.quantize.dense)  # not after days of training
     return job

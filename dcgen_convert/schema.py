@@ -43,6 +43,10 @@ class Data(Section):
     guidance: NonNegativeFloat = Field(3.5, description="guidance while drawing; 1 disables classifier-free guidance")
     batch: PositiveInt = Field(8, description="pictures drawn or encoded at once")
     resolution: PositiveInt = Field(1024, description="picture side in px")
+    buckets: bool = Field(
+        False,
+        description="true: pictures of a folder keep their shapes, at sizes of about resolution^2 px; false: centre squares",
+    )
     max_broken: Fraction = Field(0.01, description="fraction of unreadable pictures tolerated; 0 tolerates none")
 
 
@@ -240,6 +244,12 @@ class Recipe(Section):
     def _consistent(self) -> Recipe:
         if self.data.kind == "folder" and not self.data.path:
             raise ValueError("data.kind is folder but data.path is empty: give --data FOLDER")
+        if self.data.buckets and self.data.kind != "folder":
+            raise ValueError("data.buckets keeps the shapes of your own pictures, drawn ones are squares: give --data FOLDER")
+        if self.data.buckets and self.adapt.shift == "flux2":
+            raise ValueError(
+                "adapt.shift flux2 is a shift per size, more than a scheduler's config holds for data.buckets: use model or a number"
+            )
         if self.latents.normalise == "channel" and self.latents.scale_override:
             raise ValueError("latents.normalise channel leaves no scaling factor to override: drop latents.scale_override")
         if self.dtype == "bf16" and self.adapt.zero == 0:

@@ -1,11 +1,13 @@
 """Stage `align-embedder`: the new patch embedder, fitted to the base model's patch embeddings of the same pictures.
 
 Loss (stage 1 of arXiv 2509.25180): L = || e_new(z_dc) - AvgPool_s(e_base(z_base)) ||^2. Both sides are
-linear in the latents, so the optimum is one ridge regression. C C0 channels, N N0 tokens (new, base), D width.
+linear in the latents, so the optimum is one ridge regression, over pictures of all shapes. C C0 channels, N N0 tokens
+(new, base), D width.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from dcgen_convert import models
 from dcgen_convert.align.ridge import Noise, NormalEquations
+from dcgen_convert.data import buckets
 from dcgen_convert.data.cache import LatentCache
 from dcgen_convert.files import atomic_save
 from dcgen_convert.journal import Stage
@@ -63,32 +66,32 @@ class Problem:
         z_base, z = cache.pairs([0])
         self.patch_base = job.family.patch(teacher.config, z_base.shape[1])
         self.patch = job.family.patch(student.config, z.shape[1])
-        self.grid_base = (z_base.shape[2] // self.patch_base, z_base.shape[3] // self.patch_base)
-        self.grid = (z.shape[2] // self.patch, z.shape[3] // self.patch)
-        self.base_positions = job.family.position_term(teacher, *self.grid_base)
-        self.positions = job.family.position_term(student, *self.grid)
+        self.base_positions = functools.cache(functools.partial(job.family.position_term, teacher))
+        self.positions = functools.cache(functools.partial(job.family.position_term, student))
 
     @torch.no_grad()
     def rows(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """x (B, N', C p p) and y (B, N', D); N' is the coarse grid (average) or the base's grid (bilinear)."""
+        """x (B, N', C p p) and y (B, N', D) of rows of one span; N' is the coarse grid (average) or the base's (bilinear)."""
         z_base, z = self.cache.pairs(indices)
+        grid_base = (z_base.shape[2] // self.patch_base, z_base.shape[3] // self.patch_base)
+        grid = (z.shape[2] // self.patch, z.shape[3] // self.patch)
         goal = affine(self.teacher, self.family.tokens(z_base, self.patch_base))  # (B, N0, D)
-        if self.base_positions is not None:
-            goal = goal + self.base_positions
+        if (added := self.base_positions(*grid_base)) is not None:
+            goal = goal + added
         x = self.family.tokens(z, self.patch)  # (B, N, C p p)
-        own = self.positions  # the model adds them after the embedder: the embedder must not
+        own = self.positions(*grid)  # the model adds them after the embedder: the embedder must not
         if self.pooling == "average":
-            goal = resize(goal, self.grid_base, self.grid, "area")
+            goal = resize(goal, grid_base, grid, "area")
         else:  # bilinear interpolation is linear too, so it may act on the inputs
-            x = resize(x, self.grid, self.grid_base, "bilinear")
-            own = None if own is None else resize(own[None], self.grid, self.grid_base, "bilinear")[0]
+            x = resize(x, grid, grid_base, "bilinear")
+            own = None if own is None else resize(own[None], grid, grid_base, "bilinear")[0]
         return x, goal if own is None else goal - own
 
     def equations(self, batch: int) -> NormalEquations:
         x, y = self.rows([0])
         equations = NormalEquations(x.shape[-1], y.shape[-1])
-        for start in range(0, len(self.cache), batch):
-            equations.add(*self.rows(list(range(start, min(start + batch, len(self.cache))))))
+        for part in buckets.batches(self.cache.spans, batch):
+            equations.add(*self.rows(list(part)))
         return equations
 
 
@@ -119,29 +122,36 @@ def as_module(module: nn.Module, name: str, weight: Tensor, bias: Tensor) -> dic
 
 def noise_moments(job, student: nn.Module, cache: LatentCache) -> Noise:
     """Moments of the t that training will draw. Noise is independent in the two latent spaces, so it only shrinks W."""
-    sampling = adapt.sampling_of(
-        job.family, job.recipe.adapt, cache.batch([0])[0].shape[1:], student.config, job.scheduler
-    )
-    t = t_of_normal(
-        torch.randn(100_000, generator=torch.Generator().manual_seed(job.recipe.seed)).double(), sampling
-    ).double()
-    return Noise((1 - t).mean().item(), (1 - t).square().mean().item(), t.square().mean().item())
+    normal = torch.randn(100_000, generator=torch.Generator().manual_seed(job.recipe.seed)).double()
+    moments = torch.zeros(3, dtype=torch.float64)
+    for span, shape in zip(cache.spans, cache.shapes, strict=True):
+        sampling = adapt.sampling_of(job.family, job.recipe.adapt, shape, student.config, job.scheduler)
+        t = t_of_normal(normal, sampling).double()
+        of_shape = torch.stack([(1 - t).mean(), (1 - t).square().mean(), t.square().mean()])
+        moments += len(span) / len(cache) * of_shape
+    return Noise(*moments.tolist())
 
 
 def descend(
     problem: Problem, start: tuple[Tensor, Tensor], steps: int, lr: float, batch: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """The published way: AdamW (0.9, 0.95), no weight decay, constant rate, on batches of pictures."""
+    """The published way: AdamW (0.9, 0.95), no weight decay, constant rate, on batches of pictures of any shapes."""
     weight, bias = (nn.Parameter(value.clone()) for value in start)
     bias.requires_grad_(problem.biased)
     optimizer = torch.optim.AdamW([weight, bias], lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
-    rows = None
-    if len(problem.cache) * math.prod(problem.grid) < 1_000_000:  # small caches: read once
-        rows = problem.rows(list(range(len(problem.cache))))
+    spans, known = problem.cache.spans, {}
+    if sum(len(span) * math.prod(shape[1:]) for span, shape in zip(spans, problem.cache.shapes, strict=True)) < 1_000_000:
+        known = {span.start: problem.rows(list(span)) for span in spans}  # small caches: read once
     for _ in range(steps):
-        indices = torch.randint(len(problem.cache), (batch,), generator=generator)
-        x, y = (rows[0][indices], rows[1][indices]) if rows else problem.rows(indices.tolist())
+        drawn, parts = torch.randint(len(problem.cache), (batch,), generator=generator), []
+        for span in spans:
+            indices = drawn[(drawn >= span.start) & (drawn < span.stop)]
+            if len(indices) and known:
+                parts.append([rows[indices - span.start].flatten(0, 1) for rows in known[span.start]])
+            elif len(indices):
+                parts.append([rows.flatten(0, 1) for rows in problem.rows(indices.tolist())])
+        x, y = (torch.cat(column) for column in zip(*parts, strict=True))
         loss = F.mse_loss(F.linear(x, weight, bias), y)
         loss.backward()
         optimizer.step()

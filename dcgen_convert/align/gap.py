@@ -2,7 +2,7 @@
 
 The paper's own sign of alignment: distance after block 0 / 5 / 10 / 15 of FLUX falls from 0.24 / 4.88 / 53.6 / 345 to
 0.02 / 0.37 / 2.24 / 12.5. Both models see the same pictures at the same t, each with noise of its own latent space; the
-base's tokens are average-pooled onto the converted grid.
+base's tokens are average-pooled onto the converted grid. Pictures of several shapes are taken in turn.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcgen_convert import models, pipelines
+from dcgen_convert.data import buckets
 from dcgen_convert.data.cache import LatentCache
 from dcgen_convert.train import objective
 from dcgen_convert.train.adapt import sampling_of
@@ -24,23 +25,24 @@ T = 0.3  # little noise: what is compared is content
 def measure(job, converted: nn.Module, rows: LatentCache) -> list[float]:
     """Relative squared distance ||a - b||^2 / ||b||^2 of the image tokens after every block, in forward order."""
     base = models.load(job.source.transformer, pipelines.DTYPES[job.recipe.dtype], device=pipelines.device())
-    indices = list(range(min(PICTURES, len(rows))))
-    text = rows.batch(indices)[1]
-    z_base, z = rows.pairs(indices)
-    t = torch.full((len(indices),), T)
-    tokens: list[list[Tensor]] = []
-    for model, latent in ((base, z_base), (converted, z)):
-        sampling = sampling_of(job.family, job.recipe.adapt, latent.shape[1:], model.config, job.scheduler)
-        drawn = objective.draw(job.recipe.seed, 0, indices, latent.shape[1:], sampling, objective.EVALUATION)
-        patch = job.family.patch(model.config, latent.shape[1])
-        grid = (latent.shape[2] // patch, latent.shape[3] // patch)
-        tokens.append(block_tokens(job.family, model, objective.noised(latent, drawn.eps, t), t, text, grid))
-    side = tuple(tokens[1][0].shape[-2:])
-    gaps = []
-    for old, new in zip(*tokens, strict=True):
-        goal = F.interpolate(old, size=side, mode="area")
-        gaps.append(((new - goal).square().mean() / goal.square().mean()).item())
-    return gaps
+    sums: list[Tensor] = []  # (blocks, 2) of every shape: squared distance and squared norm
+    for indices in buckets.first_of_each(rows.spans, PICTURES):
+        text = rows.batch(indices)[1]
+        z_base, z = rows.pairs(indices)
+        t = torch.full((len(indices),), T)
+        tokens: list[list[Tensor]] = []
+        for model, latent in ((base, z_base), (converted, z)):
+            sampling = sampling_of(job.family, job.recipe.adapt, latent.shape[1:], model.config, job.scheduler)
+            drawn = objective.draw(job.recipe.seed, 0, indices, latent.shape[1:], sampling, objective.EVALUATION)
+            patch = job.family.patch(model.config, latent.shape[1])
+            grid = (latent.shape[2] // patch, latent.shape[3] // patch)
+            tokens.append(block_tokens(job.family, model, objective.noised(latent, drawn.eps, t), t, text, grid))
+        side = tuple(tokens[1][0].shape[-2:])
+        goals = [F.interpolate(old, size=side, mode="area") for old in tokens[0]]
+        pairs = [((new - goal), goal) for new, goal in zip(tokens[1], goals, strict=True)]
+        sums.append(torch.tensor([[part.double().square().sum().item() for part in pair] for pair in pairs]))
+    distance, norm = sum(sums).unbind(1)
+    return (distance / norm).tolist()
 
 
 def block_tokens(

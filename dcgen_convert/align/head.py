@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dcgen_convert import models, pipelines
 from dcgen_convert.align.embedder import xavier
 from dcgen_convert.align.ridge import NormalEquations
+from dcgen_convert.data import buckets
 from dcgen_convert.data.cache import LatentCache
 from dcgen_convert.files import atomic_save
 from dcgen_convert.journal import Stage
@@ -86,7 +87,7 @@ def module_state(job, model: nn.Module) -> dict[str, Tensor]:
 
 def heldout_loss(job, task: adapt.Task, rows: LatentCache) -> float:
     """Loss of the recipe's objective on held-out rows, mean over fixed quantiles of t."""
-    batches = [(list(part), *rows.batch(list(part))) for part in _batches(len(rows), job.recipe.latents.batch)]
+    batches = [(list(part), *rows.batch(list(part))) for part in buckets.batches(rows.spans, job.recipe.latents.batch)]
     return objective.evaluate_loss(task.loss(), batches, job.recipe.seed, task.sampling, pipelines.device())["mean"]
 
 
@@ -110,13 +111,13 @@ def start_head(job, task: adapt.Task) -> None:
 
 def head_equations(job, task: adapt.Task, draws: int) -> NormalEquations:
     """Features before the head against the native target of every token, over ``draws`` noise draws per picture."""
-    rows, sampling = task.cache, task.sampling
+    rows = task.cache
     captured: list[Tensor] = []
     head = task.model.get_submodule(job.family.head)
     handle = head.register_forward_pre_hook(lambda module, args: captured.append(args[0].detach()))
     corrected = job.recipe.adapt.objective == "guidance-corrected"
     device = pipelines.device()
-    equations = NormalEquations(head.weight.shape[1], rows.batch([0])[0].shape[1])
+    equations = NormalEquations(head.weight.shape[1], rows.shapes[0][0])
 
     def features(z: Tensor, t: Tensor, text: dict[str, Tensor], guidance: Tensor) -> Tensor:
         captured.clear()
@@ -126,8 +127,9 @@ def head_equations(job, task: adapt.Task, draws: int) -> NormalEquations:
     try:
         with torch.no_grad(), job.console.progress("least squares for the head", draws * len(rows), "samples") as bar:
             for number in range(draws):
-                for part in _batches(len(rows), job.recipe.latents.batch):
+                for part in buckets.batches(rows.spans, job.recipe.latents.batch):
                     z0, text = rows.batch(list(part))
+                    sampling = task.sampling(z0.shape[1:])
                     drawn = objective.draw(job.recipe.seed, DRAW_STREAM + number, list(part), z0.shape[1:], sampling)
                     z0, text, drawn = objective.to_device((z0, text, drawn), device)
                     z = objective.noised(z0, drawn.eps, drawn.t)
@@ -141,7 +143,3 @@ def head_equations(job, task: adapt.Task, draws: int) -> NormalEquations:
     finally:
         handle.remove()
     return equations
-
-
-def _batches(count: int, size: int) -> list[range]:
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]

@@ -1,8 +1,11 @@
 """Paired latents and conditions on disk: safetensors shards, memory-mapped, one row per picture.
 
 index.json                    {"key", "count", "rows_per_shard", "tables": {name: {tensor: shape of one row}}}
-<table>-00000.safetensors     table "target" {"z"}, "base" {"z"}, "text" {forward() keywords}, "null" (one row)
+<table>-00000.safetensors     table "target-<px>" {"z"}, "base-<px>" {"z"}, "text" {forward() keywords}, "null" (one row)
 captions.safetensors          {"text": UTF-8 of all captions, "ends": (N,) where each ends}
+
+With aspect-ratio buckets there is a table per size, "target-<px>-<height>x<width>", and the index has "spans": for every px a
+list of `buckets.Span`, which says what rows are in which table.
 
 Nothing is held per row: shards and captions are memory-mapped, and a bounded number of shards is open. "key" says what
 the rows were made from; a cache of something else is refused.
@@ -11,6 +14,7 @@ the rows were made from; a cache of something else is refused.
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -21,6 +25,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from dcgen_convert.data import buckets
+from dcgen_convert.data.buckets import Span
 from dcgen_convert.errors import InputError
 from dcgen_convert.files import atomic_save, read_json, write_json
 
@@ -30,7 +36,12 @@ OPEN_SHARDS = 4096  # mapped at once; the kernel allows a process 65,530 mapping
 
 
 class LatentCache:
-    """Rows of (z_0, text) for training, read from shards without loading them."""
+    """Rows of (z_0, text) for training, read from shards without loading them.
+
+    Attributes:
+        spans: rows of one shape, one span after the other: rows that are read together must be of one.
+        shapes: (C, h, w) of the target's latents in each span.
+    """
 
     def __init__(
         self,
@@ -42,7 +53,7 @@ class LatentCache:
     ) -> None:
         """
         Args:
-            resolution: picture side in px.
+            resolution: picture side in px; with buckets, of the square.
             rows: the rows that this view shows; None: all.
             encode: captions -> condition, for a cache that holds no text embeddings.
             key: what the rows must have been made from; None asks for nothing.
@@ -55,10 +66,15 @@ class LatentCache:
         self.shard_rows: int = index["rows_per_shard"]
         self.rows = rows if rows is not None else range(index["count"])
         self.resolution = resolution
-        self.target = f"target-{resolution}"
-        self.base = f"base-{resolution}"
-        if self.target not in index["tables"]:
+        bucketed = index.get("spans", {}).get(str(resolution))
+        self._spans = [Span(*span) for span in bucketed] if bucketed else buckets.whole(index["count"], resolution)
+        if f"target-{self._spans[0].table}" not in index["tables"]:
             raise InputError(f"{folder} holds no latents at {resolution} px, only {', '.join(index['tables'])}")
+        self._starts = [span.start for span in self._spans]
+        self._before = _rows_before(self._spans)
+        shown = [(span, part) for span in self._spans if (part := _within(span.rows, self.rows))]
+        self.spans = [part for _, part in shown]
+        self.shapes = [tuple(index["tables"][f"target-{span.table}"]["z"]) for span, _ in shown]
         self._open: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self.null = self._shard("null", 0)
         self._encode = encode
@@ -68,13 +84,13 @@ class LatentCache:
 
     def split(self) -> tuple[LatentCache, LatentCache]:
         """(training rows, held-out rows): the last twentieth is held out, 1 to 512 rows."""
-        cut = len(self.rows) - min(max(1, len(self.rows) // 20), 512)
+        cut = len(self.rows) - held_out(len(self.rows))
         view = partial(LatentCache, self.folder, self.resolution, encode=self._encode)  # the key was checked
         return view(rows=self.rows[:cut]), view(rows=self.rows[cut:])
 
     def batch(self, indices: list[int] | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Rows ``indices``: z_0 (B, C, h, w) float32 and the condition, a dict of tensors with first axis B."""
-        return self.read(self.target, indices)["z"].float(), self.condition(indices)
+        """Rows ``indices`` of one span: z_0 (B, C, h, w) float32 and the condition, a dict of tensors with first axis B."""
+        return self.read("target", indices)["z"].float(), self.condition(indices)
 
     def condition(self, indices: list[int] | Tensor) -> dict[str, Tensor]:
         """Conditions of rows ``indices``, read from the cache or encoded from their captions."""
@@ -88,16 +104,24 @@ class LatentCache:
 
     def pairs(self, indices: list[int] | Tensor) -> tuple[Tensor, Tensor]:
         """Latents of the same pictures in both autoencoders: base (B, C0, h0, w0) and target (B, C, h, w), float32."""
-        return self.read(self.base, indices)["z"].float(), self.read(self.target, indices)["z"].float()
+        return self.read("base", indices)["z"].float(), self.read("target", indices)["z"].float()
 
-    def read(self, table: str, indices: list[int] | Tensor) -> dict[str, Tensor]:
-        """Rows of every tensor of one table, in the order asked for."""
-        rows = [self.rows[int(i)] for i in indices]
-        parts = [
-            {name: tensor[row % self.shard_rows] for name, tensor in self._shard(table, row // self.shard_rows).items()}
-            for row in rows
-        ]
-        return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+    def read(self, name: str, indices: list[int] | Tensor) -> dict[str, Tensor]:
+        """Rows of every tensor of the tables called ``name`` ("base", "target", "text"), in the order asked for."""
+        parts = []
+        for i in indices:
+            table, place = self._place(name, self.rows[int(i)])
+            shard = self._shard(table, place // self.shard_rows)
+            parts.append({key: tensor[place % self.shard_rows] for key, tensor in shard.items()})
+        return {key: torch.stack([part[key] for part in parts]) for key in parts[0]}
+
+    def _place(self, name: str, row: int) -> tuple[str, int]:
+        """Table of a row and its place there."""
+        if name == "text":
+            return name, row
+        number = bisect_right(self._starts, row) - 1
+        span = self._spans[number]
+        return f"{name}-{span.table}", self._before[number] + row - span.start
 
     def _shard(self, table: str, number: int) -> dict[str, Tensor]:
         name = shard_name(table, number)
@@ -109,6 +133,27 @@ class LatentCache:
         if len(self._open) > OPEN_SHARDS:
             self._open.popitem(last=False)
         return self._open[name]
+
+
+def held_out(count: int) -> int:
+    """How many of ``count`` rows, the last ones, no training sees."""
+    return min(max(1, count // 20), 512)
+
+
+def _within(rows: range, view: range) -> range:
+    """Places in ``view`` (of step 1) of those of ``rows`` that it shows."""
+    start = max(rows.start, view.start) - view.start
+    return range(start, max(start, min(rows.stop, view.stop) - view.start))
+
+
+def _rows_before(spans: list[Span]) -> list[int]:
+    """Rows that the table of each span holds before it."""
+    held: dict[str, int] = {}
+    before = []
+    for span in spans:
+        before.append(held.get(span.table, 0))
+        held[span.table] = before[-1] + len(span.rows)
+    return before
 
 
 class Captions:
@@ -153,15 +198,23 @@ def write_shard(folder: Path, table: str, number: int, tensors: dict[str, Tensor
     atomic_save(tensors, folder / shard_name(table, number))
 
 
-def write_index(folder: Path, count: int, rows_per_shard: int, key: Mapping[str, Any] | None = None) -> None:
+def write_index(
+    folder: Path,
+    count: int,
+    rows_per_shard: int,
+    key: Mapping[str, Any] | None = None,
+    spans: Mapping[int, list[Span]] | None = None,
+) -> None:
     """Write the index last: from every table's first shard, so that a cache without an index is unfinished.
 
     Args:
         key: what the rows were made from, by name.
+        spans: of the rows at every px, for a cache with buckets.
     """
     tables = {}
     for path in sorted(folder.glob("*-00000.safetensors")):
         with safe_open(path, framework="pt") as file:
             names = file.keys()
             tables[path.name.removesuffix("-00000.safetensors")] = {key: file.get_slice(key).get_shape()[1:] for key in names}
-    write_json(folder / INDEX, {"key": key, "count": count, "rows_per_shard": rows_per_shard, "tables": tables})
+    index = {"key": key, "count": count, "rows_per_shard": rows_per_shard, "tables": tables}
+    write_json(folder / INDEX, {**index, "spans": spans} if spans else index)

@@ -1,4 +1,4 @@
-"""Captioned pictures: an index of files, read and cropped to a square of the training resolution.
+"""Captioned pictures: an index of files, read and cropped to the size that is asked for.
 
 index.jsonl   one object per picture: {"file", "caption", "seed"}; relative files lie beside the index
 """
@@ -6,6 +6,8 @@ index.jsonl   one object per picture: {"file", "caption", "seed"}; relative file
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +36,7 @@ def read_folder(path: Path) -> list[Picture]:
     Raises:
         InputError: nothing there, no pictures, or pictures without captions (named).
     """
-    path = Path(path).expanduser()
+    path = Path(path).expanduser().absolute()  # what is written into an index lies beside it or is absolute
     if path.suffix == ".jsonl":
         if not path.is_file():
             raise InputError(f"{path} does not exist", "give a folder of images with .txt captions, or a .jsonl")
@@ -70,33 +72,52 @@ def _read_jsonl(path: Path) -> list[Picture]:
     return pictures
 
 
-def write_index(folder: Path, pictures: list[Picture]) -> None:
+def write_index(folder: Path, pictures: list[Picture], name: str = INDEX) -> None:
     rows = []
     for picture in pictures:
         file = picture.file.relative_to(folder) if picture.file.is_relative_to(folder) else picture.file
         rows.append(
             json.dumps({"file": str(file), "caption": picture.caption, "seed": picture.seed}, ensure_ascii=False)
         )
-    atomic_write(folder / INDEX, "\n".join(rows) + "\n")
+    atomic_write(folder / name, "\n".join(rows) + "\n")
 
 
-def read_pixels(file: Path, side: int) -> Tensor:
-    """(3, side, side) float32 in [-1, 1]: centre square, resized with Lanczos.
+def size_of(file: Path) -> tuple[int, int]:
+    """(width, height) in px, from the file's header.
 
+    Raises:
+        InputError: the file is missing or no image.
+    """
+    with _reading(file), Image.open(file) as image:
+        return image.size
+
+
+def read_pixels(file: Path, height: int, width: int | None = None) -> Tensor:
+    """(3, height, width) float32 in [-1, 1]: the largest centred part of that shape (from a whole pixel on), resized with Lanczos.
+
+    Args:
+        width: None: a square of ``height``.
     Raises:
         InputError: the file is missing, no image, or cut off.
     """
+    width = width or height
+    with _reading(file), Image.open(file) as image:
+        image = image.convert("RGB")
+        across, down = min(image.width, image.height * width / height), min(image.height, image.width * height / width)
+        left, top = (image.width - across) // 2, (image.height - down) // 2
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + across, top + down))
+        array = numpy.asarray(image, dtype=numpy.float32)
+    return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1)
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """What goes wrong with a damaged file, as an InputError that names it."""
     try:
-        with Image.open(file) as image:
-            image = image.convert("RGB")
-            edge = min(image.size)
-            left, top = (image.width - edge) // 2, (image.height - edge) // 2
-            if (image.width, image.height) != (side, side):
-                image = image.resize((side, side), Image.Resampling.LANCZOS, box=(left, top, left + edge, top + edge))
-            array = numpy.asarray(image, dtype=numpy.float32)
+        yield
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
         raise InputError(f"the image {file} cannot be read: {error}", "replace or remove it") from error
-    return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1)
 
 
 def to_image(pixels: Tensor) -> Image.Image:

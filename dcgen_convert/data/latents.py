@@ -1,19 +1,22 @@
 """Stage `latents`: the same pixels through both autoencoders, and the prompts through the text encoders.
 
-Writes a LatentCache, statistics.json (mean, std, RMS per channel), and roundtrip.png. A broken picture is reported by
-name and left out, up to `data.max_broken` of them.
+Writes a LatentCache, statistics-<px>.json (mean, std, RMS per channel), and roundtrip.png. A broken picture is reported by
+name and left out, up to `data.max_broken` of them. rows.jsonl lists the pictures in the order of the rows.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
 
 from dcgen_convert import autoencoder_files, autoencoders, pipelines
 from dcgen_convert.autoencoders import Codec
-from dcgen_convert.data import cache, images
+from dcgen_convert.data import buckets, cache, images
+from dcgen_convert.data.buckets import Span
 from dcgen_convert.data.images import Picture
 from dcgen_convert.errors import InputError
 from dcgen_convert.evaluate.grids import grid
@@ -24,29 +27,61 @@ SHARD_ROWS = (32, 512)  # fewest and most pictures in one file
 SHARDS = 256  # files that small data sets are cut into: what the ranks share is whole files
 ROUNDTRIP = 8  # pictures
 STATISTICS = 1024  # pictures that the scale of a channel is taken from
+ROWS = "rows.jsonl"
 
 
 def run(job, stage: Stage) -> None:
     """Encode every readable picture at every resolution of the recipe's phases."""
     every = images.read_folder(job.folder("data") / images.INDEX)
     resolutions = sorted({phase.resolution for phase in job.recipe.adapt.phases})
-    pictures = readable(job, every)
+    pictures, spans = arranged(job, stage, readable(job, every), resolutions)
+    images.write_index(stage.folder, pictures, ROWS)
     if job.recipe.latents.normalise == "channel":
-        normalise(job, pictures, resolutions[0])
+        normalise(job, pictures, spans[resolutions[0]])
     codecs = load_codecs(job)
     target = codecs["target"]
-    skip = sorted({str(picture.file) for picture in every} - {str(picture.file) for picture in pictures})
-    stage.metrics["roundtrip_psnr_db"] = roundtrip(job, stage, pictures, target, resolutions[-1])
+    stage.metrics["roundtrip_psnr_db"] = roundtrip(job, stage, pictures, target, spans[resolutions[-1]])
     with job.console.progress("latents", len(pictures) * len(resolutions), "pictures") as bar:
         for resolution in resolutions:
-            with job.crew.share("latents", bar, resolution=resolution, skip=skip):
-                encode_pictures(job, pictures, codecs, resolution, bar)
+            with job.crew.share("latents", bar, spans=spans[resolution]):
+                encode_pictures(job, pictures, codecs, spans[resolution], bar)
             check_scale(job, stage, target, resolution)
     encode_captions(job, stage, pictures)
-    cache.write_index(stage.folder, len(pictures), shard_rows(len(pictures)), job.latents_key)
+    bucketed = spans if job.recipe.data.buckets else None
+    cache.write_index(stage.folder, len(pictures), shard_rows(len(pictures)), job.latents_key, bucketed)
 
 
-def normalise(job, pictures: list[Picture], side: int) -> None:
+def arranged(
+    job, stage: Stage, pictures: list[Picture], resolutions: list[int]
+) -> tuple[list[Picture], dict[int, list[Span]]]:
+    """Pictures in the order of the cache's rows, and the spans of rows of one size by resolution."""
+    count = len(pictures)
+    if not job.recipe.data.buckets:
+        return pictures, {px: buckets.whole(count, px) for px in resolutions}
+    shapes = [images.size_of(picture.file) for picture in pictures]
+    order = buckets.by_shape(shapes, cache.held_out(count))
+    pictures, shapes = [pictures[i] for i in order], [shapes[i] for i in order]
+    spans = {px: buckets.spans(shapes, [tuple(size) for size in job.buckets[str(px)]], px) for px in resolutions}
+    for px in resolutions:
+        filled = buckets.tables(spans[px]).values()
+        shown = ", ".join(f"{parts[0].height}x{parts[0].width} {sum(len(part.rows) for part in parts)}" for parts in filled)
+        stage.metrics[f"buckets_{px}"] = shown
+        job.console.say(f"latents: {px} px, pictures by height x width: {shown}")
+    return pictures, spans
+
+
+def stacked(pictures: list[Picture], rows: Iterable[int], span: Span) -> Tensor:
+    """Pixels of ``rows``, (B, 3, height, width) of the span."""
+    return torch.stack([images.read_pixels(pictures[row].file, span.height, span.width) for row in rows])
+
+
+def looked_at(spans: list[Span], count: int) -> list[tuple[Span, list[int]]]:
+    """``count`` rows, of each span in turn."""
+    chosen = buckets.first_of_each([span.rows for span in spans], count)
+    return [(next(span for span in spans if rows[0] in span.rows), rows) for rows in chosen]
+
+
+def normalise(job, pictures: list[Picture], spans: list[Span]) -> None:
     """Write the autoencoder whose latent channels have an RMS of one on (up to STATISTICS of) these pictures.
 
     No shift: decoders pad their latent with zeros, so that zero has to stay zero.
@@ -55,11 +90,12 @@ def normalise(job, pictures: list[Picture], side: int) -> None:
         return
     codec = autoencoders.load(job.ae.folder, device=pipelines.device(), scale=1.0)
     square, count = torch.zeros(codec.channels, dtype=torch.float64), 0
-    for start in range(0, min(len(pictures), STATISTICS), job.recipe.latents.batch):
-        part = pictures[start : start + job.recipe.latents.batch]
-        z = codec.encode(torch.stack([images.read_pixels(picture.file, side) for picture in part])).cpu()
-        z = z.double().movedim(1, 0).flatten(1)  # (C, samples)
-        square, count = square + z.square().sum(1), count + z.shape[1]
+    batch = job.recipe.latents.batch
+    for span, rows in looked_at(spans, STATISTICS):
+        for start in range(0, len(rows), batch):
+            z = codec.encode(stacked(pictures, rows[start : start + batch], span)).cpu()
+            z = z.double().movedim(1, 0).flatten(1)  # (C, samples)
+            square, count = square + z.square().sum(1), count + z.shape[1]
     rms = (square / count).sqrt()
     if not rms.min() > 0:
         raise InputError(f"latent channel {int(rms.argmin())} is zero on every picture", "set latents.normalise to none")
@@ -74,15 +110,10 @@ def load_codecs(job) -> dict[str, Codec]:
     return {"base": base, "target": target}
 
 
-def encode_share(job, bar, resolution: int, skip: list[str]) -> None:
-    """Another rank's part of `encode_pictures`.
-
-    Args:
-        skip: files that rank 0 found unreadable.
-    """
-    pictures = images.read_folder(job.folder("data") / images.INDEX)
-    pictures = [picture for picture in pictures if str(picture.file) not in skip]
-    encode_pictures(job, pictures, load_codecs(job), resolution, bar)
+def encode_share(job, bar, spans: list[list]) -> None:
+    """Another rank's part of `encode_pictures`; ``spans`` came as JSON."""
+    pictures = images.read_folder(job.folder("latents") / ROWS)
+    encode_pictures(job, pictures, load_codecs(job), [Span(*span) for span in spans], bar)
 
 
 def readable(job, pictures: list[Picture]) -> list[Picture]:
@@ -104,20 +135,22 @@ def readable(job, pictures: list[Picture]) -> list[Picture]:
     return [picture for picture in pictures if str(picture.file) not in broken]
 
 
-def roundtrip(job, stage: Stage, pictures: list[Picture], codec: Codec, side: int) -> float:
-    """Original above reconstruction for a few pictures; PSNR in dB over them (peak-to-peak 2)."""
-    pixels = torch.stack([images.read_pixels(picture.file, side) for picture in pictures[:ROUNDTRIP]])
-    again = codec.decode(codec.encode(pixels)).cpu()
-    columns = {"picture": pixels, "round trip": again}
-    sheet = grid(
-        {title: [images.to_image(p) for p in part] for title, part in columns.items()},
-        [p.caption for p in pictures[:ROUNDTRIP]],
-    )
+def roundtrip(job, stage: Stage, pictures: list[Picture], codec: Codec, spans: list[Span]) -> float:
+    """Original beside reconstruction for a few pictures; PSNR in dB over them (peak-to-peak 2)."""
+    columns: dict[str, list] = {"picture": [], "round trip": []}
+    captions, square, count = [], 0.0, 0
+    for span, rows in looked_at(spans, ROUNDTRIP):
+        pixels = stacked(pictures, rows, span)
+        again = codec.decode(codec.encode(pixels)).cpu()
+        for column, part in zip(columns.values(), (pixels, again), strict=True):
+            column += map(images.to_image, part)
+        captions += [pictures[row].caption for row in rows]
+        square, count = square + (again - pixels).square().sum(dtype=torch.float64).item(), count + pixels.numel()
     with replacing(stage.folder / "roundtrip.png") as temporary:
-        sheet.save(temporary, format="PNG")
-    psnr = round(-10 * math.log10(max((again - pixels).square().mean().item() / 4, 1e-10)), 2)
+        grid(columns, captions).save(temporary, format="PNG")
+    psnr = round(-10 * math.log10(max(square / count / 4, 1e-10)), 2)
     job.console.say(
-        f"latents: autoencoder round trip {psnr} dB on {len(pixels)} pictures (the ceiling of any converted model)"
+        f"latents: autoencoder round trip {psnr} dB on {len(captions)} pictures (the ceiling of any converted model)"
     )
     return psnr
 
@@ -128,31 +161,40 @@ def shard_rows(count: int) -> int:
     return min(most, max(fewest, math.ceil(count / SHARDS)))
 
 
-def own_shards(job, count: int) -> list[tuple[int, slice]]:
-    """(number, rows) of the shards of ``count`` rows that this rank makes: every `world`-th."""
+def own_shards(job, tables: Iterable[list[range]], count: int) -> Iterator[tuple[int, int, list[int]]]:
+    """(table, number in the table, rows) of the shards that this rank makes: every `world`-th of all.
+
+    Args:
+        tables: the rows of each table, in order.
+        count: rows of the cache.
+    """
     size = shard_rows(count)
-    slices = [slice(start, start + size) for start in range(0, count, size)]
-    return list(enumerate(slices))[job.crew.rank :: job.crew.world]
+
+    def shards() -> Iterator[tuple[int, int, list[int]]]:
+        for table, parts in enumerate(tables):
+            rows = chain(*parts)
+            for number, shard in enumerate(iter(lambda: list(islice(rows, size)), [])):  # noqa: B023  used up in this turn
+                yield table, number, shard
+
+    return islice(shards(), job.crew.rank, None, job.crew.world)
 
 
-def encode_pictures(job, pictures: list[Picture], codecs: dict[str, Codec], resolution: int, bar) -> None:
-    """This rank's shards base-<px> and target-<px>; a shard that is already there is kept."""
-    folder = job.folder("latents")
-    for number, part in own_shards(job, len(pictures)):
-        rows = pictures[part]
-        if all((folder / cache.shard_name(f"{name}-{resolution}", number)).exists() for name in codecs):
+def encode_pictures(job, pictures: list[Picture], codecs: dict[str, Codec], spans: list[Span], bar) -> None:
+    """This rank's shards base-TABLE and target-TABLE; a shard that is already there is kept."""
+    folder, batch, tables = job.folder("latents"), job.recipe.latents.batch, list(buckets.tables(spans).values())
+    for table, number, rows in own_shards(job, [[span.rows for span in part] for part in tables], len(pictures)):
+        span = tables[table][0]
+        if all((folder / cache.shard_name(f"{name}-{span.table}", number)).exists() for name in codecs):
             bar.advance(len(rows))
             continue
         parts: dict[str, list[Tensor]] = {name: [] for name in codecs}
-        for at in range(0, len(rows), job.recipe.latents.batch):
-            pixels = torch.stack(
-                [images.read_pixels(picture.file, resolution) for picture in rows[at : at + job.recipe.latents.batch]]
-            )
+        for at in range(0, len(rows), batch):
+            pixels = stacked(pictures, rows[at : at + batch], span)
             for name, codec in codecs.items():
                 parts[name].append(codec.encode(pixels).cpu())
             bar.advance(len(pixels))
         for name, tensors in parts.items():
-            cache.write_shard(folder, f"{name}-{resolution}", number, {"z": torch.cat(tensors)})
+            cache.write_shard(folder, f"{name}-{span.table}", number, {"z": torch.cat(tensors)})
 
 
 def check_scale(job, stage: Stage, codec: Codec, resolution: int) -> None:
@@ -210,8 +252,8 @@ def caption_share(job, bar, encoders=None) -> None:
     """This rank's shards text; a shard that is already there is kept."""
     folder, batch = job.folder("latents"), job.recipe.latents.batch
     captions = cache.Captions(folder)
-    for number, part in own_shards(job, len(captions)):
-        texts = captions.read(range(*part.indices(len(captions))))
+    for _, number, rows in own_shards(job, [[range(len(captions))]], len(captions)):
+        texts = captions.read(rows)
         if (folder / cache.shard_name("text", number)).exists():
             bar.advance(len(texts))
             continue

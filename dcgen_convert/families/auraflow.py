@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from dcgen_convert.families.base import Family, added_positions
 
 
@@ -42,6 +44,9 @@ class AuraFlow(Family):
 
     def vae_config(self, config):
         return {"block_out_channels": list(config["encoder_block_out_channels"])}
+
+    def table_side(self, config):
+        return math.isqrt(config.get("pos_embed_max_size", 1024))
 
     def position_term(self, model, height, width):
         return added_positions(model.pos_embed, model.config.in_channels, height, width)

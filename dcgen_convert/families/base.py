@@ -66,6 +66,7 @@ class Family:
     # 0: stock AutoencoderDC; 1: the same with keys in its config that the pipeline asks for; 2: in-bundle adapter that
     # undoes the p x p packing of the pipeline, or of a transformer that packs for itself
     bundle_tier: ClassVar[int] = 0
+    any_shape: ClassVar[bool] = True  # whether the stock pipeline draws pictures that are no squares, at the size asked for
     fixed_shift: ClassVar[bool] = False  # whether the network's time input leans on the shift of the stock scheduler
     official_layout: ClassVar[bool] = False  # whether the DC-Gen authors published a pipeline class
     # layout of a single file -> prefixes of tensor names that only this family has together
@@ -106,6 +107,10 @@ class Family:
 
     def position_term(self, model: nn.Module, height: int, width: int) -> Tensor | None:
         """Absolute position table that the model adds to the embedded tokens, (N, D); None with RoPE or no positions."""
+        return None
+
+    def table_side(self, config: dict[str, Any]) -> int | None:
+        """Tokens per side at which a position table of the checkpoint ends; None where positions go on."""
         return None
 
     def image_tokens(self, features: Any, count: int, text: Text) -> Tensor:

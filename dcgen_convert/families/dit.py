@@ -30,6 +30,7 @@ class DiT(Family):
     awq_pattern = r"transformer_blocks\.\d+\.norm1\.linear"
     dense_pattern = r"transformer_blocks\.\d+\.norm1\.emb\..*"  # timestep MLPs
     bundle_tier = 0
+    any_shape = False
     recipe = "dit-xl-512"
     default_steps = 50
     default_guidance = 4.0

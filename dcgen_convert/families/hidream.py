@@ -27,6 +27,7 @@ class HiDream(Family):
     )
     awq_pattern = r"(double|single)_stream_blocks\.\d+\.block\.adaLN_modulation\.1"
     bundle_tier = 2
+    any_shape = False  # it scales every picture to one area
     default_steps = 50
     default_guidance = 5.0
     text_length = 128

@@ -43,6 +43,9 @@ class SD3(Family):
     def vae_config(self, config):
         return {"block_out_channels": list(config["encoder_block_out_channels"]), "shift_factor": 0.0}
 
+    def table_side(self, config):
+        return config.get("pos_embed_max_size", 96)
+
     def position_term(self, model, height, width):
         return added_positions(model.pos_embed, model.config.in_channels, height, width)
 

@@ -6,10 +6,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 
-from dcgen_convert import catalog
+from dcgen_convert import catalog, geometry, sources
 from dcgen_convert.plan import costs, memory, speed
 from dcgen_convert.plan.fit import Fit, fit, numbers_of, sample_bytes
 from dcgen_convert.plan.quantised import quantised
@@ -55,7 +54,7 @@ def plan(resolved: Resolved, gpu_bytes: float = GPU_BYTES) -> dict:
             **vars(sizes.old),
         },
         "autoencoder": {"name": recipe.ae, **vars(sizes.new)},
-        "tokens": _tokens(sizes, {phase.resolution for phase in recipe.adapt.phases}),
+        "tokens": _tokens(resolved, sizes),
         "speedup": speed.speedup(sizes, last.resolution),
         "speedup_paper": speed.measured(sizes.family.name, last.resolution, sizes.new.f),
         "training": {
@@ -118,11 +117,18 @@ def _memory(resolved: Resolved, sizes: Shapes, gpu_bytes: float) -> dict:
     }
 
 
-def _tokens(sizes: Shapes, sides: Iterable[int]) -> list[dict]:
-    rows = []
-    for side in sorted(sides):
+def _tokens(resolved: Resolved, sizes: Shapes) -> list[dict]:
+    """Image tokens before and after the swap at every resolution, and of every bucket where the recipe has any."""
+    recipe, rows = resolved.recipe, []
+    for side in sorted({phase.resolution for phase in recipe.adapt.phases}):
         before, after = sizes.old.tokens(side), sizes.new.tokens(side)
         rows.append({"resolution": side, "before": before, "after": after, "ratio": before / after})
+        if recipe.data.buckets:
+            config = sources.transformer_config(recipe.source, resolved.machine.offline, recipe.base)
+            found = geometry.bucket_sizes(sizes.family, config, sizes.old, sizes.new, side)
+            rows[-1]["buckets"] = [
+                {"height": h, "width": w, "before": sizes.old.tokens(h, w), "after": sizes.new.tokens(h, w)} for h, w in found
+            ]
     return rows
 
 

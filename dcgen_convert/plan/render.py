@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from dcgen_convert.progress import duration
 
 
@@ -28,6 +30,7 @@ def render(doc: dict) -> str:
         lines.append(
             f"tokens at {row['resolution']} px: {row['before']:,} -> {row['after']:,} ({row['ratio']:g} x fewer)"
         )
+        lines += _buckets(row.get("buckets", []))
     speed, paper = doc["speedup"], doc["speedup_paper"]
     lines.append(f"speed-up of a step at {speed['resolution']} px: {speed['value']:.1f} x  [{speed['basis']}]")
     if paper:
@@ -56,6 +59,15 @@ def render(doc: dict) -> str:
     lines += [f"  {key:<{width}}  {str(item['value']):<20}  {item['origin']}" for key, item in doc["settings"].items()]
     lines += [""] + [f"note: {note}" for note in doc["notes"]] + [f"problem: {problem}" for problem in doc["problems"]]
     return "\n".join([*lines, f"verdict: {doc['status']}"])
+
+
+def _buckets(rows: list[dict]) -> list[str]:
+    """Every bucket with the tokens of the converted model."""
+    if not rows:
+        return []
+    shown = ", ".join(f"{row['height']}x{row['width']}={row['after']:,}" for row in rows)
+    text = f"{len(rows)} buckets, height x width in px and tokens after: {shown}"
+    return textwrap.wrap(text, 110, initial_indent="  ", subsequent_indent="    ")
 
 
 def _quantization(part: dict | None) -> list[str]:

@@ -5,7 +5,7 @@ Both are one procedure: choose what trains, choose the objective, run the loop, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dcgen_convert.console import NULL, Console
+from dcgen_convert.data import buckets
 from dcgen_convert.errors import RecipeError
 from dcgen_convert.families import Family, Text
 from dcgen_convert.files import read_json, write_json
@@ -99,8 +100,8 @@ def adapt_phase(
             ``adapt.phases``).
         adapt: objective, null_branch, guidance_range, shift, text_drop, ema, clip, checkpointing, zero, offload
             (recipe: ``adapt``).
-        cache: `LatentCache` of training rows: ``len``, ``batch(indices) -> (z0 (B, C, h, w) float32, text)``,
-            ``null`` (text, batch of one).
+        cache: `LatentCache` of training rows: ``len``, ``spans`` and ``shapes``, ``batch(indices) -> (z0 (B, C, h, w) float32,
+            text)``, ``null`` (text, batch of one).
         folder: takes ``checkpoints/``, ``metrics.jsonl`` and ``export/``.
         scheduler: the bundle's scheduler config; shift "model" trains with the shift that it samples with.
         dtype: "fp32" | "bf16".
@@ -151,8 +152,11 @@ class Task:
     def __init__(self, model: nn.Module, family: Family, adapt: Any, cache: Any, scheduler: dict[str, Any]):
         self.model, self.family, self.adapt, self.cache = model, family, adapt, cache
         self.modules = [family.embedder, family.head]
-        z0, _ = cache.batch([0])
-        self.sampling = sampling_of(family, adapt, z0.shape[1:], model.config, scheduler)
+        self.scheduler = scheduler
+
+    def sampling(self, shape: Sequence[int]) -> Sampling:
+        """How t, guidance and dropped captions are drawn for latents of ``shape`` (C, h, w)."""
+        return sampling_of(self.family, self.adapt, shape, self.model.config, self.scheduler)
 
     def loss(self) -> Callable[[Tensor, Text, Draws], Tensor]:
         """(z0, text, draws) -> scalar. Call before the engine is made: the frozen teacher is the model as it is now."""
@@ -172,11 +176,13 @@ class Task:
         """
         adapt = {key: value for key, value in _curve(self.adapt).items() if key != "phases"}
         engine = {key: value for key, value in vars(settings).items() if key not in LAYOUT}
-        return {"adapt": adapt, "engine": engine, "rows": len(self.cache), "shift": self.sampling.shift}
+        shifts = [self.sampling(shape).shift for shape in self.cache.shapes]
+        shift = {"shift": shifts[0]} if len(shifts) == 1 else {"shifts": shifts, "spans": [len(span) for span in self.cache.spans]}
+        return {"adapt": adapt, "engine": engine, "rows": len(self.cache), **shift}
 
 
 def sampling_of(
-    family: Family, adapt: Any, shape: tuple[int, int, int], config: Any, scheduler: dict[str, Any]
+    family: Family, adapt: Any, shape: Sequence[int], config: Any, scheduler: dict[str, Any]
 ) -> Sampling:
     """How t, guidance and dropped captions are drawn for latents of ``shape`` (C, h, w)."""
     common = dict(guidance_range=tuple(adapt.guidance_range), text_drop=adapt.text_drop)
@@ -256,9 +262,7 @@ def _evaluate(engine: Engine, task: Task, loss_of: Callable, place: Place) -> di
     rows = place.held_out
     if rows is None or not len(rows):
         return None
-    starts = range(0, len(rows), engine.micro_batch)
-    spans = [range(start, min(start + engine.micro_batch, len(rows))) for start in starts]
-    batches = ((span, *rows.batch(list(span))) for span in spans)
+    batches = ((part, *rows.batch(list(part))) for part in buckets.batches(rows.spans, engine.micro_batch))
 
     def through_engine(*batch):
         return engine.evaluate(lambda parts: loss_of(*parts), batch)
@@ -268,7 +272,7 @@ def _evaluate(engine: Engine, task: Task, loss_of: Callable, place: Place) -> di
 
 def _watch(engine: Engine, task: Task, loss_of: Callable, place: Place, full: bool) -> Watch:
     """What is looked at on the way, always with the averaged weights."""
-    family, model, z0_and_text = task.family, task.model, task.cache.batch([0])
+    family, model, (_, words) = task.family, task.model, task.cache.batch([0])
 
     def averaged():
         return engine.averaged() if engine.settings.ema else nullcontext()
@@ -286,8 +290,8 @@ def _watch(engine: Engine, task: Task, loss_of: Callable, place: Place, full: bo
         with averaged():
             place.intervals.draw(velocity, step)
 
-    meter = meter_of(family, model, *z0_and_text, task.adapt, full)
-    return Watch(place.folder, place.intervals, meter, evaluate, draw)
+    meters = [meter_of(family, model, shape, words, task.adapt, full) for shape in task.cache.shapes]
+    return Watch(place.folder, place.intervals, meters, evaluate, draw)
 
 
 def _evaluate_once(engine: Engine, task: Task, loss_of: Callable, place: Place) -> dict[str, float] | None:

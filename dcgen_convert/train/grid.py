@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dcgen_convert import autoencoders, pipelines
+from dcgen_convert.data import buckets
 from dcgen_convert.data.cache import LatentCache
 from dcgen_convert.data.images import to_image
 from dcgen_convert.evaluate.grids import grid
@@ -61,21 +62,25 @@ def drawing(job, rows: LatentCache, folder: Path) -> Callable[[Velocity, int], N
 
     @torch.no_grad()
     def draw(velocity: Velocity, step: int) -> None:
-        device, chosen = pipelines.device(), list(range(min(job.recipe.watch.pictures, len(rows))))
-        z0, text = rows.batch(chosen)
-        text = {key: value.to(device) for key, value in text.items()}
-        null = {key: rows.null[key].to(device, value.dtype).expand_as(value) for key, value in text.items()}
-        generators = [torch.Generator().manual_seed(job.recipe.seed * 1_000_003 + i) for i in chosen]
-        noise = torch.stack([torch.randn(z0.shape[1:], generator=generator) for generator in generators]).to(device)
-        levels = noise_levels(job.family, settings.steps, z0.shape[2] * z0.shape[3], job.scheduler)
-        combine = job.family.guidance == "cfg"
-        z = sample(velocity, noise, levels, text, null, settings.guidance, combine)
+        device, chosen = pipelines.device(), buckets.first_of_each(rows.spans, job.recipe.watch.pictures)
+        latents = []  # (drawn, of the picture) by shape
+        for part in chosen:
+            z0, text = rows.batch(part)
+            text = {key: value.to(device) for key, value in text.items()}
+            null = {key: rows.null[key].to(device, value.dtype).expand_as(value) for key, value in text.items()}
+            generators = [torch.Generator().manual_seed(job.recipe.seed * 1_000_003 + i) for i in part]
+            noise = torch.stack([torch.randn(z0.shape[1:], generator=generator) for generator in generators]).to(device)
+            levels = noise_levels(job.family, settings.steps, z0.shape[2] * z0.shape[3], job.scheduler)
+            combine = job.family.guidance == "cfg"
+            latents.append((sample(velocity, noise, levels, text, null, settings.guidance, combine), z0))
         if job.crew.rank:
             return
         codec = autoencoders.load(job.target, device=device, scale=job.recipe.latents.scale_override)
-        columns = {f"step {step}": codec.decode(z.cpu()), "round trip": codec.decode(z0)}
-        pictures = {title: [to_image(pixels) for pixels in part.cpu()] for title, part in columns.items()}
-        sheet = grid(pictures, rows.captions(chosen))
+        columns = zip((f"step {step}", "round trip"), zip(*latents, strict=True), strict=True)
+        pictures = {
+            title: [to_image(pixels) for z in parts for pixels in codec.decode(z.cpu()).cpu()] for title, parts in columns
+        }
+        sheet = grid(pictures, rows.captions([row for part in chosen for row in part]))
         (folder / SAMPLES).mkdir(exist_ok=True)
         with replacing(folder / SAMPLES / f"step-{step:06d}.png") as temporary:
             sheet.save(temporary, format="PNG")

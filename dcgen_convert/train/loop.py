@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from dcgen_convert.console import NULL, Console
@@ -28,7 +27,8 @@ from dcgen_convert.families import Text
 from dcgen_convert.train import distributed
 from dcgen_convert.train.checkpoints import latest, whole
 from dcgen_convert.train.engine import Engine, StepRecord
-from dcgen_convert.train.objective import Draws, Sampling, draw, to_device
+from dcgen_convert.train.objective import Draws, SamplingOf, draw, to_device
+from dcgen_convert.train.order import Order
 from dcgen_convert.train.prefetch import Prefetch
 from dcgen_convert.train.watch import NONE, Watch, kept_lines
 
@@ -39,7 +39,9 @@ METRICS = "metrics.jsonl"
 
 
 class Samples(Protocol):
-    """What the loop needs of a latent cache."""
+    """What the loop needs of a latent cache; rows of one span have one shape, and batches are of one span."""
+
+    spans: Sequence[range]
 
     def __len__(self) -> int: ...
 
@@ -71,35 +73,11 @@ class Curve:
         return None
 
 
-class Order:
-    """Which rows a step sees.
-
-    One random permutation of the data per epoch, keyed by (seed, epoch), cut into batches.
-    """
-
-    def __init__(self, rows: int, batch: int, seed: int):
-        self.rows, self.batch, self.seed = rows, batch, seed
-        self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64)
-
-    def rows_of(self, step: int) -> list[int]:
-        """Row of every position of the global batch of ``step``."""
-        return [self._row(step * self.batch + position) for position in range(self.batch)]
-
-    def _row(self, place: int) -> int:
-        epoch, offset = divmod(place, self.rows)
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-            permutation = torch.randperm(self.rows, generator=generator)
-            small = torch.int32 if self.rows < 2**31 else torch.int64  # 4 bytes for each of many millions of rows
-            self._epoch, self._permutation = epoch, permutation.to(small)
-        return int(self._permutation[offset])
-
-
 def run(
     engine: Engine,
     samples: Samples,
     loss_of: Callable[[Tensor, Text, Draws], Tensor],
-    sampling: Sampling,
+    sampling: SamplingOf,
     folder: Path,
     *,
     label: str,
@@ -113,6 +91,7 @@ def run(
 
     Args:
         loss_of: (z0, text, draws) -> mean loss over the samples.
+        sampling: shape (C, h, w) of a batch -> how its draws are distributed.
         identity: what must be equal for a checkpoint to be continued (objective, data, phase).
         watch: figures, evaluations and grids on the way; None: none.
     Returns:
@@ -136,13 +115,15 @@ def run(
     curve = Curve()
     start = last_save = time.monotonic()
     first_step = engine.step_count
+    order = Order(samples.spans, settings.batch, seed)
     feed = _feed(engine, samples, sampling, seed)
     with closing(feed), _signals() as signals, console.progress(label, settings.steps - first_step, "step") as bar:
         while engine.step_count < settings.steps:
             waited = feed.waited
-            record = _guarded_step(engine, len(samples), feed, loss_of, seed, curve, signals.pending, checkpoints)
+            record = _guarded_step(engine, order, feed, loss_of, curve, signals.pending, checkpoints)
             rate = settings.batch / record.seconds
-            read = watch.meter.read(settings.batch, record.seconds, engine.world) if watch.meter else {}
+            meter = watch.meters[order.span_of(record.step)] if watch.meters else None
+            read = meter.read(settings.batch, record.seconds, engine.world) if meter else {}
             shown = {"loss": record.loss, "grad_norm": record.grad_norm, "lr": record.lr, "samples_per_s": rate, **read}
             if metrics:
                 metrics.add(record, rate, {**read, "data_wait_seconds": feed.waited - waited})
@@ -185,15 +166,15 @@ def run(
     }
 
 
-def _feed(engine: Engine, samples: Samples, sampling: Sampling, seed: int) -> Prefetch:
+def _feed(engine: Engine, samples: Samples, sampling: SamplingOf, seed: int) -> Prefetch:
     """This rank's micro-batches (z0, text, draws) from the present step on, by (step, positions in the global batch)."""
-    order = Order(len(samples), engine.settings.batch, seed)
+    order = Order(samples.spans, engine.settings.batch, seed)  # of the reading thread alone
 
     def read(key: tuple[int, range]) -> tuple[Tensor, Text, Draws]:
         step, positions = key
         rows = order.rows_of(step)
         z0, text = samples.batch([rows[position] for position in positions])
-        return z0, text, draw(seed, step, positions, z0.shape[1:], sampling)
+        return z0, text, draw(seed, step, positions, z0.shape[1:], sampling(z0.shape[1:]))
 
     steps = range(engine.step_count, engine.settings.steps)
     keys = ((step, positions) for step in steps for positions in positions_of(engine))
@@ -218,7 +199,7 @@ def _resume(engine: Engine, checkpoints: Path, identity: dict[str, Any], console
     return engine.step_count
 
 
-def _guarded_step(engine, count, feed, loss_of, seed, curve, stop, checkpoints) -> StepRecord:
+def _guarded_step(engine, order, feed, loss_of, curve, stop, checkpoints) -> StepRecord:
     """One step of the engine; CheckFailed with the step, the batch and the kept checkpoint when it went wrong."""
     step = engine.step_count
 
@@ -233,7 +214,7 @@ def _guarded_step(engine, count, feed, loss_of, seed, curve, stop, checkpoints) 
     except CheckFailed as error:
         kept = whole(checkpoints)
         raise CheckFailed(
-            f"{error.message} (rows {_short(Order(count, engine.settings.batch, seed).rows_of(step))})",
+            f"{error.message} (rows {_short(order.rows_of(step))})",
             hint=f"the last good checkpoint is {kept[-1]}; lower lr or clip, or look at those rows"
             if kept
             else "lower lr or clip",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dcgen_convert.families import Family, Text
 from dcgen_convert.plan.arithmetic import forward_flops, train_flops
@@ -58,15 +59,15 @@ def memory_gib() -> float:
     return held / 2**30
 
 
-def meter_of(family: Family, model: nn.Module, z0: Tensor, text: Text, adapt: Any, full: bool) -> Meter:
-    """The meter of one training task.
+def meter_of(family: Family, model: nn.Module, shape: Sequence[int], text: Text, adapt: Any, full: bool) -> Meter:
+    """The meter of one training task at one size.
 
     Args:
-        z0: (1, C, h, w); text: as the cache gives it, one row.
+        shape: (C, h, w) of a latent; text: as the cache gives it, one row.
         adapt: objective (recipe section ``adapt``).
         full: whether every weight trains.
     """
-    image = z0.shape[2] * z0.shape[3] // family.patch(model.config, z0.shape[1]) ** 2
+    image = shape[1] * shape[2] // family.patch(model.config, shape[0]) ** 2
     words = max((value.shape[1] for value in text.values() if value.ndim == 3), default=0)
     peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     if peak is None:

@@ -48,6 +48,9 @@ class Sampling:
     times: Tensor | None = None
 
 
+SamplingOf = Callable[[Sequence[int]], Sampling]  # by the shape (C, h, w) of a latent: the shift may lean on its tokens
+
+
 @dataclass(frozen=True)
 class Draws:
     """The random part of a batch: eps (B, C, h, w); t, guidance (B,) float32; dropped (B,) bool."""
@@ -176,27 +179,31 @@ def evaluate_loss(
     loss_of: Callable[[Tensor, Text, Draws], Tensor],
     batches: Sequence[tuple[Sequence[int], Tensor, Text]],
     seed: int,
-    sampling: Sampling,
+    sampling: SamplingOf,
     device: torch.device | str = "cpu",
 ) -> dict[str, float]:
     """Loss on held-out samples at fixed quantiles of t, under a random stream of its own.
 
     Args:
         loss_of: (z0, text, draws) -> mean loss over the batch.
-        batches: (positions, z0, text); the positions key the noise, so two evaluations see the same noise.
+        batches: (positions, z0, text), each of one shape; the positions key the noise, so two evaluations see the same noise.
+        sampling: shape (C, h, w) -> how draws are distributed; its quantiles of t are those of that shape.
     Returns:
-        {"t0.12": loss at t = 0.12, ..., "mean": their mean}.
+        {"t0.12": loss at t = 0.12 (the mean over the samples), ..., "mean": their mean}.
     """
     normals = torch.special.ndtri(torch.tensor(QUANTILES, dtype=torch.float64))
     result = {}
-    for number, t in enumerate(t_of_normal(normals, sampling)):
-        total = count = 0
+    for number, normal in enumerate(normals):
+        total = level = count = 0
         for positions, z0, text in batches:
-            drawn = draw(seed, number, positions, z0.shape[1:], sampling, EVALUATION)
+            distribution = sampling(z0.shape[1:])
+            t = t_of_normal(normal, distribution)
+            drawn = draw(seed, number, positions, z0.shape[1:], distribution, EVALUATION)
             fixed = Draws(drawn.eps, t.expand(len(z0)), drawn.guidance, torch.zeros_like(drawn.dropped))
             total += len(z0) * loss_of(*to_device((z0, text, fixed), device)).item()
+            level += len(z0) * t.item()
             count += len(z0)
-        result[f"t{t:.2f}"] = total / count
+        result[f"t{level / count:.2f}"] = total / count
     return {**result, "mean": sum(result.values()) / len(result)}
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dcgen_convert.files import atomic_write
+from dcgen_convert.train.meter import Meter
 
 EVALUATIONS = "evaluations.jsonl"
 
@@ -33,7 +34,7 @@ class Watch:
     """The looks of one run.
 
     Args:
-        meter: see `meter`; None leaves its figures out.
+        meters: of a step of each span of the rows, see `meter`; none leaves its figures out.
         evaluate: () -> losses by noise level with the averaged weights; collective.
         draw: step -> None; collective.
     """
@@ -42,11 +43,11 @@ class Watch:
         self,
         folder: Path,
         intervals: Intervals,
-        meter: Any = None,
+        meters: Sequence[Meter] = (),
         evaluate: Callable[[], dict[str, float] | None] | None = None,
         draw: Callable[[int], None] | None = None,
     ):
-        self.folder, self.intervals, self.meter = folder, intervals, meter
+        self.folder, self.intervals, self.meters = folder, intervals, meters
         self._evaluate, self._draw = evaluate, draw
 
     def wants_grid(self, step: int) -> bool:

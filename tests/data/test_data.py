@@ -7,8 +7,9 @@ import torch
 from PIL import Image
 
 from dcgen_convert.data import cache, images, prompts
+from dcgen_convert.data.buckets import Span
 from dcgen_convert.errors import InputError
-from dcgen_convert.train.loop import Order
+from dcgen_convert.train.order import Order
 
 
 def test_builtin_prompts_have_millions_of_combinations_and_a_seed():
@@ -125,25 +126,34 @@ def anonymous_bytes() -> int:
 
 
 def test_ten_million_rows_cost_their_index_only(tmp_path):
-    """19,532 shards of 512 rows (one file under many names) read at random: at most 16 B a row, order of the epoch included."""
-    count, per_shard, side = 10_000_000, 512, 4
-    z = torch.arange(float(per_shard)).view(-1, 1, 1, 1).expand(per_shard, 4, side, side).bfloat16()
-    cache.write_shard(tmp_path, "target-64", 0, {"z": z})
+    """19,532 shards of 512 rows (one file of each table under many names) in two buckets, read at random: at most 16 B a row,
+    order of the epoch included."""
+    count, per_shard, cut = 10_000_000, 512, 12_000 * 512
+    grids = {"64-32x128": (2, 8), "64-64x64": (4, 4)}
+    tables = {f"target-{table}": grid for table, grid in grids.items()}
+    for table, grid in tables.items():
+        z = torch.arange(float(per_shard)).view(-1, 1, 1, 1).expand(per_shard, 4, *grid).bfloat16()
+        cache.write_shard(tmp_path, table, 0, {"z": z})
     cache.write_shard(tmp_path, "text", 0, {"encoder_hidden_states": torch.zeros(per_shard, 2, 2)})
     cache.write_shard(tmp_path, "null", 0, {"encoder_hidden_states": torch.zeros(1, 2, 2)})
-    for number in range(1, -(-count // per_shard)):
-        for table in ("target-64", "text"):
+    rows_of = dict(zip(tables, (cut, count - cut), strict=True)) | {"text": count}
+    for table, rows in rows_of.items():
+        for number in range(1, -(-rows // per_shard)):
             os.link(tmp_path / cache.shard_name(table, 0), tmp_path / cache.shard_name(table, number))
-    cache.write_index(tmp_path, count, per_shard)
+    spans = [Span("64-32x128", 32, 128, 0, cut), Span("64-64x64", 64, 64, cut, count)]
+    cache.write_index(tmp_path, count, per_shard, spans={64: spans})
+    assert (tmp_path / cache.INDEX).stat().st_size < 1000
     before = anonymous_bytes()
     rows, _ = cache.LatentCache(tmp_path, 64).split()
-    order = Order(len(rows), 16, seed=0)
-    shards = set()
+    order = Order(rows.spans, 16, seed=0)
+    shards, shapes = set(), set()
     for step in range(300):
         indices = order.rows_of(step)
         shards |= {index // per_shard for index in indices}
         z0, _ = rows.batch(indices)
+        shapes.add(z0.shape[2:])
         assert torch.equal(z0[:, 0, 0, 0], torch.tensor([index % per_shard for index in indices]).bfloat16().float())
+    assert shapes == set(grids.values())
     assert len(shards) > cache.OPEN_SHARDS  # so that old ones had to be closed
     assert len(rows._open) == cache.OPEN_SHARDS
     assert anonymous_bytes() - before < 16 * count

@@ -392,6 +392,7 @@ class Pairs:
     def __init__(self, base, deep, count):
         generator = torch.Generator().manual_seed(9)
         self.base, self.deep = (torch.randn(count, *shape, generator=generator) + 0.3 for shape in (base, deep))
+        self.spans = [range(count)]
 
     def __len__(self):
         return len(self.deep)

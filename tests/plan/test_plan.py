@@ -222,3 +222,11 @@ def test_linears_that_no_format_holds_are_listed_and_make_it_infeasible():
 
 def test_nothing_quantised_is_nothing_planned():
     assert document("flux-krea")["quantization"] is None
+
+
+def test_plan_counts_the_tokens_of_every_bucket():
+    doc = document("tiny-flux", sets=["data.kind=folder", "data.path=x", "data.buckets=on"])
+    (row,) = doc["tokens"]
+    assert {"height": 96, "width": 160, "before": 6 * 10, "after": 3 * 5} in row["buckets"] and len(row["buckets"]) == 9
+    assert "96x160=15" in plan.render(doc)
+    assert "buckets" not in document("tiny-flux")["tokens"][0]

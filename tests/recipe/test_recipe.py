@@ -5,7 +5,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcgen_convert import recipe
+from dcgen_convert import families, geometry, recipe
 from dcgen_convert.errors import InputError, RecipeError
 from dcgen_convert.settings import leaves, schema_keys
 
@@ -202,3 +202,29 @@ def test_sizes_must_be_multiples_of_both_grids(side, good):
         return
     with pytest.raises(InputError, match=r"multiple of|greater than 0"):
         recipe.load("tiny-flux", sets=sets, flags={"ae": "tiny-dc-ae-f64"})
+
+
+@pytest.mark.parametrize(
+    "source, sets, words",
+    [
+        ("tiny-dit", [], "dit models draw one shape of pictures only"),
+        ("tiny-flux", ["adapt.shift=flux2"], "adapt.shift flux2 is a shift per size"),
+        ("tiny-flux", ["data.kind=synthetic"], "data.buckets keeps the shapes of your own pictures"),
+        ("tiny-flux", ["adapt.phases.0.resolution=32"], "at 32 px only the square is left, because sides are multiples of 32 px"),
+    ],
+)
+def test_buckets_that_cannot_be(source, sets, words):
+    sets = ["data.kind=folder", "data.path=x", "data.buckets=on", *sets]
+    with pytest.raises(RecipeError, match=words):
+        recipe.load(source, sets=sets)
+
+
+def test_buckets_end_where_a_position_table_ends():
+    """SD3's 96 tokens of 16 px are 1536 px; without a table the long side is four times the short one."""
+    config = {"pos_embed_max_size": 96}
+    sizes = geometry.bucket_sizes(families.get("sd3"), config, geometry.Grid(8, 16, 2), geometry.Grid(32, 32, 1), 1024)
+    assert max(map(max, sizes)) == 1536
+    sizes = geometry.bucket_sizes(families.get("flux"), {}, geometry.Grid(8, 16, 2), geometry.Grid(64, 128, 1), 1024)
+    assert max(map(max, sizes)) == 2048 and all(h % 64 == w % 64 == 0 and h * w <= 1024**2 for h, w in sizes)
+    sizes = geometry.bucket_sizes(families.get("flux"), {}, geometry.Grid(16, 16, 3), geometry.Grid(32, 32, 1), 960)
+    assert all(h % 96 == w % 96 == 0 for h, w in sizes)  # both grids meet

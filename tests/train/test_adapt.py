@@ -14,7 +14,7 @@ from dcgen_convert.errors import CheckFailed, InputError, RecipeError, Terminate
 from dcgen_convert.train import loop
 from dcgen_convert.train.adapt import train_head
 from dcgen_convert.train.checkpoints import whole
-from dcgen_convert.train.loop import Curve, Order, Saving
+from dcgen_convert.train.loop import Curve, Saving
 from dcgen_convert.train.watch import Intervals
 
 from .train_worker import FLUX, SCHEDULER, Rows, adapt, adapt_section, losses, tiny_flux
@@ -151,14 +151,6 @@ def test_saves_by_the_clock(tmp_path, monkeypatch):
     monkeypatch.setattr(loop.Engine, "save", lambda self, folder, extra: written.append(self.step_count))
     adapt(tmp_path, saving=(0, 1e-9), phase={"steps": 3})
     assert written == [1, 2, 3]
-
-
-def test_order_is_a_permutation_of_each_epoch():
-    order = Order(10, 4, seed=3)
-    rows = [row for step in range(5) for row in order.rows_of(step)]
-    assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10)) and rows[:10] != rows[10:]
-    assert Order(10, 4, seed=3).rows_of(3) == rows[12:16]  # by step alone, without the steps before
-    assert [row for step in range(5) for row in Order(10, 4, seed=4).rows_of(step)] != rows
 
 
 def test_curve_does_not_depend_on_the_micro_batch(tmp_path):

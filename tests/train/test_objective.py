@@ -209,8 +209,8 @@ def test_evaluation_repeats_and_does_not_depend_on_batches():
     def batches(size):
         return [(range(i, i + size), *rows.batch(range(i, i + size))) for i in range(0, 8, size)]
 
-    first = evaluate_loss(loss_of, batches(8), 0, SAMPLING)
+    first = evaluate_loss(loss_of, batches(8), 0, lambda shape: SAMPLING)
     torch.randn(5)  # the global generator has no part in it
-    assert evaluate_loss(loss_of, batches(8), 0, SAMPLING) == first
-    assert evaluate_loss(loss_of, batches(2), 0, SAMPLING) == pytest.approx(first, rel=1e-5)
+    assert evaluate_loss(loss_of, batches(8), 0, lambda shape: SAMPLING) == first
+    assert evaluate_loss(loss_of, batches(2), 0, lambda shape: SAMPLING) == pytest.approx(first, rel=1e-5)
     assert len(first) == 6 and list(first)[2] == f"t{shift_t(torch.tensor(0.5), 2.0):.2f}"

@@ -19,7 +19,7 @@ def test_meter_counts_tokens_and_useful_flops(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     model, rows = tiny_flux(), Rows(1)
     adapt = SimpleNamespace(objective="guidance-corrected", checkpointing=True)
-    meter = meter_of(FLUX, model, *rows.batch([0]), adapt, full=False)
+    meter = meter_of(FLUX, model, rows.shapes[0], rows.batch([0])[1], adapt, full=False)
     once = forward_flops(structure({**model.config, "_class_name": "FluxTransformer2DModel"}), 16, 3)
     assert meter == Meter(16 + 3, 3 * once, 989e12)  # forward, null prompt, backward; nothing for the recomputation
     monkeypatch.undo()

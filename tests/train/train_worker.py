@@ -57,6 +57,7 @@ class Rows:
             "pooled_projections": torch.randn(count, WIDTH, generator=generator),
         }
         self.null = {key: torch.zeros_like(value[:1]) for key, value in self.text.items()}
+        self.spans, self.shapes = [range(count)], [self.z.shape[1:]]
 
     def __len__(self) -> int:
         return len(self.z)
@@ -64,6 +65,28 @@ class Rows:
     def batch(self, indices):
         rows = torch.as_tensor(list(indices))
         return self.z[rows], {key: value[rows] for key, value in self.text.items()}
+
+
+class MixedRows:
+    """Rows of three shapes, one of them with fewer rows than a batch, with the interface of `LatentCache`."""
+
+    def __init__(self, counts=(31, 2, 20), grids=((4, 4), (8, 2), (2, 6)), seed: int = 0):
+        parts = [Rows(count, seed + i) for i, count in enumerate(counts)]
+        self.z = []
+        for part, (height, width) in zip(parts, grids, strict=True):
+            generator = torch.Generator().manual_seed(seed + height)
+            self.z += torch.randn(len(part), CHANNELS, height, width, generator=generator).unbind(0)
+        self.text = {key: torch.cat([part.text[key] for part in parts]) for key in parts[0].text}
+        self.null, self.shapes = parts[0].null, [(CHANNELS, *grid) for grid in grids]
+        ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+        self.spans = [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
+
+    def __len__(self) -> int:
+        return len(self.z)
+
+    def batch(self, indices):
+        rows = [int(i) for i in indices]
+        return torch.stack([self.z[i] for i in rows]), {key: value[rows] for key, value in self.text.items()}
 
 
 def engine_settings(**changes) -> EngineSettings:
@@ -86,17 +109,17 @@ def phase_section(**changes) -> SimpleNamespace:
     return SimpleNamespace(**{**values, **changes})
 
 
-def adapt(folder, *, phase=None, adapt=None, dtype="fp32", saving=(0, 0.0), **more):
-    """`adapt_phase` of a fresh tiny FLUX in ``folder``; returns (metrics, model)."""
+def adapt(folder, *, phase=None, adapt=None, dtype="fp32", saving=(0, 0.0), mixed=False, scheduler=SCHEDULER, **more):
+    """`adapt_phase` of a fresh tiny FLUX in ``folder``, on rows of one shape or of several; returns (metrics, model)."""
     model = tiny_flux()
     metrics = adapt_phase(
         model,
         FLUX,
         phase_section(**(phase or {})),
         adapt_section(**(adapt or {})),
-        Rows(),
+        MixedRows() if mixed else Rows(),
         Path(folder),
-        scheduler=SCHEDULER,
+        scheduler=scheduler,
         dtype=dtype,
         saving=Saving(*saving),
         **more,

@@ -1,0 +1,115 @@
+"""Aspect-ratio buckets: the picture sizes that a folder of mixed shapes is brought to, and which rows have which size.
+
+Construction: for every width that is a multiple of `step` the tallest height, and for every height the widest width, whose
+area does not exceed resolution^2 (NovelAI's "aspect ratio bucketing", 2022; SDXL's table in arXiv 2307.01952, appendix I, has
+the same form and ends at 1:4 and 4:1). So no bucket has more tokens than the square: what fits for it fits for all.
+
+Sizes are (height, width) in px. Rows are sorted by the shape of their picture, so that at every resolution a bucket is a span
+of rows, and nothing is held per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from itertools import groupby, zip_longest
+from typing import NamedTuple
+
+WIDEST = 4  # most of a bucket's sides' ratio
+
+Size = tuple[int, int]
+
+
+class Span(NamedTuple):
+    """Rows ``start`` .. ``stop`` - 1 have one size, and follow one another in the tables base-TABLE and target-TABLE."""
+
+    table: str
+    height: int
+    width: int
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> range:
+        return range(self.start, self.stop)
+
+
+def sizes(resolution: int, step: int, longest: int | None = None) -> list[Size]:
+    """Buckets of about ``resolution``^2 px, from the tallest to the widest.
+
+    Args:
+        resolution: side of the square in px, a multiple of ``step``.
+        step: px that every side is a multiple of.
+        longest: px that no side exceeds; None: no limit but WIDEST.
+    """
+    square = resolution // step
+    sides = range(1, WIDEST * square + 1)
+    cells = {pair for a in sides if (b := square**2 // a) for pair in ((a, b), (b, a))}
+    most = longest // step if longest else WIDEST * square
+    kept = [pair for pair in cells if max(pair) <= min(most, WIDEST * min(pair))]
+    return sorted(((h * step, w * step) for h, w in kept), key=lambda size: Fraction(size[1], size[0]))
+
+
+def nearest(buckets: Sequence[Size], width: int, height: int) -> Size:
+    """The bucket whose aspect ratio is the nearest: of a picture cropped to it the largest part is left. Exact.
+
+    Two that are equally near: the one of more px.
+    """
+
+    def lost(size: Size) -> tuple[Fraction, int]:
+        a, b = width * size[0], height * size[1]
+        return Fraction(max(a, b), min(a, b)), -size[0] * size[1]
+
+    return min(buckets, key=lost)
+
+
+def by_shape(shapes: Sequence[Size], held_out: int) -> list[int]:
+    """Order of pictures of ``shapes`` (width, height): by aspect ratio, the last ``held_out`` apart and after the others."""
+    cut = len(shapes) - held_out
+
+    def ratio(number: int) -> Fraction:
+        return Fraction(*shapes[number])
+
+    return sorted(range(cut), key=ratio) + sorted(range(cut, len(shapes)), key=ratio)
+
+
+def spans(shapes: Iterable[Size], buckets: Sequence[Size], resolution: int) -> list[Span]:
+    """Rows of one bucket, one span after the other; ``shapes`` (width, height) as `by_shape` orders them."""
+    found, start = [], 0
+    known: dict[Size, Size] = {}
+
+    def bucket(shape: Size) -> Size:
+        if shape not in known:
+            known[shape] = nearest(buckets, *shape)
+        return known[shape]
+
+    for (height, width), rows in groupby(shapes, key=bucket):
+        stop = start + sum(1 for _ in rows)
+        found.append(Span(f"{resolution}-{height}x{width}", height, width, start, stop))
+        start = stop
+    return found
+
+
+def whole(count: int, resolution: int) -> list[Span]:
+    """One span of squares: what a cache without buckets holds."""
+    return [Span(str(resolution), resolution, resolution, 0, count)]
+
+
+def tables(spans: Iterable[Span]) -> dict[str, list[Span]]:
+    """Spans by the table that holds them."""
+    found: dict[str, list[Span]] = {}
+    for span in spans:
+        found.setdefault(span.table, []).append(span)
+    return found
+
+
+def batches(parts: Iterable[range], size: int) -> list[range]:
+    """Every row once, at most ``size`` at a time, none of two spans."""
+    return [part[start : start + size] for part in parts for start in range(0, len(part), size)]
+
+
+def first_of_each(parts: Sequence[range], count: int) -> list[list[int]]:
+    """``count`` rows to look at, one of each span in turn; those of a span together."""
+    turns = (row for turn in zip_longest(*parts) for row in turn if row is not None)
+    chosen = {row for _, row in zip(range(count), turns, strict=False)}
+    return [rows for part in parts if (rows := [row for row in part if row in chosen])]
