@@ -40,6 +40,7 @@ BASES = (
     Base("sd3", "stabilityai/stable-diffusion-3.5-large", "sd3.json", 8, 16, {"num_layers": 38}),
     Base("sd3", "stabilityai/stable-diffusion-3.5-medium", "sd3.json", 8, 16, {"qk_norm": "rms_norm"}),
     Base("sd3", "stabilityai/stable-diffusion-3-medium-diffusers", "sd3.json", 8, 16),
+    Base("sana", "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers", "sana-1.6b.json", 32, 32, {"qk_norm": "rms_norm_across_heads"}),
     Base("sana", "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers", "sana-1.6b.json", 32, 32),
     Base("lumina2", "Alpha-VLLM/Lumina-Image-2.0", "lumina2.json", 8, 16),
     Base("zimage", "Tongyi-MAI/Z-Image-Turbo", "zimage.json", 8, 16),
