@@ -61,7 +61,7 @@ def walk(job: Job, output: Path, force: bool) -> Iterator[Step]:
     if job.source.imported:
         yield Step(imported.STAGE, imported.run, {"source": job.source.fingerprint})
     yield Step("surgery", surgery.run, {**common, "autoencoder": job.ae.fingerprint, "resolution": job.resolution})
-    yield Step("data", make.run, {**common, "data": recipe["data"], "text_length": job.text_length}, after=())
+    yield Step("data", make.run, {**common, **make.inputs(job)}, after=())
     yield Step(
         "latents", latents.run, {"latents": recipe["latents"], "resolutions": sorted({phase["resolution"] for phase in phases})}
     )
