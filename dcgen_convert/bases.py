@@ -43,7 +43,7 @@ BASES = (
     Base("sana", "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers", "sana-1.6b.json", 32, 32, {"qk_norm": "rms_norm_across_heads"}),
     Base("sana", "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers", "sana-1.6b.json", 32, 32),
     Base("lumina2", "Alpha-VLLM/Lumina-Image-2.0", "lumina2.json", 8, 16),
-    Base("zimage", "Tongyi-MAI/Z-Image-Turbo", "zimage.json", 8, 16),
+    Base("zimage", "Tongyi-MAI/Z-Image", "zimage.json", 8, 16),
     Base("qwenimage", "Qwen/Qwen-Image", "qwenimage.json", 8, 16),
     Base("auraflow", "fal/AuraFlow-v0.3", "auraflow.json", 8, 4),
     Base("krea2", "krea/Krea-2-Raw", "krea2.json", 8, 16),
