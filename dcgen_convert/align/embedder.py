@@ -15,15 +15,18 @@ from torch import Tensor, nn
 
 from dcgen_convert import models
 from dcgen_convert.align.ridge import Noise, NormalEquations
+from dcgen_convert.console import Console
 from dcgen_convert.data.cache import LatentCache
 from dcgen_convert.files import atomic_save
 from dcgen_convert.journal import Stage
 from dcgen_convert.train import adapt
 from dcgen_convert.train.objective import t_of_normal
 
+OVERFIT = 2.0  # held-out over seen MSE from which a closed form is called one of too few rows
+
 
 def run(job, stage: Stage) -> None:
-    """Writes modules.safetensors (the embedder) and reports the MSE before, after, and at the optimum."""
+    """Writes modules.safetensors (the embedder) and reports the MSE before, after, at the optimum, and on rows held out."""
     settings = job.recipe.align_embedder
     resolution = job.recipe.adapt.phases[0].resolution
     cache = job.rows(resolution)
@@ -31,7 +34,9 @@ def run(job, stage: Stage) -> None:
     student = models.load(job.folder("surgery") / models.TRANSFORMER, torch.float32)
     problem = Problem(job, teacher, student, cache, settings.pooling)
 
-    equations = problem.equations(settings.batch)
+    cut = len(cache.split()[0])
+    seen, unseen = problem.equations(settings.batch, range(cut)), problem.equations(settings.batch, range(cut, len(cache)))
+    equations = seen + unseen
     started = time.perf_counter()
     module = student.get_submodule(job.family.embedder)
     start = xavier(module, job.recipe.seed)
@@ -40,6 +45,9 @@ def run(job, stage: Stage) -> None:
     if settings.method == "ridge":
         noise = noise_moments(job, student, cache) if settings.noise_aware else None
         weight, bias = equations.solve(settings.ridge, noise, problem.biased)
+        if seen.count:
+            part = seen.solve(settings.ridge, noise, problem.biased)
+            stage.metrics.update(check_heldout(seen, unseen, part, job.console))
     elif settings.method == "adamw":
         weight, bias = descend(problem, start, settings.steps, settings.lr, settings.batch, job.recipe.seed)
     seconds = time.perf_counter() - started
@@ -51,6 +59,21 @@ def run(job, stage: Stage) -> None:
         f"align embedder: {settings.method}, MSE {before:.5g} (Xavier) -> {after:.5g}, optimum {optimum:.5g}, {seconds:.2f} s"
     )
     atomic_save(as_module(module, job.family.embedder, weight, bias), stage.folder / models.MODULES)
+
+
+def check_heldout(seen: NormalEquations, unseen: NormalEquations, solved: tuple[Tensor, Tensor], console: Console) -> dict[str, float]:
+    """MSE of a solution of ``seen`` on its own rows and on others; a warning where it has learned its own by heart.
+
+    That happens at f128 with few pictures: a picture of the tiny world is one token there, of 512 channels. A weight that
+    fits so closely also enlarges the noise that is added to the latents in training.
+    """
+    own, other = seen.mse(*solved), unseen.mse(*solved)
+    if other > OVERFIT * own:
+        console.warn(
+            f"align embedder: {seen.count} tokens are few for {len(seen.x)} latent channels: MSE {other:.3g} on pictures held out, "
+            f"{own:.3g} on the others; draw more (data.count), or --set align_embedder.ridge=0.01"
+        )
+    return {"mse_seen": own, "mse_heldout": other}
 
 
 class Problem:
@@ -84,11 +107,13 @@ class Problem:
             own = None if own is None else resize(own[None], self.grid, self.grid_base, "bilinear")[0]
         return x, goal if own is None else goal - own
 
-    def equations(self, batch: int) -> NormalEquations:
+    def equations(self, batch: int, pictures: range | None = None) -> NormalEquations:
+        """Of ``pictures`` (default: all), read ``batch`` at a time."""
+        pictures = range(len(self.cache)) if pictures is None else pictures
         x, y = self.rows([0])
         equations = NormalEquations(x.shape[-1], y.shape[-1])
-        for start in range(0, len(self.cache), batch):
-            equations.add(*self.rows(list(range(start, min(start + batch, len(self.cache))))))
+        for start in range(0, len(pictures), batch):
+            equations.add(*self.rows(list(pictures[start : start + batch])))
         return equations
 
 
