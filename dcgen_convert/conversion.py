@@ -57,13 +57,13 @@ def walk(job: Job, output: Path, force: bool) -> Iterator[Step]:
 
     recipe = job.recipe.model_dump(mode="json")
     phases = recipe["adapt"].pop("phases")
-    shapes = {"buckets": True} if recipe["data"].pop("buckets") else {}  # pictures do not depend on how they are cut
     common = {"source": job.source.fingerprint, "dtype": recipe["dtype"], "seed": recipe["seed"]}
     if job.source.imported:
         yield Step(imported.STAGE, imported.run, {"source": job.source.fingerprint})
     yield Step("surgery", surgery.run, {**common, "autoencoder": job.ae.fingerprint, "resolution": job.resolution})
-    yield Step("data", make.run, {**common, "data": recipe["data"], "text_length": job.text_length}, after=())
+    yield Step("data", make.run, {**common, **make.inputs(job)}, after=())
     resolutions = sorted({phase["resolution"] for phase in phases})
+    shapes = {"buckets": True} if job.recipe.data.buckets else {}
     yield Step("latents", latents.run, {"latents": recipe["latents"], "resolutions": resolutions, **shapes})
     yield Step(
         "align-embedder", embedder.run, {"align_embedder": recipe["align_embedder"], "shift": recipe["adapt"]["shift"]}

@@ -7,7 +7,7 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dcgen_convert import __version__, autoencoder_files, catalog
+from dcgen_convert import __version__, autoencoder_files, catalog, sources
 from dcgen_convert.bundle.scheduler import scheduler_config
 from dcgen_convert.checkpoint.headers import read_weights
 from dcgen_convert.checkpoint.source import Source, load_source, resolve_folder
@@ -167,6 +167,9 @@ def prepare(resolved: Resolved, run: Run, console: Console, crew: Crew = SOLO) -
     )
     if entry and entry.family != source.family.name:
         raise InputError(f"{source.root} holds a {source.family.name} model, {recipe.source} is a {entry.family}")
+    doubt = sources.doubt(source.family, recipe.source, None if source.imported else source.root)
+    if doubt:
+        console.warn(doubt)
     stage.check_container(recipe.quantize, source.family)
     if not recipe.merge_lora and not hasattr(stock_pipeline(source), "load_lora_weights"):
         raise InputError(

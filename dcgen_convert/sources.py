@@ -50,6 +50,15 @@ def family_defaults(source: str, offline: bool, base: str | None = None) -> dict
     }
 
 
+def doubt(family: families.Family, source: str, folder: Path | None) -> str | None:
+    """A sentence where SOURCE may be a variant that a conversion does not suit.
+
+    folder: its pipeline's; None where that is not here, or is another model's, which the source is completed with.
+    """
+    config = folder / "scheduler" / "scheduler_config.json" if folder else None
+    return family.doubt(source, read_object(config) if config and config.is_file() else {})
+
+
 def _checked(source: str) -> str:
     """SOURCE when it can be one at all."""
     path = Path(source).expanduser()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dcgen_convert import models
 from dcgen_convert.align.ridge import Noise, NormalEquations
+from dcgen_convert.console import Console
 from dcgen_convert.data import buckets
 from dcgen_convert.data.cache import LatentCache
 from dcgen_convert.files import atomic_save
@@ -24,9 +25,11 @@ from dcgen_convert.journal import Stage
 from dcgen_convert.train import adapt
 from dcgen_convert.train.objective import t_of_normal
 
+OVERFIT = 2.0  # held-out over seen MSE from which a closed form is called one of too few rows
+
 
 def run(job, stage: Stage) -> None:
-    """Writes modules.safetensors (the embedder) and reports the MSE before, after, and at the optimum."""
+    """Writes modules.safetensors (the embedder) and reports the MSE before, after, at the optimum, and on rows held out."""
     settings = job.recipe.align_embedder
     resolution = job.recipe.adapt.phases[0].resolution
     cache = job.rows(resolution)
@@ -34,7 +37,9 @@ def run(job, stage: Stage) -> None:
     student = models.load(job.folder("surgery") / models.TRANSFORMER, torch.float32)
     problem = Problem(job, teacher, student, cache, settings.pooling)
 
-    equations = problem.equations(settings.batch)
+    cut = len(cache.split()[0])
+    seen, unseen = problem.equations(settings.batch, range(cut)), problem.equations(settings.batch, range(cut, len(cache)))
+    equations = seen + unseen
     started = time.perf_counter()
     module = student.get_submodule(job.family.embedder)
     start = xavier(module, job.recipe.seed)
@@ -43,6 +48,9 @@ def run(job, stage: Stage) -> None:
     if settings.method == "ridge":
         noise = noise_moments(job, student, cache) if settings.noise_aware else None
         weight, bias = equations.solve(settings.ridge, noise, problem.biased)
+        if seen.count:
+            part = seen.solve(settings.ridge, noise, problem.biased)
+            stage.metrics.update(check_heldout(seen, unseen, part, job.console))
     elif settings.method == "adamw":
         weight, bias = descend(problem, start, settings.steps, settings.lr, settings.batch, job.recipe.seed)
     seconds = time.perf_counter() - started
@@ -54,6 +62,21 @@ def run(job, stage: Stage) -> None:
         f"align embedder: {settings.method}, MSE {before:.5g} (Xavier) -> {after:.5g}, optimum {optimum:.5g}, {seconds:.2f} s"
     )
     atomic_save(as_module(module, job.family.embedder, weight, bias), stage.folder / models.MODULES)
+
+
+def check_heldout(seen: NormalEquations, unseen: NormalEquations, solved: tuple[Tensor, Tensor], console: Console) -> dict[str, float]:
+    """MSE of a solution of ``seen`` on its own rows and on others; a warning where it has learned its own by heart.
+
+    That happens at f128 with few pictures: a picture of the tiny world is one token there, of 512 channels. A weight that
+    fits so closely also enlarges the noise that is added to the latents in training.
+    """
+    own, other = seen.mse(*solved), unseen.mse(*solved)
+    if other > OVERFIT * own:
+        console.warn(
+            f"align embedder: {seen.count} tokens are few for {len(seen.x)} latent channels: MSE {other:.3g} on pictures held out, "
+            f"{own:.3g} on the others; draw more (data.count), or --set align_embedder.ridge=0.01"
+        )
+    return {"mse_seen": own, "mse_heldout": other}
 
 
 class Problem:
@@ -87,10 +110,14 @@ class Problem:
             own = None if own is None else resize(own[None], grid, grid_base, "bilinear")[0]
         return x, goal if own is None else goal - own
 
-    def equations(self, batch: int) -> NormalEquations:
+    def equations(self, batch: int, pictures: range | None = None) -> NormalEquations:
+        """Of ``pictures`` (default: all), read ``batch`` at a time."""
+        spans = self.cache.spans
+        if pictures is not None:
+            spans = [range(max(span.start, pictures.start), min(span.stop, pictures.stop)) for span in spans]
         x, y = self.rows([0])
         equations = NormalEquations(x.shape[-1], y.shape[-1])
-        for part in buckets.batches(self.cache.spans, batch):
+        for part in buckets.batches(spans, batch):
             equations.add(*self.rows(list(part)))
         return equations
 

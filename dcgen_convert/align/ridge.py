@@ -46,6 +46,13 @@ class NormalEquations:
         self.xy.addmm_(x.T, y)
         self.yy += y.square().sum()
 
+    def __add__(self, other: NormalEquations) -> NormalEquations:
+        """The equations of both sets of rows together."""
+        both = NormalEquations(len(self.x), len(self.y))
+        for name in vars(both):
+            setattr(both, name, getattr(self, name) + getattr(other, name))
+        return both
+
     def solve(self, ridge: float, noise: Noise | None = None, bias: bool = True) -> tuple[Tensor, Tensor]:
         """W (D, K) and b (D,), float64.
 

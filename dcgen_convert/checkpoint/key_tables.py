@@ -8,7 +8,8 @@
     LEFT -                  diffusers has no such tensor: the network does not use it
 
 `#` is a block's number, `$` the highest one, `*` weight and bias; `{a,b}` is both, the same on either side.
-Source: what diffusers 0.42 `from_single_file` does for each class, restated with every size taken from the tensors.
+Source: what diffusers 0.42 `from_single_file` does for each class, restated with every size taken from the tensors; the
+norms of SANA-1.5's queries and keys are in its scripts/convert_sana_to_diffusers.py only.
 """
 
 from __future__ import annotations
@@ -108,6 +109,7 @@ final_layer.adaLN_modulation.1.* ~ norm_out.linear.*
 SANA = """
 pos_embed -
 y_embedder.y_embedding -
+logvar_linear.* -
 x_embedder.proj.* = patch_embed.proj.*
 t_embedder.mlp.0.* = time_embed.emb.timestep_embedder.linear_1.*
 t_embedder.mlp.2.* = time_embed.emb.timestep_embedder.linear_2.*
@@ -117,7 +119,9 @@ y_embedder.y_proj.fc2.* = caption_projection.linear_2.*
 attention_y_norm.weight = caption_norm.weight
 blocks.#.scale_shift_table = transformer_blocks.#.scale_shift_table
 blocks.#.attn.qkv.weight = transformer_blocks.#.attn1.{to_q+to_k+to_v}.weight
+blocks.#.attn.{q,k}_norm.weight = transformer_blocks.#.attn1.norm_{q,k}.weight
 blocks.#.attn.proj.* = transformer_blocks.#.attn1.to_out.0.*
+blocks.#.cross_attn.{q,k}_norm.weight = transformer_blocks.#.attn2.norm_{q,k}.weight
 blocks.#.cross_attn.q_linear.* = transformer_blocks.#.attn2.to_q.*
 blocks.#.cross_attn.kv_linear.* = transformer_blocks.#.attn2.{to_k+to_v}.*
 blocks.#.cross_attn.proj.* = transformer_blocks.#.attn2.to_out.0.*

@@ -118,6 +118,7 @@ def sana(t: Shapes) -> dict:
         "cross_attention_dim": t.rows("transformer_blocks.0.attn2.to_q.weight"),
         "caption_channels": t.columns("caption_projection.linear_1.weight"),
         "mlp_ratio": hidden / t.rows("patch_embed.proj.weight"),
+        "qk_norm": "rms_norm_across_heads" if t.has("transformer_blocks.0.attn1.norm_q.") else None,  # SANA-1.5
         "width": t.rows("patch_embed.proj.weight"),
     }
 

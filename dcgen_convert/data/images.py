@@ -5,7 +5,9 @@ index.jsonl   one object per picture: {"file", "caption", "seed"}; relative file
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,6 +72,26 @@ def _read_jsonl(path: Path) -> list[Picture]:
     if not pictures:
         raise InputError(f"{path} lists no images")
     return pictures
+
+
+def listing(path: Path) -> str | None:
+    """Hash of the names, sizes and modification times of what `read_folder` reads and lists; None where nothing is.
+
+    Cheap: no picture is opened. A caption or a picture that was changed, added or taken away changes it.
+    """
+    path = Path(path).expanduser()
+    if path.suffix == ".jsonl" and path.is_file():
+        files = [path, *(picture.file for picture in _read_jsonl(path))]
+    elif path.is_dir():
+        files = [file for file in path.rglob("*") if file.suffix.lower() in {*SUFFIXES, ".txt"}]
+    else:
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        stat = file.stat() if file.is_file() else None
+        known = stat and (stat.st_size, stat.st_mtime_ns)
+        digest.update(f"{os.path.relpath(file, path.parent)} {known}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 def write_index(folder: Path, pictures: list[Picture], name: str = INDEX) -> None:

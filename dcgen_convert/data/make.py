@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from dcgen_convert import pipelines
 from dcgen_convert.checkpoint.source import Source
 from dcgen_convert.data import images, prompts
 from dcgen_convert.data.images import Picture
 from dcgen_convert.errors import InputError
-from dcgen_convert.files import replacing
-from dcgen_convert.journal import Stage
+from dcgen_convert.files import read_json, replacing, sha256
+from dcgen_convert.journal import MARKER, Stage
+
+
+def inputs(job) -> dict[str, Any]:
+    """What the stage depends on besides the source: the settings, and the contents of the files that they name.
+
+    Files that are no longer there count as unchanged: a run that has its latents goes on without them.
+    """
+    settings = job.recipe.data
+    drawn = settings.model_dump(mode="json", exclude={"buckets"})  # pictures do not depend on how they are cut
+    found: dict[str, Any] = {"data": drawn, "text_length": job.text_length}
+    if settings.kind == "folder":
+        files = images.listing(Path(settings.path))
+    elif settings.prompts not in prompts.KINDS:
+        files = sha256(Path(settings.prompts)) if Path(settings.prompts).is_file() else None
+    else:
+        return found
+    marker = job.folder("data") / MARKER
+    before = read_json(marker)["inputs"].get("files") if marker.exists() else None
+    return {**found, "files": files or before}
 
 
 def run(job, stage: Stage) -> None:

@@ -39,6 +39,7 @@ DETAILS = (
     "motion blur", "warm tones", "cool tones",
     "reflections",
 )  # fmt: skip
+KINDS = ("builtin", "tiny-world")  # anything else is a file
 SLOTS = (STYLES, SUBJECTS, PLACES, LIGHTS, DETAILS)
 
 
@@ -56,7 +57,7 @@ def make(kind: str, count: int, seed: int, classes: list[str] | None = None) -> 
     Raises:
         InputError: the file is missing or empty.
     """
-    if kind not in ("builtin", "tiny-world"):
+    if kind not in KINDS:
         return _from_file(Path(kind), count)
     generator = random.Random(seed)
     if classes:

@@ -10,9 +10,11 @@ WIDTH, HEIGHT = 640, 260  # px
 LEFT, RIGHT, TOP, BOTTOM = 64, 12, 12, 44  # px around the plot
 COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#8e5ea2", "#c98b00", "#555555")
 MOST = 400  # points drawn per line; longer series are averaged in equal pieces
+FEW = 8  # points of a line up to which each is marked
 LOG_SPAN = 30.0  # max / min from which the axis is logarithmic
 
 Points = Sequence[tuple[float, float]]
+STYLE = "text { font: 11px system-ui, sans-serif; } .rule { stroke: #e4e4e4; }"  # of a file; a report has its own
 
 
 def line_chart(series: Mapping[str, Points], *, x_label: str, y_label: str) -> str:
@@ -22,17 +24,38 @@ def line_chart(series: Mapping[str, Points], *, x_label: str, y_label: str) -> s
     finite are left out. A series without any finite point is named in the legend as empty; no point at all gives a
     sentence instead of a chart.
     """
-    series = {
-        name: thin([(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)])
-        for name, points in series.items()
-    }
+    series = _finite(series)
+    drawn = _lines(series, x_label, y_label)
+    label = f"{escape(y_label)} over {escape(x_label)}"
+    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(drawn)}</svg>'
+    return svg + _legend(series) if drawn else "<p>no finite values</p>"
+
+
+def line_file(series: Mapping[str, Points], *, x_label: str, y_label: str) -> str:
+    """`line_chart` as an SVG file that stands alone: the legend is a line of text under the chart. Empty without a point."""
+    series = _finite(series)
+    drawn = _lines(series, x_label, y_label)
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT + 20}" width="{WIDTH}" height="{HEIGHT + 20}">'
+    back = f'<style>{STYLE}</style><rect width="{WIDTH}" height="{HEIGHT + 20}" fill="#fff"/>'
+    names = "".join(
+        f'<tspan fill="{colour}" dx="12">&#9632; {escape(name)}</tspan>' for name, colour in zip(series, _cycle(len(series)), strict=True)
+    )
+    return f'{head}{back}{"".join(drawn)}<text x="{LEFT - 12}" y="{HEIGHT + 10}">{names}</text></svg>\n' if drawn else ""
+
+
+def _finite(series: Mapping[str, Points]) -> dict[str, list[tuple[float, float]]]:
+    return {name: thin([(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]) for name, points in series.items()}
+
+
+def _lines(series: Mapping[str, Points], x_label: str, y_label: str) -> list[str]:
+    """SVG elements of axes, rules and lines; none when there is no point."""
     points = [point for line in series.values() for point in line]
     if not points:
-        return "<p>no finite values</p>"
+        return []
     xs, ys = [x for x, _ in points], [y for _, y in points]
     log = min(ys) > 0 and max(ys) / min(ys) > LOG_SPAN
     x_axis, y_axis = _Axis(min(xs), max(xs), LEFT, WIDTH - RIGHT), _Axis(min(ys), max(ys), HEIGHT - BOTTOM, TOP, log)
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_label)} over {escape(x_label)}">']
+    parts = []
     for value in y_axis.ticks():
         y = y_axis(value)
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="rule"/>')
@@ -47,14 +70,14 @@ def line_chart(series: Mapping[str, Points], *, x_label: str, y_label: str) -> s
             f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6">'
             f"<title>{escape(name)}</title></polyline>"
         )
-        if len(line) == 1:
-            parts.append(f'<circle cx="{x_axis(line[0][0]):.1f}" cy="{y_axis(line[0][1]):.1f}" r="3" fill="{colour}"/>')
+        for x, y in line if len(line) <= FEW else ():
+            parts.append(f'<circle cx="{x_axis(x):.1f}" cy="{y_axis(y):.1f}" r="3" fill="{colour}"/>')
     parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>')
     parts.append(
         f'<text transform="translate(14 {HEIGHT / 2}) rotate(-90)" text-anchor="middle">'
         f"{escape(y_label)}{' (log)' if log else ''}</text>"
     )
-    return "".join(parts) + "</svg>" + _legend(series)
+    return parts
 
 
 def bar_chart(rows: Sequence[tuple[str, Mapping[str, float]]], label: str) -> str:

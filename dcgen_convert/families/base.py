@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -234,6 +235,13 @@ class Family:
     def convert_config(self, config: dict[str, Any], factor: int, channels: int, side: int) -> dict[str, Any]:
         """Transformer config for an autoencoder (f = factor, c = channels) at patch 1; ``side`` is the bundle's px size."""
         raise TypeError(f"{type(self).__name__} states no convert_config")
+
+    def doubt(self, name: str, scheduler: Mapping[str, Any]) -> str | None:
+        """What speaks against converting a source, by its name and its scheduler's config; None when nothing does.
+
+        For variants that no config names: the user is warned, as a fine-tune may look like one and be none.
+        """
+        return None
 
     def predict(self, model: nn.Module, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
         """The network's native prediction at z_t, (B, C, h, w); t and guidance are (B,)."""

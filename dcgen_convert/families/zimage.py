@@ -36,6 +36,17 @@ class ZImage(Family):
             raise InputError("this Z-Image model has more patch sizes than 2 x 2, which its stock pipeline cannot run")
         return {**config, "in_channels": channels // 4}  # 2 x 2 cells of the adapter's grid are one deep latent cell
 
+    def doubt(self, name, scheduler):
+        # Nothing but the scheduler tells the two published models apart: Z-Image has shift 6, Z-Image-Turbo 3.
+        signs = ["its name says turbo"] if "turbo" in name.lower() else []
+        signs += ["its scheduler's shift is 3, Z-Image's is 6"] if scheduler.get("shift") == 3 else []
+        if not signs:
+            return None
+        return (
+            f"{name} may be Z-Image-Turbo ({' and '.join(signs)}): distilled to 8 steps without guidance, which flow matching would "
+            "undo; Tongyi-MAI/Z-Image is the undistilled model"
+        )
+
     def image_tokens(self, features, count, text):
         return features[:, :count]  # the picture comes first, its padding and the caption after it
 

@@ -41,11 +41,12 @@ def plan(resolved: Resolved, gpu_bytes: float = GPU_BYTES) -> dict:
     problems += impossible
     space = costs.disk(recipe, sizes)
     fetch = costs.downloads(recipe, sizes.base)
+    doubt = sources.doubt(sizes.family, recipe.source, Path(recipe.source).expanduser())
     return {
         "schema": "dcgen.plan/1",
         "status": "infeasible" if problems else "feasible",
         "problems": problems,
-        "notes": _notes(fetch, space, resolved),
+        "notes": [*([doubt] if doubt else []), *_notes(fetch, space, resolved)],
         "source": {
             "name": recipe.source,
             "family": sizes.family.name,
@@ -87,7 +88,8 @@ def require_disk(recipe: Recipe, run_dir: Path, output: Path, offline: bool = Fa
         ResourceError: naming the disk, what is needed and what is free.
     """
     kinds = dict(costs.disk(recipe, shapes(recipe, offline))["bytes"])
-    held = sum(path.stat().st_size for path in Path(run_dir).rglob("*") if path.is_file())
+    found = [path.stat() for path in Path(run_dir).rglob("*") if path.is_file()]
+    held = sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in found}.values())  # a linked shard counts once
     fetched, bundle = kinds.pop("downloads"), kinds.pop("bundle")
     costs.check_disk(
         [(costs.hub_cache(), fetched), (Path(output), bundle), (Path(run_dir), sum(kinds.values()) - held)]

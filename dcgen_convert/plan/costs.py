@@ -85,12 +85,14 @@ def disk(recipe: Recipe, sizes: Shapes) -> dict:
     source, ae = catalog.find_source(recipe.source), catalog.find_autoencoder(recipe.ae)
     companions = BF16 * ((source.extra_parameters if source else 0) + (ae.parameters if ae else 0))
     dense = BF16 * converted.parameters
+    imported = bool(recipe.base or recipe.loras) or Path(recipe.source).expanduser().is_file()
     kinds = {
         "downloads": fetched,
         "pictures": count * data.resolution**2 * PNG_BYTES_PER_PIXEL if data.kind == "synthetic" else 0,
         "latents": count * cells * BF16,
         "text": count * sizes.text * sizes.base.text_width * BF16 if recipe.latents.text == "cache" else 0,
-        "import": dense if recipe.base or recipe.loras or Path(recipe.source).expanduser().is_file() else 0,
+        "import": dense if imported else 0,
+        "surgery": 0 if imported else dense,  # what import wrote is linked, but for embedder and head
         "checkpoints": 2 * 16 * trained,  # the newest and the one before it: fp32 weight, two moments, EMA
         "merged": dense * len(recipe.adapt.phases),
         "quantised": quantised,

@@ -33,6 +33,14 @@ def test_solution_is_the_float64_least_squares_optimum(rows):
     torch.testing.assert_close(bias, best[K], atol=1e-8, rtol=1e-8)
 
 
+def test_equations_of_two_sets_of_rows_add_up(rows):
+    x, y = rows
+    both = stream(x[:150], y[:150]) + stream(x[150:], y[150:])
+    assert both.count == ROWS
+    for mine, one in zip(both.solve(1e-6), stream(x, y).solve(1e-6), strict=True):
+        torch.testing.assert_close(mine, one, atol=1e-12, rtol=1e-10)
+
+
 def test_without_a_bias_it_is_the_optimum_through_the_origin(rows):
     x, y = rows
     weight, bias = stream(x, y).solve(0.0, bias=False)

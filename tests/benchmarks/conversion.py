@@ -45,16 +45,20 @@ def main(work: Path, names: list[str]) -> None:
     print("| | minutes | loss start / end | accuracy source / converted / ratio | Frechet source / converted | 4-bit: accuracy, PSNR |")
     print("|---|---|---|---|---|---|")
     for name in names or ROWS:
-        folder = folder_of(work, name)
-        folder.mkdir(parents=True, exist_ok=True)
-        shared = folder_of(work, SHARED.get(name, name)) / "run"
-        if shared.exists() and not (folder / "run").exists():
-            shutil.copytree(shared, folder / "run")
-        command = [sys.executable, "-m", "dcgen_convert.cli", "convert", *ROWS[name], "--set", f"evaluate.prompts={PROMPTS}"]
-        command += ["-o", str(folder / "bundle"), "--run-dir", str(folder / "run"), "-y", "--json"]
-        with open(folder / "log.txt", "a") as log:
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True, check=True)
-        print(row(name, json.loads(done.stdout)), flush=True)
+        options = [*ROWS[name], "--set", f"evaluate.prompts={PROMPTS}"]
+        print(row(name, convert(folder_of(work, name), options, folder_of(work, SHARED.get(name, name)))), flush=True)
+
+
+def convert(folder: Path, options: list[str], shared: Path) -> dict:
+    """The result document of a conversion into ``folder``, which starts from a copy of the run in ``shared`` if that is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (shared / "run").exists() and not (folder / "run").exists():
+        shutil.copytree(shared / "run", folder / "run")
+    command = [sys.executable, "-m", "dcgen_convert.cli", "convert", *options]
+    command += ["-o", str(folder / "bundle"), "--run-dir", str(folder / "run"), "-y", "--json"]
+    with open(folder / "log.txt", "a") as log:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True, check=True)
+    return json.loads(done.stdout)
 
 
 def row(name: str, document: dict) -> str:

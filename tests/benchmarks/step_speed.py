@@ -25,7 +25,8 @@ ROUNDS = 30
 
 
 @torch.no_grad()
-def main(folder: Path, batch: int) -> None:
+def measured(folder: Path, batch: int) -> tuple[float, float, list[int], int]:
+    """(seconds of a step before, after; image tokens before and after; text tokens) of the conversion in the run ``folder``."""
     job = prepare(Resolved(Recipe.model_validate(read_json(folder / RECIPE)["recipe"]), {}), Run(folder, NULL), NULL)
     rows = job.rows(job.resolution)
     indices = list(range(batch))
@@ -40,6 +41,11 @@ def main(folder: Path, batch: int) -> None:
             spent.append(time.perf_counter() - started)
     before, after = (statistics.median(spent) for spent in times)
     length = next(iter(text.values())).shape[1] if text[job.family.text_keys[0]].ndim > 1 else 0
+    return before, after, tokens, length
+
+
+def main(folder: Path, batch: int) -> None:
+    before, after, tokens, length = measured(folder, batch)
     print(f"batch {batch}: {before * 1e3:.1f} ms -> {after * 1e3:.1f} ms per step: {before / after:.2f} x")
     print(f"image tokens {tokens[0]} -> {tokens[1]}: {tokens[0] / tokens[1]:.1f} x; with {length} text tokens "
           f"{(tokens[0] + length) / (tokens[1] + length):.2f} x")

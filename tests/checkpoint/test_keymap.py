@@ -19,10 +19,10 @@ OWN = {"sd3": {"qk_norm": "rms_norm", "dual_attention_layers": [0]}}
 UNUSED = {"sana": ["pos_embed", "y_embedder.y_embedding"], "lumina2": ["norm_final.weight"], "zimage": ["norm_final.weight"]}
 
 
-def described(family):
-    """(config, names and shapes) of a family's published model with two blocks of each kind."""
+def described(family, **more):
+    """(config, names and shapes) of a family's published model with two blocks of each kind; ``more`` config values."""
     template = bases.template_of(family)
-    config = {**template, **{key: value for key, value in DEPTH.items() if key in template}, **OWN.get(family, {})}
+    config = {**template, **{key: value for key, value in DEPTH.items() if key in template}, **OWN.get(family, {}), **more}
     with torch.device("meta"):
         model = getattr(diffusers, families.get(family).model_class).from_config(config)
     return config, {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -64,6 +64,33 @@ def test_a_map_is_diffusers_conversion_and_its_own_inverse(family, layout):
     theirs = convert(dict(given))
     assert theirs.keys() == mine.keys()
     assert all(torch.equal(theirs[name], mine[name]) for name in mine)
+
+
+def test_the_norms_of_sana_1_5_have_a_place_and_show_in_the_config():
+    """diffusers' `from_single_file` drops them; the new names are those of its scripts/convert_sana_to_diffusers.py."""
+    config, shapes = described("sana", qk_norm="rms_norm_across_heads")
+    tensors = thin(shapes)
+    table = keymap.find("sana", "original")
+    originals = assemble(table.backward(shapes_of(tensors)), tensors)
+    sides = {"attn": "attn1", "cross_attn": "attn2"}
+    norms = {
+        f"blocks.{i}.{old}.{x}_norm.weight": f"transformer_blocks.{i}.{new}.norm_{x}.weight"
+        for i in range(2) for old, new in sides.items() for x in "qk"
+    }  # fmt: skip
+    assert all(torch.equal(originals[old], tensors[new]) for old, new in norms.items())
+    unused = [*UNUSED["sana"], "logvar_linear.weight", "logvar_linear.bias"]
+    given = {**originals, **{name: torch.zeros(1) for name in unused}}
+    stacks, dropped = table.forward(shapes_of(given))
+    assert sorted(dropped) == sorted(unused)
+    mine = assemble(stacks, given)
+    assert mine.keys() == tensors.keys() and all(torch.equal(mine[name], tensors[name]) for name in tensors)
+    convert = SINGLE_FILE_LOADABLE_CLASSES["SanaTransformer2DModel"]["checkpoint_mapping_fn"]
+    theirs = convert({name: value for name, value in given.items() if name not in norms})
+    assert theirs.keys() == mine.keys() - norms.values() and all(torch.equal(theirs[name], mine[name]) for name in theirs)
+    found = config_of(families.get("sana"), shapes, bases.template_of("sana"))
+    assert {key: found[key] for key in config} == config
+    assert bases.base_of("sana", found).repo == "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers"
+    assert "SANA1.5" not in bases.base_of("sana", config_of(families.get("sana"), described("sana")[1], config)).repo
 
 
 @pytest.mark.parametrize("family", SIZES)

@@ -52,6 +52,7 @@ def test_merge_changes_exactly_the_planned_tensors(converted):
 def test_alignment_reaches_the_optimum_and_is_reported(converted):
     metrics = stages(converted)["align-embedder"]["metrics"]
     assert metrics["mse_optimum"] <= metrics["mse_after"] <= metrics["mse_optimum"] * 1.001 < metrics["mse_before"]
+    assert 0.25 < metrics["mse_heldout"] / metrics["mse_seen"] < 4
 
 
 def test_every_planned_linear_is_quantised(converted):

@@ -1,14 +1,20 @@
 """The run folder believes only what is whole and still holds."""
 
+import json
+import re
+import shutil
 import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from dcgen_convert.console import NULL, Console
+from dcgen_convert.conversion import convert
 from dcgen_convert.errors import ResourceError
 from dcgen_convert.files import atomic_write, fresh_folder, replacing
 from dcgen_convert.journal import Run
+from dcgen_convert.recipe import load
 
 
 @pytest.fixture
@@ -54,6 +60,36 @@ def test_an_interrupted_stage_keeps_its_partial_work_for_the_same_inputs(run):
         assert (stage.folder / "half").exists()
     with run.stage("a", {"k": 2}) as stage:
         assert not (stage.folder / "half").exists()
+
+
+def test_data_are_read_again_when_the_files_behind_them_changed(tmp_path, capsys):
+    """The index that stage `data` writes follows the folder; a folder that is gone does not undo what is done."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in "ab":
+        Image.new("RGB", (128, 128)).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"picture {name}")
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("a red fox")
+
+    def captions(**data):
+        settings = [f"data.{key}={value}" for key, value in {"count": 1, "steps": 1, "batch": 1, **data}.items()]
+        resolved = load("tiny-flux", sets=settings)
+        convert(resolved, tmp_path / data.get("kind", "run"), tmp_path / "out", Console("human"), until="data")
+        said = capsys.readouterr().err
+        text = (tmp_path / data.get("kind", "run") / "data" / "index.jsonl").read_text()
+        return [json.loads(line)["caption"] for line in text.splitlines()], re.findall("data: (holds|runs again.*)", said)
+
+    mine = {"kind": "folder", "path": folder, "count": 9}
+    assert captions(**mine) == (["picture a", "picture b"], [])
+    assert captions(**mine) == (["picture a", "picture b"], ["holds"])
+    (folder / "b.txt").write_text("picture c")
+    assert captions(**mine) == (["picture a", "picture c"], ["runs again, changed: files"])
+    shutil.rmtree(folder)
+    assert captions(**mine) == (["picture a", "picture c"], ["holds"])
+    assert captions(prompts=lines) == (["a red fox"], [])
+    lines.write_text("a blue fox")
+    assert captions(prompts=lines) == (["a blue fox"], ["runs again, changed: files"])
 
 
 def test_a_second_process_is_refused_and_a_dead_one_is_no_obstacle(run):

@@ -46,6 +46,29 @@ def test_folder_of_images_and_captions(folder):
     assert pixels[0].min() > 0.99 and pixels[1].max() < -0.99
 
 
+def test_a_listing_changes_with_every_file_that_is_read(folder):
+    """Equal as long as nothing changes, another one after every single change."""
+    seen = [images.listing(folder)]
+    assert images.listing(folder) == seen[0]
+    (folder / "notes.md").write_text("not read")
+    assert images.listing(folder) == seen[0]
+    changes = [
+        lambda: (folder / "a.txt").write_text("another caption"),
+        lambda: os.utime(folder / "b.png", ns=(0, 10**9)),
+        lambda: (folder / "b.png").rename(folder / "c.png"),
+        lambda: (folder / "a.png").unlink(),
+    ]
+    for change in changes:
+        change()
+        seen.append(images.listing(folder))
+    (folder / "list.jsonl").write_text('{"file": "c.png", "caption": "x"}\n')
+    seen.append(images.listing(folder / "list.jsonl"))
+    os.utime(folder / "c.png", ns=(0, 2 * 10**9))
+    seen.append(images.listing(folder / "list.jsonl"))
+    assert None not in seen and len(set(seen)) == len(seen)
+    assert images.listing(folder / "gone") is None
+
+
 def test_no_images_no_captions_and_broken_images_are_named(folder, tmp_path):
     (folder / "a.txt").unlink()
     with pytest.raises(InputError, match=r"1 of 2 images have no caption, first .*a\.png"):

@@ -1,12 +1,16 @@
 """A variant that cannot be converted is refused with one sentence, before anything is written."""
 
 import json
+import re
 
 import pytest
 
-from dcgen_convert import families
+from dcgen_convert import families, plan, sources
 from dcgen_convert.checkpoint.source import load_source
+from dcgen_convert.console import NULL, Console
 from dcgen_convert.errors import InputError, RecipeError
+from dcgen_convert.job import prepare
+from dcgen_convert.journal import Run
 from dcgen_convert.recipe import load
 from dcgen_convert.schema import Adapt
 from dcgen_convert.train.adapt import sampling_of
@@ -56,6 +60,35 @@ def test_models_that_say_they_are_distilled(tmp_path):
 def test_configs_that_do_not_convert(name, config, channels, text):
     with pytest.raises(InputError, match=text):
         families.get(name).convert_config(config, 32, channels, 1024)
+
+
+def test_what_may_be_z_image_turbo_is_a_warning(tmp_path):
+    """The published schedulers: Z-Image {"shift": 6.0}, Z-Image-Turbo {"shift": 3.0}, both static."""
+    zimage = families.get("zimage")
+    folder = tmp_path / "mine"
+    for shift, name, says in (
+        (6.0, "mine", None),
+        (3.0, "mine", "mine may be Z-Image-Turbo .its scheduler's shift is 3, Z-Image's is 6.: distilled to 8 steps"),
+        (6.0, "Tongyi-MAI/Z-Image-Turbo", "its name says turbo.: distilled"),
+    ):
+        (folder / "scheduler").mkdir(parents=True, exist_ok=True)
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"shift": shift, "use_dynamic_shifting": False}))
+        doubt = sources.doubt(zimage, name, folder)
+        assert doubt is None if says is None else re.search(says, doubt)
+    assert sources.doubt(zimage, "Tongyi-MAI/Z-Image", None) is None
+    assert "turbo" in sources.doubt(zimage, "z_image_turbo.safetensors", None)
+    assert all(family.doubt("some-turbo", {"shift": 3.0}) is None for name, family in families.FAMILIES.items() if name != "zimage")
+
+
+def test_a_conversion_of_what_may_be_z_image_turbo_says_so(tmp_path, capsys):
+    TINY["zimage"].build(tmp_path / "model")
+    config = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    for shift, warned in ((3.0, True), (6.0, False)):
+        config.write_text(json.dumps({**json.loads(config.read_text()), "shift": shift}))
+        resolved = load("image", flags={"source": str(tmp_path / "model"), "ae": "tiny-dc-ae-f32", "resolution": 64})
+        prepare(resolved, Run(tmp_path / "run", NULL), Console("human"))
+        assert ("may be Z-Image-Turbo" in capsys.readouterr().err) == warned
+        assert any("may be Z-Image-Turbo" in note for note in plan.plan(resolved)["notes"]) == warned
 
 
 def test_a_shift_that_the_network_leans_on_cannot_be_changed():

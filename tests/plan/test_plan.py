@@ -5,8 +5,10 @@ import re
 import shutil
 
 import pytest
+from conftest import WEIGHTS
 
-from dcgen_convert import families, plan, recipe, sources
+from dcgen_convert import conversion, families, plan, recipe, sources
+from dcgen_convert.console import NULL
 from dcgen_convert.errors import ResourceError
 from dcgen_convert.plan import costs
 from dcgen_convert.plan.shapes import shapes
@@ -133,6 +135,18 @@ def test_disk_follows_the_data():
     assert document("flux-krea", sets=["data.count=10"])["disk"]["peak"] < document("flux-krea")["disk"]["peak"]
     doc = document("flux-krea")
     assert sum(doc["disk"]["bytes"].values()) == pytest.approx(doc["disk"]["peak"])
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["folder", "single file"])
+def test_surgery_takes_the_disk_that_the_plan_says(alone, tmp_path):
+    """Against what a real surgery (and import) leaves, a linked shard counted once; within 2 %: headers, embedder and head."""
+    file = WEIGHTS / "tiny-flux" / "transformer" / "diffusion_pytorch_model.safetensors"
+    resolved = recipe.load("tiny-flux", flags={"source": str(file), "base": "tiny-flux"} if alone else {})
+    conversion.convert(resolved, tmp_path / "run", tmp_path / "out", NULL, until="surgery")
+    written = [path.stat() for path in (tmp_path / "run").glob("*/transformer/*.safetensors")]
+    kinds = plan.plan(resolved)["disk"]["bytes"]
+    assert (kinds["import"] > 0) == alone
+    assert kinds["import"] + kinds["surgery"] == pytest.approx(sum({s.st_ino: s.st_size for s in written}.values()), rel=0.02)
 
 
 def test_hub_cache_obeys_the_environment():

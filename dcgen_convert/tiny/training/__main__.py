@@ -1,12 +1,13 @@
 """How the shipped checkpoints were made. Each part is one command; intermediate weights (float32) go to WORK.
 
     python -m dcgen_convert.tiny.training WORK evaluator
-    python -m dcgen_convert.tiny.training WORK kl-f8c16 | kl-f8c4 | dc-f32c32 | dc-f64c128
+    python -m dcgen_convert.tiny.training WORK kl-f8c16 | kl-f8c4 | dc-f32c32 | dc-f64c128 | dc-f128c512
     python -m dcgen_convert.tiny.training WORK flux-teacher | flux | sana | dit
     python -m dcgen_convert.tiny.training WORK assemble WEIGHTS     (the diffusers folders, bfloat16)
     python -m dcgen_convert.tiny.training WORK gates                (the figures that the README states)
 
-A part needs those before it: kl-f8c4 kl-f8c16, transformers their autoencoder, flux its teacher.
+A part needs those before it: kl-f8c4 kl-f8c16, transformers their autoencoder, flux its teacher. dc-f128c512 does not ship:
+tests/benchmarks/compression_sweep.py trains it, from the shipped tiny-dc-ae-f64 where WORK has no dc-f64c128.
 
 The shipped weights had these steps in several runs: tiny-flux was distilled once before its teacher's last two phases,
 tiny-dit began on pictures of every texture and place. A run of this script is equal in kind, not bit by bit.
@@ -22,7 +23,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, FluxPipeline, FluxTransformer2DModel, SanaPipeline
 from safetensors.torch import load_file, save_file
 
-from dcgen_convert import families
+from dcgen_convert import catalog, families
 from dcgen_convert.tiny import world
 from dcgen_convert.tiny.evaluator import Evaluator
 from dcgen_convert.tiny.training import assemble, autoencoders, evaluator, text
@@ -34,6 +35,7 @@ AUTOENCODERS = {  # steps, batch, learning rate
     "kl-f8c4": (2500, 4, 1.5e-3),
     "dc-f32c32": (3600, 12, 2e-3),
     "dc-f64c128": (3600, 10, 6e-4),
+    "dc-f128c512": (1500, 8, 6e-4),
 }
 PICTURES = {"flux": 24_000, "sana": 10_000, "dit": 10_000}  # flux learns 10,000 by heart, and shapes last
 # (steps, learning rate, shift of the noise level), one after the other. Heavy noise teaches the text: in light noise
@@ -57,9 +59,7 @@ def main(arguments: list[str]) -> None:
             {key: value.contiguous() for key, value in model.state_dict().items()}, work / "evaluator.safetensors"
         )
     elif part in AUTOENCODERS:
-        # f8c4 differs from f8c16 at the bottleneck only: it starts from the trained one
-        start = AutoencoderKL.from_pretrained(work / "kl-f8c16") if part == "kl-f8c4" else None
-        autoencoders.train(part, *AUTOENCODERS[part], SEED, log, start).save_pretrained(work / part)
+        autoencoders.train(part, *AUTOENCODERS[part], SEED, log, trained_before(work, part)).save_pretrained(work / part)
     elif part in ("flux-teacher", "flux", "sana", "dit"):
         train_transformer(work, part).save_pretrained(work / part)
     elif part == "assemble":
@@ -72,6 +72,16 @@ def main(arguments: list[str]) -> None:
 
 def log(line: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+
+
+def trained_before(work: Path, part: str):
+    """The autoencoder that ``part`` starts from, since it differs at the bottleneck only; None: from random weights."""
+    if part == "kl-f8c4":
+        return AutoencoderKL.from_pretrained(work / "kl-f8c16")
+    if part == "dc-f128c512":
+        own = work / "dc-f64c128"
+        return AutoencoderDC.from_pretrained(own if own.exists() else catalog.AUTOENCODERS["tiny-dc-ae-f64"].folder)
+    return None
 
 
 def train_transformer(work: Path, part: str):

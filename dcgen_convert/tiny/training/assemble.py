@@ -6,6 +6,7 @@ dtype argument computes in one dtype throughout (transformers keeps the dtype of
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,8 +26,10 @@ from diffusers import (
 )
 from safetensors.torch import load_file, save_file
 
+from dcgen_convert import autoencoders
 from dcgen_convert.files import read_json, write_json
 from dcgen_convert.tiny import world
+from dcgen_convert.tiny.evaluator import Evaluator
 from dcgen_convert.tiny.training import text
 
 # FLUX's dynamic shift with its two anchors at token counts of this world: mu 0.5 at 64 tokens (128 px at f8 p2), 1.15 at 1024.
@@ -110,22 +113,31 @@ def _card(folder: Path, name: str, what: str) -> None:
     (folder / "README.md").write_text(CARD.format(name=name, what=what))
 
 
-@torch.no_grad()
 def gates(work: Path, log: Callable[[str], None]) -> None:
     """Round trips of the autoencoders: attribute accuracy and PSNR on 1,000 pictures that no model saw."""
-    from dcgen_convert import autoencoders
     from dcgen_convert.tiny.training.__main__ import load_evaluator
 
     judge = load_evaluator(work)
-    labels = world.sample_labels(1000, 424_242)
-    pictures = torch.cat([world.draw(rows, 424_242 + i) for i, rows in enumerate(labels.split(100))])
+    labels, pictures = unseen()
     log(f"pictures themselves: accuracy {(judge.read(pictures) == labels).float().mean():.4f}")
-    for name in ("kl-f8c16", "kl-f8c4", "dc-f32c32", "dc-f64c128"):
+    for name in ("kl-f8c16", "kl-f8c4", "dc-f32c32", "dc-f64c128", "dc-f128c512"):
         if (work / name).exists():
-            codec = autoencoders.load(work / name)
-            again = torch.cat([codec.decode(codec.encode(part)) for part in pictures.split(50)])
-            accuracy = (judge.read(again) == labels).float().mean(0)
-            psnr = -10 * torch.log10((again - pictures).square().mean() / 4)
+            accuracy, psnr = round_trip(autoencoders.load(work / name), judge)
             log(
                 f"{name}: accuracy {accuracy.mean():.4f} ({', '.join(f'{a:.3f}' for a in accuracy)}), PSNR {psnr:.2f} dB"
             )
+
+
+def unseen() -> tuple[torch.Tensor, torch.Tensor]:
+    """(labels (1000, 6), pictures (1000, 3, 128, 128) in [-1, 1]) that no model was trained on."""
+    labels = world.sample_labels(1000, 424_242)
+    return labels, torch.cat([world.draw(rows, 424_242 + i) for i, rows in enumerate(labels.split(100))])
+
+
+@torch.no_grad()
+def round_trip(codec: autoencoders.Codec, judge: Evaluator) -> tuple[torch.Tensor, float]:
+    """Accuracy of each attribute, (6,), and PSNR in dB of `unseen` after encoding and decoding."""
+    labels, pictures = unseen()
+    again = torch.cat([codec.decode(codec.encode(part)) for part in pictures.split(50)])
+    accuracy = (judge.read(again) == labels).float().mean(0)
+    return accuracy, -10 * math.log10((again - pictures).square().mean().item() / 4)

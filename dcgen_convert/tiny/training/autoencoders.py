@@ -1,4 +1,4 @@
-"""Train the autoencoders of the tiny world: AutoencoderKL f8c16 (FLUX-like), f8c4 (SD-like), AutoencoderDC f32c32, f64c128."""
+"""Train the autoencoders of the tiny world: AutoencoderKL f8c16 (FLUX-like), f8c4 (SD-like), AutoencoderDC f32c32, f64c128, f128c512."""
 
 from __future__ import annotations
 
@@ -46,6 +46,8 @@ CONFIGS = {
     "kl-f8c4": (AutoencoderKL, {**KL, "latent_channels": 4}),
     "dc-f32c32": (AutoencoderDC, dc(32, (8, 16, 32, 64, 128, 128), (0, 1, 1, 2, 2, 2))),
     "dc-f64c128": (AutoencoderDC, dc(128, (8, 16, 32, 64, 128, 128, 128), (0, 1, 1, 1, 1, 1, 1))),
+    # no block at the last level: in pictures of one cell a 3 x 3 kernel has one tap
+    "dc-f128c512": (AutoencoderDC, dc(512, (8, 16, 32, 64, 128, 128, 128, 512), (0, 1, 1, 1, 1, 1, 1, 0))),
 }
 
 
