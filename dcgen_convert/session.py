@@ -92,7 +92,10 @@ class Session:
         return self.crew
 
     def _force(self, error: DcgenError) -> None:
-        """End the process from another thread: the main one waits for a rank that is gone."""
+        """End the process from another thread: the main one waits for a rank that is gone, or hangs."""
+        frames = sys._current_frames()
+        stacks = {thread.name: traceback.format_stack(frames[thread.ident]) for thread in threading.enumerate() if thread.ident in frames}
+        self.console.traceback("\n".join(f"thread {name} stands at\n{''.join(stack)}" for name, stack in stacks.items()))
         code = self.fail(error)
         self.leave(code)
         os._exit(code)
