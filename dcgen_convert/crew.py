@@ -28,6 +28,7 @@ from dcgen_convert import pulse
 from dcgen_convert.errors import DcgenError, InternalError, InterruptedRun, RankLost, TerminatedRun
 
 LOST_GRACE = 2.0  # seconds that the main thread has to end by itself after a rank was lost ...
+BROKEN_GRACE = 20.0  # seconds that a rank whose collective broke waits to hear which rank broke it: a busy one is slow to tell
 FAILED_GRACE = 5.0  # ... and after a rank said why it failed: the others mostly fail of the same
 SILENCE = 120.0  # seconds without a sign of life: longer than any call that keeps Python's lock
 BEAT = 5.0  # seconds between two signs of life, at most
@@ -54,8 +55,8 @@ class Crew:
         """
         yield
 
-    def settle(self, error: DcgenError) -> DcgenError:
-        """What the job really failed of, given what this process failed of."""
+    def settle(self, error: DcgenError, broken: bool = False) -> DcgenError:
+        """What the job really failed of, given what this process failed of; ``broken``: in the middle of a collective."""
         return error
 
     def close(self, code: int) -> None:
@@ -158,11 +159,12 @@ class _Linked(Crew):
         if not self._closing:
             self._give_up(self.failure)
 
-    def settle(self, error: DcgenError) -> DcgenError:
+    def settle(self, error: DcgenError, broken: bool = False) -> DcgenError:
         """A lost rank explains everything; a broken collective is explained by whoever broke it."""
         with self._changed:
             if isinstance(error, InternalError):
-                self._changed.wait_for(lambda: self.failure is not None, timeout=LOST_GRACE)
+                grace = BROKEN_GRACE if broken else LOST_GRACE
+                self._changed.wait_for(lambda: self.failure is not None, timeout=grace)
             if isinstance(self.failure, RankLost) or (self.failure and isinstance(error, InternalError)):
                 return self.failure
         return error
@@ -306,8 +308,8 @@ class Member(_Linked):
                 perform(document, message["task"], message["arguments"])
                 self._line.send({"kind": "done"})
 
-    def settle(self, error: DcgenError) -> DcgenError:
-        settled = super().settle(error)
+    def settle(self, error: DcgenError, broken: bool = False) -> DcgenError:
+        settled = super().settle(error, broken)
         if settled is error and self.failure is None:
             self._line.send({"kind": "failed", **error.document()["error"], "exit_code": error.exit_code})
         return settled

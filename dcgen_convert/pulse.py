@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import traceback
 from dataclasses import dataclass
 from types import FrameType
 
@@ -54,6 +55,12 @@ def sign() -> Sign:
         own = own or (frame if _ours(frame.f_code.co_filename) else None)
         frame = frame.f_back
     return Sign(count, _named(own or innermost), waits)
+
+
+def broke_collective(error: BaseException) -> bool:
+    """Whether ``error`` was raised inside a collective, as it is when another rank goes away."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(COLLECTIVE in frame.f_code.co_filename for frame, _ in frames)
 
 
 def _ours(file: str) -> bool:

@@ -138,7 +138,7 @@ def start(run: Path, count: int, **parts: str | float) -> list[subprocess.Popen]
     return started
 
 
-def wait_ready(run: Path, started: list[subprocess.Popen], ranks, seconds: float = 240) -> None:
+def wait_ready(run: Path, started: list[subprocess.Popen], ranks, seconds: float = 480) -> None:
     """Wait until those ranks have begun their parts."""
     deadline = time.monotonic() + seconds
     while not all((run / READY.format(rank)).exists() for rank in ranks):
