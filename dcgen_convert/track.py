@@ -52,7 +52,7 @@ def tracking(console, kind: str | None, run_dir: Path, recipe: dict[str, Any]) -
         yield
         return
     run_dir.mkdir(parents=True, exist_ok=True)
-    console.tracker = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}[kind](run_dir, recipe)
+    console.tracker = TensorBoard(run_dir, recipe) if kind == "tensorboard" else WeightsAndBiases(run_dir, recipe, console.quiet)
     failed = True
     try:
         yield
@@ -85,15 +85,15 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """One W&B run per run folder."""
+    """One W&B run per run folder; quiet: without W&B's own lines on stderr."""
 
-    def __init__(self, run_dir: Path, recipe: dict[str, Any]):
+    def __init__(self, run_dir: Path, recipe: dict[str, Any], quiet: bool):
         import wandb
 
         self._image = wandb.Image
         identity = hashlib.sha256(str(run_dir).encode()).hexdigest()[:16]
         options = {"project": "dcgen-convert", "name": run_dir.name, "id": identity, "resume": "allow"}
-        settings = wandb.Settings(console="off")  # the run folder has its own log
+        settings = wandb.Settings(console="off", silent=quiet)  # the run folder has its own log
         try:
             self._run = wandb.init(dir=str(run_dir), config=recipe, settings=settings, **options)
         except wandb.errors.Error as error:

@@ -18,7 +18,7 @@ from pathlib import Path
 import click
 
 ROOT = Path(__file__).resolve().parents[2]
-LONG = 5.0  # seconds without progress that `start(stall=LONG)` tolerates
+LONG = 4.0  # seconds without progress that `start(stall=LONG)` tolerates
 READY = "ready-{}"  # written by a rank when its part begins
 
 
@@ -95,6 +95,9 @@ def command() -> None:
         console = session.begin(**output_options(values), run_dir=path)
         silence = kinds.get("timeout", SILENCE)
         if "stall" in kinds:
+            from dcgen_convert.train import distributed
+
+            distributed.deepspeed()  # its import would be the longest pause of the task, and three times that is tolerated
             pulse.PATIENCE = kinds["stall"] / silence
         crew = session.join(timeout=silence)
         if crew.rank:

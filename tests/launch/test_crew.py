@@ -64,7 +64,7 @@ def test_a_frozen_rank_ends_the_job_within_the_timeout(tmp_path, frozen):
 def test_a_rank_that_lives_but_hangs_ends_the_job(tmp_path, guilty):
     """Its connection is open and its beat goes on; the others wait in a collective. That rank 0 was long at work before is no stall."""
     part = f"steps-then-{guilty}"
-    ranks = start(tmp_path, 3, rank0=part, member=part, timeout=60, stall=LONG)
+    ranks = start(tmp_path, 3, rank0=part, member=part, timeout=24, stall=LONG)
     (code, out, err), *others = finish(ranks, 240)
     assert (code, out) == (4, "") and [other[0] for other in others] == [4, 4]
     log = f", its log is {tmp_path / 'log-rank-1.txt'}" if guilty else ""
