@@ -102,7 +102,8 @@ def memory(training: Training, gpus: int, zero: int, offload: str, micro_batch: 
     t, n, e = float(training.trained), gpus, training.element
     every = training.frozen + t
     live = min(LIVE, every)  # a smaller model cannot have more of them gathered
-    part = t / n if zero else t  # of the trained parameters, what this GPU updates
+    shards = n if zero else 1
+    part = t / shards  # of the trained parameters, what this GPU updates
     bucket = e * min(BUCKET, t)
     weights = e * (every / n + live) if zero == 3 and n > 1 else e * every
     filled = (1 + training.overlap) * bucket
@@ -113,7 +114,7 @@ def memory(training: Training, gpus: int, zero: int, offload: str, micro_batch: 
         grads = e * t
     elif zero >= 2 and t <= BUCKET:  # all gradients are in one bucket: it is reduced when the activations are gone
         grads = filled if zero == 2 else e * part + bucket
-    states = training.states * part / t if t else 0.0
+    states = training.states / shards
     update = e * part + (e * part if e < 4 else 0) + 4 * part + (bucket if zero == 3 else 0)
     if zero == 0 and e == 4:
         states, update = states - 4 * t, 0.0  # the weights are their own master
