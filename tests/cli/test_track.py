@@ -73,8 +73,9 @@ def test_wandb_gets_curves_pictures_and_the_recipe(tmp_path, monkeypatch, own_wa
     wandb.teardown()
     (path,) = run.glob("wandb/offline-run-*/run-*.wandb")
     deadline = time.monotonic() + 60  # W&B's own process writes the file to its end after the run has finished
-    while not any(record.HasField("exit") for record in (written := records(path))) and time.monotonic() < deadline:
+    while not [record for record in records(path) if record.HasField("exit")] and time.monotonic() < deadline:
         time.sleep(0.05)
+    written = records(path)
     (start,) = (record.run for record in written if record.HasField("run"))
     assert (start.project, start.display_name) == ("dcgen-convert", "run")
     assert {update.key: update.value_json for update in start.config.update}["adapt.ema"] == "0.99"
