@@ -7,6 +7,7 @@ for half an hour. What the main thread cannot end within a grace, that thread en
 
 A process that is stopped (SIGSTOP, a frozen container, a host that hangs) keeps its connections. So both ends also say
 every few seconds that they are there, from a thread of their own, and whoever is silent for `SILENCE` counts as lost.
+What they say includes how far their main thread is: rank 0 ends a job that stands still (see `pulse`).
 """
 
 from __future__ import annotations
@@ -20,16 +21,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from dcgen_convert import pulse
 from dcgen_convert.errors import DcgenError, InternalError, InterruptedRun, RankLost, TerminatedRun
 
 LOST_GRACE = 2.0  # seconds that the main thread has to end by itself after a rank was lost ...
+BROKEN_GRACE = 20.0  # seconds that a rank whose collective broke waits to hear which rank broke it: a busy one is slow to tell
 FAILED_GRACE = 5.0  # ... and after a rank said why it failed: the others mostly fail of the same
 SILENCE = 120.0  # seconds without a sign of life: longer than any call that keeps Python's lock
 BEAT = 5.0  # seconds between two signs of life, at most
 FAREWELL = 5.0  # seconds that rank 0 waits for the others at the end
+SHOWN = 4  # ranks named in one message
 
 
 class Crew:
@@ -51,8 +55,8 @@ class Crew:
         """
         yield
 
-    def settle(self, error: DcgenError) -> DcgenError:
-        """What the job really failed of, given what this process failed of."""
+    def settle(self, error: DcgenError, broken: bool = False) -> DcgenError:
+        """What the job really failed of, given what this process failed of; ``broken``: in the middle of a collective."""
         return error
 
     def close(self, code: int) -> None:
@@ -115,17 +119,23 @@ class _Linked(Crew):
         pause = min(BEAT, self._silence / 8)
         watched, before = list(peers), time.monotonic()
         while watched and not self._closing:
+            sign = {"kind": "beat", **asdict(pulse.sign())}
             for peer in watched:
-                peer.send({"kind": "beat"})
+                peer.send(sign)
             time.sleep(pause)
             now = time.monotonic()
-            if now - before > pause + self._silence / 2:  # this process itself was stopped: it has not listened
+            stopped = now - before > pause + self._silence / 2  # this process itself was: it has not listened
+            if stopped:
                 for peer in watched:
                     peer.heard = max(peer.heard, now)
             before = now
             for peer in [peer for peer in watched if now - peer.heard > self._silence]:
                 watched.remove(peer)
                 frozen(peer)
+            self._look(now, stopped)
+
+    def _look(self, now: float, stopped: bool) -> None:
+        """Called after every round of signs; stopped: this process itself was suspended since the last one."""
 
     def _frozen(self, peer: Peer) -> RankLost:
         log = f"; its log is {peer.log}" if peer.log else ""
@@ -149,11 +159,12 @@ class _Linked(Crew):
         if not self._closing:
             self._give_up(self.failure)
 
-    def settle(self, error: DcgenError) -> DcgenError:
+    def settle(self, error: DcgenError, broken: bool = False) -> DcgenError:
         """A lost rank explains everything; a broken collective is explained by whoever broke it."""
         with self._changed:
             if isinstance(error, InternalError):
-                self._changed.wait_for(lambda: self.failure is not None, timeout=LOST_GRACE)
+                grace = BROKEN_GRACE if broken else LOST_GRACE
+                self._changed.wait_for(lambda: self.failure is not None, timeout=grace)
             if isinstance(self.failure, RankLost) or (self.failure and isinstance(error, InternalError)):
                 return self.failure
         return error
@@ -165,9 +176,10 @@ class Leader(_Linked):
     def __init__(self, peers: list[Peer], give_up: Callable[[DcgenError], None], silence: float = SILENCE):
         super().__init__(0, len(peers) + 1, give_up, silence)
         self._peers = peers
-        self._busy: set[int] = set()
+        self._busy: set[int] = set()  # ranks that have not yet done their part of the task, this one included
         self._advanced = 0
         self._gone: set[int] = set()
+        self._progress = pulse.Progress(silence)
         for peer in peers:
             peer.heard = time.monotonic()  # the first of them may have waited long for the last
         threading.Thread(target=self._watch, daemon=True, name="crew").start()
@@ -179,9 +191,12 @@ class Leader(_Linked):
     @contextmanager
     def share(self, task: str, bar: Any = None, **arguments: Any) -> Iterator[None]:
         with self._changed:
-            self._busy, self._advanced = {peer.rank for peer in self._peers}, 0
+            self._busy, self._advanced = set(range(self.world)), 0
+            self._progress.begin(time.monotonic())
         self._send_all({"kind": "task", "task": task, "arguments": arguments})
         yield
+        with self._changed:
+            self._busy.discard(0)
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self.failure or not self._busy, timeout=1.0)
@@ -225,10 +240,28 @@ class Leader(_Linked):
                 self._busy.discard(peer.rank)
             elif message["kind"] == "advance":
                 self._advanced += message["count"]
+            elif message["kind"] == "beat" and peer.rank in self._busy:
+                sign = pulse.Sign(message["count"], message["place"], message["waits"])
+                self._progress.note(peer.rank, sign, time.monotonic())
             self._changed.notify_all()
         if message["kind"] == "failed":
             self._gone.add(peer.rank)
             self._note(_failure(peer, message), FAILED_GRACE)
+
+    def _look(self, now: float, stopped: bool) -> None:
+        with self._changed:
+            if stopped:
+                self._progress.forgive(now)
+            if 0 in self._busy:
+                self._progress.note(0, pulse.sign(), now)
+            guilty, seconds = self._progress.stalled(self._busy, now), self._progress.still(now)
+        if guilty and self.failure is None:
+            self._end(_hung(guilty, seconds, {peer.rank: peer.log for peer in self._peers}))
+
+    def _end(self, error: RankLost) -> None:
+        """Tell everyone, and end."""
+        self._send_all({"kind": "end", "code": error.exit_code})
+        self._note(error, LOST_GRACE)
 
     def _lose(self, peer: Peer, error: RankLost | None = None) -> None:
         with self._changed:
@@ -236,9 +269,7 @@ class Leader(_Linked):
             self._gone.add(peer.rank)
             self._changed.notify_all()
         if lost:
-            error = error or RankLost(f"rank {peer.rank} was lost: it was killed or it crashed; its log is {peer.log}")
-            self._send_all({"kind": "end", "code": error.exit_code})
-            self._note(error, LOST_GRACE)
+            self._end(error or RankLost(f"rank {peer.rank} was lost: it was killed or it crashed; its log is {peer.log}"))
 
 
 class Member(_Linked):
@@ -255,6 +286,7 @@ class Member(_Linked):
 
     def advance(self, n: int = 1, **info: object) -> None:
         """Progress that rank 0 shows (this object is the `bar` of a shared task)."""
+        pulse.bump()
         self._line.send({"kind": "advance", "count": n})
 
     def serve(self, perform: Callable[[dict[str, Any], str, dict[str, Any]], None]) -> int:
@@ -276,8 +308,8 @@ class Member(_Linked):
                 perform(document, message["task"], message["arguments"])
                 self._line.send({"kind": "done"})
 
-    def settle(self, error: DcgenError) -> DcgenError:
-        settled = super().settle(error)
+    def settle(self, error: DcgenError, broken: bool = False) -> DcgenError:
+        settled = super().settle(error, broken)
         if settled is error and self.failure is None:
             self._line.send({"kind": "failed", **error.document()["error"], "exit_code": error.exit_code})
         return settled
@@ -311,6 +343,16 @@ def _failure(peer: Peer, message: dict[str, Any]) -> DcgenError:
     error = DcgenError(f"rank {peer.rank}: {message['message']}", hint or f"its log is {peer.log}")
     error.code, error.exit_code = message["code"], message["exit_code"]
     return error
+
+
+def _hung(guilty: dict[int, pulse.Sign], seconds: float, logs: dict[int, str]) -> RankLost:
+    """The error of a job that stands still, with the ranks that hold it up."""
+    places = [
+        f"rank {rank} hangs at {sign.place}" + (f", its log is {logs[rank]}" if logs.get(rank) else "")
+        for rank, sign in guilty.items()
+    ]
+    shown = "; ".join(places[:SHOWN]) + (f"; and {len(places) - SHOWN} more" if len(places) > SHOWN else "")
+    return RankLost(f"no rank has made progress for {seconds:.0f} s: {shown}")
 
 
 def _ended(code: int) -> DcgenError:

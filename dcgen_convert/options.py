@@ -129,7 +129,8 @@ JOB = [
     option("--track", type=click.Choice(["tensorboard", "wandb"]),
            help="Also send curves and sample grids there. Default: off."),
     option("--rank-timeout", metavar="S", type=click.FloatRange(min=0),
-           help="Seconds of silence after which a frozen rank ends the job. Default: 120; 0 disables."),
+           help="Seconds of silence after which a frozen rank ends the job; five times that without any progress ends it too. "
+                "Default: 120; 0 disables."),
 ]  # fmt: skip
 
 MACHINE = [

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dcgen_convert import pulse
 from dcgen_convert.bundle.loading import quiet_diffusers
 from dcgen_convert.checkpoint.source import Source
 from dcgen_convert.families import Family, Text
@@ -25,6 +26,8 @@ def load_pipeline(source: Source, dtype: torch.dtype, **components):
     with quiet_diffusers():
         pipeline = stock_pipeline(source).from_pretrained(source.root, dtype=dtype, **components)
     pipeline.set_progress_bar_config(disable=True)
+    if pipeline.transformer is not None:  # a batch of large pictures takes many minutes, one pass of the network does not
+        pipeline.transformer.register_forward_hook(pulse.bump)
     return pipeline.to(device())
 
 

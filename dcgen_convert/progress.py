@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+from dcgen_convert import pulse
+
 EVERY_FRACTION = 0.10
 EVERY_SECONDS = 60.0
 QUIET_SECONDS = 3.0  # shorter loops show their closing line only
@@ -58,6 +60,7 @@ class LineProgress:
 
     def advance(self, n: int = 1, **info: object) -> None:
         """`n` more units are done; keyword arguments are shown beside the bar (loss=..., lr=...)."""
+        pulse.bump()
         self.done += n
         self.info.update(info)
         self._redraw()

@@ -20,7 +20,7 @@ from typing import IO
 
 import click
 
-from dcgen_convert import hosts, ranks
+from dcgen_convert import hosts, pulse, ranks
 from dcgen_convert.console import Console
 from dcgen_convert.crew import SILENCE, SOLO, Crew
 from dcgen_convert.errors import DcgenError, InternalError, InterruptedRun, RankLost, Terminated, explain
@@ -92,7 +92,10 @@ class Session:
         return self.crew
 
     def _force(self, error: DcgenError) -> None:
-        """End the process from another thread: the main one waits for a rank that is gone."""
+        """End the process from another thread: the main one waits for a rank that is gone, or hangs."""
+        frames = sys._current_frames()
+        stacks = {thread.name: traceback.format_stack(frames[thread.ident]) for thread in threading.enumerate() if thread.ident in frames}
+        self.console.traceback("\n".join(f"thread {name} stands at\n{''.join(stack)}" for name, stack in stacks.items()))
         code = self.fail(error)
         self.leave(code)
         os._exit(code)
@@ -116,7 +119,7 @@ class Session:
         """Say what went wrong, once, in the right place; return the exit code."""
         if isinstance(exc, click.Abort) and exc.__cause__ is not None:
             exc = exc.__cause__  # click's wrapping of KeyboardInterrupt, which hides SIGTERM
-        error = self.crew.settle(explain(exc))
+        error = self.crew.settle(explain(exc), pulse.broke_collective(exc))
         if not self._failing.acquire(blocking=False):
             threading.Event().wait()  # the other thread is saying it, and ends the process
         if isinstance(error, InterruptedRun):

@@ -24,7 +24,7 @@ class Tracker(Protocol):
 
     def picture(self, label: str, step: int, image: Image) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, failed: bool) -> None: ...
 
 
 def require(kind: str | None) -> None:
@@ -45,17 +45,20 @@ def tracking(console, kind: str | None, run_dir: Path, recipe: dict[str, Any]) -
             None.
         recipe: dotted key -> value, shown beside the curves.
     Raises:
-        InputError: the package is not installed.
+        InputError: the package is not installed, or W&B does not start (no account, for one).
     """
     require(kind)
     if kind is None:
         yield
         return
-    console.tracker = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}[kind](run_dir, recipe)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    console.tracker = TensorBoard(run_dir, recipe) if kind == "tensorboard" else WeightsAndBiases(run_dir, recipe, console.quiet)
+    failed = True
     try:
         yield
+        failed = False
     finally:
-        console.tracker.close()
+        console.tracker.close(failed)
         console.tracker = None
 
 
@@ -77,20 +80,27 @@ class TensorBoard:
 
         self._writer.add_image(label, numpy.asarray(image.convert("RGB")), step, dataformats="HWC")
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         self._writer.close()
 
 
 class WeightsAndBiases:
-    """One W&B run per run folder."""
+    """One W&B run per run folder; quiet: without W&B's own lines on stderr."""
 
-    def __init__(self, run_dir: Path, recipe: dict[str, Any]):
+    def __init__(self, run_dir: Path, recipe: dict[str, Any], quiet: bool):
         import wandb
 
         self._image = wandb.Image
         identity = hashlib.sha256(str(run_dir).encode()).hexdigest()[:16]
         options = {"project": "dcgen-convert", "name": run_dir.name, "id": identity, "resume": "allow"}
-        self._run = wandb.init(dir=str(run_dir), config=recipe, **options)
+        settings = wandb.Settings(console="off", silent=quiet)  # the run folder has its own log
+        try:
+            self._run = wandb.init(dir=str(run_dir), config=recipe, settings=settings, **options)
+        except wandb.errors.Error as error:
+            raise InputError(
+                f"Weights & Biases does not start: {str(error).splitlines()[0]}",
+                "wandb login, or set WANDB_MODE=offline and send the run later with wandb sync",
+            ) from error
         self._labels: set[str] = set()
 
     def scalars(self, label: str, step: int, values: Mapping[str, float]) -> None:
@@ -106,6 +116,6 @@ class WeightsAndBiases:
             self._run.define_metric(f"{label}/*", step_metric=f"{label}/step")
         self._run.log({**values, f"{label}/step": step})
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
 

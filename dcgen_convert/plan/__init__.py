@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dcgen_convert import catalog, geometry, sources
 from dcgen_convert.plan import costs, memory, speed
-from dcgen_convert.plan.fit import Fit, fit, numbers_of, sample_bytes
+from dcgen_convert.plan.fit import Fit, fit, training
 from dcgen_convert.plan.quantised import quantised
 from dcgen_convert.plan.render import render
 from dcgen_convert.plan.shapes import Shapes, shapes
@@ -29,14 +29,13 @@ def plan(resolved: Resolved, gpu_bytes: float = GPU_BYTES) -> dict:
     Args:
         gpu_bytes: memory per GPU that training must fit in, in bytes.
     """
-    recipe = resolved.recipe
+    recipe, gpus = resolved.recipe, resolved.machine.gpus or 1
     sizes = shapes(recipe, resolved.machine.offline)
     last = recipe.adapt.phases[-1]
     trained = sizes.trainable(last)
     entry = catalog.find_source(recipe.source)
-    problems = [
-        found.problem for phase in recipe.adapt.phases if (found := _fit(resolved, sizes, phase, gpu_bytes)).problem
-    ]
+    fits = [fit(recipe, phase, sizes, gpus, gpu_bytes) for phase in recipe.adapt.phases]
+    problems = [found.problem for found in fits if found.problem]
     quantization, impossible = quantised(recipe.quantize, sizes)
     problems += impossible
     space = costs.disk(recipe, sizes)
@@ -65,7 +64,7 @@ def plan(resolved: Resolved, gpu_bytes: float = GPU_BYTES) -> dict:
             "lora_linears": trained.linears,
             "text_tokens": sizes.text,
         },
-        "memory": _memory(resolved, sizes, gpu_bytes),
+        "memory": _memory(fits[-1], training(recipe, last, sizes), gpu_bytes),
         "quantization": quantization,
         "disk": space,
         "downloads": fetch,
@@ -76,9 +75,7 @@ def plan(resolved: Resolved, gpu_bytes: float = GPU_BYTES) -> dict:
 
 def fit_phase(recipe: Recipe, phase: Phase, gpus: int = 1, gpu_bytes: float = GPU_BYTES, offline: bool = False) -> Fit:
     """ZeRO stage, offload and micro-batch for one phase on `gpus` GPUs, with the reason; `.problem` when none fits."""
-    sizes = shapes(recipe, offline)
-    trained, tokens = sizes.trainable(phase), sizes.tokens(phase)
-    return fit(recipe.adapt, phase, sizes.converted, trained, tokens, gpus, gpu_bytes, recipe.dtype)
+    return fit(recipe, phase, shapes(recipe, offline), gpus, gpu_bytes)
 
 
 def require_disk(recipe: Recipe, run_dir: Path, output: Path, offline: bool = False) -> None:
@@ -96,26 +93,16 @@ def require_disk(recipe: Recipe, run_dir: Path, output: Path, offline: bool = Fa
     )
 
 
-def _fit(resolved: Resolved, sizes: Shapes, phase: Phase, gpu_bytes: float) -> Fit:
-    recipe, gpus = resolved.recipe, resolved.machine.gpus or 1
-    trained, tokens = sizes.trainable(phase), sizes.tokens(phase)
-    return fit(recipe.adapt, phase, sizes.converted, trained, tokens, gpus, gpu_bytes, recipe.dtype)
-
-
-def _memory(resolved: Resolved, sizes: Shapes, gpu_bytes: float) -> dict:
+def _memory(found: Fit, trained: memory.Training, gpu_bytes: float) -> dict:
     """The configuration that the last phase runs with, and the whole table of ZeRO stage x GPUs."""
-    adapt, dtype = resolved.recipe.adapt, resolved.recipe.dtype
-    last = adapt.phases[-1]
-    found, trained = _fit(resolved, sizes, last, gpu_bytes), sizes.trainable(last)
-    sample = sample_bytes(adapt, sizes.converted, sizes.tokens(last), dtype)
     decided = {"micro_batch": found.micro_batch, "max_micro_batch": found.limit, "reason": found.reason}
     return {
         "gpu_gib": round(gpu_bytes / memory.GIB, 1),
         "chosen": {**found.memory.gib(), **decided},
-        "table": memory.table(trained.frozen, trained.trained, sample, numbers_of(adapt, dtype)),
-        "basis": "parameter terms measured by tensor census (the moving average is in optim); activations scaled from "
-        "FLUX (2.31 GiB per 4,608-token "
-        "sample); 1.5 GiB + 8 % for context and fragmentation assumed",
+        "table": memory.table(trained),
+        "basis": "parameter terms measured by tensor census (the moving average is in optim, step is what the update needs beyond "
+        "what gradients and activations have given back); activations scaled from FLUX (2.31 GiB per 4,608-token sample); "
+        "1.5 GiB + 8 % for context and fragmentation assumed",
     }
 
 

@@ -6,9 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dcgen_convert.plan import memory
-from dcgen_convert.plan.arithmetic import Trainable
-from dcgen_convert.plan.layers import Structure
-from dcgen_convert.schema import Adapt, Phase
+from dcgen_convert.plan.shapes import Shapes
+from dcgen_convert.schema import Phase, Recipe
 
 
 @dataclass(frozen=True)
@@ -33,50 +32,36 @@ def micro_batch(share: int, limit: int) -> int:
     return next((size for size in range(min(share, limit), 0, -1) if share % size == 0), 1)
 
 
-def sample_bytes(adapt: Adapt, structure: Structure, tokens: int, dtype: str) -> float:
-    """Activations of one picture with ``tokens`` image and text tokens; the batched null prompt counts as a second one."""
+def training(recipe: Recipe, phase: Phase, sizes: Shapes) -> memory.Training:
+    """What a phase trains; the batched null prompt counts as a second picture."""
+    adapt, trained = recipe.adapt, sizes.trainable(phase)
+    element = 4 if recipe.dtype == "fp32" else 2
     batched = adapt.objective == "guidance-corrected" and adapt.null_pass == "batched"
-    passes = (1 + batched) * numbers_of(adapt, dtype).element / 2
-    return passes * memory.activations(tokens, structure.width, structure.blocks, adapt.checkpointing)
+    shape, tokens = sizes.converted, sizes.tokens(phase)
+    sample = (1 + batched) * element / 2 * memory.activations(tokens, shape.width, shape.blocks, adapt.checkpointing)
+    return memory.Training(trained.frozen, trained.trained, sample, element, adapt.ema > 0)
 
 
-def numbers_of(adapt: Adapt, dtype: str) -> memory.Numbers:
-    return memory.Numbers(4 if dtype == "fp32" else 2, adapt.ema > 0)
-
-
-def fit(
-    adapt: Adapt,
-    phase: Phase,
-    structure: Structure,
-    trained: Trainable,
-    tokens: int,
-    gpus: int,
-    gpu_bytes: float,
-    dtype: str = "bf16",
-) -> Fit:
+def fit(recipe: Recipe, phase: Phase, sizes: Shapes, gpus: int, gpu_bytes: float) -> Fit:
     """Decide for one phase.
 
     Args:
-        tokens: image + text tokens per picture.
         gpu_bytes: memory that training may use on each GPU.
-        dtype: "fp32" | "bf16", of weights, gradients and activations.
     """
-    sample, numbers = sample_bytes(adapt, structure, tokens, dtype), numbers_of(adapt, dtype)
-    sizes = (trained.frozen, trained.trained, gpus)
+    adapt, what = recipe.adapt, training(recipe, phase, sizes)
     share = max(1, phase.batch // gpus)
     if adapt.zero == "auto":
-        choice = memory.choose(*sizes, sample, phase.micro_batch or 1, gpu_bytes, numbers)
+        choice = memory.choose(what, gpus, phase.micro_batch or 1, gpu_bytes)
         zero, offload, reason = 3 if choice.zero is None else choice.zero, choice.offload, choice.reason
     else:
         zero, offload, reason = adapt.zero, adapt.offload, f"ZeRO-{adapt.zero} as set"
-    limit = memory.max_micro_batch(*sizes, zero, offload, sample, gpu_bytes, numbers)
+    limit = memory.max_micro_batch(what, gpus, zero, offload, gpu_bytes)
     size = phase.micro_batch or micro_batch(share, limit)
     problem = None
     if limit < size:
-        change = memory.smallest_change(*sizes, sample, gpu_bytes, numbers)
+        change = memory.smallest_change(what, gpus, gpu_bytes)
         if limit:
             change = f"--set adapt.phases.*.micro_batch={micro_batch(share, limit)}"
         room = f"{gpu_bytes / memory.GIB:.1f} GiB per GPU"
         problem = f"training at {phase.resolution} px does not fit {room} at micro-batch {size}: use {change}"
-    need = memory.memory(*sizes, zero, offload, sample, size, numbers)
-    return Fit(zero, offload, gpus, size, limit, reason, problem, need)
+    return Fit(zero, offload, gpus, size, limit, reason, problem, memory.memory(what, gpus, zero, offload, size))

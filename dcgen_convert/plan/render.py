@@ -80,13 +80,13 @@ def _quantization(part: dict | None) -> list[str]:
 
 def _memory_table(rows: list[dict]) -> list[str]:
     cards = [key.removeprefix("max_micro_batch_") for key in rows[0] if key.startswith("max_micro_batch_")]
-    head = f"  {'ZeRO / offload':<18}{'GPUs':>5}{'weights':>9}{'grads':>7}{'optim':>7}{'act':>7}"
+    head = f"  {'ZeRO / offload':<18}{'GPUs':>5}{'weights':>9}{'grads':>7}{'optim':>7}{'act':>7}{'step':>7}"
     head += f"{'other':>7}{'total':>8}{'host':>7}"
     lines = [head + "".join(f"  max mb {card}" for card in cards)]
     for row in rows:
         name = f"{row['zero']}" + ("" if row["offload"] == "none" else f" + {row['offload']}")
         numbers = f"{row['gpus']:>5}{row['weights']:>9.1f}{row['grads']:>7.1f}{row['optimizer']:>7.1f}"
-        numbers += f"{row['activations']:>7.2f}{row['other']:>7.1f}{row['total']:>8.1f}{row['host']:>7.1f}"
+        numbers += f"{row['activations']:>7.2f}{row['step']:>7.1f}{row['other']:>7.1f}{row['total']:>8.1f}{row['host']:>7.1f}"
         lines.append(
             f"  {name:<18}{numbers}" + "".join(f"{row[f'max_micro_batch_{card}']:>{9 + len(card)}}" for card in cards)
         )

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from dcgen_convert import pulse
 from dcgen_convert.errors import CheckFailed, InputError, ResourceError
 from dcgen_convert.files import TEMPORARY, atomic_save, fsync, read_json, write_json
 from dcgen_convert.train import distributed
@@ -201,6 +202,7 @@ def load(engine: Engine, folder: str | Path) -> dict[str, Any] | None:
             hint=f"delete {Path(folder)} to start this stage again",
         )
     for key, name, value in _tensors(path, document):
+        pulse.bump()
         if key == WEIGHT and not value.isfinite().all():
             raise CheckFailed(
                 f"{path}: {name} holds values that are not finite",

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dcgen_convert import pulse
 from dcgen_convert.errors import CheckFailed, InternalError
 from dcgen_convert.plan.memory import BUCKET
 from dcgen_convert.train import distributed
@@ -159,6 +160,7 @@ class Engine:
         total = torch.zeros((), device=self.device)
         grad_norm = math.nan
         for index, micro_batch in enumerate(micro_batches):
+            pulse.bump()
             loss = self._engine(loss_of, micro_batch)
             total += loss.detach()
             self._engine.backward(loss)
@@ -192,6 +194,7 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, loss_of: Callable[[Any], Tensor], batch: Any) -> Tensor:
         """``loss_of(batch)`` without gradient, with parameters gathered as in a step."""
+        pulse.bump()
         return self._engine(loss_of, batch)
 
     @property
@@ -202,6 +205,7 @@ class Engine:
     def tensors(self, key: str) -> Iterator[tuple[str, Tensor]]:
         """(name, full fp32 CPU tensor) of "param", "exp_avg", "exp_avg_sq" or "ema", one at a time; collective."""
         for name, parameter in self.named.items():
+            pulse.bump()
             yield name, self.state.read(parameter, key).to("cpu", copy=True)
 
     @property
@@ -213,6 +217,7 @@ class Engine:
     def pieces(self, key: str) -> Iterator[tuple[str, Tensor]]:
         """(name@offset, flat fp32 CPU tensor) of what this rank holds of the tensors that `tensors` gathers."""
         for name, parameter in self.named.items():
+            pulse.bump()
             offset, part = self.state.piece(parameter, key)
             if part.numel():
                 yield f"{name}@{offset}", part.detach().to("cpu", copy=True)

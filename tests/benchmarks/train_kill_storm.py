@@ -87,6 +87,7 @@ def main(kills: int, world: int, zero: int) -> int:
             process.communicate()
         done += 1
         halves += any((folders[-1] / "checkpoints").glob(f"{TEMPORARY}*"))
+        print(f"{done} of {kills} kills: {failed} failed resumes, {hangs} hangs, {wrong} wrong codes", file=sys.stderr, flush=True)
     run_ranks(world, [{"folder": str(folders[-1]), **options}], log)
     same = sum(undisturbed(folder, root / "whole") for folder in folders)
     print(f"world {world} ZeRO {zero}: {done} kills, {halves} unfinished saves, {failed} failed resumes")

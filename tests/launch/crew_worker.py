@@ -1,8 +1,8 @@
 """A program of several ranks with the real command line around it, and the means to start and watch them.
 
 As a program: `python crew_worker.py crew RUN '{"rank0": "share", "member": "sleep"}'`. Rank 0 shares one task whose
-part on each rank is named: "count", "sleep" (interruptible), "nap" (6 s), "collective" (gloo, waits in C++), "fail" (InputError),
-"crash" (InternalError), or rank 0 shares nothing and runs "work" (a stage of its own).
+part on each rank is named: "count", "sleep" (interruptible), "nap" (6 s), "collective" (gloo, waits in C++),
+"wait-in-collective", "steps-then-N" (see `steps`), "fail" (InputError), "crash" (InternalError).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 import click
 
 ROOT = Path(__file__).resolve().parents[2]
+LONG = 4.0  # seconds without progress that `start(stall=LONG)` tolerates
 READY = "ready-{}"  # written by a rank when its part begins
 
 
@@ -51,10 +52,36 @@ def part(kind: str, run: Path, rank: int, bar) -> None:
         for _ in range(1 if rank else 2):
             distributed.barrier()
         time.sleep(120)
+    elif kind.startswith("steps-then-"):
+        steps(rank, int(kind.rpartition("-")[2]))
+
+
+def steps(rank: int, guilty: int) -> None:
+    """Steps in lockstep; then rank 0 has much to do while the others wait for it; then one rank hangs."""
+    from dcgen_convert import pulse
+    from dcgen_convert.train import distributed
+
+    with distributed.launch_environment():
+        distributed.join()
+    for _ in range(10):
+        distributed.barrier()
+        pulse.bump()
+        time.sleep(0.05)
+    for _ in range(0 if rank else int(2 * LONG / 0.1)):
+        pulse.bump()
+        time.sleep(0.1)
+    distributed.barrier()
+    if rank == guilty:
+        hang()
+    distributed.barrier()
+
+
+def hang() -> None:
+    time.sleep(600)
 
 
 def command() -> None:
-    from dcgen_convert import cli
+    from dcgen_convert import cli, pulse
     from dcgen_convert.crew import SILENCE
     from dcgen_convert.options import OUTPUT, output_options, stack
 
@@ -66,7 +93,13 @@ def command() -> None:
     def crew_verb(session, run: str, parts: str, **values) -> int:
         kinds, path = json.loads(parts), Path(run)
         console = session.begin(**output_options(values), run_dir=path)
-        crew = session.join(timeout=kinds.get("timeout", SILENCE))
+        silence = kinds.get("timeout", SILENCE)
+        if "stall" in kinds:
+            from dcgen_convert.train import distributed
+
+            distributed.deepspeed()  # its import would be the longest pause of the task, and three times that is tolerated
+            pulse.PATIENCE = kinds["stall"] / silence
+        crew = session.join(timeout=silence)
         if crew.rank:
             return crew.serve(lambda document, task, arguments: part(arguments["kind"], path, crew.rank, crew))
         crew.introduce({})
@@ -108,7 +141,7 @@ def start(run: Path, count: int, **parts: str | float) -> list[subprocess.Popen]
     return started
 
 
-def wait_ready(run: Path, started: list[subprocess.Popen], ranks, seconds: float = 240) -> None:
+def wait_ready(run: Path, started: list[subprocess.Popen], ranks, seconds: float = 480) -> None:
     """Wait until those ranks have begun their parts."""
     deadline = time.monotonic() + seconds
     while not all((run / READY.format(rank)).exists() for rank in ranks):

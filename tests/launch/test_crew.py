@@ -1,13 +1,14 @@
 """Ranks that nothing watches over: whatever one dies of, the others end within seconds, with one voice."""
 
+import re
 import signal
 import time
 
 import pytest
 
-from .crew_worker import finish, start, wait_ready
+from .crew_worker import LONG, finish, start, wait_ready
 
-SECONDS = 20  # the graces are 2 and 5 s; the rest is for a busy machine
+SECONDS = 100  # the graces are 2 and 5 s, the rest is for a busy machine; what hangs, hangs for ten minutes or sleeps 120 s and ends with 0
 
 
 def test_shared_work_is_counted_and_everyone_leaves_with_zero(tmp_path):
@@ -57,6 +58,21 @@ def test_a_frozen_rank_ends_the_job_within_the_timeout(tmp_path, frozen):
     said = ended[0][2] if frozen else (tmp_path / "log-rank-1.txt").read_text()
     assert f"rank {frozen} has been silent for 4 s: it is stopped, or its host hangs" in said
     assert not frozen or f"its log is {tmp_path / 'log-rank-1.txt'}" in said
+
+
+@pytest.mark.parametrize("guilty", [0, 1])
+def test_a_rank_that_lives_but_hangs_ends_the_job(tmp_path, guilty):
+    """Its connection is open and its beat goes on; the others wait in a collective. That rank 0 was long at work before is no stall."""
+    part = f"steps-then-{guilty}"
+    ranks = start(tmp_path, 3, rank0=part, member=part, timeout=24, stall=LONG)
+    (code, out, err), *others = finish(ranks, 240)
+    assert (code, out) == (4, "") and [other[0] for other in others] == [4, 4]
+    log = f", its log is {tmp_path / 'log-rank-1.txt'}" if guilty else ""
+    found = re.search(r"no rank has made progress for (\d+) s: rank (\d) hangs at crew_worker.py:\d+ \(hang\)(.*)", err)
+    assert found and int(found[1]) >= LONG and found[2] == str(guilty) and found[3] == log, err
+    assert f"dcgen-convert resume {tmp_path}" in err and err.count("error:") == 1
+    logged = (tmp_path / ("log-rank-1.txt" if guilty else "log.txt")).read_text()
+    assert "thread MainThread stands at" in logged and ", in hang" in logged
 
 
 def test_a_job_that_was_stopped_whole_goes_on(tmp_path):

@@ -5,6 +5,8 @@ adds for the CUDA context and fragmentation is left out on both sides; AdamW is 
 """
 
 import weakref
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from dcgen_convert import families
 from dcgen_convert.plan import memory
-from dcgen_convert.plan.fit import numbers_of, sample_bytes
+from dcgen_convert.plan.arithmetic import Trainable
+from dcgen_convert.plan.fit import training
 from dcgen_convert.plan.layers import structure
 from dcgen_convert.recipe import load
 from dcgen_convert.train import lora
@@ -103,7 +106,12 @@ def measured(adapt, dtype: str, zero: int, full: bool, pictures: int) -> tuple[i
 @pytest.mark.parametrize(
     ("zero", "dtype", "full", "pictures", "changes"),
     [
+        (0, "fp32", True, 1, {}),
         (1, "bf16", True, 1, {}),
+        (1, "fp32", True, 1, {}),
+        (2, "fp32", True, 1, {}),
+        (2, "fp32", True, 8, {}),
+        (3, "fp32", True, 1, {}),
         (2, "bf16", False, 4, {}),
         (3, "bf16", True, 1, {"ema": 0}),
         (2, "fp32", False, 2, {}),
@@ -114,12 +122,12 @@ def measured(adapt, dtype: str, zero: int, full: bool, pictures: int) -> tuple[i
 )
 def test_a_step_takes_what_the_plan_says(zero, dtype, full, pictures, changes):
     values = {"objective": "flow", "checkpointing": True, "ema": 0.9, **changes}
-    adapt = load("tiny-flux", sets=[f"adapt.{key}={value}" for key, value in values.items()]).recipe.adapt
-    peak, trained, frozen = measured(adapt, dtype, zero, full, pictures)
+    recipe = load("tiny-flux", sets=[f"dtype={dtype}", *(f"adapt.{key}={value}" for key, value in values.items())]).recipe
+    peak, trained, frozen = measured(recipe.adapt, dtype, zero, full, pictures)
     shape = structure({**CONFIG, "_class_name": "FluxTransformer2DModel"})
-    sample = sample_bytes(adapt, shape, SIDE * SIDE + TEXT, dtype)
-    numbers = numbers_of(adapt, dtype)
-    plan = memory.memory(frozen, trained, 1, zero, "none", sample, pictures, numbers)
-    # the second bucket overlaps communication, which only a GPU does
-    second = numbers.element * min(memory.BUCKET, trained) if zero >= 2 else 0
-    assert plan.weights + plan.grads - second + plan.optimizer + plan.activations == pytest.approx(peak, rel=0.10)
+    sizes = SimpleNamespace(
+        converted=shape, trainable=lambda phase: Trainable(trained, frozen, 0), tokens=lambda phase: SIDE * SIDE + TEXT
+    )
+    what = replace(training(recipe, recipe.adapt.phases[-1], sizes), overlap=False)
+    plan = memory.memory(what, 1, zero, "none", pictures)
+    assert plan.weights + plan.grads + plan.optimizer + plan.activations + plan.step == pytest.approx(peak, rel=0.10)
