@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dcgen_convert import autoencoder_files, bases, catalog, sources
+from dcgen_convert.checkpoint.source import check_scheduler
 from dcgen_convert.errors import AccessError, InputError, RecipeError
 from dcgen_convert.schema import Recipe
 
@@ -116,11 +117,11 @@ def tile_sizes(factor: int) -> tuple[int, int]:
 
 
 def check(recipe: Recipe) -> None:
-    """Every picture side must be a multiple of both f*p, or the grids cannot meet, and one that the base model can draw.
+    """Every picture side must be a multiple of both f*p, or the grids cannot meet, and one that the model can work on.
 
     A hub id whose config is not here yet is left to the stage that downloads it.
     Raises:
-        RecipeError: naming the setting and the nearest sizes that work.
+        RecipeError: naming the setting and the nearest sizes that work. InputError: a scheduler that the family cannot follow.
     """
     try:
         grids = {
@@ -141,7 +142,16 @@ def check(recipe: Recipe) -> None:
                     f"= {grid.f}*{grid.p} = {grid.token_px} px",
                     f"use {f'{low} or ' if low else ''}{high} px (--resolution)",
                 )
-    only = sources.CLASSES[sources.model_class(config, recipe.source)].only_side(config, grids["source"].f)
+    family = sources.CLASSES[sources.model_class(config, recipe.source)]
+    for key, side in sides.items():
+        for grid in grids.values() if key == "data.resolution" else (grids["autoencoder"],):
+            problem = family.grid_problem(config, side // grid.f)
+            if problem:
+                raise RecipeError(
+                    f"{key} is {side} px, at f{grid.f} {problem}", "use another --resolution, or an --ae of a smaller factor"
+                )
+    check_scheduler(Path(recipe.base or recipe.source).expanduser(), family)
+    only = family.only_side(config, grids["source"].f)
     if only and recipe.data.kind == "synthetic" and recipe.data.resolution != only:
         raise RecipeError(
             f"data.resolution is {recipe.data.resolution} px, but the pipeline of {recipe.source} draws {only} px only",

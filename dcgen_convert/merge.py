@@ -22,7 +22,7 @@ from dcgen_convert.files import TEMPORARY, atomic_save, fresh_folder, fsync, rea
 if TYPE_CHECKING:
     from torch import Tensor
 
-PREFIX = "transformer."
+PREFIX = re.compile(r"^(transformer|unet)\.")  # what stock pipelines call the network
 METADATA = "lora_adapter_metadata"
 
 
@@ -147,14 +147,14 @@ def read_lora(path: Path) -> dict[str, Update]:
             f"{path} does not state its rank and alpha",
             hint="save it with save_lora_weights and its metadata",
         )
-    config = {key.removeprefix(PREFIX): value for key, value in json.loads(metadata[METADATA]).items()}
+    config = {PREFIX.sub("", key): value for key, value in json.loads(metadata[METADATA]).items()}
     for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern"):
         if config.get(key):
             raise InputError(f"{path} uses {key}: only plain LoRA can be merged")
     scale = config["lora_alpha"] / config["r"]
     updates = {}
     for name in tensors:
-        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", name)
+        match = re.fullmatch(r"(.+)\.lora_([AB])\.weight", PREFIX.sub("", name)) if PREFIX.match(name) else None
         if not match:
             raise InputError(f"{path}: {name} is not a LoRA weight of the transformer")
         partner = name.replace(f"lora_{match[2]}.weight", f"lora_{'B' if match[2] == 'A' else 'A'}.weight")

@@ -38,7 +38,7 @@ def run(job, stage: Stage) -> None:
     best = equations.solve(0.0, bias=problem.biased)
     weight, bias = start
     if settings.method == "ridge":
-        noise = noise_moments(job, student, cache) if settings.noise_aware else None
+        noise = noise_moments(job, problem, student, cache) if settings.noise_aware else None
         weight, bias = equations.solve(settings.ridge, noise, problem.biased)
     elif settings.method == "adamw":
         weight, bias = descend(problem, start, settings.steps, settings.lr, settings.batch, job.recipe.seed)
@@ -75,7 +75,7 @@ class Problem:
         goal = affine(self.teacher, self.family.tokens(z_base, self.patch_base))  # (B, N0, D)
         if self.base_positions is not None:
             goal = goal + self.base_positions
-        x = self.family.tokens(z, self.patch)  # (B, N, C p p)
+        x = self.family.tokens(z, self.patch)  # (B, N, K)
         own = self.positions  # the model adds them after the embedder: the embedder must not
         if self.pooling == "average":
             goal = resize(goal, self.grid_base, self.grid, "area")
@@ -100,7 +100,7 @@ def resize(tokens: Tensor, grid: tuple[int, int], to: tuple[int, int], mode: str
 
 
 def affine(module: nn.Module, tokens: Tensor) -> Tensor:
-    """The embedder on tokens, whatever its type: a Conv2d with kernel = stride is a linear on its flattened patches."""
+    """The embedder on tokens, whatever its type: a Conv2d is a linear on the flattened windows that it reads."""
     return F.linear(tokens, module.weight.flatten(1), module.bias)
 
 
@@ -117,7 +117,7 @@ def as_module(module: nn.Module, name: str, weight: Tensor, bias: Tensor) -> dic
     return state if module.bias is None else {**state, f"{name}.bias": bias.float()}
 
 
-def noise_moments(job, student: nn.Module, cache: LatentCache) -> Noise:
+def noise_moments(job, problem: Problem, student: nn.Module, cache: LatentCache) -> Noise:
     """Moments of the t that training will draw. Noise is independent in the two latent spaces, so it only shrinks W."""
     sampling = adapt.sampling_of(
         job.family, job.recipe.adapt, cache.batch([0])[0].shape[1:], student.config, job.scheduler
@@ -125,7 +125,8 @@ def noise_moments(job, student: nn.Module, cache: LatentCache) -> Noise:
     t = t_of_normal(
         torch.randn(100_000, generator=torch.Generator().manual_seed(job.recipe.seed)).double(), sampling
     ).double()
-    return Noise((1 - t).mean().item(), (1 - t).square().mean().item(), t.square().mean().item())
+    inside = job.family.tokens(torch.ones_like(cache.pairs([0])[1]), problem.patch).double().mean((0, 1))
+    return Noise((1 - t).mean().item(), (1 - t).square().mean().item(), t.square().mean().item(), inside)
 
 
 def descend(

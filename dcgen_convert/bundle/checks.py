@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dcgen_convert import families
 from dcgen_convert.bundle import manifest as manifests
 from dcgen_convert.bundle.expected import expected_tensors
 from dcgen_convert.bundle.layout import is_component
@@ -38,7 +39,7 @@ def check_files(bundle: Path, manifest: Mapping[str, Any], console: Console) -> 
 
 def _damaged_tensors(path: Path, manifest: Mapping[str, Any]) -> str:
     """Names of the transformer's tensors in ``path`` whose bytes changed, as an addition to a sentence."""
-    if path.parent.name != "transformer" or path.suffix != ".safetensors":
+    if path.parent.name not in families.COMPONENTS or path.suffix != ".safetensors":
         return ""
     try:
         found = read_weights(path.parent)
@@ -72,10 +73,11 @@ def check_structure(bundle: Path, index: Mapping[str, Any]) -> list[str]:
 def check_tensors(bundle: Path, console: Console) -> list[str]:
     """Names, dtypes and shapes of the transformer and the autoencoder against their classes; no NaN, no infinity."""
     found = []
-    for component in ("transformer", "vae"):
+    for folder in (families.network_folder(bundle), bundle / "vae"):
+        component = folder.name
         try:
-            tensors = read_weights(bundle / component)
-            expected, problems = expected_tensors(bundle / component)
+            tensors = read_weights(folder)
+            expected, problems = expected_tensors(folder)
         except DcgenError as error:
             found.append(error.message)
             continue
@@ -120,10 +122,10 @@ def check_values(tensors: Mapping[str, Entry], console: Console) -> list[str]:
 def check_table(bundle: Path, manifest: Mapping[str, Any]) -> list[str]:
     """The manifest's table of tensors against the transformer's headers and quantisation config."""
     try:
-        tensors = read_weights(bundle / "transformer")
+        tensors = read_weights(families.network_folder(bundle))
     except InputError:
         return []  # said by check_tensors
-    formats = manifests.quantised_formats(read_json(bundle / "transformer" / "config.json"))
+    formats = manifests.quantised_formats(read_json(families.network_folder(bundle) / "config.json"))
     table, found = manifest["tensors"], []
     for name in sorted(tensors.keys() | table.keys()):
         if name not in tensors or name not in table:
@@ -141,7 +143,8 @@ def check_against(manifest: Mapping[str, Any], source: Path) -> list[str]:
 
     InputError when ``source`` holds no transformer weights.
     """
-    base = read_weights(source / "transformer" if (source / "transformer").is_dir() else source)
+    network = families.network_folder(source)
+    base = read_weights(network if network.is_dir() else source)
     found = []
     for name, record in manifest["tensors"].items():
         if record["origin"] != "identical":

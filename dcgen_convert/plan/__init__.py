@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dcgen_convert import catalog
+from dcgen_convert.families import Family
 from dcgen_convert.plan import costs, memory, speed
 from dcgen_convert.plan.fit import Fit, fit, numbers_of, sample_bytes
 from dcgen_convert.plan.quantised import quantised
@@ -46,7 +47,7 @@ def plan(resolved: Resolved, gpu_bytes: float = GPU_BYTES) -> dict:
         "schema": "dcgen.plan/1",
         "status": "infeasible" if problems else "feasible",
         "problems": problems,
-        "notes": _notes(fetch, space, resolved),
+        "notes": _notes(fetch, space, resolved, sizes.family),
         "source": {
             "name": recipe.source,
             "family": sizes.family.name,
@@ -126,9 +127,9 @@ def _tokens(sizes: Shapes, sides: Iterable[int]) -> list[dict]:
     return rows
 
 
-def _notes(fetch: list[dict], space: dict, resolved: Resolved) -> list[str]:
-    """What is missing or gated, and whether the disk here would do; none of it stops a plan."""
-    notes = []
+def _notes(fetch: list[dict], space: dict, resolved: Resolved, family: Family) -> list[str]:
+    """What is experimental, missing or gated, and whether the disk here would do; none of it stops a plan."""
+    notes = [family.experimental] if family.experimental else []
     for row in (row for row in fetch if not row["cached"]):
         if row["gated"]:
             notes.append(f"{row['repo']} is gated: accept its licence at {row['accept_at']} and set HF_TOKEN")

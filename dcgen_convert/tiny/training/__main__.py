@@ -2,7 +2,7 @@
 
     python -m dcgen_convert.tiny.training WORK evaluator
     python -m dcgen_convert.tiny.training WORK kl-f8c16 | kl-f8c4 | dc-f32c32 | dc-f64c128
-    python -m dcgen_convert.tiny.training WORK flux-teacher | flux | sana | dit
+    python -m dcgen_convert.tiny.training WORK flux-teacher | flux | sana | dit | unet
     python -m dcgen_convert.tiny.training WORK assemble WEIGHTS     (the diffusers folders, bfloat16)
     python -m dcgen_convert.tiny.training WORK gates                (the figures that the README states)
 
@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, FluxPipeline, FluxTransformer2DModel, SanaPipeline
+from diffusers import AutoencoderDC, AutoencoderKL, FluxPipeline, FluxTransformer2DModel, SanaPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from dcgen_convert import families
@@ -35,7 +35,7 @@ AUTOENCODERS = {  # steps, batch, learning rate
     "dc-f32c32": (3600, 12, 2e-3),
     "dc-f64c128": (3600, 10, 6e-4),
 }
-PICTURES = {"flux": 24_000, "sana": 10_000, "dit": 10_000}  # flux learns 10,000 by heart, and shapes last
+PICTURES = {"flux": 24_000, "sana": 10_000, "dit": 10_000, "unet": 8_000}  # flux learns 10,000 by heart, and shapes last
 # (steps, learning rate, shift of the noise level), one after the other. Heavy noise teaches the text: in light noise
 # the picture itself shows what the caption says.
 PHASES = {
@@ -43,8 +43,9 @@ PHASES = {
     "flux": [(900, 6e-4, 2.0)],
     "sana": [(6000, 1.5e-3, 3.0)],
     "dit": [(8000, 1.5e-3), (3200, 1.5e-3)],  # uniform over its DDPM steps
+    "unet": [(1500, 2e-3)],
 }
-BATCH = {"flux-teacher": 32, "flux": 32, "sana": 64, "dit": 32}
+BATCH = {"flux-teacher": 32, "flux": 32, "sana": 64, "dit": 32, "unet": 16}
 
 
 def main(arguments: list[str]) -> None:
@@ -60,7 +61,7 @@ def main(arguments: list[str]) -> None:
         # f8c4 differs from f8c16 at the bottleneck only: it starts from the trained one
         start = AutoencoderKL.from_pretrained(work / "kl-f8c16") if part == "kl-f8c4" else None
         autoencoders.train(part, *AUTOENCODERS[part], SEED, log, start).save_pretrained(work / part)
-    elif part in ("flux-teacher", "flux", "sana", "dit"):
+    elif part in PHASES:
         train_transformer(work, part).save_pretrained(work / part)
     elif part == "assemble":
         assemble.write(work, Path(rest[0]))
@@ -78,8 +79,8 @@ def train_transformer(work: Path, part: str):
     """One base transformer, from latents of freshly drawn pictures."""
     name = part.removesuffix("-teacher")
     family, model = base.new_model(name, SEED)
-    train = {"flux": base.distill_guidance, "dit": base.train_dit}.get(part, base.train_flow)
-    pairs = {"flux": flux_pairs, "sana": sana_pairs, "dit": dit_pairs}[name](work)
+    train = {"flux": base.distill_guidance, "dit": base.train_dit, "unet": base.train_unet}.get(part, base.train_flow)
+    pairs = {"flux": flux_pairs, "sana": sana_pairs, "dit": dit_pairs, "unet": unet_pairs}[name](work)
     if part == "flux":
         model = FluxTransformer2DModel.from_pretrained(work / "flux-teacher")
     for number, (steps, rate, *shift) in enumerate(PHASES[part]):
@@ -111,6 +112,21 @@ def flux_pairs(work: Path) -> base.Pairs:
         tokenizer_2=t5_tokenizer,
     )
     return caption_pairs(pipeline, "flux", AutoencoderKL.from_pretrained(work / "kl-f8c16"))
+
+
+def unet_pairs(work: Path) -> base.Pairs:
+    clip, tokenizer = text.clip(work, base.TEXT_LENGTH, pooled=False)
+    pipeline = StableDiffusionPipeline(
+        vae=None,
+        text_encoder=clip,
+        tokenizer=tokenizer,
+        unet=None,
+        scheduler=None,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return caption_pairs(pipeline, "unet", AutoencoderKL.from_pretrained(work / "kl-f8c4"))
 
 
 @torch.no_grad()
