@@ -93,7 +93,7 @@ def _folder(path: Path) -> dict:
         "family": known.name if known else None,
         "class": config.get("_class_name"),
         "pipeline": sources.read_config(index).get("_class_name") if index.is_file() else None,
-        "experimental": known.experimental if known else None,
+        "experimental": (known and known.experimental) or None,
         "sizes": {key: config[key] for key in SIZES if config.get(key) is not None},
         "licences": _licences(path),
         "lora_files": sorted(file.name for file in path.glob("*lora*.safetensors")),

@@ -304,7 +304,7 @@ def _template(base: Path, family: Family, whole: bool = False) -> dict[str, Any]
     """The transformer config of a base folder; what ships for the family where the folder has none."""
     if not (base / "model_index.json").is_file():
         raise InputError(f"the base {base} has no model_index.json: not a diffusers pipeline folder", "--base FOLDER|REPO")
-    path = base / family.component / "config.json"
+    path = families.network_folder(base) / "config.json"
     if path.is_file():
         return read_object(path)
     return {"_class_name": family.model_class} if whole else bases.template_of(family.name)

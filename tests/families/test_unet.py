@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dcgen_convert import families, models, plan, recipe
 from dcgen_convert.align.ridge import Noise, NormalEquations
+from dcgen_convert.bundle.checks import check_structure
 from dcgen_convert.checkpoint.source import load_source
 from dcgen_convert.errors import InputError, RecipeError
 from dcgen_convert.plan.arithmetic import forward_flops
@@ -116,6 +117,15 @@ def test_the_stock_pipeline_loads_a_lora_that_stays_apart(source, tmp_path):
         found, wanted = pipeline.unet(z, 7, text).sample, model(z, 7, text).sample
     assert (wanted - before).abs().max() > 0.1
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_the_safety_checker_of_stable_diffusion_is_a_stock_component(tmp_path):
+    """Its class belongs to a pipeline of diffusers; a library that nobody has is still found."""
+    (tmp_path / "safety_checker").mkdir()
+    (tmp_path / "safety_checker" / "config.json").write_text("{}")
+    assert not check_structure(tmp_path, {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]})
+    (found,) = check_structure(tmp_path, {"safety_checker": ["somebodys", "StableDiffusionSafetyChecker"]})
+    assert found == "safety_checker needs the code somebodys.py, which is not in its folder"
 
 
 def resolved(source, sets=(), **flags):

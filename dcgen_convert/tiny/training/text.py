@@ -29,6 +29,7 @@ from transformers import (
 from dcgen_convert.tiny import world
 
 WIDTH = 64
+LENGTH = 16  # tokens; the longest caption takes 12
 CHARACTERS = string.ascii_lowercase + string.digits + string.punctuation
 
 
