@@ -135,8 +135,7 @@ def head_equations(job, task: adapt.Task, draws: int) -> NormalEquations:
                     if corrected:
                         nothing = objective.drop_text(text, rows.null, torch.ones_like(drawn.dropped))
                         h_null = features(z, drawn.t, nothing, torch.ones_like(drawn.guidance))
-                        shown = job.recipe.adapt.data_guidance
-                        x = h_null + shown / drawn.guidance[:, None, None] * (x - h_null)
+                        x = objective.corrected(x, h_null, drawn.guidance, job.recipe.adapt.data_guidance)
                     equations.add(x, job.family.target(z0, drawn.eps).flatten(2).transpose(1, 2))  # (B, N, C), patch 1
                     bar.advance(len(part))
     finally:

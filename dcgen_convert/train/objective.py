@@ -163,8 +163,12 @@ def guidance_corrected_loss(
 
 def corrected_error(v_g: Tensor, v_null: Tensor, guidance: Tensor, data_guidance: float, v: Tensor) -> Tensor:
     """|| v(null) + (g_d / g) [v_g - v(null)] - v ||^2; velocities (B, C, h, w), guidance (B,); scalar."""
-    v_hat = v_null + data_guidance / guidance[:, None, None, None] * (v_g - v_null)
-    return (v_hat - v).square().mean()
+    return (corrected(v_g, v_null, guidance, data_guidance) - v).square().mean()
+
+
+def corrected(guided: Tensor, null: Tensor, guidance: Tensor, data_guidance: float) -> Tensor:
+    """null + (g_d / g) (guided - null), (B, ...): v_hat of velocities, or the features that a linear head makes it from."""
+    return null + data_guidance / guidance.view(-1, *[1] * (null.ndim - 1)) * (guided - null)
 
 
 @torch.no_grad()
