@@ -65,4 +65,7 @@ def measured(config: dict) -> Structure:
     queries = [layer for layer in layers if layer.name.endswith(("attn1.to_q", "attn2.to_q"))]
     alone = sum(layer.share**2 * layer.outputs / width for layer in queries if "attn1" in layer.name)
     cross = sum(layer.share * layer.outputs / width for layer in queries if "attn2" in layer.name)
+    # For the size of activations: attentions and residual blocks, each by its part of the finest grid at its width.
+    parts = [layer for layer in layers if layer.name.endswith(("attn1.to_q", ".conv1"))]
+    blocks = max(1, round(sum(layer.share * layer.outputs / width for layer in parts)))
     return Structure(layers, total - held, blocks, width, text, alone=alone, cross=cross)
