@@ -34,7 +34,7 @@ def read_folder(path: Path) -> list[Picture]:
     Raises:
         InputError: nothing there, no pictures, or pictures without captions (named).
     """
-    path = Path(path).expanduser()
+    path = Path(path).expanduser().absolute()  # the index of a run lies elsewhere
     if path.suffix == ".jsonl":
         if not path.is_file():
             raise InputError(f"{path} does not exist", "give a folder of images with .txt captions, or a .jsonl")

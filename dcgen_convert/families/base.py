@@ -66,7 +66,7 @@ class Family:
     lora_targets: ClassVar[str]  # regex over full module names, as PEFT's target_modules takes it
     awq_pattern: ClassVar[str] = r"(?!)"  # AdaLN / modulation linears inside the blocks
     # 0: stock AutoencoderDC; 1: the same with keys in its config that the pipeline asks for; 2: in-bundle adapter that
-    # undoes the p x p packing of the pipeline, or of a transformer that packs for itself
+    # undoes the p x p packing of the pipeline, or of a transformer that packs for itself, and takes what AutoencoderDC does not
     bundle_tier: ClassVar[int] = 0
     fixed_shift: ClassVar[bool] = False  # whether the network's time input leans on the shift of the stock scheduler
     official_layout: ClassVar[bool] = False  # whether the DC-Gen authors published a pipeline class
