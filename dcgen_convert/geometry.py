@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dcgen_convert import autoencoder_files, bases, catalog, sources
+from dcgen_convert.checkpoint.source import check_scheduler
 from dcgen_convert.data import buckets
 from dcgen_convert.errors import AccessError, InputError, RecipeError
 from dcgen_convert.families import Family
@@ -111,7 +112,7 @@ def autoencoder_grid(config: dict) -> tuple[int, int]:
 
 
 def bucket_sizes(family: Family, config: dict, base: Grid, new: Grid, resolution: int) -> list[tuple[int, int]]:
-    """(height, width) in px of the aspect-ratio buckets at ``resolution``: both grids' token sides divide theirs.
+    """(height, width) in px of the aspect-ratio buckets at ``resolution``: both grids' tokens, and the network's halvings, divide theirs.
 
     Args:
         config: of the source's transformer.
@@ -119,7 +120,8 @@ def bucket_sizes(family: Family, config: dict, base: Grid, new: Grid, resolution
         RecipeError: the family or the resolution allows squares only.
     """
     table = family.table_side(config)
-    step, longest = math.lcm(base.token_px, new.token_px), table and table * base.token_px
+    step = math.lcm(base.token_px, new.token_px) * family.grid_step(config)
+    longest = table and table * base.token_px
     if not family.any_shape:
         raise RecipeError(f"data.buckets: {family.name} models draw one shape of pictures only", "leave out data.buckets")
     found = buckets.sizes(resolution, step, longest)
@@ -141,11 +143,12 @@ def tile_sizes(factor: int) -> tuple[int, int]:
 
 
 def check(recipe: Recipe) -> None:
-    """Every picture side must be a multiple of both f*p, or the grids cannot meet, and one that the base model can draw.
+    """Every picture side must be a multiple of both f*p, or the grids cannot meet, and one that the model can work on.
 
     A hub id whose config is not here yet is left to the stage that downloads it.
     Raises:
         RecipeError: naming the setting and the nearest sizes that work; buckets for a family that has no use for them.
+        InputError: a scheduler that the family cannot follow.
     """
     try:
         grids = {
@@ -167,6 +170,16 @@ def check(recipe: Recipe) -> None:
                     f"use {f'{low} or ' if low else ''}{high} px (--resolution)",
                 )
     family = sources.CLASSES[sources.model_class(config, recipe.source)]
+    for key, side in sides.items():
+        for grid in grids.values() if key == "data.resolution" else (grids["autoencoder"],):
+            cells, step = side // grid.f, family.grid_step(config)
+            if cells % step:
+                raise RecipeError(
+                    f"{key} is {side} px, at f{grid.f} {cells} x {cells} cells; {family.name} models halve their grid and need a "
+                    f"multiple of {step}",
+                    "use another --resolution, or an --ae of a smaller factor",
+                )
+    check_scheduler(Path(recipe.base or recipe.source).expanduser(), family)
     if recipe.data.buckets:
         for phase in recipe.adapt.phases:
             bucket_sizes(family, config, grids["source"], grids["autoencoder"], phase.resolution)

@@ -83,7 +83,7 @@ def _transformer(path: Path) -> dict:
 def _folder(path: Path) -> dict:
     """A pipeline folder (model_index.json), a bundle (with its manifest), or one component's folder (config.json)."""
     index, manifest = path / "model_index.json", path / MANIFEST
-    home = path / "transformer" if index.is_file() else path
+    home = families.network_folder(path) if index.is_file() else path
     config = sources.read_config(home / "config.json")
     if not isinstance(config.get("quantization_config") or {}, dict):
         raise InputError(f"{home / 'config.json'} has a damaged quantization_config", "fetch the checkpoint again")
@@ -93,6 +93,7 @@ def _folder(path: Path) -> dict:
         "family": known.name if known else None,
         "class": config.get("_class_name"),
         "pipeline": sources.read_config(index).get("_class_name") if index.is_file() else None,
+        "experimental": (known and known.experimental) or None,
         "sizes": {key: config[key] for key in SIZES if config.get(key) is not None},
         "licences": _licences(path),
         "lora_files": sorted(file.name for file in path.glob("*lora*.safetensors")),

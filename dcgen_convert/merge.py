@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dcgen_convert import families
 from dcgen_convert.console import NULL, Console
 from dcgen_convert.errors import CheckFailed, InputError
 from dcgen_convert.files import TEMPORARY, atomic_save, fresh_folder, fsync, read_json
@@ -22,7 +23,6 @@ from dcgen_convert.files import TEMPORARY, atomic_save, fresh_folder, fsync, rea
 if TYPE_CHECKING:
     from torch import Tensor
 
-PREFIX = "transformer."
 METADATA = "lora_adapter_metadata"
 
 
@@ -67,7 +67,7 @@ def merge(
 
     transformer, output = Path(transformer), Path(output)
     shards = shards_of(transformer)
-    updates = read_lora(lora) if lora else {}
+    updates = read_lora(lora, component_of(transformer)) if lora else {}
     replacements = load_file(modules) if modules else {}
     if not updates and not replacements:
         raise CheckFailed("merge: 0 tensors to merge", hint="check that the adapt stage wrote its export")
@@ -131,8 +131,14 @@ def shards_of(transformer: Path) -> list[Path]:
     return shards
 
 
-def read_lora(path: Path) -> dict[str, Update]:
-    """Weight name -> update, of a LoRA file in diffusers format.
+def component_of(transformer: Path) -> str:
+    """What stock pipelines call the network in a folder, and begin the names of its LoRA with."""
+    family = families.recognise(read_json(transformer / "config.json").get("_class_name"))
+    return families.COMPONENTS[0] if family is None else family.component
+
+
+def read_lora(path: Path, component: str) -> dict[str, Update]:
+    """Weight name -> update, of a LoRA file in diffusers format for a pipeline's ``component``.
 
     Raises:
         InputError: no rank and alpha in the metadata, a variant other than plain LoRA, or a key that is not of LoRA.
@@ -147,16 +153,16 @@ def read_lora(path: Path) -> dict[str, Update]:
             f"{path} does not state its rank and alpha",
             hint="save it with save_lora_weights and its metadata",
         )
-    config = {key.removeprefix(PREFIX): value for key, value in json.loads(metadata[METADATA]).items()}
+    config = {key.removeprefix(f"{component}."): value for key, value in json.loads(metadata[METADATA]).items()}
     for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern"):
         if config.get(key):
             raise InputError(f"{path} uses {key}: only plain LoRA can be merged")
     scale = config["lora_alpha"] / config["r"]
     updates = {}
     for name in tensors:
-        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", name)
+        match = re.fullmatch(rf"{component}\.(.+)\.lora_([AB])\.weight", name)
         if not match:
-            raise InputError(f"{path}: {name} is not a LoRA weight of the transformer")
+            raise InputError(f"{path}: {name} is not a LoRA weight of the {component}")
         partner = name.replace(f"lora_{match[2]}.weight", f"lora_{'B' if match[2] == 'A' else 'A'}.weight")
         if partner not in tensors:
             raise InputError(f"{path}: {name} has no partner {partner}")

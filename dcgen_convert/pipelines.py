@@ -14,7 +14,6 @@ from dcgen_convert.families import Family, Text
 from dcgen_convert.job import stock_pipeline
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-NOT_TEXT = ("transformer", "vae")
 
 
 def device() -> str:
@@ -22,7 +21,12 @@ def device() -> str:
 
 
 def load_pipeline(source: Source, dtype: torch.dtype, **components):
-    """The source's stock pipeline; ``components`` replace parts (None leaves one out)."""
+    """The source's stock pipeline; ``components`` replace parts (None leaves one out).
+
+    Without a safety checker: what it paints black is no training data.
+    """
+    if "safety_checker" in source.index:
+        components = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False, **components}
     with quiet_diffusers():
         pipeline = stock_pipeline(source).from_pretrained(source.root, dtype=dtype, **components)
     pipeline.set_progress_bar_config(disable=True)
@@ -33,7 +37,7 @@ def load_pipeline(source: Source, dtype: torch.dtype, **components):
 
 def load_text_encoders(source: Source, dtype: torch.dtype):
     """The pipeline without transformer and autoencoder: all that encoding prompts needs."""
-    return load_pipeline(source, dtype, transformer=None, vae=None)
+    return load_pipeline(source, dtype, **{source.family.component: None, "vae": None})
 
 
 @torch.no_grad()

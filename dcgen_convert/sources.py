@@ -90,7 +90,7 @@ def model_class(config: dict, where: str) -> str:
     """The transformer's class name, when a shipped family handles it."""
     name = config.get("_class_name", "(none)")
     if not isinstance(name, str) or name not in CLASSES:
-        raise InputError(f"{where}: transformer class {name} has no family here", f"supported: {', '.join(CLASSES)}")
+        raise InputError(f"{where}: the class {name} has no family here", f"supported: {', '.join(CLASSES)}")
     return name
 
 
@@ -104,13 +104,29 @@ def transformer_config(source: str, offline: bool = False, base: str | None = No
         return entry.transformer_config()
     path = Path(source).expanduser()
     if path.is_dir():
-        return read_config(path / "transformer" / "config.json", path / "config.json")
+        return read_config(families.network_folder(path) / "config.json", path / "config.json")
     if path.is_file():
         from dcgen_convert.checkpoint.single import read_single
 
         single = read_single(path)
         return single.config(None if base is None else transformer_config(base, offline))
-    return hub_json(source, "transformer/config.json", offline)
+    return hub_config(source, offline)
+
+
+def hub_config(repo: str, offline: bool) -> dict:
+    """Config of the network of a hub repository, whatever its folder is called; errors as `hub_json`."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    first, *others = families.COMPONENTS
+    try:
+        return hub_json(repo, f"{first}/config.json", offline)
+    except (AccessError, EntryNotFoundError):
+        for name in others:
+            try:
+                return hub_json(repo, f"{name}/config.json", offline)
+            except (AccessError, EntryNotFoundError):
+                continue
+        raise
 
 
 def read_config(*candidates: Path) -> dict:

@@ -46,7 +46,7 @@ def run(job, stage: Stage) -> None:
     best = equations.solve(0.0, bias=problem.biased)
     weight, bias = start
     if settings.method == "ridge":
-        noise = noise_moments(job, student, cache) if settings.noise_aware else None
+        noise = noise_moments(job, problem, student, cache) if settings.noise_aware else None
         weight, bias = equations.solve(settings.ridge, noise, problem.biased)
         if seen.count:
             part = seen.solve(settings.ridge, noise, problem.biased)
@@ -101,7 +101,7 @@ class Problem:
         goal = affine(self.teacher, self.family.tokens(z_base, self.patch_base))  # (B, N0, D)
         if (added := self.base_positions(*grid_base)) is not None:
             goal = goal + added
-        x = self.family.tokens(z, self.patch)  # (B, N, C p p)
+        x = self.family.tokens(z, self.patch)  # (B, N, K)
         own = self.positions(*grid)  # the model adds them after the embedder: the embedder must not
         if self.pooling == "average":
             goal = resize(goal, grid_base, grid, "area")
@@ -130,7 +130,7 @@ def resize(tokens: Tensor, grid: tuple[int, int], to: tuple[int, int], mode: str
 
 
 def affine(module: nn.Module, tokens: Tensor) -> Tensor:
-    """The embedder on tokens, whatever its type: a Conv2d with kernel = stride is a linear on its flattened patches."""
+    """The embedder on tokens, whatever its type: a Conv2d is a linear on the flattened windows that it reads."""
     return F.linear(tokens, module.weight.flatten(1), module.bias)
 
 
@@ -147,16 +147,18 @@ def as_module(module: nn.Module, name: str, weight: Tensor, bias: Tensor) -> dic
     return state if module.bias is None else {**state, f"{name}.bias": bias.float()}
 
 
-def noise_moments(job, student: nn.Module, cache: LatentCache) -> Noise:
+def noise_moments(job, problem: Problem, student: nn.Module, cache: LatentCache) -> Noise:
     """Moments of the t that training will draw. Noise is independent in the two latent spaces, so it only shrinks W."""
     normal = torch.randn(100_000, generator=torch.Generator().manual_seed(job.recipe.seed)).double()
-    moments = torch.zeros(3, dtype=torch.float64)
+    moments, inside, weights = torch.zeros(3, dtype=torch.float64), 0.0, 0.0
     for span, shape in zip(cache.spans, cache.shapes, strict=True):
         sampling = adapt.sampling_of(job.family, job.recipe.adapt, shape, student.config, job.scheduler)
         t = t_of_normal(normal, sampling).double()
         of_shape = torch.stack([(1 - t).mean(), (1 - t).square().mean(), t.square().mean()])
         moments += len(span) / len(cache) * of_shape
-    return Noise(*moments.tolist())
+        inputs = job.family.tokens(torch.ones(1, *shape), problem.patch)[0].double()  # (N, K): 1 inside the picture
+        inside, weights = inside + len(span) * inputs.sum(0), weights + len(span) * len(inputs)
+    return Noise(*moments.tolist(), inside / weights)
 
 
 def descend(

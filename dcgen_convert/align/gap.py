@@ -37,8 +37,7 @@ def measure(job, converted: nn.Module, rows: LatentCache) -> list[float]:
             patch = job.family.patch(model.config, latent.shape[1])
             grid = (latent.shape[2] // patch, latent.shape[3] // patch)
             tokens.append(block_tokens(job.family, model, objective.noised(latent, drawn.eps, t), t, text, grid))
-        side = tuple(tokens[1][0].shape[-2:])
-        goals = [F.interpolate(old, size=side, mode="area") for old in tokens[0]]
+        goals = [F.interpolate(old, size=tuple(new.shape[-2:]), mode="area") for old, new in zip(*tokens, strict=True)]
         pairs = [((new - goal), goal) for new, goal in zip(tokens[1], goals, strict=True)]
         sums.append(torch.tensor([[part.double().square().sum().item() for part in pair] for pair in pairs]))
     distance, norm = sum(sums).unbind(1)
@@ -48,14 +47,12 @@ def measure(job, converted: nn.Module, rows: LatentCache) -> list[float]:
 def block_tokens(
     family, model: nn.Module, z: Tensor, t: Tensor, text: dict[str, Tensor], grid: tuple[int, int]
 ) -> list[Tensor]:
-    """Image tokens after every repeated block, each as a map (B, D, rows, cols)."""
-    blocks = [block for name in family.blocks for block in model.get_submodule(name)]
-
+    """Image tokens after every block, each as a map (B, D, rows, cols)."""
+    blocks = family.block_modules(model)
     outputs: dict[nn.Module, list[Tensor]] = {block: [] for block in blocks}  # a family may split the batch
 
     def keep(module: nn.Module, args: tuple, output) -> None:
-        tokens = family.image_tokens(output, grid[0] * grid[1], text)
-        outputs[module].append(tokens.float().unflatten(1, grid).movedim(-1, 1))
+        outputs[module].append(family.block_map(output, grid, text).float())
 
     handles = [block.register_forward_hook(keep) for block in blocks]
     try:

@@ -100,11 +100,11 @@ def start_head(job, task: adapt.Task) -> None:
         if head.bias is not None:
             head.bias.zero_()
         if settings.method == "xavier":
-            head.weight.copy_(xavier(head, job.recipe.seed)[0])
+            head.weight.copy_(xavier(head, job.recipe.seed)[0].reshape(head.weight.shape))
         elif settings.method == "least-squares":
             weight, bias = head_equations(job, task, settings.draws).solve(RIDGE, bias=head.bias is not None)
             # A learned-sigma head writes 2 C channels; the stock pipeline drops the second half, which stays zero.
-            head.weight[: len(weight)].copy_(weight)
+            head.weight[: len(weight)].copy_(weight.reshape(-1, *head.weight.shape[1:]))
             if head.bias is not None:
                 head.bias[: len(bias)].copy_(bias)
 
@@ -117,12 +117,12 @@ def head_equations(job, task: adapt.Task, draws: int) -> NormalEquations:
     handle = head.register_forward_pre_hook(lambda module, args: captured.append(args[0].detach()))
     corrected = job.recipe.adapt.objective == "guidance-corrected"
     device = pipelines.device()
-    equations = NormalEquations(head.weight.shape[1], rows.shapes[0][0])
+    equations = NormalEquations(head.weight[0].numel(), rows.shapes[0][0])
 
     def features(z: Tensor, t: Tensor, text: dict[str, Tensor], guidance: Tensor) -> Tensor:
         captured.clear()
         objective.predict(job.family, task.model, z, t, text, guidance)
-        return job.family.image_tokens(torch.cat(captured), z.shape[2] * z.shape[3], text).float()  # (B, N, D), patch 1
+        return job.family.head_inputs(torch.cat(captured), z.shape[2] * z.shape[3], text).float()  # (B, N, K), patch 1
 
     try:
         with torch.no_grad(), job.console.progress("least squares for the head", draws * len(rows), "samples") as bar:

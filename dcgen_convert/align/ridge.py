@@ -17,12 +17,14 @@ from dcgen_convert.errors import InputError
 class Noise:
     """Moments over the noise levels t for regression on noised inputs: x = (1-t) x_0 + t n_x, y = (1-t) y_0 + t n_y.
 
-    n_x, n_y are zero-mean and independent of each other and of the data; n_x has unit covariance.
+    n_x, n_y are zero-mean and independent of each other and of the data; the entries of n_x have unit variance where they
+    are in the picture, and are uncorrelated.
     """
 
     keep: float  # E[1 - t]
     keep_square: float  # E[(1 - t)^2]
     noise_square: float  # E[t^2]
+    inside: Tensor | float = 1.0  # (K,) fraction of rows whose entry is in the picture: windows reach over its border
 
 
 class NormalEquations:
@@ -68,9 +70,8 @@ class NormalEquations:
         mean_x, mean_y = self.x / self.count, self.y / self.count
         covariance, cross = self.xx / self.count, self.xy / self.count
         if noise:
-            covariance = noise.keep_square * covariance + noise.noise_square * torch.eye(
-                len(covariance), dtype=torch.float64
-            )
+            covariance = noise.keep_square * covariance
+            covariance.diagonal().add_(noise.noise_square * noise.inside)
             cross, mean_x, mean_y = noise.keep_square * cross, noise.keep * mean_x, noise.keep * mean_y
         if not bias:
             mean_x, mean_y = torch.zeros_like(mean_x), torch.zeros_like(mean_y)

@@ -31,6 +31,7 @@ def render(
         _front_matter(manifest, family, lora),
         f"# {title}",
         _summary(manifest),
+        *([f"Note: {family.experimental}."] if family.experimental else []),
         "## Use",
         _usage(manifest, family, layout, lora),
     ]
@@ -88,7 +89,7 @@ def _usage(manifest: Mapping[str, Any], family: Family, layout: str, lora: bool)
         text += (
             "\n\nThe flag runs `vae/autoencoder_dc_adapter_v*.py` of this repository: about a hundred lines that show "
             "the deep latent to the stock pipeline in the shape that it packs. "
-            "The pipeline, the transformer and the scheduler are stock."
+            f"The pipeline, the {family.component} and the scheduler are stock."
         )
     elif tile_sizes(manifest["autoencoder"]["factor"]) != STOCK_TILES:
         tile, stride = tile_sizes(manifest["autoencoder"]["factor"])

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dcgen_convert import families
 from dcgen_convert.bundle import manifest as manifests
 from dcgen_convert.bundle.expected import expected_tensors
 from dcgen_convert.bundle.layout import is_component
@@ -38,7 +39,7 @@ def check_files(bundle: Path, manifest: Mapping[str, Any], console: Console) -> 
 
 def _damaged_tensors(path: Path, manifest: Mapping[str, Any]) -> str:
     """Names of the transformer's tensors in ``path`` whose bytes changed, as an addition to a sentence."""
-    if path.parent.name != "transformer" or path.suffix != ".safetensors":
+    if path.parent.name not in families.COMPONENTS or path.suffix != ".safetensors":
         return ""
     try:
         found = read_weights(path.parent)
@@ -64,18 +65,26 @@ def check_structure(bundle: Path, index: Mapping[str, Any]) -> list[str]:
             found.append(f"model_index.json names {name}, which has no folder")
         elif not any(folder.glob("*config.json")):
             found.append(f"{name} has no config")
-        elif value[0] not in LIBRARIES and not (folder / f"{value[0]}.py").is_file():
+        elif value[0] not in LIBRARIES and not is_pipeline(value[0]) and not (folder / f"{value[0]}.py").is_file():
             found.append(f"{name} needs the code {value[0]}.py, which is not in its folder")
     return found
+
+
+def is_pipeline(library: str) -> bool:
+    """Whether diffusers has pipelines of that name, whose own classes an index may name (Stable Diffusion's safety checker)."""
+    import diffusers
+
+    return hasattr(diffusers.pipelines, library)
 
 
 def check_tensors(bundle: Path, console: Console) -> list[str]:
     """Names, dtypes and shapes of the transformer and the autoencoder against their classes; no NaN, no infinity."""
     found = []
-    for component in ("transformer", "vae"):
+    for folder in (families.network_folder(bundle), bundle / "vae"):
+        component = folder.name
         try:
-            tensors = read_weights(bundle / component)
-            expected, problems = expected_tensors(bundle / component)
+            tensors = read_weights(folder)
+            expected, problems = expected_tensors(folder)
         except DcgenError as error:
             found.append(error.message)
             continue
@@ -120,10 +129,10 @@ def check_values(tensors: Mapping[str, Entry], console: Console) -> list[str]:
 def check_table(bundle: Path, manifest: Mapping[str, Any]) -> list[str]:
     """The manifest's table of tensors against the transformer's headers and quantisation config."""
     try:
-        tensors = read_weights(bundle / "transformer")
+        tensors = read_weights(families.network_folder(bundle))
     except InputError:
         return []  # said by check_tensors
-    formats = manifests.quantised_formats(read_json(bundle / "transformer" / "config.json"))
+    formats = manifests.quantised_formats(read_json(families.network_folder(bundle) / "config.json"))
     table, found = manifest["tensors"], []
     for name in sorted(tensors.keys() | table.keys()):
         if name not in tensors or name not in table:
@@ -141,7 +150,8 @@ def check_against(manifest: Mapping[str, Any], source: Path) -> list[str]:
 
     InputError when ``source`` holds no transformer weights.
     """
-    base = read_weights(source / "transformer" if (source / "transformer").is_dir() else source)
+    network = families.network_folder(source)
+    base = read_weights(network if network.is_dir() else source)
     found = []
     for name, record in manifest["tensors"].items():
         if record["origin"] != "identical":

@@ -31,7 +31,7 @@ from dcgen_convert.files import atomic_write, read_json, write_json
 
 LAYOUTS = ("stock", "official")
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights(folder) looks for
-REPLACED = ("transformer", "vae", "scheduler")
+REPLACED = ("vae", "scheduler")  # and the network
 
 
 def write_bundle(
@@ -75,8 +75,8 @@ def write_bundle(
     output, source = Path(output), Path(source)
     index = model_index(read_json(source / "model_index.json"), family, layout, scheduler_config)
     check_output(output, force)
-    copies = {name: source / name for name in index if is_component(index[name]) and name not in REPLACED}
-    copies |= {"transformer": Path(transformer), "vae": Path(autoencoder)}
+    copies = {name: source / name for name in index if is_component(index[name]) and name not in (*REPLACED, family.component)}
+    copies |= {family.component: Path(transformer), "vae": Path(autoencoder)}
     check_disk(output, copies.values(), () if single_file is None else (single_file,))
     staging = output.parent / f".{output.name}.partial"
     shutil.rmtree(staging, ignore_errors=True)
@@ -101,7 +101,7 @@ def write_bundle(
         # The hash of a copy is the hash of what was read from its origin, so that a bad copy is found by `verify`.
         written = manifests.hash_files(staging, skip=files)
         record["files"] = manifests.file_table(staging, files | written)
-        record["tensors"] = manifests.tensor_table(staging / "transformer", source / "transformer", console)
+        record["tensors"] = manifests.tensor_table(staging / family.component, source / family.component, console)
         write_json(staging / manifests.FILE, record)
         _swap(staging, output)
     except BaseException:
@@ -128,14 +128,14 @@ def model_index(source: dict[str, Any], family: Family, layout: str, scheduler: 
         "_class_name": f"DCGen_{family.pipeline_class}" if layout == "official" else family.pipeline_of(source),
         "_diffusers_version": version("diffusers"),
         "scheduler": ["diffusers", scheduler["_class_name"]],
-        "transformer": ["diffusers", family.model_class],
+        family.component: ["diffusers", family.model_class],
         "vae": [MODULE_NAME, "AutoencoderDCAdapter"] if adapted else ["diffusers", "AutoencoderDC"],
     }
 
 
 def has_adapter(family: Family) -> bool:
-    """Whether the family's stock pipeline packs latents, so that a patch-1 model needs the in-bundle adapter (tier
-    2).
+    """Whether the family's stock pipeline packs latents or calls what an AutoencoderDC has not, so that a patch-1 model
+    needs the in-bundle adapter (tier 2).
     """
     return family.bundle_tier == 2
 

@@ -51,11 +51,11 @@ def load(bundle: Path, dtype=None, runtime: str = "auto", device: str | None = N
     if runtime == "dequantised":
         from dcgen_convert.svdquant.runtime import load_dequantised
 
-        parts["transformer"] = load_dequantised(bundle / "transformer", dtype)
+        parts[family.component] = load_dequantised(families.network_folder(bundle), dtype)
     elif runtime == "emulated":
         from dcgen_convert.svdquant.runtime import emulate
 
-        parts["transformer"] = emulate(bundle / "transformer", dtype)
+        parts[family.component] = emulate(families.network_folder(bundle), dtype)
     options = dict(dtype=dtype, trust_remote_code=has_adapter(family), local_files_only=True)
     with quiet_diffusers():
         if index["_class_name"] in (family.pipeline_class, *family.other_pipelines):
@@ -100,9 +100,9 @@ def family_of(bundle: Path) -> Family:
 
 
 def transformer_config(bundle: Path) -> dict[str, Any]:
-    """transformer/config.json of a bundle."""
+    """config.json of a bundle's network."""
     read_index(bundle)
-    path = Path(bundle) / "transformer" / "config.json"
+    path = families.network_folder(bundle) / "config.json"
     if not path.is_file():
         raise InputError(f"{path} does not exist", "give a bundle folder")
     return read_json(path)
@@ -159,7 +159,7 @@ def default_dtype(bundle: Path, device: str):
     """
     import torch
 
-    size = sum(path.stat().st_size for path in (Path(bundle) / "transformer").glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in families.network_folder(bundle).glob("*.safetensors"))
     return torch.bfloat16 if device.startswith("cuda") or size > LARGE else torch.float32
 
 

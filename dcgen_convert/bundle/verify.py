@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from dcgen_convert import catalog
+from dcgen_convert import catalog, families
 from dcgen_convert.bundle import checks
 from dcgen_convert.bundle import manifest as manifests
 from dcgen_convert.bundle.layout import read_index
@@ -81,7 +81,8 @@ def source_folder(name: str, revision: str | None) -> Path:
     """Folder of a base model that is given as a folder, a catalogue name or a hub id (at the bundle's own revision)."""
     entry = catalog.find_source(name)
     where = str(entry.folder or entry.repo) if entry else name
-    return resolve_folder(where, revision=revision, patterns=["transformer/*.json", "transformer/*.safetensors"])[0]
+    patterns = [f"{name}/*.{suffix}" for name in families.COMPONENTS for suffix in ("json", "safetensors")]
+    return resolve_folder(where, revision=revision, patterns=patterns)[0]
 
 
 def run_probe(bundle: Path) -> dict[str, Any]:

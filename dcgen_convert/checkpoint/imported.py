@@ -1,7 +1,7 @@
 """A base model that is no pipeline folder as it stands: a single file, a transformer alone, precision variants, 8-bit or GGUF
 weights, or a model with LoRAs to be fused. Stage `import` writes it as a pipeline folder, streamed; all else works on that.
 
-    transformer/  rewritten: embedder and head in the first shard, so that surgery can link the others
+    transformer/  (a U-Net: unet/) rewritten: embedder and head in the first shard, so that surgery can link the others
     the rest      links to the base's components
 """
 
@@ -24,7 +24,15 @@ from dcgen_convert.checkpoint.keymap import LISTED
 from dcgen_convert.checkpoint.lora import Lora, Merger
 from dcgen_convert.checkpoint.single import Single, read_single
 from dcgen_convert.checkpoint.sizes import AXES
-from dcgen_convert.checkpoint.source import COMPLETING, Source, check_variant, fingerprint_of, require_possible, resolve_folder
+from dcgen_convert.checkpoint.source import (
+    COMPLETING,
+    Source,
+    check_scheduler,
+    check_variant,
+    fingerprint_of,
+    require_possible,
+    resolve_folder,
+)
 from dcgen_convert.console import Console
 from dcgen_convert.errors import AccessError, InputError
 from dcgen_convert.families import Family
@@ -56,6 +64,10 @@ class Imported(Source):
     own: dict | None = None
     imported = True
 
+    @property
+    def transformer(self) -> Path:
+        return self.root / self.family.component
+
     @cached_property
     def index(self) -> dict[str, Any]:
         return Source(self.name, self.base).index
@@ -76,8 +88,9 @@ class Imported(Source):
 
     @property
     def parts(self) -> dict[str, Path]:
-        rest = {part: folder for part, folder in Source(self.name, self.base).parts.items() if part != "transformer"}
-        return rest | ({"transformer": self.single.path} if self.single.path.is_dir() else {})
+        network = self.family.component
+        rest = {part: folder for part, folder in Source(self.name, self.base).parts.items() if part != network}
+        return rest | ({network: self.single.path} if self.single.path.is_dir() else {})
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -90,7 +103,7 @@ class Imported(Source):
         rest = {
             f"{part}/{file}": digest
             for part, folder in self.parts.items()
-            if part != "transformer"
+            if part != self.family.component
             for file, digest in source_record(name, folder)["files"].items()
         }
         base = {"name": self.base_name, "revision": self.base_revision, "files": rest}
@@ -99,6 +112,7 @@ class Imported(Source):
     def check(self) -> None:
         """InputError when the transformer is not the one that the base's pipeline runs, or lacks tensors of its class."""
         check_variant(self.index, self.family, self.base)
+        check_scheduler(self.base, self.family)
         whole = _template(self.base, self.family)
         if any(key in whole and key not in self.config for key in AXES):
             raise InputError(
@@ -114,7 +128,7 @@ class Imported(Source):
                 "give a text-to-image model in its original latent space, or its own base with --base FOLDER",
             )
         for part, folder in Source(self.name, self.base).parts.items():
-            if part != "transformer":
+            if part != self.family.component:
                 plan_copy(folder)
 
     def _check_tensors(self) -> None:
@@ -151,7 +165,7 @@ class Imported(Source):
     def lay_out(self, console: Console) -> dict[str, Any]:
         """Write the pipeline folder; returns what was done, for the manifest."""
         for part, folder in Source(self.name, self.base).parts.items():
-            if part != "transformer":
+            if part != self.family.component:
                 _link(folder, self.root / part)
         for pattern in ("README.md", *LICENCES):
             for path in self.base.glob(pattern):
@@ -182,7 +196,7 @@ class Imported(Source):
 
     def _write_transformer(self, console: Console) -> float:
         """Shards and config; returns the largest |dW| of the LoRAs."""
-        merger, folder = Merger(self.loras), self.root / "transformer"
+        merger, folder = Merger(self.loras), self.transformer
         folder.mkdir(parents=True, exist_ok=True)
         items = {name: self.single.item(name, merger.of(name)) for name in self.single.stacks}
         shards = shards_of(items, (self.family.embedder, self.family.head))
@@ -228,7 +242,7 @@ def import_source(
     if home is None:
         raise InputError(f"{path} is no diffusers pipeline folder as it stands", "give the pipeline folder")
     whole = (path / "model_index.json").is_file()
-    folder = path / "transformer" if whole else path
+    folder = families.network_folder(path) if whole else path
     own = None
     if path.is_dir():
         own = Source(name, path).config if whole else _own_config(path)
@@ -290,7 +304,7 @@ def _template(base: Path, family: Family, whole: bool = False) -> dict[str, Any]
     """The transformer config of a base folder; what ships for the family where the folder has none."""
     if not (base / "model_index.json").is_file():
         raise InputError(f"the base {base} has no model_index.json: not a diffusers pipeline folder", "--base FOLDER|REPO")
-    path = base / "transformer" / "config.json"
+    path = families.network_folder(base) / "config.json"
     if path.is_file():
         return read_object(path)
     return {"_class_name": family.model_class} if whole else bases.template_of(family.name)

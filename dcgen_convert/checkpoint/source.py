@@ -19,8 +19,9 @@ from dcgen_convert.families import Family
 from dcgen_convert.files import read_object, sha256
 
 # What a conversion takes of a hub repository, the base model's and that of a base which only completes a transformer.
-_REST = ["*.json", "*.txt", "*.model", "*.md", "LICENSE*", "vae/*.safetensors", "text_encoder*/*.safetensors"]
-WHOLE, COMPLETING = [*_REST, "transformer/*.safetensors"], _REST
+_REST = ["*.json", "*.txt", "*.model", "*.md", "LICENSE*"]
+_REST += [f"{part}/*.safetensors" for part in ("vae", "text_encoder*", "safety_checker")]
+WHOLE, COMPLETING = [*_REST, *(f"{name}/*.safetensors" for name in families.COMPONENTS)], _REST
 HASH_WHOLE = 1 << 30  # bytes; larger weights are fingerprinted by headers and sizes, their full hash is in the manifest
 
 
@@ -42,7 +43,7 @@ class Source:
 
     @property
     def transformer(self) -> Path:
-        return self.root / "transformer"
+        return families.network_folder(self.root)
 
     @property
     def vae(self) -> Path:
@@ -66,7 +67,7 @@ class Source:
     def config(self) -> dict[str, Any]:
         path = self.transformer / "config.json"
         if not path.is_file():
-            raise InputError(f"{self.root} has no transformer/config.json", "give a diffusers folder or a hub id")
+            raise InputError(f"{self.root} has no {path.parent.name}/config.json", "give a diffusers folder or a hub id")
         config = read_object(path)
         if "quantization_config" in config:
             raise InputError(
@@ -187,13 +188,14 @@ def load_source(
         _ = source.index, source.family
         require_possible(source.config, source.tensors, root)
         check_variant(source.index, source.family, root)
+        check_scheduler(root, source.family)
         lost = next((part for part, folder in source.parts.items() if not folder.is_dir()), None)
         if lost is not None:
             raise InputError(f"{root} has no folder {lost}, which its model_index.json names", "fetch the whole checkpoint again")
         for module in (source.family.embedder, source.family.head):
             if f"{module}.weight" not in source.tensors:
                 raise InputError(
-                    f"{root}/transformer lacks {module}.weight, which every {source.family.name} model has",
+                    f"{source.transformer} lacks {module}.weight, which every {source.family.name} model has",
                     "is the checkpoint complete?",
                 )
         return source
@@ -226,6 +228,13 @@ def is_plain(root: Path) -> bool:
 
 def _class_of(config: Path) -> str | None:
     return read_object(config).get("_class_name") if config.is_file() else None
+
+
+def check_scheduler(root: Path, family: Family) -> None:
+    """InputError for a pipeline whose scheduler the family cannot follow."""
+    path = root / "scheduler" / "scheduler_config.json"
+    if path.is_file():
+        family.check_scheduler(read_object(path))
 
 
 def check_variant(index: Mapping[str, Any], family: Family, where: Path) -> None:

@@ -30,7 +30,8 @@ def converted_pipeline(job, transformer: nn.Module):
         else:
             vae = AutoencoderDC.from_pretrained(job.target, dtype=job.dtype, **options)
             vae.register_to_config(**keys)
-        pipeline = pipelines.load_pipeline(job.source, job.dtype, transformer=transformer, vae=vae.eval())
+        parts = {job.family.component: transformer, "vae": vae.eval()}
+        pipeline = pipelines.load_pipeline(job.source, job.dtype, **parts)
     scheduler = getattr(diffusers, job.scheduler["_class_name"])
     pipeline.scheduler = scheduler.from_config(job.scheduler)
     return pipeline

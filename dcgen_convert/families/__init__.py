@@ -1,8 +1,9 @@
-"""Families of diffusion transformers, each one module of facts."""
+"""Families of diffusion models, each one module of facts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from dcgen_convert.errors import InputError
 from dcgen_convert.families.auraflow import AuraFlow
@@ -20,9 +21,10 @@ from dcgen_convert.families.pixart import PixArt
 from dcgen_convert.families.qwenimage import QwenImage
 from dcgen_convert.families.sana import Sana
 from dcgen_convert.families.sd3 import SD3
+from dcgen_convert.families.unet import UNet
 from dcgen_convert.families.zimage import ZImage
 
-__all__ = ["FAMILIES", "Family", "QuantTargets", "Text", "get", "recognise"]
+__all__ = ["COMPONENTS", "FAMILIES", "Family", "QuantTargets", "Text", "get", "network_folder", "recognise"]
 
 # In the order in which tensor names are tried: a family whose names include another's stands before it.
 FAMILIES: dict[str, Family] = {
@@ -43,8 +45,19 @@ FAMILIES: dict[str, Family] = {
         CogView4(),
         HunyuanImage(),
         HiDream(),
+        UNet(),
     )
 }
+
+
+# What pipelines call the network that is converted, the most frequent name first.
+COMPONENTS = tuple(dict.fromkeys(("transformer", *(family.component for family in FAMILIES.values()))))
+
+
+def network_folder(pipeline: Path) -> Path:
+    """Folder of the network inside a pipeline folder, `transformer` or `unet`; the first where neither exists."""
+    folders = [Path(pipeline) / name for name in COMPONENTS]
+    return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
 def get(name: str) -> Family:

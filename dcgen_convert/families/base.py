@@ -1,4 +1,4 @@
-"""What a family of diffusion transformers has to state, and the arithmetic that follows from the statement.
+"""What a family of diffusion models has to state, and the arithmetic that follows from the statement.
 
 Shapes: B batch, C latent channels, h w latent grid, p patch, N = (h/p)(w/p) tokens, D width, L text tokens.
 Flow convention everywhere: z_t = (1 - t) z_0 + t eps, v = eps - z_0, t in [0, 1] (arXiv 2509.25180).
@@ -50,22 +50,24 @@ class Family:
     """Facts of one family. Subclasses fill the class attributes and state the methods at the end where theirs differ."""
 
     name: ClassVar[str]
-    model_class: ClassVar[str]  # diffusers transformer class
+    model_class: ClassVar[str]  # diffusers class of the network
+    component: ClassVar[str] = "transformer"  # what the stock pipeline calls it, and its folder
+    experimental: ClassVar[str] = ""  # what to tell a user who converts with it; empty: nothing
     pipeline_class: ClassVar[str]  # stock diffusers pipeline
     other_pipelines: ClassVar[tuple[str, ...]] = ()  # further stock pipelines of the same transformer and task
-    embedder: ClassVar[str]  # module that reads latent tokens (Linear, or Conv2d with kernel = stride = patch)
-    head: ClassVar[str]  # linear that writes latent tokens
+    embedder: ClassVar[str]  # module that reads the latent: linear in what `tokens` makes of it
+    head: ClassVar[str]  # module that writes the latent: linear in what `head_inputs` makes of its features
     in_order: ClassVar[str]  # order inside one input patch, einops
     out_order: ClassVar[str]  # order inside one output patch, einops
     guidance: ClassVar[str]  # "embedded" (distilled into the network) | "cfg" | "none"
     # what the network predicts: "flow" (eps - z_0) | "reversed" (z_0 - eps, at the time 1 - t) | "epsilon"
     prediction: ClassVar[str] = "flow"
     text_keys: ClassVar[tuple[str, ...]]  # forward() keywords that carry the condition
-    blocks: ClassVar[tuple[str, ...]]  # ModuleLists of repeated blocks, in forward order
+    blocks: ClassVar[tuple[str, ...]]  # ModuleLists of repeated blocks, or single blocks, in forward order
     lora_targets: ClassVar[str]  # regex over full module names, as PEFT's target_modules takes it
     awq_pattern: ClassVar[str] = r"(?!)"  # AdaLN / modulation linears inside the blocks
     # 0: stock AutoencoderDC; 1: the same with keys in its config that the pipeline asks for; 2: in-bundle adapter that
-    # undoes the p x p packing of the pipeline, or of a transformer that packs for itself
+    # undoes the p x p packing of the pipeline, or of a transformer that packs for itself, and takes what AutoencoderDC does not
     bundle_tier: ClassVar[int] = 0
     any_shape: ClassVar[bool] = True  # whether the stock pipeline draws pictures that are no squares, at the size asked for
     fixed_shift: ClassVar[bool] = False  # whether the network's time input leans on the shift of the stock scheduler
@@ -88,7 +90,7 @@ class Family:
         return math.isqrt(config["in_channels"] * (config.get("patch_size") or 1) ** 2 // channels)
 
     def tokens(self, z: Tensor, patch: int) -> Tensor:
-        """(B, C, h, w) -> (B, N, C p p), features in the order of the embedder's flattened weight columns."""
+        """(B, C, h, w) -> (B, N, K): what the embedder is linear in, in the order of its flattened weight columns; K = C p p."""
         from einops import rearrange
 
         return rearrange(z, f"b c (h p1) (w p2) -> b (h w) ({self.in_order})", p1=patch, p2=patch)
@@ -121,6 +123,30 @@ class Family:
         """
         features = features[1] if isinstance(features, tuple) else features
         return features[:, -count:]
+
+    def head_inputs(self, features: Any, count: int, text: Text) -> Tensor:
+        """(B, N, K): what the head is linear in, from the features that it is given; K = D."""
+        return self.image_tokens(features, count, text)
+
+    def block_map(self, output: Any, grid: tuple[int, int], text: Text) -> Tensor:
+        """Image part of what a block returns as a map (B, D, rows, columns); ``grid`` is that of the image's tokens."""
+        return self.image_tokens(output, grid[0] * grid[1], text).unflatten(1, grid).movedim(-1, 1)
+
+    def block_modules(self, model: nn.Module) -> list[nn.Module]:
+        """The blocks of a model, in forward order."""
+        from torch import nn
+
+        parts = (model.get_submodule(name) for name in self.blocks)
+        return [block for part in parts for block in (part if isinstance(part, nn.ModuleList) else [part])]
+
+    @property
+    def inside_blocks(self) -> re.Pattern[str]:
+        """Matches the beginning of the names of what lies in a block."""
+        return re.compile("|".join(rf"{re.escape(name)}\.(\d+\.)?" for name in self.blocks))
+
+    def share(self, name: str, config: dict[str, Any]) -> float:
+        """Fraction of the image's tokens that a layer runs on."""
+        return 1.0
 
     def expose(self, z: Tensor, config: dict[str, Any]) -> Tensor:
         """(B, C, h, w) -> (B, in_channels, q h, q w): the finer grid on which a self-packing transformer works.
@@ -173,6 +199,13 @@ class Family:
         """
         return None
 
+    def grid_step(self, config: dict[str, Any]) -> int:
+        """What both sides of a latent must be a multiple of, besides the patch: a U-Net halves its grid."""
+        return 1
+
+    def check_scheduler(self, scheduler: dict[str, Any]) -> None:
+        """InputError for a scheduler config whose noise levels or prediction are not those of this family."""
+
     def pipeline_of(self, index: dict[str, Any]) -> str:
         """Stock pipeline class that runs a folder with this model_index.json."""
         name = index.get("_class_name")
@@ -208,10 +241,9 @@ class Family:
             linears: exact module path -> (out features N, in features K) of every nn.Linear of the model.
             dense: regex of paths that the recipe keeps dense.
         """
-        inside = re.compile("|".join(rf"{re.escape(name)}\.\d+\." for name in self.blocks))
         svdq, awq, skipped = [], [], {}
         for path, (n, k) in linears.items():
-            if not inside.match(path):
+            if not self.inside_blocks.match(path):
                 continue
             if dense and re.fullmatch(dense, path):
                 skipped[path] = f"{ON_PURPOSE} by the recipe"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cache
-
+from dcgen_convert.families import ddpm
 from dcgen_convert.families.base import Family
 
 NULL_CLASS = 1000  # hard-coded in the stock pipeline
-TRAIN_STEPS = 1000  # DDPM, betas linear from 1e-4 to 0.02
 
 
 class DiT(Family):
@@ -51,12 +49,12 @@ class DiT(Family):
         return model.pos_embed.pos_embed[0]  # sincos buffer, rebuilt from the config for the new grid
 
     def noise_times(self):
-        return noise_times()
+        return ddpm.noise_times(ddpm.LINEAR)
 
     def predict(self, model, z, t, text, guidance=None):
-        """epsilon at z_t. The network lives on x = sqrt(abar) z_0 + sqrt(1 - abar) eps = z_t / sqrt(t^2 + (1-t)^2)."""
-        scale = (t.square() + (1 - t).square()).rsqrt().to(z.dtype)[:, None, None, None]
-        output = model(z * scale, timestep=ddpm_step(t), class_labels=text["class_labels"], return_dict=False)[0]
+        """epsilon at z_t."""
+        time = ddpm.step_at(t, ddpm.LINEAR)
+        output = model(ddpm.network_input(z, t), timestep=time, class_labels=text["class_labels"], return_dict=False)[0]
         return output[:, : z.shape[1]]  # the second half is the learned sigma, which the stock pipeline drops too
 
     def encode_text(self, pipeline, prompts, length):
@@ -79,23 +77,3 @@ def class_of(pipeline, prompt: str) -> int:
     if prompt.isdigit():
         return int(prompt)
     return pipeline.get_label_ids([prompt])[0]
-
-
-@cache
-def noise_times():
-    """t of every DDPM step, (1000,) float64: t / (1 - t) = sqrt(1 - abar) / sqrt(abar)."""
-    import torch
-
-    alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.02, TRAIN_STEPS, dtype=torch.float64), 0)
-    return (1 - alphas).sqrt() / (alphas.sqrt() + (1 - alphas).sqrt())
-
-
-def ddpm_step(t):
-    """Continuous DDPM step (0..999) whose noise level is t, by linear interpolation between neighbours; (B,) float32."""
-    import torch
-
-    table = noise_times().to(t.device)
-    t = t.to(torch.float64).clamp(table[0], table[-1])
-    upper = torch.searchsorted(table, t).clamp(1, TRAIN_STEPS - 1)
-    low, high = table[upper - 1], table[upper]
-    return (upper - 1 + (t - low) / (high - low)).to(torch.float32)

@@ -3,8 +3,8 @@ pipeline_pixart_alpha.py, pipeline_pixart_sigma.py."""
 
 from __future__ import annotations
 
+from dcgen_convert.families import ddpm
 from dcgen_convert.families.base import Family, added_positions
-from dcgen_convert.families.dit import ddpm_step, noise_times  # the same DDPM schedule
 
 MULTI_SCALE = 128  # sample_size by which alpha's model and pipeline know that they are conditioned on the picture's size
 
@@ -57,13 +57,13 @@ class PixArt(Family):
         return added_positions(model.pos_embed, model.config.in_channels, height, width)
 
     def noise_times(self):
-        return noise_times()
+        return ddpm.noise_times(ddpm.LINEAR)
 
     def predict(self, model, z, t, text, guidance=None):
-        """epsilon at z_t. The network lives on x = z_t / sqrt(t^2 + (1-t)^2), as DiT does."""
+        """epsilon at z_t."""
         import torch
 
-        scale = (t.square() + (1 - t).square()).rsqrt().to(z.dtype)[:, None, None, None]
+        time = ddpm.step_at(t, ddpm.LINEAR)
         size = {"resolution": None, "aspect_ratio": None}
         if sized(model.config):
             pixels = model.config.get("pixels_per_latent", 8)
@@ -72,7 +72,7 @@ class PixArt(Family):
                 "resolution": torch.tensor([[height, width]], dtype=z.dtype, device=z.device).expand(len(z), 2),
                 "aspect_ratio": torch.tensor([[height / width]], dtype=z.dtype, device=z.device).expand(len(z), 1),
             }
-        output = model(z * scale, timestep=ddpm_step(t), added_cond_kwargs=size, return_dict=False, **text)[0]
+        output = model(ddpm.network_input(z, t), timestep=time, added_cond_kwargs=size, return_dict=False, **text)[0]
         return output[:, : z.shape[1]]  # the second half is the learned sigma, which the stock pipeline drops too
 
     def encode_text(self, pipeline, prompts, length):

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 from dcgen_convert import catalog, geometry, sources
+from dcgen_convert.families import Family
 from dcgen_convert.plan import costs, memory, speed
 from dcgen_convert.plan.fit import Fit, fit, training
 from dcgen_convert.plan.quantised import quantised
@@ -45,7 +46,7 @@ def plan(resolved: Resolved, gpu_bytes: float = GPU_BYTES) -> dict:
         "schema": "dcgen.plan/1",
         "status": "infeasible" if problems else "feasible",
         "problems": problems,
-        "notes": [*([doubt] if doubt else []), *_notes(fetch, space, resolved)],
+        "notes": [*([doubt] if doubt else []), *_notes(fetch, space, resolved, sizes.family)],
         "source": {
             "name": recipe.source,
             "family": sizes.family.name,
@@ -121,9 +122,9 @@ def _tokens(resolved: Resolved, sizes: Shapes) -> list[dict]:
     return rows
 
 
-def _notes(fetch: list[dict], space: dict, resolved: Resolved) -> list[str]:
-    """What is missing or gated, and whether the disk here would do; none of it stops a plan."""
-    notes = []
+def _notes(fetch: list[dict], space: dict, resolved: Resolved, family: Family) -> list[str]:
+    """What is experimental, missing or gated, and whether the disk here would do; none of it stops a plan."""
+    notes = [family.experimental] if family.experimental else []
     for row in (row for row in fetch if not row["cached"]):
         if row["gated"]:
             notes.append(f"{row['repo']} is gated: accept its licence at {row['accept_at']} and set HF_TOKEN")

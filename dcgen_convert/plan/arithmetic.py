@@ -41,13 +41,14 @@ def trainable(structure: Structure, mode: str, rank: int, targets: str, modules:
 def forward_flops(structure: Structure, image_tokens: int, text_tokens: int) -> float:
     """FLOPs of one forward for one picture.
 
-    Linears: 2 in out per token that they run on. Softmax attention over S tokens: 4 S^2 D (scores and values).
+    Linears: 2 in out per token that they run on. Softmax attention over S tokens, the image's or all: 4 S^2 D (scores and values).
     Cross-attention: 4 N L D. Linear attention with head width h: 4 N D h (state and read-out).
     """
     n, text = image_tokens, text_tokens
     runs = {"image": n, "text": text, "both": n + text, "once": 1}
-    total = sum(2.0 * layer.weights * runs[layer.runs] for layer in structure.layers)
+    total = sum(2.0 * layer.weights * layer.share * runs[layer.runs] for layer in structure.layers)
     total += structure.quadratic * 4.0 * (n + text) ** 2 * structure.width if structure.quadratic else 0.0
+    total += structure.alone * 4.0 * n**2 * structure.width
     total += structure.cross * 4.0 * n * text * structure.width
     total += structure.linear * 4.0 * n * structure.width * structure.head_dim
     return total

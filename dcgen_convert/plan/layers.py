@@ -19,7 +19,7 @@ class Layer:
 
     weights: entries of W; bias: entries of b; inputs, outputs: features (what a LoRA pair sees);
     runs: "image" (per image token), "text" (per text token), "both", or "once" (per picture);
-    convolution: an nn.Conv2d, also one that does a linear's work (1 x 1).
+    convolution: an nn.Conv2d, also one that does a linear's work (1 x 1); share: of the image's tokens that it runs on.
     """
 
     name: str
@@ -29,14 +29,16 @@ class Layer:
     bias: int
     runs: str
     convolution: bool = False
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
 class Structure:
     """A transformer: its layers, parameters that are in no layer, blocks, width, and its attentions per forward.
 
-    quadratic: attentions over image and text tokens together; cross: image to text; linear_heads: head width of the
-    linear attentions (0: none); text_width: features of a text embedding.
+    quadratic: attentions over image and text tokens together; alone: over image tokens; cross: image to text; linear: linear
+    attentions, with heads of head_dim; text_width: features of a text embedding. Fractions stand for attentions that are
+    narrower than ``width`` or see fewer tokens.
     """
 
     layers: tuple[Layer, ...]
@@ -44,8 +46,9 @@ class Structure:
     blocks: int
     width: int
     text_width: int
-    quadratic: int = 0
-    cross: int = 0
+    quadratic: float = 0
+    alone: float = 0
+    cross: float = 0
     linear: int = 0
     head_dim: int = 0
 

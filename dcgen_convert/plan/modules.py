@@ -31,7 +31,6 @@ def measured(config: dict) -> Structure:
     with torch.device("meta"):
         model = getattr(diffusers, family.model_class).from_config(config)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)}
-    stacks = [model.get_submodule(name) for name in family.blocks]
     split = {block for block in family.blocks if any(TEXT.match(name) for name in linears if name.startswith(f"{block}."))}
 
     def runs(name: str) -> str:
@@ -46,17 +45,27 @@ def measured(config: dict) -> Structure:
     layers = tuple(
         Layer(
             name,
-            module.weight.shape[1],
+            module.weight[0].numel(),
             module.weight.shape[0],
             module.weight.numel(),
             0 if module.bias is None else module.bias.numel(),
             runs(name),
             isinstance(module, torch.nn.Conv2d),
+            family.share(name, model.config) if runs(name) == "image" else 1.0,
         )
         for name, module in linears.items()
     )
     total = sum(parameter.numel() for parameter in model.parameters())
     held = sum(layer.weights + layer.bias for layer in layers)
-    blocks = sum(len(stack) for stack in stacks)
+    blocks, text = len(family.block_modules(model)), family.text_width(model.config)
     width = linears[family.embedder].weight.shape[0]
-    return Structure(layers, total - held, blocks, width, family.text_width(model.config), quadratic=blocks)
+    if all(layer.share == 1 for layer in layers):
+        return Structure(layers, total - held, blocks, width, text, quadratic=blocks)
+    # Several grids: attn1 is over the image's cells alone, attn2 from them to the text.
+    queries = [layer for layer in layers if layer.name.endswith(("attn1.to_q", "attn2.to_q"))]
+    alone = sum(layer.share**2 * layer.outputs / width for layer in queries if "attn1" in layer.name)
+    cross = sum(layer.share * layer.outputs / width for layer in queries if "attn2" in layer.name)
+    # For the size of activations: attentions and residual blocks, each by its part of the finest grid at its width.
+    parts = [layer for layer in layers if layer.name.endswith(("attn1.to_q", ".conv1"))]
+    blocks = max(1, round(sum(layer.share * layer.outputs / width for layer in parts)))
+    return Structure(layers, total - held, blocks, width, text, alone=alone, cross=cross)

@@ -224,7 +224,7 @@ def _train(task: Task, settings: EngineSettings, modules: list[str] | None, plac
     """Train ``modules`` and the LoRA on the model, or everything when ``modules`` is None; export the result."""
     model, loss_of, folder = task.model, task.loss(), place.folder
     named = lora.trainable(model, modules or [], everything=modules is None)
-    metadata = lora.adapter_metadata(model) if getattr(model, "peft_config", None) else None
+    metadata = lora.adapter_metadata(model, task.family.component) if getattr(model, "peft_config", None) else None
     engine = Engine(model, named, settings)
     try:
         before = _evaluate_once(engine, task, loss_of, place)
@@ -244,7 +244,7 @@ def _train(task: Task, settings: EngineSettings, modules: list[str] | None, plac
         with engine.averaged() if settings.ema else nullcontext():
             after = _evaluate(engine, task, loss_of, place)
         weights = engine.export()
-        exports = lora.save_export(weights, folder / "export", metadata) if engine.rank == 0 else {}
+        exports = lora.save_export(weights, folder / "export", metadata, task.family.component) if engine.rank == 0 else {}
     finally:
         engine.close()
     if settings.zero < 3:

@@ -1,4 +1,4 @@
-"""LoRA on a diffusers transformer through PEFT, and its export in the format that stock `load_lora_weights` reads.
+"""LoRA on a diffusers network through PEFT, and its export in the format that stock `load_lora_weights` reads.
 
 W' = W + (alpha / rank) B A. The model keeps its diffusers class; embedder and head are trained whole beside the
 adapters.
@@ -20,7 +20,6 @@ from dcgen_convert.errors import RecipeError
 from dcgen_convert.files import atomic_save
 
 ADAPTER = "default"
-PREFIX = "transformer."  # stock pipelines look for the transformer's LoRA under this name
 METADATA = "lora_adapter_metadata"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 MODULES_FILE = "modules.safetensors"
@@ -99,13 +98,17 @@ def frozen_teacher(model: nn.Module, modules: list[str]) -> Callable[[], Abstrac
     return teacher
 
 
-def split_export(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(LoRA tensors under the names stock pipelines read, whole tensors under their own names)."""
-    lora = {PREFIX + name.replace(f".{ADAPTER}.", "."): value for name, value in weights.items() if ".lora_" in name}
+def split_export(weights: Mapping[str, Tensor], component: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(LoRA tensors under the names stock pipelines read, whole tensors under their own names).
+
+    Args:
+        component: what the pipeline calls the network.
+    """
+    lora = {f"{component}." + name.replace(f".{ADAPTER}.", "."): value for name, value in weights.items() if ".lora_" in name}
     return lora, {name: value for name, value in weights.items() if ".lora_" not in name}
 
 
-def adapter_metadata(model: nn.Module) -> dict[str, str]:
+def adapter_metadata(model: nn.Module, component: str) -> dict[str, str]:
     """Rank, alpha and targets as diffusers' `_collate_lora_metadata` writes them.
 
     One key: two would not hash alike twice.
@@ -114,16 +117,16 @@ def adapter_metadata(model: nn.Module) -> dict[str, str]:
         key: list(value) if isinstance(value, set) else value
         for key, value in model.peft_config[ADAPTER].to_dict().items()
     }
-    return {METADATA: json.dumps({f"{PREFIX}{key}": value for key, value in config.items()}, indent=2, sort_keys=True)}
+    return {METADATA: json.dumps({f"{component}.{key}": value for key, value in config.items()}, indent=2, sort_keys=True)}
 
 
-def save_export(weights: Mapping[str, Tensor], folder: Path, metadata: dict[str, str] | None) -> dict[str, Path]:
+def save_export(weights: Mapping[str, Tensor], folder: Path, metadata: dict[str, str] | None, component: str) -> dict[str, Path]:
     """Write `pytorch_lora_weights.safetensors` (when there is LoRA) and `modules.safetensors`.
 
     Returns their paths by kind.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lora, modules = split_export(weights)
+    lora, modules = split_export(weights, component)
     paths = {"modules": folder / MODULES_FILE}
     if lora:
         paths["lora"] = folder / LORA_FILE

@@ -69,6 +69,14 @@ def test_a_listing_changes_with_every_file_that_is_read(folder):
     assert images.listing(folder / "gone") is None
 
 
+def test_a_relative_folder_is_found_from_the_index_of_a_run(folder, tmp_path, monkeypatch):
+    """The index lies elsewhere, and the files that it names are still the same."""
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(folder.parent)
+    images.write_index(tmp_path / "run", images.read_folder(folder.name))
+    assert [picture.file for picture in images.read_folder(tmp_path / "run" / images.INDEX)] == [folder / "a.png", folder / "b.png"]
+
+
 def test_no_images_no_captions_and_broken_images_are_named(folder, tmp_path):
     (folder / "a.txt").unlink()
     with pytest.raises(InputError, match=r"1 of 2 images have no caption, first .*a\.png"):

@@ -33,14 +33,18 @@ SETTINGS = {
         ("sd3", ["--set", "latents.normalise=channel"], {"latent_channels": 32, "scaling_factor": 1.0}),
         ("lumina2", [], {"latent_channels": 32}),
         ("qwenimage", ["--ae-channels", "16"], {"latent_channels": 16}),
+        ("unet", [], {"latent_channels": 32, "latent_pack": 1, "block_out_channels": [8, 16, 32, 64, 128, 128]}),
     ],
 )
 def test_convert_aligns_trains_bundles_and_verifies(name, options, vae, tmp_path):
     """SD3: position table and a stock autoencoder with further keys; Lumina2: reversed time, captions in the token sequence,
-    p = 4; Qwen-Image: latents with a frame axis and statistics per channel. Channels of unit RMS and a prefix of them ride along."""
+    p = 4; Qwen-Image: latents with a frame axis and statistics per channel; U-Net: windows for patches, a folder of another name.
+    Channels of unit RMS and a prefix of them ride along."""
     entry = TINY[name]
     entry.build(tmp_path / "source")
     settings = {**SETTINGS, "latents.text_length": entry.length}
+    if name == "unet":
+        settings["data.count"] = 24  # 16 windows of 9 x 32 numbers each: more rows than columns
     done = run_cli(
         *(str(tmp_path / "source"), "--recipe", "tiny-flux", "--ae", "tiny-dc-ae-f32", "-o", "bundle", "--run-dir", "run", "-y", *options),
         *(part for key, value in settings.items() for part in ("--set", f"{key}={value}")),

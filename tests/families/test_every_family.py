@@ -22,6 +22,7 @@ from dcgen_convert.align.embedder import Problem, affine, as_module
 from dcgen_convert.bundle.loading import load
 from dcgen_convert.checkpoint.source import load_source
 from dcgen_convert.console import NULL
+from dcgen_convert.families import COMPONENTS
 from dcgen_convert.files import read_json
 from dcgen_convert.inspection import inspect
 from dcgen_convert.job import Autoencoder
@@ -35,6 +36,7 @@ from dcgen_convert.train.objective import Sampling, draw, drop_text, flow_loss
 from .tiny_models import TINY
 
 GUIDANCE, SEED, STEPS = 2.5, 3, 2
+LEARNED_SIGMA = ("dit", "pixart")
 DEEP = [(32, 32), (64, 128), (128, 512), (32, 128)]  # the last is DC-AE 1.5 at f32
 
 
@@ -50,6 +52,11 @@ def source(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp(name) / "source"
     entry.build(folder)
     return load_source(name, str(folder))
+
+
+def network_of(pipeline):
+    """What is converted: the stock pipeline's `transformer` or `unet`."""
+    return next(pipeline.components[name] for name in COMPONENTS if name in pipeline.components)
 
 
 def keep_states(pipeline, states, steps=None):
@@ -74,7 +81,7 @@ def stock(tiny, source):
     family, pipeline = source.family, pipelines.load_pipeline(source, torch.float32)
     steps, embedded, states = [], [], []
     keep_states(pipeline, states, steps)
-    embedder = pipeline.transformer.get_submodule(family.embedder)
+    embedder = network_of(pipeline).get_submodule(family.embedder)
     hook = embedder.register_forward_hook(lambda module, args, output: embedded.append(output))
     settings = dict(side=entry.side, steps=STEPS, guidance=GUIDANCE, length=entry.length)
     picture = pipelines.draw(family, pipeline, [entry.prompt], [SEED], **settings)
@@ -112,7 +119,7 @@ def test_velocity_is_what_the_stock_scheduler_receives(tiny, source, stock):
             t, z, step = pipeline.scheduler.sigmas[i][None], x, family.velocity
 
         with torch.no_grad():
-            mine, free = (step(pipeline.transformer, z, t, condition, g) for condition in (text, null))
+            mine, free = (step(network_of(pipeline), z, t, condition, g) for condition in (text, null))
         if sample.ndim == 3:
             mine, free = family.tokens(mine, 2), family.tokens(free, 2)
         assert (mine - free).abs().max() > 1e-4  # the prompt matters
@@ -129,8 +136,8 @@ def test_latent_and_tokens_are_in_the_stock_order_element_by_element(tiny, sourc
         noise = noise.reshape(1, -1, x.shape[2] // 2, x.shape[3] // 2)
         noise = family.untokens(noise.flatten(2).transpose(1, 2), *x.shape[2:], 2, family.in_order)
     torch.testing.assert_close(x, noise, atol=1e-6, rtol=1e-6)
-    embedder = pipeline.transformer.get_submodule(family.embedder)
-    patch = family.patch(pipeline.transformer.config, x.shape[1])
+    embedder = network_of(pipeline).get_submodule(family.embedder)
+    patch = family.patch(network_of(pipeline).config, x.shape[1])
     with torch.no_grad():
         mine = affine(embedder, family.tokens(x, patch))  # (1, N, D)
     theirs = embedded[0].flatten(2).transpose(1, 2) if embedded[0].ndim == 4 else embedded[0]
@@ -191,9 +198,8 @@ def test_plan_counts_every_parameter(source):
 
 def test_every_block_linear_is_lora_target_modulation_or_dense(source):
     family, model = source.family, models.load(source.transformer, torch.float32)
-    inside = re.compile("|".join(rf"{re.escape(name)}\.\d+\." for name in family.blocks))
     linears = {path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    blocks = {path for path in linears if inside.match(path)}
+    blocks = {path for path in linears if family.inside_blocks.match(path)}
     lora, awq, dense = (
         {path for path in linears if re.fullmatch(pattern, path)}
         for pattern in (family.lora_targets, family.awq_pattern, family.dense_pattern)
@@ -232,8 +238,8 @@ def test_surgery_remakes_embedder_and_head_and_nothing_else(source, converted):
     assert set(state) == set(base)
     assert all(torch.equal(value, base[name]) for name, value in state.items() if not name.startswith(fresh))
     embedder, head = (model.get_submodule(name).weight for name in (family.embedder, family.head))
-    assert embedder.flatten(1).shape[1] == parts.channels
-    assert head.shape[0] == (2 if family.prediction == "epsilon" else 1) * parts.channels
+    assert embedder.flatten(1).shape[1] == family.tokens(torch.zeros(1, parts.channels, 2, 2), 1).shape[2]
+    assert head.shape[0] == (2 if family.name in LEARNED_SIGMA else 1) * parts.channels
     assert family.patch(model.config, parts.channels) == 1
 
 
@@ -268,7 +274,7 @@ def test_head_rows_are_latent_channels_and_its_inputs_image_tokens(tiny, source,
         torch.testing.assert_close(rows[row * step : row * step + n], mine[row], atol=1e-5, rtol=1e-5)
     written = family.image_tokens(seen["written"], n, text)[..., : parts.channels]
     torch.testing.assert_close(written, prediction.flatten(2).transpose(1, 2), atol=1e-5, rtol=1e-5)
-    features = family.image_tokens(seen["features"], n, text)
+    features = family.head_inputs(seen["features"], n, text)
     torch.testing.assert_close(affine(head, features)[..., : parts.channels], written, atol=1e-5, rtol=1e-5)
 
 
@@ -286,7 +292,7 @@ def test_bundle_loads_in_the_stock_pipeline_and_draws_two_sizes(tiny, converted,
     codec, states = autoencoders.load(parts.autoencoder), []
     keep_states(pipeline, states)
     side, cell = parts.side, parts.factor // pipeline.vae.config.get("latent_pack", 1)
-    assert family.only_side(pipeline.transformer.config, cell) in (None, side)
+    assert family.only_side(network_of(pipeline).config, cell) in (None, side)
     for height, width in ((side, side), (side // 2 if entry.deep_side else side, 2 * side)):
         if "class_labels" in family.text_keys:
             height = width = side  # the stock pipeline draws one size
@@ -356,6 +362,7 @@ SIBLINGS = {  # other stock pipelines of the families' models, by what they do
     "chroma": ("Img2Img", "Inpaint"),
     "qwenimage": ("Img2Img", "Inpaint"),
     "flux2-klein": ("Inpaint",),
+    "unet": ("Img2Img", "Inpaint"),
 }
 LOADS_ONLY = {
     # They ask a stock AutoencoderDC for a name that it does not have.
@@ -365,6 +372,8 @@ LOADS_ONLY = {
     ("flux2-klein", "Inpaint"),
     # diffusers 0.42 asks the transformer for FLUX.1's guidance_embeds, which no Chroma has: it cannot draw with the base model either.
     ("chroma", "Inpaint"),
+    # It takes 4 latent channels, or 9 with mask and picture.
+    ("unet", "Inpaint"),
 }
 
 
@@ -443,7 +452,8 @@ def test_one_lora_step_changes_exactly_the_planned_tensors_and_merge_reaches_all
     flow_loss(family, model, z0, text, draws, null).backward()
     optimizer.step()
 
-    exports = lora.save_export({name: value.detach() for name, value in trained.items()}, tmp_path, lora.adapter_metadata(model))
+    metadata = lora.adapter_metadata(model, family.component)
+    exports = lora.save_export({name: value.detach() for name, value in trained.items()}, tmp_path, metadata, family.component)
     done = merge(parts.transformer, tmp_path / "merged", lora=exports["lora"], modules=exports["modules"])
     assert done["merged"] == len(planned) and done["untouched"] == len(before) - len(planned) - done["replaced"]
     merged = models.load(tmp_path / "merged", torch.float32)

@@ -15,6 +15,7 @@ import torch
 from bundle.conftest import dit_source, flux_source, sana_source, tokenizer_clip, tokenizer_t5
 from transformers import (
     ByT5Tokenizer,
+    CLIPTextModel,
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
@@ -426,6 +427,33 @@ def hunyuanimage(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def unet(folder: Path) -> None:
+    text = CLIPTextModel(clip_projection(3).config)
+    torch.manual_seed(2)
+    network = diffusers.UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=text.config.hidden_size,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    diffusers.StableDiffusionPipeline(
+        unet=alive(network),
+        scheduler=diffusers.DDIMScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, set_alpha_to_one=False, steps_offset=1
+        ),
+        vae=kl(4, scaling_factor=0.18),
+        text_encoder=text.eval(),
+        tokenizer=tokenizer_clip(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+
+
 TINY: dict[str, Tiny] = {
     "flux": Tiny(flux_source, factor=2, side=64, guided=False),
     "sana": Tiny(sana_source, factor=32, middle=lowest(3.0)),
@@ -444,4 +472,5 @@ TINY: dict[str, Tiny] = {
     "hidream": Tiny(hidream, middle=0.001, side=1024, deep_side=1024),
     "flux2-dev": Tiny(flux2_dev, length=512, guided=False, packed_noise=True),
     "flux2-klein": Tiny(flux2_klein, length=96, packed_noise=True),
+    "unet": Tiny(unet, middle=None),
 }

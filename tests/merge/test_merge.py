@@ -192,7 +192,7 @@ def test_nothing_to_merge_and_wrong_folders_are_refused(folders):
 def test_other_kinds_of_lora_are_refused(tmp_path, change):
     write_lora(flux(), tmp_path / "lora.safetensors", **change)
     with pytest.raises(InputError, match="only plain LoRA"):
-        merge.read_lora(tmp_path / "lora.safetensors")
+        merge.read_lora(tmp_path / "lora.safetensors", "transformer")
     save_file({"x": torch.ones(1)}, tmp_path / "bare.safetensors")
     with pytest.raises(InputError, match="does not state its rank"):
-        merge.read_lora(tmp_path / "bare.safetensors")
+        merge.read_lora(tmp_path / "bare.safetensors", "transformer")

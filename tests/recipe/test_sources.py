@@ -5,9 +5,10 @@ import json
 import diffusers
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from dcgen_convert import catalog, families, geometry, recipe
+from dcgen_convert import catalog, families, geometry, recipe, sources
 from dcgen_convert.errors import AccessError, InputError
 
 FLUX = dict(
@@ -61,6 +62,18 @@ def test_an_unknown_hub_id_cannot_be_resolved_offline(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(AccessError, match="not in the cache"):
         recipe.load("somebody/some-model", machine=recipe.Machine(offline=True))
+
+
+def test_a_cached_hub_id_whose_network_is_a_unet(monkeypatch, tmp_path):
+    """There is no transformer/config.json in such a repository."""
+    home, commit = tmp_path / "models--somebody--some-unet", "0" * 40
+    unet = home / "snapshots" / commit / "unet"
+    unet.mkdir(parents=True)
+    (unet / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel"}))
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert sources.recipe_for("somebody/some-unet", None, offline=True) == ("image", "somebody/some-unet")
 
 
 @pytest.mark.parametrize(

@@ -76,11 +76,11 @@ def test_export_is_what_stock_diffusers_writes_and_reads(tmp_path):
     trained.load_state_dict({**trained.state_dict(), **modules})
     lora.add_lora(trained, FLUX.lora_targets, 4, 8.0, seed=5)
     state = {
-        name.removeprefix(lora.PREFIX).replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default."): v
+        name.removeprefix("transformer.").replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default."): v
         for name, v in ours.items()
     }
     assert not trained.load_state_dict(state, strict=False).unexpected_keys
-    layers = {name.removeprefix(lora.PREFIX): value for name, value in ours.items()}
+    layers = {name.removeprefix("transformer."): value for name, value in ours.items()}
     FluxPipeline.save_lora_weights(
         tmp_path / "stock", transformer_lora_layers=layers, **_collate_lora_metadata({"transformer": trained})
     )

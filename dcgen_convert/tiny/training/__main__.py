@@ -2,12 +2,12 @@
 
     python -m dcgen_convert.tiny.training WORK evaluator
     python -m dcgen_convert.tiny.training WORK kl-f8c16 | kl-f8c4 | dc-f32c32 | dc-f64c128 | dc-f128c512
-    python -m dcgen_convert.tiny.training WORK flux-teacher | flux | sana | dit
+    python -m dcgen_convert.tiny.training WORK flux-teacher | flux | sana | dit | unet
     python -m dcgen_convert.tiny.training WORK assemble WEIGHTS     (the diffusers folders, bfloat16)
     python -m dcgen_convert.tiny.training WORK gates                (the figures that the README states)
 
-A part needs those before it: kl-f8c4 kl-f8c16, transformers their autoencoder, flux its teacher. dc-f128c512 does not ship:
-tests/benchmarks/compression_sweep.py trains it, from the shipped tiny-dc-ae-f64 where WORK has no dc-f64c128.
+A part needs those before it: kl-f8c4 kl-f8c16, transformers their autoencoder, flux its teacher. dc-f128c512 and unet do not
+ship: tests/benchmarks/compression_sweep.py and unet.py train them, from the shipped tiny-dc-ae-f64 and f8c4 where WORK has none.
 
 The shipped weights had these steps in several runs: tiny-flux was distilled once before its teacher's last two phases,
 tiny-dit began on pictures of every texture and place. A run of this script is equal in kind, not bit by bit.
@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, FluxPipeline, FluxTransformer2DModel, SanaPipeline
+from diffusers import AutoencoderDC, AutoencoderKL, FluxPipeline, FluxTransformer2DModel, SanaPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from dcgen_convert import catalog, families
@@ -37,7 +37,7 @@ AUTOENCODERS = {  # steps, batch, learning rate
     "dc-f64c128": (3600, 10, 6e-4),
     "dc-f128c512": (1500, 8, 6e-4),
 }
-PICTURES = {"flux": 24_000, "sana": 10_000, "dit": 10_000}  # flux learns 10,000 by heart, and shapes last
+PICTURES = {"flux": 24_000, "sana": 10_000, "dit": 10_000, "unet": 12_000}  # flux learns 10,000 by heart, and shapes last
 # (steps, learning rate, shift of the noise level), one after the other. Heavy noise teaches the text: in light noise
 # the picture itself shows what the caption says.
 PHASES = {
@@ -45,8 +45,9 @@ PHASES = {
     "flux": [(900, 6e-4, 2.0)],
     "sana": [(6000, 1.5e-3, 3.0)],
     "dit": [(8000, 1.5e-3), (3200, 1.5e-3)],  # uniform over its DDPM steps
+    "unet": [(4000, 2e-3)],
 }
-BATCH = {"flux-teacher": 32, "flux": 32, "sana": 64, "dit": 32}
+BATCH = {"flux-teacher": 32, "flux": 32, "sana": 64, "dit": 32, "unet": 16}
 
 
 def main(arguments: list[str]) -> None:
@@ -60,7 +61,7 @@ def main(arguments: list[str]) -> None:
         )
     elif part in AUTOENCODERS:
         autoencoders.train(part, *AUTOENCODERS[part], SEED, log, trained_before(work, part)).save_pretrained(work / part)
-    elif part in ("flux-teacher", "flux", "sana", "dit"):
+    elif part in PHASES:
         train_transformer(work, part).save_pretrained(work / part)
     elif part == "assemble":
         assemble.write(work, Path(rest[0]))
@@ -88,8 +89,8 @@ def train_transformer(work: Path, part: str):
     """One base transformer, from latents of freshly drawn pictures."""
     name = part.removesuffix("-teacher")
     family, model = base.new_model(name, SEED)
-    train = {"flux": base.distill_guidance, "dit": base.train_dit}.get(part, base.train_flow)
-    pairs = {"flux": flux_pairs, "sana": sana_pairs, "dit": dit_pairs}[name](work)
+    train = {"flux": base.distill_guidance, "dit": base.train_dit, "unet": base.train_unet}.get(part, base.train_flow)
+    pairs = {"flux": flux_pairs, "sana": sana_pairs, "dit": dit_pairs, "unet": unet_pairs}[name](work)
     if part == "flux":
         model = FluxTransformer2DModel.from_pretrained(work / "flux-teacher")
     for number, (steps, rate, *shift) in enumerate(PHASES[part]):
@@ -123,11 +124,26 @@ def flux_pairs(work: Path) -> base.Pairs:
     return caption_pairs(pipeline, "flux", AutoencoderKL.from_pretrained(work / "kl-f8c16"))
 
 
+def unet_pairs(work: Path) -> base.Pairs:
+    clip, tokenizer = text.clip(work, text.LENGTH, pooled=False)
+    pipeline = StableDiffusionPipeline(
+        vae=None,
+        text_encoder=clip,
+        tokenizer=tokenizer,
+        unet=None,
+        scheduler=None,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return caption_pairs(pipeline, "unet", AutoencoderKL.from_pretrained(assemble.shallow(work), dtype=torch.float32))
+
+
 @torch.no_grad()
 def caption_pairs(pipeline, name: str, vae) -> base.Pairs:
     family, labels = families.get(name), world.sample_labels(PICTURES[name], SEED)
     z = base.encode_pictures(vae.eval(), labels, SEED)
-    table, null = base.caption_table(lambda captions: family.encode_text(pipeline, captions, base.TEXT_LENGTH))
+    table, null = base.caption_table(lambda captions: family.encode_text(pipeline, captions, text.LENGTH))
     log(
         f"{len(z)} latents {tuple(z.shape[1:])}, mean {z.mean():.3f}, std {z.std():.3f}; {len(table[family.text_keys[0]])} captions"
     )

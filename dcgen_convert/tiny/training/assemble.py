@@ -21,8 +21,11 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    PNDMScheduler,
     SanaPipeline,
     SanaTransformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
 )
 from safetensors.torch import load_file, save_file
 
@@ -32,6 +35,7 @@ from dcgen_convert.tiny import world
 from dcgen_convert.tiny.evaluator import Evaluator
 from dcgen_convert.tiny.training import text
 
+SHIPPED = Path(world.__file__).parent / "weights"
 # FLUX's dynamic shift with its two anchors at token counts of this world: mu 0.5 at 64 tokens (128 px at f8 p2), 1.15 at 1024.
 FLUX_SCHEDULER = dict(
     use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=64, max_image_seq_len=1024, shift=3.0
@@ -54,7 +58,8 @@ def write(work: Path, weights: Path) -> None:
         if (work / part).exists():
             _save(AutoencoderDC.from_pretrained(work / part, dtype=torch.bfloat16), weights / name)
             _card(weights / name, name, f"the {part[3:6]} deep-compression autoencoder DC-AE")
-    for name, build, what in (("flux", flux, "FLUX.1-dev"), ("sana", sana, "SANA"), ("dit", dit, "DiT")):
+    parts = (("flux", flux, "FLUX.1-dev"), ("sana", sana, "SANA"), ("dit", dit, "DiT"), ("unet", unet, "Stable Diffusion 1.5"))
+    for name, build, what in parts:
         if (work / name).exists():
             _save(build(work), weights / f"tiny-{name}")
             if name == "dit":  # DiTPipeline reads its label table from the index but does not write it
@@ -96,6 +101,32 @@ def dit(work: Path) -> DiTPipeline:
         vae=AutoencoderKL.from_pretrained(work / "kl-f8c4", dtype=torch.bfloat16),
         scheduler=DDIMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, clip_sample=False),
     )
+
+
+def unet(work: Path) -> StableDiffusionPipeline:
+    clip, tokenizer = text.clip(work, text.LENGTH, pooled=False)
+    return StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(shallow(work), dtype=torch.bfloat16),
+        text_encoder=clip,
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel.from_pretrained(work / "unet", dtype=torch.bfloat16),
+        scheduler=PNDMScheduler(
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+            skip_prk_steps=True,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def shallow(work: Path) -> Path:
+    """The AutoencoderKL f8c4 in ``work``, else the shipped one."""
+    return work / "kl-f8c4" if (work / "kl-f8c4").exists() else SHIPPED / "tiny-dit" / "vae"
 
 
 def _save(model, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Small frozen text encoders with real tokenizers: CLIP + T5 for tiny-flux, Gemma2 for tiny-sana.
+"""Small frozen text encoders with real tokenizers: CLIP + T5 for tiny-flux, Gemma2 for tiny-sana, CLIP for tiny-unet.
 
 The encoders are random and never trained: captions of the tiny world are unambiguous as bags of words, so distinct
 token features are all that the transformers need.
@@ -29,6 +29,7 @@ from transformers import (
 from dcgen_convert.tiny import world
 
 WIDTH = 64
+LENGTH = 16  # tokens; the longest caption takes 12
 CHARACTERS = string.ascii_lowercase + string.digits + string.punctuation
 
 
@@ -57,11 +58,11 @@ def _bpe(prefix: str, suffix: str) -> tuple[list[str], list[tuple[str, str]]]:
     return pieces + extra, [tuple(m) for m in state["merges"]]
 
 
-def _kept(folder: Path, cls: type, make: Callable[[], Any]) -> Any:
+def _kept(folder: Path, cls: type, make: Callable[[], Any], **settings: Any) -> Any:
     """The tokenizer in ``folder``, made at the first call. Two trainings number their pieces differently."""
     if not folder.exists():
         make().save_pretrained(folder)
-    return cls.from_pretrained(folder)
+    return cls.from_pretrained(folder, **settings)
 
 
 def _clip_tokenizer() -> CLIPTokenizer:
@@ -70,8 +71,14 @@ def _clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
 
 
-def clip(work: Path) -> tuple[CLIPTextModel, CLIPTokenizer]:
-    tokenizer = _kept(work / "clip-tokenizer", CLIPTokenizer, _clip_tokenizer)
+def clip(work: Path, length: int = 77, pooled: bool = True) -> tuple[CLIPTextModel, CLIPTokenizer]:
+    """CLIP's text model and tokenizer.
+
+    Args:
+        length: tokens to which the tokenizer pads by default.
+        pooled: whether the last token has to say everything (tiny-flux), as against each token its word (tiny-unet).
+    """
+    tokenizer = _kept(work / "clip-tokenizer", CLIPTokenizer, _clip_tokenizer, model_max_length=length)
     torch.manual_seed(1)
     model = CLIPTextModel(
         CLIPTextConfig(
@@ -87,10 +94,12 @@ def clip(work: Path) -> tuple[CLIPTextModel, CLIPTokenizer]:
             pad_token_id=1,
         )
     )
-    with torch.no_grad():  # the pooled state is the last token's: attention must carry the words to it
+    with torch.no_grad():
         for name, weight in model.named_parameters():
-            if name.endswith(("v_proj.weight", "out_proj.weight")):
-                weight.mul_(12)
+            if pooled and name.endswith(("v_proj.weight", "out_proj.weight")):
+                weight.mul_(12)  # attention must carry the words to the last token
+            elif not pooled and name.endswith("token_embedding.weight"):
+                weight.mul_(50)  # to std 1, above what attention adds
     return model.eval(), tokenizer
 
 

@@ -1,4 +1,5 @@
-"""Train the base transformers of the tiny world: tiny-flux (CFG teacher, then guidance distillation), tiny-sana, tiny-dit.
+"""Train the base transformers of the tiny world: tiny-flux (CFG teacher, then guidance distillation), tiny-sana, tiny-dit;
+and tiny-unet.
 
 B batch, C latent channels, h w latent grid, L text tokens; z_t = (1 - t) z_0 + t eps throughout.
 """
@@ -13,11 +14,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderDC, DiTTransformer2DModel, FluxTransformer2DModel, SanaTransformer2DModel
+from diffusers import AutoencoderDC, DiTTransformer2DModel, FluxTransformer2DModel, SanaTransformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 from dcgen_convert import families
-from dcgen_convert.families.dit import NULL_CLASS, TRAIN_STEPS, noise_times
+from dcgen_convert.families import ddpm
+from dcgen_convert.families.dit import NULL_CLASS
 from dcgen_convert.tiny import world
 
 FLUX = dict(
@@ -55,8 +57,20 @@ DIT = dict(
     patch_size=2,
     num_embeds_ada_norm=1000,
 )
-TEXT_LENGTH = 16  # tokens; the longest caption takes 12
-CFG_SCALE = {"flux": 3.5, "sana": 3.0, "dit": 3.0}
+UNET = dict(
+    sample_size=16,
+    in_channels=4,
+    out_channels=4,
+    block_out_channels=(64, 96, 160),
+    # attention on the lower grids only: at 16 x 16 it would cost as much as all the rest
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    layers_per_block=1,
+    cross_attention_dim=64,
+    attention_head_dim=4,  # heads, as in Stable Diffusion 1.5
+    norm_num_groups=16,
+)
+CFG_SCALE = {"flux": 3.5, "sana": 3.0, "dit": 3.0, "unet": 3.0}
 GUIDANCE_RANGE = (1.0, 6.0)  # of the distilled tiny-flux
 
 
@@ -172,22 +186,19 @@ def distill_guidance(
 
 def train_dit(family, model, pairs: Pairs, steps: int, batch: int, lr: float, seed: int, log=print) -> nn.Module:
     """epsilon MSE plus the variational bound on the learned sigma (improved DDPM, arXiv 2102.09672, eq. 14-16)."""
-    times = noise_times().float()
-    alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.02, TRAIN_STEPS, dtype=torch.float64), 0)
+    alphas = ddpm.alphas(ddpm.LINEAR)
     before = torch.cat([torch.ones(1, dtype=torch.float64), alphas[:-1]])
     betas = 1 - alphas / before
     posterior = betas * (1 - before) / (1 - alphas)
     posterior[0] = posterior[1]
     coefficient = (betas.square() / (1 - betas) / (1 - alphas)).float()
     log_beta, log_posterior = betas.log().float(), posterior.log().float()
-    # an error of epsilon is an error of v times sqrt(alpha): plain epsilon MSE would leave the layout, decided in heavy
-    # noise, to the last
-    weight = (1 / alphas).clamp(max=25).float()
+    weight = epsilon_weight(alphas)
 
     def loss_of(step: int, generator: torch.Generator) -> Tensor:
         index = torch.randint(len(pairs.z), (batch,), generator=generator)
         z0, text = pairs.batch(index, torch.rand(batch, generator=generator) < 0.1)
-        tau = torch.randint(TRAIN_STEPS, (batch,), generator=generator)
+        tau = torch.randint(ddpm.TRAIN_STEPS, (batch,), generator=generator)
         eps = torch.randn(z0.shape, generator=generator)
         x = (
             alphas[tau].sqrt().float()[:, None, None, None] * z0
@@ -205,8 +216,34 @@ def train_dit(family, model, pairs: Pairs, steps: int, batch: int, lr: float, se
         error = (predicted - eps).square().mean(dim=(1, 2, 3))
         return (weight[tau] * error).mean() + 1e-3 * bound.mean()
 
-    assert len(times) == TRAIN_STEPS
     return optimise(model, loss_of, steps, lr, seed, log)
+
+
+def train_unet(family, model, pairs: Pairs, steps: int, batch: int, lr: float, seed: int, log=print) -> nn.Module:
+    """epsilon MSE at uniform DDPM steps with 10 % of the conditions dropped."""
+    times = family.noise_times()
+    weight = epsilon_weight(ddpm.alphas(ddpm.SCALED_LINEAR))
+
+    def loss_of(step: int, generator: torch.Generator) -> Tensor:
+        index = torch.randint(len(pairs.z), (batch,), generator=generator)
+        z0, text = pairs.batch(index, torch.rand(batch, generator=generator) < 0.1)
+        tau = torch.randint(ddpm.TRAIN_STEPS, (batch,), generator=generator)
+        eps = torch.randn(z0.shape, generator=generator)
+        t = times[tau].float()
+        with torch.autocast("cpu", torch.bfloat16):  # a fifth faster
+            predicted = family.predict(model, torch.lerp(z0, eps, t[:, None, None, None]), t, text).float()
+        return (weight[tau] * (predicted - eps).square().mean(dim=(1, 2, 3))).mean()
+
+    return optimise(model, loss_of, steps, lr, seed, log)
+
+
+def epsilon_weight(alphas: Tensor) -> Tensor:
+    """Weight of the squared error of epsilon at every DDPM step, (S,) float32.
+
+    An error of epsilon is an error of v times sqrt(alpha): plain epsilon MSE would leave the layout, decided in heavy
+    noise, to the last.
+    """
+    return (1 / alphas).clamp(max=25).float()
 
 
 def caption_table(encode) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -236,6 +273,7 @@ MODELS = {
     "flux": (FluxTransformer2DModel, FLUX),
     "sana": (SanaTransformer2DModel, SANA),
     "dit": (DiTTransformer2DModel, DIT),
+    "unet": (UNet2DConditionModel, UNET),
 }
 
 

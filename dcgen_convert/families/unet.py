@@ -1,0 +1,145 @@
+"""Stable Diffusion 1.5, experimental: `UNet2DConditionModel`, epsilon prediction. Source: diffusers 0.42
+pipeline_stable_diffusion.py.
+
+conv_in is the embedder and conv_out the head. Both are 3 x 3 convolutions with padding 1: linear in 3 x 3 neighbourhoods of
+a map, where a transformer's embedder and head are linear in patches and tokens. A token is a cell of the latent.
+"""
+
+from __future__ import annotations
+
+import math
+
+from dcgen_convert.errors import InputError
+from dcgen_convert.families import ddpm
+from dcgen_convert.families.base import Family, QuantTargets
+
+KERNEL = 3  # of conv_in and conv_out
+PLAIN = {  # config values of a network whose inputs are latent, time and text alone
+    "class_embed_type": None,
+    "addition_embed_type": None,
+    "encoder_hid_dim_type": None,
+    "time_cond_proj_dim": None,
+    "num_class_embeds": None,
+    "conv_in_kernel": KERNEL,
+    "conv_out_kernel": KERNEL,
+}
+FIRST, LAST, POWER = ddpm.SCALED_LINEAR
+SCHEDULE = {  # what a scheduler config may say, and what diffusers takes where it says nothing
+    "prediction_type": ("epsilon", "epsilon"),
+    "beta_schedule": ("scaled_linear", "linear"),
+    "beta_start": (FIRST, 1e-4),
+    "beta_end": (LAST, 0.02),
+    "num_train_timesteps": (ddpm.TRAIN_STEPS, ddpm.TRAIN_STEPS),
+    "trained_betas": (None, None),
+    "rescale_betas_zero_snr": (False, False),
+}
+
+
+class UNet(Family):
+    name = "unet"
+    model_class = "UNet2DConditionModel"
+    component = "unet"
+    experimental = "converting a U-Net is experimental: the method was published for diffusion transformers, and only a miniature was tried"
+    pipeline_class = "StableDiffusionPipeline"
+    embedder = "conv_in"
+    head = "conv_out"
+    in_order = "c p1 p2"
+    out_order = "c p1 p2"
+    guidance = "cfg"
+    prediction = "epsilon"
+    layouts = {
+        "diffusers": ("conv_in.", "conv_out.", "mid_block.attentions.0.transformer_blocks.0.attn2."),
+        "original": ("input_blocks.0.0.", "middle_block.1.transformer_blocks.0.attn2.", "output_blocks."),
+    }
+    text_keys = ("encoder_hidden_states",)
+    blocks = ("down_blocks", "mid_block", "up_blocks")
+    lora_targets = (
+        r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(attentions\.\d+\.(proj_in|proj_out|transformer_blocks\.\d+\."
+        r"((attn1|attn2)\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2)))|resnets\.\d+\.(conv1|conv2|conv_shortcut))"
+    )
+    dense_pattern = r".*\.time_emb_proj"
+    bundle_tier = 2  # the pipeline decodes with a generator, which AutoencoderDC does not take
+    default_steps = 50
+    default_guidance = 7.5
+    text_length = 77
+
+    def convert_config(self, config, factor, channels, side):
+        odd = next((f"{key} {config[key]}" for key, plain in PLAIN.items() if config.get(key, plain) != plain), None)
+        if odd or config["in_channels"] != config["out_channels"]:
+            raise InputError(
+                f"this U-Net has {odd or 'more channels in than out'}: it is conditioned on more than time and text",
+                "give a text-to-image U-Net of the Stable Diffusion 1.5 kind",
+            )
+        # The pipeline takes a small sample_size for a mistake of early diffusers versions if the config names one of these.
+        config = {key: value for key, value in config.items() if key != "_diffusers_version"}
+        return {**config, "in_channels": channels, "out_channels": channels, "sample_size": side // factor}
+
+    def pack(self, config):
+        return 1
+
+    def patch(self, config, channels):
+        return 1
+
+    def tokens(self, z, patch):
+        return neighbourhoods(z)
+
+    def image_tokens(self, features, count, text):
+        return features.flatten(2).transpose(1, 2)
+
+    def head_inputs(self, features, count, text):
+        return neighbourhoods(features)
+
+    def block_map(self, output, grid, text):
+        return output[0] if isinstance(output, tuple) else output  # down blocks return what is skipped to the up blocks too
+
+    def share(self, name, config):
+        """A quarter of the cells per level; what changes the grid runs on the coarser one going down, on the finer one going up."""
+        levels = len(config["down_block_types"])
+        place, _, rest = name.partition(".")
+        number = int(rest.partition(".")[0]) if place in ("down_blocks", "up_blocks") else 0
+        level = {"down_blocks": number, "mid_block": levels - 1, "up_blocks": levels - 1 - number}.get(place, 0)
+        level += ".downsamplers." in name
+        level -= ".upsamplers." in name
+        return 0.25**level
+
+    def text_width(self, config):
+        return config["cross_attention_dim"]
+
+    def grid_step(self, config):
+        return 2 ** (len(config["down_block_types"]) - 1)
+
+    def check_scheduler(self, scheduler):
+        for key, (wanted, default) in SCHEDULE.items():
+            found = scheduler.get(key, default)
+            same = math.isclose(found, wanted, rel_tol=1e-6) if isinstance(found, float) else found == wanted
+            if not same:
+                raise InputError(
+                    f"the scheduler of this U-Net has {key} {found}, only {wanted} can be converted",
+                    "give a model of the Stable Diffusion 1.5 kind",
+                )
+
+    def noise_times(self):
+        return ddpm.noise_times(ddpm.SCALED_LINEAR)
+
+    def quant_targets(self, linears, dense=None):
+        """None: the 4-bit kernels' host, diffusers' `nunchaku_lite`, was read and tested for transformers only."""
+        return QuantTargets([], [])
+
+    def predict(self, model, z, t, text, guidance=None):
+        """epsilon at z_t."""
+        return model(ddpm.network_input(z, t), ddpm.step_at(t, ddpm.SCALED_LINEAR), return_dict=False, **text)[0]
+
+    def encode_text(self, pipeline, prompts, length):
+        """The pipeline pads to its tokenizer's own length, whatever ``length`` is."""
+        embeds, _ = pipeline.encode_prompt(prompts, pipeline.device, 1, do_classifier_free_guidance=False)
+        return {"encoder_hidden_states": embeds}
+
+    def pipeline_call(self, pipeline, prompts, *, height, width, steps, guidance, length):
+        return dict(prompt=prompts, height=height, width=width, num_inference_steps=steps, guidance_scale=guidance)
+
+
+def neighbourhoods(maps):
+    """What a 3 x 3 convolution with padding 1 reads: (B, C, h, w) -> (B, h w, 9 C), in the order of its flattened weights."""
+    import torch.nn.functional as F
+
+    return F.unfold(maps, KERNEL, padding=KERNEL // 2).transpose(1, 2)

@@ -1,0 +1,66 @@
+"""A U-Net through the whole method: trains a miniature of Stable Diffusion 1.5 on the tiny world, converts it to
+`tiny-dc-ae-f32` with and without alignment, and prints one table row for each.
+
+    python tests/benchmarks/unet.py WORK [--steps N] [--pictures N] [OPTION ...]
+
+WORK keeps what was made, so that the script goes on where it stopped. --steps and --pictures shorten the base model's
+training; every OPTION is one of `dcgen-convert convert`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from conversion import PROMPTS, row
+
+from dcgen_convert.tiny.training import __main__ as training
+from dcgen_convert.tiny.training import assemble
+
+RECIPE = Path(__file__).with_suffix(".yaml")
+NONE = ["align_embedder.method=none", "align_head.method=xavier", "align_head.steps=0"]
+ROWS = {"aligned": [], "no alignment": [part for setting in NONE for part in ("--set", setting)]}
+
+
+def base(work: Path, steps: int | None, pictures: int | None) -> Path:
+    """The base model's pipeline folder, trained where it is not there yet."""
+    if not (work / "unet").exists():
+        if steps:
+            training.PHASES["unet"] = [(steps, training.PHASES["unet"][0][1])]
+        training.PICTURES["unet"] = pictures or training.PICTURES["unet"]
+        training.main([str(work), "unet"])
+    folder = work / "weights" / "tiny-unet"
+    if not folder.exists():
+        assemble.write(work, work / "weights")
+    return folder
+
+
+def main(work: Path, steps: int | None, pictures: int | None, options: list[str]) -> None:
+    source = base(work, steps, pictures)
+    print("| | minutes | loss start / end | accuracy source / converted / ratio | Frechet source / converted | |")
+    print("|---|---|---|---|---|---|")
+    for name, settings in ROWS.items():
+        folder = work / name.replace(" ", "-")
+        folder.mkdir(exist_ok=True)
+        if settings and not (folder / "run").exists():  # the stages before the alignment hold
+            shutil.copytree(work / next(iter(ROWS)) / "run", folder / "run")
+        command = [sys.executable, "-m", "dcgen_convert.cli", "convert", str(source), "--recipe", str(RECIPE), *settings]
+        command += ["--set", f"evaluate.prompts={PROMPTS}", *options]
+        command += ["-o", str(folder / "bundle"), "--run-dir", str(folder / "run"), "-y", "--json"]
+        with open(folder / "log.txt", "a") as log:
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True, check=True)
+        (folder / "result.json").write_text(done.stdout)
+        print(row(name, json.loads(done.stdout)), flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--pictures", type=int)
+    known, rest = parser.parse_known_args()
+    main(known.work, known.steps, known.pictures, rest)

@@ -1,0 +1,179 @@
+"""What a U-Net has of its own: neighbourhoods instead of patches, several grids, a LoRA under its own name, and what is refused."""
+
+import json
+import shutil
+
+import diffusers
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from dcgen_convert import families, models, plan, recipe
+from dcgen_convert.align.ridge import Noise, NormalEquations
+from dcgen_convert.bundle.checks import check_structure
+from dcgen_convert.checkpoint.source import load_source
+from dcgen_convert.errors import InputError, RecipeError
+from dcgen_convert.plan.arithmetic import forward_flops
+from dcgen_convert.plan.layers import structure
+from dcgen_convert.train import lora
+
+from .tiny_models import TINY
+
+UNET = families.get("unet")
+LEVELS = dict(
+    down_block_types=["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    up_block_types=["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+    block_out_channels=[16, 32, 48],
+)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unet") / "source"
+    TINY["unet"].build(folder)
+    return folder
+
+
+@pytest.fixture
+def own(source, tmp_path):
+    """`own(part, **changes)`: a private copy of the source with other values in a part's config."""
+
+    def change(part: str, **changes):
+        folder = tmp_path / "source"
+        if not folder.exists():
+            shutil.copytree(source, folder)
+        path = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+        return folder
+
+    return change
+
+
+def test_a_convolution_of_any_weights_is_found_again_from_neighbourhoods():
+    """The closed form on `head_inputs`, put into the head's shape, is the convolution that made the targets; float64, 1e-6."""
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(40, 5, 4, 3, generator=generator, dtype=torch.float64)
+    wanted = torch.nn.Conv2d(5, 2, 3, padding=1, dtype=torch.float64)
+    with torch.no_grad():
+        goal = wanted(features)
+    equations = NormalEquations(wanted.weight[0].numel(), 2)
+    equations.add(UNET.head_inputs(features, 12, {}), goal.flatten(2).transpose(1, 2))
+    weight, bias = equations.solve(0.0)
+    found = F.conv2d(features, weight.reshape(wanted.weight.shape), bias, padding=1)
+    torch.testing.assert_close(found, goal, atol=1e-6, rtol=1e-6)
+
+
+def test_noise_beyond_the_border_is_no_noise():
+    """The noise-aware solution equals the one on drawn noise, to the Monte Carlo error of 48,000 maps of 2 x 2 cells."""
+    generator = torch.Generator().manual_seed(2)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    z = normal(60, 1, 2, 2) + 0.5
+    goal = 2 * UNET.tokens(z, 1)[..., [0, 4]]  # a corner and the centre
+    inside = UNET.tokens(torch.ones(1, 1, 2, 2), 1).double().mean((0, 1))
+    assert inside.tolist() == [0.25, 0.5, 0.25, 0.5, 1.0, 0.5, 0.25, 0.5, 0.25]
+    clean, drawn = NormalEquations(9, 2), NormalEquations(9, 2)
+    clean.add(UNET.tokens(z, 1), goal)
+    t = torch.rand(48_000, 1, 1, 1, generator=generator, dtype=torch.float64)
+    many, goals = z.repeat(800, 1, 1, 1), goal.repeat(800, 1, 1)
+    drawn.add(UNET.tokens((1 - t) * many + t * normal(*many.shape), 1), (1 - t[..., 0]) * goals + t[..., 0] * normal(*goals.shape))
+    exact, everywhere, reference = (
+        clean.solve(0.0, Noise(0.5, 1 / 3, 1 / 3, inside))[0],
+        clean.solve(0.0, Noise(0.5, 1 / 3, 1 / 3))[0],
+        drawn.solve(0.0)[0],
+    )
+    assert (exact - reference).abs().max() < 0.03 < 0.1 < (everywhere - reference).abs().max()
+
+
+@pytest.mark.parametrize("levels", [{}, LEVELS], ids=["two levels", "three levels"])
+def test_flops_of_a_plan_are_those_that_torch_counts(source, levels):
+    """One forward of 8 x 8 cells and 16 text tokens; the counter knows attention as matrix products."""
+    config = {**json.loads((source / "unet" / "config.json").read_text()), **levels}
+    model = diffusers.UNet2DConditionModel.from_config(config).eval()
+    text = torch.randn(1, 16, config["cross_attention_dim"])
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model(torch.randn(1, 4, 8, 8), 5, text)
+    assert forward_flops(structure(config), 64, 16) == pytest.approx(counter.get_total_flops(), rel=1e-6)
+
+
+def test_the_stock_pipeline_loads_a_lora_that_stays_apart(source, tmp_path):
+    """Linears and convolutions: the same prediction as the network that was trained, to 1e-5."""
+    model = models.load(source / "unet", torch.float32)
+    lora.add_lora(model, UNET.lora_targets, 2, 4.0, seed=0)
+    generator = torch.Generator().manual_seed(3)
+    weights = {name: 0.1 * torch.randn(value.shape, generator=generator) for name, value in model.named_parameters() if ".lora_" in name}
+    model.load_state_dict(weights, strict=False)
+    lora.save_export(weights, tmp_path, lora.adapter_metadata(model, "unet"), "unet")
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(source)
+    z = torch.randn(1, 4, 4, 4, generator=generator)
+    text = torch.randn(1, 16, pipeline.unet.config.cross_attention_dim, generator=generator)
+    with torch.no_grad():
+        before = pipeline.unet(z, 7, text).sample
+        pipeline.load_lora_weights(tmp_path)
+        found, wanted = pipeline.unet(z, 7, text).sample, model(z, 7, text).sample
+    assert (wanted - before).abs().max() > 0.1
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_the_safety_checker_of_stable_diffusion_is_a_stock_component(tmp_path):
+    """Its class belongs to a pipeline of diffusers; a library that nobody has is still found."""
+    (tmp_path / "safety_checker").mkdir()
+    (tmp_path / "safety_checker" / "config.json").write_text("{}")
+    assert not check_structure(tmp_path, {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]})
+    (found,) = check_structure(tmp_path, {"safety_checker": ["somebodys", "StableDiffusionSafetyChecker"]})
+    assert found == "safety_checker needs the code somebodys.py, which is not in its folder"
+
+
+def resolved(source, sets=(), **flags):
+    return recipe.load("tiny-flux", flags={"source": str(source), **flags}, sets=["adapt.objective=flow", *sets])
+
+
+def test_a_plan_says_that_it_is_experimental_and_quantises_nothing(source):
+    doc = plan.plan(resolved(source))
+    assert doc["status"] == "feasible" and UNET.experimental in doc["notes"]
+    assert doc["tokens"][0] == {"resolution": 128, "before": 256, "after": 16, "ratio": 16}
+    assert f"note: {UNET.experimental}" in plan.render(doc)
+    (problem,) = plan.plan(resolved(source, sets=["quantize.format=nvfp4"]))["problems"]
+    assert problem == "no linear of this unet model can be quantised to 4 bits: use --quantize none"
+
+
+def test_grids_that_the_levels_do_not_divide_are_refused(own):
+    """128 px at f64 are 2 x 2 cells: enough for two levels, not for three."""
+    assert resolved(own("unet"), ae="tiny-dc-ae-f64").recipe.ae == "tiny-dc-ae-f64"
+    with pytest.raises(RecipeError, match=r"128 px, at f64 2 x 2 cells; unet models .* multiple of 4"):
+        resolved(own("unet", **LEVELS), ae="tiny-dc-ae-f64")
+    with pytest.raises(RecipeError, match=r"160 px, at f32 5 x 5 cells"):
+        resolved(own("unet", **LEVELS), resolution=160)
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"prediction_type": "v_prediction"}, "prediction_type v_prediction, only epsilon"),
+        ({"beta_schedule": "linear"}, "beta_schedule linear"),
+        ({"beta_end": 0.02}, "beta_end 0.02"),
+    ],
+)
+def test_schedules_of_another_kind_are_refused(own, change, text):
+    folder = own("scheduler", **change)
+    for read in (lambda: resolved(folder), lambda: load_source("unet", str(folder))):
+        with pytest.raises(InputError, match=text):
+            read()
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"in_channels": 9}, "more channels in than out"),
+        ({"addition_embed_type": "text_time"}, "addition_embed_type text_time"),
+        ({"time_cond_proj_dim": 256}, "time_cond_proj_dim 256"),
+    ],
+)
+def test_networks_with_further_conditions_are_refused(source, change, text):
+    config = json.loads((source / "unet" / "config.json").read_text())
+    with pytest.raises(InputError, match=text):
+        UNET.convert_config({**config, **change}, 32, 32, 128)
