@@ -46,7 +46,7 @@ def run(job, stage: Stage) -> None:
     best = equations.solve(0.0, bias=problem.biased)
     weight, bias = start
     if settings.method == "ridge":
-        noise = noise_moments(job, problem, student, cache) if settings.noise_aware else None
+        noise = noise_moments(job, student, cache) if settings.noise_aware else None
         weight, bias = equations.solve(settings.ridge, noise, problem.biased)
         if seen.count:
             part = seen.solve(settings.ridge, noise, problem.biased)
@@ -147,7 +147,7 @@ def as_module(module: nn.Module, name: str, weight: Tensor, bias: Tensor) -> dic
     return state if module.bias is None else {**state, f"{name}.bias": bias.float()}
 
 
-def noise_moments(job, problem: Problem, student: nn.Module, cache: LatentCache) -> Noise:
+def noise_moments(job, student: nn.Module, cache: LatentCache) -> Noise:
     """Moments of the t that training will draw. Noise is independent in the two latent spaces, so it only shrinks W."""
     normal = torch.randn(100_000, generator=torch.Generator().manual_seed(job.recipe.seed)).double()
     moments, inside, weights = torch.zeros(3, dtype=torch.float64), 0.0, 0.0
@@ -156,7 +156,8 @@ def noise_moments(job, problem: Problem, student: nn.Module, cache: LatentCache)
         t = t_of_normal(normal, sampling).double()
         of_shape = torch.stack([(1 - t).mean(), (1 - t).square().mean(), t.square().mean()])
         moments += len(span) / len(cache) * of_shape
-        inputs = job.family.tokens(torch.ones(1, *shape), problem.patch)[0].double()  # (N, K): 1 inside the picture
+        patch = job.family.patch(student.config, shape[0])
+        inputs = job.family.tokens(torch.ones(1, *shape), patch)[0].double()  # (N, K): 1 inside the picture
         inside, weights = inside + len(span) * inputs.sum(0), weights + len(span) * len(inputs)
     return Noise(*moments.tolist(), inside / weights)
 

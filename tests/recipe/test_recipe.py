@@ -13,7 +13,8 @@ NAMES = recipe.names()
 SHIPPED = {
     "image", "flux-krea", "flux-dev", "flux-schnell", "sana-1.6b", "dit-xl-256", "dit-xl-512",
     "tiny-flux", "tiny-flux-long", "tiny-sana", "tiny-sana-long", "tiny-dit", "tiny-dit-long",
-    "ablations/dit-sd-vae-to-dc-ae", "ablations/no-alignment", "ablations/full-finetune", "ablations/plain-flow-loss",
+    "ablations/compression", "ablations/dit-sd-vae-to-dc-ae",
+    "ablations/no-alignment", "ablations/full-finetune", "ablations/plain-flow-loss",
 }  # fmt: skip
 
 
