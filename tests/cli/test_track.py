@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import struct
+import time
 
 import pytest
 import wandb
@@ -69,7 +70,11 @@ def test_wandb_gets_curves_pictures_and_the_recipe(tmp_path, monkeypatch, own_wa
                 console.scalars(label, step, {"loss": 1.0 / (step + 1), "lr": 1e-4})
         console.picture("adapt/samples", 2, Image.new("RGB", (8, 6), (255, 0, 0)))
     assert console.tracker is None
+    wandb.teardown()
     (path,) = run.glob("wandb/offline-run-*/run-*.wandb")
+    deadline = time.monotonic() + 60  # W&B's own process writes the file to its end after the run has finished
+    while not [record for record in records(path) if record.HasField("exit")] and time.monotonic() < deadline:
+        time.sleep(0.05)
     written = records(path)
     (start,) = (record.run for record in written if record.HasField("run"))
     assert (start.project, start.display_name) == ("dcgen-convert", "run")
