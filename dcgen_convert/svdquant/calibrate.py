@@ -8,19 +8,19 @@ and no activation outlives its block.
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dcgen_convert.errors import CheckFailed, InputError
+from dcgen_convert.svdquant import trees
 from dcgen_convert.svdquant.settings import Settings
 from dcgen_convert.svdquant.skeleton import load
-from dcgen_convert.svdquant.source import Entry, read_header
+from dcgen_convert.svdquant.source import Entry
 from dcgen_convert.svdquant.spool import Spool
 from dcgen_convert.svdquant.stats import Stats
 
-Call = (
-    Mapping[str, torch.Tensor] | Path
-)  # keyword arguments of the transformer's forward, or a safetensors file with them
+Call = Mapping[str, Any] | Path  # keyword arguments of the transformer's forward, or the file of `trees` with them
 
 
 class _Reached(Exception):
@@ -31,11 +31,11 @@ class _Reached(Exception):
         self.block = block
 
 
-def repeated_blocks(model: torch.nn.Module, targets: Sequence[str]) -> list[str]:
-    """Paths of all members of the module lists that hold a target. Errors: InputError for a target outside every
-    module list.
+def repeated_blocks(model: torch.nn.Module, targets: Sequence[str], known: Sequence[str] = ()) -> list[str]:
+    """Paths of all members of the module lists that are known or hold a target. Errors: InputError for a target outside
+    every module list.
     """
-    lists: dict[str, list[str]] = {}
+    lists = {holder: [f"{holder}.{index}" for index in range(len(model.get_submodule(holder)))] for holder in known}
     for target in targets:
         holder = holding_list(model, target)
         if holder is None:
@@ -210,14 +210,10 @@ class _Collector:
         return {target: self.owned[self.owner[target]] for target in self._targets}
 
 
-def read_call(call: Call, device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def read_call(call: Call, device: str, dtype: torch.dtype) -> dict[str, Any]:
     """One call's arguments on the device; floating tensors as `dtype`."""
-    if isinstance(call, Path):
-        call = {name: entry.read() for name, entry in read_header(call).items()}
-    return {
-        name: tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True)
-        for name, tensor in call.items()
-    }
+    call = trees.load(call) if isinstance(call, Path) else call
+    return trees.map_tensors(call, lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True))
 
 
 def run_dtype(device: str) -> torch.dtype:

@@ -13,6 +13,7 @@ import torch
 from dcgen_convert.console import Console
 from dcgen_convert.errors import InputError
 from dcgen_convert.files import read_json, write_json
+from dcgen_convert.svdquant import trees
 from dcgen_convert.svdquant.calibrate import Call
 from dcgen_convert.svdquant.checks import check_awq_shape, check_finite, check_svdq_shape
 from dcgen_convert.svdquant.settings import Settings
@@ -20,10 +21,13 @@ from dcgen_convert.svdquant.source import Entry
 
 
 class Targets(Protocol):
-    """Exact module paths: `svdq` become W4A4, `awq` become W4A16."""
+    """Exact module paths: `svdq` become W4A4, `awq` become W4A16. `blocks`: module lists of which one member is loaded at a
+    time; those that hold targets count without being named.
+    """
 
     svdq: list[str]
     awq: list[str]
+    blocks: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -106,8 +110,9 @@ def _hash_calls(calls: Sequence[Call]) -> str:
         if isinstance(call, Path):
             digest.update(call.read_bytes())
             continue
-        for name in sorted(call):
-            tensor = call[name].detach().cpu().contiguous()
+        structure, tensors = trees.flatten(call)
+        digest.update(structure.encode())
+        for name, tensor in tensors.items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     return digest.hexdigest()

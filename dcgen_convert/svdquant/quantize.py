@@ -82,7 +82,7 @@ def _walk(job: Job, model: torch.nn.Module, left: list[str]) -> Iterator[tuple[s
     if job.settings.calibration == "none" or not job.targets.svdq:
         yield from ((block, {}) for block in left)
         return
-    blocks = repeated_blocks(model, job.targets.svdq)
+    blocks = repeated_blocks(model, job.targets.svdq, job.targets.blocks)
     load(model, "", job.entries, job.settings.device, run_dtype(job.settings.device), skip=tuple(blocks))
     spool = Spool(job.work / "outputs")
     walker = Walker(model, blocks, job.entries, job.calls, spool, job.settings, job.walked())

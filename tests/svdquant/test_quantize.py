@@ -197,7 +197,7 @@ def test_what_cannot_be_held_is_refused_by_name_and_leaves_no_output(flux, tmp_p
 
 
 def test_bad_jobs_are_refused(flux, tmp_path):
-    empty, out = SimpleNamespace(svdq=[], awq=[]), tmp_path / "out"
+    empty, out = SimpleNamespace(svdq=[], awq=[], blocks=()), tmp_path / "out"
     with pytest.raises(InputError, match="No layer is planned"):
         quantize(flux.folder, out, empty, FAST, flux.calls, NULL)
     with pytest.raises(InputError, match="at least one call"):
@@ -233,9 +233,20 @@ def test_calibrated_calls_beat_data_free_in_the_model_s_output(done, flux, tmp_p
 
 def test_modulation_layers_behind_the_last_w4a4_layer_are_quantised_too(flux, tmp_path):
     few = [target for target in flux.targets.svdq if target.startswith("transformer_blocks.0.attn.to_")]
-    targets = SimpleNamespace(svdq=few, awq=flux.targets.awq)
+    targets = SimpleNamespace(svdq=few, awq=flux.targets.awq, blocks=())
     records = quantize(flux.folder, tmp_path / "out", targets, FAST, flux.calls, NULL)
     assert [record["module"] for record in records] == [*few, *flux.targets.awq]
+
+
+def test_a_known_list_without_a_target_is_walked_block_by_block_too(flux, tmp_path, monkeypatch):
+    """The same bytes as with that list loaded whole, and its weights are not among what stays in memory."""
+    few = [target for target in flux.targets.svdq if target.startswith("single_transformer_blocks.0.attn.to_")]
+    load, skipped = module.load, []
+    monkeypatch.setattr(module, "load", lambda *args, skip=(): (skipped.append(skip), load(*args, skip=skip))[1])
+    for name, blocks in (("whole", ()), ("walked", ("transformer_blocks", "single_transformer_blocks"))):
+        quantize(flux.folder, tmp_path / name, SimpleNamespace(svdq=few, awq=[], blocks=blocks), FAST, flux.calls, NULL)
+    assert contents(tmp_path / "whole") == contents(tmp_path / "walked")
+    assert skipped == [("single_transformer_blocks.0",), ("transformer_blocks.0", "single_transformer_blocks.0")]
 
 
 def test_sharing_is_an_option_and_what_the_classic_container_needs():
