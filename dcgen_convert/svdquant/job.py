@@ -68,7 +68,8 @@ class Job:
         if self.work.exists() and not (plan.is_file() and read_json(plan) == fingerprint):
             console.say("quantize: an unfinished run with other inputs or settings lies here; it is discarded")
             shutil.rmtree(self.work)
-        (self.work / "blocks").mkdir(parents=True, exist_ok=True)
+        for name in ("blocks", "stats"):
+            (self.work / name).mkdir(parents=True, exist_ok=True)
         write_json(plan, fingerprint)
 
     def fingerprint(self) -> dict:
@@ -94,13 +95,17 @@ class Job:
         """The records of a finished block; its presence marks the block as finished."""
         return self.work / "blocks" / f"{block}.json"
 
+    def stats_file(self, block: str) -> Path:
+        """The statistics of a block that was run and is not finished."""
+        return self.work / "stats" / f"{block}.safetensors"
+
     def walked(self) -> list[str]:
-        """Blocks whose outputs are kept or were already used, in the order in which the forward reached them."""
+        """Blocks that were run, in the order in which the forward reached them: each is finished, or its statistics are kept."""
         path = self.work / "walked.json"
         return read_json(path) if path.is_file() else []
 
     def mark_walked(self, block: str) -> None:
-        """Remember that a block was run on every call and, if it has targets, finished."""
+        """Remember that a block was run on every call; its outputs and statistics are kept."""
         write_json(self.work / "walked.json", [*self.walked(), block])
 
 

@@ -20,7 +20,7 @@ from dcgen_convert.journal import Stage
 from dcgen_convert.svdquant import trees
 from dcgen_convert.svdquant.assemble import RECORDS
 from dcgen_convert.svdquant.nunchaku import export_nunchaku
-from dcgen_convert.svdquant.quantize import quantize
+from dcgen_convert.svdquant.quantize import open_job, quantize, work
 from dcgen_convert.svdquant.settings import Settings, container_problem
 from dcgen_convert.svdquant.skeleton import build
 from dcgen_convert.train.stages import converted
@@ -44,10 +44,19 @@ def run(job, stage: Stage) -> None:
     settings = settings_of(recipe.quantize, recipe.seed)
     transformer = stage.folder / models.TRANSFORMER
     if not transformer.exists():  # whole or absent
-        quantize(converted(job), transformer, targets, settings, read_calls(calls), job.console)
+        quantize(converted(job), transformer, targets, settings, read_calls(calls), job.console, job.crew)
     if recipe.quantize.container == "nunchaku":
         export_nunchaku(transformer, stage.folder / SINGLE_FILE, CONVERTED_PATCH)
     stage.metrics.update(measured(transformer, targets, settings))
+
+
+def quantize_share(job, bar, **begun: Any) -> None:
+    """This rank's part of the blocks, of the quantisation that rank 0 has begun."""
+    section, folder = job.recipe.quantize, job.folder("quantize")
+    targets = plan_targets(job.family, read_json(converted(job) / "config.json"), section.dense)
+    settings = settings_of(section, job.recipe.seed)
+    begun_job = open_job(converted(job), folder / models.TRANSFORMER, targets, settings, read_calls(folder / CALLS))
+    work(begun_job, job.console, bar, (job.crew.rank, job.crew.world), **begun)
 
 
 def measured(transformer: Path, targets: QuantTargets, settings: Settings) -> dict[str, Any]:

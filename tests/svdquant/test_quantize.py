@@ -4,6 +4,10 @@ resumable.
 
 import json
 import shutil
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dcgen_convert.console import NULL
+from dcgen_convert.crew import Crew
 from dcgen_convert.errors import InputError
 from dcgen_convert.schema import Quantize
 from dcgen_convert.svdquant import quantize as module
@@ -112,6 +117,54 @@ def test_interrupted_runs_resume_with_the_same_bytes(done, flux, tmp_path, monke
     )
     quantize(flux.folder, tmp_path / "out", flux.targets, FAST, flux.calls, NULL)
     assert finished[0] == stop_at
+    assert contents(tmp_path / "out") == contents(done.folder)
+
+
+OTHER_RANK = """
+import json, sys
+from pathlib import Path
+from types import SimpleNamespace
+from dcgen_convert.console import NULL
+from dcgen_convert.crew import Crew
+from dcgen_convert.svdquant.quantize import open_job, work
+from dcgen_convert.svdquant.settings import Settings
+told = json.load(sys.stdin)
+calls = sorted(Path(told["calls"]).glob("*.safetensors"))
+job = open_job(Path(told["source"]), Path(told["output"]), SimpleNamespace(**told["targets"]), Settings(**told["settings"]), calls)
+finished = []
+bar = SimpleNamespace(advance=lambda count, block: finished.append(block))
+work(job, NULL, bar, (1, 2), **told["begun"])
+print(json.dumps(finished))
+"""
+
+
+def test_two_processes_take_turns_and_give_the_bytes_of_one(done, flux, tmp_path, monkeypatch):
+    """And the blocks are shared: the other process finishes the second one."""
+    for number, call in enumerate(flux.calls):
+        save_file(call, tmp_path / f"{number}.safetensors")
+    told = {"source": str(flux.folder), "output": str(tmp_path / "out"), "calls": str(tmp_path)}
+    told |= {"targets": vars(flux.targets), "settings": FAST.as_dict()}
+    others, sleep = [], time.sleep
+
+    class Two(Crew):
+        world = 2
+
+        @contextmanager
+        def share(self, task, bar=None, **begun):
+            child = subprocess.Popen([sys.executable, "-c", OTHER_RANK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            child.stdin.write(json.dumps(told | {"begun": begun}))
+            child.stdin.close()
+
+            def wait(seconds):
+                assert child.poll() is None  # nobody waits for ever for the turn of a process that failed
+                sleep(seconds)
+
+            monkeypatch.setattr(time, "sleep", wait)
+            yield
+            others.append((child.stdout.read(), child.wait()))
+
+    quantize(flux.folder, tmp_path / "out", flux.targets, FAST, sorted(tmp_path.glob("*.safetensors")), NULL, Two())
+    assert [(json.loads(said.splitlines()[-1]), code) for said, code in others] == [(["single_transformer_blocks.0"], 0)]
     assert contents(tmp_path / "out") == contents(done.folder)
 
 
