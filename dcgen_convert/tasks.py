@@ -48,6 +48,10 @@ class Performer:
             from dcgen_convert.svdquant import stage
 
             stage.record_share(job, self.crew)
+        elif task == "blocks":
+            from dcgen_convert.svdquant import stage
+
+            stage.quantize_share(job, self.crew, **arguments)
         else:
             raise ValueError(f"no task is called {task!r}")
 

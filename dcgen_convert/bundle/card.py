@@ -23,14 +23,14 @@ def render(
         manifest: from `manifest.build`. Nothing that differs between two equal runs (times, hardware) goes into the
             card.
         family: facts of the model's family.
-        layout: "stock" or "official".
+        layout: "stock", "official" or "source".
         lora: whether the bundle keeps its LoRA apart.
         title: heading, usually the bundle's name.
     """
     parts = [
         _front_matter(manifest, family, lora),
         f"# {title}",
-        _summary(manifest),
+        _summary(manifest, layout),
         *([f"Note: {family.experimental}."] if family.experimental else []),
         "## Use",
         _usage(manifest, family, layout, lora),
@@ -58,14 +58,16 @@ def _front_matter(manifest: Mapping[str, Any], family: Family, lora: bool) -> st
     return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---"
 
 
-def _summary(manifest: Mapping[str, Any]) -> str:
-    ae, names = manifest["autoencoder"], {role: record["name"] for role, record in manifest["sources"].items()}
+def _summary(manifest: Mapping[str, Any], layout: str) -> str:
+    ae, base = manifest["autoencoder"], manifest["sources"]["base"]["name"]
     quantised = manifest["recipe"].get("quantize", {}).get("format", "none")
     text = (
-        f"`{names['base']}` converted to the deep-compression autoencoder `{ae['name']}` "
+        f"`{base}` converted to the deep-compression autoencoder `{ae['name']}` "
         f"(f{ae['factor']}, {ae['channels']} channels, one token per {ae['factor']} x {ae['factor']} px) "
         "with the DC-Gen method (arXiv 2509.25180)."
     )
+    if layout == "source":
+        text = f"`{base}` in its own latent space; all but the transformer's block linears is as it was."
     if quantised != "none":
         text += f" Its block linears are SVDQuant W4A4 {quantised.upper()} (arXiv 2411.05007), in the `nunchaku_lite` format of diffusers."
     return text
@@ -73,12 +75,12 @@ def _summary(manifest: Mapping[str, Any]) -> str:
 
 def _usage(manifest: Mapping[str, Any], family: Family, layout: str, lora: bool) -> str:
     defaults = manifest["defaults"]
-    kind = "DiffusionPipeline" if layout == "stock" else f"DCGen_{family.pipeline_class}"
+    kind = f"DCGen_{family.pipeline_class}" if layout == "official" else "DiffusionPipeline"
     trust = ", trust_remote_code=True" if layout == "stock" and family.bundle_tier == 2 else ""
     lines = [
-        f"from diffusers import {kind}"
-        if layout == "stock"
-        else f"# {kind} is the DC-Gen authors' class: import it from their repository"
+        f"# {kind} is the DC-Gen authors' class: import it from their repository"
+        if layout == "official"
+        else f"from diffusers import {kind}"
     ]
     lines += ["import torch", "", f'pipe = {kind}.from_pretrained("PATH", dtype=torch.bfloat16{trust}).to("cuda")']
     if lora:

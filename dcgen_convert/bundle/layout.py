@@ -1,9 +1,10 @@
 """Assembling a bundle: a diffusers folder that loads with one line.
 
-Two layouts, which differ in model_index.json and the vae's config and code only:
+Three layouts, which differ in model_index.json and the vae's config and code only:
 
     stock     the family's stock pipeline; where it packs p x p latents, the in-bundle AutoencoderDCAdapter undoes that
     official  the DC-Gen authors' own pipeline class, which expects a plain AutoencoderDC
+    source    the source's own pipeline, autoencoder and scheduler: only the transformer is another (`quantize`)
 
 The bundle is written into a sibling folder, its manifest last, and renamed into place: a folder with a manifest is a
 whole bundle.
@@ -29,9 +30,8 @@ from dcgen_convert.errors import InputError, ResourceError
 from dcgen_convert.families.base import Family
 from dcgen_convert.files import atomic_write, read_json, write_json
 
-LAYOUTS = ("stock", "official")
+LAYOUTS = ("stock", "official", "source")
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights(folder) looks for
-REPLACED = ("vae", "scheduler")  # and the network
 
 
 def write_bundle(
@@ -40,11 +40,11 @@ def write_bundle(
     family: Family,
     source: Path,
     transformer: Path,
-    autoencoder: Path,
-    scheduler_config: dict[str, Any],
     manifest: dict[str, Any],
     card: str,
     console: Console,
+    autoencoder: Path | None = None,
+    scheduler_config: dict[str, Any] | None = None,
     layout: str = "stock",
     lora: Path | None = None,
     single_file: Path | None = None,
@@ -58,11 +58,11 @@ def write_bundle(
         family: facts of the model's family.
         source: diffusers folder of the base pipeline; text encoders, tokenizers and licences are copied from it.
         transformer: folder of the converted transformer, dense or quantised (`nunchaku_lite`).
-        autoencoder: AutoencoderDC folder.
-        scheduler_config: from `bundle.scheduler.scheduler_config`.
         manifest: from `bundle.manifest.build`; hashes of files and the table of tensors are added here.
         card: text of README.md.
-        layout: "stock" or "official".
+        autoencoder: AutoencoderDC folder; None in the layout "source".
+        scheduler_config: from `bundle.scheduler.scheduler_config`; None in the layout "source".
+        layout: "stock", "official" or "source".
         lora: adapter file in the form that `load_lora_weights` takes, for bundles that keep it apart; None when merged.
         single_file: the transformer once more, in the classic nunchaku container; None: the bundle has none.
         scaling_factor: replaces the autoencoder's own, when it was measured anew.
@@ -75,8 +75,10 @@ def write_bundle(
     output, source = Path(output), Path(source)
     index = model_index(read_json(source / "model_index.json"), family, layout, scheduler_config)
     check_output(output, force)
-    copies = {name: source / name for name in index if is_component(index[name]) and name not in (*REPLACED, family.component)}
-    copies |= {family.component: Path(transformer), "vae": Path(autoencoder)}
+    copies = {name: source / name for name in index if is_component(index[name])} | {family.component: Path(transformer)}
+    if layout != "source":
+        del copies["scheduler"]
+        copies["vae"] = Path(autoencoder)
     check_disk(output, copies.values(), () if single_file is None else (single_file,))
     staging = output.parent / f".{output.name}.partial"
     shutil.rmtree(staging, ignore_errors=True)
@@ -86,15 +88,16 @@ def write_bundle(
         for name, folder in copies.items():
             hashes = copy_component(folder, staging / name, console, label=name)
             files |= {f"{name}/{file}": digest for file, digest in hashes.items()}
-        _write_vae(staging / "vae", family, layout, scaling_factor, read_json(Path(transformer) / "config.json"))
-        del files["vae/config.json"]  # no longer a copy
-        (staging / "scheduler").mkdir()
-        write_json(staging / "scheduler" / "scheduler_config.json", scheduler_config)
+        if layout != "source":
+            _write_vae(staging / "vae", family, layout, scaling_factor, read_json(Path(transformer) / "config.json"))
+            del files["vae/config.json"]  # no longer a copy
+            (staging / "scheduler").mkdir()
+            write_json(staging / "scheduler" / "scheduler_config.json", scheduler_config)
         if lora is not None:
             files[LORA_FILE] = copy_file(Path(lora), staging / LORA_FILE)
         if single_file is not None:
             files[single_file.name] = copy_file(single_file, staging / single_file.name)
-        _copy_licences(source, Path(autoencoder), staging)
+        _copy_licences({"": source, "-autoencoder": autoencoder}, staging)
         atomic_write(staging / "README.md", card)
         write_json(staging / "model_index.json", index)
         record = {**manifest, "layout": layout, "lora": None if lora is None else LORA_FILE}
@@ -111,8 +114,8 @@ def write_bundle(
     return output
 
 
-def model_index(source: dict[str, Any], family: Family, layout: str, scheduler: dict[str, Any]) -> dict[str, Any]:
-    """model_index.json of the bundle, from the source pipeline's own."""
+def model_index(source: dict[str, Any], family: Family, layout: str, scheduler: dict[str, Any] | None) -> dict[str, Any]:
+    """model_index.json of the bundle, from the source pipeline's own; ``scheduler``: its config, unless it is the source's."""
     if layout not in LAYOUTS:
         raise InputError(f"layout {layout!r} does not exist", f"choose one of {', '.join(LAYOUTS)}")
     if layout == "official" and not family.official_layout:
@@ -123,14 +126,16 @@ def model_index(source: dict[str, Any], family: Family, layout: str, scheduler: 
     from dcgen_convert.bundle.autoencoder_dc_adapter import MODULE_NAME
 
     adapted = layout == "stock" and has_adapter(family)
-    return {
+    index = {
         **{key: value for key, value in source.items() if not key.startswith("_")},
         "_class_name": f"DCGen_{family.pipeline_class}" if layout == "official" else family.pipeline_of(source),
         "_diffusers_version": version("diffusers"),
-        "scheduler": ["diffusers", scheduler["_class_name"]],
         family.component: ["diffusers", family.model_class],
-        "vae": [MODULE_NAME, "AutoencoderDCAdapter"] if adapted else ["diffusers", "AutoencoderDC"],
     }
+    if layout != "source":
+        index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+        index["vae"] = [MODULE_NAME, "AutoencoderDCAdapter"] if adapted else ["diffusers", "AutoencoderDC"]
+    return index
 
 
 def has_adapter(family: Family) -> bool:
@@ -207,9 +212,12 @@ def _write_vae(
     write_json(folder / "config.json", config | family.vae_config(config))
 
 
-def _copy_licences(source: Path, autoencoder: Path, staging: Path) -> None:
-    for folder, suffix in ((source, ""), (autoencoder, "-autoencoder")):
-        for path in sorted(p for pattern in licence.FILES for p in folder.glob(pattern) if p.is_file()):
+def _copy_licences(folders: dict[str, Path | None], staging: Path) -> None:
+    """Licence files of ``folders``: suffix of their names -> folder."""
+    for suffix, folder in folders.items():
+        if folder is None:
+            continue
+        for path in sorted(p for pattern in licence.FILES for p in Path(folder).glob(pattern) if p.is_file()):
             copy_file(path, staging / f"{path.stem}{suffix}{path.suffix}")
 
 

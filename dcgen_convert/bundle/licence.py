@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from dcgen_convert import catalog
+
 FIELDS = ("license", "license_name", "license_link")
 FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
@@ -22,6 +24,14 @@ def licence_of(folder: Path) -> dict[str, Any]:
     stated = {key: value for key, value in front_matter(Path(folder) / "README.md").items() if key in FIELDS and value}
     files = sorted({path.name for pattern in FILES for path in Path(folder).glob(pattern) if path.is_file()})
     return {**(stated or {"license": "unknown"}), "files": files}
+
+
+def licence_of_source(name: str, folder: Path) -> dict[str, Any]:
+    """`licence_of` the base model in ``folder``, which the user called ``name``."""
+    stated, entry = licence_of(folder), catalog.find_source(name)
+    if stated["license"] == "unknown" and entry and entry.folder:
+        stated["license"] = entry.licence  # shipped with this program, which knows its own licence
+    return stated
 
 
 def front_matter(readme: Path) -> dict[str, Any]:

@@ -25,12 +25,13 @@ def probe(bundle: Path) -> dict:
 
     from dcgen_convert.bundle.loading import family_of, load, transformer_config
     from dcgen_convert.bundle.manifest import read
-    from dcgen_convert.bundle.sample import draw
+    from dcgen_convert.bundle.sample import draw, only_side, token_side
+    from dcgen_convert.files import read_json
 
     family, defaults = family_of(bundle), read(bundle)["defaults"]
     pipeline, runtime = load(bundle)
-    factor = pipeline.vae.spatial_compression_ratio
-    side = family.only_side(transformer_config(bundle), factor // pipeline.vae.config.get("latent_pack", 1)) or TOKENS_PER_SIDE * factor
+    kind = family, transformer_config(bundle), read_json(bundle / "vae" / "config.json")
+    side = only_side(*kind) or TOKENS_PER_SIDE * token_side(*kind)
     prompt = PROMPTS.get(family.text_keys[0], "a red fox in the snow")
     settings = dict(height=side, width=side, steps=STEPS, guidance=defaults["guidance"], length=defaults["text_length"])
     picture = numpy.asarray(draw(pipeline, family, [prompt], [0], **settings)[0]) / 255

@@ -14,6 +14,7 @@ from dcgen_convert.console import Console
 from dcgen_convert.errors import CheckFailed, InputError
 from dcgen_convert.families.base import Family
 from dcgen_convert.files import atomic_write, read_json
+from dcgen_convert.geometry import autoencoder_grid
 
 
 def sample(
@@ -55,7 +56,8 @@ def sample(
         raise InputError("there is nothing to draw", "give a prompt with -p and a count of at least 1")
     bundle, output = Path(bundle), Path(output)
     family, defaults = family_of(bundle), read_manifest(bundle)["defaults"]
-    height, width = checked_size(bundle, family, height or defaults["height"], width or defaults["width"])
+    height, width = height or defaults["height"], width or defaults["width"]
+    check_size(family, transformer_config(bundle), read_json(bundle / "vae" / "config.json"), height, width)
     steps, guidance = steps or defaults["steps"], defaults["guidance"] if guidance is None else guidance
     pipeline, used = load(bundle, dtype, runtime)
     console.say(describe(bundle, used))
@@ -120,20 +122,32 @@ def to_pil(picture):
     return Image.fromarray((picture.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
-def checked_size(bundle: Path, family: Family, height: int, width: int) -> tuple[int, int]:
-    """The size if the bundle can draw it, else InputError: multiples of f, and the one size of pipelines that have one.
+def check_size(family: Family, config: dict[str, Any], vae: dict[str, Any], height: int, width: int) -> None:
+    """InputError for a size in px that a pipeline cannot draw: it must be a multiple of a token's side, and the one size of
+    pipelines that have one.
+
+    Args:
+        config, vae: of the transformer and the autoencoder.
     """
-    vae = read_json(bundle / "vae" / "config.json")
-    factor = 2 ** (len(vae["encoder_block_out_channels"]) - 1)
-    if height < factor or width < factor or height % factor or width % factor:
+    side, only = token_side(family, config, vae), only_side(family, config, vae)
+    if height < side or width < side or height % side or width % side:
         raise InputError(
-            f"the size {height} x {width} px is not a multiple of {factor}, the autoencoder's factor",
-            f"try {_near(height, factor)} x {_near(width, factor)}",
+            f"the size {height} x {width} px is not a multiple of {side} px, the side of a token",
+            f"try {_near(height, side)} x {_near(width, side)}",
         )
-    side = family.only_side(transformer_config(bundle), factor // vae.get("latent_pack", 1))
-    if side and (height, width) != (side, side):
-        raise InputError(f"this model draws {side} x {side} px only, not {height} x {width}", "leave the size out")
-    return height, width
+    if only and (height, width) != (only, only):
+        raise InputError(f"this model draws {only} x {only} px only, not {height} x {width}", "leave the size out")
+
+
+def token_side(family: Family, config: dict[str, Any], vae: dict[str, Any]) -> int:
+    """px per token side: f of the autoencoder times the patch, which is 1 after a conversion."""
+    factor, channels = autoencoder_grid(vae)
+    return factor * family.patch(config, channels)
+
+
+def only_side(family: Family, config: dict[str, Any], vae: dict[str, Any]) -> int | None:
+    """`Family.only_side` of a pipeline with these configs."""
+    return family.only_side(config, autoencoder_grid(vae)[0] // vae.get("latent_pack", 1))
 
 
 def describe(bundle: Path, runtime: str) -> str:

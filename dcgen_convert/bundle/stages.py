@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dcgen_convert import catalog, models
+from dcgen_convert import models
 from dcgen_convert.bundle import card, layout, manifest
-from dcgen_convert.bundle.licence import licence_of
+from dcgen_convert.bundle.licence import licence_of, licence_of_source
 from dcgen_convert.bundle.verify import verify
 from dcgen_convert.evaluate import compare
 from dcgen_convert.files import copy_file, read_json
@@ -51,10 +51,6 @@ def describe(job) -> dict[str, Any]:
     """The manifest's facts: recipe, sources with hashes, defaults, and what every stage measured."""
     records = [read_json(path) for path in sorted(job.run.path.glob(f"*/{MARKER}"))]
     config = read_json(job.target / "config.json")
-    bases = {"base": licence_of(job.source.root), "autoencoder": licence_of(job.target)}
-    for role, entry in (("base", catalog.find_source(job.recipe.source)), ("autoencoder", None)):
-        if entry and bases[role]["license"] == "unknown" and entry.folder:
-            bases[role]["license"] = entry.licence  # shipped with this program, which knows its own licence
     return manifest.build(
         recipe=job.recipe.model_dump(mode="json"),
         family=job.family.name,
@@ -76,7 +72,7 @@ def describe(job) -> dict[str, Any]:
             "text_length": job.text_length,
         },
         seed=job.recipe.seed,
-        licence=bases,
+        licence={"base": licence_of_source(job.recipe.source, job.source.root), "autoencoder": licence_of(job.target)},
         times={record["stage"]: record["seconds"] for record in records},
         metrics={record["stage"]: record["metrics"] for record in records},
     )

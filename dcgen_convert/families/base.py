@@ -25,11 +25,15 @@ ON_PURPOSE = "kept dense"  # how the reason of a block linear that nobody wanted
 
 @dataclass(frozen=True)
 class QuantTargets:
-    """Linear modules by exact path: ``svdq`` W4A4, ``awq`` W4A16; ``skipped`` says why a block linear stays dense."""
+    """Linear modules by exact path: ``svdq`` W4A4, ``awq`` W4A16; ``skipped`` says why a block linear stays dense.
+
+    blocks: the family's ModuleLists of repeated blocks, whether or not a block of them is quantised.
+    """
 
     svdq: list[str]
     awq: list[str]
     skipped: dict[str, str] = field(default_factory=dict)
+    blocks: tuple[str, ...] = ()
 
     @property
     def impossible(self) -> dict[str, str]:
@@ -258,7 +262,7 @@ class Family:
                 skipped[path] = f"the 4-bit format needs multiples of 128, it has {k} -> {n}"
             else:
                 svdq.append(path)
-        return QuantTargets(svdq, awq, skipped)
+        return QuantTargets(svdq, awq, skipped, self.blocks)
 
     dense_pattern: ClassVar[str] = r"(?!)"  # block linears that the kernels' authors keep in half precision
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dcgen_convert.families.base import by_kind
 from dcgen_convert.plan.shapes import Shapes
 from dcgen_convert.schema import Quantize
+from dcgen_convert.svdquant.settings import container_problem
 
 
 def quantised(section: Quantize, sizes: Shapes) -> tuple[dict | None, list[str]]:
@@ -31,6 +32,6 @@ def quantised(section: Quantize, sizes: Shapes) -> tuple[dict | None, list[str]]
         problems.append("keep what cannot be quantised 16-bit with --set quantize.dense=REGEX, or --quantize none")
     elif not targets.svdq:
         problems.append(f"no linear of this {sizes.family.name} model can be quantised to 4 bits: use --quantize none")
-    if section.container == "nunchaku" and sizes.family.name != "flux":
-        problems.append(f"the classic nunchaku container is written for FLUX.1 only, not for {sizes.family.name}")
+    if problem := container_problem(section.container, sizes.family.name):
+        problems.append(problem)
     return part, problems

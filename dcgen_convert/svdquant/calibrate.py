@@ -6,21 +6,21 @@ first block that is not done is run and the forward stops there. So no fact abou
 and no activation outlives its block.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dcgen_convert.errors import CheckFailed, InputError
+from dcgen_convert.svdquant import trees
 from dcgen_convert.svdquant.settings import Settings
 from dcgen_convert.svdquant.skeleton import load
-from dcgen_convert.svdquant.source import Entry, read_header
+from dcgen_convert.svdquant.source import Entry
 from dcgen_convert.svdquant.spool import Spool
 from dcgen_convert.svdquant.stats import Stats
 
-Call = (
-    Mapping[str, torch.Tensor] | Path
-)  # keyword arguments of the transformer's forward, or a safetensors file with them
+Call = Mapping[str, Any] | Path  # keyword arguments of the transformer's forward, or the file of `trees` with them
 
 
 class _Reached(Exception):
@@ -31,11 +31,11 @@ class _Reached(Exception):
         self.block = block
 
 
-def repeated_blocks(model: torch.nn.Module, targets: Sequence[str]) -> list[str]:
-    """Paths of all members of the module lists that hold a target. Errors: InputError for a target outside every
-    module list.
+def repeated_blocks(model: torch.nn.Module, targets: Sequence[str], known: Sequence[str] = ()) -> list[str]:
+    """Paths of all members of the module lists that are known or hold a target. Errors: InputError for a target outside
+    every module list.
     """
-    lists: dict[str, list[str]] = {}
+    lists = {holder: [f"{holder}.{index}" for index in range(len(model.get_submodule(holder)))] for holder in known}
     for target in targets:
         holder = holding_list(model, target)
         if holder is None:
@@ -61,7 +61,7 @@ class Walker:
     """Runs a model's repeated blocks in the order in which its forward reaches them.
 
     model: a skeleton with everything outside `blocks` loaded. `spool` keeps block outputs, `done` are blocks whose
-    output it already has.
+    output it already has. Per block: `step`, and `finish` when its outputs and statistics are safe.
     """
 
     def __init__(
@@ -75,33 +75,49 @@ class Walker:
         done: Sequence[str] = (),
     ):
         self.model, self.entries, self.calls, self.spool, self.settings = model, entries, calls, spool, settings
-        self.left = [block for block in blocks if block not in done]
+        self.left = list(blocks)
         self.dtype = run_dtype(settings.device)
-        self._latest = {
-            block.rpartition(".")[0]: block for block in done
-        }  # module list -> the block whose output is kept
+        self._latest: dict[str, str] = {}  # module list -> the block whose output is kept
         self._call = 0
         for block in blocks:
-            self._set_forward(block, self._answer if block in done else self._stop)
+            self._set_forward(block, self._stop)
+        self.catch_up(done)
 
-    def walk(self, targets: Sequence[str]) -> Iterator[tuple[str, dict[str, Stats]]]:
-        """Per block: its path and {target: statistics}; layers that read the same tensor share one Stats. The caller
-        quantises in between. Ends with the last block that holds a target.
+    def catch_up(self, done: Sequence[str]) -> None:
+        """Take note of the blocks that were run, here or by another walker over the same spool, in that order."""
+        for block in done:
+            if block in self.left:
+                self._latest[block.rpartition(".")[0]] = block
+                self.left.remove(block)
+                self._set_forward(block, self._answer)
+
+    def needed(self, targets: Sequence[str]) -> bool:
+        """Whether a block that holds a target is left."""
+        return any(target.startswith(f"{block}.") for block in self.left for target in targets)
+
+    def step(self, targets: Sequence[str]) -> tuple[str, dict[str, Stats]]:
+        """Run the next block on every call: its path and {target: statistics}; layers that read the same tensor share
+        one Stats.
         """
-        while any(target.startswith(f"{block}.") for block in self.left for target in targets):
-            block = self._next()
-            module = self.model.get_submodule(block)
-            load(module, block, self.entries, self.settings.device, self.dtype)
-            inside = [target for target in targets if target.startswith(f"{block}.")]
-            collector = _Collector(module, block, inside, len(self.calls), self.settings)
-            self._set_forward(block, self._run)
-            for call in range(len(self.calls)):
-                self._forward(call)
-                collector.end_call()
-            collector.close()
-            module.to("meta")
-            yield block, collector.stats()
-            self._finish(block)
+        block = self._next()
+        module = self.model.get_submodule(block)
+        load(module, block, self.entries, self.settings.device, self.dtype)
+        inside = [target for target in targets if target.startswith(f"{block}.")]
+        collector = _Collector(module, block, inside, len(self.calls), self.settings)
+        self._set_forward(block, self._run)
+        for call in range(len(self.calls)):
+            self._forward(call)
+            collector.end_call()
+        collector.close()
+        module.to("meta")
+        return block, collector.stats()
+
+    def finish(self, block: str) -> None:
+        """Answer for the block from now on, and forget what it started from."""
+        before = self._latest.get(block.rpartition(".")[0])
+        self.catch_up([block])
+        if before:
+            self.spool.drop(before)
 
     def _next(self) -> str:
         """The block that the first call's forward reaches next."""
@@ -111,14 +127,6 @@ class Walker:
                 f"The calibration calls never reach {self.left[0]}.", hint="Check the calls against the model."
             )
         return reached
-
-    def _finish(self, block: str) -> None:
-        holder = block.rpartition(".")[0]
-        before, self._latest[holder] = self._latest.get(holder), block
-        self.left.remove(block)
-        self._set_forward(block, self._answer)
-        if before:
-            self.spool.drop(before)
 
     @torch.no_grad()
     def _forward(self, call: int) -> str | None:
@@ -210,14 +218,10 @@ class _Collector:
         return {target: self.owned[self.owner[target]] for target in self._targets}
 
 
-def read_call(call: Call, device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def read_call(call: Call, device: str, dtype: torch.dtype) -> dict[str, Any]:
     """One call's arguments on the device; floating tensors as `dtype`."""
-    if isinstance(call, Path):
-        call = {name: entry.read() for name, entry in read_header(call).items()}
-    return {
-        name: tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True)
-        for name, tensor in call.items()
-    }
+    call = trees.load(call) if isinstance(call, Path) else call
+    return trees.map_tensors(call, lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True))
 
 
 def run_dtype(device: str) -> torch.dtype:

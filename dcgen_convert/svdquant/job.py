@@ -13,6 +13,7 @@ import torch
 from dcgen_convert.console import Console
 from dcgen_convert.errors import InputError
 from dcgen_convert.files import read_json, write_json
+from dcgen_convert.svdquant import trees
 from dcgen_convert.svdquant.calibrate import Call
 from dcgen_convert.svdquant.checks import check_awq_shape, check_finite, check_svdq_shape
 from dcgen_convert.svdquant.settings import Settings
@@ -20,10 +21,13 @@ from dcgen_convert.svdquant.source import Entry
 
 
 class Targets(Protocol):
-    """Exact module paths: `svdq` become W4A4, `awq` become W4A16."""
+    """Exact module paths: `svdq` become W4A4, `awq` become W4A16. `blocks`: module lists of which one member is loaded at a
+    time; those that hold targets count without being named.
+    """
 
     svdq: list[str]
     awq: list[str]
+    blocks: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,8 @@ class Job:
         if self.work.exists() and not (plan.is_file() and read_json(plan) == fingerprint):
             console.say("quantize: an unfinished run with other inputs or settings lies here; it is discarded")
             shutil.rmtree(self.work)
-        (self.work / "blocks").mkdir(parents=True, exist_ok=True)
+        for name in ("blocks", "stats"):
+            (self.work / name).mkdir(parents=True, exist_ok=True)
         write_json(plan, fingerprint)
 
     def fingerprint(self) -> dict:
@@ -90,13 +95,17 @@ class Job:
         """The records of a finished block; its presence marks the block as finished."""
         return self.work / "blocks" / f"{block}.json"
 
+    def stats_file(self, block: str) -> Path:
+        """The statistics of a block that was run and is not finished."""
+        return self.work / "stats" / f"{block}.safetensors"
+
     def walked(self) -> list[str]:
-        """Blocks whose outputs are kept or were already used, in the order in which the forward reached them."""
+        """Blocks that were run, in the order in which the forward reached them: each is finished, or its statistics are kept."""
         path = self.work / "walked.json"
         return read_json(path) if path.is_file() else []
 
     def mark_walked(self, block: str) -> None:
-        """Remember that a block was run on every call and, if it has targets, finished."""
+        """Remember that a block was run on every call; its outputs and statistics are kept."""
         write_json(self.work / "walked.json", [*self.walked(), block])
 
 
@@ -106,8 +115,9 @@ def _hash_calls(calls: Sequence[Call]) -> str:
         if isinstance(call, Path):
             digest.update(call.read_bytes())
             continue
-        for name in sorted(call):
-            tensor = call[name].detach().cpu().contiguous()
+        structure, tensors = trees.flatten(call)
+        digest.update(structure.encode())
+        for name, tensor in tensors.items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     return digest.hexdigest()

@@ -172,8 +172,8 @@ def _score(weight: torch.Tensor, tokens: torch.Tensor | None, layer: SvdqLinear)
 
 
 def _errors(weight: torch.Tensor, tokens: torch.Tensor | None, layer: SvdqLinear, settings: Settings) -> dict:
-    """Errors before (round to nearest, nothing else) and after, on held-out tokens; weight errors where there are no
-    tokens.
+    """Errors before (round to nearest, nothing else) and after: of the weight, and of the output where there are tokens
+    that can be held out.
     """
     scale = tensor_scale(weight, settings.precision)
     plain = round_to_nearest(
@@ -184,7 +184,7 @@ def _errors(weight: torch.Tensor, tokens: torch.Tensor | None, layer: SvdqLinear
         "weight_error_rtn": ((plain - weight).norm() / norm).item(),
         "weight_error": ((layer.dense() - weight).norm() / norm).item(),
     }
-    if tokens is not None:
+    if tokens is not None and len(tokens) > 1:
         held = tokens[1::4]
         wanted = held @ weight.T
         result["error_rtn"] = _relative(quantize_activation(held, None, settings.precision) @ plain.T, wanted)

@@ -1,17 +1,23 @@
 """Quantise a diffusers transformer folder into nunchaku_lite form (nunchaku's file format), block by block, resumable.
 
-Beside the output a hidden work folder grows: a weight file and a JSON neighbour per finished block, and the block
-outputs that the next block starts from. When every block is there the output folder is put together and renamed.
+Beside the output a hidden work folder grows: a weight file and a JSON neighbour per finished block, the block outputs
+that the next block starts from, and the statistics of blocks in work. When every block is there the output folder is put
+together and renamed.
+
+Blocks run one after the other, on what the dense blocks before them return; what costs the time, quantising them, needs
+their statistics alone. So several ranks take turns at running a block and quantise theirs at the same time.
 """
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dcgen_convert.console import Console
+from dcgen_convert.crew import SOLO, Crew
 from dcgen_convert.errors import InputError
 from dcgen_convert.files import atomic_save, read_json, write_json
 from dcgen_convert.svdquant.assemble import assemble
@@ -24,47 +30,92 @@ from dcgen_convert.svdquant.skeleton import build, load
 from dcgen_convert.svdquant.source import read_folder
 from dcgen_convert.svdquant.spool import Spool
 from dcgen_convert.svdquant.stats import Stats
+from dcgen_convert.svdquant.stats import load as load_stats
+from dcgen_convert.svdquant.stats import save as save_stats
 from dcgen_convert.svdquant.tensors import awq_spec, check_round_trip, check_tensors, pack_awq, pack_svdq, svdq_spec
+
+TURN = 0.1  # seconds between two looks at whose turn it is
 
 
 def quantize(
-    source: Path, output: Path, targets: Targets, settings: Settings, calls: Sequence[Call], console: Console
+    source: Path,
+    output: Path,
+    targets: Targets,
+    settings: Settings,
+    calls: Sequence[Call],
+    console: Console,
+    crew: Crew = SOLO,
 ) -> list[dict]:
     """Write `output`, a diffusers transformer folder with 4-bit targets, from `source`; return one record per layer.
 
     calls: keyword arguments of the transformer's forward, in memory or as safetensors files; empty only with
-    calibration "none". Same inputs, settings and machine give the same bytes; an interrupted run goes on at the block
-    where it stopped.
+    calibration "none". crew: other ranks, which call `work` with the same job and the arguments that they are given. Same
+    inputs, settings and machine give the same bytes, whatever the ranks; an interrupted run goes on at the block where it
+    stopped.
     Errors: InputError before any work, naming the tensor, for a target that is absent or has a shape that the format
     cannot hold, and for NaN or infinite values anywhere in the source. An existing `output` is refused.
     """
-    config, entries = read_folder(source)
     if output.exists():
         raise InputError(f"{output} exists already.", hint="Remove it or choose another folder.")
-    job = Job(config, entries, targets, settings, calls, output.with_name(f".{output.name}.partial"))
+    job = open_job(source, output, targets, settings, calls)
     job.check()
     job.open(console)
-    records = _run(job, console)
+    blocks = _targets_by_block(build(job.config), targets)
+    left = [block for block in blocks if not job.records_file(block).is_file()]
+    if len(left) < len(blocks):
+        console.say(f"quantize: {len(blocks) - len(left)} of {len(blocks)} blocks are already done")
+    begun = {"left": left, "walked": job.walked()}
+    with console.progress("quantize", len(blocks), "block") as bar:
+        bar.advance(len(blocks) - len(left))
+        with crew.share("blocks", bar, **begun):
+            work(job, console, bar, (crew.rank, crew.world), **begun)
+    records = [record for block in blocks for record in read_json(job.records_file(block))]
+    order = {name: number for number, name in enumerate((*targets.svdq, *targets.awq))}
+    records.sort(key=lambda record: order[record["module"]])
     assemble(job, output, records)
     return records
 
 
-def _run(job: Job, console: Console) -> list[dict]:
-    """Finish every block; return all records in target order."""
+def open_job(source: Path, output: Path, targets: Targets, settings: Settings, calls: Sequence[Call]) -> Job:
+    """The job of `quantize` with these arguments; nothing is checked or written."""
+    return Job(*read_folder(source), targets, settings, calls, output.with_name(f".{output.name}.partial"))
+
+
+def work(job: Job, console: Console, bar: Any, share: tuple[int, int], left: Sequence[str], walked: Sequence[str]) -> None:
+    """Finish this rank's part of the blocks.
+
+    share: (rank, ranks); each runs every ``ranks``-th block. left, walked: blocks that are not finished, and those that were
+    run, when the work began.
+    """
+    rank, ranks = share
     model = build(job.config)
     blocks = _targets_by_block(model, job.targets)
-    left = [block for block in blocks if not job.records_file(block).is_file()]
-    if len(left) < len(blocks):
-        console.say(f"quantize: {len(blocks) - len(left)} of {len(blocks)} blocks are already done")
-    with console.progress("quantize", len(blocks), "block") as bar:
-        bar.advance(len(blocks) - len(left))
-        for block, stats in _walk(job, model, left):
-            for record in _finish_block(job, block, blocks[block], stats):
-                console.event("quantized", **record)
-            bar.advance(1, block=block)
-    records = [record for block in blocks for record in read_json(job.records_file(block))]
-    order = {name: number for number, name in enumerate((*job.targets.svdq, *job.targets.awq))}
-    return sorted(records, key=lambda record: order[record["module"]])
+
+    def finish(block: str, stats: dict[str, Stats]) -> None:
+        for record in _finish_block(job, block, blocks[block], stats):
+            console.event("quantized", **record)
+        bar.advance(1, block=block)
+
+    targets, device, rest = job.targets.svdq, job.settings.device, list(left)
+    if job.settings.calibration == "calls" and targets:
+        for block in [block for block in left if block in walked][rank::ranks]:
+            finish(block, load_stats(job.stats_file(block), device))
+        walker = _walker(job, model, walked)
+        while walker.needed(targets):
+            run = job.walked()
+            walker.catch_up(run)
+            if (len(run) - len(walked)) % ranks != rank:
+                time.sleep(TURN)
+            elif walker.needed(targets):
+                block, stats = walker.step(targets)
+                save_stats(stats, job.stats_file(block))
+                job.mark_walked(block)
+                walker.finish(block)
+                if block in left:
+                    finish(block, stats)
+        rest = [block for block in left if block not in job.walked()]
+    for block in rest[rank::ranks]:  # they need no data
+        finish(block, {})
 
 
 def _targets_by_block(model: torch.nn.Module, targets: Targets) -> dict[str, list[str]]:
@@ -77,22 +128,10 @@ def _targets_by_block(model: torch.nn.Module, targets: Targets) -> dict[str, lis
     return blocks
 
 
-def _walk(job: Job, model: torch.nn.Module, left: list[str]) -> Iterator[tuple[str, dict[str, Stats]]]:
-    """Yield (block, {W4A4 target: statistics}) for what is left: in forward order, then what needs no data."""
-    if job.settings.calibration == "none" or not job.targets.svdq:
-        yield from ((block, {}) for block in left)
-        return
-    blocks = repeated_blocks(model, job.targets.svdq)
+def _walker(job: Job, model: torch.nn.Module, walked: Sequence[str]) -> Walker:
+    blocks = repeated_blocks(model, job.targets.svdq, job.targets.blocks)
     load(model, "", job.entries, job.settings.device, run_dtype(job.settings.device), skip=tuple(blocks))
-    spool = Spool(job.work / "outputs")
-    walker = Walker(model, blocks, job.entries, job.calls, spool, job.settings, job.walked())
-    seen = set()
-    for block, stats in walker.walk(job.targets.svdq):
-        seen.add(block)
-        if block in left:
-            yield block, stats
-        job.mark_walked(block)
-    yield from ((block, {}) for block in left if block not in seen)
+    return Walker(model, blocks, job.entries, job.calls, Spool(job.work / "outputs"), job.settings, walked)
 
 
 def _finish_block(job: Job, block: str, names: list[str], stats: dict[str, Stats]) -> list[dict]:
@@ -107,6 +146,7 @@ def _finish_block(job: Job, block: str, names: list[str], stats: dict[str, Stats
             records.append(layer.record | {"seconds": seconds})
     atomic_save(tensors, job.tensors_file(block), {"format": "pt"})
     write_json(job.records_file(block), records)
+    job.stats_file(block).unlink(missing_ok=True)
     return records
 
 

@@ -8,6 +8,13 @@ GROUP = {"nvfp4": 16, "int4": 64}  # channels that share one micro scale; fixed 
 AWQ_GROUP = 64
 
 
+def container_problem(container: str, family: str) -> str:
+    """Why the setting ``quantize.container`` is not for a family; empty when it is."""
+    if container != "nunchaku" or family == "flux":
+        return ""
+    return f"the classic nunchaku container is written for FLUX.1 only, not for {family}"
+
+
 @dataclass(frozen=True)
 class Settings:
     """Settings of one quantisation run.

@@ -59,8 +59,8 @@ class _Held:
     def nbytes(self) -> int:
         return self.tensor.nbytes
 
-    def chunks(self) -> Iterator[bytes]:
-        yield self.tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+    def chunks(self) -> Iterator[memoryview]:
+        yield memoryview(self.tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from dcgen_convert.errors import InputError
 from dcgen_convert.evaluate.preview import converted_pipeline
 from dcgen_convert.families import Family, QuantTargets
 from dcgen_convert.families.base import by_kind
-from dcgen_convert.files import atomic_save, read_json, write_json
+from dcgen_convert.files import read_json, replacing, write_json
 from dcgen_convert.journal import Stage
-from dcgen_convert.svdquant.assemble import timeless
+from dcgen_convert.svdquant import trees
+from dcgen_convert.svdquant.assemble import RECORDS
 from dcgen_convert.svdquant.nunchaku import export_nunchaku
-from dcgen_convert.svdquant.quantize import quantize
-from dcgen_convert.svdquant.settings import Settings
+from dcgen_convert.svdquant.quantize import open_job, quantize, work
+from dcgen_convert.svdquant.settings import Settings, container_problem
 from dcgen_convert.svdquant.skeleton import build
 from dcgen_convert.train.stages import converted
 
@@ -30,7 +32,7 @@ CALLS, DONE = "calls", "done.json"
 
 
 def run(job, stage: Stage) -> None:
-    """Writes calls/ (inputs of the transformer), transformer/ (4-bit) and layers.json (format, errors, per layer)."""
+    """Writes calls/ (inputs of the transformer) and transformer/ (4-bit, with the record of every layer)."""
     recipe = job.recipe
     targets = plan_targets(job.family, read_json(converted(job) / "config.json"), recipe.quantize.dense)
     calls = stage.folder / CALLS
@@ -40,20 +42,33 @@ def run(job, stage: Stage) -> None:
             record_share(job, bar)
         write_json(calls / DONE, {"calls": len(read_calls(calls))})
     settings = settings_of(recipe.quantize, recipe.seed)
-    records = quantize(
-        converted(job), stage.folder / models.TRANSFORMER, targets, settings, read_calls(calls), job.console
-    )
-    write_json(stage.folder / "layers.json", records)
+    transformer = stage.folder / models.TRANSFORMER
+    if not transformer.exists():  # whole or absent
+        quantize(converted(job), transformer, targets, settings, read_calls(calls), job.console, job.crew)
     if recipe.quantize.container == "nunchaku":
-        export_nunchaku(stage.folder / models.TRANSFORMER, stage.folder / SINGLE_FILE, CONVERTED_PATCH)
-    stage.metrics.update(
-        format=settings.precision,
-        rank=settings.rank,
-        svdq=len(targets.svdq),
-        awq=len(targets.awq),
-        skipped=by_kind(targets.skipped),
-        layers=[timeless(record) for record in records],
-    )
+        export_nunchaku(transformer, stage.folder / SINGLE_FILE, CONVERTED_PATCH)
+    stage.metrics.update(measured(transformer, targets, settings))
+
+
+def quantize_share(job, bar, **begun: Any) -> None:
+    """This rank's part of the blocks, of the quantisation that rank 0 has begun."""
+    section, folder = job.recipe.quantize, job.folder("quantize")
+    targets = plan_targets(job.family, read_json(converted(job) / "config.json"), section.dense)
+    settings = settings_of(section, job.recipe.seed)
+    begun_job = open_job(converted(job), folder / models.TRANSFORMER, targets, settings, read_calls(folder / CALLS))
+    work(begun_job, job.console, bar, (job.crew.rank, job.crew.world), **begun)
+
+
+def measured(transformer: Path, targets: QuantTargets, settings: Settings) -> dict[str, Any]:
+    """What manifest and report say of a finished 4-bit folder: settings, counts, and the record of every layer."""
+    return {
+        "format": settings.precision,
+        "rank": settings.rank,
+        "svdq": len(targets.svdq),
+        "awq": len(targets.awq),
+        "skipped": by_kind(targets.skipped),
+        "layers": read_json(transformer / RECORDS)["layers"],
+    }
 
 
 def settings_of(section: Any, seed: int) -> Settings:
@@ -69,11 +84,9 @@ def settings_of(section: Any, seed: int) -> Settings:
 
 def check_container(section: Any, family: Family) -> None:
     """InputError when ``quantize.container`` is not written for this family."""
-    if section.format != "none" and section.container == "nunchaku" and family.name != "flux":
-        raise InputError(
-            f"the classic nunchaku container is written for FLUX.1 only, not for {family.name}",
-            "use the diffusers container (quantize.container=diffusers)",
-        )
+    problem = container_problem(section.container, family.name)
+    if section.format != "none" and problem:
+        raise InputError(problem, "use the diffusers container (quantize.container=diffusers)")
 
 
 def plan_targets(family: Family, config: dict[str, Any], dense: str | None) -> QuantTargets:
@@ -128,7 +141,7 @@ def record_calls(
     share: tuple[int, int] = (0, 1),
     **call: Any,
 ) -> None:
-    """What the transformer is given while it draws ``texts``: one safetensors file per forward call.
+    """What the transformer is given while it draws ``texts``: one file of `trees` per forward call.
 
     Args:
         pipeline: makes the pipeline; not called when all is there. It is gone afterwards: quantising needs the memory.
@@ -145,11 +158,10 @@ def record_calls(
     drawing = pipeline()
 
     def keep(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        tensors = {key: value.detach().cpu() for key, value in kwargs.items() if isinstance(value, torch.Tensor)}
-        if args:  # SANA and DiT pipelines pass the latents by position
-            tensors["hidden_states"] = args[0].detach().cpu()
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)  # some pipelines pass the latents by position
         given.append(folder / f"call-{start:05d}-{len(given):05d}.safetensors")
-        atomic_save(tensors, given[-1])
+        with replacing(given[-1]) as temporary:
+            trees.save(bound.arguments, temporary)
 
     handle = drawing.transformer.register_forward_pre_hook(keep, with_kwargs=True)
     try:

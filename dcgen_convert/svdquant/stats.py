@@ -1,8 +1,16 @@
 """What is kept about the inputs of one linear layer: bounded, whatever the number of calls (after arXiv 2411.05007)."""
 
+import json
 import zlib
+from pathlib import Path
 
 import torch
+
+from dcgen_convert.checkpoint import headers
+from dcgen_convert.svdquant.shards import write_tensors
+from dcgen_convert.svdquant.source import read_header
+
+KEY = "stats"  # of a file's metadata
 
 
 class Stats:
@@ -59,6 +67,27 @@ class Stats:
         else:
             scaled = self._sum / (smooth[:, None] * max(self.count, 1))
         return scaled.div_(smooth)
+
+
+def save(stats: dict[str, Stats], path: Path) -> None:
+    """Keep the statistics of a block's targets; layers that share one Stats share it again after `load`."""
+    owned = {item.name: item for item in stats.values()}
+    parts = {name: {"amax": item.amax, "tokens": item.tokens, "sum": item._sum} for name, item in owned.items()}
+    tensors = {f"{name}.{part}": tensor.cpu() for name, held in parts.items() for part, tensor in held.items()}
+    counts = {name: [item.count, item.readers] for name, item in owned.items()}
+    document = {"owner": {target: item.name for target, item in stats.items()}, "counts": counts}
+    write_tensors(path, tensors, {KEY: json.dumps(document)})
+
+
+def load(path: Path, device: str) -> dict[str, Stats]:
+    """What `save` kept; more calls cannot be added to it."""
+    document, entries = json.loads(headers.read_header(path)[1][KEY]), read_header(path)
+    owned = {}
+    for name, (count, readers) in document["counts"].items():
+        amax, tokens, total = (entries[f"{name}.{part}"].read().to(device) for part in ("amax", "tokens", "sum"))
+        owned[name] = item = Stats.__new__(Stats)
+        item.name, item.amax, item.count, item.readers, item._drawn, item._sum = name, amax, count, readers, [tokens], total
+    return {target: owned[name] for target, name in document["owner"].items()}
 
 
 def _share(total: int, index: int, parts: int) -> int:

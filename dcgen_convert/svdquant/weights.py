@@ -12,7 +12,7 @@ from dcgen_convert.svdquant.settings import GROUP
 
 GRID = torch.bfloat16  # holds every e2m1 and int4 value exactly, in half the memory
 GRID_MAX = {"nvfp4": E2M1_MAX, "int4": 7.0}
-CACHED = 1 << 18  # weights whose scales are searched at once: several copies of 1 MB stay in a core's cache
+CACHED = 1 << 18  # weights that are rounded at once: several copies of 1 MB stay in a core's cache, and no copy is a whole layer
 HEADROOM = 1.4  # searched scales may grow past abs-max / 6; keep them below e4m3's largest value
 # candidate scales relative to abs-max / grid maximum. Below 1 clips the largest weights; above 1 moves them off the
 # coarse end of the grid.
@@ -73,9 +73,7 @@ def search_factor(
 
     importance (K,) is the mean square of the inputs, None for ones.
     """
-    rows = max(1, CACHED // weight.shape[1])
-    parts = [_search_factor(part, precision, scale, importance) for part in weight.split(rows)]
-    return torch.cat(parts)
+    return torch.cat([_search_factor(part, precision, scale, importance) for part in weight.split(_rows(weight))])
 
 
 def _search_factor(
@@ -94,16 +92,20 @@ def _search_factor(
     return best
 
 
+def _rows(weight: torch.Tensor) -> int:
+    return max(1, CACHED // weight.shape[1])
+
+
 def _groups(weight: torch.Tensor, precision: str) -> torch.Tensor:
     return weight.view(weight.shape[0], -1, GROUP[precision])
 
 
 def round_to_nearest(weight: torch.Tensor, micro: torch.Tensor, scale: float, precision: str) -> QuantWeight:
     """Every weight to the nearest multiple of its group's scale that the format has."""
-    n, k = weight.shape
-    scales = (micro * scale).unsqueeze(-1)
-    grid = ROUND[precision](weight.view(n, -1, GROUP[precision]) / scales).view(n, k)
-    return QuantWeight(grid.to(GRID), micro, scale, precision)
+    grid, rows = torch.empty_like(weight, dtype=GRID), _rows(weight)
+    for out, part, scales in zip(grid.split(rows), weight.split(rows), (micro * scale).split(rows), strict=True):
+        out.copy_(ROUND[precision](_groups(part, precision) / scales.unsqueeze(-1)).view_as(part))
+    return QuantWeight(grid, micro, scale, precision)
 
 
 def _stored(micro: torch.Tensor, precision: str) -> torch.Tensor:

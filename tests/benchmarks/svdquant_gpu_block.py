@@ -42,9 +42,8 @@ def main(root: Path) -> None:
         for name, layer in build(CONFIG).named_modules()
         if isinstance(layer, torch.nn.Linear) and "transformer_blocks" in name
     ]
-    targets = SimpleNamespace(
-        svdq=[name for name in inside if ".norm" not in name], awq=[name for name in inside if ".norm" in name]
-    )
+    svdq, awq = ([name for name in inside if (".norm" in name) is modulation] for modulation in (False, True))
+    targets = SimpleNamespace(svdq=svdq, awq=awq, blocks=())
     marks = [time.monotonic()]
     finish = module._finish_block
 

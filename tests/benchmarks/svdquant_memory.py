@@ -124,9 +124,8 @@ def main(root: Path, wanted: list[str]) -> None:
     model = build(CONFIG)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     inside = [name for name in linears if any(name.startswith(f"{block}.") for block in wanted)]
-    targets = SimpleNamespace(
-        svdq=[name for name in inside if ".norm" not in name], awq=[name for name in inside if ".norm" in name]
-    )
+    svdq, awq = ([name for name in inside if (".norm" in name) is modulation] for modulation in (False, True))
+    targets = SimpleNamespace(svdq=svdq, awq=awq, blocks=("transformer_blocks", "single_transformer_blocks"))
     block, hessians = max(needs(model, path, targets.svdq) for path in wanted)
     baseline = psutil.Process().memory_info().rss / 1e9
     began, calls = time.monotonic(), [call(seed) for seed in range(2)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,7 +11,14 @@ from conftest import WEIGHTS, run_cli
 from safetensors import safe_open
 
 from dcgen_convert.bundle import loading
+from dcgen_convert.bundle.sample import sample
+from dcgen_convert.bundle.verify import verify
+from dcgen_convert.console import NULL
+from dcgen_convert.errors import CheckFailed, InputError
+from dcgen_convert.files import read_json, write_json
+from dcgen_convert.inspection import inspect
 
+CHECKS = ["files", "structure", "tensors", "table", "against", "picture"]
 FEW = ["--calibration", "2", "--steps", "2"]
 
 
@@ -27,7 +35,45 @@ def test_every_target_is_quantised_and_the_pictures_are_of_the_catalogues_size(q
     assert document["bundle"] == str(output) and document["metrics"]["skipped"] == {}
     assert len(document["layers"]) == document["metrics"]["svdq"] + document["metrics"]["awq"] == 52
     assert "2 pictures of 128 px, 2 steps, guidance 3.5" in said
-    assert not list(output.parent.glob(".*.partial"))
+    assert [path.name for path in output.parent.iterdir()] == ["out"]
+
+
+def test_the_result_is_a_verified_bundle_with_manifest_and_card(quantised):
+    """Checked by the verb itself, its picture in a fresh process included, and by `verify` again against the source's name."""
+    output, document, said = quantised
+    assert document["checks"] == CHECKS and "verify picture: ok (64 x 64 px, dequantised runtime)" in said
+    checked = verify(output, NULL, "tiny-flux", probe=False)
+    record = read_json(output / "dcgen_manifest.json")
+    table = record["tensors"].items()
+    kept = sum(row["format"] == "dense" or (row["format"] == "awq" and name.endswith(".bias")) for name, row in table)
+    assert checked["tensors"]["identical"] == kept < checked["tensors"]["total"]
+    assert record["sources"]["base"]["files"]["transformer/config.json"] and record["layout"] == "source"
+    assert record["defaults"] == {"height": 128, "width": 128, "steps": 2, "guidance": 3.5, "text_length": 16}
+    assert [layer["module"] for layer in record["metrics"]["quantize"]["layers"]] == [x["module"] for x in document["layers"]]
+    card = (output / "README.md").read_text()
+    assert "license: apache-2.0" in card and "converted to" not in card and "trust_remote_code" not in card
+    assert 'DiffusionPipeline.from_pretrained("PATH", dtype=torch.bfloat16)' in card and "height=128, width=128" in card
+    found = inspect(output)
+    assert (found["kind"], found["family"], found["made_from"]) == ("bundle", "flux", {"base": "tiny-flux"})
+    assert found["quantisation"]["counts"] == {"nvfp4": document["metrics"]["svdq"], "awq": document["metrics"]["awq"]}
+
+
+def test_it_is_sampled_in_multiples_of_its_own_tokens(quantised, tmp_path):
+    """f8 and 2 x 2 latents per token: 16 px."""
+    drawn = sample(quantised[0], ["a small plain red circle in the center on sand"], tmp_path, NULL, height=80, width=64)
+    assert (drawn["runtime"], drawn["steps"], drawn["height"]) == ("dequantised", 2, 80)
+    with pytest.raises(InputError, match="not a multiple of 16 px"):
+        sample(quantised[0], ["a"], tmp_path, NULL, height=72)
+
+
+def test_a_layer_missing_in_the_config_is_found(quantised, tmp_path):
+    copy = shutil.copytree(quantised[0], tmp_path / "copy")
+    config = read_json(copy / "transformer" / "config.json")
+    lost = config["quantization_config"]["svdq_w4a4"]["targets"].pop()
+    write_json(copy / "transformer" / "config.json", config)
+    with pytest.raises(CheckFailed) as caught:
+        verify(copy, NULL, probe=False)
+    assert "transformer/config.json has" in caught.value.message and lost in caught.value.message
 
 
 def test_the_folder_draws_dequantised(quantised):
@@ -50,8 +96,10 @@ def test_the_classic_file_says_the_patch_of_the_stock_model(quantised):
 def test_data_free_draws_nothing(tmp_path):
     done = run_cli("quantize", "tiny-sana", "--calibration", "none", "--format", "int4", "-o", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "calibration:" not in done.stderr
+    assert "calibration:" not in done.stderr and "verify picture: ok" in done.stderr
     assert loading.is_quantised(tmp_path / "out")
+    layers = read_json(tmp_path / "out" / "dcgen_manifest.json")["metrics"]["quantize"]["layers"]
+    assert all("weight_error" in layer and "error" not in layer for layer in layers)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +108,7 @@ def test_data_free_draws_nothing(tmp_path):
         (["tiny-sana", "--container", "nunchaku"], "FLUX.1 only"),
         (["tiny-flux", "--calibration", "0"], "positive whole number"),
         (["tiny-flux", "--rank", "20"], "multiple of 16"),
+        (["tiny-flux", "--resolution", "100"], "not a multiple of 16 px"),
         (["tiny-flux", "--prompts", "absent.txt", *FEW], "absent.txt does not exist"),
         ([str(WEIGHTS / "tiny-dc-ae-f32")], "model_index.json"),
     ],

@@ -30,10 +30,17 @@ from dcgen_convert.journal import Stage
 from dcgen_convert.merge import merge
 from dcgen_convert.plan.arithmetic import matching
 from dcgen_convert.plan.layers import structure
+from dcgen_convert.plan.quantised import quantised
+from dcgen_convert.schema import Quantize
+from dcgen_convert.svdquant import stage as svdquant
+from dcgen_convert.svdquant.quantize import quantize
+from dcgen_convert.svdquant.runtime import load_dequantised, open_layers
+from dcgen_convert.svdquant.settings import Settings
 from dcgen_convert.train import lora
 from dcgen_convert.train.objective import Sampling, draw, drop_text, flow_loss
 
 from .tiny_models import TINY
+from .tiny_parts import alive
 
 GUIDANCE, SEED, STEPS = 2.5, 3, 2
 LEARNED_SIGMA = ("dit", "pixart")
@@ -393,6 +400,45 @@ def test_img2img_and_inpainting_load_where_stock_ones_exist(tiny, source, conver
                 call["mask_image"] = torch.ones(1, 1, parts.side, parts.side)
             pixels = pipeline(**call, output_type="pt").images
             assert pixels.shape[-2:] == (parts.side, parts.side) and torch.isfinite(pixels).all() and pixels.std() > 1e-3
+
+
+@pytest.mark.parametrize("converted", DEEP[:1], indirect=True)
+def test_quantisation_reaches_exactly_the_planned_linears(tiny, source, stock, converted, bundle, tmp_path):
+    """Calibrated on what the pipeline gives the transformer; every block linear is 4-bit or dense on purpose, and the
+    dequantised model's output is the dense one's to 30 %: both 4-bit formats err by about 10 % per layer of random weights."""
+    (_, entry), family, (encoders, *_), parts = tiny, source.family, stock, converted[0]
+    config = family.convert_config(source.config | entry.wide, parts.factor, parts.channels, parts.side)
+    torch.manual_seed(2)
+    dense = alive(getattr(diffusers, family.model_class).from_config(config)).bfloat16()
+    dense.save_pretrained(tmp_path / "dense")
+    linears = {path for path, module in dense.named_modules() if isinstance(module, torch.nn.Linear)}
+    adapted, awq, kept = (
+        {path for path in linears if re.fullmatch(pattern, path)}
+        for pattern in (family.lora_targets, family.awq_pattern, family.dense_pattern)
+    )
+    sizes = SimpleNamespace(family=family, converted=structure(read_json(tmp_path / "dense" / "config.json")))
+    plan, problems = quantised(Quantize(format="nvfp4"), sizes)
+    assert (plan["w4a4"], plan["w4a16"], plan["impossible"], problems) == (len(adapted - kept), len(awq), {}, [])
+
+    pipeline, _ = load(bundle, torch.float32)
+    pipeline.transformer = dense.float().requires_grad_(False)
+    settings = dict(side=parts.side, steps=STEPS, guidance=GUIDANCE, length=entry.length)
+    with NULL.progress("", 1, "") as bar:
+        svdquant.record_calls(tmp_path / "calls", family, lambda: pipeline, [entry.prompt], SEED, 1, bar, **settings)
+    targets = svdquant.plan_targets(family, config, None)
+    settings = Settings(rank=16, refits=0, samples=16, smoothing=False)  # in about a second; the search has tests of its own
+    records = quantize(tmp_path / "dense", tmp_path / "4-bit", targets, settings, svdquant.read_calls(tmp_path / "calls"), NULL)
+    assert {record["module"] for record in records if "error" in record} == adapted - kept
+    written = read_json(tmp_path / "4-bit" / "config.json")["quantization_config"]
+    found = [set(written.get(section, {"targets": ()})["targets"]) for section in ("svdq_w4a4", "awq_w4a16")]
+    assert found == [adapted - kept, awq] and set(open_layers(tmp_path / "4-bit")[2]) == adapted - kept | awq
+
+    text = text_of(entry, family, encoders, entry.prompt)
+    z = torch.randn(1, parts.channels, 2, 2, generator=torch.Generator().manual_seed(SEED))
+    once = torch.ones(1)
+    with torch.no_grad():
+        wanted, got = (family.predict(m, z, 0.6 * once, text, once) for m in (dense, load_dequantised(tmp_path / "4-bit", torch.float32)))
+    assert torch.isfinite(got).all() and 1e-4 < (got - wanted).norm() / wanted.norm() < 0.3
 
 
 class Pairs:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_lowercase
+from typing import Any
 
 import diffusers
 import torch
@@ -63,6 +64,7 @@ class Tiny:
 
     Attributes:
         build: writes the pipeline folder.
+        wide: what the transformer's config says instead when its block linears are to be multiples of 128, which 4-bit formats need.
         prompt: what is drawn.
         length: text tokens that both sides pad to.
         side: px of the square picture.
@@ -75,6 +77,7 @@ class Tiny:
     """
 
     build: Callable[[Path], None]
+    wide: dict[str, Any]
     prompt: str = "a red fox"
     length: int = 16
     side: int = 128
@@ -454,23 +457,38 @@ def unet(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def wide(**changes: Any) -> dict[str, Any]:
+    """Heads of 64 instead of 16, and what has to change with them."""
+    return {"attention_head_dim": 64, **changes}
+
+
 TINY: dict[str, Tiny] = {
-    "flux": Tiny(flux_source, factor=2, side=64, guided=False),
-    "sana": Tiny(sana_source, factor=32, middle=lowest(3.0)),
-    "dit": Tiny(dit_source, middle=None, prompt="fox", factor=2, side=16),
-    "sd3": Tiny(sd3, middle=lowest(3.0)),
-    "pixart": Tiny(pixart, middle=None),
-    "pixart-alpha": Tiny(pixart_alpha, middle=None),
-    "lumina2": Tiny(lumina2, length=256, guide=rescaled_cfg),
-    "zimage": Tiny(zimage, length=96, guide=extra_cfg),
-    "chroma": Tiny(chroma),
-    "auraflow": Tiny(auraflow, middle=lowest(1.73)),
-    "cogview4": Tiny(cogview4, middle=0.001, prompt="a red fox in the snow", length=48),
-    "qwenimage": Tiny(qwenimage, length=256, guide=rescaled_cfg),
-    "krea2": Tiny(krea2, length=256, guide=extra_cfg),
-    "hunyuanimage": Tiny(hunyuanimage, prompt='a sign "hi"', length=256, factor=32, guided=False),
-    "hidream": Tiny(hidream, middle=0.001, side=1024, deep_side=1024),
-    "flux2-dev": Tiny(flux2_dev, length=512, guided=False, packed_noise=True),
-    "flux2-klein": Tiny(flux2_klein, length=96, packed_noise=True),
-    "unet": Tiny(unet, middle=None),
+    "flux": Tiny(flux_source, wide(axes_dims_rope=[16, 24, 24]), factor=2, side=64, guided=False),
+    "sana": Tiny(sana_source, wide(cross_attention_head_dim=64, cross_attention_dim=128), factor=32, middle=lowest(3.0)),
+    "dit": Tiny(dit_source, wide(), middle=None, prompt="fox", factor=2, side=16),
+    "sd3": Tiny(sd3, wide(caption_projection_dim=128), middle=lowest(3.0)),
+    "pixart": Tiny(pixart, wide(cross_attention_dim=128, num_layers=1), middle=None),
+    "pixart-alpha": Tiny(pixart_alpha, wide(num_attention_heads=6, cross_attention_dim=384, num_layers=1), middle=None),
+    "lumina2": Tiny(
+        lumina2,
+        dict(hidden_size=256, num_attention_heads=4, num_kv_heads=2, multiple_of=128, axes_dim_rope=[16, 24, 24], num_layers=1),
+        length=256,
+        guide=rescaled_cfg,
+    ),
+    "zimage": Tiny(zimage, dict(dim=384, n_heads=6, n_kv_heads=6, axes_dims=[16, 24, 24], n_layers=1), length=96, guide=extra_cfg),
+    "chroma": Tiny(chroma, wide(axes_dims_rope=[16, 24, 24])),
+    "auraflow": Tiny(auraflow, wide(caption_projection_dim=128), middle=lowest(1.73)),
+    "cogview4": Tiny(cogview4, wide(time_embed_dim=64, num_layers=1), middle=0.001, prompt="a red fox in the snow", length=48),
+    "qwenimage": Tiny(qwenimage, wide(axes_dims_rope=[16, 24, 24], num_layers=1), length=256, guide=rescaled_cfg),
+    "krea2": Tiny(
+        krea2,
+        wide(num_attention_heads=4, num_key_value_heads=2, intermediate_size=256, axes_dims_rope=[16, 24, 24], num_layers=1),
+        length=256,
+        guide=extra_cfg,
+    ),
+    "hunyuanimage": Tiny(hunyuanimage, wide(rope_axes_dim=[32, 32]), prompt='a sign "hi"', length=256, factor=32, guided=False),
+    "hidream": Tiny(hidream, wide(axes_dims_rope=[32, 16, 16]), middle=0.001, side=1024, deep_side=1024),
+    "flux2-dev": Tiny(flux2_dev, wide(axes_dims_rope=[16, 16, 16, 16]), length=512, guided=False, packed_noise=True),
+    "flux2-klein": Tiny(flux2_klein, wide(axes_dims_rope=[16, 16, 16, 16]), length=96, packed_noise=True),
+    "unet": Tiny(unet, {}, middle=None),
 }

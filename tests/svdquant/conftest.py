@@ -32,9 +32,8 @@ def flux_targets(model) -> SimpleNamespace:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and "transformer_blocks" in name
     ]
-    return SimpleNamespace(
-        svdq=[name for name in inside if ".norm" not in name], awq=[name for name in inside if ".norm" in name]
-    )
+    svdq, awq = ([name for name in inside if (".norm" in name) is modulation] for modulation in (False, True))
+    return SimpleNamespace(svdq=svdq, awq=awq, blocks=())
 
 
 def flux_call(seed: int, batch: int = 2) -> dict[str, torch.Tensor]:

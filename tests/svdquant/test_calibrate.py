@@ -94,6 +94,13 @@ def case(request, tmp_path):
     return SimpleNamespace(model=model, folder=tmp_path / "transformer", targets=targets, calls=calls)
 
 
+def walk(walker, targets):
+    while walker.needed(targets):
+        block, stats = walker.step(targets)
+        yield block, stats
+        walker.finish(block)
+
+
 def walker(case, spool, done=()):
     settings = Settings(samples=10**6, hessian_tokens=0)
     config, entries = read_folder(case.folder)
@@ -106,7 +113,7 @@ def walker(case, spool, done=()):
 def test_the_stream_sees_what_the_whole_model_sees(case, tmp_path):
     wanted = whole_run(case.model, case.targets, case.calls)
     got = {}
-    for _block, stats in walker(case, Spool(tmp_path / "spool")).walk(case.targets):
+    for _block, stats in walk(walker(case, Spool(tmp_path / "spool")), case.targets):
         got |= stats
     assert got.keys() == wanted.keys()
     for target, inputs in wanted.items():
@@ -124,7 +131,7 @@ def test_blocks_behind_the_last_target_are_not_run(tmp_path):
     model.save_pretrained(tmp_path / "transformer")
     target = "transformer_blocks.1.attn1.to_q"
     case = SimpleNamespace(folder=tmp_path / "transformer", targets=[target], calls=calls)
-    walked = [block for block, _ in walker(case, Spool(tmp_path / "spool")).walk([target])]
+    walked = [block for block, _ in walk(walker(case, Spool(tmp_path / "spool")), [target])]
     assert walked == ["transformer_blocks.0", "transformer_blocks.1"]
 
 
@@ -142,7 +149,7 @@ def test_what_is_kept_does_not_grow_with_the_calls(calls):
 def test_layers_that_read_the_same_tensor_share_statistics(flux, tmp_path):
     case = SimpleNamespace(folder=flux.folder, targets=flux.targets.svdq, calls=flux.calls)
     found = {}
-    for _block, stats in walker(case, Spool(tmp_path / "spool")).walk(case.targets):
+    for _block, stats in walk(walker(case, Spool(tmp_path / "spool")), case.targets):
         found |= stats
     double, single = "transformer_blocks.0.attn", "single_transformer_blocks.0"
     assert found[f"{double}.to_q"] is found[f"{double}.to_k"] is found[f"{double}.to_v"]
@@ -162,9 +169,9 @@ def test_the_last_reader_of_a_hessian_takes_it_without_a_copy():
 
 def test_a_walk_resumes_from_kept_outputs(flux, tmp_path):
     case = SimpleNamespace(folder=flux.folder, targets=flux.targets.svdq, calls=flux.calls)
-    first = walker(case, Spool(tmp_path / "spool")).walk(case.targets)
+    first = walk(walker(case, Spool(tmp_path / "spool")), case.targets)
     assert next(first)[0] == "transformer_blocks.0"  # stopped here: its outputs are kept
-    block, stats = next(walker(case, Spool(tmp_path / "spool"), ["transformer_blocks.0"]).walk(case.targets))
+    block, stats = next(walk(walker(case, Spool(tmp_path / "spool"), ["transformer_blocks.0"]), case.targets))
     assert block == "single_transformer_blocks.0"
     wanted = whole_run(flux.model, [f"{block}.proj_mlp"], flux.calls)[f"{block}.proj_mlp"]
     assert torch.allclose(stats[f"{block}.proj_mlp"].amax, wanted.abs().amax(0), atol=1e-5)

@@ -83,6 +83,14 @@ def test_data_free_is_smoothing_free_and_beats_rounding_on_the_weight():
     assert layer.record["weight_error"] < 0.85 * layer.record["weight_error_rtn"]
 
 
+def test_one_calibration_token_is_enough_but_none_is_held_out_for_an_error():
+    weight, _, held = layer_problem()
+    stats = Stats("layer", weight.shape[1], 1, 512, 0, 0)
+    stats.add(held[:1], 0)
+    layer = quantize_linear("m", weight, None, stats, Settings(rank=16), generator())
+    assert error(layer, weight, held[:1]) < 0.3 and "error" not in layer.record and layer.record["weight_error"] > 0
+
+
 def test_identity_is_always_a_candidate_and_wins_where_it_should():
     g = generator(2)
     weight = torch.randn(128, 128, generator=g)

@@ -4,6 +4,10 @@ resumable.
 
 import json
 import shutil
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dcgen_convert.console import NULL
+from dcgen_convert.crew import Crew
 from dcgen_convert.errors import InputError
 from dcgen_convert.schema import Quantize
 from dcgen_convert.svdquant import quantize as module
@@ -115,6 +120,54 @@ def test_interrupted_runs_resume_with_the_same_bytes(done, flux, tmp_path, monke
     assert contents(tmp_path / "out") == contents(done.folder)
 
 
+OTHER_RANK = """
+import json, sys
+from pathlib import Path
+from types import SimpleNamespace
+from dcgen_convert.console import NULL
+from dcgen_convert.crew import Crew
+from dcgen_convert.svdquant.quantize import open_job, work
+from dcgen_convert.svdquant.settings import Settings
+told = json.load(sys.stdin)
+calls = sorted(Path(told["calls"]).glob("*.safetensors"))
+job = open_job(Path(told["source"]), Path(told["output"]), SimpleNamespace(**told["targets"]), Settings(**told["settings"]), calls)
+finished = []
+bar = SimpleNamespace(advance=lambda count, block: finished.append(block))
+work(job, NULL, bar, (1, 2), **told["begun"])
+print(json.dumps(finished))
+"""
+
+
+def test_two_processes_take_turns_and_give_the_bytes_of_one(done, flux, tmp_path, monkeypatch):
+    """And the blocks are shared: the other process finishes the second one."""
+    for number, call in enumerate(flux.calls):
+        save_file(call, tmp_path / f"{number}.safetensors")
+    told = {"source": str(flux.folder), "output": str(tmp_path / "out"), "calls": str(tmp_path)}
+    told |= {"targets": vars(flux.targets), "settings": FAST.as_dict()}
+    others, sleep = [], time.sleep
+
+    class Two(Crew):
+        world = 2
+
+        @contextmanager
+        def share(self, task, bar=None, **begun):
+            child = subprocess.Popen([sys.executable, "-c", OTHER_RANK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            child.stdin.write(json.dumps(told | {"begun": begun}))
+            child.stdin.close()
+
+            def wait(seconds):
+                assert child.poll() is None  # nobody waits for ever for the turn of a process that failed
+                sleep(seconds)
+
+            monkeypatch.setattr(time, "sleep", wait)
+            yield
+            others.append((child.stdout.read(), child.wait()))
+
+    quantize(flux.folder, tmp_path / "out", flux.targets, FAST, sorted(tmp_path.glob("*.safetensors")), NULL, Two())
+    assert [(json.loads(said.splitlines()[-1]), code) for said, code in others] == [(["single_transformer_blocks.0"], 0)]
+    assert contents(tmp_path / "out") == contents(done.folder)
+
+
 def test_a_half_run_with_other_settings_is_not_believed(flux, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "assemble", lambda *args: None)
     quantize(flux.folder, tmp_path / "out", flux.targets, FAST, flux.calls, NULL)
@@ -197,7 +250,7 @@ def test_what_cannot_be_held_is_refused_by_name_and_leaves_no_output(flux, tmp_p
 
 
 def test_bad_jobs_are_refused(flux, tmp_path):
-    empty, out = SimpleNamespace(svdq=[], awq=[]), tmp_path / "out"
+    empty, out = SimpleNamespace(svdq=[], awq=[], blocks=()), tmp_path / "out"
     with pytest.raises(InputError, match="No layer is planned"):
         quantize(flux.folder, out, empty, FAST, flux.calls, NULL)
     with pytest.raises(InputError, match="at least one call"):
@@ -233,9 +286,20 @@ def test_calibrated_calls_beat_data_free_in_the_model_s_output(done, flux, tmp_p
 
 def test_modulation_layers_behind_the_last_w4a4_layer_are_quantised_too(flux, tmp_path):
     few = [target for target in flux.targets.svdq if target.startswith("transformer_blocks.0.attn.to_")]
-    targets = SimpleNamespace(svdq=few, awq=flux.targets.awq)
+    targets = SimpleNamespace(svdq=few, awq=flux.targets.awq, blocks=())
     records = quantize(flux.folder, tmp_path / "out", targets, FAST, flux.calls, NULL)
     assert [record["module"] for record in records] == [*few, *flux.targets.awq]
+
+
+def test_a_known_list_without_a_target_is_walked_block_by_block_too(flux, tmp_path, monkeypatch):
+    """The same bytes as with that list loaded whole, and its weights are not among what stays in memory."""
+    few = [target for target in flux.targets.svdq if target.startswith("single_transformer_blocks.0.attn.to_")]
+    load, skipped = module.load, []
+    monkeypatch.setattr(module, "load", lambda *args, skip=(): (skipped.append(skip), load(*args, skip=skip))[1])
+    for name, blocks in (("whole", ()), ("walked", ("transformer_blocks", "single_transformer_blocks"))):
+        quantize(flux.folder, tmp_path / name, SimpleNamespace(svdq=few, awq=[], blocks=blocks), FAST, flux.calls, NULL)
+    assert contents(tmp_path / "whole") == contents(tmp_path / "walked")
+    assert skipped == [("single_transformer_blocks.0",), ("transformer_blocks.0", "single_transformer_blocks.0")]
 
 
 def test_sharing_is_an_option_and_what_the_classic_container_needs():
