@@ -64,7 +64,8 @@ class Tiny:
 
     Attributes:
         build: writes the pipeline folder.
-        wide: what the transformer's config says instead when its block linears are to be multiples of 128, which 4-bit formats need.
+        wide: what the transformer's config says instead when its block linears are to be multiples of 128, which 4-bit formats need;
+            None: the family is not quantised.
         prompt: what is drawn.
         length: text tokens that both sides pad to.
         side: px of the square picture.
@@ -77,7 +78,7 @@ class Tiny:
     """
 
     build: Callable[[Path], None]
-    wide: dict[str, Any]
+    wide: dict[str, Any] | None
     prompt: str = "a red fox"
     length: int = 16
     side: int = 128
@@ -490,5 +491,5 @@ TINY: dict[str, Tiny] = {
     "hidream": Tiny(hidream, wide(axes_dims_rope=[32, 16, 16]), middle=0.001, side=1024, deep_side=1024),
     "flux2-dev": Tiny(flux2_dev, wide(axes_dims_rope=[16, 16, 16, 16]), length=512, guided=False, packed_noise=True),
     "flux2-klein": Tiny(flux2_klein, wide(axes_dims_rope=[16, 16, 16, 16]), length=96, packed_noise=True),
-    "unet": Tiny(unet, {}, middle=None),
+    "unet": Tiny(unet, None, middle=None),
 }
