@@ -30,8 +30,9 @@ def load_pipeline(source: Source, dtype: torch.dtype, **components):
     with quiet_diffusers():
         pipeline = stock_pipeline(source).from_pretrained(source.root, dtype=dtype, **components)
     pipeline.set_progress_bar_config(disable=True)
-    if pipeline.transformer is not None:  # a batch of large pictures takes many minutes, one pass of the network does not
-        pipeline.transformer.register_forward_hook(pulse.bump)
+    network = getattr(pipeline, source.family.component)
+    if network is not None:  # a batch of large pictures takes many minutes, one pass of the network does not
+        network.register_forward_hook(pulse.bump)
     return pipeline.to(device())
 
 
