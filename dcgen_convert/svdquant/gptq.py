@@ -80,8 +80,9 @@ def gptq(weight: torch.Tensor, lower: torch.Tensor, micro: torch.Tensor, scale: 
     spent = diagonal.square() @ rounding_error
     without_feedback = torch.linalg.vector_norm(lower, dim=1).square() @ rounding_error  # sum_k H_kk ||e_k||^2
     if spent > CLEAR * without_feedback:
+        del target  # a copy of the layer: no more of them at a time than need be
         plain = round_to_nearest(weight, micro, scale, precision)
-        if _objective(weight - plain.dequantise(), lower) < spent:
+        if _objective(plain.dequantise().sub_(weight), lower) < spent:
             return plain
     return QuantWeight(grid.T.contiguous(), micro, scale, precision)
 
