@@ -122,14 +122,13 @@ def _decompose(
     settings: Settings,
     generator: torch.Generator,
 ) -> SvdqLinear:
-    smooth = smoothing.factor
-    smoothed = weight * smooth  # (N, K): what acts on x / s
+    smooth = smoothing.factor  # weight * smooth (N, K) acts on x / s; it is made anew where it is needed, not kept
     importance, lower = (None, None) if stats is None else input_metric(stats, smooth, settings)
-    up, inner, _ = low_rank(smoothed, settings.rank, generator)
+    up, inner, _ = low_rank(weight * smooth, settings.rank, generator)
     best, best_error = None, float("inf")
     for refit in range(settings.refits + 1):
         up, down = up.to(torch.bfloat16), (inner / smooth).to(torch.bfloat16)
-        residual = smoothed - up.float() @ (down.float() * smooth)  # absorbs the rounding of U and D
+        residual = (weight * smooth).sub_(up.float() @ (down.float() * smooth))  # absorbs the rounding of U and D
         scale = tensor_scale(residual, settings.precision)
         factors = None
         if settings.scale_search:
@@ -145,7 +144,7 @@ def _decompose(
         if error < best_error:
             best, best_error = layer, error
         if refit < settings.refits:
-            missed = smoothed - quantised.dequantise()
+            missed = (weight * smooth).sub_(quantised.dequantise())
             up, inner, _ = low_rank(missed, settings.rank, generator, lower=lower)
     return best
 
