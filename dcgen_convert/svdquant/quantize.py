@@ -8,7 +8,9 @@ Blocks run one after the other, on what the dense blocks before them return; wha
 their statistics alone. So several ranks take turns at running a block and quantise theirs at the same time.
 """
 
+import ctypes
 import hashlib
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +37,7 @@ from dcgen_convert.svdquant.stats import save as save_stats
 from dcgen_convert.svdquant.tensors import awq_spec, check_round_trip, check_tensors, pack_awq, pack_svdq, svdq_spec
 
 TURN = 0.1  # seconds between two looks at whose turn it is
+M_MMAP_THRESHOLD = -3  # from glibc's malloc.h
 
 
 def quantize(
@@ -76,6 +79,16 @@ def quantize(
     return records
 
 
+def return_freed_memory() -> None:
+    """Have the C library give memory of 2 MB and more back when it is freed.
+
+    glibc raises its threshold with every such block that is freed, up to 32 MB, and keeps what is smaller in its heap: 0.3 GB
+    of holes after one block of FLUX. Other C libraries have no such threshold.
+    """
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
+        library.mallopt(M_MMAP_THRESHOLD, 2 << 20)
+
+
 def open_job(source: Path, output: Path, targets: Targets, settings: Settings, calls: Sequence[Call]) -> Job:
     """The job of `quantize` with these arguments; nothing is checked or written."""
     return Job(*read_folder(source), targets, settings, calls, output.with_name(f".{output.name}.partial"))
@@ -87,6 +100,7 @@ def work(job: Job, console: Console, bar: Any, share: tuple[int, int], left: Seq
     share: (rank, ranks); each runs every ``ranks``-th block. left, walked: blocks that are not finished, and those that were
     run, when the work began.
     """
+    return_freed_memory()
     rank, ranks = share
     model = build(job.config)
     blocks = _targets_by_block(model, job.targets)

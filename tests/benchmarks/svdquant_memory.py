@@ -4,7 +4,7 @@
 (3072, 15360 into proj_out), and quantises every target of the blocks named, by default the first single block, whose
 proj_out has the largest Hessian there is (transformer_blocks.0 takes three times as long). Bar: one block + its
 Hessians + 1 GB above the baseline, which is the process after its imports. The block is counted in float32, as a CPU
-runs it. To spare time: few tokens (two calls of 256 + 64) and no refit; neither changes what is held at once.
+runs it. To spare time: few tokens (two calls of 256 + 64) and one refit; neither changes what is held at once.
 """
 
 import resource
@@ -129,7 +129,7 @@ def main(root: Path, wanted: list[str]) -> None:
     block, hessians = max(needs(model, path, targets.svdq) for path in wanted)
     baseline = psutil.Process().memory_info().rss / 1e9
     began, calls = time.monotonic(), [call(seed) for seed in range(2)]
-    settings = Settings(samples=64, refits=0)
+    settings = Settings(refits=1)
     output = root / f"nvfp4-{int(time.time())}"
     peak = peak_of(lambda: quantize(source, output, targets, settings, calls, NULL))
     size = sum(path.stat().st_size for path in source.iterdir()) / 1e9
