@@ -119,7 +119,7 @@ class _Linked(Crew):
         pause = min(BEAT, self._silence / 8)
         watched, before = list(peers), time.monotonic()
         while watched and not self._closing:
-            sign = {"kind": "beat", **asdict(pulse.sign())}
+            sign = _beat()
             for peer in watched:
                 peer.send(sign)
             time.sleep(pause)
@@ -193,6 +193,7 @@ class Leader(_Linked):
         with self._changed:
             self._busy, self._advanced = set(range(self.world)), 0
             self._progress.begin(time.monotonic())
+            self._progress.note(0, pulse.sign(), time.monotonic())
         self._send_all({"kind": "task", "task": task, "arguments": arguments})
         yield
         with self._changed:
@@ -305,6 +306,7 @@ class Member(_Linked):
             if message["kind"] == "job":
                 document = message["document"]
             else:
+                self._line.send(_beat())  # before any work: what is done between two beats must show too
                 perform(document, message["task"], message["arguments"])
                 self._line.send({"kind": "done"})
 
@@ -343,6 +345,10 @@ def _failure(peer: Peer, message: dict[str, Any]) -> DcgenError:
     error = DcgenError(f"rank {peer.rank}: {message['message']}", hint or f"its log is {peer.log}")
     error.code, error.exit_code = message["code"], message["exit_code"]
     return error
+
+
+def _beat() -> dict[str, Any]:
+    return {"kind": "beat", **asdict(pulse.sign())}
 
 
 def _hung(guilty: dict[int, pulse.Sign], seconds: float, logs: dict[int, str]) -> RankLost:
