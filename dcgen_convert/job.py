@@ -106,11 +106,12 @@ class Job:
             "dtype": self.recipe.dtype,
             "version": __version__,
         }
-        return {**key, "buckets": self.buckets} if self.buckets else key
+        sizes = {str(px): [[*size] for size in found] for px, found in self.buckets.items()}  # as the index's JSON gives them back
+        return {**key, "buckets": sizes} if sizes else key
 
     @cached_property
-    def buckets(self) -> dict[str, list[list[int]]]:
-        """[height, width] in px of every bucket, by the resolution of a phase; empty where all pictures are squares.
+    def buckets(self) -> dict[int, list[tuple[int, int]]]:
+        """(height, width) in px of every bucket, by the resolution of a phase; empty where all pictures are squares.
 
         Raises:
             RecipeError: the family or the resolution allows squares only.
@@ -120,7 +121,7 @@ class Job:
         f, c = autoencoder_grid(read_json(self.source.vae / "config.json"))
         config, resolutions = self.source.config, sorted({phase.resolution for phase in self.recipe.adapt.phases})
         base, new = Grid(f, c, self.family.patch(config, c)), Grid(self.ae.factor, self.ae.channels, 1)
-        return {str(px): [[*size] for size in bucket_sizes(self.family, config, base, new, px)] for px in resolutions}
+        return {px: bucket_sizes(self.family, config, base, new, px) for px in resolutions}
 
     def rows(self, resolution: int) -> LatentCache:
         """The latent cache of this run; where the recipe encodes on the fly, the first caption loads the encoders."""

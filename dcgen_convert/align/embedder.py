@@ -114,7 +114,7 @@ class Problem:
         """Of ``pictures`` (default: all), read ``batch`` at a time."""
         spans = self.cache.spans
         if pictures is not None:
-            spans = [range(max(span.start, pictures.start), min(span.stop, pictures.stop)) for span in spans]
+            spans = [buckets.overlap(span, pictures) for span in spans]
         x, y = self.rows([0])
         equations = NormalEquations(x.shape[-1], y.shape[-1])
         for part in buckets.batches(spans, batch):

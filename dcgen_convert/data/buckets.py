@@ -103,6 +103,12 @@ def tables(spans: Iterable[Span]) -> dict[str, list[Span]]:
     return found
 
 
+def overlap(rows: range, others: range) -> range:
+    """The rows of step 1 that both have; empty where there are none."""
+    start = max(rows.start, others.start)
+    return range(start, max(start, min(rows.stop, others.stop)))
+
+
 def batches(parts: Iterable[range], size: int) -> list[range]:
     """Every row once, at most ``size`` at a time, none of two spans."""
     return [part[start : start + size] for part in parts for start in range(0, len(part), size)]

@@ -142,8 +142,8 @@ def held_out(count: int) -> int:
 
 def _within(rows: range, view: range) -> range:
     """Places in ``view`` (of step 1) of those of ``rows`` that it shows."""
-    start = max(rows.start, view.start) - view.start
-    return range(start, max(start, min(rows.stop, view.stop) - view.start))
+    shown = buckets.overlap(rows, view)
+    return range(shown.start - view.start, shown.stop - view.start)
 
 
 def _rows_before(spans: list[Span]) -> list[int]:

@@ -61,7 +61,7 @@ def arranged(
     shapes = [images.size_of(picture.file) for picture in pictures]
     order = buckets.by_shape(shapes, cache.held_out(count))
     pictures, shapes = [pictures[i] for i in order], [shapes[i] for i in order]
-    spans = {px: buckets.spans(shapes, [tuple(size) for size in job.buckets[str(px)]], px) for px in resolutions}
+    spans = {px: buckets.spans(shapes, job.buckets[px], px) for px in resolutions}
     for px in resolutions:
         filled = buckets.tables(spans[px]).values()
         shown = ", ".join(f"{parts[0].height}x{parts[0].width} {sum(len(part.rows) for part in parts)}" for parts in filled)

@@ -23,7 +23,7 @@ PLAIN = {  # config values of a network whose inputs are latent, time and text a
     "conv_in_kernel": KERNEL,
     "conv_out_kernel": KERNEL,
 }
-FIRST, LAST, POWER = ddpm.SCALED_LINEAR
+FIRST, LAST, _ = ddpm.SCALED_LINEAR
 SCHEDULE = {  # what a scheduler config may say, and what diffusers takes where it says nothing
     "prediction_type": ("epsilon", "epsilon"),
     "beta_schedule": ("scaled_linear", "linear"),

@@ -23,7 +23,6 @@ from dcgen_convert.bundle.loading import load
 from dcgen_convert.checkpoint.source import load_source
 from dcgen_convert.console import NULL
 from dcgen_convert.errors import InputError
-from dcgen_convert.families import COMPONENTS
 from dcgen_convert.files import read_json
 from dcgen_convert.inspection import inspect
 from dcgen_convert.job import Autoencoder
@@ -41,7 +40,7 @@ from dcgen_convert.train import lora
 from dcgen_convert.train.objective import Sampling, draw, drop_text, flow_loss
 
 from .tiny_models import TINY
-from .tiny_parts import alive
+from .tiny_parts import Pairs, alive, keep_states, network_of
 
 GUIDANCE, SEED, STEPS = 2.5, 3, 2
 LEARNED_SIGMA = ("dit", "pixart")
@@ -60,25 +59,6 @@ def source(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp(name) / "source"
     entry.build(folder)
     return load_source(name, str(folder))
-
-
-def network_of(pipeline):
-    """What is converted: the stock pipeline's `transformer` or `unet`."""
-    return next(pipeline.components[name] for name in COMPONENTS if name in pipeline.components)
-
-
-def keep_states(pipeline, states, steps=None):
-    """Let the scheduler note what every step receives, (output, timestep, sample), and the state that it returns."""
-    original = pipeline.scheduler.step
-
-    def record(model_output, timestep, sample, *args, **kwargs):
-        result = original(model_output, timestep, sample, *args, **kwargs)
-        states.append((result[0] if isinstance(result, tuple) else result.prev_sample).clone())
-        if steps is not None:
-            steps.append((model_output.clone(), torch.as_tensor(timestep).float(), sample.clone()))
-        return result
-
-    pipeline.scheduler.step = record
 
 
 @pytest.fixture(scope="module")
@@ -444,21 +424,6 @@ def test_quantisation_reaches_exactly_the_planned_linears(tiny, source, stock, c
     with torch.no_grad():
         wanted, got = (family.predict(m, z, 0.6 * once, text, once) for m in (dense, load_dequantised(tmp_path / "4-bit", torch.float32)))
     assert torch.isfinite(got).all() and 1e-4 < (got - wanted).norm() / wanted.norm() < 0.3
-
-
-class Pairs:
-    """Rows of both latent spaces as `LatentCache` gives them: random, which is all that linear algebra asks for."""
-
-    def __init__(self, base, deep, count):
-        generator = torch.Generator().manual_seed(9)
-        self.base, self.deep = (torch.randn(count, *shape, generator=generator) + 0.3 for shape in (base, deep))
-        self.spans = [range(count)]
-
-    def __len__(self):
-        return len(self.deep)
-
-    def pairs(self, indices):
-        return self.base[indices], self.deep[indices]
 
 
 @pytest.mark.parametrize("converted", DEEP[:1], indirect=True)

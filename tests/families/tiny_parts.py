@@ -1,4 +1,6 @@
-"""What the tiny pipelines are put together from: text encoders, tokenizers, an AutoencoderKL, random weights that are alive."""
+"""What the tiny pipelines are put together from: text encoders, tokenizers, an AutoencoderKL, random weights that are alive;
+and what the tests of every family look at them through.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,8 @@ from transformers import (
     T5EncoderModel,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from dcgen_convert.families import COMPONENTS
 
 WIDTH = 16  # of every text encoder
 ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
@@ -96,3 +100,37 @@ def glm_tokenizer() -> PreTrainedTokenizerFast:
     marks = [(mark, inner.token_to_id(mark)) for mark in ("<|im_start|>", "<|im_end|>")]
     inner.post_processor = TemplateProcessing(single="<|im_start|> <|im_end|> $A", special_tokens=marks)
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<|endoftext|>", padding_side="left")
+
+
+def network_of(pipeline):
+    """What is converted: the stock pipeline's `transformer` or `unet`."""
+    return next(pipeline.components[name] for name in COMPONENTS if name in pipeline.components)
+
+
+def keep_states(pipeline, states, steps=None):
+    """Let the scheduler note what every step receives, (output, timestep, sample), and the state that it returns."""
+    original = pipeline.scheduler.step
+
+    def record(model_output, timestep, sample, *args, **kwargs):
+        result = original(model_output, timestep, sample, *args, **kwargs)
+        states.append((result[0] if isinstance(result, tuple) else result.prev_sample).clone())
+        if steps is not None:
+            steps.append((model_output.clone(), torch.as_tensor(timestep).float(), sample.clone()))
+        return result
+
+    pipeline.scheduler.step = record
+
+
+class Pairs:
+    """Rows of both latent spaces as `LatentCache` gives them: random, which is all that linear algebra asks for."""
+
+    def __init__(self, base, deep, count):
+        generator = torch.Generator().manual_seed(9)
+        self.base, self.deep = (torch.randn(count, *shape, generator=generator) + 0.3 for shape in (base, deep))
+        self.spans = [range(count)]
+
+    def __len__(self):
+        return len(self.deep)
+
+    def pairs(self, indices):
+        return self.base[indices], self.deep[indices]
