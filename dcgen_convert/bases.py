@@ -42,6 +42,7 @@ BASES = (
     Base("sd3", "stabilityai/stable-diffusion-3-medium-diffusers", "sd3.json", 8, 16),
     Base("sana", "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers", "sana-1.6b.json", 32, 32, {"qk_norm": "rms_norm_across_heads"}),
     Base("sana", "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers", "sana-1.6b.json", 32, 32),
+    Base("sana-sprint", "Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers", "sana-sprint-1.6b.json", 32, 32),
     Base("lumina2", "Alpha-VLLM/Lumina-Image-2.0", "lumina2.json", 8, 16),
     Base("zimage", "Tongyi-MAI/Z-Image", "zimage.json", 8, 16),
     Base("qwenimage", "Qwen/Qwen-Image", "qwenimage.json", 8, 16),

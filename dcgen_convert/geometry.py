@@ -47,7 +47,7 @@ def base_grid(source: str, offline: bool = True, base: str | None = None) -> Gri
     if entry is not None:
         return Grid(entry.vae_factor, entry.vae_channels, entry.patch)
     config = sources.transformer_config(source, offline, base)
-    known = sources.CLASSES[sources.model_class(config, source)]
+    known = sources.family_of(config, source)
     path = Path(source).expanduser()
     if path.is_dir() and (path / "vae" / "config.json").is_file():
         f, c = autoencoder_grid(sources.read_config(path / "vae" / "config.json"))
@@ -169,7 +169,7 @@ def check(recipe: Recipe) -> None:
                     f"= {grid.f}*{grid.p} = {grid.token_px} px",
                     f"use {f'{low} or ' if low else ''}{high} px (--resolution)",
                 )
-    family = sources.CLASSES[sources.model_class(config, recipe.source)]
+    family = sources.family_of(config, recipe.source)
     for key, side in sides.items():
         for grid in grids.values() if key == "data.resolution" else (grids["autoencoder"],):
             cells, step = side // grid.f, family.grid_step(config)

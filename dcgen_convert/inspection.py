@@ -87,7 +87,7 @@ def _folder(path: Path) -> dict:
     config = sources.read_config(home / "config.json")
     if not isinstance(config.get("quantization_config") or {}, dict):
         raise InputError(f"{home / 'config.json'} has a damaged quantization_config", "fetch the checkpoint again")
-    known = families.recognise(config.get("_class_name"))
+    known = families.recognise(config)
     found: dict = {
         "kind": "bundle" if manifest.is_file() else "pipeline" if index.is_file() else "component",
         "family": known.name if known else None,

@@ -133,7 +133,7 @@ def shards_of(transformer: Path) -> list[Path]:
 
 def component_of(transformer: Path) -> str:
     """What stock pipelines call the network in a folder, and begin the names of its LoRA with."""
-    family = families.recognise(read_json(transformer / "config.json").get("_class_name"))
+    family = families.recognise(read_json(transformer / "config.json"))
     return families.COMPONENTS[0] if family is None else family.component
 
 

@@ -115,6 +115,11 @@ class Phase(Section):
     targets: str | None = Field(
         None, description="regex of the linears that get LoRA; null: the family's attention and feed-forward linears"
     )
+    consistency: Fraction = Field(
+        0.0,
+        description="for few-step models: consistency distillation (arXiv 2303.01469) of the model that the phase starts from, with "
+        "targets at this fraction of t; 0 disables, and adapt.objective holds",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -122,6 +127,12 @@ class Phase(Section):
         if isinstance(values, dict) and values.get("alpha") is None:
             return {**values, "alpha": values.get("rank", cls.model_fields["rank"].default)}
         return values
+
+    @model_validator(mode="after")
+    def _teacher_is_at_hand(self) -> Phase:
+        if self.consistency and self.mode == "full":
+            raise ValueError("consistency needs mode lora: with every weight trained, the frozen teacher would be a second model")
+        return self
 
 
 class Adapt(Section):
@@ -145,6 +156,9 @@ class Adapt(Section):
     )
     shift: Literal["model", "flux2"] | PositiveFloat = Field(
         "model", description="timestep shift: model (its scheduler), flux2 (sqrt(CHW/4096)), or a number; 1 disables"
+    )
+    weighting: Literal["none", "velocity"] = Field(
+        "none", description="of the squared error of networks that predict epsilon: none, or velocity: that of v, at most 25 times"
     )
     text_drop: Fraction = Field(0.1, description="fraction of captions replaced by the null text; 0 disables")
     ema: Fraction = Field(0.999, description="decay of the weight average; 0 disables")

@@ -17,7 +17,6 @@ HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 
 
 SUFFIXES = (".safetensors", ".gguf")
-CLASSES = {family.model_class: family for family in families.FAMILIES.values()}
 
 
 def recipe_for(source: str, chosen: str | None, offline: bool, base: str | None = None) -> tuple[str, str | None]:
@@ -34,13 +33,13 @@ def recipe_for(source: str, chosen: str | None, offline: bool, base: str | None 
     entry = catalog.find_source(source)
     if entry is not None:
         return entry.recipe, source
-    return CLASSES[model_class(transformer_config(_checked(source), offline, base), source)].recipe, source
+    return family_of(transformer_config(_checked(source), offline, base), source).recipe, source
 
 
 def family_defaults(source: str, offline: bool, base: str | None = None) -> dict:
     """What the general recipe leaves to the family: steps, guidance, and the loss that its kind of guidance needs."""
     config = transformer_config(source, offline, base)
-    family = CLASSES[model_class(config, source)]
+    family = family_of(config, source)
     drawing = {"steps": family.default_steps, "guidance": family.default_guidance}
     distilled = family.guidance == "embedded" and config.get("guidance_embeds")
     return {
@@ -86,12 +85,13 @@ def short_name(source: str) -> str:
     return next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), name) or "model"
 
 
-def model_class(config: dict, where: str) -> str:
-    """The transformer's class name, when a shipped family handles it."""
-    name = config.get("_class_name", "(none)")
-    if not isinstance(name, str) or name not in CLASSES:
-        raise InputError(f"{where}: the class {name} has no family here", f"supported: {', '.join(CLASSES)}")
-    return name
+def family_of(config: dict, where: str) -> families.Family:
+    """The family of a transformer's config; InputError when none of ours claims it."""
+    family = families.recognise(config)
+    if family is None:
+        classes = dict.fromkeys(family.model_class for family in families.FAMILIES.values())
+        raise InputError(f"{where}: the class {config.get('_class_name', '(none)')} has no family here", f"supported: {', '.join(classes)}")
+    return family
 
 
 def transformer_config(source: str, offline: bool = False, base: str | None = None) -> dict:

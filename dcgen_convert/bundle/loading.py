@@ -90,7 +90,7 @@ def quiet_diffusers() -> Iterator[None]:
 def family_of(bundle: Path) -> Family:
     """Family by the transformer's class; InputError when none of ours claims it."""
     config = transformer_config(bundle)
-    family = families.recognise(config.get("_class_name"))
+    family = families.recognise(config)
     if family is None:
         raise InputError(
             f"{bundle}: no family handles the transformer class {config.get('_class_name')}",

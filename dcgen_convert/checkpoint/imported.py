@@ -246,7 +246,7 @@ def import_source(
     own = None
     if path.is_dir():
         own = Source(name, path).config if whole else _own_config(path)
-        if families.recognise(own.get("_class_name")) is None:
+        if families.recognise(own) is None:
             raise InputError(f"{path} holds a {own.get('_class_name')}, no family converts it", "dcgen-convert inspect " + str(path))
     single = read_single(folder)
     if own and own["_class_name"] != single.family.model_class:
@@ -291,7 +291,7 @@ def _base(single: Single, asked: str | None, offline: bool) -> tuple[str, Path, 
             "the local cache and cannot be fetched",
             "connect to the network, or name a folder that has them: --base FOLDER",
         ) from error
-    found = families.recognise(_template(folder, single.family, whole=True).get("_class_name"))
+    found = families.recognise(_template(folder, single.family, whole=True))
     if found is not single.family:
         raise InputError(
             f"the base {asked} is a {found.name if found else 'pipeline of an unknown family'}, {single.path} is a {single.family.name}",

@@ -106,13 +106,11 @@ final_layer.linear.* = proj_out.*
 final_layer.adaLN_modulation.1.* ~ norm_out.linear.*
 """
 
-SANA = """
+_SANA = """
 pos_embed -
 y_embedder.y_embedding -
 logvar_linear.* -
 x_embedder.proj.* = patch_embed.proj.*
-t_embedder.mlp.0.* = time_embed.emb.timestep_embedder.linear_1.*
-t_embedder.mlp.2.* = time_embed.emb.timestep_embedder.linear_2.*
 t_block.1.* = time_embed.linear.*
 y_embedder.y_proj.fc1.* = caption_projection.linear_1.*
 y_embedder.y_proj.fc2.* = caption_projection.linear_2.*
@@ -130,6 +128,20 @@ blocks.#.mlp.depth_conv.conv.* = transformer_blocks.#.ff.conv_depth.*
 blocks.#.mlp.point_conv.conv.weight = transformer_blocks.#.ff.conv_point.weight
 final_layer.linear.* = proj_out.*
 final_layer.scale_shift_table = scale_shift_table
+"""
+
+SANA = f"""
+{_SANA}
+t_embedder.mlp.0.* = time_embed.emb.timestep_embedder.linear_1.*
+t_embedder.mlp.2.* = time_embed.emb.timestep_embedder.linear_2.*
+"""
+
+SANA_SPRINT = f"""
+{_SANA}
+t_embedder.mlp.0.* = time_embed.timestep_embedder.linear_1.*
+t_embedder.mlp.2.* = time_embed.timestep_embedder.linear_2.*
+cfg_embedder.mlp.0.* = time_embed.guidance_embedder.linear_1.*
+cfg_embedder.mlp.2.* = time_embed.guidance_embedder.linear_2.*
 """
 
 AURAFLOW = """
@@ -237,6 +249,7 @@ TABLES: dict[tuple[str, str], tuple[str, str]] = {
     ("flux2", "bfl"): (FLUX2, "img_in.weight"),
     ("sd3", "original"): (SD3, "x_embedder.proj.weight"),
     ("sana", "original"): (SANA, "x_embedder.proj.weight"),
+    ("sana-sprint", "original"): (SANA_SPRINT, "x_embedder.proj.weight"),
     ("auraflow", "original"): (AURAFLOW, "init_x_linear.weight"),
     ("lumina2", "original"): (LUMINA2, "x_embedder.weight"),
     ("zimage", "original"): (ZIMAGE, "x_embedder.weight"),

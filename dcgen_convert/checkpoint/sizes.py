@@ -118,7 +118,8 @@ def sana(t: Shapes) -> dict:
         "cross_attention_dim": t.rows("transformer_blocks.0.attn2.to_q.weight"),
         "caption_channels": t.columns("caption_projection.linear_1.weight"),
         "mlp_ratio": hidden / t.rows("patch_embed.proj.weight"),
-        "qk_norm": "rms_norm_across_heads" if t.has("transformer_blocks.0.attn1.norm_q.") else None,  # SANA-1.5
+        "qk_norm": "rms_norm_across_heads" if t.has("transformer_blocks.0.attn1.norm_q.") else None,  # SANA-1.5 and Sprint
+        "guidance_embeds": t.has("time_embed.guidance_embedder."),
         "width": t.rows("patch_embed.proj.weight"),
     }
 
@@ -193,6 +194,7 @@ AXES = ("axes_dims_rope", "axes_dim_rope", "axes_dims")  # rotary axes, which to
 SIZES: dict[str, Callable[[Shapes], dict]] = {
     f.__name__: f for f in (flux, chroma, flux2, sd3, sana, lumina2, zimage, qwenimage, auraflow, krea2)
 }
+SIZES["sana-sprint"] = sana
 
 
 def config_of(family, shapes: Mapping[str, Shape], template: Mapping[str, object]) -> dict:

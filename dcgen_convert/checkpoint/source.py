@@ -78,7 +78,7 @@ class Source:
 
     @cached_property
     def family(self) -> Family:
-        family = families.recognise(self.config.get("_class_name"))
+        family = families.recognise(self.config)
         if family is None:
             known = ", ".join(f.model_class for f in families.FAMILIES.values())
             raise InputError(
@@ -220,14 +220,11 @@ def is_plain(root: Path) -> bool:
 
     source = Source(str(root), root)
     if not (root / "model_index.json").is_file():
-        return families.recognise(_class_of(root / "config.json")) is None
+        config = root / "config.json"
+        return not config.is_file() or families.recognise(read_object(config)) is None
     folders = [folder for folder in source.parts.values() if folder.is_dir()]
     named = all(name == copied for folder in folders for name, copied in plan_copy(folder).items())
     return named and not any(entry.dtype in FLOAT8 for entry in source.tensors.values())
-
-
-def _class_of(config: Path) -> str | None:
-    return read_object(config).get("_class_name") if config.is_file() else None
 
 
 def check_scheduler(root: Path, family: Family) -> None:

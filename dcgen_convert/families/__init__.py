@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dcgen_convert.errors import InputError
 from dcgen_convert.families.auraflow import AuraFlow
@@ -20,6 +21,7 @@ from dcgen_convert.families.lumina2 import Lumina2
 from dcgen_convert.families.pixart import PixArt
 from dcgen_convert.families.qwenimage import QwenImage
 from dcgen_convert.families.sana import Sana
+from dcgen_convert.families.sana_sprint import SanaSprint
 from dcgen_convert.families.sd3 import SD3
 from dcgen_convert.families.unet import UNet
 from dcgen_convert.families.zimage import ZImage
@@ -33,6 +35,7 @@ FAMILIES: dict[str, Family] = {
         Flux2(),
         Chroma(),
         Flux(),
+        SanaSprint(),
         Sana(),
         DiT(),
         SD3(),
@@ -67,6 +70,6 @@ def get(name: str) -> Family:
     return FAMILIES[name]
 
 
-def recognise(model_class: str | None, keys: Iterable[str] = ()) -> Family | None:
-    """Family of a transformer from the ``_class_name`` of its config; None when no family claims it."""
-    return next((family for family in FAMILIES.values() if family.model_class == model_class), None)
+def recognise(config: Mapping[str, Any]) -> Family | None:
+    """Family of a network from its config; None when no family claims it."""
+    return next((family for family in FAMILIES.values() if family.claims(config)), None)

@@ -83,6 +83,10 @@ class Family:
     default_guidance: ClassVar[float]
     text_length: ClassVar[int] = 1  # text tokens that training and the bundle's usage pad to
 
+    def claims(self, config: Mapping[str, Any]) -> bool:
+        """Whether a network with this config is of the family."""
+        return config.get("_class_name") == self.model_class
+
     # -- tokens ---------------------------------------------------------------------------------------------------
 
     def patch(self, config: dict[str, Any], channels: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dcgen_convert.errors import InputError
 from dcgen_convert.families.base import Family
 
 BINNED = (16, 32, 64, 128)  # sample sizes to which the pipeline attaches resolution bins of 512 / 1024 / 2048 / 4096 px
@@ -32,11 +31,6 @@ class Sana(Family):
     text_length = 300
 
     def convert_config(self, config, factor, channels, side):
-        if config.get("guidance_embeds"):
-            raise InputError(
-                "this SANA model is SANA-Sprint (guidance_embeds): distilled to a few TrigFlow steps, which flow matching would undo",
-                "give the undistilled SANA or SANA-1.5 model",
-            )
         size = config.get("sample_size")
         # The pipeline picks its resolution bins by sample_size, whatever the autoencoder: a binned value must stay.
         if size not in BINNED:

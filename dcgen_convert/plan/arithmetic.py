@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from dcgen_convert.plan.layers import Layer, Structure
 
@@ -54,13 +55,20 @@ def forward_flops(structure: Structure, image_tokens: int, text_tokens: int) -> 
     return total
 
 
-def train_flops(forward: float, *, full: bool, checkpointing: bool, null_branch: bool, batched: bool = False) -> float:
+def side_passes(adapt: Any, consistency: float = 0.0) -> int:
+    """Forward passes without gradient per training sample: the null prompt of the corrected loss; teacher and target of consistency
+    distillation.
+    """
+    return 2 if consistency else int(adapt.objective == "guidance-corrected")
+
+
+def train_flops(forward: float, *, full: bool, checkpointing: bool, passes: int, batched: bool = False) -> float:
     """FLOPs of one training sample.
 
     Forward 1, gradients of activations 1, of weights 1 more when every weight trains (LoRA's own are below 10 %),
-    recomputation 1 with checkpointing, a second forward 1 for the null branch of the guidance-corrected loss; all of it
-    twice when that branch runs in the same pass (``batched``).
+    recomputation 1 with checkpointing, and ``passes`` (`side_passes`); all of it twice where the null prompt runs in the
+    same pass (``batched``).
     """
-    if null_branch and batched:
+    if passes and batched:
         return 2 * forward * (2 + full + checkpointing)
-    return forward * (2 + full + checkpointing + null_branch)
+    return forward * (2 + full + checkpointing + passes)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dcgen_convert import autoencoder_files, bases, catalog, sources
 from dcgen_convert.errors import ResourceError
-from dcgen_convert.plan.arithmetic import forward_flops, train_flops
+from dcgen_convert.plan.arithmetic import forward_flops, side_passes, train_flops
 from dcgen_convert.plan.layers import Structure
 from dcgen_convert.plan.shapes import Shapes
 from dcgen_convert.schema import Recipe
@@ -54,7 +54,7 @@ def _base_repo(recipe: Recipe) -> str | None:
     asked = recipe.base
     if asked is None and alone:
         config = sources.transformer_config(recipe.source)
-        published = bases.base_of(sources.CLASSES[config["_class_name"]].name, config)
+        published = bases.base_of(sources.family_of(config, recipe.source).name, config)
         asked = published and published.repo
     entry = catalog.find_source(asked) if asked else None
     return entry.repo if entry else asked if asked and not Path(asked).expanduser().exists() else None
@@ -141,20 +141,19 @@ def hours(recipe: Recipe, sizes: Shapes) -> dict:
     base, converted, old, new, text = sizes.base, sizes.converted, sizes.old, sizes.new, sizes.text
     name = "2 CPU cores" if base.parameters < SMALL else "one H100"
     rate, price, basis = DEVICES[name]
-    corrected = recipe.adapt.objective == "guidance-corrected"
-    common = {"checkpointing": recipe.adapt.checkpointing, "null_branch": corrected}
-    common["batched"] = recipe.adapt.null_pass == "batched"
-    guided = not corrected and recipe.data.guidance > 1  # classifier-free guidance runs the model twice
+    common = {"checkpointing": recipe.adapt.checkpointing, "batched": recipe.adapt.null_pass == "batched"}
+    guided = sizes.family.guidance == "cfg" and recipe.data.guidance > 1  # classifier-free guidance runs the model twice
     stages: dict[str, float] = {}
     if recipe.data.kind == "synthetic":
         once = forward_flops(base, old.tokens(recipe.data.resolution), text)
         stages["data"] = recipe.data.count * recipe.data.steps * (2 if guided else 1) * once
     first = forward_flops(converted, new.tokens(recipe.adapt.phases[0].resolution), text)
-    head = train_flops(first, full=False, **common)
+    head = train_flops(first, full=False, passes=side_passes(recipe.adapt), **common)
     stages["align head"] = recipe.align_head.steps * recipe.align_head.batch * head
     for i, phase in enumerate(recipe.adapt.phases):
         once = forward_flops(converted, new.tokens(phase.resolution), text)
-        each = train_flops(once, full=phase.mode == "full", **common)
+        common["batched"] &= not phase.consistency
+        each = train_flops(once, full=phase.mode == "full", passes=side_passes(recipe.adapt, phase.consistency), **common)
         stages[f"adapt phase {i} ({phase.resolution} px)"] = phase.steps * phase.batch * each
     if recipe.quantize.format != "none":
         once = forward_flops(converted, new.tokens(recipe.adapt.phases[-1].resolution), text)

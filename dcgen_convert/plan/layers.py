@@ -105,7 +105,7 @@ def flux(config: dict) -> Structure:
 
 
 def sana(config: dict) -> Structure:
-    """SanaTransformer2DModel (SANA, SANA-1.5)."""
+    """SanaTransformer2DModel (SANA, SANA-1.5, SANA-Sprint)."""
     d = config["num_attention_heads"] * config["attention_head_dim"]
     cross = config["num_cross_attention_heads"] * config["cross_attention_head_dim"]
     hidden, patch = int(config["mlp_ratio"] * d), config["patch_size"]
@@ -113,11 +113,13 @@ def sana(config: dict) -> Structure:
     out = patch * patch * (config["out_channels"] or config["in_channels"])
     layers = [
         pointwise("patch_embed.proj", config["in_channels"] * patch * patch, d, "image"),
-        *_mlp("time_embed.emb.timestep_embedder", 256, d, "once"),
         linear("time_embed.linear", d, 6 * d, "once"),
         *_mlp("caption_projection", config["caption_channels"], d, "text"),
         linear("proj_out", d, out, "image"),
     ]
+    embedders = ("timestep_embedder", "guidance_embedder") if config.get("guidance_embeds") else ("emb.timestep_embedder",)
+    for name in embedders:
+        layers += _mlp(f"time_embed.{name}", 256, d, "once")
     for i in range(config["num_layers"]):
         at = f"transformer_blocks.{i}"
         layers += [linear(f"{at}.attn1.{name}", d, d, "image", bias) for name in ("to_q", "to_k", "to_v")]
@@ -132,7 +134,8 @@ def sana(config: dict) -> Structure:
         layers.append(pointwise(f"{at}.ff.conv_point", hidden, d, "image", bias=False))
     blocks = config["num_layers"]
     affine = 2 * d * blocks if config.get("norm_elementwise_affine") else 0
-    loose = d + 2 * d + 6 * d * blocks + affine  # caption norm, two scale-shift tables, norm2
+    normed = 2 * (d + cross) * blocks if config.get("qk_norm") else 0  # SANA-1.5 and Sprint, both attentions
+    loose = d + 2 * d + 6 * d * blocks + affine + normed  # caption norm, two scale-shift tables, norm2, q/k norms
     return Structure(
         tuple(layers),
         loose,
@@ -182,7 +185,7 @@ def structure(config: dict) -> Structure:
     """
     name = config.get("_class_name")
     if name not in STRUCTURES:
-        if families.recognise(name) is None:
+        if families.recognise(config) is None:
             raise InputError(f"no arithmetic for transformer class {name}", f"known: {', '.join(families.FAMILIES)}")
         from dcgen_convert.plan.modules import measured  # it needs torch
 

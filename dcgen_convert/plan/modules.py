@@ -27,7 +27,7 @@ def measured(config: dict) -> Structure:
     import diffusers
     import torch
 
-    family = families.recognise(config["_class_name"])
+    family = families.recognise(config)
     with torch.device("meta"):
         model = getattr(diffusers, family.model_class).from_config(config)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)}

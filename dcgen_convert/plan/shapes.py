@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dcgen_convert import families, geometry, sources
+from dcgen_convert import geometry, sources
 from dcgen_convert.families import Family
 from dcgen_convert.geometry import Grid
 from dcgen_convert.plan.arithmetic import Trainable, trainable
@@ -41,7 +41,7 @@ def shapes(recipe: Recipe, offline: bool = False) -> Shapes:
         InputError: a transformer class that no family handles. AccessError: a hub config that cannot be had.
     """
     config = sources.transformer_config(recipe.source, offline, recipe.base)
-    family = families.recognise(sources.model_class(config, recipe.source))
+    family = sources.family_of(config, recipe.source)
     old = geometry.base_grid(recipe.source, offline, recipe.base)
     new = geometry.new_grid(recipe.ae, offline, recipe.ae_channels)
     base = structure(config)

@@ -26,10 +26,12 @@ from dcgen_convert.train.meter import meter_of
 from dcgen_convert.train.objective import (
     Draws,
     Sampling,
+    consistency_loss,
     evaluate_loss,
     flow_loss,
     flux2_shift,
     guidance_corrected_loss,
+    velocity,
 )
 from dcgen_convert.train.settings import EngineSettings
 from dcgen_convert.train.watch import NONE, Intervals, Watch
@@ -112,7 +114,12 @@ def adapt_phase(
         (paths by kind).
     """
     settings = _settings(phase, adapt, dtype, clip=adapt.clip, schedule=phase.schedule, micro_batch=phase.micro_batch)
-    task = Task(model, family, adapt, cache, scheduler)
+    if phase.consistency and family.prediction == "epsilon":
+        raise RecipeError(
+            f"a {family.name} model predicts epsilon, which says nothing of the picture in full noise: no consistency distillation",
+            hint="set the phase's consistency to 0",
+        )
+    task = Task(model, family, adapt, cache, scheduler, phase.consistency)
     identity = {"stage": "adapt", "phase": _curve(phase), **task.identity(settings), "seed": seed}
     if phase.mode == "full":
         if adapt.objective == "guidance-corrected" and adapt.null_branch == "teacher":
@@ -149,7 +156,8 @@ class Place:
 class Task:
     """What is learned: model, family, objective and the distribution of t, noise and guidance."""
 
-    def __init__(self, model: nn.Module, family: Family, adapt: Any, cache: Any, scheduler: dict[str, Any]):
+    def __init__(self, model: nn.Module, family: Family, adapt: Any, cache: Any, scheduler: dict[str, Any], consistency: float = 0.0):
+        self.consistency = consistency
         self.model, self.family, self.adapt, self.cache = model, family, adapt, cache
         self.modules = [family.embedder, family.head]
         self.scheduler = scheduler
@@ -161,8 +169,17 @@ class Task:
     def loss(self) -> Callable[[Tensor, Text, Draws], Tensor]:
         """(z0, text, draws) -> scalar. Call before the engine is made: the frozen teacher is the model as it is now."""
         family, model, null = self.family, self.model, self.cache.null
+        if self.consistency:
+            before, ratio = lora.frozen_teacher(model, self.modules), self.consistency
+
+            def teacher(*at) -> Tensor:
+                with before():
+                    return velocity(family, model, *at)
+
+            return lambda z0, text, draws: consistency_loss(family, model, z0, text, draws, null, teacher, ratio)
         if self.adapt.objective == "flow":
-            return lambda z0, text, draws: flow_loss(family, model, z0, text, draws, null)
+            weighting = self.adapt.weighting if family.prediction == "epsilon" else "none"
+            return lambda z0, text, draws: flow_loss(family, model, z0, text, draws, null, weighting)
         shown = self.adapt.data_guidance
         if self.adapt.null_pass == "batched":
             return lambda z0, text, draws: batched_corrected_loss(family, model, z0, text, draws, null, shown)
@@ -281,16 +298,11 @@ def _watch(engine: Engine, task: Task, loss_of: Callable, place: Place, full: bo
         with averaged():
             return _evaluate(engine, task, loss_of, place)
 
-    def velocity(z: Tensor, t: Tensor, text: Text, guidance: Tensor) -> Tensor:
-        text = {key: value.to(model.dtype) if value.is_floating_point() else value for key, value in text.items()}
-        call = (z.to(model.dtype), t, text, guidance)
-        return engine.evaluate(lambda _: family.velocity(model, *call), None).float()
-
     def draw(step: int) -> None:
         with averaged():
-            place.intervals.draw(velocity, step)
+            place.intervals.draw(lambda *at: engine.evaluate(lambda _: velocity(family, model, *at), None), step)
 
-    meters = [meter_of(family, model, shape, words, task.adapt, full) for shape in task.cache.shapes]
+    meters = [meter_of(family, model, shape, words, task.adapt, full, task.consistency) for shape in task.cache.shapes]
     return Watch(place.folder, place.intervals, meters, evaluate, draw)
 
 

@@ -18,11 +18,9 @@ from dcgen_convert.data.images import to_image
 from dcgen_convert.evaluate.grids import grid
 from dcgen_convert.families import Family
 from dcgen_convert.files import replacing
-from dcgen_convert.train.objective import shift_t
+from dcgen_convert.train.objective import Velocity, shift_t
 
 SAMPLES = "samples"  # folder beside the checkpoints
-
-Velocity = Callable[[Tensor, Tensor, dict[str, Tensor], Tensor], Tensor]
 
 
 def noise_levels(family: Family, steps: int, tokens: int, scheduler: dict) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dcgen_convert.families import Family, Text
-from dcgen_convert.plan.arithmetic import forward_flops, train_flops
+from dcgen_convert.plan.arithmetic import forward_flops, side_passes, train_flops
 from dcgen_convert.plan.layers import structure
 
 PEAKS = {
@@ -59,12 +59,14 @@ def memory_gib() -> float:
     return held / 2**30
 
 
-def meter_of(family: Family, model: nn.Module, shape: Sequence[int], text: Text, adapt: Any, full: bool) -> Meter:
+def meter_of(
+    family: Family, model: nn.Module, shape: Sequence[int], text: Text, adapt: Any, full: bool, consistency: float = 0.0
+) -> Meter:
     """The meter of one training task at one size.
 
     Args:
         shape: (C, h, w) of a latent; text: as the cache gives it, one row.
-        adapt: objective (recipe section ``adapt``).
+        adapt: objective (recipe section ``adapt``); consistency: of the phase.
         full: whether every weight trains.
     """
     image = shape[1] * shape[2] // family.patch(model.config, shape[0]) ** 2
@@ -73,7 +75,6 @@ def meter_of(family: Family, model: nn.Module, shape: Sequence[int], text: Text,
     if peak is None:
         return Meter(image + words, None, None)
     shape = structure({**model.config, "_class_name": type(model).__name__})
-    corrected = adapt.objective == "guidance-corrected"
     once = forward_flops(shape, image, words)
     # MFU counts the work that the loss asks for: recomputed activations and the zero half of a batched pass are overhead
-    return Meter(image + words, train_flops(once, full=full, checkpointing=False, null_branch=corrected), peak)
+    return Meter(image + words, train_flops(once, full=full, checkpointing=False, passes=side_passes(adapt, consistency)), peak)

@@ -48,6 +48,7 @@ class Sampling:
     times: Tensor | None = None
 
 
+Velocity = Callable[[Tensor, Tensor, Text, Tensor], Tensor]  # (z (B, C, h, w), t (B,), text, guidance (B,)) -> v (B, C, h, w)
 SamplingOf = Callable[[Sequence[int]], Sampling]  # by the shape (C, h, w) of a latent: the shift may lean on its tokens
 
 
@@ -127,16 +128,39 @@ def drop_text(text: Text, null: Text, dropped: Tensor) -> Text:
 
 def predict(family: Family, model: nn.Module, z: Tensor, t: Tensor, text: Text, guidance: Tensor) -> Tensor:
     """The network's native prediction in its own dtype's arithmetic, (B, C, h, w) float32."""
-    dtype = model.dtype
-    text = {key: value.to(dtype) if value.is_floating_point() else value for key, value in text.items()}
-    return family.predict(model, z.to(dtype), t, text, guidance).float()
+    return family.predict(model, z.to(model.dtype), t, in_dtype(text, model.dtype), guidance).float()
 
 
-def flow_loss(family: Family, model: nn.Module, z0: Tensor, text: Text, draws: Draws, null: Text) -> Tensor:
-    """Mean squared error of the family's native prediction: || e(z_t, t, c) - target ||^2; scalar."""
+def velocity(family: Family, model: nn.Module, z: Tensor, t: Tensor, text: Text, guidance: Tensor) -> Tensor:
+    """The network's v = eps - z_0 in its own dtype's arithmetic, (B, C, h, w) float32."""
+    return family.velocity(model, z.to(model.dtype), t, in_dtype(text, model.dtype), guidance).float()
+
+
+def in_dtype(text: Text, dtype: torch.dtype) -> Text:
+    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in text.items()}
+
+
+def flow_loss(
+    family: Family, model: nn.Module, z0: Tensor, text: Text, draws: Draws, null: Text, weighting: str = "none"
+) -> Tensor:
+    """Mean squared error of the family's native prediction: w || e(z_t, t, c) - target ||^2; scalar.
+
+    Args:
+        weighting: "none": w = 1; "velocity": `velocity_weight`.
+    """
     z = noised(z0, draws.eps, draws.t)
     prediction = predict(family, model, z, draws.t, drop_text(text, null, draws.dropped), draws.guidance)
-    return (prediction - family.target(z0, draws.eps)).square().mean()
+    error = (prediction - family.target(z0, draws.eps)).square().mean(dim=(1, 2, 3))
+    return (error if weighting == "none" else velocity_weight(draws.t) * error).mean()
+
+
+def velocity_weight(t: Tensor) -> Tensor:
+    """min(25, 1 / abar) of the DDPM level at t, (B,): epsilon's squared error as that of DDPM's v (arXiv 2202.00512).
+
+    Plain epsilon error hardly counts heavy noise, in which the layout of a picture is decided: there a network that repeats its
+    input is nearly right.
+    """
+    return (1 + (t / (1 - t)).square()).clamp(max=25)
 
 
 def guidance_corrected_loss(
@@ -172,6 +196,26 @@ def corrected_error(v_g: Tensor, v_null: Tensor, guidance: Tensor, data_guidance
 def corrected(guided: Tensor, null: Tensor, guidance: Tensor, data_guidance: float) -> Tensor:
     """null + (g_d / g) (guided - null), (B, ...): v_hat of velocities, or the features that a linear head makes it from."""
     return null + data_guidance / guidance.view(-1, *[1] * (null.ndim - 1)) * (guided - null)
+
+
+def consistency_loss(
+    family: Family, model: nn.Module, z0: Tensor, text: Text, draws: Draws, null: Text, teacher: Velocity, ratio: float
+) -> Tensor:
+    """|| v(z_t, t) - [z_t - f(z_r, r)] / t ||^2 with the guess of the picture f(z, t) = z - t v(z, t), r = ``ratio`` t; scalar.
+
+    Consistency distillation (arXiv 2303.01469, eq. 7): z_r = z_t + (r - t) v is one Euler step of ``teacher``, and f(z_r, r) the
+    student's own guess, without gradient. At ratio 0 the target is the teacher's v. In the limit of 1 the student's first
+    guess is where the teacher's many steps end.
+
+    Args:
+        teacher: (z, t, text, guidance) -> v; what the model was when the phase began.
+    """
+    z, text, t = noised(z0, draws.eps, draws.t), drop_text(text, null, draws.dropped), draws.t
+    t_, r_ = t[:, None, None, None], ratio * t[:, None, None, None]
+    with torch.no_grad():
+        z_r = z + (r_ - t_) * teacher(z, t, text, draws.guidance)
+        guess = z_r - r_ * velocity(family, model, z_r, ratio * t, text, draws.guidance)
+    return (velocity(family, model, z, t, text, draws.guidance) - (z - guess) / t_).square().mean()
 
 
 @torch.no_grad()

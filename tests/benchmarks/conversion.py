@@ -15,6 +15,10 @@ import sys
 from pathlib import Path
 
 PROMPTS = 256
+HEAD = (
+    "| | minutes | loss start / end | accuracy source / converted / ratio | Frechet source / converted | 4-bit: accuracy, PSNR |\n"
+    "|---|---|---|---|---|---|"
+)
 ROWS: dict[str, list[str]] = {
     "tiny-flux f32": ["tiny-flux", "--quantize", "nvfp4"],
     "tiny-flux f64": ["tiny-flux", "--ae", "tiny-dc-ae-f64"],
@@ -42,8 +46,7 @@ def folder_of(work: Path, name: str) -> Path:
 
 
 def main(work: Path, names: list[str]) -> None:
-    print("| | minutes | loss start / end | accuracy source / converted / ratio | Frechet source / converted | 4-bit: accuracy, PSNR |")
-    print("|---|---|---|---|---|---|")
+    print(HEAD)
     for name in names or ROWS:
         options = [*ROWS[name], "--set", f"evaluate.prompts={PROMPTS}"]
         print(row(name, convert(folder_of(work, name), options, folder_of(work, SHARED.get(name, name)))), flush=True)

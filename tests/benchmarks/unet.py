@@ -10,13 +10,9 @@ training; every OPTION is one of `dcgen-convert convert`.
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-from conversion import PROMPTS, row
+from conversion import HEAD, PROMPTS, convert, folder_of, row
 
 from dcgen_convert.tiny.training import __main__ as training
 from dcgen_convert.tiny.training import assemble
@@ -40,21 +36,11 @@ def base(work: Path, steps: int | None, pictures: int | None) -> Path:
 
 
 def main(work: Path, steps: int | None, pictures: int | None, options: list[str]) -> None:
-    source = base(work, steps, pictures)
-    print("| | minutes | loss start / end | accuracy source / converted / ratio | Frechet source / converted | |")
-    print("|---|---|---|---|---|---|")
+    source = str(base(work, steps, pictures))
+    print(HEAD)
     for name, settings in ROWS.items():
-        folder = work / name.replace(" ", "-")
-        folder.mkdir(exist_ok=True)
-        if settings and not (folder / "run").exists():  # the stages before the alignment hold
-            shutil.copytree(work / next(iter(ROWS)) / "run", folder / "run")
-        command = [sys.executable, "-m", "dcgen_convert.cli", "convert", str(source), "--recipe", str(RECIPE), *settings]
-        command += ["--set", f"evaluate.prompts={PROMPTS}", *options]
-        command += ["-o", str(folder / "bundle"), "--run-dir", str(folder / "run"), "-y", "--json"]
-        with open(folder / "log.txt", "a") as log:
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True, check=True)
-        (folder / "result.json").write_text(done.stdout)
-        print(row(name, json.loads(done.stdout)), flush=True)
+        call = [source, "--recipe", str(RECIPE), *settings, "--set", f"evaluate.prompts={PROMPTS}", *options]
+        print(row(name, convert(folder_of(work, name), call, work / next(iter(ROWS)))), flush=True)
 
 
 if __name__ == "__main__":

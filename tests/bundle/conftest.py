@@ -141,7 +141,7 @@ def flux_source(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def sana_transformer(channels: int) -> SanaTransformer2DModel:
+def sana_transformer(channels: int, **options) -> SanaTransformer2DModel:
     torch.manual_seed(4)
     return SanaTransformer2DModel(
         in_channels=channels,
@@ -155,6 +155,7 @@ def sana_transformer(channels: int) -> SanaTransformer2DModel:
         caption_channels=16,
         sample_size=32,
         patch_size=1,
+        **options,
     )
 
 

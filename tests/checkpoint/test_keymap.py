@@ -10,6 +10,7 @@ from dcgen_convert.checkpoint import keymap
 from dcgen_convert.checkpoint.key_tables import TABLES
 from dcgen_convert.checkpoint.sizes import SIZES, config_of
 from dcgen_convert.errors import InputError
+from dcgen_convert.inspection_keys import recognise_keys
 
 # Fewer blocks than the published models, but their widths: some of diffusers' conversions know no other.
 DEPTH = {
@@ -48,7 +49,10 @@ def shapes_of(tensors):
     return {name: tuple(value.shape) for name, value in tensors.items()}
 
 
-@pytest.mark.parametrize("family, layout", TABLES)
+PLAIN = [key for key in TABLES if key[0] != "sana-sprint"]  # diffusers' `from_single_file` does not know it
+
+
+@pytest.mark.parametrize("family, layout", PLAIN)
 def test_a_map_is_diffusers_conversion_and_its_own_inverse(family, layout):
     _, shapes = described(family)
     table = keymap.find(family, layout)
@@ -91,6 +95,26 @@ def test_the_norms_of_sana_1_5_have_a_place_and_show_in_the_config():
     assert {key: found[key] for key in config} == config
     assert bases.base_of("sana", found).repo == "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers"
     assert "SANA1.5" not in bases.base_of("sana", config_of(families.get("sana"), described("sana")[1], config)).repo
+
+
+def test_sana_sprint_is_sana_1_5_with_a_guidance_embedder():
+    """The names of diffusers' scripts/convert_sana_to_diffusers.py: no `emb` around the timestep embedder, `cfg_embedder` beside it."""
+    _, shapes = described("sana-sprint")
+    tensors = thin(shapes)
+    sprint = assemble(keymap.find("sana-sprint", "original").backward(shapes_of(tensors)), tensors)
+    stacks, dropped = keymap.find("sana-sprint", "original").forward(shapes_of(sprint))
+    mine = assemble(stacks, sprint)
+    assert not dropped and mine.keys() == tensors.keys() and all(torch.equal(mine[name], tensors[name]) for name in tensors)
+    embedders = {"t_embedder.mlp.0": "timestep_embedder.linear_1", "cfg_embedder.mlp.2": "guidance_embedder.linear_2"}
+    for old, new in embedders.items():
+        assert torch.equal(sprint[f"{old}.weight"], tensors[f"time_embed.{new}.weight"])
+    plain = {name.replace("time_embed.", "time_embed.emb.", 1) if "_embedder." in name else name: value for name, value in tensors.items()}
+    plain = {name: value for name, value in plain.items() if "guidance_embedder" not in name}
+    sana = assemble(keymap.find("sana", "original").backward(shapes_of(plain)), plain)
+    assert sprint.keys() - sana.keys() == {f"cfg_embedder.mlp.{i}.{leaf}" for i in (0, 2) for leaf in ("weight", "bias")}
+    assert all(torch.equal(sprint[name], sana[name]) for name in sana)
+    assert recognise_keys(sprint) == ("sana-sprint", "original") and recognise_keys(sana) == ("sana", "original")
+    assert bases.base_of("sana-sprint", {}).repo == "Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers"
 
 
 @pytest.mark.parametrize("family", SIZES)

@@ -23,7 +23,6 @@ from .tiny_models import TINY
     [
         ("flux", "FluxFillPipeline"),
         ("flux", "FluxKontextPipeline"),
-        ("sana", "SanaSprintPipeline"),
         ("sd3", "StableDiffusion3InpaintPipeline"),
         ("qwenimage", "QwenImageEditPipeline"),
     ],
@@ -51,7 +50,6 @@ def test_models_that_say_they_are_distilled(tmp_path):
     [
         ("lumina2", {}, 30, "do not fit"),
         ("flux", {"in_channels": 384, "out_channels": 64}, 32, "reads 384 channels and writes 64"),
-        ("sana", {"guidance_embeds": True}, 32, "SANA-Sprint"),
         ("hidream", {}, 24, "draws on 128 x 128 cells"),
         ("zimage", {"all_patch_size": (1, 2), "all_f_patch_size": (1, 1)}, 32, "more patch sizes"),
         ("hunyuanimage", {"use_meanflow": True}, 32, "distilled to a few steps"),

@@ -13,7 +13,7 @@ from typing import Any
 
 import diffusers
 import torch
-from bundle.conftest import dit_source, flux_source, sana_source, tokenizer_clip, tokenizer_t5
+from bundle.conftest import dit_source, flux_source, sana_source, sana_transformer, tokenizer_clip, tokenizer_t5
 from transformers import (
     ByT5Tokenizer,
     CLIPTextModel,
@@ -73,7 +73,8 @@ class Tiny:
         deep_side: px of the bundle's square picture where the pipeline draws one area; None: two latent cells, and others.
         guide: how the stock pipeline puts conditional and null prediction together.
         guided: whether it does so at all.
-        middle: unshifted sigma of the second of two steps; None with a DDPM schedule.
+        middle: unshifted sigma of the second of two steps; None with a DDPM schedule or none at all.
+        data_sigma: what TrigFlow (arXiv 2410.11081) takes for the deviation of a latent, and its states are scaled with; None: no TrigFlow.
         packed_noise: whether it draws its noise on the grid of tokens.
     """
 
@@ -86,6 +87,7 @@ class Tiny:
     deep_side: int | None = None
     guide: Callable = cfg
     middle: float | None = 0.5
+    data_sigma: float | None = None
     packed_noise: bool = False
     guided: bool = True
 
@@ -93,6 +95,14 @@ class Tiny:
 def lowest(shift: float) -> float:
     """Where a scheduler of static shift puts the last of its steps before it shifts them: the lowest of 1000 shifted levels."""
     return shift / (1000 + shift - 1)
+
+
+def sana_sprint(folder: Path) -> None:
+    sana_source(folder)
+    parts = diffusers.SanaPipeline.from_pretrained(folder).components
+    parts["transformer"] = alive(sana_transformer(32, guidance_embeds=True, qk_norm="rms_norm_across_heads"))
+    parts["scheduler"] = diffusers.SCMScheduler()
+    diffusers.SanaSprintPipeline(**parts).save_pretrained(folder)
 
 
 def sd3(folder: Path) -> None:
@@ -466,6 +476,9 @@ def wide(**changes: Any) -> dict[str, Any]:
 TINY: dict[str, Tiny] = {
     "flux": Tiny(flux_source, wide(axes_dims_rope=[16, 24, 24]), factor=2, side=64, guided=False),
     "sana": Tiny(sana_source, wide(cross_attention_head_dim=64, cross_attention_dim=128), factor=32, middle=lowest(3.0)),
+    "sana-sprint": Tiny(
+        sana_sprint, wide(cross_attention_head_dim=64, cross_attention_dim=128), factor=32, middle=None, data_sigma=0.5, guided=False
+    ),
     "dit": Tiny(dit_source, wide(), middle=None, prompt="fox", factor=2, side=16),
     "sd3": Tiny(sd3, wide(caption_projection_dim=128), middle=lowest(3.0)),
     "pixart": Tiny(pixart, wide(cross_attention_dim=128, num_layers=1), middle=None),

@@ -45,7 +45,7 @@ def test_shipped_configs(path):
     config = json.loads(path.read_text())
     agree(config)
     for f, c in ((32, 32), (64, 128), (128, 512)):
-        agree(families.recognise(config["_class_name"]).convert_config(config, f, c, 1024))
+        agree(families.recognise(config).convert_config(config, f, c, 1024))
 
 
 @pytest.mark.parametrize("channels, total", [(64, 11_901_408_320), (32, 11_901_211_680), (128, 11_901_801_600)])
@@ -100,15 +100,17 @@ def test_random_flux(doubles, singles, heads, width, text, pooled, guidance, out
     st.sampled_from([2.5, 3.0]),
     flags,
     flags,
+    flags,
 )
-def test_random_sana(blocks, heads, width, patch, text, ratio, bias, affine):
+def test_random_sana(blocks, heads, width, patch, text, ratio, bias, affine, sprint):
     agree(
         {
             "_class_name": "SanaTransformer2DModel", "num_layers": blocks, "num_attention_heads": heads,
             "attention_head_dim": width, "num_cross_attention_heads": heads, "cross_attention_head_dim": width,
             "cross_attention_dim": heads * width, "caption_channels": text, "mlp_ratio": ratio, "attention_bias": bias,
             "patch_size": patch, "in_channels": 6, "out_channels": 5, "sample_size": 8,
-            "norm_elementwise_affine": affine,
+            "norm_elementwise_affine": affine, "guidance_embeds": sprint,
+            "qk_norm": "rms_norm_across_heads" if sprint or affine else None,
         }
     )  # fmt: skip
 
@@ -125,14 +127,14 @@ def test_random_dit(blocks, heads, width, patch, classes, bias):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["flux-dev", "sana-1.6b", "dit-xl-256"])
+@pytest.mark.parametrize("name", ["flux-dev", "sana-1.6b", "sana-sprint-1.6b", "dit-xl-256"])
 def test_trained_parameters_are_those_of_peft(name):
     from peft import LoraConfig, inject_adapter_in_model
 
     config = {**shipped(name), "num_layers": 2}
     if "num_single_layers" in config:
         config["num_single_layers"] = 2
-    family = families.recognise(config["_class_name"])
+    family = families.recognise(config)
     found = trainable(structure(config), "lora", 16, family.lora_targets, (family.embedder, family.head))
     with torch.device("meta"):
         model = getattr(diffusers, config["_class_name"]).from_config(config)
@@ -161,7 +163,7 @@ def test_flops_are_those_that_torch_counts(name):
             "axes_dims_rope": [8, 12, 12],
             "joint_attention_dim": 40,
         }
-    family = families.recognise(config["_class_name"])
+    family = families.recognise(config)
     model = getattr(diffusers, config["_class_name"]).from_config(config).eval()
     side, text = 32, 7
     z = torch.randn(1, 16 if name == "flux-dev" else 4, side, side)
@@ -179,9 +181,10 @@ def test_flops_are_those_that_torch_counts(name):
 
 def test_training_flops_count_what_runs():
     """forward + activation gradients; then weights, recomputation and the null branch one by one."""
-    assert train_flops(1.0, full=False, checkpointing=False, null_branch=False) == 2
-    assert train_flops(1.0, full=True, checkpointing=False, null_branch=False) == 3
-    assert train_flops(1.0, full=True, checkpointing=True, null_branch=True) == 5
+    assert train_flops(1.0, full=False, checkpointing=False, passes=0) == 2
+    assert train_flops(1.0, full=True, checkpointing=False, passes=0) == 3
+    assert train_flops(1.0, full=True, checkpointing=True, passes=1) == 5
+    assert train_flops(1.0, full=False, checkpointing=False, passes=2) == 4
 
 
 def test_unknown_classes_and_missing_sizes_are_refused():

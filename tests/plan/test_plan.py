@@ -213,7 +213,7 @@ def test_quantised_linears_are_those_that_the_quantiser_finds_in_the_model():
         part = plan.plan(resolved)["quantization"]
         sizes = shapes(resolved.recipe, offline=True)
         config = sources.transformer_config(resolved.recipe.source, True)
-        family = families.recognise(config["_class_name"])
+        family = families.recognise(config)
         side = resolved.recipe.adapt.phases[-1].resolution
         targets = plan_targets(family, family.convert_config(config, sizes.new.f, sizes.new.c, side), None)
         assert (part["w4a4"], part["w4a16"]) == (len(targets.svdq), len(targets.awq))

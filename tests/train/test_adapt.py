@@ -9,15 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dcgen_convert import families
 from dcgen_convert.console import NULL
 from dcgen_convert.errors import CheckFailed, InputError, RecipeError, Terminated
-from dcgen_convert.train import loop
-from dcgen_convert.train.adapt import train_head
+from dcgen_convert.schema import Phase
+from dcgen_convert.train import loop, lora
+from dcgen_convert.train.adapt import adapt_phase, train_head
 from dcgen_convert.train.checkpoints import whole
 from dcgen_convert.train.loop import Curve, Saving
 from dcgen_convert.train.watch import Intervals
 
-from .train_worker import FLUX, SCHEDULER, Rows, adapt, adapt_section, losses, tiny_flux
+from .train_worker import FLUX, SCHEDULER, Rows, adapt, adapt_section, losses, phase_section, tiny_flux
 
 
 class Hook:
@@ -99,6 +101,40 @@ def test_full_mode_trains_every_weight(tmp_path):
     assert sum(not torch.equal(exported[name], before[name]) for name in before) > 0.9 * len(before)
     with pytest.raises(RecipeError, match="frozen teacher would need a second model"):
         adapt(tmp_path, phase={"mode": "full"}, adapt={"objective": "guidance-corrected", "null_branch": "teacher"})
+
+
+def test_a_consistency_phase_moves_the_first_guess_towards_the_end_of_the_teachers_steps(tmp_path):
+    """What the phase starts from is the teacher: 20 of its Euler steps against one guess of the student's, from noise alone."""
+    generator = torch.Generator().manual_seed(3)
+    rows, noise, g = Rows(8, seed=1), torch.randn(8, 8, 4, 4, generator=generator), torch.full((8,), 3.0)
+    _, text = rows.batch(range(8))
+
+    def guess(model, steps):
+        z = noise
+        with torch.no_grad():
+            for level in torch.linspace(1, 0, steps + 1)[:-1]:
+                z = z - FLUX.velocity(model, z, level.expand(8), text, g) / steps
+        return z
+
+    settings = {"steps": 60, "batch": 16, "micro_batch": 16, "lr": 1e-2, "consistency": 0.8}
+    metrics, _ = adapt(tmp_path, phase=settings, adapt={"ema": 0.9, "text_drop": 0.0}, held_out=rows)
+    teacher, student = tiny_flux(), tiny_flux()
+    lora.add_lora(student, FLUX.lora_targets, 4, 8.0, seed=0)
+    exports = {**load_file(metrics["exports"]["modules"]), **load_file(metrics["exports"]["lora"])}
+    place = {f"transformer.{name.replace('.default.', '.')}": name for name in student.state_dict()}
+    student.load_state_dict({place.get(name, name): value for name, value in exports.items()}, strict=False)
+    goal = guess(teacher, 20)
+    before, after = ((guess(model, 1) - goal).square().mean() for model in (teacher, student))
+    assert after < 0.8 * before
+    assert metrics["evaluation"]["after"]["mean"] < metrics["evaluation"]["before"]["mean"]
+
+
+def test_consistency_needs_a_frozen_teacher_and_a_guess_in_full_noise(tmp_path):
+    with pytest.raises(ValueError, match="consistency needs mode lora"):
+        Phase(mode="full", resolution=64, steps=1, consistency=0.9)
+    dit = families.get("dit")
+    with pytest.raises(RecipeError, match="predicts epsilon"):
+        adapt_phase(None, dit, phase_section(consistency=0.9), adapt_section(), Rows(), tmp_path, scheduler={}, dtype="fp32")
 
 
 def test_nan_names_the_step_and_keeps_the_checkpoint(tmp_path, monkeypatch):

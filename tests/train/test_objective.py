@@ -12,7 +12,9 @@ from dcgen_convert.train.adapt import sampling_of
 from dcgen_convert.train.batched import batched_corrected_loss
 from dcgen_convert.train.objective import (
     EVALUATION,
+    Draws,
     Sampling,
+    consistency_loss,
     draw,
     drop_text,
     evaluate_loss,
@@ -21,6 +23,7 @@ from dcgen_convert.train.objective import (
     guidance_corrected_loss,
     sample_t,
     shift_t,
+    velocity,
 )
 
 from .train_worker import FLUX, SCHEDULER, Rows, adapt_section, tiny_flux
@@ -134,6 +137,29 @@ def test_epsilon_family_is_trained_on_its_own_prediction():
     assert flow_loss(family, network(draws.eps - z0), z0, labels, draws, null).item() > 0.5
 
 
+def test_velocity_weighting_is_the_error_of_ddpm_v():
+    """v = sqrt(abar) eps - sqrt(1 - abar) z_0 by the guess of the picture that an epsilon stands for; at most 25 times that of eps."""
+    z0, _, draws, _ = batch()
+    labels, null, family = {"class_labels": torch.arange(6)}, {"class_labels": torch.tensor([1000])}, families.get("dit")
+    answer = draws.eps + 0.1 * z0
+
+    class Network:
+        dtype = torch.float32
+
+        def __call__(self, z, timestep, class_labels, return_dict):
+            return (torch.cat([answer, answer], 1),)
+
+    for t in (0.2, 0.5, 0.8, 0.95):
+        fixed = Draws(draws.eps, torch.full((6,), t), draws.guidance, draws.dropped)
+        a, s = (value / (t**2 + (1 - t) ** 2) ** 0.5 for value in (1 - t, t))
+        guess = (a * z0 + s * draws.eps - s * answer) / a
+        error = (a * answer - s * guess - (a * draws.eps - s * z0)).square().mean()
+        plain = flow_loss(family, Network(), z0, labels, fixed, null)
+        weighted = flow_loss(family, Network(), z0, labels, fixed, null, "velocity")
+        assert weighted.item() == pytest.approx(min(error, 25 * plain).item(), rel=1e-4)
+    assert weighted.item() < error.item() / 2  # the bound was reached
+
+
 def test_draws_do_not_depend_on_the_split():
     whole = draw(1, 5, range(8), SHAPE, SAMPLING)
     parts = [draw(1, 5, part, SHAPE, SAMPLING) for part in (range(0, 3), range(3, 8))]
@@ -214,3 +240,37 @@ def test_evaluation_repeats_and_does_not_depend_on_batches():
     assert evaluate_loss(loss_of, batches(8), 0, lambda shape: SAMPLING) == first
     assert evaluate_loss(loss_of, batches(2), 0, lambda shape: SAMPLING) == pytest.approx(first, rel=1e-5)
     assert len(first) == 6 and list(first)[2] == f"t{shift_t(torch.tensor(0.5), 2.0):.2f}"
+
+
+@pytest.mark.parametrize("name", ["flux", "zimage"])
+def test_consistency_loss_is_the_written_one(name):
+    """Value and gradient, sample by sample; teacher and target have no gradient. Z-Image's network answers -v."""
+    sign = -1.0 if name == "zimage" else 1.0
+    family = type("Signed", (type(FLUX),), {"prediction": families.get(name).prediction})()
+    model, (z0, text, draws, null) = tiny_flux().eval(), batch()
+    teacher = copy.deepcopy(model).requires_grad_(False)
+    with torch.no_grad():
+        teacher.proj_out.weight.add_(0.05)
+
+    def v(network, z, t, i):
+        condition = null if draws.dropped[i] else {key: value[i : i + 1] for key, value in text.items()}
+        return sign * FLUX.predict(network, z[None], t[None], condition, draws.guidance[i : i + 1])[0]
+
+    errors, far = [], 0.0
+    for i, t in enumerate(draws.t):
+        z, r = (1 - t) * z0[i] + t * draws.eps[i], 0.75 * t
+        with torch.no_grad():
+            nearer = z + (r - t) * v(teacher, z, t, i)
+            goal = nearer - r * v(model, nearer, r, i)
+        errors.append((z - t * v(model, z, t, i) - goal).square().mean() / t**2)
+        far = max(far, (goal - z0[i]).abs().max().item())
+    assert far > 0.5  # the target is not the picture
+
+    def answer(z, t, condition, g):
+        return velocity(family, teacher, z, t, condition, g)
+
+    loss = consistency_loss(family, model, z0, text, draws, null, answer, 0.75)
+    reference = torch.stack(errors).mean()
+    assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
+    ours, theirs = gradients(loss, model), gradients(reference, model)
+    assert ours.keys() == theirs.keys() and all(torch.allclose(ours[key], theirs[key], atol=1e-6, rtol=1e-4) for key in theirs)

@@ -99,13 +99,13 @@ def adapt_section(**changes) -> SimpleNamespace:
     values = dict(
         objective="flow", null_branch="student", null_pass="separate", guidance_range=(1.0, 5.0), shift="model", text_drop=0.1, ema=0.99
     )
-    values |= dict(clip=1.0, checkpointing=False, zero=2, offload="none", data_guidance=1.0)
+    values |= dict(clip=1.0, checkpointing=False, zero=2, offload="none", data_guidance=1.0, weighting="none")
     return SimpleNamespace(**{**values, **changes})
 
 
 def phase_section(**changes) -> SimpleNamespace:
     values = dict(mode="lora", resolution=64, steps=12, rank=4, alpha=8.0, lr=3e-3, warmup=3, schedule="cosine")
-    values |= dict(batch=6, micro_batch=6, targets=None)
+    values |= dict(batch=6, micro_batch=6, targets=None, consistency=0.0)
     return SimpleNamespace(**{**values, **changes})
 
 

@@ -2,12 +2,13 @@
 
     python -m dcgen_convert.tiny.training WORK evaluator
     python -m dcgen_convert.tiny.training WORK kl-f8c16 | kl-f8c4 | dc-f32c32 | dc-f64c128 | dc-f128c512
-    python -m dcgen_convert.tiny.training WORK flux-teacher | flux | sana | dit | unet
+    python -m dcgen_convert.tiny.training WORK flux-teacher | flux | sana | dit | unet | sana-sprint
     python -m dcgen_convert.tiny.training WORK assemble WEIGHTS     (the diffusers folders, bfloat16)
     python -m dcgen_convert.tiny.training WORK gates                (the figures that the README states)
 
-A part needs those before it: kl-f8c4 kl-f8c16, transformers their autoencoder, flux its teacher. dc-f128c512 and unet do not
-ship: tests/benchmarks/compression_sweep.py and unet.py train them, from the shipped tiny-dc-ae-f64 and f8c4 where WORK has none.
+A part needs those before it: kl-f8c4 kl-f8c16, transformers their autoencoder, flux its teacher. dc-f128c512, unet and
+sana-sprint do not ship: tests/benchmarks/compression_sweep.py, unet.py and few_steps.py train them, from the shipped tiny-dc-ae-f64 and
+f8c4 where WORK has none, and from the shipped tiny-sana.
 
 The shipped weights had these steps in several runs: tiny-flux was distilled once before its teacher's last two phases,
 tiny-dit began on pictures of every texture and place. A run of this script is equal in kind, not bit by bit.
@@ -26,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from dcgen_convert import catalog, families
 from dcgen_convert.tiny import world
 from dcgen_convert.tiny.evaluator import Evaluator
-from dcgen_convert.tiny.training import assemble, autoencoders, evaluator, text
+from dcgen_convert.tiny.training import assemble, autoencoders, evaluator, few_steps, text
 from dcgen_convert.tiny.training import transformers as base
 
 SEED = 7
@@ -46,8 +47,9 @@ PHASES = {
     "sana": [(6000, 1.5e-3, 3.0)],
     "dit": [(8000, 1.5e-3), (3200, 1.5e-3)],  # uniform over its DDPM steps
     "unet": [(4000, 2e-3)],
+    "sana-sprint": [(3000, 1e-3, 3.0)],
 }
-BATCH = {"flux-teacher": 32, "flux": 32, "sana": 64, "dit": 32, "unet": 16}
+BATCH = {"flux-teacher": 32, "flux": 32, "sana": 64, "dit": 32, "unet": 16, "sana-sprint": 64}
 
 
 def main(arguments: list[str]) -> None:
@@ -87,6 +89,11 @@ def trained_before(work: Path, part: str):
 
 def train_transformer(work: Path, part: str):
     """One base transformer, from latents of freshly drawn pictures."""
+    if part == "sana-sprint":
+        sana = SanaPipeline.from_pretrained(assemble.SHIPPED / "tiny-sana", dtype=torch.float32)
+        steps, rate, shift = PHASES[part][0]
+        pairs = caption_pairs(sana, "sana", sana.vae)
+        return few_steps.train(sana.transformer, pairs, steps, BATCH[part], rate, shift, SEED, log)
     name = part.removesuffix("-teacher")
     family, model = base.new_model(name, SEED)
     train = {"flux": base.distill_guidance, "dit": base.train_dit, "unet": base.train_unet}.get(part, base.train_flow)

@@ -23,7 +23,9 @@ from diffusers import (
     FluxTransformer2DModel,
     PNDMScheduler,
     SanaPipeline,
+    SanaSprintPipeline,
     SanaTransformer2DModel,
+    SCMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
@@ -59,6 +61,7 @@ def write(work: Path, weights: Path) -> None:
             _save(AutoencoderDC.from_pretrained(work / part, dtype=torch.bfloat16), weights / name)
             _card(weights / name, name, f"the {part[3:6]} deep-compression autoencoder DC-AE")
     parts = (("flux", flux, "FLUX.1-dev"), ("sana", sana, "SANA"), ("dit", dit, "DiT"), ("unet", unet, "Stable Diffusion 1.5"))
+    parts += (("sana-sprint", sana_sprint, "SANA-Sprint"),)
     for name, build, what in parts:
         if (work / name).exists():
             _save(build(work), weights / f"tiny-{name}")
@@ -93,6 +96,13 @@ def sana(work: Path) -> SanaPipeline:
         transformer=SanaTransformer2DModel.from_pretrained(work / "sana", dtype=torch.bfloat16),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
+
+
+def sana_sprint(work: Path) -> SanaSprintPipeline:
+    parts = SanaPipeline.from_pretrained(SHIPPED / "tiny-sana", vae=None, transformer=None).components
+    parts["vae"] = AutoencoderDC.from_pretrained(SHIPPED / "tiny-sana" / "vae", dtype=torch.bfloat16)
+    parts["transformer"] = SanaTransformer2DModel.from_pretrained(work / "sana-sprint", dtype=torch.bfloat16)
+    return SanaSprintPipeline(**{**parts, "scheduler": SCMScheduler()})
 
 
 def dit(work: Path) -> DiTPipeline:
