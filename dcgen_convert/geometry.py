@@ -180,6 +180,7 @@ def check(recipe: Recipe) -> None:
                     "use another --resolution, or an --ae of a smaller factor",
                 )
     check_scheduler(Path(recipe.base or recipe.source).expanduser(), family)
+    sources.check_few_steps(recipe, family, Path(recipe.base or recipe.source).expanduser())
     if recipe.data.buckets:
         for phase in recipe.adapt.phases:
             bucket_sizes(family, config, grids["source"], grids["autoencoder"], phase.resolution)

@@ -168,8 +168,9 @@ def prepare(resolved: Resolved, run: Run, console: Console, crew: Crew = SOLO) -
     )
     if entry and entry.family != source.family.name:
         raise InputError(f"{source.root} holds a {source.family.name} model, {recipe.source} is a {entry.family}")
+    sources.check_few_steps(recipe, source.family, source.root)
     doubt = sources.doubt(source.family, recipe.source, None if source.imported else source.root)
-    if doubt:
+    if doubt and not recipe.adapt.phases[-1].consistency:
         console.warn(doubt)
     stage.check_container(recipe.quantize, source.family)
     if not recipe.merge_lora and not hasattr(stock_pipeline(source), "load_lora_weights"):

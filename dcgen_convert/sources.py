@@ -9,7 +9,7 @@ import json
 import re
 from pathlib import Path
 
-from dcgen_convert import catalog, families, recipe
+from dcgen_convert import catalog, families, recipe, schema
 from dcgen_convert.errors import AccessError, InputError
 from dcgen_convert.files import read_object
 
@@ -47,6 +47,21 @@ def family_defaults(source: str, offline: bool, base: str | None = None) -> dict
         "bundle": drawing,
         "adapt": {"objective": "guidance-corrected" if distilled else "flow"},
     }
+
+
+def check_few_steps(recipe: schema.Recipe, family: families.Family, folder: Path) -> None:
+    """InputError for a model of few steps with a recipe that would leave it in need of many.
+
+    folder: its pipeline's; one that is not here yet says nothing.
+    """
+    index = folder / "model_index.json"
+    distilled = family.few_steps or (index.is_file() and read_object(index).get("is_distilled"))
+    if distilled and not recipe.adapt.phases[-1].consistency:
+        raise InputError(
+            f"{recipe.source} was distilled to a few steps, which flow matching alone undoes",
+            f"end with consistency distillation: --recipe few-steps, or --set adapt.phases.{len(recipe.adapt.phases) - 1}.consistency=0.9; "
+            "or give the undistilled model",
+        )
 
 
 def doubt(family: families.Family, source: str, folder: Path | None) -> str | None:

@@ -235,15 +235,10 @@ def check_scheduler(root: Path, family: Family) -> None:
 
 
 def check_variant(index: Mapping[str, Any], family: Family, where: Path) -> None:
-    """InputError for pipelines of another task than drawing from text, and for models distilled to a few steps."""
+    """InputError for pipelines of another task than drawing from text."""
     known = (family.pipeline_class, *family.other_pipelines)
     if index.get("_class_name") not in known:
         raise InputError(
             f"{where} is a {index.get('_class_name')}, only {' and '.join(known)} can be converted with a {family.model_class}",
-            "inpainting, editing and step-distilled variants need inputs that the conversion does not train",
-        )
-    if index.get("is_distilled"):
-        raise InputError(
-            f"{where} is distilled to a few steps (is_distilled), which flow matching would undo",
-            "give the undistilled model",
+            "inpainting and editing variants need inputs that the conversion does not train",
         )

@@ -74,6 +74,7 @@ class Family:
     # undoes the p x p packing of the pipeline, or of a transformer that packs for itself, and takes what AutoencoderDC does not
     bundle_tier: ClassVar[int] = 0
     any_shape: ClassVar[bool] = True  # whether the stock pipeline draws pictures that are no squares, at the size asked for
+    few_steps: ClassVar[bool] = False  # whether every model of the family was distilled to a few steps
     fixed_shift: ClassVar[bool] = False  # whether the network's time input leans on the shift of the stock scheduler
     official_layout: ClassVar[bool] = False  # whether the DC-Gen authors published a pipeline class
     # layout of a single file -> prefixes of tensor names that only this family has together

@@ -14,6 +14,7 @@ class SanaSprint(Sana):
     name = "sana-sprint"
     pipeline_class = "SanaSprintPipeline"
     guidance = "embedded"
+    few_steps = True
     layouts = {
         "diffusers": ("caption_norm.", "transformer_blocks.0.ff.conv_depth.", "time_embed.guidance_embedder."),
         "original": ("attention_y_norm.", "blocks.0.cross_attn.q_linear.", "cfg_embedder."),

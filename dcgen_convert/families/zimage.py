@@ -43,8 +43,8 @@ class ZImage(Family):
         if not signs:
             return None
         return (
-            f"{name} may be Z-Image-Turbo ({' and '.join(signs)}): distilled to 8 steps without guidance, which flow matching would "
-            "undo; Tongyi-MAI/Z-Image is the undistilled model"
+            f"{name} may be Z-Image-Turbo ({' and '.join(signs)}): distilled to 8 steps without guidance, which flow matching "
+            "alone undoes (--recipe few-steps); Tongyi-MAI/Z-Image is the undistilled model"
         )
 
     def image_tokens(self, features, count, text):

@@ -46,7 +46,7 @@ def plan(resolved: Resolved, gpu_bytes: float = GPU_BYTES) -> dict:
         "schema": "dcgen.plan/1",
         "status": "infeasible" if problems else "feasible",
         "problems": problems,
-        "notes": [*([doubt] if doubt else []), *_notes(fetch, space, resolved, sizes.family)],
+        "notes": [*([doubt] if doubt and not last.consistency else []), *_notes(fetch, space, resolved, sizes.family)],
         "source": {
             "name": recipe.source,
             "family": sizes.family.name,

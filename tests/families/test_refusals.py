@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -40,9 +41,28 @@ def test_models_that_say_they_are_distilled(tmp_path):
     TINY["flux2-klein"].build(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["is_distilled"] is False and load_source("klein", str(tmp_path)).family.name == "flux2"
+    flags = {"source": str(tmp_path), "ae": "tiny-dc-ae-f32", "resolution": 64}
+    load("image", flags=flags)
     (tmp_path / "model_index.json").write_text(json.dumps({**index, "is_distilled": True}))
+    with pytest.raises(InputError, match="distilled to a few steps") as caught:
+        load("image", flags=flags)
+    assert "--set adapt.phases.1.consistency=0.9" in caught.value.hint
+    job = prepare(load("few-steps", flags=flags), Run(tmp_path / "run", NULL), NULL)
+    assert job.recipe.adapt.phases[-1].consistency == 0.9
+    # a repository is looked into where it is fetched
+    found = load("few-steps", flags=flags)
+    phases = tuple(phase.model_copy(update={"consistency": 0.0}) for phase in found.recipe.adapt.phases)
+    plain = found.recipe.model_copy(update={"adapt": found.recipe.adapt.model_copy(update={"phases": phases})})
     with pytest.raises(InputError, match="distilled to a few steps"):
-        load_source("klein", str(tmp_path))
+        prepare(replace(found, recipe=plain), Run(tmp_path / "again", NULL), NULL)
+
+
+def test_every_sana_sprint_was_distilled(tmp_path):
+    TINY["sana-sprint"].build(tmp_path)
+    flags = {"source": str(tmp_path), "ae": "tiny-dc-ae-f64", "resolution": 64}
+    with pytest.raises(InputError, match="distilled to a few steps"):
+        load("image", flags=flags)
+    assert load("few-steps", flags=flags).recipe.bundle.steps == 4
 
 
 @pytest.mark.parametrize(
