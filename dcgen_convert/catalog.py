@@ -70,6 +70,7 @@ _BFL = "flux-1-dev-non-commercial-license"
 # T5-XXL encoder 4,762,310,656 + CLIP-L 123,060,480 + AutoencoderKL 83,819,683; Gemma-2-2B 2,614,341,888 + DC-AE 312
 # M; SD VAE 83,653,863
 _FLUX_EXTRA, _SANA_EXTRA, _DIT_EXTRA = 4_969_190_819, 2_926_341_888, 83_653_863
+_SD_EXTRA = 123_060_480 + _DIT_EXTRA
 
 SOURCES: dict[str, SourceEntry] = {
     entry.name: entry
@@ -138,6 +139,19 @@ SOURCES: dict[str, SourceEntry] = {
             1,
             "sana-sprint-1.6b",
             extra_parameters=_SANA_EXTRA,
+        ),
+        SourceEntry(
+            "sd-1.5",
+            "stable-diffusion-v1-5/stable-diffusion-v1-5",
+            "unet",
+            "creativeml-openrail-m",
+            False,
+            "sd-1.5.json",
+            8,
+            4,
+            1,
+            "sd-1.5",
+            extra_parameters=_SD_EXTRA,
         ),
         SourceEntry(
             "dit-xl-256",

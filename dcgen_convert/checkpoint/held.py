@@ -6,6 +6,7 @@ Only headers are read until rows are asked for.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +22,11 @@ if TYPE_CHECKING:
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
 # What all-in-one files carry beside the transformer; it comes from the base instead.
-COMPANIONS = ("text_encoders.", "text_encoder.", "vae.", "first_stage_model.", "cond_stage_model.", "conditioner.")
+COMPANIONS = ("text_encoders.", "text_encoder.", "vae.", "first_stage_model.", "cond_stage_model.", "conditioner.", "model_ema.")
+# The noise schedule that a Stable Diffusion file of the original code repeats.
+SCHEDULE = re.compile(
+    r"betas|((sqrt|log)_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?|posterior_(mean_coef[12]|variance|log_variance_clipped)"
+)
 SCALES = (".scale_weight", ".weight_scale")
 # Of float8 matrix products, about the product and not the weight.
 ACTIVATIONS = (".scale_input", ".input_scale", ".comfy_quant")
@@ -237,6 +242,8 @@ def split_names(names: Mapping[str, object], path: Path) -> tuple[dict[str, str]
         companion = next((start for start in COMPANIONS if name.startswith(start)), None)
         if companion:
             aside[companion.rstrip(".")] += 1
+        elif prefix and SCHEDULE.fullmatch(name):
+            aside["noise schedule"] += 1
         elif prefix and not name.startswith(prefix) and name not in MARKS:
             raise InputError(
                 f"{path} holds {name} beside the tensors under {prefix}: what is it part of?", "take it out, or give the diffusers folder"

@@ -59,6 +59,7 @@ class UNet(Family):
     )
     dense_pattern = r".*\.time_emb_proj"
     bundle_tier = 2  # the pipeline decodes with a generator, which AutoencoderDC does not take
+    recipe = "sd-1.5"
     default_steps = 50
     default_guidance = 7.5
     text_length = 77

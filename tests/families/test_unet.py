@@ -7,14 +7,18 @@ import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dcgen_convert import families, models, plan, recipe
 from dcgen_convert.align.ridge import Noise, NormalEquations
 from dcgen_convert.bundle.checks import check_structure
+from dcgen_convert.checkpoint import keymap
 from dcgen_convert.checkpoint.source import load_source
+from dcgen_convert.console import NULL
 from dcgen_convert.errors import InputError, RecipeError
+from dcgen_convert.inspection import inspect
 from dcgen_convert.plan.arithmetic import forward_flops
 from dcgen_convert.plan.layers import structure
 from dcgen_convert.train import lora
@@ -177,3 +181,37 @@ def test_networks_with_further_conditions_are_refused(source, change, text):
     config = json.loads((source / "unet" / "config.json").read_text())
     with pytest.raises(InputError, match=text):
         UNET.convert_config({**config, **change}, 32, 32, 128)
+
+
+def test_a_file_of_the_original_code_is_the_folder(tmp_path):
+    """Stable Diffusion 1.5's four levels in miniature, with all that such a file holds beside the U-Net."""
+    TINY["unet"].build(tmp_path / "base")
+    torch.manual_seed(3)
+    config = json.loads((tmp_path / "base" / "unet" / "config.json").read_text())
+    four = {"block_out_channels": [16, 16, 32, 32], "layers_per_block": 2}
+    four["down_block_types"] = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
+    four["up_block_types"] = ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3
+    unet = diffusers.UNet2DConditionModel.from_config({**config, **four})
+    unet.save_pretrained(tmp_path / "base" / "unet")
+    tensors = unet.state_dict()
+    stacks = keymap.find("unet", "original").backward({name: tuple(value.shape) for name, value in tensors.items()})
+    assert all(len(stack.cuts) == 1 for stack in stacks.values()) and len(stacks) == len(tensors)
+    file = {f"model.diffusion_model.{name}": tensors[stack.cuts[0].name] for name, stack in stacks.items()}
+    beside = ("cond_stage_model.transformer.x", "first_stage_model.x", "model_ema.decay", "alphas_cumprod_prev", "betas")
+    beside += ("sqrt_recipm1_alphas_cumprod", "log_one_minus_alphas_cumprod", "posterior_log_variance_clipped", "posterior_mean_coef2")
+    path = tmp_path / "v1-5-pruned.safetensors"
+    save_file({**file, **{name: torch.ones(2) for name in beside}}, path)
+    found = inspect(path)
+    assert (found["family"], found["layout"]) == ("unet", "original") and "6 tensors of noise schedule are left aside" in found["notes"]
+    imported = load_source("x", str(path), base=str(tmp_path / "base"), home=tmp_path / "import")
+    imported.lay_out(NULL)
+    mine = models.load(imported.transformer, torch.float32).state_dict()
+    assert mine.keys() == tensors.keys() and all(torch.equal(mine[name], value) for name, value in tensors.items())
+
+    save_file({**file, "model.diffusion_model.label_emb.0.0.weight": torch.ones(2)}, path)  # SDXL
+    with pytest.raises(InputError, match="1 tensors have no place in the original layout: label_emb.0.0.weight"):
+        load_source("x", str(path), base=str(tmp_path / "base"), home=tmp_path / "import")
+    wider = {name: value.repeat(1, 2) if ".attn2.to_k." in name else value for name, value in file.items()}  # Stable Diffusion 2
+    save_file(wider, path)
+    with pytest.raises(InputError, match="attn2.to_k.weight is .* its config asks for"):
+        load_source("x", str(path), base=str(tmp_path / "base"), home=tmp_path / "import")

@@ -11,7 +11,7 @@ from dcgen_convert.settings import leaves, schema_keys
 
 NAMES = recipe.names()
 SHIPPED = {
-    "image", "few-steps", "flux-krea", "flux-dev", "flux-schnell", "sana-1.6b", "sana-sprint-1.6b", "dit-xl-256", "dit-xl-512",
+    "image", "few-steps", "flux-krea", "flux-dev", "flux-schnell", "sana-1.6b", "sana-sprint-1.6b", "sd-1.5", "dit-xl-256", "dit-xl-512",
     "tiny-flux", "tiny-flux-long", "tiny-sana", "tiny-sana-long", "tiny-dit", "tiny-dit-long",
     "ablations/compression", "ablations/dit-sd-vae-to-dc-ae",
     "ablations/no-alignment", "ablations/full-finetune", "ablations/plain-flow-loss",

@@ -73,7 +73,7 @@ def test_a_cached_hub_id_whose_network_is_a_unet(monkeypatch, tmp_path):
     (home / "refs").mkdir()
     (home / "refs" / "main").write_text(commit)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    assert sources.recipe_for("somebody/some-unet", None, offline=True) == ("image", "somebody/some-unet")
+    assert sources.recipe_for("somebody/some-unet", None, offline=True) == ("sd-1.5", "somebody/some-unet")
 
 
 @pytest.mark.parametrize(
