@@ -20,7 +20,7 @@ from dcgen_convert.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "unet.")
 # What all-in-one files carry beside the transformer; it comes from the base instead.
 COMPANIONS = ("text_encoders.", "text_encoder.", "vae.", "first_stage_model.", "cond_stage_model.", "conditioner.", "model_ema.")
 # The noise schedule that a Stable Diffusion file of the original code repeats.

@@ -215,3 +215,34 @@ def test_a_file_of_the_original_code_is_the_folder(tmp_path):
     save_file(wider, path)
     with pytest.raises(InputError, match="attn2.to_k.weight is .* its config asks for"):
         load_source("x", str(path), base=str(tmp_path / "base"), home=tmp_path / "import")
+
+
+@pytest.mark.parametrize("kohya", [False, True])
+def test_a_lora_is_fused_as_diffusers_fuses_it(source, tmp_path, kohya):
+    """On attention, feed-forward and a 3 x 3 convolution, in diffusers' names and in those of kohya's scripts."""
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(source)
+    before = {name: value.clone() for name, value in pipeline.unet.state_dict().items()}
+    tensors, generator = {}, torch.Generator().manual_seed(4)
+    attention = "down_blocks.0.attentions.0.transformer_blocks.0"
+    modules = [f"{attention}.attn1.to_q", f"{attention}.attn2.to_out.0", f"{attention}.ff.net.0.proj", "mid_block.resnets.0.conv1"]
+    for module in modules:
+        rows, *inputs = before[f"{module}.weight"].shape
+        down = torch.randn(4, *inputs, generator=generator)
+        up = 0.1 * torch.randn(rows, 4, *[1] * (len(inputs) - 1), generator=generator)
+        if kohya:
+            start = "lora_unet_" + module.replace(".", "_")
+            tensors |= {f"{start}.lora_down.weight": down, f"{start}.lora_up.weight": up, f"{start}.alpha": torch.tensor(4.0)}
+        else:
+            tensors |= {f"unet.{module}.lora_A.weight": down, f"unet.{module}.lora_B.weight": up}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    pipeline.load_lora_weights(tmp_path / "lora.safetensors")
+    pipeline.fuse_lora(lora_scale=0.5)
+    pipeline.unload_lora_weights()
+    wanted = pipeline.unet.state_dict()
+    imported = load_source("x", str(source), loras=[f"{tmp_path / 'lora.safetensors'}:0.5"], home=tmp_path / "import")
+    imported.lay_out(NULL)
+    found = models.load(imported.transformer, torch.float32).state_dict()
+    changed = {name for name, value in found.items() if not torch.equal(value, before[name])}
+    assert changed == {f"{module}.weight" for module in modules} and found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-5)
