@@ -137,6 +137,13 @@ def test_consistency_needs_a_frozen_teacher_and_a_guess_in_full_noise(tmp_path):
         adapt_phase(None, dit, phase_section(consistency=0.9), adapt_section(), Rows(), tmp_path, scheduler={}, dtype="fp32")
 
 
+def test_partitioned_weights_have_the_same_frozen_teacher(tmp_path):
+    for zero in (2, 3):
+        adapt(tmp_path / str(zero), phase={"steps": 6, "consistency": 0.8}, adapt={"zero": zero})
+    two, three = (losses(tmp_path / str(zero)) for zero in (2, 3))
+    assert two == pytest.approx(three, rel=1e-5) and max(two) > min(two) > 0
+
+
 def test_nan_names_the_step_and_keeps_the_checkpoint(tmp_path, monkeypatch):
     rows = Rows.batch
 
