@@ -73,7 +73,7 @@ def check_heldout(seen: NormalEquations, unseen: NormalEquations, solved: tuple[
     own, other = seen.mse(*solved), unseen.mse(*solved)
     if other > OVERFIT * own:
         console.warn(
-            f"align embedder: {seen.count} tokens are few for {len(seen.x)} latent channels: MSE {other:.3g} on pictures held out, "
+            f"align embedder: {seen.count:.0f} tokens are few for {len(seen.x)} latent channels: MSE {other:.3g} on pictures held out, "
             f"{own:.3g} on the others; draw more (data.count), or --set align_embedder.ridge=0.01"
         )
     return {"mse_seen": own, "mse_heldout": other}

@@ -138,7 +138,9 @@ def head_equations(job, task: adapt.Task, draws: int) -> NormalEquations:
                         nothing = objective.drop_text(text, rows.null, torch.ones_like(drawn.dropped))
                         h_null = features(z, drawn.t, nothing, torch.ones_like(drawn.guidance))
                         x = objective.corrected(x, h_null, drawn.guidance, job.recipe.adapt.data_guidance)
-                    equations.add(x, job.family.target(z0, drawn.eps).flatten(2).transpose(1, 2))  # (B, N, C), patch 1
+                    goal = job.family.target(z0, drawn.eps).flatten(2).transpose(1, 2)  # (B, N, C), patch 1
+                    weight = objective.error_weight(job.family, drawn.t, job.recipe.adapt.weighting)  # (B,)
+                    equations.add(x, goal, weight[:, None].expand(goal.shape[:2]))
                     bar.advance(len(part))
     finally:
         handle.remove()

@@ -31,22 +31,26 @@ class NormalEquations:
     """Accumulates E[x], E[y], E[x x^T], E[x y^T], E|y|^2 over rows."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
-        self.count = 0
+        self.count = 0.0
         self.x = torch.zeros(inputs, dtype=torch.float64)
         self.y = torch.zeros(outputs, dtype=torch.float64)
         self.xx = torch.zeros(inputs, inputs, dtype=torch.float64)
         self.xy = torch.zeros(inputs, outputs, dtype=torch.float64)
         self.yy = torch.zeros((), dtype=torch.float64)
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Rows x (R, K) and y (R, D), any float dtype; summed in float64."""
+    def add(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
+        """Rows x (R, K) and y (R, D), any float dtype, each counted ``weight`` (R,) times; summed in float64."""
         x, y = x.reshape(-1, x.shape[-1]).double().cpu(), y.reshape(-1, y.shape[-1]).double().cpu()
-        self.count += len(x)
-        self.x += x.sum(0)
-        self.y += y.sum(0)
-        self.xx.addmm_(x.T, x)
-        self.xy.addmm_(x.T, y)
-        self.yy += y.square().sum()
+        count, wx, wy = len(x), x, y
+        if weight is not None:
+            weight = weight.reshape(-1, 1).double().cpu()
+            count, wx, wy = weight.sum().item(), weight * x, weight * y
+        self.count += count
+        self.x += wx.sum(0)
+        self.y += wy.sum(0)
+        self.xx.addmm_(wx.T, x)
+        self.xy.addmm_(wx.T, y)
+        self.yy += (wy * y).sum()
 
     def __add__(self, other: NormalEquations) -> NormalEquations:
         """The equations of both sets of rows together."""
@@ -65,7 +69,7 @@ class NormalEquations:
         """
         if not self.count or not torch.isfinite(self.xx).all() or not torch.isfinite(self.xy).all():
             raise InputError(
-                f"the regression has {self.count} rows or non-finite values", "check the latents of this run"
+                f"the regression has {self.count:g} rows or non-finite values", "check the latents of this run"
             )
         mean_x, mean_y = self.x / self.count, self.y / self.count
         covariance, cross = self.xx / self.count, self.xy / self.count

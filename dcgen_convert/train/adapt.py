@@ -178,7 +178,7 @@ class Task:
 
             return lambda z0, text, draws: consistency_loss(family, model, z0, text, draws, null, teacher, ratio)
         if self.adapt.objective == "flow":
-            weighting = self.adapt.weighting if family.prediction == "epsilon" else "none"
+            weighting = self.adapt.weighting
             return lambda z0, text, draws: flow_loss(family, model, z0, text, draws, null, weighting)
         shown = self.adapt.data_guidance
         if self.adapt.null_pass == "batched":

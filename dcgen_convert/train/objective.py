@@ -143,23 +143,21 @@ def in_dtype(text: Text, dtype: torch.dtype) -> Text:
 def flow_loss(
     family: Family, model: nn.Module, z0: Tensor, text: Text, draws: Draws, null: Text, weighting: str = "none"
 ) -> Tensor:
-    """Mean squared error of the family's native prediction: w || e(z_t, t, c) - target ||^2; scalar.
-
-    Args:
-        weighting: "none": w = 1; "velocity": `velocity_weight`.
-    """
+    """Mean squared error of the family's native prediction: w || e(z_t, t, c) - target ||^2; scalar. w: `error_weight`."""
     z = noised(z0, draws.eps, draws.t)
     prediction = predict(family, model, z, draws.t, drop_text(text, null, draws.dropped), draws.guidance)
     error = (prediction - family.target(z0, draws.eps)).square().mean(dim=(1, 2, 3))
-    return (error if weighting == "none" else velocity_weight(draws.t) * error).mean()
+    return (error_weight(family, draws.t, weighting) * error).mean()
 
 
-def velocity_weight(t: Tensor) -> Tensor:
-    """min(25, 1 / abar) of the DDPM level at t, (B,): epsilon's squared error as that of DDPM's v (arXiv 2202.00512).
+def error_weight(family: Family, t: Tensor, weighting: str) -> Tensor:
+    """Weight of a squared error of the native prediction at t, (B,): 1, but min(25, 1 / abar) of an epsilon with "velocity".
 
-    Plain epsilon error hardly counts heavy noise, in which the layout of a picture is decided: there a network that repeats its
-    input is nearly right.
+    1 / abar, at the DDPM level of t, makes it the error of DDPM's v (arXiv 2202.00512). Plain epsilon error hardly counts heavy
+    noise, in which the layout of a picture is decided: there a network that repeats its input is nearly right.
     """
+    if weighting == "none" or family.prediction != "epsilon":
+        return torch.ones_like(t)
     return (1 + (t / (1 - t)).square()).clamp(max=25)
 
 

@@ -41,6 +41,20 @@ def test_equations_of_two_sets_of_rows_add_up(rows):
         torch.testing.assert_close(mine, one, atol=1e-12, rtol=1e-10)
 
 
+def test_a_weight_counts_a_row_so_often(rows):
+    x, y = rows
+    weight = torch.randint(0, 4, (ROWS,), generator=torch.Generator().manual_seed(1))
+    weighted = NormalEquations(K, D)
+    for part in zip(x.chunk(3), y.chunk(3), weight.chunk(3), strict=True):
+        weighted.add(*part)
+    again = stream(x.repeat_interleave(weight, 0), y.repeat_interleave(weight, 0))
+    assert weighted.count == again.count
+    for mine, one in zip(weighted.solve(1e-6), again.solve(1e-6), strict=True):
+        torch.testing.assert_close(mine, one, atol=1e-10, rtol=1e-10)
+    guess = torch.randn(D, K), torch.randn(D)
+    assert weighted.mse(*guess) == pytest.approx(again.mse(*guess), rel=1e-9)
+
+
 def test_without_a_bias_it_is_the_optimum_through_the_origin(rows):
     x, y = rows
     weight, bias = stream(x, y).solve(0.0, bias=False)
