@@ -1,9 +1,10 @@
-"""A few-step model through the whole method: distils the shipped tiny-sana to a miniature of SANA-Sprint, converts it to
-`tiny-dc-ae-f64`, and prints one table row with the last phase as consistency distillation and one with the plain flow loss.
+"""A few-step model through the whole method: distils the shipped tiny-sana to a miniature of SANA-Sprint and converts it to
+`tiny-dc-ae-f64`, once on pictures of its own and once on given ones. Prints accuracy and Frechet distance at one, two and four steps: of
+the base, of the model after the flow phase, and after the consistency phase that follows.
 
-    python tests/benchmarks/few_steps.py WORK [OPTION ...]
+    python tests/benchmarks/few_steps.py WORK
 
-WORK keeps what was made, so that the script goes on where it stopped. Every OPTION is one of `dcgen-convert convert`.
+WORK keeps what was made, so that the script goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -11,26 +12,69 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from conversion import HEAD, PROMPTS, convert, row
+import torch
+from conversion import PROMPTS, convert
+from diffusers import SanaSprintPipeline
 
+from dcgen_convert import families, models, pipelines
+from dcgen_convert.data.images import to_image
+from dcgen_convert.evaluate import tiny_world
+from dcgen_convert.tiny import world
 from dcgen_convert.tiny.training import __main__ as training
 from dcgen_convert.tiny.training import assemble
 
 RECIPE = Path(__file__).with_suffix(".yaml")
-ROWS = {"consistency": [], "flow": ["--set", "adapt.phases.1.consistency=0"]}
 PART = "sana-sprint"
+PICTURES = 4096
+GUIDED = ["--set", "adapt.objective=guidance-corrected", "--set", "adapt.guidance_range=[1,5]"]  # given pictures show no guidance
+SEED, BATCH = 31, 64
 
 
-def main(work: Path, options: list[str]) -> None:
+def main(work: Path) -> None:
     if not (work / PART).exists():
         training.main([str(work), PART])
         assemble.write(work, work / "weights")
-    source = str(work / "weights" / f"tiny-{PART}")
-    print(HEAD)
-    for name, settings in ROWS.items():
-        call = [source, "--recipe", str(RECIPE), "--set", f"evaluate.prompts={PROMPTS}", *settings, *options]
-        print(row(name, convert(work / name, call, work / next(iter(ROWS)))), flush=True)
+    base = work / "weights" / f"tiny-{PART}"
+    given = work / "pictures"
+    if not given.exists():
+        save_pictures(given)
+    print("| pictures | steps | base | after the flow phase | after consistency distillation |\n|---|---|---|---|---|")
+    for name, settings in {"own": [], "given": ["--data", str(given), *GUIDED]}.items():
+        folder = work / name
+        convert(folder, [str(base), "--recipe", str(RECIPE), *settings], folder)
+        stages = [load(base), load(folder / "bundle", folder / "run" / "merge-1" / models.TRANSFORMER), load(folder / "bundle")]
+        for steps in (1, 2, 4):
+            print(f"| {name} | {steps} | " + " | ".join(figures(pipeline, steps) for pipeline in stages) + " |", flush=True)
+
+
+def save_pictures(folder: Path) -> None:
+    folder.mkdir()
+    labels = world.sample_labels(PICTURES, SEED)
+    for i, (row, picture) in enumerate(zip(labels.tolist(), world.draw(labels, SEED), strict=True)):
+        to_image(picture).save(folder / f"{i:05d}.png")
+        (folder / f"{i:05d}.txt").write_text(world.caption(row))
+
+
+def load(folder: Path, transformer: Path | None = None) -> SanaSprintPipeline:
+    pipeline = SanaSprintPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    if transformer:
+        pipeline.transformer = models.load(transformer, torch.float32)
+    return pipeline
+
+
+def figures(pipeline: SanaSprintPipeline, steps: int) -> str:
+    """Accuracy and Frechet distance of the pictures of `PROMPTS` captions that no training saw."""
+    captions = [world.caption(row) for row in world.sample_labels(PROMPTS, 77).tolist()]
+    settings = dict(side=world.SIDE, steps=steps, guidance=3.0, length=16)
+    pictures = torch.cat(
+        [
+            pipelines.draw(families.get(PART), pipeline, captions[i : i + BATCH], range(i, i + BATCH), **settings)
+            for i in range(0, PROMPTS, BATCH)
+        ]
+    )
+    return f"{tiny_world.accuracy(pictures, captions):.1%}, {tiny_world.distance(pictures, captions):.0f}"
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]))
