@@ -108,9 +108,9 @@ def mixed(tmp_path_factory):
     """Losses of a run on three shapes that was not disturbed; (shape, t) of its training batches."""
     seen, flow_loss = [], objective.flow_loss
 
-    def watched(family, model, z0, text, draws, null):
+    def watched(family, model, z0, text, draws, null, weighting):
         seen.append((tuple(z0.shape[1:]), draws.t))
-        return flow_loss(family, model, z0, text, draws, null)
+        return flow_loss(family, model, z0, text, draws, null, weighting)
 
     folder = tmp_path_factory.mktemp("mixed")
     with pytest.MonkeyPatch.context() as patch:
