@@ -243,7 +243,6 @@ last.modulation.lin = final_layer.scale_shift_table
 """
 
 
-
 def _unet() -> str:
     """Stable Diffusion 1.5: four levels of two blocks down and three up, numbered through; attention on the upper three levels."""
     residual = {

@@ -40,7 +40,7 @@ from dcgen_convert.train import lora
 from dcgen_convert.train.objective import Sampling, draw, drop_text, flow_loss
 
 from .tiny_models import TINY
-from .tiny_parts import Pairs, alive, keep_states, network_of
+from .tiny_parts import Pairs, alive, keep_states, network_of, trigflow
 
 GUIDANCE, SEED, STEPS = 2.5, 3, 2
 LEARNED_SIGMA = ("dit", "pixart")
@@ -59,19 +59,6 @@ def source(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp(name) / "source"
     entry.build(folder)
     return load_source(name, str(folder))
-
-
-def trigflow(family):
-    """The family's velocity as the derivative along TrigFlow's angle (arXiv 2410.11081), of states of deviation 1: at the angle a,
-    t = sin a / (sin a + cos a), x = cos a z_0 + sin a eps is z_t / n with n = sqrt(t^2 + (1 - t)^2), and the guess of the picture
-    is the same, cos a x - sin a F = z_t - t v."""
-
-    def derivative(model, z, t, text, guidance):
-        n = (t.square() + (1 - t).square()).sqrt()
-        x, cos, sin = z / n, (1 - t) / n, t / n
-        return (cos * x - (z - t * family.velocity(model, z, t, text, guidance))) / sin
-
-    return derivative
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,21 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from .tiny_parts import DECODER, ROPE, WIDTH, alive, byte_tokenizer, clip_projection, flow, glm_tokenizer, kl, t5
+from .tiny_parts import (
+    DECODER,
+    ROPE,
+    WIDTH,
+    alive,
+    byte_tokenizer,
+    clip_projection,
+    flow,
+    flux2_transformer,
+    flux2_vae,
+    glm_tokenizer,
+    kl,
+    qwen_vae,
+    t5,
+)
 
 
 def cfg(conditional: torch.Tensor, null: torch.Tensor, scale: float) -> torch.Tensor:
@@ -292,13 +306,6 @@ def cogview4(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def qwen_vae() -> diffusers.AutoencoderKLQwenImage:
-    torch.manual_seed(0)
-    return diffusers.AutoencoderKLQwenImage(
-        base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
-    )
-
-
 def krea2(folder: Path) -> None:
     torch.manual_seed(2)
     transformer = diffusers.Krea2Transformer2DModel(
@@ -348,32 +355,6 @@ def qwenimage(folder: Path) -> None:
         text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)),
         tokenizer=byte_tokenizer(),
     ).save_pretrained(folder)
-
-
-def flux2_transformer(**options) -> diffusers.Flux2Transformer2DModel:
-    torch.manual_seed(2)
-    model = diffusers.Flux2Transformer2DModel(
-        in_channels=128,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=3 * WIDTH,
-        timestep_guidance_channels=16,
-        axes_dims_rope=(4, 4, 4, 4),
-        **options,
-    )
-    return alive(model)
-
-
-def flux2_vae() -> diffusers.AutoencoderKLFlux2:
-    torch.manual_seed(0)
-    vae = diffusers.AutoencoderKLFlux2(
-        block_out_channels=(8, 8, 8, 8), norm_num_groups=4, layers_per_block=1, mid_block_add_attention=False
-    )
-    vae.bn.running_mean.normal_(std=0.2)
-    vae.bn.running_var.uniform_(0.5, 2.0)
-    return vae
 
 
 def flux2_dev(folder: Path) -> None:

@@ -134,3 +134,49 @@ class Pairs:
 
     def pairs(self, indices):
         return self.base[indices], self.deep[indices]
+
+
+def qwen_vae() -> diffusers.AutoencoderKLQwenImage:
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKLQwenImage(
+        base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+
+
+def flux2_transformer(**options) -> diffusers.Flux2Transformer2DModel:
+    torch.manual_seed(2)
+    model = diffusers.Flux2Transformer2DModel(
+        in_channels=128,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * WIDTH,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        **options,
+    )
+    return alive(model)
+
+
+def flux2_vae() -> diffusers.AutoencoderKLFlux2:
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 8, 8), norm_num_groups=4, layers_per_block=1, mid_block_add_attention=False
+    )
+    vae.bn.running_mean.normal_(std=0.2)
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    return vae
+
+
+def trigflow(family):
+    """The family's velocity as the derivative along TrigFlow's angle (arXiv 2410.11081), of states of deviation 1: at the angle a,
+    t = sin a / (sin a + cos a), x = cos a z_0 + sin a eps is z_t / n with n = sqrt(t^2 + (1 - t)^2), and the guess of the picture
+    is the same, cos a x - sin a F = z_t - t v."""
+
+    def derivative(model, z, t, text, guidance):
+        n = (t.square() + (1 - t).square()).sqrt()
+        x, cos, sin = z / n, (1 - t) / n, t / n
+        return (cos * x - (z - t * family.velocity(model, z, t, text, guidance))) / sin
+
+    return derivative

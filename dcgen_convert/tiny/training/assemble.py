@@ -60,8 +60,13 @@ def write(work: Path, weights: Path) -> None:
         if (work / part).exists():
             _save(AutoencoderDC.from_pretrained(work / part, dtype=torch.bfloat16), weights / name)
             _card(weights / name, name, f"the {part[3:6]} deep-compression autoencoder DC-AE")
-    parts = (("flux", flux, "FLUX.1-dev"), ("sana", sana, "SANA"), ("dit", dit, "DiT"), ("unet", unet, "Stable Diffusion 1.5"))
-    parts += (("sana-sprint", sana_sprint, "SANA-Sprint"),)
+    parts = (
+        ("flux", flux, "FLUX.1-dev"),
+        ("sana", sana, "SANA"),
+        ("sana-sprint", sana_sprint, "SANA-Sprint"),
+        ("dit", dit, "DiT"),
+        ("unet", unet, "Stable Diffusion 1.5"),
+    )
     for name, build, what in parts:
         if (work / name).exists():
             _save(build(work), weights / f"tiny-{name}")
