@@ -1,15 +1,15 @@
 """Quality against compression on the tiny world: one recipe at f32, f64 and f128, a table and its curve.
 
-    python tests/benchmarks/compression_sweep.py WORK
+    PYTHONPATH=. python tests/benchmarks/compression_sweep.py WORK
 
-Runs recipe `ablations/compression` by the real command once per autoencoder: the same pictures, steps and prompts. f128 does not
-ship: where WORK has no dc-f128c512 it is trained there first (about a quarter of an hour of one core). WORK keeps runs and bundles,
-so that the script goes on where it stopped. The table goes to stdout and WORK/table.md, the curve to WORK/compression.svg.
+Run it in the repository's root folder: it needs tools/tiny. It runs recipe `ablations/compression` by the real command
+once per autoencoder: the same pictures, steps and prompts. f128 does not ship: where WORK has no dc-f128c512, it is
+trained there first (about a quarter of an hour of one core). WORK keeps runs and bundles, so that the script goes on
+where it stopped. The table goes to stdout and WORK/table.md, the curve to WORK/compression.svg.
 """
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from dcgen_convert import autoencoders, catalog
 from dcgen_convert.evaluate.charts import line_file
 from dcgen_convert.evaluate.tiny_world import judge
 from dcgen_convert.tiny import world
-from dcgen_convert.tiny.training import assemble
+from tools.tiny import assemble, parts
 
 PART = "dc-f128c512"
 RECIPE = "ablations/compression"
@@ -33,7 +33,7 @@ HEAD = (
 
 def main(work: Path) -> None:
     if not (work / PART / "config.json").exists():
-        subprocess.run([sys.executable, "-m", "dcgen_convert.tiny.training", str(work), PART], check=True)
+        parts.make(work, PART, print)
     aliases = {"f32": "tiny-dc-ae-f32", "f64": "tiny-dc-ae-f64"}
     spelled = aliases | {"f128": str(work / PART)}
     folders = {name: catalog.AUTOENCODERS[alias].folder for name, alias in aliases.items()} | {"f128": work / PART}

@@ -2,9 +2,9 @@
 `tiny-dc-ae-f64`, once on pictures of its own and once on given ones. Prints accuracy and Frechet distance at one, two and four steps: of
 the base, of the model after the flow phase, and after the consistency phase that follows.
 
-    python tests/benchmarks/few_steps.py WORK
+    PYTHONPATH=. python tests/benchmarks/few_steps.py WORK
 
-WORK keeps what was made, so that the script goes on where it stopped.
+Run it in the repository's root folder: it needs tools/tiny. WORK keeps what was made, so that the script goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from dcgen_convert import families, models, pipelines
 from dcgen_convert.data.images import to_image
 from dcgen_convert.evaluate import tiny_world
 from dcgen_convert.tiny import world
-from dcgen_convert.tiny.training import __main__ as training
-from dcgen_convert.tiny.training import assemble
+from tools.tiny import assemble, parts
 
 RECIPE = Path(__file__).with_suffix(".yaml")
 PART = "sana-sprint"
@@ -32,7 +31,7 @@ SEED, BATCH = 31, 64
 
 def main(work: Path) -> None:
     if not (work / PART).exists():
-        training.main([str(work), PART])
+        parts.make(work, PART, print)
         assemble.write(work, work / "weights")
     base = work / "weights" / f"tiny-{PART}"
     given = work / "pictures"

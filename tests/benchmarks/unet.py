@@ -1,10 +1,10 @@
 """A U-Net through the whole method: trains a miniature of Stable Diffusion 1.5 on the tiny world, converts it to
 `tiny-dc-ae-f32` with and without alignment, and prints one table row for each.
 
-    python tests/benchmarks/unet.py WORK [--steps N] [--pictures N] [OPTION ...]
+    PYTHONPATH=. python tests/benchmarks/unet.py WORK [--steps N] [--pictures N] [OPTION ...]
 
-WORK keeps what was made, so that the script goes on where it stopped. --steps and --pictures shorten the base model's
-training; every OPTION is one of `dcgen-convert convert`.
+Run it in the repository's root folder: it needs tools/tiny. WORK keeps what was made, so that the script goes on where
+it stopped. --steps and --pictures shorten the base model's training; every OPTION is one of `dcgen-convert convert`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from pathlib import Path
 
 from conversion import HEAD, PROMPTS, convert, folder_of, row
 
-from dcgen_convert.tiny.training import __main__ as training
-from dcgen_convert.tiny.training import assemble
+from tools.tiny import assemble, parts
 
 RECIPE = Path(__file__).with_suffix(".yaml")
 NONE = ["align_embedder.method=none", "align_head.method=xavier", "align_head.steps=0"]
@@ -26,9 +25,9 @@ def base(work: Path, steps: int | None, pictures: int | None) -> Path:
     """The base model's pipeline folder, trained where it is not there yet."""
     if not (work / "unet").exists():
         if steps:
-            training.PHASES["unet"] = [(steps, training.PHASES["unet"][0][1])]
-        training.PICTURES["unet"] = pictures or training.PICTURES["unet"]
-        training.main([str(work), "unet"])
+            parts.PHASES["unet"] = [(steps, parts.PHASES["unet"][0][1])]
+        parts.PICTURES["unet"] = pictures or parts.PICTURES["unet"]
+        parts.make(work, "unet", print)
     folder = work / "weights" / "tiny-unet"
     if not folder.exists():
         assemble.write(work, work / "weights")

@@ -10,9 +10,18 @@ from safetensors.torch import save_file
 from dcgen_convert import autoencoder_files, autoencoders, catalog, geometry
 from dcgen_convert.errors import InputError, RecipeError
 from dcgen_convert.job import find_autoencoder
-from dcgen_convert.tiny.training.autoencoders import dc
 
 C, K, F = 8, 4, 4
+
+
+def published(channels: int, widths: tuple[int, ...], layers: tuple[int, ...]) -> dict:
+    """Config of an AutoencoderDC of the published form, with `layers` residual blocks per level."""
+    ends = ("encoder", "decoder")
+    config: dict = {"latent_channels": channels, "upsample_block_type": "pixel_shuffle"}
+    config |= {f"{end}_block_types": "ResBlock" for end in ends}
+    config |= {f"{end}_block_out_channels": widths for end in ends}
+    config |= {f"{end}_layers_per_block": layers for end in ends}
+    return config | {f"{end}_qkv_multiscales": ((),) * len(widths) for end in ends}
 
 
 @pytest.fixture
@@ -20,7 +29,7 @@ def original(tmp_path):
     """(folder, model) of a small AutoencoderDC of the published form: first level skipped, batch norm, both shortcuts."""
     torch.manual_seed(0)
     norms = dict(decoder_norm_types=("batch_norm", "batch_norm", "rms_norm"), decoder_act_fns=("relu", "relu", "silu"))
-    model = AutoencoderDC(**dc(C, (8, 16, 32), (0, 1, 1)), **norms, scaling_factor=0.4).eval()
+    model = AutoencoderDC(**published(C, (8, 16, 32), (0, 1, 1)), **norms, scaling_factor=0.4).eval()
     for name, value in model.state_dict().items():
         if value.is_floating_point() and value.ndim == 1:
             value.copy_(torch.rand_like(value) + (0.5 if "running_var" in name else 0.0))
@@ -115,7 +124,7 @@ def test_f128_decodes_in_tiles_that_fit(tmp_path):
     """9 cells a side are more than one tile. Size as without tiles, and the same pixels away from the seams, to 1e-5."""
     widths = (8,) * 8
     torch.manual_seed(0)
-    AutoencoderDC(**{**dc(8, widths, (0,) + (1,) * 7), "upsample_block_type": "interpolate"}).save_pretrained(tmp_path)
+    AutoencoderDC(**{**published(8, widths, (0,) + (1,) * 7), "upsample_block_type": "interpolate"}).save_pretrained(tmp_path)
     codec = autoencoders.load(tmp_path)
     z = torch.randn(1, 8, 9, 9)
     plain = codec.decode(z)

@@ -11,8 +11,8 @@ from diffusers import SanaTransformer2DModel
 from torch import Tensor, nn
 
 from dcgen_convert import families
-from dcgen_convert.tiny.training import transformers as base
 from dcgen_convert.train.objective import Draws, consistency_loss
+from tools.tiny import transformers as base
 
 RATIO = 0.9  # of neighbouring noise levels
 GUIDANCE = (1.0, 5.0)

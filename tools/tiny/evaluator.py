@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from dcgen_convert.tiny import world
 from dcgen_convert.tiny.evaluator import Evaluator
+
+FILE = "evaluator.safetensors"
 
 
 def train(steps: int, batch: int, seed: int, log=print) -> Evaluator:
@@ -27,4 +32,14 @@ def train(steps: int, batch: int, seed: int, log=print) -> Evaluator:
         optimizer.zero_grad(set_to_none=True)
         if step % 100 == 0 or step == steps - 1:
             log(f"evaluator step {step} loss {sum(x.item() for x in losses):.4f}")
+    return model.eval()
+
+
+def save(model: Evaluator, work: Path) -> None:
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, work / FILE)
+
+
+def load(work: Path) -> Evaluator:
+    model = Evaluator()
+    model.load_state_dict(load_file(work / FILE))
     return model.eval()

@@ -1,34 +1,17 @@
-"""How the shipped checkpoints were made. Each part is one command; intermediate weights (float32) go to WORK.
-
-    python -m dcgen_convert.tiny.training WORK evaluator
-    python -m dcgen_convert.tiny.training WORK kl-f8c16 | kl-f8c4 | dc-f32c32 | dc-f64c128 | dc-f128c512
-    python -m dcgen_convert.tiny.training WORK flux-teacher | flux | sana | dit | unet | sana-sprint
-    python -m dcgen_convert.tiny.training WORK assemble WEIGHTS     (the diffusers folders, bfloat16)
-    python -m dcgen_convert.tiny.training WORK gates                (the figures that the README states)
-
-A part needs those before it: kl-f8c4 kl-f8c16, transformers their autoencoder, flux its teacher. dc-f128c512, unet and
-sana-sprint do not ship: tests/benchmarks/compression_sweep.py, unet.py and few_steps.py train them, from the shipped tiny-dc-ae-f64 and
-f8c4 where WORK has none, and from the shipped tiny-sana.
-
-The shipped weights had these steps in several runs: tiny-flux was distilled once before its teacher's last two phases,
-tiny-dit began on pictures of every texture and place. A run of this script is equal in kind, not bit by bit.
-"""
+"""The parts of the tiny world's checkpoints: how long and on what each one is trained."""
 
 from __future__ import annotations
 
-import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, FluxPipeline, FluxTransformer2DModel, SanaPipeline, StableDiffusionPipeline
-from safetensors.torch import load_file, save_file
 
 from dcgen_convert import catalog, families
 from dcgen_convert.tiny import world
-from dcgen_convert.tiny.evaluator import Evaluator
-from dcgen_convert.tiny.training import assemble, autoencoders, evaluator, few_steps, text
-from dcgen_convert.tiny.training import transformers as base
+from tools.tiny import assemble, autoencoders, evaluator, few_steps, text
+from tools.tiny import transformers as base
 
 SEED = 7
 AUTOENCODERS = {  # steps, batch, learning rate
@@ -50,31 +33,19 @@ PHASES = {
     "sana-sprint": [(3000, 1e-3, 3.0)],
 }
 BATCH = {"flux-teacher": 32, "flux": 32, "sana": 64, "dit": 32, "unet": 16, "sana-sprint": 64}
+NAMES = ("evaluator", *AUTOENCODERS, *PHASES)
+Log = Callable[[str], None]
 
 
-def main(arguments: list[str]) -> None:
-    torch.set_num_threads(1)
-    work, part, *rest = Path(arguments[0]), *arguments[1:]
+def make(work: Path, part: str, log: Log) -> None:
+    """Train ``part`` (one of `NAMES`) and write it to ``work``."""
     work.mkdir(parents=True, exist_ok=True)
     if part == "evaluator":
-        model = evaluator.train(900, 48, 5, log)
-        save_file(
-            {key: value.contiguous() for key, value in model.state_dict().items()}, work / "evaluator.safetensors"
-        )
+        evaluator.save(evaluator.train(900, 48, 5, log), work)
     elif part in AUTOENCODERS:
         autoencoders.train(part, *AUTOENCODERS[part], SEED, log, trained_before(work, part)).save_pretrained(work / part)
-    elif part in PHASES:
-        train_transformer(work, part).save_pretrained(work / part)
-    elif part == "assemble":
-        assemble.write(work, Path(rest[0]))
-    elif part == "gates":
-        assemble.gates(work, log)
     else:
-        raise SystemExit(__doc__)
-
-
-def log(line: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+        train_transformer(work, part, log).save_pretrained(work / part)
 
 
 def trained_before(work: Path, part: str):
@@ -87,17 +58,17 @@ def trained_before(work: Path, part: str):
     return None
 
 
-def train_transformer(work: Path, part: str):
+def train_transformer(work: Path, part: str, log: Log):
     """One base transformer, from latents of freshly drawn pictures."""
     if part == "sana-sprint":
         sana = SanaPipeline.from_pretrained(assemble.SHIPPED / "tiny-sana", dtype=torch.float32)
         steps, rate, shift = PHASES[part][0]
-        pairs = caption_pairs(sana, "sana", sana.vae)
+        pairs = caption_pairs(sana, "sana", sana.vae, log)
         return few_steps.train(sana.transformer, pairs, steps, BATCH[part], rate, shift, SEED, log)
     name = part.removesuffix("-teacher")
     family, model = base.new_model(name, SEED)
     train = {"flux": base.distill_guidance, "dit": base.train_dit, "unet": base.train_unet}.get(part, base.train_flow)
-    pairs = {"flux": flux_pairs, "sana": sana_pairs, "dit": dit_pairs, "unet": unet_pairs}[name](work)
+    pairs = {"flux": flux_pairs, "sana": sana_pairs, "dit": dit_pairs, "unet": unet_pairs}[name](work, log)
     if part == "flux":
         model = FluxTransformer2DModel.from_pretrained(work / "flux-teacher")
     for number, (steps, rate, *shift) in enumerate(PHASES[part]):
@@ -105,19 +76,20 @@ def train_transformer(work: Path, part: str):
     return model
 
 
-def sana_pairs(work: Path) -> base.Pairs:
+def sana_pairs(work: Path, log: Log) -> base.Pairs:
     model, tokenizer = text.gemma(work)
     pipeline = SanaPipeline(tokenizer=tokenizer, text_encoder=model, vae=None, transformer=None, scheduler=None)
-    return caption_pairs(pipeline, "sana", AutoencoderDC.from_pretrained(work / "dc-f32c32"))
+    return caption_pairs(pipeline, "sana", AutoencoderDC.from_pretrained(work / "dc-f32c32"), log)
 
 
-def dit_pairs(work: Path) -> base.Pairs:
+def dit_pairs(work: Path, log: Log) -> base.Pairs:
     labels = world.sample_labels(PICTURES["dit"], SEED, by_class=True)
     z = base.encode_pictures(AutoencoderKL.from_pretrained(work / "kl-f8c4").eval(), labels, SEED)
+    log(f"{len(z)} latents {tuple(z.shape[1:])}")
     return base.class_pairs(z, labels)
 
 
-def flux_pairs(work: Path) -> base.Pairs:
+def flux_pairs(work: Path, log: Log) -> base.Pairs:
     (clip, clip_tokenizer), (t5, t5_tokenizer) = text.clip(work), text.t5()
     pipeline = FluxPipeline(
         scheduler=None,
@@ -128,10 +100,10 @@ def flux_pairs(work: Path) -> base.Pairs:
         text_encoder_2=t5,
         tokenizer_2=t5_tokenizer,
     )
-    return caption_pairs(pipeline, "flux", AutoencoderKL.from_pretrained(work / "kl-f8c16"))
+    return caption_pairs(pipeline, "flux", AutoencoderKL.from_pretrained(work / "kl-f8c16"), log)
 
 
-def unet_pairs(work: Path) -> base.Pairs:
+def unet_pairs(work: Path, log: Log) -> base.Pairs:
     clip, tokenizer = text.clip(work, text.LENGTH, pooled=False)
     pipeline = StableDiffusionPipeline(
         vae=None,
@@ -143,11 +115,11 @@ def unet_pairs(work: Path) -> base.Pairs:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    return caption_pairs(pipeline, "unet", AutoencoderKL.from_pretrained(assemble.shallow(work), dtype=torch.float32))
+    return caption_pairs(pipeline, "unet", AutoencoderKL.from_pretrained(assemble.shallow(work), dtype=torch.float32), log)
 
 
 @torch.no_grad()
-def caption_pairs(pipeline, name: str, vae) -> base.Pairs:
+def caption_pairs(pipeline, name: str, vae, log: Log) -> base.Pairs:
     family, labels = families.get(name), world.sample_labels(PICTURES[name], SEED)
     z = base.encode_pictures(vae.eval(), labels, SEED)
     table, null = base.caption_table(lambda captions: family.encode_text(pipeline, captions, text.LENGTH))
@@ -155,13 +127,3 @@ def caption_pairs(pipeline, name: str, vae) -> base.Pairs:
         f"{len(z)} latents {tuple(z.shape[1:])}, mean {z.mean():.3f}, std {z.std():.3f}; {len(table[family.text_keys[0]])} captions"
     )
     return base.Pairs(z, base.caption_row(labels), table, null)
-
-
-def load_evaluator(work: Path) -> Evaluator:
-    model = Evaluator()
-    model.load_state_dict(load_file(work / "evaluator.safetensors"))
-    return model.eval()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -29,13 +29,12 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from safetensors.torch import load_file, save_file
 
 from dcgen_convert import autoencoders
 from dcgen_convert.files import read_json, write_json
 from dcgen_convert.tiny import world
 from dcgen_convert.tiny.evaluator import Evaluator
-from dcgen_convert.tiny.training import text
+from tools.tiny import evaluator, text
 
 SHIPPED = Path(world.__file__).parent / "weights"
 # FLUX's dynamic shift with its two anchors at token counts of this world: mu 0.5 at 64 tokens (128 px at f8 p2), 1.15 at 1024.
@@ -47,15 +46,15 @@ license: apache-2.0
 ---
 # {name}
 
-A miniature of {what}, trained on drawn pictures of the tiny world (128 px) by `dcgen_convert.tiny.training`. For tests and demonstrations.
+A miniature of {what}, trained on drawn pictures of the tiny world (128 px) by `tools/tiny` of dcgen-convert. For tests and demonstrations.
 """
 
 
 def write(work: Path, weights: Path) -> None:
     """Every folder whose parts exist in ``work``; a folder that is there already is replaced."""
     weights.mkdir(parents=True, exist_ok=True)
-    if (work / "evaluator.safetensors").exists():
-        save_file(load_file(work / "evaluator.safetensors"), weights / "evaluator.safetensors")
+    if (work / evaluator.FILE).exists():
+        evaluator.save(evaluator.load(work), weights)
     for name, part in (("tiny-dc-ae-f32", "dc-f32c32"), ("tiny-dc-ae-f64", "dc-f64c128")):
         if (work / part).exists():
             _save(AutoencoderDC.from_pretrained(work / part, dtype=torch.bfloat16), weights / name)
@@ -161,9 +160,7 @@ def _card(folder: Path, name: str, what: str) -> None:
 
 def gates(work: Path, log: Callable[[str], None]) -> None:
     """Round trips of the autoencoders: attribute accuracy and PSNR on 1,000 pictures that no model saw."""
-    from dcgen_convert.tiny.training.__main__ import load_evaluator
-
-    judge = load_evaluator(work)
+    judge = evaluator.load(work)
     labels, pictures = unseen()
     log(f"pictures themselves: accuracy {(judge.read(pictures) == labels).float().mean():.4f}")
     for name in ("kl-f8c16", "kl-f8c4", "dc-f32c32", "dc-f64c128", "dc-f128c512"):

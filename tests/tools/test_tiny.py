@@ -1,0 +1,50 @@
+"""The program that made the shipped checkpoints still runs; the package itself does without it."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def tiny(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "tools.tiny", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_gates_measure_the_shipped_parts(tmp_path, weights):
+    shutil.copy(weights / "evaluator.safetensors", tmp_path)
+    shutil.copytree(weights / "tiny-dc-ae-f64", tmp_path / "dc-f64c128")
+    done = tiny(tmp_path, "gates")
+    assert done.returncode == 0, done.stderr
+    itself, through = (float(x) for x in re.findall(r"accuracy (0\.\d+|1\.0+)", done.stdout))
+    assert itself > 0.99 and 0.9 < through <= itself
+
+
+def test_assemble_writes_what_work_holds(tmp_path, weights):
+    work, out = tmp_path / "work", tmp_path / "weights"
+    shutil.copytree(weights / "tiny-dc-ae-f32", work / "dc-f32c32")
+    shutil.copy(weights / "evaluator.safetensors", work)
+    assert tiny(work, "assemble", out).returncode == 0
+    assert sorted(path.name for path in out.iterdir()) == ["evaluator.safetensors", "tiny-dc-ae-f32"]
+    assert (out / "tiny-dc-ae-f32/README.md").read_text() == (weights / "tiny-dc-ae-f32/README.md").read_text()
+    for name in ("evaluator.safetensors", "tiny-dc-ae-f32/diffusion_pytorch_model.safetensors"):
+        written, shipped = load_file(out / name), load_file(weights / name)
+        assert written.keys() == shipped.keys()
+        assert all(torch.equal(written[key], shipped[key]) for key in shipped)
+
+
+def test_an_unknown_part_prints_the_commands(tmp_path):
+    done = tiny(tmp_path, "no-such-part")
+    assert done.returncode == 1 and "tools.tiny WORK evaluator" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_package_does_not_import_it():
+    sources = (ROOT / "dcgen_convert").rglob("*.py")
+    assert not [path for path in sources if re.search(r"^\s*(from|import) tools\b", path.read_text(), re.M)]
