@@ -39,7 +39,7 @@ class Performer:
         elif task == "train-head":
             from dcgen_convert.align import head
 
-            head.train(job)
+            head.train(job, **arguments)
         elif task == "adapt":
             from dcgen_convert.train import stages
 

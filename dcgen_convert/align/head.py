@@ -9,6 +9,8 @@ B batch, N tokens, D width, C channels.
 from __future__ import annotations
 
 import time
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -21,7 +23,9 @@ from dcgen_convert.data import buckets
 from dcgen_convert.data.cache import LatentCache
 from dcgen_convert.files import atomic_save
 from dcgen_convert.journal import Stage
+from dcgen_convert.plan import head_phase
 from dcgen_convert.train import adapt, objective
+from dcgen_convert.train.layout import first_device, fitted
 
 RIDGE = 1e-6  # relative; features of a finite sample are nearly collinear
 START = "start.safetensors"  # embedder and head before training, for the other ranks
@@ -33,9 +37,8 @@ def run(job, stage: Stage) -> None:
     settings = job.recipe.align_head
     resolution = job.recipe.adapt.phases[0].resolution
     train_rows, held_out = job.rows(resolution).split()
-    dtype = pipelines.DTYPES[job.recipe.dtype]
     embedder = job.folder("align-embedder") / models.MODULES
-    model = models.load(job.folder("surgery") / models.TRANSFORMER, dtype, embedder, pipelines.device())
+    model = surgical(job, embedder, pipelines.device())
     task = adapt.Task(model, job.family, job.recipe.adapt, train_rows, job.scheduler)
     started = time.perf_counter()
     start_head(job, task)
@@ -51,29 +54,42 @@ def run(job, stage: Stage) -> None:
         return
     if job.crew.world > 1:
         atomic_save(module_state(job, model), stage.folder / START)
-    with job.crew.share("train-head"):
-        record = train(job, model)
+    layout = fitted(job, head_phase(job.recipe), "align head")
+    with job.crew.share("train-head", layout=layout):
+        record = train(job, layout, model)
     atomic_save(load_file(record["exports"]["modules"]), output)
-    models.load_modules(model, output)
+    if layout["zero"] == 3:  # this model's weights stay partitioned
+        task.model = surgical(job, output, pipelines.device())
+    else:
+        models.load_modules(model, output)
     loss = heldout_loss(job, task, held_out)
     stage.metrics.update(loss_trained=loss, train_seconds=record["seconds"])
     job.console.say(f"align head: after {settings.steps} steps with frozen blocks, held-out loss {loss:.4f}")
 
 
-def train(job, model: nn.Module | None = None) -> dict:
-    """Embedder and head with the blocks frozen, on every rank; without ``model``, from what rank 0 started with."""
-    if model is None:
-        start, dtype = job.folder("align-head") / START, pipelines.DTYPES[job.recipe.dtype]
-        model = models.load(job.folder("surgery") / models.TRANSFORMER, dtype, start, pipelines.device())
+def surgical(job, modules: Path, device: str) -> nn.Module:
+    """The transformer of stage `surgery` with the embedder, or embedder and head, of the file ``modules``."""
+    return models.load(job.folder("surgery") / models.TRANSFORMER, job.dtype, modules, device)
+
+
+def train(job, layout: dict[str, Any], model: nn.Module | None = None) -> dict:
+    """Embedder and head with the blocks frozen, on every rank; without ``model``, from what rank 0 started with.
+
+    Args:
+        layout: zero, offload and micro_batch, as rank 0 chose them.
+    """
+    device = first_device(layout)
+    model = surgical(job, job.folder("align-head") / START, device) if model is None else model.to(device)
     return adapt.train_head(
         model,
         job.family,
         job.recipe.align_head,
-        job.recipe.adapt,
+        job.recipe.adapt.model_copy(update={"zero": layout["zero"], "offload": layout["offload"]}),
         job.rows(job.recipe.adapt.phases[0].resolution).split()[0],
         job.folder("align-head") / "training",
         scheduler=job.scheduler,
         dtype=job.recipe.dtype,
+        micro_batch=layout["micro_batch"],
         console=job.console,
         seed=job.recipe.seed,
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from dcgen_convert import catalog, geometry, sources
 from dcgen_convert.families import Family
 from dcgen_convert.plan import costs, memory, speed
-from dcgen_convert.plan.fit import Fit, fit, training
+from dcgen_convert.plan.fit import Fit, fit, head_phase, training
 from dcgen_convert.plan.quantised import quantised
 from dcgen_convert.plan.render import render
 from dcgen_convert.plan.shapes import Shapes, shapes
@@ -19,7 +19,7 @@ from dcgen_convert.recipe import Resolved
 from dcgen_convert.schema import Phase, Recipe
 from dcgen_convert.settings import leaves
 
-__all__ = ["Fit", "fit_phase", "plan", "render", "require_disk"]
+__all__ = ["Fit", "fit_phase", "head_phase", "plan", "render", "require_disk"]
 
 GPU_BYTES = memory.GPUS["H100-80"] * memory.GIB
 
@@ -36,7 +36,8 @@ def plan(resolved: Resolved, gpu_bytes: float = GPU_BYTES) -> dict:
     trained = sizes.trainable(last)
     entry = catalog.find_source(recipe.source)
     fits = [fit(recipe, phase, sizes, gpus, gpu_bytes) for phase in recipe.adapt.phases]
-    problems = [found.problem for found in fits if found.problem]
+    trains = [fit(recipe, head_phase(recipe), sizes, gpus, gpu_bytes)] if recipe.align_head.steps else []
+    problems = list(dict.fromkeys(found.problem for found in [*fits, *trains] if found.problem))
     quantization, impossible = quantised(recipe.quantize, sizes)
     problems += impossible
     space = costs.disk(recipe, sizes)

@@ -32,6 +32,15 @@ def micro_batch(share: int, limit: int) -> int:
     return next((size for size in range(min(share, limit), 0, -1) if share % size == 0), 1)
 
 
+def head_phase(recipe: Recipe) -> Phase:
+    """What stage align-head trains, as a phase: with a LoRA of rank 0, embedder and head are left.
+
+    The blocks are frozen there, but the gradient of the embedder passes through all of them: activations are those of a phase.
+    """
+    changes = {"mode": "lora", "rank": 0, "batch": recipe.align_head.batch, "micro_batch": None, "consistency": 0.0}
+    return recipe.adapt.phases[0].model_copy(update=changes)
+
+
 def training(recipe: Recipe, phase: Phase, sizes: Shapes) -> memory.Training:
     """What a phase trains; the batched null prompt counts as a second picture."""
     adapt, trained = recipe.adapt, sizes.trainable(phase)

@@ -50,6 +50,7 @@ def train_head(
     *,
     scheduler: dict[str, Any],
     dtype: str,
+    micro_batch: int,
     console: Console = NULL,
     seed: int = 0,
     saving: Saving = MOMENT_SAVING,
@@ -60,8 +61,9 @@ def train_head(
     Args:
         align: steps, lr, batch, warmup, clip of the stage (recipe section ``align_head``).
         adapt: what all training shares: objective, ema, ZeRO stage, ... (recipe section ``adapt``).
+        micro_batch: largest number of pictures that one rank runs at once.
     """
-    settings = _settings(align, adapt, dtype, clip=align.clip, schedule="constant", micro_batch=None)
+    settings = _settings(align, adapt, dtype, clip=align.clip, schedule="constant", micro_batch=micro_batch)
     task = Task(model, family, adapt, cache, scheduler)
     place = Place(
         folder,

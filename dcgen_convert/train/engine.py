@@ -97,8 +97,10 @@ class Engine:
             wrapped = _Pass(model)
             self._linear = nn.functional.linear
             if settings.zero == 3:
-                # Before initialize, which would first move the whole model to every device.
-                deepspeed.zero.Init(module=wrapped, config_dict_or_path=config)
+                # Before initialize, which would first move the whole model to every device: this moves and shares one parameter
+                # after the other. Buffers it forgets.
+                sharing = deepspeed.zero.Init(module=wrapped, config_dict_or_path=config)
+                move_buffers(model, sharing.local_device)
             adam = torch.optim.AdamW(
                 list(self.named.values()),
                 lr=settings.lr,
@@ -257,6 +259,13 @@ class Engine:
         self.state = None
         if self.settings.checkpointing:
             self.model.disable_gradient_checkpointing()
+
+
+def move_buffers(model: nn.Module, device: torch.device | str) -> None:
+    """Put the buffers of ``model`` on ``device``, and leave its parameters where they are."""
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(device))
 
 
 def check_export(name: str, tensor: Tensor, shape: Sequence[int]) -> None:

@@ -5,16 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
-
-from dcgen_convert import merge, models, pipelines, plan
+from dcgen_convert import merge, models, pipelines
 from dcgen_convert.align import gap
-from dcgen_convert.errors import ResourceError
 from dcgen_convert.files import copy_file
 from dcgen_convert.journal import Stage
-from dcgen_convert.schema import Phase
 from dcgen_convert.train import adapt, grid
+from dcgen_convert.train.layout import first_device, fitted
 from dcgen_convert.train.lora import LORA_FILE, MODULES_FILE
 from dcgen_convert.train.watch import Intervals
 
@@ -24,7 +20,7 @@ EXPORT = "export"
 def adapt_phase(job, stage: Stage, number: int) -> None:
     """Writes export/ (LoRA, embedder, head), checkpoints and metrics.jsonl; reports losses and the per-block gap."""
     phase = job.recipe.adapt.phases[number - 1]
-    layout = fitted(job, phase)
+    layout = fitted(job, phase, "adapt")
     with job.crew.share("adapt", number=number, layout=layout):
         record = train_phase(job, number, layout)
     record.pop("exports")
@@ -40,7 +36,7 @@ def train_phase(job, number: int, layout: dict[str, Any]) -> dict[str, Any]:
     phase = job.recipe.adapt.phases[number - 1]
     rows, held_out = job.rows(phase.resolution).split()
     aligned = job.folder("align-head") / models.MODULES if number == 1 else None
-    model = models.load(dense_before(job, number), job.dtype, aligned, pipelines.device())
+    model = models.load(dense_before(job, number), job.dtype, aligned, first_device(layout))
     return adapt.adapt_phase(
         model,
         job.family,
@@ -59,20 +55,6 @@ def train_phase(job, number: int, layout: dict[str, Any]) -> dict[str, Any]:
             grid.drawing(job, held_out, job.folder(f"adapt-{number}")),
         ),
     )
-
-
-def fitted(job, phase: Phase) -> dict[str, Any]:
-    """ZeRO stage, offload and micro-batch from the plan's memory arithmetic; ResourceError when nothing fits.
-
-    Without a GPU the machine's available memory takes the place of the GPU's, shared by the ranks.
-    """
-    has_gpu, world = torch.cuda.is_available(), job.crew.world
-    memory = torch.cuda.get_device_properties(0).total_memory if has_gpu else psutil.virtual_memory().available / world
-    fit = plan.fit_phase(job.recipe, phase, world, gpu_bytes=memory, offline=job.offline)
-    if fit.problem:
-        raise ResourceError(fit.problem, "dcgen-convert plan shows what fits")
-    job.console.say(f"adapt: {fit.reason}")
-    return {"zero": fit.zero, "offload": fit.offload, "micro_batch": fit.micro_batch}
 
 
 def merge_phase(job, stage: Stage, number: int) -> None:

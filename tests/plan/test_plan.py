@@ -188,6 +188,17 @@ def test_each_phase_is_fitted():
     assert 256 % low.micro_batch == 0 == 256 % high.micro_batch
 
 
+def test_the_training_of_the_head_is_fitted_too():
+    """FLUX at 512 px: 512 pictures at once would need 131 GiB of activations; embedder and head are all that trains."""
+    krea = recipe.load("flux-krea").recipe
+    phase = plan.head_phase(krea)
+    head, lora = plan.fit_phase(krea, phase), plan.fit_phase(krea, krea.adapt.phases[0])
+    assert shapes(krea, offline=True).trainable(phase).trained == 32 * 3072 + 3072 + 3072 * 32 + 32
+    assert lora.micro_batch < head.micro_batch == 128 <= head.limit < phase.batch == 512
+    assert head.memory.activations / 2**30 == pytest.approx(131 / 4, rel=0.01)
+    assert plan.fit_phase(krea, phase, gpus=8).micro_batch == 64  # a rank's share
+
+
 def test_a_folder_of_ones_own_is_planned_from_its_configs(tmp_path):
     config = {
         "_class_name": "FluxTransformer2DModel", "num_layers": 2, "num_single_layers": 4, "num_attention_heads": 4,

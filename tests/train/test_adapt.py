@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,17 +82,29 @@ def test_the_last_phase_of_a_finished_run_is_not_trained_again(tmp_path):
     assert load_file(first["exports"]["lora"]).keys() == load_file(second["exports"]["lora"]).keys()
 
 
-def test_head_stage_trains_embedder_and_head_only(tmp_path):
-    from types import SimpleNamespace
-
+def train_tiny_head(folder, micro_batch, **shared):
     align = SimpleNamespace(steps=5, lr=1e-2, batch=6, warmup=0, clip=0.5)
-    model, before = tiny_flux(), tiny_flux().state_dict()
-    metrics = train_head(
-        model, FLUX, align, adapt_section(), Rows(), tmp_path, scheduler=SCHEDULER, dtype="fp32", saving=Saving(0, 0.0)
-    )
+    model, settings = tiny_flux(), {"scheduler": SCHEDULER, "dtype": "fp32", "micro_batch": micro_batch, "saving": Saving(0, 0.0)}
+    return train_head(model, FLUX, align, adapt_section(**shared), Rows(), folder, **settings), model
+
+
+def test_head_stage_trains_embedder_and_head_only(tmp_path):
+    metrics, model = train_tiny_head(tmp_path, 6)
+    before = tiny_flux().state_dict()
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"x_embedder.weight", "x_embedder.bias", "proj_out.weight", "proj_out.bias"}
     assert list(metrics["exports"]) == ["modules"]
+
+
+@pytest.mark.parametrize("objective", ["flow", "guidance-corrected"])
+def test_the_trained_head_does_not_depend_on_the_micro_batch(objective, tmp_path):
+    """Six samples at once or two at a time: the same weights, but for the order of summation."""
+    exports = [
+        load_file(train_tiny_head(tmp_path / str(size), size, objective=objective)[0]["exports"]["modules"]) for size in (6, 2)
+    ]
+    for name, value in exports[0].items():
+        torch.testing.assert_close(exports[1][name], value, rtol=1e-5, atol=1e-6)
+    assert len(losses(tmp_path / "6")) == len(losses(tmp_path / "2")) == 5
 
 
 def test_full_mode_trains_every_weight(tmp_path):

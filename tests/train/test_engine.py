@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dcgen_convert.errors import CheckFailed, InternalError, RecipeError
+from dcgen_convert.train import engine
 from dcgen_convert.train.engine import Engine, check_export
 from dcgen_convert.train.objective import Sampling, draw, flow_loss
 
@@ -167,6 +168,16 @@ def test_zero3_leaves_no_patch_behind():
     assert torch.nn.functional.linear is not linear
     engine.close()
     assert torch.nn.functional.linear is linear
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_zero3_puts_the_buffers_where_it_computes(zero, monkeypatch):
+    """DeepSpeed moves the buffers of a model for the other stages only."""
+    moved, model = [], tiny_flux()
+    monkeypatch.setattr(engine, "move_buffers", lambda *arguments: moved.append(arguments))
+    made = Engine(model, chosen(model), engine_settings(zero=zero))
+    made.close()
+    assert moved == ([(model, torch.device("cpu"))] if zero == 3 else [])
 
 
 def test_bad_loss_leaves_the_weights():

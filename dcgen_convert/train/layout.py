@@ -1,0 +1,35 @@
+"""How training is laid out on the devices at hand: ZeRO stage, offload and micro-batch, from the plan's memory arithmetic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psutil
+import torch
+
+from dcgen_convert import pipelines, plan
+from dcgen_convert.errors import ResourceError
+from dcgen_convert.plan.memory import GIB
+from dcgen_convert.schema import Phase
+
+
+def fitted(job, phase: Phase, label: str) -> dict[str, Any]:
+    """{"zero", "offload", "micro_batch"} of a phase, said to the console; ResourceError when nothing fits.
+
+    Without a GPU the machine's available memory takes the place of the GPU's, shared by the ranks.
+    """
+    has_gpu, world = torch.cuda.is_available(), job.crew.world
+    memory = torch.cuda.get_device_properties(0).total_memory if has_gpu else psutil.virtual_memory().available / world
+    fit = plan.fit_phase(job.recipe, phase, world, gpu_bytes=memory, offline=job.offline)
+    if fit.problem:
+        raise ResourceError(f"{label}: {fit.problem}", "dcgen-convert plan shows what fits")
+    job.console.say(
+        f"{label}: {fit.reason}; micro-batch {fit.micro_batch} of the {phase.batch // world} pictures per rank and step, "
+        f"{fit.limit} would fit in {memory / GIB:.1f} GiB"
+    )
+    return {"zero": fit.zero, "offload": fit.offload, "micro_batch": fit.micro_batch}
+
+
+def first_device(layout: dict[str, Any]) -> str:
+    """Where a model is loaded before the engine gets it: for ZeRO 3 the CPU, since the engine moves only this rank's shards."""
+    return "cpu" if layout["zero"] == 3 else pipelines.device()

@@ -1,0 +1,114 @@
+"""What a conversion does outside the training engine, on a pretend device: tensors left on the CPU would raise."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pretend_device
+import pytest
+import torch
+
+from dcgen_convert import conversion, models, pipelines
+from dcgen_convert.align import gap, head
+from dcgen_convert.console import NULL, Console
+from dcgen_convert.job import prepare
+from dcgen_convert.journal import Run, Stage
+from dcgen_convert.plan.memory import GIB
+from dcgen_convert.train import adapt, grid, layout, objective, stages
+from dcgen_convert.train.engine import move_buffers
+
+
+@pytest.fixture
+def job(converted):
+    return prepare(conversion.recorded(converted / "run")[0], Run(converted / "run", NULL), NULL)
+
+
+class Stopped(Exception):
+    """The engine was about to be made."""
+
+
+@pytest.fixture
+def handed_over(monkeypatch):
+    """Takes the engine's place: "devices" of the parameters that it is given, and its "settings"."""
+    seen = {}
+
+    def engine(model, named, settings):
+        seen.update(devices={p.device.type for p in model.parameters()}, settings=settings)
+        raise Stopped
+
+    monkeypatch.setattr(adapt, "Engine", engine)
+    return seen
+
+
+@pytest.fixture
+def device(monkeypatch):
+    with pretend_device.ready() as name:
+        monkeypatch.setattr(pipelines, "device", lambda: name)
+        yield name
+
+
+def test_the_pretend_device_refuses_tensors_of_the_cpu(device):
+    there, here = torch.ones(2, device=device), torch.ones(2)
+    assert (there + there).cpu().tolist() == [2, 2]
+    with pytest.raises(RuntimeError, match="two devices"):
+        there + here
+
+
+def test_the_gap_is_the_same_on_a_device(job, device):
+    model = models.load(job.folder("merge-1") / models.TRANSFORMER, job.dtype, device=device)
+    found = gap.measure(job, model, job.rows(job.resolution).split()[1])
+    recorded = json.loads((job.folder("merge-1") / "stage.json").read_text())["metrics"]["gap"]
+    assert found == pytest.approx(recorded, rel=1e-4)
+
+
+def test_the_head_starts_the_same_on_a_device(job, device):
+    rows, held_out = job.rows(job.resolution).split()
+    embedder = job.folder("align-embedder") / models.MODULES
+    model = models.load(job.folder("surgery") / models.TRANSFORMER, job.dtype, embedder, device)
+    task = adapt.Task(model, job.family, job.recipe.adapt, rows, job.scheduler)
+    head.start_head(job, task)
+    recorded = json.loads((job.folder("align-head") / "stage.json").read_text())["metrics"]
+    assert head.heldout_loss(job, task, held_out) == pytest.approx(recorded["loss_start"], rel=1e-3)
+    models.load_modules(model, job.folder("align-head") / models.MODULES)
+    assert head.heldout_loss(job, task, held_out) == pytest.approx(recorded["loss_trained"], rel=1e-3)
+
+
+def test_the_grid_is_drawn_on_a_device(job, device, tmp_path):
+    _, held_out = job.rows(job.resolution).split()
+    model = models.load(job.folder("merge-1") / models.TRANSFORMER, job.dtype, device=device)
+    grid.drawing(job, held_out, tmp_path)(lambda *at: objective.velocity(job.family, model, *at), 4)
+    assert (tmp_path / "samples" / "step-000004.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(("zero", "place"), [(2, pretend_device.NAME), (3, "cpu")])
+def test_zero_3_starts_from_the_cpu(zero, place, job, device, handed_over):
+    """So that no rank needs the whole model on its device: the engine moves a rank's own shards. Phases and head."""
+    chosen = {"zero": zero, "offload": "none", "micro_batch": 2}
+    with pytest.raises(Stopped):
+        stages.train_phase(job, 1, chosen)
+    assert handed_over["devices"] == {place}
+    model = head.surgical(job, job.folder("align-embedder") / models.MODULES, device)
+    with pytest.raises(Stopped):
+        head.train(job, chosen, model)
+    assert handed_over["devices"] == {place}
+
+
+def test_buffers_move_without_the_parameters(device):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    move_buffers(model, device)
+    assert {buffer.device.type for buffer in model.buffers()} == {device}
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("stage", ["head", "phase"])
+def test_the_micro_batch_comes_from_the_memory(stage, job, handed_over, monkeypatch, tmp_path, capsys):
+    """Room for some pictures of the batch, not for all: as many as divide the batch are taken, and the console says so."""
+    job = replace(job, console=Console())
+    batch = job.recipe.align_head.batch if stage == "head" else job.recipe.adapt.phases[0].batch
+    monkeypatch.setattr(layout.psutil, "virtual_memory", lambda: SimpleNamespace(available=1.6 * GIB))
+    with pytest.raises(Stopped):
+        (head.run if stage == "head" else lambda *at: stages.adapt_phase(*at, 1))(job, Stage(tmp_path))
+    settings = handed_over["settings"]
+    assert 1 < settings.micro_batch < batch == settings.batch and batch % settings.micro_batch == 0
+    said = capsys.readouterr().err
+    assert f"micro-batch {settings.micro_batch} of the {batch} pictures per rank and step" in said
