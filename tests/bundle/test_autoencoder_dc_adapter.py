@@ -18,6 +18,7 @@ from .conftest import autoencoder_dc
 SHIPPED = {
     "autoencoder_dc_adapter_v1": "155ea1f9545d982f2e5d0bf03bc34d6dd148dc440f6b0160d9241d26822ec705",
     "autoencoder_dc_adapter_v2": "3875d957b43d3f585b3fda60b8b1e3a85416641f17eed907fb07b23a96292a34",
+    "autoencoder_dc_adapter_v3": "6077e308c89e49db7a9a76ef51aec778d5d55b2f04bb9b297997ef6824b4c641",
 }
 
 
@@ -32,6 +33,10 @@ def adapted(factor: int, channels: int, **options) -> AutoencoderDCAdapter:
 def test_name_changes_with_the_code():
     source = Path(adapter.__file__).read_bytes()
     assert hashlib.sha256(source).hexdigest() == SHIPPED[adapter.MODULE_NAME]
+
+
+def test_file_names_its_licence_since_it_travels_alone():
+    assert Path(adapter.__file__).read_text().splitlines()[0] == "# SPDX-License-Identifier: Apache-2.0"
 
 
 @pytest.mark.parametrize("channels", [32, 128])
