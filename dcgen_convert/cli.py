@@ -22,6 +22,7 @@ from dcgen_convert.options import (
     RANKS,
     RECIPE,
     SOURCE,
+    TRUST,
     option,
     output_options,
     stack,
@@ -172,16 +173,18 @@ def inspect(session: Session, path: str, **values: object) -> int:
     type=click.Path(),
     help="Also compare untouched tensors with this source. Default: off.",
 )
+@TRUST
 @stack(OUTPUT)
 @click.pass_obj
-def verify(session: Session, bundle: str, against: str | None, **values: object) -> int:
+def verify(session: Session, bundle: str, against: str | None, trust_remote_code: bool, **values: object) -> int:
     """Hashes, structure and numbers of BUNDLE; loads it in a fresh process and decodes an image. Exit 1 on a
     difference."""
     console = session.begin(**output_options(values))
     from dcgen_convert import verbs
     from dcgen_convert.bundle.verify import verify as check
 
-    return verbs.verdict(console, check(Path(bundle), console, Path(against) if against else None), bundle)
+    source = Path(against) if against else None
+    return verbs.verdict(console, check(Path(bundle), console, source, trust_remote_code=trust_remote_code), bundle)
 
 
 @cli.command(context_settings=CONTEXT)
@@ -209,6 +212,7 @@ def verify(session: Session, bundle: str, against: str | None, **values: object)
 )
 @option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the first image.")
 @option("-n", "--count", type=click.IntRange(min=1), default=1, show_default=True, help="Images per prompt.")
+@TRUST
 @stack(OUTPUT)
 @click.pass_obj
 def sample(session: Session, bundle: str, prompts: tuple[str, ...], output: str, **values: object) -> int:

@@ -30,6 +30,12 @@ def stack(decorators: list[Callable]) -> Callable:
 
 SOURCE = click.argument("source", shell_complete=completion.sources)
 
+TRUST = option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run the Python files that come with BUNDLE. Use it only if you trust their author. Default: off, such files never run.",
+)
+
 INPUTS = [
     option("--base", metavar="FOLDER|REPO",
            help="Pipeline with text encoders and autoencoder, for a SOURCE that is a transformer alone. Default: the published one."),

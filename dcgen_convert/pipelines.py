@@ -28,7 +28,9 @@ def load_pipeline(source: Source, dtype: torch.dtype, **components):
     if "safety_checker" in source.index:
         components = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False, **components}
     with quiet_diffusers():
-        pipeline = stock_pipeline(source).from_pretrained(source.root, dtype=dtype, **components)
+        pipeline = stock_pipeline(source).from_pretrained(
+            source.root, dtype=dtype, use_safetensors=True, trust_remote_code=False, **components
+        )
     pipeline.set_progress_bar_config(disable=True)
     network = getattr(pipeline, source.family.component)
     if network is not None:  # a batch of large pictures takes many minutes, one pass of the network does not

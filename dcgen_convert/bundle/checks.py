@@ -9,14 +9,12 @@ from typing import Any
 from dcgen_convert import families
 from dcgen_convert.bundle import manifest as manifests
 from dcgen_convert.bundle.expected import expected_tensors
-from dcgen_convert.bundle.layout import is_component
 from dcgen_convert.bundle.tensors import tensor_sha256
+from dcgen_convert.checkpoint import trust
 from dcgen_convert.checkpoint.headers import Entry, read_weights
 from dcgen_convert.console import Console
 from dcgen_convert.errors import DcgenError, InputError
 from dcgen_convert.files import read_json, sha256
-
-LIBRARIES = ("diffusers", "transformers")
 
 
 def check_files(bundle: Path, manifest: Mapping[str, Any], console: Console) -> list[str]:
@@ -54,18 +52,26 @@ def _damaged_tensors(path: Path, manifest: Mapping[str, Any]) -> str:
     return f" (tensors {', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ""
 
 
+def check_code(bundle: Path, index: Mapping[str, Any]) -> list[str]:
+    """No code but this program's lies in the bundle, and its JSON files call for none."""
+    try:
+        found = trust.foreign(bundle, index)
+    except InputError as error:  # a damaged JSON file
+        return [error.message]
+    found += [trust.describe(bundle, file) for file in trust.foreign_files(bundle)]
+    return [f"{sentence} (--trust-remote-code accepts it)" for sentence in dict.fromkeys(found)]
+
+
 def check_structure(bundle: Path, index: Mapping[str, Any]) -> list[str]:
     """Every component that model_index.json names has its folder, config and in-bundle code."""
     found = []
-    for name, value in index.items():
-        if not is_component(value):
-            continue
+    for name, value in trust.components(index).items():
         folder = bundle / name
         if not folder.is_dir():
             found.append(f"model_index.json names {name}, which has no folder")
         elif not any(folder.glob("*config.json")):
             found.append(f"{name} has no config")
-        elif value[0] not in LIBRARIES and not is_pipeline(value[0]) and not (folder / f"{value[0]}.py").is_file():
+        elif value[0] not in trust.LIBRARIES and not is_pipeline(value[0]) and not (folder / f"{value[0]}.py").is_file():
             found.append(f"{name} needs the code {value[0]}.py, which is not in its folder")
     return found
 
@@ -77,21 +83,27 @@ def is_pipeline(library: str) -> bool:
     return hasattr(diffusers.pipelines, library)
 
 
-def check_tensors(bundle: Path, console: Console) -> list[str]:
-    """Names, dtypes and shapes of the transformer and the autoencoder against their classes; no NaN, no infinity."""
+def check_tensors(bundle: Path, index: Mapping[str, Any], console: Console) -> list[str]:
+    """Names, dtypes and shapes of the transformer and the autoencoder against their classes; no NaN, no infinity.
+
+    The tensors of a class that is part of no library are checked for NaN and infinity only.
+    """
     found = []
     for folder in (families.network_folder(bundle), bundle / "vae"):
         component = folder.name
         try:
             tensors = read_weights(folder)
-            expected, problems = expected_tensors(folder)
+            custom = trust.is_custom(index.get(component))
+            expected, problems = ({}, []) if custom else expected_tensors(folder)
         except DcgenError as error:
             found.append(error.message)
             continue
         found += problems
         found += [f"{component}: {name} is missing" for name in sorted(expected.keys() - tensors.keys())]
         found += [
-            f"{component}: {name} is not a tensor of the model" for name in sorted(tensors.keys() - expected.keys())
+            f"{component}: {name} is not a tensor of the model"
+            for name in sorted(tensors.keys() - expected.keys())
+            if not custom
         ]
         for name in sorted(expected.keys() & tensors.keys()):
             info, (dtypes, shape) = tensors[name], expected[name]

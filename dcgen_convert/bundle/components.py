@@ -3,7 +3,7 @@ safetensors only.
 
 Hub folders hold duplicates that a bundle must not inherit: pickles beside safetensors, and precision variants
 (`model.fp16.safetensors`) beside the plain files. Where only one variant exists, it gets the plain name, so that the
-bundle loads without a `variant=` argument.
+bundle loads without a `variant=` argument. A bundle takes no code files from a source, except this program's own.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import os
 from pathlib import Path
 
+from dcgen_convert.checkpoint import trust
 from dcgen_convert.checkpoint.headers import INDEX_VARIANT, VARIANT
 from dcgen_convert.console import Console
 from dcgen_convert.errors import InputError
@@ -29,11 +30,9 @@ def plan_copy(source: Path) -> dict[str, str]:
     """
     if not source.is_dir():
         raise InputError(f"the component folder {source} does not exist", "fetch the whole checkpoint again")
-    names = sorted(
-        p.relative_to(source).as_posix()
-        for p in source.rglob("*")
-        if p.is_file() and not _hidden(p.relative_to(source))
-    )
+    code = trust.foreign_files(source)
+    files = [path.relative_to(source) for path in source.rglob("*") if path.is_file() and path not in code]
+    names = sorted(path.as_posix() for path in files if not _hidden(path))
     pickles = [n for n in names if n.endswith(PICKLES)]
     weights = [n for n in names if n.endswith(".safetensors")]
     if pickles and not weights:
@@ -59,6 +58,9 @@ def copy_component(source: Path, target: Path, console: Console, *, label: str) 
     read.
     """
     plan = plan_copy(source)
+    if code := trust.foreign_files(source):
+        names = ", ".join(path.relative_to(source).as_posix() for path in code)
+        console.warn(f"{label}: the bundle does not take the code {names}")
     total = sum((source / name).stat().st_size for name in plan)
     hashes = {}
     with console.progress(f"copy {label}", total, "B") as bar:

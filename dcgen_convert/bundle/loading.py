@@ -9,15 +9,19 @@ A quantised bundle runs in one of three ways ("runtime"):
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from dcgen_convert import families
-from dcgen_convert.bundle.layout import LORA_FILE, has_adapter, read_index
+from dcgen_convert.bundle.components import plan_copy
+from dcgen_convert.bundle.layout import LORA_FILE, read_index
 from dcgen_convert.bundle.manifest import quantised_formats
+from dcgen_convert.checkpoint import trust
 from dcgen_convert.errors import InputError, ResourceError
 from dcgen_convert.families.base import Family
 from dcgen_convert.files import read_json
@@ -26,17 +30,22 @@ RUNTIMES = ("auto", "stock", "dequantised", "emulated")
 LARGE = 8 << 30  # bytes of transformer weights from which a CPU keeps them in bfloat16
 
 
-def load(bundle: Path, dtype=None, runtime: str = "auto", device: str | None = None) -> tuple[Any, str]:
+def load(
+    bundle: Path, dtype=None, runtime: str = "auto", device: str | None = None, *, trust_remote_code: bool = False
+) -> tuple[Any, str]:
     """(pipeline, runtime used).
+
+    The bundle's own Python does not run: an in-bundle adapter is loaded with this program's class, other code is refused.
 
     Args:
         bundle: bundle folder, either layout.
         dtype: torch dtype of the weights; None: bfloat16 on a GPU and for models above 8 GiB, else float32.
         runtime: "auto" takes stock where it runs, else dequantised.
         device: None: the GPU if there is one.
+        trust_remote_code: run the Python files that come with the bundle.
 
     Raises:
-        InputError: not a bundle, or a runtime that does not exist or does not apply.
+        InputError: not a bundle, foreign code, weights as a pickle, or a runtime that does not exist or does not apply.
         ResourceError: "stock" asked for a quantised bundle that this machine cannot run; the message says why.
     """
     import torch
@@ -44,6 +53,10 @@ def load(bundle: Path, dtype=None, runtime: str = "auto", device: str | None = N
 
     bundle = Path(bundle)
     index, family = read_index(bundle), family_of(bundle)
+    if not trust_remote_code:
+        trust.require(bundle, index)
+    for name in trust.components(index):
+        plan_copy(bundle / name)  # refuses pickles
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or default_dtype(bundle, device)
     runtime = choose_runtime(bundle, runtime, dtype)
@@ -56,15 +69,19 @@ def load(bundle: Path, dtype=None, runtime: str = "auto", device: str | None = N
         from dcgen_convert.svdquant.runtime import emulate
 
         parts[family.component] = emulate(families.network_folder(bundle), dtype)
-    options = dict(dtype=dtype, trust_remote_code=has_adapter(family), local_files_only=True)
-    with quiet_diffusers():
-        if index["_class_name"] in (family.pipeline_class, *family.other_pipelines):
+    options = dict(dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True, use_safetensors=True)
+    kind = index["_class_name"]
+    own = not trust_remote_code and trust.is_adapter(index.get("vae"))
+    with quiet_diffusers(), own_adapter(index["vae"][0]) if own else nullcontext():
+        if isinstance(kind, list) or kind in (family.pipeline_class, *family.other_pipelines):
+            if own:
+                parts["vae"] = _adapter(bundle / "vae", dtype)
             pipeline = DiffusionPipeline.from_pretrained(bundle, **parts, **options)
         else:
             pipeline = _official(bundle, family, parts, options)
     pipeline.vae.eval()  # "in" and "mix" decoders hold BatchNorm
     if (bundle / LORA_FILE).is_file():
-        pipeline.load_lora_weights(bundle)
+        pipeline.load_lora_weights(bundle, weight_name=LORA_FILE, use_safetensors=True, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device), runtime
 
@@ -85,6 +102,29 @@ def quiet_diffusers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def own_adapter(name: str) -> Iterator[None]:
+    """Let this program's adapter stand for the module ``name`` of model_index.json.
+
+    diffusers compares a part that it is given with the class in model_index.json, and looks that class up in the modules
+    that are already imported.
+    """
+    from diffusers import ModelMixin
+
+    from dcgen_convert.bundle.autoencoder_dc_adapter import AutoencoderDCAdapter
+
+    module = ModuleType(name)
+    module.AutoencoderDCAdapter, module.ModelMixin = AutoencoderDCAdapter, ModelMixin
+    former = sys.modules.get(name)
+    sys.modules[name] = module
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+        if former is not None:
+            sys.modules[name] = former
 
 
 def family_of(bundle: Path) -> Family:
@@ -169,9 +209,12 @@ def _official(bundle: Path, family: Family, parts: dict[str, Any], options: dict
     """
     import diffusers
 
+    vae = _adapter(bundle / "vae", options["dtype"], latent_order=family.adapter_order)
+    return getattr(diffusers, family.pipeline_class).from_pretrained(bundle, vae=vae, **parts, **options)
+
+
+def _adapter(folder: Path, dtype: Any, **settings: Any) -> Any:
+    """This program's adapter around the autoencoder in ``folder``."""
     from dcgen_convert.bundle.autoencoder_dc_adapter import AutoencoderDCAdapter
 
-    vae = AutoencoderDCAdapter.from_pretrained(
-        bundle / "vae", dtype=options["dtype"], latent_order=family.adapter_order
-    )
-    return getattr(diffusers, family.pipeline_class).from_pretrained(bundle, vae=vae, **parts, **options)
+    return AutoencoderDCAdapter.from_pretrained(folder, dtype=dtype, use_safetensors=True, **settings)

@@ -1,5 +1,5 @@
 """Load a bundle in a fresh process, draw one picture, and print one JSON line about it: `python -m
-dcgen_convert.bundle.probe BUNDLE`.
+dcgen_convert.bundle.probe BUNDLE [--trust-remote-code]`.
 
 `verify` runs this as a child: what it loads cannot lean on anything that the converting process had imported or kept
 in memory.
@@ -17,9 +17,9 @@ TOKENS_PER_SIDE = 4
 STEPS = 2
 
 
-def probe(bundle: Path) -> dict:
+def probe(bundle: Path, trust_remote_code: bool = False) -> dict:
     """{"runtime", "height", "width", "mean", "std"} of a small picture; exceptions of loading and drawing pass
-    through.
+    through. trust_remote_code: as `loading.load` takes it.
     """
     import numpy
 
@@ -29,7 +29,7 @@ def probe(bundle: Path) -> dict:
     from dcgen_convert.files import read_json
 
     family, defaults = family_of(bundle), read(bundle)["defaults"]
-    pipeline, runtime = load(bundle)
+    pipeline, runtime = load(bundle, trust_remote_code=trust_remote_code)
     kind = family, transformer_config(bundle), read_json(bundle / "vae" / "config.json")
     side = only_side(*kind) or TOKENS_PER_SIDE * token_side(*kind)
     prompt = PROMPTS.get(family.text_keys[0], "a red fox in the snow")
@@ -49,7 +49,7 @@ def main() -> None:
     result_stream = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     try:
-        document = probe(Path(sys.argv[1]))
+        document = probe(Path(sys.argv[1]), "--trust-remote-code" in sys.argv[2:])
     except Exception as error:  # the parent reports it: a child has no other reader
         document = {"error": f"{type(error).__name__}: {error}"}
     print(json.dumps(document), file=result_stream, flush=True)

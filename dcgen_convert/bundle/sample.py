@@ -31,6 +31,7 @@ def sample(
     count: int = 1,
     dtype=None,
     runtime: str = "auto",
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Draw ``count`` pictures of every prompt and write them as PNG files into the folder ``output``.
 
@@ -43,13 +44,13 @@ def sample(
         output: folder, created when missing.
         height, width: px, multiples of the autoencoder's factor; None: the bundle's own.
         steps, guidance: None: the bundle's own.
-        dtype, runtime: as in `loading.load`.
+        dtype, runtime, trust_remote_code: as in `loading.load`.
 
     Returns the result document: images (paths), prompts and seeds in the same order, runtime, the settings used,
     seconds.
 
     Raises:
-        InputError: no prompt, a size that does not fit, a runtime that does not apply.
+        InputError: no prompt, a size that does not fit, foreign code, a runtime that does not apply.
         CheckFailed: the bundle is unfinished, or a picture is not finite.
     """
     if not prompts or count < 1:
@@ -59,7 +60,7 @@ def sample(
     height, width = height or defaults["height"], width or defaults["width"]
     check_size(family, transformer_config(bundle), read_json(bundle / "vae" / "config.json"), height, width)
     steps, guidance = steps or defaults["steps"], defaults["guidance"] if guidance is None else guidance
-    pipeline, used = load(bundle, dtype, runtime)
+    pipeline, used = load(bundle, dtype, runtime, trust_remote_code=trust_remote_code)
     console.say(describe(bundle, used))
     jobs = [prompt for prompt in prompts for _ in range(count)]
     images, started = [], time.perf_counter()

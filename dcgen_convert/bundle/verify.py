@@ -23,7 +23,14 @@ SHOWN = 20  # differences that the error lists
 PROBE_SECONDS = 3600
 
 
-def verify(bundle: Path, console: Console, against: Path | str | None = None, *, probe: bool = True) -> dict[str, Any]:
+def verify(
+    bundle: Path,
+    console: Console,
+    against: Path | str | None = None,
+    *,
+    probe: bool = True,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
     """Check a bundle; returns the result document when nothing differs.
 
     Args:
@@ -31,6 +38,7 @@ def verify(bundle: Path, console: Console, against: Path | str | None = None, *,
         against: the base model as a folder, catalogue name or hub id: every tensor that the manifest calls identical
             must be there, byte for byte.
         probe: draw a picture in a fresh process.
+        trust_remote_code: run the Python files that come with the bundle; without it, code of others is a difference.
 
     Raises:
         CheckFailed: something differs; the message lists what and where.
@@ -40,13 +48,16 @@ def verify(bundle: Path, console: Console, against: Path | str | None = None, *,
     index, manifest = read_index(bundle), manifests.read(bundle)
     steps = {
         "files": lambda: checks.check_files(bundle, manifest, console),
+        "code": lambda: checks.check_code(bundle, index),
         "structure": lambda: checks.check_structure(bundle, index),
-        "tensors": lambda: checks.check_tensors(bundle, console),
+        "tensors": lambda: checks.check_tensors(bundle, index, console),
         "table": lambda: checks.check_table(bundle, manifest),
     }
     if against is not None:
         source = source_folder(str(against), manifest["sources"]["base"]["revision"])
         steps["against"] = lambda: checks.check_against(manifest, source)
+    if trust_remote_code:
+        del steps["code"]
     found: list[str] = []
     for name, step in steps.items():
         differences = step()
@@ -54,7 +65,7 @@ def verify(bundle: Path, console: Console, against: Path | str | None = None, *,
         found += differences
     picture = None
     if probe and not found:  # a folder that is known to be damaged is not loaded
-        picture = run_probe(bundle)
+        picture = run_probe(bundle, trust_remote_code)
         if "error" in picture:
             found.append(f"a fresh process could not draw a picture: {picture['error']}")
         else:
@@ -85,12 +96,14 @@ def source_folder(name: str, revision: str | None) -> Path:
     return resolve_folder(where, revision=revision, patterns=patterns)[0]
 
 
-def run_probe(bundle: Path) -> dict[str, Any]:
+def run_probe(bundle: Path, trust_remote_code: bool = False) -> dict[str, Any]:
     """What `bundle.probe` printed, or {"error": why it printed nothing}."""
+    flags = ["--trust-remote-code"] if trust_remote_code else []
     with tempfile.TemporaryDirectory() as modules:
         # Its own cache of in-bundle code: a file that another bundle left behind must not answer for this one.
         child = subprocess.run(
-            [sys.executable, "-m", "dcgen_convert.bundle.probe", str(bundle.absolute())],
+            [sys.executable, "-m", "dcgen_convert.bundle.probe", str(bundle.absolute()), *flags],
+            stdin=subprocess.DEVNULL,  # no library may ask a question there
             env=alone()
             | {
                 "HF_MODULES_CACHE": modules,

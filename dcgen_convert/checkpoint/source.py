@@ -13,7 +13,9 @@ from typing import Any, ClassVar
 
 from dcgen_convert import families
 from dcgen_convert.bundle.manifest import source_record
+from dcgen_convert.checkpoint import trust
 from dcgen_convert.checkpoint.headers import FLOAT8, Entry, read_weights
+from dcgen_convert.checkpoint.trust import is_component
 from dcgen_convert.errors import AccessError, InputError
 from dcgen_convert.families import Family
 from dcgen_convert.files import read_object, sha256
@@ -61,6 +63,7 @@ class Source:
         odd = next((part for part, value in index.items() if is_component(value) and not re.fullmatch(r"\w[\w.-]*", part)), None)
         if odd is not None:
             raise InputError(f"{path} names the component {odd!r}, which is no folder name", "fetch the checkpoint again")
+        trust.require(self.root, index, "give a checkpoint whose parts are classes of diffusers and transformers")
         return index
 
     @cached_property
@@ -126,11 +129,6 @@ def fingerprint_of(places: Iterable[Path]) -> str:
             whole = stat.st_size <= HASH_WHOLE
             digest.update((sha256(path) if whole else str(stat.st_mtime_ns)).encode())
     return digest.hexdigest()
-
-
-def is_component(value: Any) -> bool:
-    """Whether a model_index.json value names a class to load, as against a setting or an absent optional part."""
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
 
 
 def resolve_folder(

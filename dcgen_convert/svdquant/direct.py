@@ -190,6 +190,6 @@ def default_side(source: Source) -> int:
     parts = {part: None for part in source.parts if part != "scheduler"}
     parts |= {models.TRANSFORMER: build(source.config), "vae": build(vae)}  # without their weights
     with quiet_diffusers():
-        pipeline = stock_pipeline(source).from_pretrained(source.root, **parts)
+        pipeline = stock_pipeline(source).from_pretrained(source.root, trust_remote_code=False, **parts)
     cells = getattr(pipeline, "default_sample_size", None) or source.config.get("sample_size")
     return int(cells * getattr(pipeline, "vae_scale_factor", factor)) if cells else PIPELINE_SIDE

@@ -17,9 +17,9 @@ from dcgen_convert.files import read_json, sha256, write_json
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
-def failure(bundle, against=None, probe=False) -> str:
+def failure(bundle, against=None, probe=False, **options) -> str:
     with pytest.raises(CheckFailed) as caught:
-        verify(bundle, NULL, against, probe=probe)
+        verify(bundle, NULL, against, probe=probe, **options)
     return caught.value.message
 
 
@@ -36,7 +36,7 @@ def rewrite(bundle, change, file=WEIGHTS) -> None:
 @pytest.mark.parametrize("name", ["flux", "sana", "dit"])
 def test_a_whole_bundle_passes_in_a_fresh_process(parts, bundles, name):
     document = verify(bundles(name), NULL, parts(name).source)
-    assert document["ok"] and document["checks"] == ["files", "structure", "tensors", "table", "against", "picture"]
+    assert document["ok"] and document["checks"] == ["files", "code", "structure", "tensors", "table", "against", "picture"]
     assert document["picture"]["runtime"] == "stock" and document["picture"]["std"] > 0
     assert document["tensors"]["identical"] == document["tensors"]["total"] - 4
 
@@ -127,8 +127,8 @@ def test_a_bundle_that_cannot_load_fails_although_all_hashes_agree(own_bundle):
     name = code.relative_to(bundle).as_posix()
     record["files"][name] = {"sha256": sha256(code), "bytes": code.stat().st_size}
     write_json(bundle / manifests.FILE, record)
-    assert verify(bundle, NULL, probe=False)["ok"]
-    message = failure(bundle, probe=True)
+    assert verify(bundle, NULL, probe=False, trust_remote_code=True)["ok"]
+    message = failure(bundle, probe=True, trust_remote_code=True)
     assert "a fresh process could not draw a picture" in message and "broken adapter" in message
 
 

@@ -18,7 +18,7 @@ from dcgen_convert.errors import CheckFailed, InputError
 from dcgen_convert.files import read_json, write_json
 from dcgen_convert.inspection import inspect
 
-CHECKS = ["files", "structure", "tensors", "table", "against", "picture"]
+CHECKS = ["files", "code", "structure", "tensors", "table", "against", "picture"]
 FEW = ["--calibration", "2", "--steps", "2"]
 
 

@@ -1,0 +1,118 @@
+"""Whose Python a pipeline folder would run.
+
+A diffusers folder can bring Python files of its own, and its JSON files decide which of them run. Without the user's word
+only the code of diffusers, of transformers and of this program runs: everything else is refused before it is loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dcgen_convert.errors import InputError
+from dcgen_convert.files import read_object, sha256
+
+LIBRARIES = ("diffusers", "transformers")
+SAFETY_CHECKER = ("stable_diffusion", "StableDiffusionSafetyChecker")  # a diffusers class that lives beside its pipeline
+ADAPTER_CLASS = "AutoencoderDCAdapter"
+# Module name of the in-bundle adapter -> sha256 of every file that this program has written under that name.
+ADAPTERS = {
+    "autoencoder_dc_adapter_v1": ("155ea1f9545d982f2e5d0bf03bc34d6dd148dc440f6b0160d9241d26822ec705",),
+    "autoencoder_dc_adapter_v2": ("3875d957b43d3f585b3fda60b8b1e3a85416641f17eed907fb07b23a96292a34",),
+}
+CODE = (".py", ".pyc", ".pyd", ".so")
+FOLLOWS_AUTO_MAP = re.compile(r"Auto(?!encoder)|\w*Processor$")  # classes that look for another class in a JSON file
+HINT = "--trust-remote-code runs it; give the flag only when you trust the author of these files"
+
+
+def is_component(value: Any) -> bool:
+    """Whether a model_index.json value names a class to load, as against a setting or an absent optional part."""
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
+
+
+def components(index: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Part -> (library, class) of all that a model_index.json names as parts."""
+    return {name: value for name, value in index.items() if not name.startswith("_") and is_component(value)}
+
+
+def is_adapter(value: Any) -> bool:
+    """Whether a model_index.json value names this program's own autoencoder class."""
+    return is_component(value) and value[0] in ADAPTERS and value[1] == ADAPTER_CLASS
+
+
+def is_custom(value: Any) -> bool:
+    """Whether a model_index.json value names a class of neither library, and not this program's adapter."""
+    return is_component(value) and value[0] not in LIBRARIES and tuple(value) != SAFETY_CHECKER and not is_adapter(value)
+
+
+def is_own(file: Path) -> bool:
+    """Whether ``file`` is an adapter exactly as this program has written it."""
+    return file.suffix == ".py" and file.stem in ADAPTERS and sha256(file) in ADAPTERS[file.stem]
+
+
+def require(root: Path, index: Mapping[str, Any], hint: str = HINT) -> None:
+    """InputError when loading the pipeline folder ``root`` would run code that is foreign.
+
+    Args:
+        index: the folder's model_index.json.
+        hint: what the user can do.
+    """
+    found = foreign(root, index)
+    if found:
+        raise InputError(f"{root} asks for code that this program does not know: {'; '.join(found)}", hint)
+
+
+def foreign(root: Path, index: Mapping[str, Any]) -> list[str]:
+    """One sentence for every part of the pipeline folder ``root`` that would run foreign code; no code is run."""
+    found = []
+    if isinstance(index.get("_class_name"), list):
+        found.append(f"model_index.json takes the pipeline itself from {index.get('_class_name')}")
+    for name, (library, class_name) in components(index).items():
+        found += _of_component(root, name, library, class_name)
+    return found
+
+
+def foreign_files(root: Path) -> list[Path]:
+    """The code files under ``root`` that this program has not written."""
+    return sorted(path for path in root.rglob("*") if path.suffix in CODE and path.is_file() and not is_own(path))
+
+
+def _of_component(root: Path, name: str, library: str, class_name: str) -> Iterator[str]:
+    folder = root / name
+    file = folder / f"{library}.py"
+    if name == "vae" and is_adapter([library, class_name]):
+        if file.is_file() and not is_own(file):
+            yield describe(root, file)
+    elif is_custom([library, class_name]) or library in ADAPTERS:
+        yield f"model_index.json takes {name} from {library}.{class_name}, which is part of neither {' nor '.join(LIBRARIES)}"
+    elif file.is_file():  # diffusers prefers it to the installed library of that name
+        yield describe(root, file)
+    elif "Pipeline" in class_name:
+        yield f"model_index.json names the pipeline {class_name} as its part {name}"
+    for path in sorted(folder.glob("*config.json")):
+        for key in _calls(read_object(path), bool(FOLLOWS_AUTO_MAP.match(class_name))):
+            yield f"{name}/{path.name} names code under {key}"
+
+
+def describe(root: Path, file: Path) -> str:
+    """The sentence for a foreign code file under ``root``."""
+    name = file.relative_to(root).as_posix()
+    if file.stem in ADAPTERS:
+        return f"{name} differs from every version of it that this program has written"
+    return f"{name} is code that this program has not written"
+
+
+def _calls(config: Mapping[str, Any], followed: bool) -> Iterator[str]:
+    """Keys of a config by which a library would load code: `auto_map`, and attention from a hub repository.
+
+    Args:
+        followed: whether the class that reads ``config`` obeys an `auto_map` at its top; the classes of inner models do.
+    """
+    for key, value in config.items():
+        from_hub = key.endswith("attn_implementation") and "/" in str(value)
+        if from_hub or (followed and key == "auto_map"):
+            yield key
+        elif isinstance(value, dict) and key != "auto_map":
+            yield from (f"{key}.{inner}" for inner in _calls(value, True))
