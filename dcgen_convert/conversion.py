@@ -8,7 +8,8 @@ because they read every byte of the inputs: a damaged checkpoint is found before
 
 Every stage reads artefacts of the run folder and writes its own; journal.py decides which stages still hold. `inputs`
 below lists what a stage depends on: a change there, or in a stage that it builds on, makes it run again. Pictures do not
-depend on the autoencoder, so another --ae keeps them.
+depend on the autoencoder, so another --ae keeps them. Layout settings (schema.LAYOUT) are left out: a smaller micro-batch after
+an out-of-memory error continues the training.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from dcgen_convert.job import Job, prepare
 from dcgen_convert.journal import MARKER, Run, Stage, fingerprint
 from dcgen_convert.plan import require_disk
 from dcgen_convert.recipe import Machine, Recipe, Resolved
+from dcgen_convert.schema import result_settings
 
 RECIPE = "recipe.json"
 
@@ -55,7 +57,7 @@ def walk(job: Job, output: Path, force: bool) -> Iterator[Step]:
     from dcgen_convert.svdquant import stage as svdquant
     from dcgen_convert.train import stages as train
 
-    recipe = job.recipe.model_dump(mode="json")
+    recipe = result_settings(job.recipe)
     phases = recipe["adapt"].pop("phases")
     common = {"source": job.source.fingerprint, "dtype": recipe["dtype"], "seed": recipe["seed"]}
     if job.source.imported:
@@ -127,14 +129,20 @@ def convert(
         return _run_steps(job, steps, output, start, until)
 
 
-def _run_steps(job: Job, steps: list[Step], output: Path, start: str | None, until: str | None) -> dict[str, Any]:
-    records = []
+def with_inputs(steps: list[Step]) -> Iterator[tuple[Step, dict[str, Any]]]:
+    """Every step with all that it depends on: its own inputs, the program, and the stages that it builds on."""
     prints: dict[str, str] = {}
-    again = False
     for step in steps:
         before = prints if step.after is None else {name: prints[name] for name in step.after}
         inputs = {**step.inputs, "version": __version__, "before": fingerprint(before)}
         prints[step.name] = fingerprint(inputs)
+        yield step, inputs
+
+
+def _run_steps(job: Job, steps: list[Step], output: Path, start: str | None, until: str | None) -> dict[str, Any]:
+    records = []
+    again = False
+    for step, inputs in with_inputs(steps):
         lost = step.name == "bundle" and not (output / MANIFEST).exists()
         again = again or step.name == start or lost
         record = None if again else job.run.done(step.name, inputs)

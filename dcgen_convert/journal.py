@@ -6,7 +6,7 @@
 
 A stage is done when its marker carries the fingerprint of the inputs that it has now and every output still has its
 size. Otherwise it runs again, and the user is told which input changed. A stage that was cut off with the same
-fingerprint finds its partial artefacts where it left them.
+fingerprint finds its partial artefacts where it left them; with another fingerprint they are deleted, and the user is told.
 """
 
 from __future__ import annotations
@@ -64,10 +64,7 @@ class Run:
             return None
         record = read_json(marker)
         if record["fingerprint"] != fingerprint(inputs):
-            changed = sorted(
-                key for key in {*inputs, *record["inputs"]} if _differs(inputs.get(key), record["inputs"].get(key))
-            )
-            self.console.say(f"{name}: runs again, changed: {', '.join(changed)}")
+            self.console.say(f"{name}: runs again, changed: {_changed(inputs, record['inputs'])}")
             return None
         for relative, size in record["outputs"].items():
             path = folder / relative
@@ -83,8 +80,9 @@ class Run:
         started = folder / STARTED
         current = fingerprint(inputs)
         if not started.exists() or read_json(started)["fingerprint"] != current or (folder / MARKER).exists():
+            self._tell_of_loss(name, inputs)
             fresh_folder(folder)
-            write_json(started, {"fingerprint": current})
+            write_json(started, {"fingerprint": current, "inputs": _plain(inputs)})
         else:
             self.console.say(f"{name}: continues where it stopped")
             for leftover in folder.rglob(f"{TEMPORARY}*"):
@@ -101,13 +99,28 @@ class Run:
         record = {
             "stage": name,
             "fingerprint": current,
-            "inputs": json.loads(json.dumps(inputs, default=str)),
+            "inputs": _plain(inputs),
             "metrics": stage.metrics,
             "outputs": outputs,
             "seconds": seconds,
         }
         write_json(folder / MARKER, record)
         os.unlink(started)
+
+    def _tell_of_loss(self, name: str, inputs: dict[str, Any]) -> None:
+        """Warn of the partial work of a stage that was cut off with other inputs, before it is deleted."""
+        folder = self.path / name
+        files = [path for path in folder.rglob("*") if path.is_file() and path.name != STARTED]
+        if not files or (folder / MARKER).exists():
+            return
+        started = folder / STARTED
+        recorded = read_json(started).get("inputs") if started.exists() else None
+        changed = _changed(inputs, recorded) if recorded else "unknown, an older version did not record the settings"
+        newest = max(files, key=lambda path: path.stat().st_mtime).relative_to(folder)
+        size = sum(path.stat().st_size for path in files) / 1e6
+        self.console.warn(
+            f"{name}: starts again, changed: {changed}; its unfinished work is deleted ({len(files)} files, {size:.1f} MB, newest {newest})"
+        )
 
 
 class Stage:
@@ -118,5 +131,20 @@ class Stage:
         self.metrics: dict[str, Any] = {}
 
 
-def _differs(new: Any, old: Any) -> bool:
-    return json.dumps(new, sort_keys=True, default=str) != json.dumps(old, sort_keys=True, default=str)
+def _plain(document: Any) -> Any:
+    """A document as JSON gives it back."""
+    return json.loads(json.dumps(document, default=str))
+
+
+def _changed(new: dict[str, Any], old: dict[str, Any]) -> str:
+    """Names of what differs between two records of inputs."""
+    return ", ".join(sorted("an earlier stage" if key == "before" else key for key in _differing(_plain(new), old)))
+
+
+def _differing(new: dict[str, Any], old: dict[str, Any]) -> Iterator[str]:
+    for key in {*new, *old}:
+        mine, other = new.get(key), old.get(key)
+        if isinstance(mine, dict) and isinstance(other, dict):
+            yield from (f"{key}.{inner}" for inner in _differing(mine, other))
+        elif key not in new or key not in old or mine != other:
+            yield key

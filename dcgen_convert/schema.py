@@ -6,7 +6,7 @@ models.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -20,6 +20,21 @@ from pydantic import (
 )
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+# Layout settings: they decide how the work is done (memory, speed, what is tolerated, what is looked at on the way), and the result
+# is the same but for the order of float sums. No fingerprint and no checkpoint holds them, so a change throws no work away. * is
+# the number of a phase; the name of a section stands for all of its settings.
+LAYOUT = (
+    "data.max_broken",
+    "latents.batch",
+    "latents.scale_tolerance",
+    "adapt.null_pass",
+    "adapt.checkpointing",
+    "adapt.zero",
+    "adapt.offload",
+    "adapt.phases.*.micro_batch",
+    "watch",
+)
 
 
 class Section(BaseModel):
@@ -275,3 +290,22 @@ class Recipe(Section):
                 "merge_lora is false but the last phase trains every weight: there is no LoRA to keep apart"
             )
         return self
+
+
+def result_settings(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as JSON values, without the settings of LAYOUT: what the result depends on."""
+    return _without_layout(recipe.model_dump(mode="json"), ())
+
+
+def layout_names(section: str) -> frozenset[str]:
+    """Last parts of the names of the LAYOUT settings in ``section``: "adapt" -> {"zero", "micro_batch", ...}."""
+    return frozenset(name.rpartition(".")[2] for name in LAYOUT if name.startswith(f"{section}."))
+
+
+def _without_layout(value: Any, place: tuple[str, ...]) -> Any:
+    if isinstance(value, list):
+        return [_without_layout(item, (*place, "*")) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kept = [key for key in value if ".".join((*place, key)) not in LAYOUT]
+    return {key: _without_layout(value[key], (*place, key)) for key in kept}

@@ -12,6 +12,7 @@ from dcgen_convert.data.images import Picture
 from dcgen_convert.errors import InputError
 from dcgen_convert.files import read_json, replacing, sha256
 from dcgen_convert.journal import MARKER, Stage
+from dcgen_convert.schema import result_settings
 
 
 def inputs(job) -> dict[str, Any]:
@@ -19,8 +20,8 @@ def inputs(job) -> dict[str, Any]:
 
     Files that are no longer there count as unchanged: a run that has its latents goes on without them.
     """
-    settings = job.recipe.data
-    drawn = settings.model_dump(mode="json", exclude={"buckets"})  # pictures do not depend on how they are cut
+    settings, drawn = job.recipe.data, result_settings(job.recipe)["data"]
+    del drawn["buckets"]  # pictures do not depend on how they are cut
     found: dict[str, Any] = {"data": drawn, "text_length": job.text_length}
     if settings.kind == "folder":
         files = images.listing(Path(settings.path))

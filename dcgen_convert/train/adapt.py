@@ -18,6 +18,7 @@ from dcgen_convert.data import buckets
 from dcgen_convert.errors import RecipeError
 from dcgen_convert.families import Family, Text
 from dcgen_convert.files import read_json, write_json
+from dcgen_convert.schema import layout_names
 from dcgen_convert.train import distributed, loop, lora
 from dcgen_convert.train.batched import batched_corrected_loss
 from dcgen_convert.train.engine import Engine
@@ -36,7 +37,7 @@ from dcgen_convert.train.objective import (
 from dcgen_convert.train.settings import EngineSettings
 from dcgen_convert.train.watch import NONE, Intervals, Watch
 
-LAYOUT = ("zero", "micro_batch", "offload", "checkpointing", "null_pass")  # settings that do not change the loss curve
+LAYOUT = layout_names("adapt")  # settings that do not change the loss curve
 MOMENT_SAVING = Saving(steps=0, minutes=10)  # a kill costs ten minutes at most
 
 

@@ -62,6 +62,40 @@ def test_an_interrupted_stage_keeps_its_partial_work_for_the_same_inputs(run):
         assert not (stage.folder / "half").exists()
 
 
+def interrupted(run, inputs, started=None):
+    """Stage `a`, cut off with one file of partial work; ``started`` takes the place of its record."""
+    with pytest.raises(KeyboardInterrupt), run.stage("a", inputs) as stage:
+        atomic_write(stage.folder / "half", "h")
+        raise KeyboardInterrupt
+    if started:
+        (run.path / "a" / "started.json").write_text(json.dumps(started))
+
+
+@pytest.mark.parametrize(
+    ("started", "changed"),
+    [
+        (None, "phase.lr"),
+        ({"fingerprint": "of version 0.1.0"}, "unknown, an older version did not record the settings"),
+    ],
+)
+def test_deleting_the_partial_work_of_other_inputs_is_told(run, capsys, started, changed):
+    interrupted(run, {"phase": {"lr": 1, "steps": 5}}, started)
+    run.console = Console("human", stderr=sys.stdout)
+    with run.stage("a", {"phase": {"lr": 2, "steps": 5}}):
+        pass
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"a: starts again, changed: {changed}; its unfinished work is deleted (1 files, 0.0 MB, newest half)" in said
+
+
+def test_nothing_is_told_where_nothing_is_lost(run, capsys):
+    with pytest.raises(KeyboardInterrupt), run.stage("a", {"k": 1}):
+        raise KeyboardInterrupt
+    run.console = Console("human", stderr=sys.stdout)
+    with run.stage("a", {"k": 2}):
+        pass
+    assert capsys.readouterr().out == ""
+
+
 def test_data_are_read_again_when_the_files_behind_them_changed(tmp_path, capsys):
     """The index that stage `data` writes follows the folder; a folder that is gone does not undo what is done."""
     folder = tmp_path / "pictures"

@@ -1,0 +1,166 @@
+"""Layout settings throw no work away: a stopped training goes on with them, and a finished run holds."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+
+import pytest
+import torch
+from conftest import SHORT
+from safetensors.torch import load_file
+
+from dcgen_convert import conversion
+from dcgen_convert.bundle.verify import verify
+from dcgen_convert.console import NULL, Console
+from dcgen_convert.conversion import convert
+from dcgen_convert.errors import Terminated
+from dcgen_convert.files import read_json
+from dcgen_convert.job import prepare
+from dcgen_convert.journal import Run, fingerprint
+from dcgen_convert.recipe import load
+from dcgen_convert.schema import LAYOUT, Watch
+
+STEPS, STOP = 12, 5
+TRAINING = {"data.count": 24, "evaluate.prompts": 0, "align_head.steps": 0}
+TRAINING |= {"adapt.phases.0.steps": STEPS, "adapt.phases.0.batch": 8, "adapt.phases.0.warmup": 2}
+STAGES = ["surgery", "data", "latents", "align-embedder", "align-head", "adapt-1", "merge-1", "quantize", "bundle", "verify"]
+
+# What runs again when one setting changes. The first part is every layout setting: nothing.
+AGAIN = {
+    "data.max_broken=0.5": [],
+    "latents.batch=4": [],
+    "latents.scale_tolerance=0.5": [],
+    "adapt.null_pass=batched": [],
+    "adapt.checkpointing=true": [],
+    "adapt.zero=1": [],
+    "adapt.offload=optimizer": [],
+    "adapt.phases.0.micro_batch=4": [],
+    "watch.evaluate_every=7": [],
+    "watch.grid_every=7": [],
+    "watch.pictures=3": [],
+    "data.count=20": STAGES[1:],
+    "align_head.lr=0.5": STAGES[4:],
+    "adapt.ema=0.5": STAGES[4:],
+    "adapt.phases.0.lr=0.5": STAGES[5:],
+    "adapt.phases.0.batch=16": STAGES[5:],
+    "quantize.share=true": STAGES[7:],
+}
+
+
+def resolved(changes=(), **settings):
+    values = {**SHORT, **TRAINING, **settings}
+    return load("tiny-flux", sets=[*(f"{key}={value}" for key, value in values.items()), *changes])
+
+
+def prints(folder, *changes):
+    """Fingerprint of every stage of a conversion with these settings."""
+    job = prepare(resolved(["quantize.format=nvfp4", *changes]), Run(folder / "run", NULL), NULL)
+    steps = list(conversion.walk(job, folder / "out", False))
+    return {step.name: fingerprint(inputs) for step, inputs in conversion.with_inputs(steps)}
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prints")
+    return folder, prints(folder)
+
+
+@pytest.mark.parametrize("change", AGAIN)
+def test_which_stages_run_again(first, change):
+    folder, before = first
+    after = prints(folder, change)
+    assert list(before) == list(after) == STAGES
+    assert [name for name in STAGES if before[name] != after[name]] == AGAIN[change]
+
+
+def test_the_table_holds_every_layout_setting():
+    told = {re.sub(r"\.\d+\.", ".*.", change.partition("=")[0]) for change, stages in AGAIN.items() if not stages}
+    watched = {f"watch.{name}" for name in Watch.model_fields}
+    assert told == {name for name in LAYOUT if name != "watch"} | watched
+
+
+class Stopping(Console):
+    """A console that sends SIGTERM before the last of STOP steps of the adaptation, which that step finishes."""
+
+    def scalars(self, label, step, values):
+        if label.startswith("adapt") and step == STOP - 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run that SIGTERM stopped in the middle of its training, and one that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("stopped")
+    convert(resolved(), folder / "whole", folder / "out", NULL, until="align-head")
+    shutil.copytree(folder / "whole", folder / "run")
+    with pytest.raises(Terminated):
+        convert(resolved(), folder / "run", folder / "out", Stopping("quiet"), until="adapt-1")
+    checkpoints = folder / "run" / "adapt-1" / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == [f"step-{STOP:06d}"]
+    convert(resolved(), folder / "whole", folder / "out", NULL, until="adapt-1")
+    return folder
+
+
+def trained(run):
+    """Losses by step, and every exported tensor."""
+    lines = (run / "adapt-1" / "metrics.jsonl").read_text().splitlines()
+    weights = {}
+    for path in (run / "adapt-1" / "export").glob("*.safetensors"):
+        weights |= load_file(path)
+    return [json.loads(line)["loss"] for line in lines], weights
+
+
+def resumed_from(run):
+    return read_json(run / "adapt-1" / "stage.json")["metrics"]["resumed_from"]
+
+
+@pytest.mark.parametrize("change", ["adapt.phases.0.micro_batch=2", "adapt.zero=1", "adapt.checkpointing=true"])
+def test_the_hint_of_an_out_of_memory_error_continues_the_training(stopped, tmp_path, change):
+    shutil.copytree(stopped / "run", tmp_path / "run")
+    convert(resolved([change]), tmp_path / "run", tmp_path / "out", NULL, until="adapt-1")
+    assert resumed_from(tmp_path / "run") == STOP
+    losses, weights = trained(tmp_path / "run")
+    wanted_losses, wanted = trained(stopped / "whole")
+    assert losses == pytest.approx(wanted_losses, rel=1e-4) and len(losses) == STEPS
+    assert weights.keys() == wanted.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_stopped_and_then_finished_run_holds_and_its_bundle_states_its_recipe(stopped, tmp_path, capsys):
+    shutil.copytree(stopped / "run", tmp_path / "run")
+    run, out, change = tmp_path / "run", tmp_path / "out", "adapt.phases.0.micro_batch=2"
+    convert(resolved([change]), run, out, NULL)
+    manifest = read_json(out / "dcgen_manifest.json")
+    assert resumed_from(run) == STOP and manifest["recipe"] == read_json(run / "recipe.json")["recipe"]
+    assert manifest["recipe"]["adapt"]["phases"][0]["micro_batch"] == 2
+    again = ["adapt.phases.0.micro_batch=4", "adapt.zero=1", "watch.grid_every=3", "latents.batch=4"]
+    done = convert(resolved(again), run, out, Console("human", stderr=sys.stdout))
+    assert capsys.readouterr().out.count("holds, skipped") == len(done["stages"]) == len(STAGES) - 1
+    assert read_json(out / "dcgen_manifest.json") == manifest  # the settings that it was made with
+    assert verify(out, NULL, None)["checks"]
+
+
+def test_latents_do_not_depend_on_how_many_pictures_are_encoded_at_once(stopped, tmp_path):
+    for stage in ("surgery", "data"):
+        shutil.copytree(stopped / "run" / stage, tmp_path / "run" / stage)
+    convert(resolved(["latents.batch=5"]), tmp_path / "run", tmp_path / "out", NULL, until="latents")
+    files = [path.name for path in (stopped / "run" / "latents").glob("*.safetensors")]
+    assert len(files) > 3
+    for name in files:
+        found, wanted = (load_file(folder / "run" / "latents" / name) for folder in (tmp_path, stopped))
+        for key, tensor in wanted.items():
+            torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_partial_work_that_another_setting_deletes_is_told(stopped, tmp_path, capsys):
+    shutil.copytree(stopped / "run", tmp_path / "run")
+    console = Console("human", stderr=sys.stdout)
+    convert(resolved(["adapt.phases.0.lr=0.002"]), tmp_path / "run", tmp_path / "out", console, until="adapt-1")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "adapt-1: starts again, changed: phase.lr; its unfinished work is deleted (" in said
+    assert re.search(rf"newest checkpoints/step-{STOP:06d}/checkpoint.json\)", said)
+    assert resumed_from(tmp_path / "run") is None
