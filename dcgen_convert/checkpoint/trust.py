@@ -21,6 +21,7 @@ ADAPTER_CLASS = "AutoencoderDCAdapter"
 ADAPTERS = {
     "autoencoder_dc_adapter_v1": ("155ea1f9545d982f2e5d0bf03bc34d6dd148dc440f6b0160d9241d26822ec705",),
     "autoencoder_dc_adapter_v2": ("3875d957b43d3f585b3fda60b8b1e3a85416641f17eed907fb07b23a96292a34",),
+    "autoencoder_dc_adapter_v3": ("6077e308c89e49db7a9a76ef51aec778d5d55b2f04bb9b297997ef6824b4c641",),
 }
 CODE = (".py", ".pyc", ".pyd", ".so")
 FOLLOWS_AUTO_MAP = re.compile(r"Auto(?!encoder)|\w*Processor$")  # classes that look for another class in a JSON file
