@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 NAME = "pretend"
 ops = torch.ops.aten
 CROSSING = {ops.copy_.default, ops.index.Tensor, ops.index_put_.default, ops._index_put_impl_.default}
+AT_ONCE = {ops._conj.default: ops._conj_physical.default, ops._neg_view.default: ops.neg.default}  # here the lazy ones are lost
 
 
 class Placed(torch.Tensor):
@@ -32,6 +33,9 @@ class Placed(torch.Tensor):
 
     def __repr__(self) -> str:
         return f"Placed({tuple(self.shape)}, {self.dtype})"
+
+    def tolist(self) -> list:
+        return self.cpu().tolist()
 
     @classmethod
     def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
@@ -62,7 +66,7 @@ def _compute(operation, args: tuple, kwargs: dict):
         kwargs = {**kwargs, "device": "cpu"}
     origin = {id(tensor.values): tensor for tensor in placed}
     args, kwargs = tree_map(lambda leaf: leaf.values if isinstance(leaf, Placed) else leaf, (args, kwargs))
-    result = operation(*args, **kwargs)
+    result = AT_ONCE.get(operation, operation)(*args, **kwargs)
 
     def back(leaf):
         if isinstance(leaf, torch.Tensor) and there and not isinstance(leaf, Placed):
@@ -87,10 +91,15 @@ def _register() -> None:
 def ready() -> Iterator[str]:
     """The name of the device; inside, modules can move to it, and tensors can be made on it."""
     _register()
+    makers = {name: getattr(torch, name) for name in ("tensor", "as_tensor")}  # they make no operation that is seen
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # a wrapper's data cannot be exchanged
+    for name, make in makers.items():
+        setattr(torch, name, lambda data, *, device=None, make=make, **options: make(data, **options).to(device))
     try:
         with _Factories(), torch.autograd.set_multithreading_enabled(False):  # the backward pass in this thread: it has the mode
             yield NAME
     finally:
+        for name, make in makers.items():
+            setattr(torch, name, make)
         torch.__future__.set_overwrite_module_params_on_conversion(before)

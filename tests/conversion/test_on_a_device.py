@@ -15,7 +15,7 @@ from dcgen_convert.job import prepare
 from dcgen_convert.journal import Run, Stage
 from dcgen_convert.plan.memory import GIB
 from dcgen_convert.train import adapt, grid, layout, objective, stages
-from dcgen_convert.train.engine import move_buffers
+from dcgen_convert.train.engine import Engine, move_buffers
 
 
 @pytest.fixture
@@ -112,3 +112,24 @@ def test_the_micro_batch_comes_from_the_memory(stage, job, handed_over, monkeypa
     assert 1 < settings.micro_batch < batch == settings.batch and batch % settings.micro_batch == 0
     said = capsys.readouterr().err
     assert f"micro-batch {settings.micro_batch} of the {batch} pictures per rank and step" in said
+
+
+def test_the_head_can_be_trained_with_zero_3(job, tmp_path, monkeypatch):
+    """Its weights stay partitioned, so that the loss afterwards is that of a model loaded again; the same as with ZeRO 2."""
+    config = Engine._config
+
+    def small_too(self):  # DeepSpeed leaves small tensors whole by default
+        made = config(self)
+        made["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return made
+
+    monkeypatch.setattr(Engine, "_config", small_too)
+    recorded = json.loads((job.folder("align-head") / "stage.json").read_text())["metrics"]
+    for name in ("surgery", "latents", "align-embedder"):
+        (tmp_path / name).symlink_to(job.folder(name))
+    recipe = job.recipe.model_copy(update={"adapt": job.recipe.adapt.model_copy(update={"zero": 3})})
+    job = replace(job, recipe=recipe, run=Run(tmp_path, NULL))
+    stage = Stage(job.folder("align-head"))
+    stage.folder.mkdir()
+    head.run(job, stage)
+    assert stage.metrics["loss_trained"] == pytest.approx(recorded["loss_trained"], rel=1e-4)
