@@ -1,15 +1,16 @@
 """The walk of one conversion, stage by stage. Read this first.
 
-    (import ->) surgery -> data -> latents -> align-embedder -> align-head -> (adapt-1 -> merge-1 -> adapt-2 -> merge-2 ...)
+    (import ->) surgery -> data -> latents -> align-embedder -> align-head -> (adapt-1 -> merge-1 -> adapt-2 -> merge-2
+    ...)
             -> quantize -> bundle -> verify
 
 import writes a source that is no plain pipeline folder (a single file, LoRAs to fuse) as one. It or surgery comes first
 because they read every byte of the inputs: a damaged checkpoint is found before hours of synthesis.
 
 Every stage reads artefacts of the run folder and writes its own; journal.py decides which stages still hold. `inputs`
-below lists what a stage depends on: a change there, or in a stage that it builds on, makes it run again. Pictures do not
-depend on the autoencoder, so another --ae keeps them. Layout settings (schema.LAYOUT) are left out: a smaller micro-batch after
-an out-of-memory error continues the training.
+below lists what a stage depends on: a change there, or in a stage that it builds on, makes it run again. Pictures do
+not depend on the autoencoder, so another --ae keeps them. Layout settings (schema.LAYOUT) are left out: a smaller
+micro-batch after an out-of-memory error continues the training.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from typing import Any
 from dcgen_convert import __version__
 from dcgen_convert.bundle.layout import check_output
 from dcgen_convert.bundle.manifest import FILE as MANIFEST
-from dcgen_convert.crew import SOLO, Crew
-from dcgen_convert.errors import InputError
-from dcgen_convert.files import read_json, write_json
-from dcgen_convert.job import Job, prepare
-from dcgen_convert.journal import MARKER, Run, Stage, fingerprint
-from dcgen_convert.plan import require_disk
-from dcgen_convert.recipe import Machine, Recipe, Resolved
-from dcgen_convert.schema import result_settings
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.files import read_json, write_json
+from dcgen_convert.core.journal import MARKER, Run, Stage, fingerprint
+from dcgen_convert.planning.plan import require_disk
+from dcgen_convert.ranks.crew import SOLO, Crew
+from dcgen_convert.recipe.loading import Machine, Resolved
+from dcgen_convert.recipe.schema import Recipe, result_settings
+from dcgen_convert.stages.job import Job, prepare
 
 RECIPE = "recipe.json"
 
@@ -49,13 +50,10 @@ class Step:
 
 def walk(job: Job, output: Path, force: bool) -> Iterator[Step]:
     """The stages of ``job`` in order."""
-    from dcgen_convert import surgery
-    from dcgen_convert.align import embedder, head
-    from dcgen_convert.bundle import stages as bundle
     from dcgen_convert.checkpoint import imported
-    from dcgen_convert.data import latents, make
-    from dcgen_convert.svdquant import stage as svdquant
-    from dcgen_convert.train import stages as train
+    from dcgen_convert.stages import adapt as train
+    from dcgen_convert.stages import align_embedder, align_head, bundle, latents, pictures, surgery
+    from dcgen_convert.stages import quantize as svdquant
 
     recipe = result_settings(job.recipe)
     phases = recipe["adapt"].pop("phases")
@@ -63,14 +61,16 @@ def walk(job: Job, output: Path, force: bool) -> Iterator[Step]:
     if job.source.imported:
         yield Step(imported.STAGE, imported.run, {"source": job.source.fingerprint})
     yield Step("surgery", surgery.run, {**common, "autoencoder": job.ae.fingerprint, "resolution": job.resolution})
-    yield Step("data", make.run, {**common, **make.inputs(job)}, after=())
+    yield Step("data", pictures.run, {**common, **pictures.inputs(job)}, after=())
     resolutions = sorted({phase["resolution"] for phase in phases})
     shapes = {"buckets": True} if job.recipe.data.buckets else {}
     yield Step("latents", latents.run, {"latents": recipe["latents"], "resolutions": resolutions, **shapes})
     yield Step(
-        "align-embedder", embedder.run, {"align_embedder": recipe["align_embedder"], "shift": recipe["adapt"]["shift"]}
+        "align-embedder",
+        align_embedder.run,
+        {"align_embedder": recipe["align_embedder"], "shift": recipe["adapt"]["shift"]},
     )
-    yield Step("align-head", head.run, {"align_head": recipe["align_head"], "adapt": recipe["adapt"]})
+    yield Step("align-head", align_head.run, {"align_head": recipe["align_head"], "adapt": recipe["adapt"]})
     for number, phase in enumerate(phases, 1):
         yield Step(f"adapt-{number}", lambda job, stage, n=number: train.adapt_phase(job, stage, n), {"phase": phase})
         yield Step(

@@ -86,7 +86,18 @@ def converted(tmp_path_factory) -> Path:
         if (folder / "whole").exists():
             return folder
         folder.mkdir(exist_ok=True)
-        arguments = ["tiny-flux", "--ae", "tiny-dc-ae-f32", "--quantize", "nvfp4", "-o", "bundle", "--run-dir", "run", "-y"]
+        arguments = [
+            "tiny-flux",
+            "--ae",
+            "tiny-dc-ae-f32",
+            "--quantize",
+            "nvfp4",
+            "-o",
+            "bundle",
+            "--run-dir",
+            "run",
+            "-y",
+        ]
         done = run_cli(*arguments, *short_settings(), cwd=folder)
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.strip() == str(folder / "bundle")

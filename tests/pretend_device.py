@@ -1,7 +1,7 @@
 """A pretend accelerator for machines without one: `with pretend_device.ready():` makes tensors of device "pretend".
 
-Such a tensor wraps a CPU tensor that does the arithmetic, so numbers are real. As on a GPU, an operation that takes tensors of
-both devices raises, but for numbers without dimensions, and for copies and indices, which may cross.
+Such a tensor wraps a CPU tensor that does the arithmetic, so numbers are real. As on a GPU, an operation that takes
+tensors of both devices raises, but for numbers without dimensions, and for copies and indices, which may cross.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 NAME = "pretend"
 ops = torch.ops.aten
 CROSSING = {ops.copy_.default, ops.index.Tensor, ops.index_put_.default, ops._index_put_impl_.default}
-AT_ONCE = {ops._conj.default: ops._conj_physical.default, ops._neg_view.default: ops.neg.default}  # here the lazy ones are lost
+AT_ONCE = {
+    ops._conj.default: ops._conj_physical.default,
+    ops._neg_view.default: ops.neg.default,
+}  # here the lazy ones are lost
 
 
 class Placed(torch.Tensor):
@@ -97,7 +100,10 @@ def ready() -> Iterator[str]:
     for name, make in makers.items():
         setattr(torch, name, lambda data, *, device=None, make=make, **options: make(data, **options).to(device))
     try:
-        with _Factories(), torch.autograd.set_multithreading_enabled(False):  # the backward pass in this thread: it has the mode
+        with (
+            _Factories(),
+            torch.autograd.set_multithreading_enabled(False),
+        ):  # the backward pass in this thread: it has the mode
             yield NAME
     finally:
         for name, make in makers.items():

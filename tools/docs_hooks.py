@@ -1,4 +1,6 @@
-"""Hooks of the documentation build (mkdocs.yml): equations become MathML, and a page that needs the network fails the build."""
+"""Hooks of the documentation build (mkdocs.yml): equations become MathML, and a page that needs the network fails
+the build.
+"""
 
 from __future__ import annotations
 

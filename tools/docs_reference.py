@@ -11,10 +11,12 @@ from pathlib import Path
 
 import click
 
-from dcgen_convert import catalog, errors, recipe
-from dcgen_convert import plan as planning
-from dcgen_convert.cli import cli
-from dcgen_convert.schema import Recipe
+from dcgen_convert.cli.app import cli
+from dcgen_convert.core import errors
+from dcgen_convert.families import catalog
+from dcgen_convert.planning import plan as planning
+from dcgen_convert.recipe import loading
+from dcgen_convert.recipe.schema import Recipe
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -199,7 +201,7 @@ def plans() -> str:
     rows = []
     for name, side in CASES:
         found = planning.plan(
-            recipe.load("flux-krea", flags={"ae": name, "resolution": side}, machine=recipe.Machine(offline=True))
+            loading.load("flux-krea", flags={"ae": name, "resolution": side}, machine=loading.Machine(offline=True))
         )
         tokens, stages = found["tokens"][-1], found["time"]["stages"]
         days = {"data": stages["data"] / 24, "all": found["time"]["gpu_hours"] / 24}

@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from dcgen_convert.bundle.licence import FIELDS
+from dcgen_convert.checkpoint.licence import FIELDS
 from dcgen_convert.families.base import Family
-from dcgen_convert.geometry import tile_sizes
+from dcgen_convert.recipe.geometry import tile_sizes
 
 STOCK_TILES = (512, 448)  # px, of diffusers' AutoencoderDC
 
@@ -69,7 +69,10 @@ def _summary(manifest: Mapping[str, Any], layout: str) -> str:
     if layout == "source":
         text = f"`{base}` in its own latent space; all but the transformer's block linears is as it was."
     if quantised != "none":
-        text += f" Its block linears are SVDQuant W4A4 {quantised.upper()} (arXiv 2411.05007), in the `nunchaku_lite` format of diffusers."
+        text += (
+            f" Its block linears are SVDQuant W4A4 {quantised.upper()} (arXiv 2411.05007), in the "
+            "`nunchaku_lite` format of diffusers."
+        )
     return text
 
 
@@ -95,7 +98,9 @@ def _usage(manifest: Mapping[str, Any], family: Family, layout: str, lora: bool)
         )
     elif tile_sizes(manifest["autoencoder"]["factor"]) != STOCK_TILES:
         tile, stride = tile_sizes(manifest["autoencoder"]["factor"])
-        text += f"\n\nTiled decoding needs its sizes here: `pipe.vae.enable_tiling({tile}, {tile}, {stride}, {stride})`."
+        text += (
+            f"\n\nTiled decoding needs its sizes here: `pipe.vae.enable_tiling({tile}, {tile}, {stride}, {stride})`."
+        )
     if manifest["recipe"].get("quantize", {}).get("format", "none") == "nvfp4":
         text += (
             "\n\nThe NVFP4 kernels need an RTX 50 / RTX PRO Blackwell GPU, `pip install kernels` and "

@@ -9,12 +9,12 @@ from typing import Any
 from dcgen_convert import families
 from dcgen_convert.bundle import manifest as manifests
 from dcgen_convert.bundle.expected import expected_tensors
-from dcgen_convert.bundle.tensors import tensor_sha256
 from dcgen_convert.checkpoint import trust
 from dcgen_convert.checkpoint.headers import Entry, read_weights
-from dcgen_convert.console import Console
-from dcgen_convert.errors import DcgenError, InputError
-from dcgen_convert.files import read_json, sha256
+from dcgen_convert.checkpoint.tensors import tensor_sha256
+from dcgen_convert.core.console import Console
+from dcgen_convert.core.errors import DcgenError, InputError
+from dcgen_convert.core.files import read_json, sha256
 
 
 def check_files(bundle: Path, manifest: Mapping[str, Any], console: Console) -> list[str]:
@@ -71,13 +71,17 @@ def check_structure(bundle: Path, index: Mapping[str, Any]) -> list[str]:
             found.append(f"model_index.json names {name}, which has no folder")
         elif not any(folder.glob("*config.json")):
             found.append(f"{name} has no config")
-        elif value[0] not in trust.LIBRARIES and not is_pipeline(value[0]) and not (folder / f"{value[0]}.py").is_file():
+        elif (
+            value[0] not in trust.LIBRARIES and not is_pipeline(value[0]) and not (folder / f"{value[0]}.py").is_file()
+        ):
             found.append(f"{name} needs the code {value[0]}.py, which is not in its folder")
     return found
 
 
 def is_pipeline(library: str) -> bool:
-    """Whether diffusers has pipelines of that name, whose own classes an index may name (Stable Diffusion's safety checker)."""
+    """Whether diffusers has pipelines of that name, whose own classes an index may name (Stable Diffusion's safety
+    checker).
+    """
     import diffusers
 
     return hasattr(diffusers.pipelines, library)

@@ -10,8 +10,8 @@ import inspect
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dcgen_convert.errors import InputError
-from dcgen_convert.files import read_json
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.files import read_json
 
 DENSE = ("BF16", "F16", "F32")
 

@@ -20,15 +20,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dcgen_convert.bundle import licence
 from dcgen_convert.bundle import manifest as manifests
 from dcgen_convert.bundle.card import render
-from dcgen_convert.bundle.components import copy_component, copy_file, plan_copy
-from dcgen_convert.checkpoint.source import is_component
-from dcgen_convert.console import Console
-from dcgen_convert.errors import InputError, ResourceError
+from dcgen_convert.checkpoint import licence
+from dcgen_convert.checkpoint.components import copy_component, copy_file, plan_copy
+from dcgen_convert.checkpoint.trust import is_component
+from dcgen_convert.core.console import Console
+from dcgen_convert.core.errors import InputError, ResourceError
+from dcgen_convert.core.files import atomic_write, read_json, write_json
 from dcgen_convert.families.base import Family
-from dcgen_convert.files import atomic_write, read_json, write_json
 
 LAYOUTS = ("stock", "official", "source")
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights(folder) looks for
@@ -75,7 +75,9 @@ def write_bundle(
     output, source = Path(output), Path(source)
     index = model_index(read_json(source / "model_index.json"), family, layout, scheduler_config)
     check_output(output, force)
-    copies = {name: source / name for name in index if is_component(index[name])} | {family.component: Path(transformer)}
+    copies = {name: source / name for name in index if is_component(index[name])} | {
+        family.component: Path(transformer)
+    }
     if layout != "source":
         del copies["scheduler"]
         copies["vae"] = Path(autoencoder)
@@ -114,8 +116,12 @@ def write_bundle(
     return output
 
 
-def model_index(source: dict[str, Any], family: Family, layout: str, scheduler: dict[str, Any] | None) -> dict[str, Any]:
-    """model_index.json of the bundle, from the source pipeline's own; ``scheduler``: its config, unless it is the source's."""
+def model_index(
+    source: dict[str, Any], family: Family, layout: str, scheduler: dict[str, Any] | None
+) -> dict[str, Any]:
+    """model_index.json of the bundle, from the source pipeline's own; ``scheduler``: its config, unless it is the
+    source's.
+    """
     if layout not in LAYOUTS:
         raise InputError(f"layout {layout!r} does not exist", f"choose one of {', '.join(LAYOUTS)}")
     if layout == "official" and not family.official_layout:

@@ -18,13 +18,13 @@ from types import ModuleType
 from typing import Any
 
 from dcgen_convert import families
-from dcgen_convert.bundle.components import plan_copy
 from dcgen_convert.bundle.layout import LORA_FILE, read_index
 from dcgen_convert.bundle.manifest import quantised_formats
 from dcgen_convert.checkpoint import trust
-from dcgen_convert.errors import InputError, ResourceError
+from dcgen_convert.checkpoint.components import plan_copy
+from dcgen_convert.core.errors import InputError, ResourceError
+from dcgen_convert.core.files import read_json
 from dcgen_convert.families.base import Family
-from dcgen_convert.files import read_json
 
 RUNTIMES = ("auto", "stock", "dequantised", "emulated")
 LARGE = 8 << 30  # bytes of transformer weights from which a CPU keeps them in bfloat16
@@ -35,7 +35,8 @@ def load(
 ) -> tuple[Any, str]:
     """(pipeline, runtime used).
 
-    The bundle's own Python does not run: an in-bundle adapter is loaded with this program's class, other code is refused.
+    The bundle's own Python does not run: an in-bundle adapter is loaded with this program's class, other code is
+    refused.
 
     Args:
         bundle: bundle folder, either layout.
@@ -108,8 +109,8 @@ def quiet_diffusers() -> Iterator[None]:
 def own_adapter(name: str) -> Iterator[None]:
     """Let this program's adapter stand for the module ``name`` of model_index.json.
 
-    diffusers compares a part that it is given with the class in model_index.json, and looks that class up in the modules
-    that are already imported.
+    diffusers compares a part that it is given with the class in model_index.json, and looks that class up in the
+    modules that are already imported.
     """
     from diffusers import ModelMixin
 

@@ -15,11 +15,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from dcgen_convert.bundle.tensors import tensor_sha256
 from dcgen_convert.checkpoint.headers import read_weights
-from dcgen_convert.console import Console
-from dcgen_convert.errors import CheckFailed
-from dcgen_convert.files import read_json, sha256
+from dcgen_convert.checkpoint.tensors import tensor_sha256
+from dcgen_convert.core.console import Console
+from dcgen_convert.core.errors import CheckFailed
+from dcgen_convert.core.files import read_json, sha256
 
 FILE = "dcgen_manifest.json"
 SCHEMA = "dcgen.manifest/1"

@@ -26,7 +26,7 @@ def probe(bundle: Path, trust_remote_code: bool = False) -> dict:
     from dcgen_convert.bundle.loading import family_of, load, transformer_config
     from dcgen_convert.bundle.manifest import read
     from dcgen_convert.bundle.sample import draw, only_side, token_side
-    from dcgen_convert.files import read_json
+    from dcgen_convert.core.files import read_json
 
     family, defaults = family_of(bundle), read(bundle)["defaults"]
     pipeline, runtime = load(bundle, trust_remote_code=trust_remote_code)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from dcgen_convert.bundle import manifest as manifests
 from dcgen_convert.bundle.layout import read_index
-from dcgen_convert.console import Console
-from dcgen_convert.errors import AccessError, CheckFailed, InputError
+from dcgen_convert.core.console import Console
+from dcgen_convert.core.errors import AccessError, CheckFailed, InputError
 
 
 def push(bundle: Path, repo: str, private: bool, console: Console, *, endpoint: str | None = None) -> str:

@@ -10,11 +10,11 @@ from typing import Any
 
 from dcgen_convert.bundle.loading import family_of, is_quantised, load, transformer_config
 from dcgen_convert.bundle.manifest import read as read_manifest
-from dcgen_convert.console import Console
-from dcgen_convert.errors import CheckFailed, InputError
+from dcgen_convert.core.console import Console
+from dcgen_convert.core.errors import CheckFailed, InputError
+from dcgen_convert.core.files import atomic_write, read_json
 from dcgen_convert.families.base import Family
-from dcgen_convert.files import atomic_write, read_json
-from dcgen_convert.geometry import autoencoder_grid
+from dcgen_convert.recipe.geometry import autoencoder_grid
 
 
 def sample(
@@ -124,8 +124,8 @@ def to_pil(picture):
 
 
 def check_size(family: Family, config: dict[str, Any], vae: dict[str, Any], height: int, width: int) -> None:
-    """InputError for a size in px that a pipeline cannot draw: it must be a multiple of a token's side, and the one size of
-    pipelines that have one.
+    """InputError for a size in px that a pipeline cannot draw: it must be a multiple of a token's side, and the one
+    size of pipelines that have one.
 
     Args:
         config, vae: of the transformer and the autoencoder.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from dcgen_convert.errors import InputError
+from dcgen_convert.core.errors import InputError
 
 FLOW_EULER = "FlowMatchEulerDiscreteScheduler"
 

@@ -10,14 +10,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from dcgen_convert import catalog, families
+from dcgen_convert import families
 from dcgen_convert.bundle import checks
 from dcgen_convert.bundle import manifest as manifests
 from dcgen_convert.bundle.layout import read_index
 from dcgen_convert.checkpoint.source import resolve_folder
-from dcgen_convert.console import Console
-from dcgen_convert.errors import CheckFailed
-from dcgen_convert.ranks import alone
+from dcgen_convert.core.console import Console
+from dcgen_convert.core.errors import CheckFailed
+from dcgen_convert.families import catalog
+from dcgen_convert.ranks.join import alone
 
 SHOWN = 20  # differences that the error lists
 PROBE_SECONDS = 3600

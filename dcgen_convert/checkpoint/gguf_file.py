@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dcgen_convert.checkpoint.headers import MAX_HEADER, Entry
-from dcgen_convert.errors import InputError
+from dcgen_convert.core.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +53,10 @@ class _Cursor:
         if count > self.size:
             raise ValueError(f"an array of {count} values")
         if inner in SCALARS:
-            return [item[0] for item in struct.iter_unpack(SCALARS[inner], self.take(count * struct.calcsize(SCALARS[inner])))]
+            return [
+                item[0]
+                for item in struct.iter_unpack(SCALARS[inner], self.take(count * struct.calcsize(SCALARS[inner])))
+            ]
         return [self.value(inner, depth + 1) for _ in range(count)]
 
 
@@ -132,7 +135,9 @@ def dequantise(data: bytearray, kind: str, rows: int) -> Tensor:
     try:
         numbers = gguf.dequantize(np.frombuffer(data, np.uint8).reshape(rows, -1), gguf.GGMLQuantizationType[kind])
     except NotImplementedError as error:
-        raise InputError(f"the gguf package cannot dequantise {kind}", "give a Q4, Q5, Q6 or Q8 file, or the dense model") from error
+        raise InputError(
+            f"the gguf package cannot dequantise {kind}", "give a Q4, Q5, Q6 or Q8 file, or the dense model"
+        ) from error
     return torch.from_numpy(np.ascontiguousarray(numbers, np.float32))
 
 

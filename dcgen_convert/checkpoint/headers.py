@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcgen_convert.errors import InputError
-from dcgen_convert.files import read_json
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.files import read_json
 
 BYTES = {
     "F64": 8,
@@ -129,7 +129,9 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Entry]:
         weight_map: dict[str, str] = dict(read_json(index)["weight_map"])
         shards = sorted(set(weight_map.values()))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise InputError(f"{index} is no index of shards: {type(error).__name__}: {error}", "fetch the checkpoint again") from error
+        raise InputError(
+            f"{index} is no index of shards: {type(error).__name__}: {error}", "fetch the checkpoint again"
+        ) from error
     entries: dict[str, Entry] = {}
     for shard in shards:
         if not isinstance(shard, str) or Path(shard).name != shard or not (folder / shard).is_file():

@@ -1,4 +1,5 @@
-"""Tensors as a file holds them: plain, 8-bit with or without scales, or GGUF blocks; and the rows of numbers that they stand for.
+"""Tensors as a file holds them: plain, 8-bit with or without scales, or GGUF blocks; and the rows of numbers that they
+stand for.
 
 Only headers are read until rows are asked for.
 """
@@ -15,17 +16,26 @@ from typing import TYPE_CHECKING
 
 from dcgen_convert.checkpoint.headers import FLOAT8, Entry, read_header, read_weights
 from dcgen_convert.checkpoint.stream import CHUNK, Copied, Item, require_finite
-from dcgen_convert.errors import InputError
+from dcgen_convert.core.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "unet.")
 # What all-in-one files carry beside the transformer; it comes from the base instead.
-COMPANIONS = ("text_encoders.", "text_encoder.", "vae.", "first_stage_model.", "cond_stage_model.", "conditioner.", "model_ema.")
+COMPANIONS = (
+    "text_encoders.",
+    "text_encoder.",
+    "vae.",
+    "first_stage_model.",
+    "cond_stage_model.",
+    "conditioner.",
+    "model_ema.",
+)
 # The noise schedule that a Stable Diffusion file of the original code repeats.
 SCHEDULE = re.compile(
-    r"betas|((sqrt|log)_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?|posterior_(mean_coef[12]|variance|log_variance_clipped)"
+    r"betas|((sqrt|log)_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?|posterior_(mean_coef[12]|variance|"
+    r"log_variance_clipped)"
 )
 SCALES = (".scale_weight", ".weight_scale")
 # Of float8 matrix products, about the product and not the weight.
@@ -35,10 +45,14 @@ FLOATS = ("F64", "F32", "F16", "BF16", *FLOAT8)
 UPCAST = "BF16"
 LOSSLESS = {"F32": "F32", "F16": "F16", "BF16": "BF16"}  # GGUF formats whose numbers fit a dtype as they are
 LOSSES = {
-    "F8_E4M3": "float8 e4m3: they become bfloat16, but keep 3 bits of mantissa (each up to 6 % off the original weight)",
-    "F8_E4M3 scaled": "scaled float8 e4m3: they become bfloat16, but keep 3 bits of mantissa (each up to 6 % off the original weight)",
-    "F8_E5M2": "float8 e5m2: they become bfloat16, but keep 2 bits of mantissa (each up to 12 % off the original weight)",
-    "F8_E5M2 scaled": "scaled float8 e5m2: they become bfloat16, but keep 2 bits of mantissa (each up to 12 % off the original weight)",
+    "F8_E4M3": "float8 e4m3: they become bfloat16, but keep 3 bits of mantissa (each up to 6 % off the original "
+    "weight)",
+    "F8_E4M3 scaled": "scaled float8 e4m3: they become bfloat16, but keep 3 bits of mantissa (each up to 6 % off the "
+    "original weight)",
+    "F8_E5M2": "float8 e5m2: they become bfloat16, but keep 2 bits of mantissa (each up to 12 % off the original "
+    "weight)",
+    "F8_E5M2 scaled": "scaled float8 e5m2: they become bfloat16, but keep 2 bits of mantissa (each up to 12 % off "
+    "the original weight)",
 }
 GGUF_LOSS = "GGUF {}: they become bfloat16, but what that format rounded away stays lost"
 # A leaf that only a packed format has -> who packs so.
@@ -123,7 +137,10 @@ class Contents:
 
     def losses(self) -> list[str]:
         """What rounding to fewer bits has taken from the weights, one sentence per format."""
-        return [f"{count} tensors are {LOSSES.get(kind, GGUF_LOSS.format(kind))}" for kind, count in sorted(self.formats.items())]
+        return [
+            f"{count} tensors are {LOSSES.get(kind, GGUF_LOSS.format(kind))}"
+            for kind, count in sorted(self.formats.items())
+        ]
 
 
 @dataclass(frozen=True)
@@ -151,7 +168,9 @@ class Numbers(Item):
                 yield data
 
 
-def item_of(name: str, shape: tuple[int, ...], parts: list[tuple[Held, int, int]], update: Callable | None = None) -> Item:
+def item_of(
+    name: str, shape: tuple[int, ...], parts: list[tuple[Held, int, int]], update: Callable | None = None
+) -> Item:
     """What to write for a tensor that is a stack of rows of others."""
     first = parts[0][0]
     same = all(held.plain and held.dtype == first.dtype and held.entry.file == first.entry.file for held, _, _ in parts)
@@ -179,7 +198,9 @@ def read_contents(path: Path) -> Contents:
         for short, name in names.items():
             entry, kind = blocks[name]
             if 0 in entry.shape:
-                raise InputError(f"{path} holds {name} {list(entry.shape)}, which is empty", "is the checkpoint complete?")
+                raise InputError(
+                    f"{path} holds {name} {list(entry.shape)}, which is empty", "is the checkpoint complete?"
+                )
             tensors[short] = Held(entry, entry.shape, LOSSLESS.get(kind, UPCAST), gguf=kind)
             if kind not in LOSSLESS:
                 formats[kind] += 1
@@ -206,7 +227,9 @@ def from_entries(path: Path, entries: Mapping[str, Entry]) -> Contents:
         if 0 in entry.shape:
             raise InputError(f"{path} holds {name} {list(entry.shape)}, which is empty", "is the checkpoint complete?")
         if entry.dtype not in FLOATS:
-            raise InputError(f"{path} holds {name} as {entry.dtype}, which is no floating-point weight", "give the dense model")
+            raise InputError(
+                f"{path} holds {name} as {entry.dtype}, which is no floating-point weight", "give the dense model"
+            )
         scale = scales.pop(short.removesuffix(".weight"), None) if short.endswith(".weight") else None
         if entry.dtype in FLOAT8:
             tensors[short] = Held(entry, entry.shape, UPCAST, _checked_scale(scale, entry, name, path))
@@ -217,7 +240,8 @@ def from_entries(path: Path, entries: Mapping[str, Entry]) -> Contents:
             tensors[short] = Held(entry, entry.shape, entry.dtype)
     if scales:
         raise InputError(
-            f"{path} has {len(scales)} scales without an 8-bit weight, first for {sorted(scales)[0]}", "is the checkpoint complete?"
+            f"{path} has {len(scales)} scales without an 8-bit weight, first for {sorted(scales)[0]}",
+            "is the checkpoint complete?",
         )
     return Contents(path, tensors, aside, dict(formats))
 
@@ -228,7 +252,8 @@ def refuse_packed(path: Path, names: Mapping[str, object]) -> None:
         leaf = next((leaf for leaf in PACKED if name.endswith(leaf)), None)
         if leaf:
             raise InputError(
-                f"{path} is already quantised ({PACKED[leaf]}: it holds {name}), and training or merging needs dense weights",
+                f"{path} is already quantised ({PACKED[leaf]}: it holds {name}), and training or merging needs dense "
+                "weights",
                 "give the dense model",
             )
 
@@ -246,7 +271,8 @@ def split_names(names: Mapping[str, object], path: Path) -> tuple[dict[str, str]
             aside["noise schedule"] += 1
         elif prefix and not name.startswith(prefix) and name not in MARKS:
             raise InputError(
-                f"{path} holds {name} beside the tensors under {prefix}: what is it part of?", "take it out, or give the diffusers folder"
+                f"{path} holds {name} beside the tensors under {prefix}: what is it part of?",
+                "take it out, or give the diffusers folder",
             )
         else:
             found[name.removeprefix(prefix)] = name
@@ -266,7 +292,9 @@ def _checked_scale(scale: Entry | None, entry: Entry, name: str, path: Path) -> 
         return None
     numbers = math.prod(scale.shape)
     if scale.dtype not in ("F32", "F16", "BF16") or numbers not in (1, entry.shape[0] if entry.shape else 1):
-        raise InputError(f"{path}: the scale of {name} is {scale.dtype} {list(scale.shape)}, one number or one per row is wanted")
+        raise InputError(
+            f"{path}: the scale of {name} is {scale.dtype} {list(scale.shape)}, one number or one per row is wanted"
+        )
     return scale
 
 

@@ -1,5 +1,6 @@
-"""A base model that is no pipeline folder as it stands: a single file, a transformer alone, precision variants, 8-bit or GGUF
-weights, or a model with LoRAs to be fused. Stage `import` writes it as a pipeline folder, streamed; all else works on that.
+"""A base model that is no pipeline folder as it stands: a single file, a transformer alone, precision variants, 8-bit
+or GGUF weights, or a model with LoRAs to be fused. Stage `import` writes it as a pipeline folder, streamed; all else
+works on that.
 
     transformer/  (a U-Net: unet/) rewritten: embedder and head in the first shard, so that surgery can link the others
     the rest      links to the base's components
@@ -14,13 +15,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dcgen_convert import bases, catalog, families
-from dcgen_convert.bundle.components import plan_copy, write_index
-from dcgen_convert.bundle.licence import FILES as LICENCES
+from dcgen_convert import families
 from dcgen_convert.bundle.manifest import source_record
 from dcgen_convert.checkpoint import lora as loras_
 from dcgen_convert.checkpoint import stream
+from dcgen_convert.checkpoint.components import plan_copy, write_index
 from dcgen_convert.checkpoint.keymap import LISTED
+from dcgen_convert.checkpoint.licence import FILES as LICENCES
 from dcgen_convert.checkpoint.lora import Lora, Merger
 from dcgen_convert.checkpoint.single import Single, read_single
 from dcgen_convert.checkpoint.sizes import AXES
@@ -33,11 +34,11 @@ from dcgen_convert.checkpoint.source import (
     require_possible,
     resolve_folder,
 )
-from dcgen_convert.console import Console
-from dcgen_convert.errors import AccessError, InputError
-from dcgen_convert.families import Family
-from dcgen_convert.files import read_object, sha256, write_json
-from dcgen_convert.journal import fingerprint
+from dcgen_convert.core.console import Console
+from dcgen_convert.core.errors import AccessError, InputError
+from dcgen_convert.core.files import read_object, sha256, write_json
+from dcgen_convert.core.journal import fingerprint
+from dcgen_convert.families import Family, bases, catalog
 
 STAGE = "import"
 SHARD = 4 << 30  # bytes per shard; the embedder and the head have one of their own
@@ -110,20 +111,24 @@ class Imported(Source):
         return {"name": name, "revision": self.revision, "files": own, "loras": fused, "base": base}
 
     def check(self) -> None:
-        """InputError when the transformer is not the one that the base's pipeline runs, or lacks tensors of its class."""
+        """InputError when the transformer is not the one that the base's pipeline runs, or lacks tensors of its
+        class.
+        """
         check_variant(self.index, self.family, self.base)
         check_scheduler(self.base, self.family)
         whole = _template(self.base, self.family)
         if any(key in whole and key not in self.config for key in AXES):
             raise InputError(
-                f"{self.single.path} has attention heads of another width than the base {self.base}, and no tensor tells its rotary axes",
+                f"{self.single.path} has attention heads of another width than the base {self.base}, and no tensor "
+                "tells its rotary axes",
                 "name a pipeline with the same heads: --base FOLDER",
             )
         self._check_tensors()
         old, new = (config.get("in_channels") for config in (whole, self.config))
         if old is not None and old != new:
             raise InputError(
-                f"{self.single.path} reads {new} numbers per token where the base {self.base} reads {old}: an inpainting or "
+                f"{self.single.path} reads {new} numbers per token where the base {self.base} reads {old}: an "
+                "inpainting or "
                 "editing variant, or a model that is converted already",
                 "give a text-to-image model in its original latent space, or its own base with --base FOLDER",
             )
@@ -142,7 +147,8 @@ class Imported(Source):
         except Exception as error:  # the class trusts its config: whatever it stumbles over is a config that cannot be
             first = next(iter(str(error).strip().splitlines()), "")
             raise InputError(
-                f"the config of {self.single.path} describes no {self.family.model_class}: {type(error).__name__}: {first}",
+                f"the config of {self.single.path} describes no {self.family.model_class}: {type(error).__name__}: "
+                f"{first}",
                 "name the pipeline folder that it belongs to: --base FOLDER",
             ) from error
         wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -152,7 +158,8 @@ class Imported(Source):
                 some, more = sorted(names)[:LISTED], len(names) - LISTED
                 rest = f" and {more} more" if more > 0 else ""
                 raise InputError(
-                    f"{self.single.path} {what} {len(names)} tensors for a {self.family.model_class} of its sizes: {', '.join(some)}{rest}",
+                    f"{self.single.path} {what} {len(names)} tensors for a {self.family.model_class} of its sizes: "
+                    f"{', '.join(some)}{rest}",
                     "is the checkpoint complete, and is --base of the same kind?",
                 )
         odd = next((name for name, shape in wanted.items() if shapes[name] != shape), None)
@@ -174,15 +181,23 @@ class Imported(Source):
         for text in losses:
             console.warn(f"{self.single.path.name}: {text}")
         for kind, count in self.single.contents.aside.items():
-            console.say(f"{self.single.path.name}: {count} tensors of {kind} are left aside, {self.base_name} has its own")
+            console.say(
+                f"{self.single.path.name}: {count} tensors of {kind} are left aside, {self.base_name} has its own"
+            )
         if self.single.unused:
             console.say(f"{self.single.path.name}: not used by the network: {', '.join(self.single.unused)}")
         largest = self._write_transformer(console)
         for lora in self.loras:
             count = len(lora.pairs)
-            console.say(f"merged {count} of {count} LoRA updates of {lora.path} at scale {lora.scale:g}, max |dW| = {largest:.4g}")
+            console.say(
+                f"merged {count} of {count} LoRA updates of {lora.path} at scale {lora.scale:g}, max |dW| = "
+                f"{largest:.4g}"
+            )
             if lora.text:
-                console.warn(f"{lora.path}: {lora.text} tensors for text encoders are not merged: only the transformer is converted")
+                console.warn(
+                    f"{lora.path}: {lora.text} tensors for text encoders are not merged: only the transformer is "
+                    "converted"
+                )
         write_json(self.root / "model_index.json", self.index)
         merged = {lora.path.name: len(lora.pairs) for lora in self.loras}
         return {
@@ -208,9 +223,13 @@ class Imported(Source):
                 stream.write(folder / file, {name: items[name] for name in names}, {"format": "pt"}, bar.advance)
                 index |= dict.fromkeys(names, file)
         if self.loras and not merger.largest > 0:
-            raise InputError(f"the LoRA {self.loras[0].path} changes nothing: every dW is zero", "is it the right file?")
+            raise InputError(
+                f"the LoRA {self.loras[0].path} changes nothing: every dW is zero", "is it the right file?"
+            )
         total = {"total_size": sum(sizes.values())}
-        write_json(folder / f"{WEIGHTS}.safetensors.index.json", {"metadata": total, "weight_map": dict(sorted(index.items()))})
+        write_json(
+            folder / f"{WEIGHTS}.safetensors.index.json", {"metadata": total, "weight_map": dict(sorted(index.items()))}
+        )
         write_json(folder / "config.json", self.config)
         return merger.largest
 
@@ -247,10 +266,14 @@ def import_source(
     if path.is_dir():
         own = Source(name, path).config if whole else _own_config(path)
         if families.recognise(own) is None:
-            raise InputError(f"{path} holds a {own.get('_class_name')}, no family converts it", "dcgen-convert inspect " + str(path))
+            raise InputError(
+                f"{path} holds a {own.get('_class_name')}, no family converts it", "dcgen-convert inspect " + str(path)
+            )
     single = read_single(folder)
     if own and own["_class_name"] != single.family.model_class:
-        raise InputError(f"{folder} says {own['_class_name']}, its tensors are of a {single.family.model_class}", "which one is it?")
+        raise InputError(
+            f"{folder} says {own['_class_name']}, its tensors are of a {single.family.model_class}", "which one is it?"
+        )
     own = own if single.layout == "diffusers" else None
     where, rest, rest_revision = (name, path, revision) if whole and base is None else _base(single, base, offline)
     source = Imported(name, home, revision, single, rest, where, rest_revision, (), own)
@@ -277,24 +300,29 @@ def _base(single: Single, asked: str | None, offline: bool) -> tuple[str, Path, 
         published = bases.base_of(single.family.name, single.config())
         if published is None:
             raise InputError(
-                f"{single.path} holds only a {single.family.name} transformer, without text encoders, autoencoder and scheduler",
+                f"{single.path} holds only a {single.family.name} transformer, without text encoders, autoencoder "
+                "and scheduler",
                 "name the pipeline that has them: --base FOLDER|REPO",
             )
         asked = published.repo
     entry = catalog.find_source(asked)
     where = str(entry.folder or entry.repo) if entry else asked
     try:
-        folder, revision = resolve_folder(where, revision=entry.revision if entry else None, offline=offline, patterns=COMPLETING)
+        folder, revision = resolve_folder(
+            where, revision=entry.revision if entry else None, offline=offline, patterns=COMPLETING
+        )
     except AccessError as error:
         raise AccessError(
-            f"{single.path} holds only a transformer; its text encoders, autoencoder and scheduler come from {where}, which is not in "
+            f"{single.path} holds only a transformer; its text encoders, autoencoder and scheduler come from "
+            f"{where}, which is not in "
             "the local cache and cannot be fetched",
             "connect to the network, or name a folder that has them: --base FOLDER",
         ) from error
     found = families.recognise(_template(folder, single.family, whole=True))
     if found is not single.family:
         raise InputError(
-            f"the base {asked} is a {found.name if found else 'pipeline of an unknown family'}, {single.path} is a {single.family.name}",
+            f"the base {asked} is a {found.name if found else 'pipeline of an unknown family'}, {single.path} is a "
+            f"{single.family.name}",
             "name a pipeline of the same family: --base FOLDER|REPO",
         )
     return asked, folder, revision
@@ -303,7 +331,9 @@ def _base(single: Single, asked: str | None, offline: bool) -> tuple[str, Path, 
 def _template(base: Path, family: Family, whole: bool = False) -> dict[str, Any]:
     """The transformer config of a base folder; what ships for the family where the folder has none."""
     if not (base / "model_index.json").is_file():
-        raise InputError(f"the base {base} has no model_index.json: not a diffusers pipeline folder", "--base FOLDER|REPO")
+        raise InputError(
+            f"the base {base} has no model_index.json: not a diffusers pipeline folder", "--base FOLDER|REPO"
+        )
     path = families.network_folder(base) / "config.json"
     if path.is_file():
         return read_object(path)

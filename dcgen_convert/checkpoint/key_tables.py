@@ -244,14 +244,18 @@ last.modulation.lin = final_layer.scale_shift_table
 
 
 def _unet() -> str:
-    """Stable Diffusion 1.5: four levels of two blocks down and three up, numbered through; attention on the upper three levels."""
+    """Stable Diffusion 1.5: four levels of two blocks down and three up, numbered through; attention on the upper
+    three levels.
+    """
     residual = {
         "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj",
         "out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
     }  # fmt: skip
     inside = (
-        "norm.*", "proj_{in,out}.*", "transformer_blocks.0.norm{1,2,3}.*", "transformer_blocks.0.attn{1,2}.to_{q,k,v}.weight",
-        "transformer_blocks.0.attn{1,2}.to_out.0.*", "transformer_blocks.0.ff.net.0.proj.*", "transformer_blocks.0.ff.net.2.*",
+        "norm.*", "proj_{in,out}.*", "transformer_blocks.0.norm{1,2,3}.*",
+        "transformer_blocks.0.attn{1,2}.to_{q,k,v}.weight",
+        "transformer_blocks.0.attn{1,2}.to_out.0.*", "transformer_blocks.0.ff.net.0.proj.*",
+        "transformer_blocks.0.ff.net.2.*",
     )  # fmt: skip
     resnets = {"middle_block.0": "mid_block.resnets.0", "middle_block.2": "mid_block.resnets.1"}
     attentions, lines = {"middle_block.1": "mid_block.attentions.0"}, []
@@ -263,7 +267,9 @@ def _unet() -> str:
         attentions |= {f"{old}.1": new.replace("PART", "attentions") for old, new in attended.items()}
         if level < 3:
             lines.append(f"input_blocks.{3 * level + 3}.0.op.* = down_blocks.{level}.downsamplers.0.conv.*")
-            lines.append(f"output_blocks.{3 * level + 2}.{min(level, 1) + 1}.conv.* = up_blocks.{level}.upsamplers.0.conv.*")
+            lines.append(
+                f"output_blocks.{3 * level + 2}.{min(level, 1) + 1}.conv.* = up_blocks.{level}.upsamplers.0.conv.*"
+            )
     lines += [f"{old}.{a}.* = {new}.{b}.*" for old, new in resnets.items() for a, b in residual.items()]
     lines += [f"{old}.{name} = {new}.{name}" for old, new in attentions.items() for name in inside]
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """Reading a table of `key_tables`: original names to diffusers' names and back, as row ranges and without any weights.
 
-A `Cut` is rows [start, stop) of one tensor. Every tensor of one layout is a stack of cuts of the other, so a file can be
-rewritten by copying byte ranges, and a LoRA on a fused linear falls apart along the same rows.
+A `Cut` is rows [start, stop) of one tensor. Every tensor of one layout is a stack of cuts of the other, so a file can
+be rewritten by copying byte ranges, and a LoRA on a fused linear falls apart along the same rows.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from dcgen_convert.checkpoint.key_tables import TABLES
-from dcgen_convert.errors import InputError
+from dcgen_convert.core.errors import InputError
 
 Shape = tuple[int, ...]
 LEAVES = ("weight", "bias")
@@ -73,7 +73,9 @@ class KeyMap:
             for (pattern, _), size in zip(rule.right, self._sizes(rule, rows, shapes, name), strict=True):
                 target = _fill(pattern, number)
                 if target in found:
-                    raise InputError(f"{name} and another tensor both become {target}", "is the file two checkpoints in one?")
+                    raise InputError(
+                        f"{name} and another tensor both become {target}", "is the file two checkpoints in one?"
+                    )
                 cuts = _halves(name, rows) if rule.swapped else (Cut(name, start, start + size),)
                 found[target] = Stack(_reshaped(rule, (size, *shape[1:]) if shape else shape, name), cuts)
                 start += size
@@ -95,7 +97,9 @@ class KeyMap:
             parts = [_fill(pattern, number) for pattern, _ in rule.right]
             missing = [part for part in parts if part not in shapes]
             if missing:
-                raise InputError(f"{left} needs {missing[0]}, which the checkpoint lacks", "is the checkpoint complete?")
+                raise InputError(
+                    f"{left} needs {missing[0]}, which the checkpoint lacks", "is the checkpoint complete?"
+                )
             sizes = [shapes[part][0] if shapes[part] else 1 for part in parts]
             cuts = tuple(Cut(part, 0, size) for part, size in zip(parts, sizes, strict=True))
             rows = (math.prod(shape),) if rule.shape else (sum(sizes), *shape[1:]) if shape else shape

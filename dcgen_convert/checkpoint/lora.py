@@ -1,4 +1,5 @@
-"""LoRA files of other tools, matched with a transformer's weights by name: diffusers / PEFT, original names, kohya's underscores.
+"""LoRA files of other tools, matched with a transformer's weights by name: diffusers / PEFT, original names, kohya's
+underscores.
 
 dW = scale (alpha / rank) up @ down. An update of a fused linear falls apart along the rows of its key map.
 """
@@ -18,8 +19,8 @@ from dcgen_convert.checkpoint.headers import Entry, read_header
 from dcgen_convert.checkpoint.held import FLOATS, PREFIXES, Held
 from dcgen_convert.checkpoint.key_tables import TABLES
 from dcgen_convert.checkpoint.keymap import LISTED, Cut, Shape
-from dcgen_convert.errors import InputError
-from dcgen_convert.merge import METADATA, Update
+from dcgen_convert.checkpoint.merge import METADATA, Update
+from dcgen_convert.core.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -164,7 +165,11 @@ def _alpha(path: Path, metadata: Mapping[str, str]) -> float | None:
     if not isinstance(metadata, Mapping) or METADATA not in metadata:
         return None
     try:
-        config = {key.rpartition(".")[2]: value for key, value in json.loads(metadata[METADATA]).items() if "text_encoder" not in key}
+        config = {
+            key.rpartition(".")[2]: value
+            for key, value in json.loads(metadata[METADATA]).items()
+            if "text_encoder" not in key
+        }
         odd = [key for key in PATTERNS if config.get(key)]
         alpha = float(config["lora_alpha"]) if "lora_alpha" in config else None
     except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
@@ -176,12 +181,16 @@ def _alpha(path: Path, metadata: Mapping[str, str]) -> float | None:
 
 def _places(family: str, shapes: Mapping[str, Shape], modules: list[str]) -> dict[str, tuple[Shape, tuple[Cut, ...]]]:
     """Module, as the file calls it -> the weight's shape and the rows of diffusers' tensors that make it up."""
-    known = {name: (shape, (Cut(name, 0, shape[0]),)) for name, shape in shapes.items() if shape and name.endswith(".weight")}
+    known = {
+        name: (shape, (Cut(name, 0, shape[0]),)) for name, shape in shapes.items() if shape and name.endswith(".weight")
+    }
     names = _spelled(known)
     if any(module not in names for module in modules):
         for layout in (layout for owner, layout in TABLES if owner == family):
             original = keymap.find(family, layout).backward(shapes)
-            names = _spelled({name: (s.shape, s.cuts) for name, s in original.items() if name.endswith(".weight")}) | names
+            names = (
+                _spelled({name: (s.shape, s.cuts) for name, s in original.items() if name.endswith(".weight")}) | names
+            )
     return {module: names[module] for module in modules if module in names}
 
 
@@ -196,7 +205,9 @@ def _fitted(path: Path, pair: Pair, shape: Shape, cuts: tuple[Cut, ...], shapes:
     inputs, wanted = down[1:], shape[1:]
     same = inputs == wanted or (all(n == 1 for n in inputs[1:]) and inputs[:1] == wanted)
     if up[0] != shape[0] or not same or any(n != 1 for n in up[2:]):
-        raise InputError(f"{path}: the update of {pair.module} is {list(up)} x {list(down)}, the weight is {list(shape)}")
+        raise InputError(
+            f"{path}: the update of {pair.module} is {list(up)} x {list(down)}, the weight is {list(shape)}"
+        )
     targets, first = [], 0
     for cut in cuts:
         targets.append(Target(cut, first))

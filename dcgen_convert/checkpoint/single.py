@@ -9,15 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcgen_convert import bases, families
+from dcgen_convert import families
 from dcgen_convert.checkpoint import keymap
 from dcgen_convert.checkpoint.held import Contents, Held, item_of, read_contents
 from dcgen_convert.checkpoint.keymap import Cut, Stack
 from dcgen_convert.checkpoint.sizes import SIZES, config_of
 from dcgen_convert.checkpoint.stream import Item
-from dcgen_convert.errors import InputError
-from dcgen_convert.families import Family
-from dcgen_convert.inspection_keys import recognise_keys
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.families import Family, bases
+from dcgen_convert.families.keys import recognise_keys
 
 
 @dataclass(frozen=True)

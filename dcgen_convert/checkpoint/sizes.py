@@ -1,7 +1,7 @@
 """The sizes of a transformer's config, read off the shapes of its tensors in diffusers' names.
 
 What no shape tells (rotary axes, norm epsilons, time scales) comes from a template: the base's own config, else the one
-that ships in `dcgen_convert/configs`. So a model of unusual width or depth is described as it is.
+that ships in `families/configs/`. So a model of unusual width or depth is described as it is.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 
-from dcgen_convert.errors import InputError
+from dcgen_convert.core.errors import InputError
 
 Shape = tuple[int, ...]
 
@@ -104,7 +104,10 @@ def sd3(t: Shapes) -> dict:
     }
     if normed:
         return found | _heads(t, "pos_embed.proj.weight", "transformer_blocks.0.attn.norm_q.weight")
-    return found | {"num_attention_heads": depth, "attention_head_dim": width // max(depth, 1)}  # SD3 medium: 24 blocks, 24 heads
+    return found | {
+        "num_attention_heads": depth,
+        "attention_head_dim": width // max(depth, 1),
+    }  # SD3 medium: 24 blocks, 24 heads
 
 
 def sana(t: Shapes) -> dict:
@@ -118,7 +121,9 @@ def sana(t: Shapes) -> dict:
         "cross_attention_dim": t.rows("transformer_blocks.0.attn2.to_q.weight"),
         "caption_channels": t.columns("caption_projection.linear_1.weight"),
         "mlp_ratio": hidden / t.rows("patch_embed.proj.weight"),
-        "qk_norm": "rms_norm_across_heads" if t.has("transformer_blocks.0.attn1.norm_q.") else None,  # SANA-1.5 and Sprint
+        "qk_norm": "rms_norm_across_heads"
+        if t.has("transformer_blocks.0.attn1.norm_q.")
+        else None,  # SANA-1.5 and Sprint
         "guidance_embeds": t.has("time_embed.guidance_embedder."),
         "width": t.rows("patch_embed.proj.weight"),
     }
@@ -172,7 +177,10 @@ def auraflow(t: Shapes) -> dict:
 
 
 def krea2(t: Shapes) -> dict:
-    head, text = t.rows("transformer_blocks.0.attn.norm_k.weight"), t.rows("text_fusion.refiner_blocks.0.attn.norm_k.weight")
+    head, text = (
+        t.rows("transformer_blocks.0.attn.norm_k.weight"),
+        t.rows("text_fusion.refiner_blocks.0.attn.norm_k.weight"),
+    )
     return {
         "in_channels": t.columns("img_in.weight"),
         "num_layers": t.count("transformer_blocks"),
@@ -226,5 +234,8 @@ def config_of(family, shapes: Mapping[str, Shape], template: Mapping[str, object
 def _head_width(config: Mapping[str, object]) -> int:
     if "attention_head_dim" in config:
         return config["attention_head_dim"]
-    width, heads = config.get("hidden_size") or config.get("dim"), config.get("num_attention_heads") or config.get("n_heads")
+    width, heads = (
+        config.get("hidden_size") or config.get("dim"),
+        config.get("num_attention_heads") or config.get("n_heads"),
+    )
     return width // heads if width and heads else 0

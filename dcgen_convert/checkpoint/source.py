@@ -16,9 +16,9 @@ from dcgen_convert.bundle.manifest import source_record
 from dcgen_convert.checkpoint import trust
 from dcgen_convert.checkpoint.headers import FLOAT8, Entry, read_weights
 from dcgen_convert.checkpoint.trust import is_component
-from dcgen_convert.errors import AccessError, InputError
+from dcgen_convert.core.errors import AccessError, InputError
+from dcgen_convert.core.files import read_object, sha256
 from dcgen_convert.families import Family
-from dcgen_convert.files import read_object, sha256
 
 # What a conversion takes of a hub repository, the base model's and that of a base which only completes a transformer.
 _REST = ["*.json", "*.txt", "*.model", "*.md", "LICENSE*"]
@@ -60,9 +60,14 @@ class Source:
                 "give a diffusers folder or a hub id",
             )
         index = read_object(path)
-        odd = next((part for part, value in index.items() if is_component(value) and not re.fullmatch(r"\w[\w.-]*", part)), None)
+        odd = next(
+            (part for part, value in index.items() if is_component(value) and not re.fullmatch(r"\w[\w.-]*", part)),
+            None,
+        )
         if odd is not None:
-            raise InputError(f"{path} names the component {odd!r}, which is no folder name", "fetch the checkpoint again")
+            raise InputError(
+                f"{path} names the component {odd!r}, which is no folder name", "fetch the checkpoint again"
+            )
         trust.require(self.root, index, "give a checkpoint whose parts are classes of diffusers and transformers")
         return index
 
@@ -70,7 +75,9 @@ class Source:
     def config(self) -> dict[str, Any]:
         path = self.transformer / "config.json"
         if not path.is_file():
-            raise InputError(f"{self.root} has no {path.parent.name}/config.json", "give a diffusers folder or a hub id")
+            raise InputError(
+                f"{self.root} has no {path.parent.name}/config.json", "give a diffusers folder or a hub id"
+            )
         config = read_object(path)
         if "quantization_config" in config:
             raise InputError(
@@ -122,7 +129,9 @@ def fingerprint_of(places: Iterable[Path]) -> str:
     """Hash of files and of the JSON and weight files of folders: of all bytes below 1 GiB, else of size and time."""
     digest = hashlib.sha256()
     for place in places:
-        inside = [place] if place.is_file() else sorted(p for p in place.glob("*") if p.suffix in (".json", ".safetensors"))
+        inside = (
+            [place] if place.is_file() else sorted(p for p in place.glob("*") if p.suffix in (".json", ".safetensors"))
+        )
         for path in inside:
             stat = path.stat()
             digest.update(f"{place.name}/{path.name} {stat.st_size} ".encode())
@@ -189,7 +198,9 @@ def load_source(
         check_scheduler(root, source.family)
         lost = next((part for part, folder in source.parts.items() if not folder.is_dir()), None)
         if lost is not None:
-            raise InputError(f"{root} has no folder {lost}, which its model_index.json names", "fetch the whole checkpoint again")
+            raise InputError(
+                f"{root} has no folder {lost}, which its model_index.json names", "fetch the whole checkpoint again"
+            )
         for module in (source.family.embedder, source.family.head):
             if f"{module}.weight" not in source.tensors:
                 raise InputError(
@@ -206,7 +217,9 @@ def require_possible(config: Mapping[str, Any], tensors: Mapping[str, object], w
     """InputError for a config of more blocks than there are tensors: its class would be built for ever."""
     for key, value in config.items():
         if ("layers" in key or "blocks" in key) and isinstance(value, int) and value > len(tensors):
-            raise InputError(f"{where}: {key} is {value} where {len(tensors)} tensors are", "is the config the right one?")
+            raise InputError(
+                f"{where}: {key} is {value} where {len(tensors)} tensors are", "is the config the right one?"
+            )
 
 
 def is_plain(root: Path) -> bool:
@@ -214,7 +227,7 @@ def is_plain(root: Path) -> bool:
 
     A folder without model_index.json counts as one unless it is a transformer's own, so that it is refused as such.
     """
-    from dcgen_convert.bundle.components import plan_copy
+    from dcgen_convert.checkpoint.components import plan_copy
 
     source = Source(str(root), root)
     if not (root / "model_index.json").is_file():
@@ -237,6 +250,7 @@ def check_variant(index: Mapping[str, Any], family: Family, where: Path) -> None
     known = (family.pipeline_class, *family.other_pipelines)
     if index.get("_class_name") not in known:
         raise InputError(
-            f"{where} is a {index.get('_class_name')}, only {' and '.join(known)} can be converted with a {family.model_class}",
+            f"{where} is a {index.get('_class_name')}, only {' and '.join(known)} can be converted with a "
+            f"{family.model_class}",
             "inpainting and editing variants need inputs that the conversion does not train",
         )

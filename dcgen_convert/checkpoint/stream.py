@@ -14,13 +14,30 @@ from pathlib import Path
 import numpy as np
 
 from dcgen_convert.checkpoint.headers import BYTES, Entry
-from dcgen_convert.errors import InputError
-from dcgen_convert.files import replacing
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.files import replacing
 
 CHUNK = 16 << 20  # bytes read at once
 CACHED = 1 << 16  # numbers looked at together: they and their masked copy stay in the processor's cache
 # The library's order of dtypes, widest first; names are sorted within one.
-ORDER = ["U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"]
+ORDER = [
+    "U64",
+    "I64",
+    "F64",
+    "F32",
+    "U32",
+    "I32",
+    "BF16",
+    "F16",
+    "U16",
+    "I16",
+    "F8_E8M0",
+    "F8_E4M3",
+    "F8_E5M2",
+    "I8",
+    "U8",
+    "BOOL",
+]
 # dtype -> (the integer of its width, the exponent bits: all ones mean NaN or infinity)
 EXPONENTS = {
     "F64": (np.uint64, 0x7FF0_0000_0000_0000),
@@ -105,7 +122,9 @@ def whole(name: str, entry: Entry) -> Copied:
     return Copied(entry.dtype, entry.shape, name, entry, ((entry.start, entry.end),))
 
 
-def write(path: Path, items: Mapping[str, Item], metadata: dict[str, str] | None = None, advance=lambda count: None) -> None:
+def write(
+    path: Path, items: Mapping[str, Item], metadata: dict[str, str] | None = None, advance=lambda count: None
+) -> None:
     """Write the file, whole or not at all; ``advance`` is told the bytes."""
     order = sorted(items, key=lambda name: (ORDER.index(items[name].dtype), name))
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}

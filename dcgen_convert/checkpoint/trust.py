@@ -1,7 +1,8 @@
 """Whose Python a pipeline folder would run.
 
-A diffusers folder can bring Python files of its own, and its JSON files decide which of them run. Without the user's word
-only the code of diffusers, of transformers and of this program runs: everything else is refused before it is loaded.
+A diffusers folder can bring Python files of its own, and its JSON files decide which of them run. Without the user's
+word only the code of diffusers, of transformers and of this program runs: everything else is refused before it is
+loaded.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dcgen_convert.errors import InputError
-from dcgen_convert.files import read_object, sha256
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.files import read_object, sha256
 
 LIBRARIES = ("diffusers", "transformers")
-SAFETY_CHECKER = ("stable_diffusion", "StableDiffusionSafetyChecker")  # a diffusers class that lives beside its pipeline
+SAFETY_CHECKER = (
+    "stable_diffusion",
+    "StableDiffusionSafetyChecker",
+)  # a diffusers class that lives beside its pipeline
 ADAPTER_CLASS = "AutoencoderDCAdapter"
 # Module name of the in-bundle adapter -> sha256 of every file that this program has written under that name.
 ADAPTERS = {
@@ -45,7 +49,9 @@ def is_adapter(value: Any) -> bool:
 
 def is_custom(value: Any) -> bool:
     """Whether a model_index.json value names a class of neither library, and not this program's adapter."""
-    return is_component(value) and value[0] not in LIBRARIES and tuple(value) != SAFETY_CHECKER and not is_adapter(value)
+    return (
+        is_component(value) and value[0] not in LIBRARIES and tuple(value) != SAFETY_CHECKER and not is_adapter(value)
+    )
 
 
 def is_own(file: Path) -> bool:
@@ -87,7 +93,10 @@ def _of_component(root: Path, name: str, library: str, class_name: str) -> Itera
         if file.is_file() and not is_own(file):
             yield describe(root, file)
     elif is_custom([library, class_name]) or library in ADAPTERS:
-        yield f"model_index.json takes {name} from {library}.{class_name}, which is part of neither {' nor '.join(LIBRARIES)}"
+        yield (
+            f"model_index.json takes {name} from {library}.{class_name}, which is part of neither "
+            f"{' nor '.join(LIBRARIES)}"
+        )
     elif file.is_file():  # diffusers prefers it to the installed library of that name
         yield describe(root, file)
     elif "Pipeline" in class_name:
@@ -109,7 +118,8 @@ def _calls(config: Mapping[str, Any], followed: bool) -> Iterator[str]:
     """Keys of a config by which a library would load code: `auto_map`, and attention from a hub repository.
 
     Args:
-        followed: whether the class that reads ``config`` obeys an `auto_map` at its top; the classes of inner models do.
+        followed: whether the class that reads ``config`` obeys an `auto_map` at its top; the classes of inner models
+            do.
     """
     for key, value in config.items():
         from_hub = key.endswith("attn_implementation") and "/" in str(value)

@@ -1,11 +1,12 @@
 """Aspect-ratio buckets: the picture sizes that a folder of mixed shapes is brought to, and which rows have which size.
 
-Construction: for every width that is a multiple of `step` the tallest height, and for every height the widest width, whose
-area does not exceed resolution^2 (NovelAI's "aspect ratio bucketing", 2022; SDXL's table in arXiv 2307.01952, appendix I, has
-the same form and ends at 1:4 and 4:1). So no bucket has more tokens than the square: what fits for it fits for all.
+Construction: for every width that is a multiple of `step` the tallest height, and for every height the widest width,
+whose area does not exceed resolution^2 (NovelAI's "aspect ratio bucketing", 2022; SDXL's table in arXiv 2307.01952,
+appendix I, has the same form and ends at 1:4 and 4:1). So no bucket has more tokens than the square: what fits for it
+fits for all.
 
-Sizes are (height, width) in px. Rows are sorted by the shape of their picture, so that at every resolution a bucket is a span
-of rows, and nothing is held per row.
+Sizes are (height, width) in px. Rows are sorted by the shape of their picture, so that at every resolution a bucket is
+a span of rows, and nothing is held per row.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ Size = tuple[int, int]
 
 
 class Span(NamedTuple):
-    """Rows ``start`` .. ``stop`` - 1 have one size, and follow one another in the tables base-TABLE and target-TABLE."""
+    """Rows ``start`` .. ``stop`` - 1 have one size, and follow one another in the tables base-TABLE and
+    target-TABLE.
+    """
 
     table: str
     height: int
@@ -64,7 +67,9 @@ def nearest(buckets: Sequence[Size], width: int, height: int) -> Size:
 
 
 def by_shape(shapes: Sequence[Size], held_out: int) -> list[int]:
-    """Order of pictures of ``shapes`` (width, height): by aspect ratio, the last ``held_out`` apart and after the others."""
+    """Order of pictures of ``shapes`` (width, height): by aspect ratio, the last ``held_out`` apart and after the
+    others.
+    """
     cut = len(shapes) - held_out
 
     def ratio(number: int) -> Fraction:

@@ -1,11 +1,12 @@
 """Paired latents and conditions on disk: safetensors shards, memory-mapped, one row per picture.
 
 index.json                    {"key", "count", "rows_per_shard", "tables": {name: {tensor: shape of one row}}}
-<table>-00000.safetensors     table "target-<px>" {"z"}, "base-<px>" {"z"}, "text" {forward() keywords}, "null" (one row)
+<table>-00000.safetensors     table "target-<px>" {"z"}, "base-<px>" {"z"}, "text" {forward() keywords}, "null" (one
+row)
 captions.safetensors          {"text": UTF-8 of all captions, "ends": (N,) where each ends}
 
-With aspect-ratio buckets there is a table per size, "target-<px>-<height>x<width>", and the index has "spans": for every px a
-list of `buckets.Span`, which says what rows are in which table.
+With aspect-ratio buckets there is a table per size, "target-<px>-<height>x<width>", and the index has "spans": for
+every px a list of `buckets.Span`, which says what rows are in which table.
 
 Nothing is held per row: shards and captions are memory-mapped, and a bounded number of shards is open. "key" says what
 the rows were made from; a cache of something else is refused.
@@ -25,10 +26,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.files import atomic_save, read_json, write_json
 from dcgen_convert.data import buckets
 from dcgen_convert.data.buckets import Span
-from dcgen_convert.errors import InputError
-from dcgen_convert.files import atomic_save, read_json, write_json
 
 INDEX = "index.json"
 CAPTIONS = "captions.safetensors"
@@ -89,7 +90,9 @@ class LatentCache:
         return view(rows=self.rows[:cut]), view(rows=self.rows[cut:])
 
     def batch(self, indices: list[int] | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Rows ``indices`` of one span: z_0 (B, C, h, w) float32 and the condition, a dict of tensors with first axis B."""
+        """Rows ``indices`` of one span: z_0 (B, C, h, w) float32 and the condition, a dict of tensors with first
+        axis B.
+        """
         return self.read("target", indices)["z"].float(), self.condition(indices)
 
     def condition(self, indices: list[int] | Tensor) -> dict[str, Tensor]:
@@ -184,7 +187,9 @@ def _require_key(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, An
         return
     different = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
     if different:
-        shown = ", ".join(f"{name} ({str(found.get(name))[:24]}, wanted {str(wanted.get(name))[:24]})" for name in different)
+        shown = ", ".join(
+            f"{name} ({str(found.get(name))[:24]}, wanted {str(wanted.get(name))[:24]})" for name in different
+        )
         raise InputError(
             f"the latents in {folder} were made from something else: {shown}", "make them again with --from latents"
         )
@@ -215,6 +220,8 @@ def write_index(
     for path in sorted(folder.glob("*-00000.safetensors")):
         with safe_open(path, framework="pt") as file:
             names = file.keys()
-            tables[path.name.removesuffix("-00000.safetensors")] = {key: file.get_slice(key).get_shape()[1:] for key in names}
+            tables[path.name.removesuffix("-00000.safetensors")] = {
+                key: file.get_slice(key).get_shape()[1:] for key in names
+            }
     index = {"key": key, "count": count, "rows_per_shard": rows_per_shard, "tables": tables}
     write_json(folder / INDEX, {**index, "spans": spans} if spans else index)

@@ -18,8 +18,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from dcgen_convert.errors import InputError
-from dcgen_convert.files import atomic_write
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.files import atomic_write
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 INDEX = "index.jsonl"
@@ -115,7 +115,8 @@ def size_of(file: Path) -> tuple[int, int]:
 
 
 def read_pixels(file: Path, height: int, width: int | None = None) -> Tensor:
-    """(3, height, width) float32 in [-1, 1]: the largest centred part of that shape (from a whole pixel on), resized with Lanczos.
+    """(3, height, width) float32 in [-1, 1]: the largest centred part of that shape (from a whole pixel on), resized
+    with Lanczos.
 
     Args:
         width: None: a square of ``height``.

@@ -1,4 +1,6 @@
-"""Prompts for synthetic data: a file, the built-in generator (millions of combinations), or the tiny world's captions."""
+"""Prompts for synthetic data: a file, the built-in generator (millions of combinations), or the tiny world's
+captions.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +8,35 @@ import math
 import random
 from pathlib import Path
 
-from dcgen_convert.errors import InputError
+from dcgen_convert.core.errors import InputError
 
 SUBJECTS = (
     "a lighthouse", "an old fisherman", "a red fox", "a violin maker", "a city tram", "a bowl of ramen",
     "a glass teapot", "a mountain village",
     "a young woman reading", "a robot gardener", "a stack of books", "a snow leopard", "a jazz trio",
     "a vintage motorcycle", "a field of poppies",
-    "a child flying a kite", "a marble statue", "a street market", "a sailing boat", "a greenhouse", "an astronaut", "a sleeping cat",
-    "a wooden bridge", "a chess player", "a handwritten sign that says OPEN", "a desert caravan", "a coral reef", "a bakery window",
+    "a child flying a kite", "a marble statue", "a street market", "a sailing boat", "a greenhouse", "an astronaut",
+    "a sleeping cat",
+    "a wooden bridge", "a chess player", "a handwritten sign that says OPEN", "a desert caravan", "a coral reef",
+    "a bakery window",
     "a grand piano", "an owl on a branch", "two dancers", "a watch mechanism",
 )  # fmt: skip
 STYLES = (
     "a photograph of", "a watercolour of", "an oil painting of", "a pencil sketch of",
     "a macro photograph of", "a black and white photograph of",
-    "a children's book illustration of", "a film still of", "a woodcut of", "an isometric render of", "a portrait of", "a wide shot of",
+    "a children's book illustration of", "a film still of", "a woodcut of", "an isometric render of", "a portrait of",
+    "a wide shot of",
 )  # fmt: skip
 PLACES = (
     "in a quiet harbour", "in a dense forest", "on a rooftop", "in a sunlit kitchen", "in the rain",
     "in a crowded square", "on a frozen lake",
-    "in an abandoned factory", "by a country road", "in a studio", "under a bridge", "in a library", "on a beach", "in a small workshop",
+    "in an abandoned factory", "by a country road", "in a studio", "under a bridge", "in a library", "on a beach",
+    "in a small workshop",
     "at the foot of a volcano", "in a subway station",
 )  # fmt: skip
 LIGHTS = (
-    "at dawn", "at noon", "at dusk", "at night", "in soft window light", "in neon light", "in candlelight", "under an overcast sky",
+    "at dawn", "at noon", "at dusk", "at night", "in soft window light", "in neon light", "in candlelight",
+    "under an overcast sky",
     "in golden backlight", "in fog", "with long shadows", "after a storm",
 )  # fmt: skip
 DETAILS = (

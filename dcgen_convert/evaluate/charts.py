@@ -32,19 +32,28 @@ def line_chart(series: Mapping[str, Points], *, x_label: str, y_label: str) -> s
 
 
 def line_file(series: Mapping[str, Points], *, x_label: str, y_label: str) -> str:
-    """`line_chart` as an SVG file that stands alone: the legend is a line of text under the chart. Empty without a point."""
+    """`line_chart` as an SVG file that stands alone: the legend is a line of text under the chart. Empty without a
+    point.
+    """
     series = _finite(series)
     drawn = _lines(series, x_label, y_label)
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT + 20}" width="{WIDTH}" height="{HEIGHT + 20}">'
+    box = f'viewBox="0 0 {WIDTH} {HEIGHT + 20}" width="{WIDTH}" height="{HEIGHT + 20}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {box}>'
     back = f'<style>{STYLE}</style><rect width="{WIDTH}" height="{HEIGHT + 20}" fill="#fff"/>'
     names = "".join(
-        f'<tspan fill="{colour}" dx="12">&#9632; {escape(name)}</tspan>' for name, colour in zip(series, _cycle(len(series)), strict=True)
+        f'<tspan fill="{colour}" dx="12">&#9632; {escape(name)}</tspan>'
+        for name, colour in zip(series, _cycle(len(series)), strict=True)
     )
-    return f'{head}{back}{"".join(drawn)}<text x="{LEFT - 12}" y="{HEIGHT + 10}">{names}</text></svg>\n' if drawn else ""
+    return (
+        f'{head}{back}{"".join(drawn)}<text x="{LEFT - 12}" y="{HEIGHT + 10}">{names}</text></svg>\n' if drawn else ""
+    )
 
 
 def _finite(series: Mapping[str, Points]) -> dict[str, list[tuple[float, float]]]:
-    return {name: thin([(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]) for name, points in series.items()}
+    return {
+        name: thin([(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)])
+        for name, points in series.items()
+    }
 
 
 def _lines(series: Mapping[str, Points], x_label: str, y_label: str) -> list[str]:
@@ -81,7 +90,8 @@ def _lines(series: Mapping[str, Points], x_label: str, y_label: str) -> list[str
 
 
 def bar_chart(rows: Sequence[tuple[str, Mapping[str, float]]], label: str) -> str:
-    """SVG of horizontal bars from zero: per row (name, {series: value >= 0}), one thin bar per series, its value behind.
+    """SVG of horizontal bars from zero: per row (name, {series: value >= 0}), one thin bar per series, its value
+    behind.
 
     Colours follow the series' order over all rows.
     """

@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from dcgen_convert.errors import InputError
+from dcgen_convert.core.errors import InputError
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -30,7 +30,10 @@ def layer_section(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """
     kind = "error" if any("error" in record for record in records) else "weight_error"
     measured = sorted((record for record in records if kind in record), key=lambda record: -record[kind])[:WORST]
-    bars = [(r["module"], {"before": r[f"{kind}_rtn"], "after": r[kind]} if f"{kind}_rtn" in r else {"after": r[kind]}) for r in measured]
+    bars = [
+        (r["module"], {"before": r[f"{kind}_rtn"], "after": r[kind]} if f"{kind}_rtn" in r else {"after": r[kind]})
+        for r in measured
+    ]
     label = "relative output error, 4-bit activations included" if kind == "error" else "relative error of the weight"
     return [f"<h3>worst {len(bars)} of {len(records)} layers</h3>", bar_chart(bars, label), _table(records)]
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from dcgen_convert.errors import InputError
+from dcgen_convert.core.errors import InputError
 
 
 def psnr(a: Tensor, b: Tensor, peak: float = 1.0) -> float:

@@ -18,10 +18,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from dcgen_convert.errors import InputError
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.files import atomic_write, read_json
 from dcgen_convert.evaluate.charts import line_chart
 from dcgen_convert.evaluate.layers import layer_section
-from dcgen_convert.files import atomic_write, read_json
 
 MARKER = "stage.json"
 REPORT = "report.html"

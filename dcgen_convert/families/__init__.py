@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dcgen_convert.errors import InputError
+from dcgen_convert.core.errors import InputError
 from dcgen_convert.families.auraflow import AuraFlow
 from dcgen_convert.families.base import Family, QuantTargets, Text
 from dcgen_convert.families.chroma import Chroma

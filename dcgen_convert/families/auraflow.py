@@ -24,7 +24,8 @@ class AuraFlow(Family):
     blocks = ("joint_transformer_blocks", "single_transformer_blocks")
     lora_targets = (
         r"(joint|single)_transformer_blocks\.\d+\."
-        r"(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)|(ff|ff_context)\.(linear_1|linear_2|out_projection))"
+        r"(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)|(ff|"
+        r"ff_context)\.(linear_1|linear_2|out_projection))"
     )
     awq_pattern = r"(joint|single)_transformer_blocks\.\d+\.norm1(_context)?\.linear"
     bundle_tier = 1

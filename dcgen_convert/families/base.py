@@ -51,7 +51,9 @@ def by_kind(reasons: dict[str, str]) -> dict[str, str]:
 
 
 class Family:
-    """Facts of one family. Subclasses fill the class attributes and state the methods at the end where theirs differ."""
+    """Facts of one family. Subclasses fill the class attributes and state the methods at the end where theirs
+    differ.
+    """
 
     name: ClassVar[str]
     model_class: ClassVar[str]  # diffusers class of the network
@@ -71,9 +73,12 @@ class Family:
     lora_targets: ClassVar[str]  # regex over full module names, as PEFT's target_modules takes it
     awq_pattern: ClassVar[str] = r"(?!)"  # AdaLN / modulation linears inside the blocks
     # 0: stock AutoencoderDC; 1: the same with keys in its config that the pipeline asks for; 2: in-bundle adapter that
-    # undoes the p x p packing of the pipeline, or of a transformer that packs for itself, and takes what AutoencoderDC does not
+    # undoes the p x p packing of the pipeline, or of a transformer that packs for itself, and takes what AutoencoderDC
+    # does not
     bundle_tier: ClassVar[int] = 0
-    any_shape: ClassVar[bool] = True  # whether the stock pipeline draws pictures that are no squares, at the size asked for
+    any_shape: ClassVar[bool] = (
+        True  # whether the stock pipeline draws pictures that are no squares, at the size asked for
+    )
     few_steps: ClassVar[bool] = False  # whether every model of the family was distilled to a few steps
     fixed_shift: ClassVar[bool] = False  # whether the network's time input leans on the shift of the stock scheduler
     official_layout: ClassVar[bool] = False  # whether the DC-Gen authors published a pipeline class
@@ -99,7 +104,9 @@ class Family:
         return math.isqrt(config["in_channels"] * (config.get("patch_size") or 1) ** 2 // channels)
 
     def tokens(self, z: Tensor, patch: int) -> Tensor:
-        """(B, C, h, w) -> (B, N, K): what the embedder is linear in, in the order of its flattened weight columns; K = C p p."""
+        """(B, C, h, w) -> (B, N, K): what the embedder is linear in, in the order of its flattened weight columns; K
+        = C p p.
+        """
         from einops import rearrange
 
         return rearrange(z, f"b c (h p1) (w p2) -> b (h w) ({self.in_order})", p1=patch, p2=patch)
@@ -118,7 +125,9 @@ class Family:
         )
 
     def position_term(self, model: nn.Module, height: int, width: int) -> Tensor | None:
-        """Absolute position table that the model adds to the embedded tokens, (N, D); None with RoPE or no positions."""
+        """Absolute position table that the model adds to the embedded tokens, (N, D); None with RoPE or no
+        positions.
+        """
         return None
 
     def table_side(self, config: dict[str, Any]) -> int | None:
@@ -196,11 +205,14 @@ class Family:
         return width * config.get("num_text_layers", 1)
 
     def pack(self, config: dict[str, Any]) -> int:
-        """p of the bundle's adapter: the patch that the stock pipeline packs, or a converted transformer with ``config``."""
+        """p of the bundle's adapter: the patch that the stock pipeline packs, or a converted transformer with
+        ``config``.
+        """
         return 2
 
     def only_side(self, config: dict[str, Any], cell: int) -> int | None:
-        """Side in px of the pictures that the stock pipeline draws whatever size is asked for; None: it draws what is asked.
+        """Side in px of the pictures that the stock pipeline draws whatever size is asked for; None: it draws what is
+        asked.
 
         Args:
             config: of the transformer, before or after conversion.
@@ -274,7 +286,9 @@ class Family:
     # -- to be stated by each family ------------------------------------------------------------------------------
 
     def convert_config(self, config: dict[str, Any], factor: int, channels: int, side: int) -> dict[str, Any]:
-        """Transformer config for an autoencoder (f = factor, c = channels) at patch 1; ``side`` is the bundle's px size."""
+        """Transformer config for an autoencoder (f = factor, c = channels) at patch 1; ``side`` is the bundle's px
+        size.
+        """
         raise TypeError(f"{type(self).__name__} states no convert_config")
 
     def doubt(self, name: str, scheduler: Mapping[str, Any]) -> str | None:
@@ -295,7 +309,9 @@ class Family:
     def pipeline_call(
         self, pipeline: Any, prompts: list[str], *, height: int, width: int, steps: int, guidance: float, length: int
     ) -> dict:
-        """Keyword arguments with which the stock pipeline draws ``prompts``; these are what most pipelines call them."""
+        """Keyword arguments with which the stock pipeline draws ``prompts``; these are what most pipelines call
+        them.
+        """
         return dict(
             prompt=prompts,
             height=height,
@@ -307,7 +323,9 @@ class Family:
 
 
 def padded(rows: list[Tensor], length: int) -> tuple[Tensor, Tensor]:
-    """Text features (L_i, D) of several prompts as (B, length, D), zeros behind each, and their mask (B, length) of 0 / 1."""
+    """Text features (L_i, D) of several prompts as (B, length, D), zeros behind each, and their mask (B, length) of
+    0 / 1.
+    """
     import torch
 
     embeds = rows[0].new_zeros(len(rows), length, rows[0].shape[-1])

@@ -1,4 +1,6 @@
-"""Chroma: `ChromaTransformer2DModel`, FLUX.1 with its modulation computed once. Source: diffusers 0.42 pipeline_chroma.py."""
+"""Chroma: `ChromaTransformer2DModel`, FLUX.1 with its modulation computed once. Source: diffusers 0.42
+pipeline_chroma.py.
+"""
 
 from __future__ import annotations
 
@@ -50,5 +52,7 @@ class Chroma(Family):
         return self.untokens(output, z.shape[2], z.shape[3], patch)
 
     def encode_text(self, pipeline, prompts, length):
-        embeds, _, mask, *_ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=length)
+        embeds, _, mask, *_ = pipeline.encode_prompt(
+            prompts, do_classifier_free_guidance=False, max_sequence_length=length
+        )
         return {"encoder_hidden_states": embeds, "attention_mask": mask}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from itertools import groupby
 
-from dcgen_convert.errors import InputError
+from dcgen_convert.core.errors import InputError
 from dcgen_convert.families.base import Family, padded
 
 
@@ -42,7 +42,8 @@ class CogView4(Family):
     def shift(self, tokens, scheduler):
         if scheduler.get("time_shift_type") != "linear" or self.mu(tokens, scheduler) != self.mu(tokens, {}):
             raise InputError(
-                "CogView4's network is told the step before the timestep shift, so the shift of its scheduler must stay",
+                "CogView4's network is told the step before the timestep shift, so the shift of its scheduler must "
+                "stay",
                 "use CogView4's own scheduler config",
             )
         return super().shift(tokens, scheduler)
@@ -57,7 +58,8 @@ class CogView4(Family):
     def predict(self, model, z, t, text, guidance=None):
         import torch
 
-        # The pipeline shifts the noise level and tells the network the step before the shift: t = mu s / (1 + (mu - 1) s).
+        # The pipeline shifts the noise level and tells the network the step before the shift: t = mu s / (1 + (mu - 1)
+        # s).
         mu = self.mu(z.shape[2] * z.shape[3] // self.patch(model.config, z.shape[1]) ** 2, {})
         steps = t / (mu - (mu - 1) * t)
         pixels = model.config.get("pixels_per_latent", 8)
@@ -80,9 +82,13 @@ class CogView4(Family):
         return self.collect(torch.cat(outputs), z.shape[1])
 
     def encode_text(self, pipeline, prompts, length):
-        """Prompts one by one: the stock pipeline pads a prompt to a multiple of 16 tokens and attends to the padding."""
+        """Prompts one by one: the stock pipeline pads a prompt to a multiple of 16 tokens and attends to the
+        padding.
+        """
         rows = [
-            pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=length)[0][0][-length:]
+            pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=length)[0][0][
+                -length:
+            ]
             for prompt in prompts
         ]
         embeds, mask = padded(rows, length)

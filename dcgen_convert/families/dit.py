@@ -1,4 +1,6 @@
-"""DiT-XL: class-conditional `DiTTransformer2DModel`, epsilon prediction with learned sigma. Source: diffusers 0.42 pipeline_dit.py."""
+"""DiT-XL: class-conditional `DiTTransformer2DModel`, epsilon prediction with learned sigma. Source: diffusers 0.42
+pipeline_dit.py.
+"""
 
 from __future__ import annotations
 

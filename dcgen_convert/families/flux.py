@@ -1,8 +1,10 @@
-"""FLUX.1 dev / Krea / schnell: `FluxTransformer2DModel`. Sources: diffusers 0.42 pipeline_flux.py; DC-Gen's published 1K / 4K models."""
+"""FLUX.1 dev / Krea / schnell: `FluxTransformer2DModel`. Sources: diffusers 0.42 pipeline_flux.py; DC-Gen's
+published 1K / 4K models.
+"""
 
 from __future__ import annotations
 
-from dcgen_convert.errors import InputError
+from dcgen_convert.core.errors import InputError
 from dcgen_convert.families.base import Family, token_ids
 
 
@@ -21,7 +23,8 @@ class Flux(Family):
     }
     text_keys = ("encoder_hidden_states", "pooled_projections")
     blocks = ("transformer_blocks", "single_transformer_blocks")
-    # As published: attention and MLP linears, not the AdaLN linears, embedders or the final proj_out (418 linears in FLUX.1).
+    # As published: attention and MLP linears, not the AdaLN linears, embedders or the final proj_out (418 linears in
+    # FLUX.1).
     lora_targets = (
         r"(transformer_blocks|single_transformer_blocks)\.\d+\."
         r"(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
@@ -38,7 +41,8 @@ class Flux(Family):
         reads, writes = config["in_channels"], config.get("out_channels") or config["in_channels"]
         if reads != writes:
             raise InputError(
-                f"this FLUX.1 model reads {reads} channels and writes {writes}: a Fill, Depth or Canny variant, which sees two pictures",
+                f"this FLUX.1 model reads {reads} channels and writes {writes}: a Fill, Depth or Canny variant, "
+                "which sees two pictures",
                 "give the text-to-image model (dev, Krea or schnell): the conversion trains no second picture",
             )
         return {**config, "in_channels": channels, "out_channels": channels}

@@ -1,4 +1,6 @@
-"""FLUX.2 dev and klein: `Flux2Transformer2DModel`. Sources: diffusers 0.42 pipeline_flux2.py, pipeline_flux2_klein.py."""
+"""FLUX.2 dev and klein: `Flux2Transformer2DModel`. Sources: diffusers 0.42 pipeline_flux2.py,
+pipeline_flux2_klein.py.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""HiDream-I1: `HiDreamImageTransformer2DModel`, whose pipeline negates what the network predicts. Source: diffusers 0.42
+"""HiDream-I1: `HiDreamImageTransformer2DModel`, whose pipeline negates what the network predicts. Source: diffusers
+0.42
 pipeline_hidream_image.py."""
 
 from __future__ import annotations
 
-from dcgen_convert.errors import InputError
+from dcgen_convert.core.errors import InputError
 from dcgen_convert.families.base import Family, linear_mu
 
 CELLS = 128  # side of the latent grid, in cells of the pipeline, whose area every picture is scaled to
@@ -43,12 +44,16 @@ class HiDream(Family):
         return CELLS * cell
 
     def convert_config(self, config, factor, channels, side):
-        """The patch follows from the size: the stock pipeline draws on a grid as large as CELLS x CELLS, whatever is asked."""
+        """The patch follows from the size: the stock pipeline draws on a grid as large as CELLS x CELLS, whatever is
+        asked.
+        """
         patch = CELLS * factor // side
         if patch < 1 or CELLS * factor % side or patch & (patch - 1) or channels % patch**2:
             raise InputError(
-                f"HiDream's pipeline draws on {CELLS} x {CELLS} cells, which are no {side} px with {channels} channels at f{factor}",
-                f"set --resolution to one of {', '.join(str(CELLS * factor >> k) for k in range(5) if channels % 4**k == 0)}",
+                f"HiDream's pipeline draws on {CELLS} x {CELLS} cells, which are no {side} px with {channels} "
+                f"channels at f{factor}",
+                "set --resolution to one of "
+                f"{', '.join(str(CELLS * factor >> k) for k in range(5) if channels % 4**k == 0)}",
             )
         fine = channels // patch**2
         return {
@@ -63,7 +68,9 @@ class HiDream(Family):
         return linear_mu(tokens, {})  # the pipeline asks the transformer's max_resolution, not the scheduler's config
 
     def image_tokens(self, features, count, text):
-        """The picture comes first, and apart from the text in blocks of two streams; what follows it is padding or text."""
+        """The picture comes first, and apart from the text in blocks of two streams; what follows it is padding or
+        text.
+        """
         return (features[0] if isinstance(features, tuple) else features)[:, :count]
 
     def predict(self, model, z, t, text, guidance=None):
@@ -82,8 +89,12 @@ class HiDream(Family):
         return self.collect(output, z.shape[1])
 
     def encode_text(self, pipeline, prompts, length):
-        """Llama's hidden states of all layers are (B, layers, L, D): 33 MB a prompt in HiDream-I1, see `latents.text`."""
-        t5, _, llama, _, pooled, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=length)
+        """Llama's hidden states of all layers are (B, layers, L, D): 33 MB a prompt in HiDream-I1, see
+        `latents.text`.
+        """
+        t5, _, llama, _, pooled, _ = pipeline.encode_prompt(
+            prompts, do_classifier_free_guidance=False, max_sequence_length=length
+        )
         return {
             "encoder_hidden_states_t5": t5,
             "encoder_hidden_states_llama3": llama.transpose(0, 1),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 
-from dcgen_convert.errors import InputError
+from dcgen_convert.core.errors import InputError
 from dcgen_convert.families.base import Family
 
 
@@ -42,7 +42,8 @@ class HunyuanImage(Family):
     def convert_config(self, config, factor, channels, side):
         if config.get("use_meanflow"):
             raise InputError(
-                "this HunyuanImage model is distilled to a few steps with a second time input (use_meanflow), which no stage here trains",
+                "this HunyuanImage model is distilled to a few steps with a second time input (use_meanflow), which "
+                "no stage here trains",
                 "give the undistilled model",
             )
         return {**config, "in_channels": channels, "out_channels": channels, "patch_size": [1, 1]}

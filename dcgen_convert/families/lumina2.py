@@ -3,7 +3,7 @@ pipeline_lumina2.py."""
 
 from __future__ import annotations
 
-from dcgen_convert.errors import InputError
+from dcgen_convert.core.errors import InputError
 from dcgen_convert.families.base import Family
 
 PIPELINE_FACTOR = 8  # px per latent cell, written into the stock pipeline whatever the autoencoder
@@ -39,7 +39,8 @@ class Lumina2(Family):
         pack = factor // PIPELINE_FACTOR
         if channels % pack**2:
             raise InputError(
-                f"Lumina2's pipeline samples on a grid of {PIPELINE_FACTOR} px, on which {channels} channels at f{factor} do not fit",
+                f"Lumina2's pipeline samples on a grid of {PIPELINE_FACTOR} px, on which {channels} channels at "
+                f"f{factor} do not fit",
                 f"choose an autoencoder whose channels are a multiple of {pack**2}",
             )
         return {
@@ -60,7 +61,9 @@ class Lumina2(Family):
         return torch.stack([row[start : start + count] for row, start in zip(features, starts, strict=True)])
 
     def predict(self, model, z, t, text, guidance=None):
-        output = model(hidden_states=self.expose(z, model.config), timestep=(1 - t).to(z.dtype), return_dict=False, **text)[0]
+        output = model(
+            hidden_states=self.expose(z, model.config), timestep=(1 - t).to(z.dtype), return_dict=False, **text
+        )[0]
         return self.collect(output, z.shape[1])
 
     def encode_text(self, pipeline, prompts, length):

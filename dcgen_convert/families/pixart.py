@@ -6,7 +6,9 @@ from __future__ import annotations
 from dcgen_convert.families import ddpm
 from dcgen_convert.families.base import Family, added_positions
 
-MULTI_SCALE = 128  # sample_size by which alpha's model and pipeline know that they are conditioned on the picture's size
+MULTI_SCALE = (
+    128  # sample_size by which alpha's model and pipeline know that they are conditioned on the picture's size
+)
 
 
 class PixArt(Family):
@@ -37,7 +39,8 @@ class PixArt(Family):
         size, patch = config.get("sample_size", 128), config.get("patch_size", 2)
         conditioned = sized(config)
         new_size = MULTI_SCALE if conditioned else side // factor
-        # Positions run to (sample_size / patch) / interpolation_scale over the picture, whatever the grid: keep that range.
+        # Positions run to (sample_size / patch) / interpolation_scale over the picture, whatever the grid: keep that
+        # range.
         scale = config.get("interpolation_scale") or max(size // 64, 1)
         return {
             **config,
@@ -76,7 +79,9 @@ class PixArt(Family):
         return output[:, : z.shape[1]]  # the second half is the learned sigma, which the stock pipeline drops too
 
     def encode_text(self, pipeline, prompts, length):
-        embeds, mask, _, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=length)
+        embeds, mask, _, _ = pipeline.encode_prompt(
+            prompts, do_classifier_free_guidance=False, max_sequence_length=length
+        )
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
 
     def pipeline_call(self, pipeline, prompts, *, height, width, steps, guidance, length):

@@ -22,7 +22,10 @@ class Sana(Family):
     }
     text_keys = ("encoder_hidden_states", "encoder_attention_mask")
     blocks = ("transformer_blocks",)
-    lora_targets = r"transformer_blocks\.\d+\.(attn1|attn2)\.(to_q|to_k|to_v|to_out\.0)|transformer_blocks\.\d+\.ff\.conv_(inverted|point)"
+    lora_targets = (
+        r"transformer_blocks\.\d+\.(attn1|attn2)\.(to_q|to_k|to_v|to_out\.0)|"
+        r"transformer_blocks\.\d+\.ff\.conv_(inverted|point)"
+    )
     dense_pattern = r"transformer_blocks\.\d+\.attn2\.to_[kv]"  # cross-attention keys and values stay half precision
     bundle_tier = 0
     recipe = "sana-1.6b"

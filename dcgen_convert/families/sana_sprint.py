@@ -1,8 +1,9 @@
 """SANA-Sprint: `SanaTransformer2DModel` with a guidance input, distilled to one to four steps. Source: diffusers 0.42
 pipeline_sana_sprint.py.
 
-The network predicts the velocity v of SANA's flow at the noise level t, here not times 1000. The pipeline wraps it into TrigFlow
-(arXiv 2410.11081), whose angle a stands for t = sin a / (sin a + cos a), and steps from guess to guess of the picture, z_t - t v.
+The network predicts the velocity v of SANA's flow at the noise level t, here not times 1000. The pipeline wraps it into
+TrigFlow (arXiv 2410.11081), whose angle a stands for t = sin a / (sin a + cos a), and steps from guess to guess of the
+picture, z_t - t v.
 """
 
 from __future__ import annotations
@@ -40,9 +41,15 @@ class SanaSprint(Sana):
         )[0]
 
     def encode_text(self, pipeline, prompts, length):
-        embeds, mask = pipeline.encode_prompt(prompt=prompts, max_sequence_length=length, complex_human_instruction=None)
+        embeds, mask = pipeline.encode_prompt(
+            prompt=prompts, max_sequence_length=length, complex_human_instruction=None
+        )
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
 
     def pipeline_call(self, pipeline, prompts, *, height, width, steps, guidance, length):
-        call = super().pipeline_call(pipeline, prompts, height=height, width=width, steps=steps, guidance=guidance, length=length)
-        return call if steps == 2 else {**call, "intermediate_timesteps": None}  # the default is for two steps and refused with others
+        call = super().pipeline_call(
+            pipeline, prompts, height=height, width=width, steps=steps, guidance=guidance, length=length
+        )
+        return (
+            call if steps == 2 else {**call, "intermediate_timesteps": None}
+        )  # the default is for two steps and refused with others

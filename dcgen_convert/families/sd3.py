@@ -22,7 +22,8 @@ class SD3(Family):
     blocks = ("transformer_blocks",)
     lora_targets = (
         r"transformer_blocks\.\d+\."
-        r"(attn2?\.(to_q|to_k|to_v|to_out\.0)|attn\.(add_q_proj|add_k_proj|add_v_proj|to_add_out)|(ff|ff_context)\.net\.(0\.proj|2))"
+        r"(attn2?\.(to_q|to_k|to_v|to_out\.0)|attn\.(add_q_proj|add_k_proj|add_v_proj|to_add_out)|(ff|"
+        r"ff_context)\.net\.(0\.proj|2))"
     )
     awq_pattern = r"transformer_blocks\.\d+\.norm1(_context)?\.linear"
     bundle_tier = 1
@@ -53,5 +54,7 @@ class SD3(Family):
         return model(hidden_states=z, timestep=(t * 1000).to(z.dtype), return_dict=False, **text)[0]
 
     def encode_text(self, pipeline, prompts, length):
-        embeds, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=length)
+        embeds, _, pooled, _ = pipeline.encode_prompt(
+            prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=length
+        )
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}

@@ -1,15 +1,16 @@
 """Stable Diffusion 1.5, experimental: `UNet2DConditionModel`, epsilon prediction. Source: diffusers 0.42
 pipeline_stable_diffusion.py.
 
-conv_in is the embedder and conv_out the head. Both are 3 x 3 convolutions with padding 1: linear in 3 x 3 neighbourhoods of
-a map, where a transformer's embedder and head are linear in patches and tokens. A token is a cell of the latent.
+conv_in is the embedder and conv_out the head. Both are 3 x 3 convolutions with padding 1: linear in 3 x 3
+neighbourhoods of a map, where a transformer's embedder and head are linear in patches and tokens. A token is a cell of
+the latent.
 """
 
 from __future__ import annotations
 
 import math
 
-from dcgen_convert.errors import InputError
+from dcgen_convert.core.errors import InputError
 from dcgen_convert.families import ddpm
 from dcgen_convert.families.base import Family, QuantTargets
 
@@ -39,7 +40,10 @@ class UNet(Family):
     name = "unet"
     model_class = "UNet2DConditionModel"
     component = "unet"
-    experimental = "converting a U-Net is experimental: the method was published for diffusion transformers, and only a miniature was tried"
+    experimental = (
+        "converting a U-Net is experimental: the method was published for diffusion transformers, and "
+        "only a miniature was tried"
+    )
     pipeline_class = "StableDiffusionPipeline"
     embedder = "conv_in"
     head = "conv_out"
@@ -71,7 +75,8 @@ class UNet(Family):
                 f"this U-Net has {odd or 'more channels in than out'}: it is conditioned on more than time and text",
                 "give a text-to-image U-Net of the Stable Diffusion 1.5 kind",
             )
-        # The pipeline takes a small sample_size for a mistake of early diffusers versions if the config names one of these.
+        # The pipeline takes a small sample_size for a mistake of early diffusers versions if the config names one of
+        # these.
         config = {key: value for key, value in config.items() if key != "_diffusers_version"}
         return {**config, "in_channels": channels, "out_channels": channels, "sample_size": side // factor}
 
@@ -91,10 +96,14 @@ class UNet(Family):
         return neighbourhoods(features)
 
     def block_map(self, output, grid, text):
-        return output[0] if isinstance(output, tuple) else output  # down blocks return what is skipped to the up blocks too
+        return (
+            output[0] if isinstance(output, tuple) else output
+        )  # down blocks return what is skipped to the up blocks too
 
     def share(self, name, config):
-        """A quarter of the cells per level; what changes the grid runs on the coarser one going down, on the finer one going up."""
+        """A quarter of the cells per level; what changes the grid runs on the coarser one going down, on the finer
+        one going up.
+        """
         levels = len(config["down_block_types"])
         place, _, rest = name.partition(".")
         number = int(rest.partition(".")[0]) if place in ("down_blocks", "up_blocks") else 0
@@ -140,7 +149,9 @@ class UNet(Family):
 
 
 def neighbourhoods(maps):
-    """What a 3 x 3 convolution with padding 1 reads: (B, C, h, w) -> (B, h w, 9 C), in the order of its flattened weights."""
+    """What a 3 x 3 convolution with padding 1 reads: (B, C, h, w) -> (B, h w, 9 C), in the order of its flattened
+    weights.
+    """
     import torch.nn.functional as F
 
     return F.unfold(maps, KERNEL, padding=KERNEL // 2).transpose(1, 2)

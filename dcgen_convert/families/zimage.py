@@ -1,8 +1,10 @@
-"""Z-Image: `ZImageTransformer2DModel`, which predicts z_0 - eps at the time 1 - t. Source: diffusers 0.42 pipeline_z_image.py."""
+"""Z-Image: `ZImageTransformer2DModel`, which predicts z_0 - eps at the time 1 - t. Source: diffusers 0.42
+pipeline_z_image.py.
+"""
 
 from __future__ import annotations
 
-from dcgen_convert.errors import InputError
+from dcgen_convert.core.errors import InputError
 from dcgen_convert.families.base import Family, padded
 
 
@@ -43,7 +45,8 @@ class ZImage(Family):
         if not signs:
             return None
         return (
-            f"{name} may be Z-Image-Turbo ({' and '.join(signs)}): distilled to 8 steps without guidance, which flow matching "
+            f"{name} may be Z-Image-Turbo ({' and '.join(signs)}): distilled to 8 steps without guidance, which flow "
+            "matching "
             "alone undoes (--recipe few-steps); Tongyi-MAI/Z-Image is the undistilled model"
         )
 
@@ -53,7 +56,10 @@ class ZImage(Family):
     def predict(self, model, z, t, text, guidance=None):
         import torch
 
-        captions = [row[mask.bool()] for row, mask in zip(text["encoder_hidden_states"], text["encoder_attention_mask"], strict=True)]
+        captions = [
+            row[mask.bool()]
+            for row, mask in zip(text["encoder_hidden_states"], text["encoder_attention_mask"], strict=True)
+        ]
         frames = list(self.expose(z, model.config).unsqueeze(2))  # B of (C / 4, 1, 2 h, 2 w)
         output = model(frames, (1 - t).to(z.dtype), captions, return_dict=False)[0]
         return self.collect(torch.stack(output).squeeze(2), z.shape[1])

@@ -1,5 +1,5 @@
-"""What the kernels do to the input of a W4A4 linear (nunchaku's file format): dynamic, per token and group, no calibration
-data.
+"""What the kernels do to the input of a W4A4 linear (nunchaku's file format): dynamic, per token and group, no
+calibration data.
 
 T tokens, K channels. Values are float32 and carry exactly what the 4-bit codes times their stored scale mean.
 """

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from dcgen_convert.errors import CheckFailed
-from dcgen_convert.files import fsync, write_json
+from dcgen_convert.core.errors import CheckFailed
+from dcgen_convert.core.files import fsync, write_json
 from dcgen_convert.svdquant.job import Job, Targets
 from dcgen_convert.svdquant.settings import AWQ_GROUP, Settings
 from dcgen_convert.svdquant.shards import Item, write_folder

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dcgen_convert.errors import CheckFailed, InputError
+from dcgen_convert.core.errors import CheckFailed, InputError
 from dcgen_convert.svdquant import trees
 from dcgen_convert.svdquant.settings import Settings
 from dcgen_convert.svdquant.skeleton import load
@@ -221,7 +221,9 @@ class _Collector:
 def read_call(call: Call, device: str, dtype: torch.dtype) -> dict[str, Any]:
     """One call's arguments on the device; floating tensors as `dtype`."""
     call = trees.load(call) if isinstance(call, Path) else call
-    return trees.map_tensors(call, lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True))
+    return trees.map_tensors(
+        call, lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True)
+    )
 
 
 def run_dtype(device: str) -> torch.dtype:

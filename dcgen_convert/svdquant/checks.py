@@ -2,7 +2,7 @@
 
 import torch
 
-from dcgen_convert.errors import InputError
+from dcgen_convert.core.errors import InputError
 from dcgen_convert.svdquant.settings import AWQ_GROUP
 
 LEAVE_OUT = "Leave this layer out of the targets."

@@ -61,7 +61,9 @@ def gptq(weight: torch.Tensor, lower: torch.Tensor, micro: torch.Tensor, scale: 
     grid = torch.empty_like(target, dtype=GRID)
     scales = (micro * scale).T.contiguous()  # (G, N)
     diagonal = lower.diagonal()  # L / diagonal = I + M, D = diagonal^2
-    rounding_error = torch.empty(k, device=weight.device)  # ||e_k||^2 of what was rounded; sum_k D_k ||e_k||^2 is the objective
+    rounding_error = torch.empty(
+        k, device=weight.device
+    )  # ||e_k||^2 of what was rounded; sum_k D_k ||e_k||^2 is the objective
     group, rounding = GROUP[precision], ROUND[precision]
     for start in range(k - BLOCK, -1, -BLOCK):
         stop = start + BLOCK

@@ -10,9 +10,9 @@ from typing import Protocol
 
 import torch
 
-from dcgen_convert.console import Console
-from dcgen_convert.errors import InputError
-from dcgen_convert.files import read_json, write_json
+from dcgen_convert.core.console import Console
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.files import read_json, write_json
 from dcgen_convert.svdquant import trees
 from dcgen_convert.svdquant.calibrate import Call
 from dcgen_convert.svdquant.checks import check_awq_shape, check_finite, check_svdq_shape
@@ -21,8 +21,8 @@ from dcgen_convert.svdquant.source import Entry
 
 
 class Targets(Protocol):
-    """Exact module paths: `svdq` become W4A4, `awq` become W4A16. `blocks`: module lists of which one member is loaded at a
-    time; those that hold targets count without being named.
+    """Exact module paths: `svdq` become W4A4, `awq` become W4A16. `blocks`: module lists of which one member is loaded
+    at a time; those that hold targets count without being named.
     """
 
     svdq: list[str]
@@ -100,7 +100,9 @@ class Job:
         return self.work / "stats" / f"{block}.safetensors"
 
     def walked(self) -> list[str]:
-        """Blocks that were run, in the order in which the forward reached them: each is finished, or its statistics are kept."""
+        """Blocks that were run, in the order in which the forward reached them: each is finished, or its statistics
+        are kept.
+        """
         path = self.work / "walked.json"
         return read_json(path) if path.is_file() else []
 

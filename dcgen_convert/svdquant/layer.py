@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dcgen_convert.errors import CheckFailed
+from dcgen_convert.core.errors import CheckFailed
 from dcgen_convert.svdquant.activation import quantize_activation
 from dcgen_convert.svdquant.checks import check_finite, check_svdq_shape
 from dcgen_convert.svdquant.gptq import factor, gptq, shrink

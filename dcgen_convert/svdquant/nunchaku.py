@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from dcgen_convert.errors import InputError
+from dcgen_convert.core.errors import InputError
 from dcgen_convert.svdquant.awq import AwqLinear
 from dcgen_convert.svdquant.layer import SvdqLinear
 from dcgen_convert.svdquant.runtime import open_layers

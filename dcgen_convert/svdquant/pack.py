@@ -1,5 +1,5 @@
-"""Byte layouts that nunchaku's kernels read (nunchaku's file format): every permutation as a view and a permute, with its
-inverse.
+"""Byte layouts that nunchaku's kernels read (nunchaku's file format): every permutation as a view and a permute, with
+its inverse.
 
 N out channels, K in channels, R rank, G scale groups along K. The formulas of the format document, element by element,
 are in the tests.

@@ -1,8 +1,8 @@
 """Quantise a diffusers transformer folder into nunchaku_lite form (nunchaku's file format), block by block, resumable.
 
 Beside the output a hidden work folder grows: a weight file and a JSON neighbour per finished block, the block outputs
-that the next block starts from, and the statistics of blocks in work. When every block is there the output folder is put
-together and renamed.
+that the next block starts from, and the statistics of blocks in work. When every block is there the output folder is
+put together and renamed.
 
 Blocks run one after the other, on what the dense blocks before them return; what costs the time, quantising them, needs
 their statistics alone. So several ranks take turns at running a block and quantise theirs at the same time.
@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from dcgen_convert.console import Console
-from dcgen_convert.crew import SOLO, Crew
-from dcgen_convert.errors import InputError
-from dcgen_convert.files import atomic_save, read_json, write_json
+from dcgen_convert.core.console import Console
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.files import atomic_save, read_json, write_json
+from dcgen_convert.ranks.crew import SOLO, Crew
 from dcgen_convert.svdquant.assemble import assemble
 from dcgen_convert.svdquant.awq import AwqLinear, quantize_awq
 from dcgen_convert.svdquant.calibrate import Call, Walker, holding_list, repeated_blocks, run_dtype
@@ -52,9 +52,9 @@ def quantize(
     """Write `output`, a diffusers transformer folder with 4-bit targets, from `source`; return one record per layer.
 
     calls: keyword arguments of the transformer's forward, in memory or as safetensors files; empty only with
-    calibration "none". crew: other ranks, which call `work` with the same job and the arguments that they are given. Same
-    inputs, settings and machine give the same bytes, whatever the ranks; an interrupted run goes on at the block where it
-    stopped.
+    calibration "none". crew: other ranks, which call `work` with the same job and the arguments that they are given.
+    Same inputs, settings and machine give the same bytes, whatever the ranks; an interrupted run goes on at the block
+    where it stopped.
     Errors: InputError before any work, naming the tensor, for a target that is absent or has a shape that the format
     cannot hold, and for NaN or infinite values anywhere in the source. An existing `output` is refused.
     """
@@ -82,8 +82,8 @@ def quantize(
 def return_freed_memory() -> None:
     """Have the C library give memory of 2 MB and more back when it is freed.
 
-    glibc raises its threshold with every such block that is freed, up to 32 MB, and keeps what is smaller in its heap: 0.3 GB
-    of holes after one block of FLUX. Other C libraries have no such threshold.
+    glibc raises its threshold with every such block that is freed, up to 32 MB, and keeps what is smaller in its heap:
+    0.3 GB of holes after one block of FLUX. Other C libraries have no such threshold.
     """
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
         library.mallopt(M_MMAP_THRESHOLD, 2 << 20)
@@ -94,11 +94,13 @@ def open_job(source: Path, output: Path, targets: Targets, settings: Settings, c
     return Job(*read_folder(source), targets, settings, calls, output.with_name(f".{output.name}.partial"))
 
 
-def work(job: Job, console: Console, bar: Any, share: tuple[int, int], left: Sequence[str], walked: Sequence[str]) -> None:
+def work(
+    job: Job, console: Console, bar: Any, share: tuple[int, int], left: Sequence[str], walked: Sequence[str]
+) -> None:
     """Finish this rank's part of the blocks.
 
-    share: (rank, ranks); each runs every ``ranks``-th block. left, walked: blocks that are not finished, and those that were
-    run, when the work began.
+    share: (rank, ranks); each runs every ``ranks``-th block. left, walked: blocks that are not finished, and those that
+    were run, when the work began.
     """
     return_freed_memory()
     rank, ranks = share

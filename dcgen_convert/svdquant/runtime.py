@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dcgen_convert.errors import InputError
+from dcgen_convert.core.errors import InputError
 from dcgen_convert.svdquant.activation import quantize_activation
 from dcgen_convert.svdquant.awq import AwqLinear
 from dcgen_convert.svdquant.formats import round_bf16
@@ -26,7 +26,8 @@ class _Emulation(torch.nn.Module):
 
 
 class EmulatedSvdq(_Emulation):
-    """A W4A4 linear with the kernel's roundings (nunchaku's file format): bfloat16 in and out of every step, float32 inside.
+    """A W4A4 linear with the kernel's roundings (nunchaku's file format): bfloat16 in and out of every step, float32
+    inside.
 
     Takes and returns any floating dtype; inputs are rounded to bfloat16 first.
     """

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
-from dcgen_convert.errors import InputError
+from dcgen_convert.core.errors import InputError
 
 GROUP = {"nvfp4": 16, "int4": 64}  # channels that share one micro scale; fixed by the kernels
 AWQ_GROUP = 64

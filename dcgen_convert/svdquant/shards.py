@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from dcgen_convert.checkpoint import stream
-from dcgen_convert.files import write_json
+from dcgen_convert.core.files import write_json
 from dcgen_convert.svdquant.source import INDEX, NAMES, SINGLE, Entry
 
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import torch
 from torch.overrides import TorchFunctionMode
 
-from dcgen_convert.errors import InputError
+from dcgen_convert.core.errors import InputError
 from dcgen_convert.svdquant.source import Entry
 
 

@@ -66,8 +66,8 @@ def candidate(
     """s (K,) in bfloat16 values, scaled by a power of two to rms(tokens / s) in [0.7, 1.4].
 
     There is no per-tensor activation scale in the format: the magnitude of x / s has to sit inside e4m3's range by
-    itself (nunchaku's file format). A power of two leaves identity an exact scaling. Channels that never fire keep the mean
-    exponent.
+    itself (nunchaku's file format). A power of two leaves identity an exact scaling. Channels that never fire keep the
+    mean exponent.
     """
     log = alpha * _safe_log(amax) - beta * _safe_log(column)
     factor = (log - log.mean()).exp()

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from dcgen_convert.checkpoint import headers
-from dcgen_convert.errors import InputError
+from dcgen_convert.core.errors import InputError
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 SINGLE = "diffusion_pytorch_model.safetensors"

@@ -86,7 +86,14 @@ def load(path: Path, device: str) -> dict[str, Stats]:
     for name, (count, readers) in document["counts"].items():
         amax, tokens, total = (entries[f"{name}.{part}"].read().to(device) for part in ("amax", "tokens", "sum"))
         owned[name] = item = Stats.__new__(Stats)
-        item.name, item.amax, item.count, item.readers, item._drawn, item._sum = name, amax, count, readers, [tokens], total
+        item.name, item.amax, item.count, item.readers, item._drawn, item._sum = (
+            name,
+            amax,
+            count,
+            readers,
+            [tokens],
+            total,
+        )
     return {target: owned[name] for target, name in document["owner"].items()}
 
 

@@ -4,7 +4,7 @@ nunchaku_lite's.
 
 import torch
 
-from dcgen_convert.errors import CheckFailed
+from dcgen_convert.core.errors import CheckFailed
 from dcgen_convert.svdquant import pack
 from dcgen_convert.svdquant.awq import AwqLinear
 from dcgen_convert.svdquant.layer import SvdqLinear

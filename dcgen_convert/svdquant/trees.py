@@ -1,4 +1,6 @@
-"""Trees of tuples, lists, dicts, tensors and plain values as one safetensors file: what a forward is given or returns."""
+"""Trees of tuples, lists, dicts, tensors and plain values as one safetensors file: what a forward is given or
+returns.
+"""
 
 import json
 from collections.abc import Callable, Mapping
@@ -9,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from dcgen_convert.checkpoint import headers
-from dcgen_convert.errors import CheckFailed
+from dcgen_convert.core.errors import CheckFailed
 from dcgen_convert.svdquant.source import read_header
 
 KEY = "tree"  # of the file's metadata
@@ -57,7 +59,9 @@ def _flatten(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return {"dict": {key: _flatten(item, tensors) for key, item in value.items()}}
     if value is None or isinstance(value, bool | int | float | str):
         return {"value": value}
-    raise CheckFailed(f"a value of type {type(value).__name__} among a model's inputs or outputs cannot be kept in a file")
+    raise CheckFailed(
+        f"a value of type {type(value).__name__} among a model's inputs or outputs cannot be kept in a file"
+    )
 
 
 def _unflatten(tree: dict, tensors: dict[str, torch.Tensor]) -> Any:

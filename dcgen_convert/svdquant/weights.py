@@ -12,7 +12,9 @@ from dcgen_convert.svdquant.settings import GROUP
 
 GRID = torch.bfloat16  # holds every e2m1 and int4 value exactly, in half the memory
 GRID_MAX = {"nvfp4": E2M1_MAX, "int4": 7.0}
-CACHED = 1 << 18  # weights that are rounded at once: several copies of 1 MB stay in a core's cache, and no copy is a whole layer
+CACHED = (
+    1 << 18
+)  # weights that are rounded at once: several copies of 1 MB stay in a core's cache, and no copy is a whole layer
 HEADROOM = 1.4  # searched scales may grow past abs-max / 6; keep them below e4m3's largest value
 # candidate scales relative to abs-max / grid maximum. Below 1 clips the largest weights; above 1 moves them off the
 # coarse end of the grid.
@@ -76,9 +78,7 @@ def search_factor(
     return torch.cat([_search_factor(part, precision, scale, importance) for part in weight.split(_rows(weight))])
 
 
-def _search_factor(
-    weight: torch.Tensor, precision: str, scale: float, importance: torch.Tensor | None
-) -> torch.Tensor:
+def _search_factor(weight: torch.Tensor, precision: str, scale: float, importance: torch.Tensor | None) -> torch.Tensor:
     groups = _groups(weight, precision)  # (N, G, g)
     largest = groups.abs().amax(-1) / (GRID_MAX[precision] * scale)
     weights = None if importance is None else importance.view(1, -1, GROUP[precision])

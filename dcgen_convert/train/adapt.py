@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dcgen_convert.console import NULL, Console
+from dcgen_convert.core.console import NULL, Console
+from dcgen_convert.core.errors import RecipeError
+from dcgen_convert.core.files import read_json, write_json
 from dcgen_convert.data import buckets
-from dcgen_convert.errors import RecipeError
 from dcgen_convert.families import Family, Text
-from dcgen_convert.files import read_json, write_json
-from dcgen_convert.schema import layout_names
+from dcgen_convert.recipe.schema import layout_names
 from dcgen_convert.train import distributed, loop, lora
 from dcgen_convert.train.batched import batched_corrected_loss
 from dcgen_convert.train.engine import Engine
@@ -57,7 +57,8 @@ def train_head(
     saving: Saving = MOMENT_SAVING,
     held_out: Any | None = None,
 ) -> dict[str, Any]:
-    """Train embedder and head with the blocks frozen (arXiv 2509.25180, stage 2). Arguments and result as `adapt_phase`.
+    """Train embedder and head with the blocks frozen (arXiv 2509.25180, stage 2). Arguments and result as
+    `adapt_phase`.
 
     Args:
         align: steps, lr, batch, warmup, clip of the stage (recipe section ``align_head``).
@@ -105,7 +106,8 @@ def adapt_phase(
             ``adapt.phases``).
         adapt: objective, null_branch, guidance_range, shift, text_drop, ema, clip, checkpointing, zero, offload
             (recipe: ``adapt``).
-        cache: `LatentCache` of training rows: ``len``, ``spans`` and ``shapes``, ``batch(indices) -> (z0 (B, C, h, w) float32,
+        cache: `LatentCache` of training rows: ``len``, ``spans`` and ``shapes``, ``batch(indices) -> (z0 (B, C, h, w)
+            float32,
             text)``, ``null`` (text, batch of one).
         folder: takes ``checkpoints/``, ``metrics.jsonl`` and ``export/``.
         scheduler: the bundle's scheduler config; shift "model" trains with the shift that it samples with.
@@ -119,7 +121,8 @@ def adapt_phase(
     settings = _settings(phase, adapt, dtype, clip=adapt.clip, schedule=phase.schedule, micro_batch=phase.micro_batch)
     if phase.consistency and family.prediction == "epsilon":
         raise RecipeError(
-            f"a {family.name} model predicts epsilon, which says nothing of the picture in full noise: no consistency distillation",
+            f"a {family.name} model predicts epsilon, which says nothing of the picture in full noise: no "
+            "consistency distillation",
             hint="set the phase's consistency to 0",
         )
     task = Task(model, family, adapt, cache, scheduler, phase.consistency)
@@ -159,7 +162,15 @@ class Place:
 class Task:
     """What is learned: model, family, objective and the distribution of t, noise and guidance."""
 
-    def __init__(self, model: nn.Module, family: Family, adapt: Any, cache: Any, scheduler: dict[str, Any], consistency: float = 0.0):
+    def __init__(
+        self,
+        model: nn.Module,
+        family: Family,
+        adapt: Any,
+        cache: Any,
+        scheduler: dict[str, Any],
+        consistency: float = 0.0,
+    ):
         self.consistency = consistency
         self.model, self.family, self.adapt, self.cache = model, family, adapt, cache
         self.modules = [family.embedder, family.head]
@@ -197,13 +208,15 @@ class Task:
         adapt = {key: value for key, value in _curve(self.adapt).items() if key != "phases"}
         engine = {key: value for key, value in vars(settings).items() if key not in LAYOUT}
         shifts = [self.sampling(shape).shift for shape in self.cache.shapes]
-        shift = {"shift": shifts[0]} if len(shifts) == 1 else {"shifts": shifts, "spans": [len(span) for span in self.cache.spans]}
+        shift = (
+            {"shift": shifts[0]}
+            if len(shifts) == 1
+            else {"shifts": shifts, "spans": [len(span) for span in self.cache.spans]}
+        )
         return {"adapt": adapt, "engine": engine, "rows": len(self.cache), **shift}
 
 
-def sampling_of(
-    family: Family, adapt: Any, shape: Sequence[int], config: Any, scheduler: dict[str, Any]
-) -> Sampling:
+def sampling_of(family: Family, adapt: Any, shape: Sequence[int], config: Any, scheduler: dict[str, Any]) -> Sampling:
     """How t, guidance and dropped captions are drawn for latents of ``shape`` (C, h, w)."""
     common = dict(guidance_range=tuple(adapt.guidance_range), text_drop=adapt.text_drop)
     if family.prediction == "epsilon":
@@ -264,7 +277,9 @@ def _train(task: Task, settings: EngineSettings, modules: list[str] | None, plac
         with engine.averaged() if settings.ema else nullcontext():
             after = _evaluate(engine, task, loss_of, place)
         weights = engine.export()
-        exports = lora.save_export(weights, folder / "export", metadata, task.family.component) if engine.rank == 0 else {}
+        exports = (
+            lora.save_export(weights, folder / "export", metadata, task.family.component) if engine.rank == 0 else {}
+        )
     finally:
         engine.close()
     if settings.zero < 3:

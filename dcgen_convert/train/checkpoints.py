@@ -5,7 +5,8 @@
         checkpoint.json               step, files with sizes, shapes, and what the caller adds ("extra")
 
 Rank 0 gathers and writes, except when every weight trains on several ranks: then nothing is gathered and each rank
-writes what it holds, as files state-r003-00001.safetensors of flat parts "<key>/<name>@<offset>". Such a checkpoint is as
+writes what it holds, as files state-r003-00001.safetensors of flat parts "<key>/<name>@<offset>". Such a checkpoint is
+as
 portable: parts of one tensor follow one another by their offsets, however many ranks wrote them.
 
 Written under a temporary name, flushed, then renamed: a folder called step-... is whole. The newest whole one wins;
@@ -29,9 +30,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dcgen_convert import pulse
-from dcgen_convert.errors import CheckFailed, InputError, ResourceError
-from dcgen_convert.files import TEMPORARY, atomic_save, fsync, read_json, write_json
+from dcgen_convert.core import pulse
+from dcgen_convert.core.errors import CheckFailed, InputError, ResourceError
+from dcgen_convert.core.files import TEMPORARY, atomic_save, fsync, read_json, write_json
 from dcgen_convert.train import distributed
 from dcgen_convert.train.state import WEIGHT, true_shape
 
@@ -229,7 +230,9 @@ def _tensors(path: Path, document: dict[str, Any]) -> Iterator[tuple[str, str, T
                 places.setdefault(full_name, []).append((int(offset or 0), file, stored))
         for full_name, shape in document["shapes"].items():
             parts = sorted(places.get(full_name, ()), key=lambda place: place[0])
-            value = torch.cat([file.get_tensor(stored).flatten() for _, file, stored in parts]) if parts else torch.empty(0)
+            value = (
+                torch.cat([file.get_tensor(stored).flatten() for _, file, stored in parts]) if parts else torch.empty(0)
+            )
             if value.numel() != math.prod(shape):
                 raise CheckFailed(
                     f"{path}: {full_name} has {value.numel()} of {math.prod(shape)} numbers",

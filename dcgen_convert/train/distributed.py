@@ -17,10 +17,10 @@ from datetime import timedelta
 from functools import cache
 from types import ModuleType
 
-from dcgen_convert.errors import ResourceError
-from dcgen_convert.ranks import free_port
-from dcgen_convert.ranks import rank as rank
-from dcgen_convert.ranks import world as world_size
+from dcgen_convert.core.errors import ResourceError
+from dcgen_convert.ranks.join import free_port
+from dcgen_convert.ranks.join import rank as rank
+from dcgen_convert.ranks.join import world as world_size
 
 TIMEOUT = timedelta(minutes=30)  # longest wait of one collective: a save by rank 0, or a slow rank's data
 
@@ -137,7 +137,9 @@ def of_all(value: object, device) -> list:
     longest = max(int(length) for length in lengths)
     found = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in lengths]
     torch.distributed.all_gather(found, torch.nn.functional.pad(data, (0, longest - len(data))))
-    return [json.loads(part[: int(length)].cpu().numpy().tobytes()) for part, length in zip(found, lengths, strict=True)]
+    return [
+        json.loads(part[: int(length)].cpu().numpy().tobytes()) for part, length in zip(found, lengths, strict=True)
+    ]
 
 
 def agree(ok: bool, device) -> bool:

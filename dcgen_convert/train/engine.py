@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dcgen_convert import pulse
-from dcgen_convert.errors import CheckFailed, InternalError
-from dcgen_convert.plan.memory import BUCKET
+from dcgen_convert.core import pulse
+from dcgen_convert.core.errors import CheckFailed, InternalError
+from dcgen_convert.planning.memory import BUCKET
 from dcgen_convert.train import distributed
 from dcgen_convert.train.settings import EngineSettings
 from dcgen_convert.train.state import EMA, WEIGHT, TrainedState, true_shape
@@ -97,8 +97,8 @@ class Engine:
             wrapped = _Pass(model)
             self._linear = nn.functional.linear
             if settings.zero == 3:
-                # Before initialize, which would first move the whole model to every device: this moves and shares one parameter
-                # after the other. Buffers it forgets.
+                # Before initialize, which would first move the whole model to every device: this moves and shares one
+                # parameter after the other. Buffers it forgets.
                 sharing = deepspeed.zero.Init(module=wrapped, config_dict_or_path=config)
                 move_buffers(model, sharing.local_device)
             adam = torch.optim.AdamW(

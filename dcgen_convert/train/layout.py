@@ -1,4 +1,6 @@
-"""How training is laid out on the devices at hand: ZeRO stage, offload and micro-batch, from the plan's memory arithmetic."""
+"""How training is laid out on the devices at hand: ZeRO stage, offload and micro-batch, from the plan's memory
+arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,11 @@ from typing import Any
 import psutil
 import torch
 
-from dcgen_convert import pipelines, plan
-from dcgen_convert.errors import ResourceError
-from dcgen_convert.plan.memory import GIB
-from dcgen_convert.schema import Phase
+from dcgen_convert.core.errors import ResourceError
+from dcgen_convert.networks import pipelines
+from dcgen_convert.planning import plan
+from dcgen_convert.planning.memory import GIB
+from dcgen_convert.recipe.schema import Phase
 
 
 def fitted(job, phase: Phase, label: str) -> dict[str, Any]:
@@ -24,12 +27,15 @@ def fitted(job, phase: Phase, label: str) -> dict[str, Any]:
     if fit.problem:
         raise ResourceError(f"{label}: {fit.problem}", "dcgen-convert plan shows what fits")
     job.console.say(
-        f"{label}: {fit.reason}; micro-batch {fit.micro_batch} of the {phase.batch // world} pictures per rank and step, "
+        f"{label}: {fit.reason}; micro-batch {fit.micro_batch} of the {phase.batch // world} pictures per rank and "
+        "step, "
         f"{fit.limit} would fit in {memory / GIB:.1f} GiB"
     )
     return {"zero": fit.zero, "offload": fit.offload, "micro_batch": fit.micro_batch}
 
 
 def first_device(layout: dict[str, Any]) -> str:
-    """Where a model is loaded before the engine gets it: for ZeRO 3 the CPU, since the engine moves only this rank's shards."""
+    """Where a model is loaded before the engine gets it: for ZeRO 3 the CPU, since the engine moves only this rank's
+    shards.
+    """
     return "cpu" if layout["zero"] == 3 else pipelines.device()

@@ -21,8 +21,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from dcgen_convert.console import NULL, Console
-from dcgen_convert.errors import CheckFailed, InputError, Terminated
+from dcgen_convert.core.console import NULL, Console
+from dcgen_convert.core.errors import CheckFailed, InputError, Terminated
 from dcgen_convert.families import Text
 from dcgen_convert.train import distributed
 from dcgen_convert.train.checkpoints import latest, whole
@@ -95,8 +95,8 @@ def run(
         identity: what must be equal for a checkpoint to be continued (objective, data, phase).
         watch: figures, evaluations and grids on the way; None: none.
     Returns:
-        steps, seconds, samples_per_second, data_wait_seconds, loss_first and loss_last (means of the first / last 20 steps of this
-        process), resumed_from.
+        steps, seconds, samples_per_second, data_wait_seconds, loss_first and loss_last (means of the first / last 20
+        steps of this process), resumed_from.
     Raises:
         CheckFailed: NaN or a loss spike; the message names the step, the hint the checkpoint that was kept.
         InputError: the checkpoint belongs to other settings.
@@ -167,7 +167,9 @@ def run(
 
 
 def _feed(engine: Engine, samples: Samples, sampling: SamplingOf, seed: int) -> Prefetch:
-    """This rank's micro-batches (z0, text, draws) from the present step on, by (step, positions in the global batch)."""
+    """This rank's micro-batches (z0, text, draws) from the present step on, by (step, positions in the global
+    batch).
+    """
     order = Order(samples.spans, engine.settings.batch, seed)  # of the reading thread alone
 
     def read(key: tuple[int, range]) -> tuple[Tensor, Text, Draws]:

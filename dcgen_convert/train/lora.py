@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dcgen_convert.errors import RecipeError
-from dcgen_convert.files import atomic_save
+from dcgen_convert.core.errors import RecipeError
+from dcgen_convert.core.files import atomic_save
 
 ADAPTER = "default"
 METADATA = "lora_adapter_metadata"
@@ -104,7 +104,11 @@ def split_export(weights: Mapping[str, Tensor], component: str) -> tuple[dict[st
     Args:
         component: what the pipeline calls the network.
     """
-    lora = {f"{component}." + name.replace(f".{ADAPTER}.", "."): value for name, value in weights.items() if ".lora_" in name}
+    lora = {
+        f"{component}." + name.replace(f".{ADAPTER}.", "."): value
+        for name, value in weights.items()
+        if ".lora_" in name
+    }
     return lora, {name: value for name, value in weights.items() if ".lora_" not in name}
 
 
@@ -117,10 +121,14 @@ def adapter_metadata(model: nn.Module, component: str) -> dict[str, str]:
         key: list(value) if isinstance(value, set) else value
         for key, value in model.peft_config[ADAPTER].to_dict().items()
     }
-    return {METADATA: json.dumps({f"{component}.{key}": value for key, value in config.items()}, indent=2, sort_keys=True)}
+    return {
+        METADATA: json.dumps({f"{component}.{key}": value for key, value in config.items()}, indent=2, sort_keys=True)
+    }
 
 
-def save_export(weights: Mapping[str, Tensor], folder: Path, metadata: dict[str, str] | None, component: str) -> dict[str, Path]:
+def save_export(
+    weights: Mapping[str, Tensor], folder: Path, metadata: dict[str, str] | None, component: str
+) -> dict[str, Path]:
     """Write `pytorch_lora_weights.safetensors` (when there is LoRA) and `modules.safetensors`.
 
     Returns their paths by kind.

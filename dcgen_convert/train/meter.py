@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from dcgen_convert.families import Family, Text
-from dcgen_convert.plan.arithmetic import forward_flops, side_passes, train_flops
-from dcgen_convert.plan.layers import structure
+from dcgen_convert.planning.arithmetic import forward_flops, side_passes, train_flops
+from dcgen_convert.planning.layers import structure
 
 PEAKS = {
     "B200": 2250e12,
@@ -25,7 +25,10 @@ PEAKS = {
     "RTX 5090": 209e12,
     "RTX 4090": 165e12,
 }
-"""Dense bf16 FLOP/s with fp32 accumulation, from the makers' data sheets; the longest name that a device's name holds."""
+"""Dense bf16 FLOP/s with fp32 accumulation, from the makers' data sheets.
+
+The longest name that a device's name holds counts.
+"""
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -76,5 +79,8 @@ def meter_of(
         return Meter(image + words, None, None)
     shape = structure({**model.config, "_class_name": type(model).__name__})
     once = forward_flops(shape, image, words)
-    # MFU counts the work that the loss asks for: recomputed activations and the zero half of a batched pass are overhead
-    return Meter(image + words, train_flops(once, full=full, checkpointing=False, passes=side_passes(adapt, consistency)), peak)
+    # MFU counts the work that the loss asks for: recomputed activations and the zero half of a batched pass are
+    # overhead
+    return Meter(
+        image + words, train_flops(once, full=full, checkpointing=False, passes=side_passes(adapt, consistency)), peak
+    )

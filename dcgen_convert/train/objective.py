@@ -7,9 +7,9 @@ A guidance-distilled network outputs v_g = v_0 + g (v_c - v_0) for its guidance 
 collapses, v_g(null) = v_0, so the raw velocity is v_hat = [v_g(c) - (1 - g) v(null)] / g, and v_hat is what the
 corrected loss compares with v.
 
-Pictures that the base model drew with guidance g_d show it already: their v is v_0 + g_d (v_c - v_0), not v_c. The published
-loss takes it for v_c, so that the converted model is guided twice. With g_d > 1, v_hat = v(null) + (g_d / g) (v_g(c) -
-v(null)), the formula above for g_d = 1, and guidance keeps the meaning that it has in the base model.
+Pictures that the base model drew with guidance g_d show it already: their v is v_0 + g_d (v_c - v_0), not v_c. The
+published loss takes it for v_c, so that the converted model is guided twice. With g_d > 1, v_hat = v(null) + (g_d / g)
+(v_g(c) - v(null)), the formula above for g_d = 1, and guidance keeps the meaning that it has in the base model.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class Sampling:
     times: Tensor | None = None
 
 
-Velocity = Callable[[Tensor, Tensor, Text, Tensor], Tensor]  # (z (B, C, h, w), t (B,), text, guidance (B,)) -> v (B, C, h, w)
+Velocity = Callable[
+    [Tensor, Tensor, Text, Tensor], Tensor
+]  # (z (B, C, h, w), t (B,), text, guidance (B,)) -> v (B, C, h, w)
 SamplingOf = Callable[[Sequence[int]], Sampling]  # by the shape (C, h, w) of a latent: the shift may lean on its tokens
 
 
@@ -143,7 +145,9 @@ def in_dtype(text: Text, dtype: torch.dtype) -> Text:
 def flow_loss(
     family: Family, model: nn.Module, z0: Tensor, text: Text, draws: Draws, null: Text, weighting: str = "none"
 ) -> Tensor:
-    """Mean squared error of the family's native prediction: w || e(z_t, t, c) - target ||^2; scalar. w: `error_weight`."""
+    """Mean squared error of the family's native prediction: w || e(z_t, t, c) - target ||^2; scalar. w:
+    `error_weight`.
+    """
     z = noised(z0, draws.eps, draws.t)
     prediction = predict(family, model, z, draws.t, drop_text(text, null, draws.dropped), draws.guidance)
     error = (prediction - family.target(z0, draws.eps)).square().mean(dim=(1, 2, 3))
@@ -151,10 +155,12 @@ def flow_loss(
 
 
 def error_weight(family: Family, t: Tensor, weighting: str) -> Tensor:
-    """Weight of a squared error of the native prediction at t, (B,): 1, but min(25, 1 / abar) of an epsilon with "velocity".
+    """Weight of a squared error of the native prediction at t, (B,): 1, but min(25, 1 / abar) of an epsilon with
+    "velocity".
 
-    1 / abar, at the DDPM level of t, makes it the error of DDPM's v (arXiv 2202.00512). Plain epsilon error hardly counts heavy
-    noise, in which the layout of a picture is decided: there a network that repeats its input is nearly right.
+    1 / abar, at the DDPM level of t, makes it the error of DDPM's v (arXiv 2202.00512). Plain epsilon error hardly
+    counts heavy noise, in which the layout of a picture is decided: there a network that repeats its input is nearly
+    right.
     """
     if weighting == "none" or family.prediction != "epsilon":
         return torch.ones_like(t)
@@ -173,7 +179,8 @@ def guidance_corrected_loss(
 ) -> Tensor:
     """|| v(null) + (g_d / g) [v_g(c) - v(null)] - v ||^2 for guidance-distilled networks; scalar.
 
-    With g_d = ``data_guidance`` = 1 it is the published loss, || [v_g(c) - (1 - g) v(null)] / g - v ||^2 (arXiv 2509.25180).
+    With g_d = ``data_guidance`` = 1 it is the published loss, || [v_g(c) - (1 - g) v(null)] / g - v ||^2 (arXiv
+    2509.25180).
 
     v(null) is taken at g = 1, without gradient, inside ``null_branch``: as it is, that is the current student; a
     context that switches the adapter off makes it the frozen teacher.
@@ -192,18 +199,21 @@ def corrected_error(v_g: Tensor, v_null: Tensor, guidance: Tensor, data_guidance
 
 
 def corrected(guided: Tensor, null: Tensor, guidance: Tensor, data_guidance: float) -> Tensor:
-    """null + (g_d / g) (guided - null), (B, ...): v_hat of velocities, or the features that a linear head makes it from."""
+    """null + (g_d / g) (guided - null), (B, ...): v_hat of velocities, or the features that a linear head makes it
+    from.
+    """
     return null + data_guidance / guidance.view(-1, *[1] * (null.ndim - 1)) * (guided - null)
 
 
 def consistency_loss(
     family: Family, model: nn.Module, z0: Tensor, text: Text, draws: Draws, null: Text, teacher: Velocity, ratio: float
 ) -> Tensor:
-    """|| v(z_t, t) - [z_t - f(z_r, r)] / t ||^2 with the guess of the picture f(z, t) = z - t v(z, t), r = ``ratio`` t; scalar.
+    """|| v(z_t, t) - [z_t - f(z_r, r)] / t ||^2 with the guess of the picture f(z, t) = z - t v(z, t), r = ``ratio`` t;
+    scalar.
 
-    Consistency distillation (arXiv 2303.01469, eq. 7): z_r = z_t + (r - t) v is one Euler step of ``teacher``, and f(z_r, r) the
-    student's own guess, without gradient. At ratio 0 the target is the teacher's v. In the limit of 1 the student's first
-    guess is where the teacher's many steps end.
+    Consistency distillation (arXiv 2303.01469, eq. 7): z_r = z_t + (r - t) v is one Euler step of ``teacher``, and
+    f(z_r, r) the student's own guess, without gradient. At ratio 0 the target is the teacher's v. In the limit of 1 the
+    student's first guess is where the teacher's many steps end.
 
     Args:
         teacher: (z, t, text, guidance) -> v; what the model was when the phase began.
@@ -228,7 +238,8 @@ def evaluate_loss(
 
     Args:
         loss_of: (z0, text, draws) -> mean loss over the batch.
-        batches: (positions, z0, text), each of one shape; the positions key the noise, so two evaluations see the same noise.
+        batches: (positions, z0, text), each of one shape; the positions key the noise, so two evaluations see the same
+            noise.
         sampling: shape (C, h, w) -> how draws are distributed; its quantiles of t are those of that shape.
     Returns:
         {"t0.12": loss at t = 0.12 (the mean over the samples), ..., "mean": their mean}.

@@ -14,9 +14,9 @@ class Order:
     """Batches of rows of one span each.
 
     The rows of a span come in one random permutation after the other, cut into batches; a batch goes on into the next
-    permutation where one ends. Span b of n_b rows is due ceil((e + 1) n_b / batch) - ceil(e n_b / batch) times in epoch e, in a
-    random order of the spans that is drawn per epoch. So every row is seen in the first epoch, all are seen equally often in the
-    long run, and a span of fewer rows than a batch repeats them, but is due the less often.
+    permutation where one ends. Span b of n_b rows is due ceil((e + 1) n_b / batch) - ceil(e n_b / batch) times in epoch
+    e, in a random order of the spans that is drawn per epoch. So every row is seen in the first epoch, all are seen
+    equally often in the long run, and a span of fewer rows than a batch repeats them, but is due the less often.
 
     Args:
         spans: rows by span.
@@ -80,6 +80,7 @@ class Order:
     def _generator(self, stream: int, turn: int) -> torch.Generator:
         """Random numbers of the ``turn``-th permutation of a span, or of epoch ``turn`` for MIXING.
 
-        A generator's state follows from the low 32 bits of its seed; the odd multiplier (of Fibonacci hashing) spreads over these.
+        A generator's state follows from the low 32 bits of its seed; the odd multiplier (of Fibonacci hashing) spreads
+        over these.
         """
         return torch.Generator().manual_seed((self.seed * 1_000_003 + turn + stream * 0x9E3779B1) % 2**63)

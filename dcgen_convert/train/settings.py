@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dcgen_convert.errors import RecipeError
+from dcgen_convert.core.errors import RecipeError
 
 ZERO_STAGES = (0, 1, 2, 3)
 SCHEDULES = ("constant", "cosine")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dcgen_convert.files import atomic_write
+from dcgen_convert.core.files import atomic_write
 from dcgen_convert.train.meter import Meter
 
 EVALUATIONS = "evaluations.jsonl"
@@ -21,7 +21,8 @@ class Intervals:
     Attributes:
         evaluate: of the held-out loss at fixed noise levels.
         grid: of the sample grid.
-        draw: (velocity, step) -> None draws the grid; called on every rank, after the checkpoint of that step was written.
+        draw: (velocity, step) -> None draws the grid; called on every rank, after the checkpoint of that step was
+            written.
             velocity is the network with its averaged weights: (z, t, text, guidance) -> (B, C, h, w).
     """
 

@@ -1,6 +1,6 @@
 """Closed-form embedder against the published 20,000 steps of AdamW, on the latents of a finished run: MSE and time.
 
-    python tests/benchmarks/closed_form.py RUN
+python tests/benchmarks/closed_form.py RUN
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from pathlib import Path
 
 import torch
 
-from dcgen_convert import models
-from dcgen_convert.align.embedder import Problem, descend, xavier
-from dcgen_convert.console import NULL
 from dcgen_convert.conversion import RECIPE
-from dcgen_convert.files import read_json
-from dcgen_convert.job import prepare
-from dcgen_convert.journal import Run
-from dcgen_convert.recipe import Recipe, Resolved
+from dcgen_convert.core.console import NULL
+from dcgen_convert.core.files import read_json
+from dcgen_convert.core.journal import Run
+from dcgen_convert.networks import models
+from dcgen_convert.recipe.loading import Resolved
+from dcgen_convert.recipe.schema import Recipe
+from dcgen_convert.stages.align_embedder import Problem, descend, xavier
+from dcgen_convert.stages.job import prepare
 
 STEPS, RATE, BATCH = 20_000, 1e-4, 64  # arXiv 2509.25180
 

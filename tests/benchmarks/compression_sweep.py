@@ -16,9 +16,10 @@ from pathlib import Path
 from conversion import convert
 from step_speed import measured
 
-from dcgen_convert import autoencoders, catalog
 from dcgen_convert.evaluate.charts import line_file
 from dcgen_convert.evaluate.tiny_world import judge
+from dcgen_convert.families import catalog
+from dcgen_convert.networks import autoencoders
 from dcgen_convert.tiny import world
 from tools.tiny import assemble, parts
 
@@ -26,7 +27,8 @@ PART = "dc-f128c512"
 RECIPE = "ablations/compression"
 BATCH = 16  # pictures per step when its time is taken
 HEAD = (
-    "| | image tokens | drawn pictures, round trip: accuracy, PSNR | the base's pictures, round trip: accuracy, Frechet "
+    "| | image tokens | drawn pictures, round trip: accuracy, PSNR | the base's pictures, round trip: accuracy, "
+    "Frechet "
     "| converted: accuracy, of the base's, Frechet | one step |\n|---|---|---|---|---|---|"
 )
 
@@ -51,13 +53,16 @@ def main(work: Path) -> None:
         lines.append(
             f"| {name}c{codec.channels} | {tokens[0]} to {tokens[1]} | {accuracy.mean():.1%}, {psnr:.1f} dB "
             f"| {metrics['accuracy_round_trip']:.1%}, {metrics['frechet_round_trip']:.0f} "
-            f"| {converted:.1%}, {converted / source:.1%}, {metrics['frechet_converted']:.0f} | {before / after:.2f} x faster |"
+            f"| {converted:.1%}, {converted / source:.1%}, {metrics['frechet_converted']:.0f} | {before / after:.2f} "
+            "x faster |"
         )
         print("\n".join(lines if len(lines) == 2 else lines[-1:]), flush=True)
     lines.append(f"\nThe base itself: {source:.1%}, Frechet distance {metrics['frechet_source']:.0f}.")
     print(lines[-1])
     (work / "table.md").write_text("\n".join(lines) + "\n")
-    (work / "compression.svg").write_text(line_file(curves, x_label="px of a token's side (the base: 16)", y_label="attribute accuracy"))
+    (work / "compression.svg").write_text(
+        line_file(curves, x_label="px of a token's side (the base: 16)", y_label="attribute accuracy")
+    )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python tests/benchmarks/conversion.py WORK [NAME ...]
 
-WORK keeps runs and bundles, so that the script goes on where it stopped. Rows, with the options that make them, stand in ROWS.
-A row starts from a copy of the run that SHARED names, where there is one: the stages that both have in common hold.
+WORK keeps runs and bundles, so that the script goes on where it stopped. Rows, with the options that make them, stand
+in ROWS. A row starts from a copy of the run that SHARED names, where there is one: the stages that both have in common
+hold.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pathlib import Path
 
 PROMPTS = 256
 HEAD = (
-    "| | minutes | loss start / end | accuracy source / converted / ratio | Frechet source / converted | 4-bit: accuracy, PSNR |\n"
+    "| | minutes | loss start / end | accuracy source / converted / ratio | Frechet source / converted | 4-bit: "
+    "accuracy, PSNR |\n"
     "|---|---|---|---|---|---|"
 )
 ROWS: dict[str, list[str]] = {
@@ -53,7 +55,9 @@ def main(work: Path, names: list[str]) -> None:
 
 
 def convert(folder: Path, options: list[str], shared: Path) -> dict:
-    """The result document of a conversion into ``folder``, which starts from a copy of the run in ``shared`` if that is there."""
+    """The result document of a conversion into ``folder``, which starts from a copy of the run in ``shared`` if that
+    is there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if (shared / "run").exists() and not (folder / "run").exists():
         shutil.copytree(shared / "run", folder / "run")
@@ -73,7 +77,9 @@ def row(name: str, document: dict) -> str:
     source, converted = metrics["accuracy_source"], metrics["accuracy_converted"]
     accuracy = f"{source:.3f} / {converted:.3f} / {converted / source:.1%}"
     frechet = f"{metrics['frechet_source']:.1f} / {metrics['frechet_converted']:.1f}"
-    four_bit = f"{metrics['accuracy_nvfp4']:.3f}, {metrics['psnr_quantised_db']:.1f} dB" if "accuracy_nvfp4" in metrics else ""
+    four_bit = (
+        f"{metrics['accuracy_nvfp4']:.3f}, {metrics['psnr_quantised_db']:.1f} dB" if "accuracy_nvfp4" in metrics else ""
+    )
     return f"| {name} | {seconds / 60:.1f} | {loss} | {accuracy} | {frechet} | {four_bit} |"
 
 

@@ -1,10 +1,11 @@
-"""A few-step model through the whole method: distils the shipped tiny-sana to a miniature of SANA-Sprint and converts it to
-`tiny-dc-ae-f64`, once on pictures of its own and once on given ones. Prints accuracy and Frechet distance at one, two and four steps: of
-the base, of the model after the flow phase, and after the consistency phase that follows.
+"""A few-step model through the whole method: distils the shipped tiny-sana to a miniature of SANA-Sprint and converts
+it to `tiny-dc-ae-f64`, once on pictures of its own and once on given ones. Prints accuracy and Frechet distance at one,
+two and four steps: of the base, of the model after the flow phase, and after the consistency phase that follows.
 
     PYTHONPATH=. python tests/benchmarks/few_steps.py WORK
 
-Run it in the repository's root folder: it needs tools/tiny. WORK keeps what was made, so that the script goes on where it stopped.
+Run it in the repository's root folder: it needs tools/tiny. WORK keeps what was made, so that the script goes on where
+it stopped.
 """
 
 from __future__ import annotations
@@ -16,16 +17,22 @@ import torch
 from conversion import PROMPTS, convert
 from diffusers import SanaSprintPipeline
 
-from dcgen_convert import families, models, pipelines
+from dcgen_convert import families
 from dcgen_convert.data.images import to_image
 from dcgen_convert.evaluate import tiny_world
+from dcgen_convert.networks import models, pipelines
 from dcgen_convert.tiny import world
 from tools.tiny import assemble, parts
 
 RECIPE = Path(__file__).with_suffix(".yaml")
 PART = "sana-sprint"
 PICTURES = 4096
-GUIDED = ["--set", "adapt.objective=guidance-corrected", "--set", "adapt.guidance_range=[1,5]"]  # given pictures show no guidance
+GUIDED = [
+    "--set",
+    "adapt.objective=guidance-corrected",
+    "--set",
+    "adapt.guidance_range=[1,5]",
+]  # given pictures show no guidance
 SEED, BATCH = 31, 64
 
 
@@ -41,9 +48,16 @@ def main(work: Path) -> None:
     for name, settings in {"own": [], "given": ["--data", str(given), *GUIDED]}.items():
         folder = work / name
         convert(folder, [str(base), "--recipe", str(RECIPE), *settings], folder)
-        stages = [load(base), load(folder / "bundle", folder / "run" / "merge-1" / models.TRANSFORMER), load(folder / "bundle")]
+        stages = [
+            load(base),
+            load(folder / "bundle", folder / "run" / "merge-1" / models.TRANSFORMER),
+            load(folder / "bundle"),
+        ]
         for steps in (1, 2, 4):
-            print(f"| {name} | {steps} | " + " | ".join(figures(pipeline, steps) for pipeline in stages) + " |", flush=True)
+            print(
+                f"| {name} | {steps} | " + " | ".join(figures(pipeline, steps) for pipeline in stages) + " |",
+                flush=True,
+            )
 
 
 def save_pictures(folder: Path) -> None:

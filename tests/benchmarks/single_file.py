@@ -1,10 +1,12 @@
-"""A FLUX of at least 4 GB of random weights in one file of BFL's names: time to recognise it, time and memory to write it as a
-pipeline folder and to do the surgery on that, beside `cp` of the same file.
+"""A FLUX of at least 4 GB of random weights in one file of BFL's names: time to recognise it, time and memory to write
+it as a pipeline folder and to do the surgery on that, beside `cp` of the same file.
 
 `python tests/benchmarks/single_file.py FOLDER` writes its files into FOLDER and deletes them again.
-Bars: recognised in at most 1 s; import + surgery at 50 % of cp's throughput; peak memory 2 x the largest tensor + 500 MB. cp is
-timed alone and with the fsync that this tool does; both run twice, in turns, and the better run counts. Before every run what is
-dirty is flushed and the source dropped from the page cache: each reads it from the disk and inherits nothing to write. Seconds of
+Bars: recognised in at most 1 s; import + surgery at 50 % of cp's throughput; peak memory 2 x the largest tensor + 500
+MB. cp is timed alone and with the fsync that this tool does; both run twice, in turns, and the better run counts.
+Before every run what is
+dirty is flushed and the source dropped from the page cache: each reads it from the disk and inherits nothing to write.
+Seconds of
 CPU stand beside the wall time: on a busy machine or a faster disk they are what counts.
 """
 
@@ -27,16 +29,17 @@ CONFIG = {
 }  # fmt: skip
 MB = 1_000_000
 
-# In a process of its own: peak memory is that of the work. The autoencoders of surgery are loaded before the baseline is taken.
+# In a process of its own: peak memory is that of the work. The autoencoders of surgery are loaded before the baseline
+# is taken.
 WORK = """
 import json, resource, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from dcgen_convert import autoencoders, surgery
 from dcgen_convert.checkpoint.source import load_source
-from dcgen_convert.console import NULL
-from dcgen_convert.job import find_autoencoder
-from dcgen_convert.journal import Stage
+from dcgen_convert.core.console import NULL
+from dcgen_convert.stages.job import find_autoencoder
+from dcgen_convert.core.journal import Stage
 file, base, folder = map(Path, sys.argv[1:])
 ae = find_autoencoder("tiny-dc-ae-f32", folder)
 started = time.perf_counter()
@@ -53,7 +56,8 @@ job = SimpleNamespace(source=source, family=source.family, ae=ae, converted_conf
 surgery.run(job, Stage(folder / "surgery"))
 total, cpu = time.perf_counter() - started, time.process_time() - cpu
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"resolve": resolved, "import": imported, "total": total, "cpu": cpu, "before": before * 1024, "peak": peak * 1024}))
+times = {"resolve": resolved, "import": imported, "total": total, "cpu": cpu}
+print(json.dumps({**times, "before": before * 1024, "peak": peak * 1024}))
 """
 
 RECOGNISE = """
@@ -75,7 +79,9 @@ def write_source(path: Path) -> tuple[int, int]:
 
     with torch.device("meta"):
         model = diffusers.FluxTransformer2DModel.from_config(CONFIG)
-    shapes = keymap.find("flux", "bfl").backward({name: tuple(value.shape) for name, value in model.state_dict().items()})
+    shapes = keymap.find("flux", "bfl").backward(
+        {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    )
     noise = (torch.randn(stream.CHUNK // 2) * 0.02).bfloat16().view(torch.uint8).numpy().tobytes()
 
     class Noise(stream.Item):
@@ -121,7 +127,9 @@ def copied(source: Path, target: Path) -> tuple[float, float, float]:
 
 
 def child(code: str, *arguments: Path) -> str:
-    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         sys.exit(done.stderr[-3000:])
     return done.stdout.strip().splitlines()[-1]
@@ -150,12 +158,18 @@ def main(folder: Path) -> None:
         plain, flushed, cpu = (min(column) for column in zip(*copies, strict=True))
         best = min(runs, key=lambda run: run["total"])
         peak = max(run["peak"] for run in runs)
-        print(f"cp: {size / plain / MB:.0f} MB/s, with fsync {size / flushed / MB:.0f} MB/s ({np.round(copies, 1).tolist()} s)")
+        print(
+            f"cp: {size / plain / MB:.0f} MB/s, with fsync {size / flushed / MB:.0f} MB/s "
+            f"({np.round(copies, 1).tolist()} s)"
+        )
         print(f"import: {size / best['import'] / MB:.0f} MB/s; import + surgery: {size / best['total'] / MB:.0f} MB/s")
         print(f"ratio to cp: {plain / best['total']:.2f}, to cp with fsync: {flushed / best['total']:.2f} (bar 0.50)")
         print(f"CPU: cp {cpu:.1f} s, import + surgery {min(run['cpu'] for run in runs):.1f} s")
         bar = (2 * largest + 500 * MB) / MB
-        print(f"peak memory: {peak / MB:.0f} MB in all (bar {bar:.0f} MB), of them {best['before'] / MB:.0f} MB before the work began")
+        print(
+            f"peak memory: {peak / MB:.0f} MB in all (bar {bar:.0f} MB), of them {best['before'] / MB:.0f} MB before "
+            "the work began"
+        )
     finally:
         shutil.rmtree(folder)
 

@@ -1,6 +1,7 @@
-"""One denoising step of the source against the converted model at equal pixels, beside the token ratio. Same process, alternating.
+"""One denoising step of the source against the converted model at equal pixels, beside the token ratio. Same process,
+alternating.
 
-    python tests/benchmarks/step_speed.py RUN [BATCH]
+python tests/benchmarks/step_speed.py RUN [BATCH]
 """
 
 from __future__ import annotations
@@ -12,28 +13,34 @@ from pathlib import Path
 
 import torch
 
-from dcgen_convert import models
-from dcgen_convert.console import NULL
 from dcgen_convert.conversion import RECIPE
-from dcgen_convert.files import read_json
-from dcgen_convert.job import prepare
-from dcgen_convert.journal import Run
-from dcgen_convert.recipe import Recipe, Resolved
-from dcgen_convert.train.stages import converted
+from dcgen_convert.core.console import NULL
+from dcgen_convert.core.files import read_json
+from dcgen_convert.core.journal import Run
+from dcgen_convert.networks import models
+from dcgen_convert.recipe.loading import Resolved
+from dcgen_convert.recipe.schema import Recipe
+from dcgen_convert.stages.adapt import converted
+from dcgen_convert.stages.job import prepare
 
 ROUNDS = 30
 
 
 @torch.no_grad()
 def measured(folder: Path, batch: int) -> tuple[float, float, list[int], int]:
-    """(seconds of a step before, after; image tokens before and after; text tokens) of the conversion in the run ``folder``."""
+    """(seconds of a step before, after; image tokens before and after; text tokens) of the conversion in the run
+    ``folder``.
+    """
     job = prepare(Resolved(Recipe.model_validate(read_json(folder / RECIPE)["recipe"]), {}), Run(folder, NULL), NULL)
     rows = job.rows(job.resolution)
     indices = list(range(batch))
     latents, text = rows.pairs(indices), rows.batch(indices)[1]
     pair = [models.load(job.source.transformer, job.dtype), models.load(converted(job), job.dtype)]
     times: list[list[float]] = [[], []]
-    tokens = [z.shape[2] * z.shape[3] // job.family.patch(m.config, z.shape[1]) ** 2 for z, m in zip(latents, pair, strict=True)]
+    tokens = [
+        z.shape[2] * z.shape[3] // job.family.patch(m.config, z.shape[1]) ** 2
+        for z, m in zip(latents, pair, strict=True)
+    ]
     for _ in range(ROUNDS):
         for model, z, spent in zip(pair, latents, times, strict=True):
             started = time.perf_counter()
@@ -47,8 +54,10 @@ def measured(folder: Path, batch: int) -> tuple[float, float, list[int], int]:
 def main(folder: Path, batch: int) -> None:
     before, after, tokens, length = measured(folder, batch)
     print(f"batch {batch}: {before * 1e3:.1f} ms -> {after * 1e3:.1f} ms per step: {before / after:.2f} x")
-    print(f"image tokens {tokens[0]} -> {tokens[1]}: {tokens[0] / tokens[1]:.1f} x; with {length} text tokens "
-          f"{(tokens[0] + length) / (tokens[1] + length):.2f} x")
+    print(
+        f"image tokens {tokens[0]} -> {tokens[1]}: {tokens[0] / tokens[1]:.1f} x; with {length} text tokens "
+        f"{(tokens[0] + length) / (tokens[1] + length):.2f} x"
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import torch
 from svdquant_memory import CONFIG, write_source
 
-from dcgen_convert.console import Console
+from dcgen_convert.core.console import Console
 from dcgen_convert.svdquant import quantize as module
 from dcgen_convert.svdquant.settings import Settings
 from dcgen_convert.svdquant.skeleton import build

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import psutil
 import torch
 
-from dcgen_convert.console import NULL
+from dcgen_convert.core.console import NULL
 from dcgen_convert.svdquant.quantize import quantize
 from dcgen_convert.svdquant.settings import Settings
 from dcgen_convert.svdquant.shards import write_folder
@@ -59,7 +59,7 @@ def noise() -> torch.Tensor:
 
 
 def write_source(folder: Path) -> None:
-    from dcgen_convert.files import write_json
+    from dcgen_convert.core.files import write_json
     from dcgen_convert.svdquant.shards import Item
 
     folder.mkdir(parents=True)
@@ -106,7 +106,15 @@ def peak_of(work) -> float:
 
 def inputs(name: str) -> str:
     """What a target reads, as far as its Hessian is concerned: q, k, v and proj_mlp of a block read the same."""
-    shared = {"to_q": "in", "to_k": "in", "to_v": "in", "proj_mlp": "in", "add_q_proj": "text", "add_k_proj": "text", "add_v_proj": "text"}
+    shared = {
+        "to_q": "in",
+        "to_k": "in",
+        "to_v": "in",
+        "proj_mlp": "in",
+        "add_q_proj": "text",
+        "add_k_proj": "text",
+        "add_v_proj": "text",
+    }
     return shared.get(name.rpartition(".")[2], name)
 
 

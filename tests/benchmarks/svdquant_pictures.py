@@ -14,15 +14,16 @@ from pathlib import Path
 
 import torch
 
-from dcgen_convert import models, pipelines, recipe
-from dcgen_convert.catalog import find_source
 from dcgen_convert.checkpoint.source import Source, load_source
-from dcgen_convert.console import NULL
+from dcgen_convert.core.console import NULL
+from dcgen_convert.core.files import write_json
 from dcgen_convert.data import prompts
 from dcgen_convert.evaluate import tiny_world
 from dcgen_convert.evaluate.metrics import psnr
-from dcgen_convert.files import write_json
-from dcgen_convert.svdquant import stage
+from dcgen_convert.families.catalog import find_source
+from dcgen_convert.networks import models, pipelines
+from dcgen_convert.recipe import loading
+from dcgen_convert.stages import quantize as stage
 from dcgen_convert.svdquant.layer import SvdqLinear
 from dcgen_convert.svdquant.quantize import quantize
 from dcgen_convert.svdquant.runtime import EmulatedSvdq, emulate
@@ -41,7 +42,7 @@ def main(work: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
     for name in names or ["tiny-flux", "tiny-sana"]:
         source = load_source(name, str(find_source(name).folder))
-        data = recipe.load(name).recipe.data
+        data = loading.load(name).recipe.data
         call = dict(side=data.resolution, steps=data.steps, guidance=data.guidance, length=16)
         model = models.load(source.transformer, torch.float32)
         targets = stage.plan_targets(source.family, source.config, None)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 from train_worker import losses, run_ranks, start_ranks  # noqa: E402
 
-from dcgen_convert.files import TEMPORARY  # noqa: E402
+from dcgen_convert.core.files import TEMPORARY  # noqa: E402
 
 STEPS = 40
 HANG = 30.0  # seconds
@@ -87,7 +87,11 @@ def main(kills: int, world: int, zero: int) -> int:
             process.communicate()
         done += 1
         halves += any((folders[-1] / "checkpoints").glob(f"{TEMPORARY}*"))
-        print(f"{done} of {kills} kills: {failed} failed resumes, {hangs} hangs, {wrong} wrong codes", file=sys.stderr, flush=True)
+        print(
+            f"{done} of {kills} kills: {failed} failed resumes, {hangs} hangs, {wrong} wrong codes",
+            file=sys.stderr,
+            flush=True,
+        )
     run_ranks(world, [{"folder": str(folders[-1]), **options}], log)
     same = sum(undisturbed(folder, root / "whole") for folder in folders)
     print(f"world {world} ZeRO {zero}: {done} kills, {halves} unfinished saves, {failed} failed resumes")

@@ -40,9 +40,9 @@ from dcgen_convert import families
 from dcgen_convert.bundle import manifest as manifests
 from dcgen_convert.bundle.card import render
 from dcgen_convert.bundle.layout import write_bundle
-from dcgen_convert.bundle.licence import licence_of
 from dcgen_convert.bundle.scheduler import scheduler_config
-from dcgen_convert.console import NULL
+from dcgen_convert.checkpoint.licence import licence_of
+from dcgen_convert.core.console import NULL
 from dcgen_convert.families.base import Family
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "

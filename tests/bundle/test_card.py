@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from dcgen_convert.bundle.card import render
-from dcgen_convert.bundle.licence import licence_of
+from dcgen_convert.checkpoint.licence import licence_of
 
 from .conftest import manifest_of
 

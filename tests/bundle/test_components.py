@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dcgen_convert.bundle.components import copy_component, plan_copy
-from dcgen_convert.console import NULL
-from dcgen_convert.errors import InputError
-from dcgen_convert.files import sha256
+from dcgen_convert.checkpoint.components import copy_component, plan_copy
+from dcgen_convert.core.console import NULL
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.files import sha256
 
 
 def weights(path, value=1.0):

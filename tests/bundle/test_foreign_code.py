@@ -11,15 +11,15 @@ import pytest
 
 from dcgen_convert.bundle import autoencoder_dc_adapter as adapter
 from dcgen_convert.bundle import manifest as manifests
-from dcgen_convert.bundle.components import copy_component
 from dcgen_convert.bundle.loading import load
 from dcgen_convert.bundle.sample import sample
 from dcgen_convert.bundle.verify import verify
 from dcgen_convert.checkpoint import trust
+from dcgen_convert.checkpoint.components import copy_component
 from dcgen_convert.checkpoint.source import load_source
-from dcgen_convert.console import NULL, Console
-from dcgen_convert.errors import CheckFailed, InputError
-from dcgen_convert.files import read_json, sha256, write_json
+from dcgen_convert.core.console import NULL, Console
+from dcgen_convert.core.errors import CheckFailed, InputError
+from dcgen_convert.core.files import read_json, sha256, write_json
 
 OWN_FILE = f"vae/{adapter.MODULE_NAME}.py"
 
@@ -42,7 +42,8 @@ class Forged:
         record = read_json(self.bundle / manifests.FILE)
         files = [path for path in self.bundle.rglob("*") if path.is_file() and path.name != manifests.FILE]
         record["files"] = {
-            path.relative_to(self.bundle).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size} for path in files
+            path.relative_to(self.bundle).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
+            for path in files
         }
         write_json(self.bundle / manifests.FILE, record)
         return self.bundle
@@ -144,7 +145,9 @@ def test_an_auto_map_that_nothing_follows_is_no_code(forged):
     assert load(case.seal(), runtime="auto")[0].text_encoder.__class__.__name__ == "CLIPTextModel"
 
 
-@pytest.mark.parametrize("forge", [changed_adapter, module_of_another_part, pipeline_of_its_own], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "forge", [changed_adapter, module_of_another_part, pipeline_of_its_own], ids=lambda f: f.__name__
+)
 def test_with_the_users_word_the_code_runs(forged, forge, tmp_path):
     case = forged()
     forge(case)
@@ -169,8 +172,14 @@ def test_the_table_knows_every_file_that_was_ever_written():
     """Who changes the adapter takes a new MODULE_NAME and adds a line; no line is taken away."""
     now = hashlib.sha256(Path(adapter.__file__).read_bytes()).hexdigest()
     assert now in trust.ADAPTERS[adapter.MODULE_NAME]
-    assert "155ea1f9545d982f2e5d0bf03bc34d6dd148dc440f6b0160d9241d26822ec705" in trust.ADAPTERS["autoencoder_dc_adapter_v1"]
-    assert "3875d957b43d3f585b3fda60b8b1e3a85416641f17eed907fb07b23a96292a34" in trust.ADAPTERS["autoencoder_dc_adapter_v2"]
+    assert (
+        "155ea1f9545d982f2e5d0bf03bc34d6dd148dc440f6b0160d9241d26822ec705"
+        in trust.ADAPTERS["autoencoder_dc_adapter_v1"]
+    )
+    assert (
+        "3875d957b43d3f585b3fda60b8b1e3a85416641f17eed907fb07b23a96292a34"
+        in trust.ADAPTERS["autoencoder_dc_adapter_v2"]
+    )
     assert adapter.AutoencoderDCAdapter.__name__ == trust.ADAPTER_CLASS
 
 

@@ -26,9 +26,9 @@ from dcgen_convert.bundle import layout
 from dcgen_convert.bundle.loading import load
 from dcgen_convert.bundle.manifest import FILE
 from dcgen_convert.bundle.verify import verify
-from dcgen_convert.console import NULL
-from dcgen_convert.errors import InputError, ResourceError
-from dcgen_convert.files import sha256
+from dcgen_convert.core.console import NULL
+from dcgen_convert.core.errors import InputError, ResourceError
+from dcgen_convert.core.files import sha256
 
 from .conftest import make_bundle, manifest_of
 

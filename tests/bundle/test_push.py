@@ -9,8 +9,8 @@ import pytest
 
 from dcgen_convert.bundle.manifest import FILE
 from dcgen_convert.bundle.push import push
-from dcgen_convert.console import NULL
-from dcgen_convert.errors import AccessError, CheckFailed, InputError
+from dcgen_convert.core.console import NULL
+from dcgen_convert.core.errors import AccessError, CheckFailed, InputError
 
 TOKEN = "hf_test"
 

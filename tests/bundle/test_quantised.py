@@ -12,9 +12,9 @@ from dcgen_convert.bundle import manifest as manifests
 from dcgen_convert.bundle.loading import choose_runtime, load
 from dcgen_convert.bundle.sample import sample
 from dcgen_convert.bundle.verify import verify
-from dcgen_convert.console import NULL, Console
-from dcgen_convert.errors import CheckFailed, ResourceError
-from dcgen_convert.files import read_json, sha256, write_json
+from dcgen_convert.core.console import NULL, Console
+from dcgen_convert.core.errors import CheckFailed, ResourceError
+from dcgen_convert.core.files import read_json, sha256, write_json
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 TARGET = "transformer_blocks.0.attn.to_q"

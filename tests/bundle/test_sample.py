@@ -7,10 +7,10 @@ from PIL import Image
 
 from dcgen_convert.bundle.loading import choose_runtime, load
 from dcgen_convert.bundle.sample import draw, sample
-from dcgen_convert.console import NULL
-from dcgen_convert.errors import CheckFailed, InputError
+from dcgen_convert.core.console import NULL
+from dcgen_convert.core.errors import CheckFailed, InputError
+from dcgen_convert.core.files import sha256
 from dcgen_convert.families import get
-from dcgen_convert.files import sha256
 
 from .conftest import make_bundle
 

@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 from dcgen_convert.bundle.scheduler import flux2_shift, scheduler_config
-from dcgen_convert.errors import InputError
+from dcgen_convert.core.errors import InputError
 from dcgen_convert.families.base import sampling_shift
 
 DYNAMIC = dict(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).config) | {

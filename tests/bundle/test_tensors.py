@@ -6,8 +6,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from dcgen_convert.bundle.tensors import tensor_sha256
 from dcgen_convert.checkpoint.headers import read_weights
+from dcgen_convert.checkpoint.tensors import tensor_sha256
 
 
 def test_hashes_are_of_the_tensor_s_own_bytes(tmp_path):

@@ -10,9 +10,9 @@ from dcgen_convert.bundle import manifest as manifests
 from dcgen_convert.bundle.expected import expected_tensors
 from dcgen_convert.bundle.verify import verify
 from dcgen_convert.checkpoint.headers import read_weights
-from dcgen_convert.console import NULL
-from dcgen_convert.errors import CheckFailed, InputError
-from dcgen_convert.files import read_json, sha256, write_json
+from dcgen_convert.core.console import NULL
+from dcgen_convert.core.errors import CheckFailed, InputError
+from dcgen_convert.core.files import read_json, sha256, write_json
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -36,7 +36,15 @@ def rewrite(bundle, change, file=WEIGHTS) -> None:
 @pytest.mark.parametrize("name", ["flux", "sana", "dit"])
 def test_a_whole_bundle_passes_in_a_fresh_process(parts, bundles, name):
     document = verify(bundles(name), NULL, parts(name).source)
-    assert document["ok"] and document["checks"] == ["files", "code", "structure", "tensors", "table", "against", "picture"]
+    assert document["ok"] and document["checks"] == [
+        "files",
+        "code",
+        "structure",
+        "tensors",
+        "table",
+        "against",
+        "picture",
+    ]
     assert document["picture"]["runtime"] == "stock" and document["picture"]["std"] > 0
     assert document["tensors"]["identical"] == document["tensors"]["total"] - 4
 

@@ -1,4 +1,5 @@
-"""Damaged inputs: whatever is wrong with headers, indexes, configs or lengths, the answer is one typed error (or none), and
+"""Damaged inputs: whatever is wrong with headers, indexes, configs or lengths, the answer is one typed error (or none),
+and
 nothing is written outside the run folder."""
 
 import copy
@@ -16,11 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from dcgen_convert import recipe
+from dcgen_convert.bundle.inspection import inspect
 from dcgen_convert.checkpoint.source import load_source
-from dcgen_convert.console import NULL
-from dcgen_convert.errors import DcgenError, explain
-from dcgen_convert.inspection import inspect
+from dcgen_convert.core.console import NULL
+from dcgen_convert.core.errors import DcgenError, explain
+from dcgen_convert.recipe import loading
 
 from .test_single_file import peft_file, to_bfl, write_gguf
 
@@ -66,15 +67,17 @@ def listing(place, watched):
 def everything(path, place):
     """What the command does with a path before and while it imports it, with the base at hand."""
     inspect(path)
-    recipe.load(str(path), flags={"base": str(BASE)})
+    loading.load(str(path), flags={"base": str(BASE)})
     source = load_source("x", str(path), base=str(BASE), home=place / "run" / "import")
     source.fingerprint  # noqa: B018 (reads the files)
 
 
 # Values that turn up where a number, a name or a list is expected.
 ODD = st.one_of(
-    st.none(), st.booleans(), st.integers(-3, 3), st.just(2**63), st.just(-(2**70)), st.floats(), st.text(max_size=6), st.just("../../x"),
-    st.just([]), st.just({}), st.lists(st.integers(-2, 9), max_size=4), st.just({"a": {"b": []}}), st.just("F32"), st.just("U4"),
+    st.none(), st.booleans(), st.integers(-3, 3), st.just(2**63), st.just(-(2**70)), st.floats(), st.text(max_size=6),
+    st.just("../../x"),
+    st.just([]), st.just({}), st.lists(st.integers(-2, 9), max_size=4), st.just({"a": {"b": []}}), st.just("F32"),
+    st.just("U4"),
 )  # fmt: skip
 
 
@@ -85,7 +88,11 @@ def mutated(data, document):
         node, parent, key = document, None, None
         while isinstance(node, (dict, list)) and node and (parent is None or data.draw(st.integers(0, 3))):
             parent = node
-            key = data.draw(st.sampled_from(sorted(node))) if isinstance(node, dict) else data.draw(st.integers(0, len(node) - 1))
+            key = (
+                data.draw(st.sampled_from(sorted(node)))
+                if isinstance(node, dict)
+                else data.draw(st.integers(0, len(node) - 1))
+            )
             node = node[key]
         if parent is None:
             return copy.deepcopy(data.draw(ODD))
@@ -154,7 +161,9 @@ def test_gguf_headers(place, data):
     content = bytearray((place / "model.gguf").read_bytes())
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(4, 7000))
-        content[at : at + 4] = data.draw(st.binary(min_size=4, max_size=4) | st.sampled_from([b"\xff" * 4, b"\x09\0\0\0", bytes(4)]))
+        content[at : at + 4] = data.draw(
+            st.binary(min_size=4, max_size=4) | st.sampled_from([b"\xff" * 4, b"\x09\0\0\0", bytes(4)])
+        )
     path = place / "run" / "mutated.gguf"
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)
@@ -166,7 +175,10 @@ def test_gguf_headers(place, data):
 def test_loras(place, data, in_header):
     content = (place / "lora.safetensors").read_bytes()
     header = header_of(content)
-    header["__metadata__"] = {"format": "pt", "lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 2})}
+    header["__metadata__"] = {
+        "format": "pt",
+        "lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 2}),
+    }
     if in_header and data.draw(st.booleans()):
         inner = mutated(data, {"transformer.r": 4, "transformer.lora_alpha": 2, "transformer.rank_pattern": {}})
         header["__metadata__"]["lora_adapter_metadata"] = json.dumps(inner)
@@ -190,10 +202,15 @@ def test_loras(place, data, in_header):
 def test_configs_and_indexes(place, data, which):
     folder = place / "run" / "source"
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(place / ("alone" if which == "alone" else "base"), folder, copy_function=lambda a, b: shutil.os.link(a, b))
+    shutil.copytree(
+        place / ("alone" if which == "alone" else "base"), folder, copy_function=lambda a, b: shutil.os.link(a, b)
+    )
     if which == "index":
         names = header_of(FILE.read_bytes())
-        document = {"metadata": {"total_size": 1}, "weight_map": {name: FILE.name for name in names if name != "__metadata__"}}
+        document = {
+            "metadata": {"total_size": 1},
+            "weight_map": {name: FILE.name for name in names if name != "__metadata__"},
+        }
         file = folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
     else:
         places = {"config": "transformer/config.json", "model_index": "model_index.json", "vae": "vae/config.json"}
@@ -205,8 +222,10 @@ def test_configs_and_indexes(place, data, which):
 
     def use():
         inspect(folder)
-        recipe.load(str(folder), flags={"base": str(BASE)} if which == "alone" else {})
-        source = load_source("x", str(folder), base=str(BASE) if which == "alone" else None, home=place / "run" / "import")
+        loading.load(str(folder), flags={"base": str(BASE)} if which == "alone" else {})
+        source = load_source(
+            "x", str(folder), base=str(BASE) if which == "alone" else None, home=place / "run" / "import"
+        )
         source.fingerprint  # noqa: B018 (reads the files)
 
     tried(use, place, [place / "base", place / "alone"])

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from dcgen_convert.checkpoint.headers import read_header, read_weights
 from dcgen_convert.checkpoint.source import load_source
-from dcgen_convert.errors import AccessError, InputError
+from dcgen_convert.core.errors import AccessError, InputError
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
-"""Transformers that come alone: single files of every kind against the folder they were made from, and LoRAs against diffusers."""
+"""Transformers that come alone: single files of every kind against the folder they were made from, and LoRAs against
+diffusers.
+"""
 
 import json
 import shutil
@@ -11,13 +13,14 @@ from conftest import WEIGHTS
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 
-from dcgen_convert import geometry, models, recipe
+from dcgen_convert.bundle.inspection import inspect
 from dcgen_convert.checkpoint import keymap, stream
 from dcgen_convert.checkpoint.headers import read_header, read_weights
 from dcgen_convert.checkpoint.source import load_source
-from dcgen_convert.console import NULL, Console
-from dcgen_convert.errors import AccessError, InputError
-from dcgen_convert.inspection import inspect
+from dcgen_convert.core.console import NULL, Console
+from dcgen_convert.core.errors import AccessError, InputError
+from dcgen_convert.networks import models
+from dcgen_convert.recipe import geometry, loading
 
 BASE = WEIGHTS / "tiny-flux"
 FILE = BASE / "transformer" / "diffusion_pytorch_model.safetensors"
@@ -93,7 +96,9 @@ def test_the_written_folder_is_complete_and_keeps_the_config(tmp_path, weights):
     save_file(to_bfl(weights), tmp_path / "model.safetensors")
     laid_out(tmp_path / "model.safetensors", tmp_path)
     FluxPipeline.from_pretrained(tmp_path / "import")
-    written, base = (json.loads((folder / "transformer" / "config.json").read_text()) for folder in (tmp_path / "import", BASE))
+    written, base = (
+        json.loads((folder / "transformer" / "config.json").read_text()) for folder in (tmp_path / "import", BASE)
+    )
     assert {**written, "out_channels": None} == base | {"_diffusers_version": written.get("_diffusers_version")}
 
 
@@ -149,7 +154,10 @@ def scaled(tensors, per_row):
 def test_scaled_float8(tmp_path, weights, per_row):
     stored, exact = scaled(to_bfl(weights), per_row)
     extra = {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn), "img_in.scale_input": torch.ones(())}
-    save_file({f"model.diffusion_model.{name}": value for name, value in (stored | extra).items()}, tmp_path / "model.safetensors")
+    save_file(
+        {f"model.diffusion_model.{name}": value for name, value in (stored | extra).items()},
+        tmp_path / "model.safetensors",
+    )
     found = laid_out(tmp_path / "model.safetensors", tmp_path)
     wanted = {name: value.float() for name, value in to_bfl(found).items()}
     assert all(torch.equal(wanted[name], exact[name].float()) for name in exact)
@@ -184,16 +192,19 @@ def test_gguf_is_what_its_package_makes_of_it(tmp_path, weights, kind):
     write_gguf(path, originals, [gguf.GGMLQuantizationType[kind]])
     found = to_bfl(laid_out(path, tmp_path))
     for tensor in gguf.GGUFReader(path).tensors:
-        numbers = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)).reshape(found[tensor.name].shape)
+        numbers = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)).reshape(
+            found[tensor.name].shape
+        )
         rounded = numbers if tensor.tensor_type.name in ("F32", "F16") else numbers.bfloat16().float()
         assert torch.equal(found[tensor.name], rounded), tensor.name
     assert inspect(path)["layout"] == "bfl"
-    assert recipe.load(str(path), flags={"base": str(BASE)}).recipe.name == "model"
+    assert loading.load(str(path), flags={"base": str(BASE)}).recipe.name == "model"
 
 
 # -- LoRA ------------------------------------------------------------------------------------------------------------
 
 TARGETS = ["transformer_blocks.0.attn.to_q", "transformer_blocks.1.ff.net.2", "single_transformer_blocks.3.proj_mlp"]
+ROWS = (128, 128, 512)  # outputs of these
 
 
 def pair(rank, rows, columns, seed):
@@ -287,7 +298,10 @@ def test_a_lora_changes_the_fingerprint(tmp_path, weights):
     peft_file(tmp_path / "a.safetensors", weights, alpha=False)
     peft_file(tmp_path / "b.safetensors", weights, alpha=True)
     a, b = str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")
-    prints = [load_source("x", str(BASE), loras=loras, home=tmp_path / "i").fingerprint for loras in ([a], [b], [f"{a}:0.5"], [a, b])]
+    prints = [
+        load_source("x", str(BASE), loras=loras, home=tmp_path / "i").fingerprint
+        for loras in ([a], [b], [f"{a}:0.5"], [a, b])
+    ]
     assert len({*prints, load_source("x", str(BASE)).fingerprint}) == 5
 
 
@@ -309,7 +323,7 @@ DOWN, UP = (f"transformer.{TARGETS[0]}.lora_{part}.weight" for part in "AB")
         ({f"transformer.{TARGETS[0]}.dora_scale": torch.ones(1)}, "no plain LoRA weight"),
         ({f"transformer.{TARGETS[0]}.lora_B.bias": torch.ones(128)}, "no plain LoRA weight"),
         ({UP: torch.full((128, 4), float("nan"))}, "NaN or infinite"),
-        ({f"transformer.{module}.lora_B.weight": torch.zeros(rows, 4) for module, rows in zip(TARGETS, (128, 128, 512), strict=True)},
+        ({f"transformer.{m}.lora_B.weight": torch.zeros(r, 4) for m, r in zip(TARGETS, ROWS, strict=True)},
          "changes nothing"),
     ],
 )  # fmt: skip
@@ -336,13 +350,19 @@ def test_a_file_that_is_no_lora_and_one_that_is_not_there(tmp_path):
     [
         ({"img_in.qweight": torch.zeros(4, dtype=torch.int8)}, "already quantised .nunchaku or GPTQ"),
         ({"img_in.weight.absmax": torch.zeros(4)}, "already quantised .bitsandbytes"),
-        ({"img_in.weight.quant_state.bitsandbytes__nf4": torch.zeros(4, dtype=torch.uint8)}, "already quantised .bitsandbytes"),
+        (
+            {"img_in.weight.quant_state.bitsandbytes__nf4": torch.zeros(4, dtype=torch.uint8)},
+            "already quantised .bitsandbytes",
+        ),
         ({"img_in.weight": torch.zeros(128, 64, dtype=torch.int8)}, "no floating-point weight"),
         ({"img_in.scale_weight": torch.ones(1)}, "scales without an 8-bit weight"),
         ({"stray.weight": torch.ones(1)}, "1 tensors have no place in the original layout: stray.weight"),
         ({"guidance_in.in_layer.bias": None}, "lacks 1 tensors .*guidance_embedder.linear_1.bias"),
         ({"txt_in.bias": torch.ones(64)}, "context_embedder.bias is"),
-        ({"img_in.weight": torch.ones(128, 384), "final_layer.linear.weight": torch.ones(64, 128)}, "384 numbers per token where the base"),
+        (
+            {"img_in.weight": torch.ones(128, 384), "final_layer.linear.weight": torch.ones(64, 128)},
+            "384 numbers per token where the base",
+        ),
         ({"txt_in.bias": torch.full((128,), float("inf"))}, "NaN or infinite values in context_embedder.bias"),
     ],
 )
@@ -362,7 +382,9 @@ def test_prefixed_tensors_beside_others_are_asked_about(tmp_path, weights):
 def test_without_a_base_and_without_network_the_repository_is_named(tmp_path, weights, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     save_file(to_bfl(weights), tmp_path / "model.safetensors")
-    with pytest.raises(AccessError, match="come from black-forest-labs/FLUX.1-dev, which is not in the local cache") as raised:
+    with pytest.raises(
+        AccessError, match="come from black-forest-labs/FLUX.1-dev, which is not in the local cache"
+    ) as raised:
         load_source("x", str(tmp_path / "model.safetensors"), home=tmp_path, offline=True)
     assert "--base" in raised.value.hint
     assert geometry.base_grid(str(tmp_path / "model.safetensors")) == geometry.Grid(8, 16, 2)

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from dcgen_convert.console import NULL, Console, wants_colour, wants_live
-from dcgen_convert.progress import LineProgress, duration
+from dcgen_convert.core.console import NULL, Console, wants_colour, wants_live
+from dcgen_convert.core.progress import LineProgress, duration
 
 from .conftest import environment
 
@@ -91,7 +91,7 @@ def test_a_bar_on_a_terminal_and_none_in_ci():
 
 def on_a_terminal(**env: str) -> str:
     """What a loop writes to a real pseudo-terminal."""
-    code = "from dcgen_convert.console import Console\nwith Console().progress('work', 10) as bar:\n"
+    code = "from dcgen_convert.core.console import Console\nwith Console().progress('work', 10) as bar:\n"
     code += "    for _ in range(10): bar.advance()"
     reader, writer = pty.openpty()
     subprocess.run(

@@ -8,7 +8,7 @@ import httpx2 as httpx
 import pytest
 import yaml
 
-from dcgen_convert import errors
+from dcgen_convert.core import errors
 
 
 def raised(function, *args):

@@ -3,7 +3,7 @@
 import click
 import pytest
 
-from dcgen_convert.cli import cli as group
+from dcgen_convert.cli.app import cli as group
 
 
 def commands(command: click.Command, path: str = ""):

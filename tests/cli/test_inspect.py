@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dcgen_convert.errors import InputError
-from dcgen_convert.inspection import inspect, render
-from dcgen_convert.sources import transformer_config
+from dcgen_convert.bundle.inspection import inspect, render
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.recipe.sources import transformer_config
 
 SMALL = {
     "FluxTransformer2DModel": dict(

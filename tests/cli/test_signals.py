@@ -13,7 +13,7 @@ WAIT = """
 import sys, time
 from pathlib import Path
 from dcgen_convert import cli
-from dcgen_convert.options import OUTPUT, output_options, stack
+from dcgen_convert.cli.options import OUTPUT, output_options, stack
 import click
 
 @cli.cli.command("wait")

@@ -11,7 +11,7 @@ from .conftest import environment
 NOISY = """
 import os, subprocess, sys
 from dcgen_convert import cli
-from dcgen_convert.options import OUTPUT, output_options, stack
+from dcgen_convert.cli.options import OUTPUT, output_options, stack
 import click
 
 @cli.cli.command("noisy")
@@ -94,7 +94,7 @@ def test_other_ranks_are_silent(python, tmp_path):
 
 def test_events_are_ndjson(python, tmp_path):
     file = tmp_path / "events.ndjson"
-    code = "from dcgen_convert.console import Console\nimport sys\nc = Console(events=sys.argv[1])\n"
+    code = "from dcgen_convert.core.console import Console\nimport sys\nc = Console(events=sys.argv[1])\n"
     code += "with c.progress('work', 20, 'step') as bar:\n    for i in range(20): bar.advance(loss=1 / (i + 1))\n"
     code += "c.warn('careful')"
     python(code, str(file))

@@ -1,4 +1,6 @@
-"""`--track`: what the trackers' own files hold is what the console was given; a missing package or account is one sentence."""
+"""`--track`: what the trackers' own files hold is what the console was given; a missing package or account is one
+sentence.
+"""
 
 import importlib.util
 import json
@@ -11,9 +13,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
 
-from dcgen_convert import track
-from dcgen_convert.console import NULL, Console
-from dcgen_convert.errors import InputError
+from dcgen_convert.core import track
+from dcgen_convert.core.console import NULL, Console
+from dcgen_convert.core.errors import InputError
 
 
 def test_tensorboard_gets_curves_pictures_and_the_recipe(tmp_path):
@@ -79,9 +81,15 @@ def test_wandb_gets_curves_pictures_and_the_recipe(tmp_path, monkeypatch, own_wa
     (start,) = (record.run for record in written if record.HasField("run"))
     assert (start.project, start.display_name) == ("dcgen-convert", "run")
     assert {update.key: update.value_json for update in start.config.update}["adapt.ema"] == "0.99"
-    rows = [{"/".join(item.nested_key): json.loads(item.value_json) for item in r.history.item} for r in written if r.HasField("history")]
+    rows = [
+        {"/".join(item.nested_key): json.loads(item.value_json) for item in r.history.item}
+        for r in written
+        if r.HasField("history")
+    ]
     for label, steps in (("align head", 2), ("adapt", 3)):
-        curve = [(row[f"{label}/step"], row[f"{label}/loss"], row[f"{label}/lr"]) for row in rows if f"{label}/loss" in row]
+        curve = [
+            (row[f"{label}/step"], row[f"{label}/loss"], row[f"{label}/lr"]) for row in rows if f"{label}/loss" in row
+        ]
         assert curve == [(step, 1.0 / (step + 1), 1e-4) for step in range(steps)]
     assert {(r.metric.glob_name, r.metric.step_metric) for r in written if r.HasField("metric")} == {
         (f"{label}/*", f"{label}/step") for label in ("align head", "adapt", "adapt/samples")
@@ -101,7 +109,10 @@ def test_wandb_without_an_account_is_one_sentence(tmp_path, own_wandb):
 @pytest.mark.parametrize("kind", ["tensorboard", "wandb"])
 def test_a_missing_package_is_named_with_its_cure(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=f"--track {kind} needs the package {kind}") as caught, track.tracking(NULL, kind, tmp_path, {}):
+    with (
+        pytest.raises(InputError, match=f"--track {kind} needs the package {kind}") as caught,
+        track.tracking(NULL, kind, tmp_path, {}),
+    ):
         pass
     assert caught.value.hint == f"pip install 'dcgen-convert[{kind}]'"
     assert not list(tmp_path.iterdir())

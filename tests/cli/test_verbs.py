@@ -5,13 +5,13 @@ import json
 import pytest
 import yaml
 
-from dcgen_convert import recipe
+from dcgen_convert.recipe import loading
 
 
 def test_recipes_list_names_every_shipped_recipe(cli):
     done = cli("recipes", "list", "--json")
     rows = json.loads(done.stdout)["recipes"]
-    assert [row["name"] for row in rows] == recipe.names()
+    assert [row["name"] for row in rows] == loading.names()
     assert all(row["source"] and row["ae"] and row["about"] for row in rows)
 
 
@@ -25,7 +25,7 @@ def test_recipes_show_gives_each_value_with_its_origin(cli):
 
 def test_a_copied_recipe_is_the_same_recipe(cli, tmp_path):
     assert cli("recipes", "copy", "flux-krea", "mine.yaml").stdout == "mine.yaml\n"
-    copied, shipped = recipe.load(str(tmp_path / "mine.yaml")), recipe.load("flux-krea")
+    copied, shipped = loading.load(str(tmp_path / "mine.yaml")), loading.load("flux-krea")
     assert copied.recipe == shipped.recipe
     again = cli("recipes", "copy", "flux-krea", "mine.yaml")
     assert again.returncode == 2

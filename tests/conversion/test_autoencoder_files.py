@@ -7,9 +7,11 @@ import torch
 from diffusers import AutoencoderDC
 from safetensors.torch import save_file
 
-from dcgen_convert import autoencoder_files, autoencoders, catalog, geometry
-from dcgen_convert.errors import InputError, RecipeError
-from dcgen_convert.job import find_autoencoder
+from dcgen_convert.core.errors import InputError, RecipeError
+from dcgen_convert.families import catalog
+from dcgen_convert.networks import autoencoder_files, autoencoders
+from dcgen_convert.recipe import geometry
+from dcgen_convert.stages.job import find_autoencoder
 
 C, K, F = 8, 4, 4
 
@@ -26,7 +28,9 @@ def published(channels: int, widths: tuple[int, ...], layers: tuple[int, ...]) -
 
 @pytest.fixture
 def original(tmp_path):
-    """(folder, model) of a small AutoencoderDC of the published form: first level skipped, batch norm, both shortcuts."""
+    """(folder, model) of a small AutoencoderDC of the published form: first level skipped, batch norm, both
+    shortcuts.
+    """
     torch.manual_seed(0)
     norms = dict(decoder_norm_types=("batch_norm", "batch_norm", "rms_norm"), decoder_act_fns=("relu", "relu", "silu"))
     model = AutoencoderDC(**published(C, (8, 16, 32), (0, 1, 1)), **norms, scaling_factor=0.4).eval()
@@ -64,7 +68,10 @@ def test_a_single_file_becomes_the_same_folder(names, original, tmp_path):
     assert (ae.factor, ae.channels) == (F, C) and again.keys() == model.state_dict().keys()
     assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
     stamp = (ae.folder / "config.json").stat().st_mtime_ns
-    assert find_autoencoder(f"{file}:{folder}", tmp_path / "work").folder.joinpath("config.json").stat().st_mtime_ns == stamp
+    assert (
+        find_autoencoder(f"{file}:{folder}", tmp_path / "work").folder.joinpath("config.json").stat().st_mtime_ns
+        == stamp
+    )
 
 
 def test_a_single_file_must_say_what_it_is(original, tmp_path):
@@ -84,11 +91,16 @@ def test_a_single_file_must_say_what_it_is(original, tmp_path):
     assert not (tmp_path / "work").exists()
 
 
-@pytest.mark.parametrize("alias", ["dc-ae-f32-in", "dc-ae-f32-mix", "dc-ae-f32-sana-1.1", "dc-ae-f64-in", "dc-ae-f128-mix"])
+@pytest.mark.parametrize(
+    "alias", ["dc-ae-f32-in", "dc-ae-f32-mix", "dc-ae-f32-sana-1.1", "dc-ae-f64-in", "dc-ae-f128-mix"]
+)
 def test_shipped_configs_have_the_published_sizes(alias):
     """Parameters within 0.5 % of the published number, which is rounded to a million."""
     entry, config = catalog.AUTOENCODERS[alias], autoencoder_files.published_config(alias)
-    assert autoencoders.geometry(config) == (entry.factor, entry.channels) and config["scaling_factor"] == entry.scaling_factor
+    assert (
+        autoencoders.geometry(config) == (entry.factor, entry.channels)
+        and config["scaling_factor"] == entry.scaling_factor
+    )
     with torch.device("meta"):
         model = AutoencoderDC.from_config(config)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(entry.parameters, rel=5e-3)
@@ -121,10 +133,14 @@ def test_a_prefix_goes_through_the_same_door(original, tmp_path):
 
 
 def test_f128_decodes_in_tiles_that_fit(tmp_path):
-    """9 cells a side are more than one tile. Size as without tiles, and the same pixels away from the seams, to 1e-5."""
+    """9 cells a side are more than one tile. Size as without tiles, and the same pixels away from the seams, to
+    1e-5.
+    """
     widths = (8,) * 8
     torch.manual_seed(0)
-    AutoencoderDC(**{**published(8, widths, (0,) + (1,) * 7), "upsample_block_type": "interpolate"}).save_pretrained(tmp_path)
+    AutoencoderDC(**{**published(8, widths, (0,) + (1,) * 7), "upsample_block_type": "interpolate"}).save_pretrained(
+        tmp_path
+    )
     codec = autoencoders.load(tmp_path)
     z = torch.randn(1, 8, 9, 9)
     plain = codec.decode(z)

@@ -1,4 +1,6 @@
-"""A folder of pictures of several shapes, through the real command to a bundle: what the cache holds, what the heads were fitted to."""
+"""A folder of pictures of several shapes, through the real command to a bundle: what the cache holds, what the heads
+were fitted to.
+"""
 
 import json
 import math
@@ -9,15 +11,16 @@ import torch
 from conftest import WEIGHTS, run_cli, short_settings
 from PIL import Image, ImageOps
 
-from dcgen_convert import autoencoders, models
-from dcgen_convert.align.embedder import Problem, affine, descend, noise_moments, xavier
-from dcgen_convert.align.head import head_equations
-from dcgen_convert.console import NULL
+from dcgen_convert.core.console import NULL
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.journal import Run
 from dcgen_convert.data.images import to_image
-from dcgen_convert.errors import InputError
-from dcgen_convert.job import prepare
-from dcgen_convert.journal import Run
-from dcgen_convert.recipe import Recipe, Resolved
+from dcgen_convert.networks import autoencoders, models
+from dcgen_convert.recipe.loading import Resolved
+from dcgen_convert.recipe.schema import Recipe
+from dcgen_convert.stages.align_embedder import Problem, affine, descend, noise_moments, xavier
+from dcgen_convert.stages.align_head import head_equations
+from dcgen_convert.stages.job import prepare
 from dcgen_convert.tiny import world
 from dcgen_convert.train.adapt import Task
 from dcgen_convert.train.objective import shift_t
@@ -48,7 +51,20 @@ def folder(tmp_path_factory):
         height, width = shapes[mixed[i]]
         to_image(pixels[:, :height, :width]).save(root / "pictures" / f"{i:03d}.png")
         (root / "pictures" / f"{i:03d}.txt").write_text(world.caption(labels[i].tolist()))
-    arguments = ["tiny-flux", "--ae", "tiny-dc-ae-f32", "-o", "bundle", "--run-dir", "run", "-y", "--data", "pictures", "--until", "bundle"]
+    arguments = [
+        "tiny-flux",
+        "--ae",
+        "tiny-dc-ae-f32",
+        "-o",
+        "bundle",
+        "--run-dir",
+        "run",
+        "-y",
+        "--data",
+        "pictures",
+        "--until",
+        "bundle",
+    ]
     done = run_cli(*arguments, *short_settings(**SETTINGS), cwd=root)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "pictures by height x width: 256x" not in done.stderr and "96x160 10" in done.stderr
@@ -62,9 +78,17 @@ def job(folder):
 
 
 def test_every_latent_is_the_autoencoder_of_its_own_pictures_crop(folder, job):
-    """Crops by Pillow, one at a time, through both autoencoders; atol 2e-4 (batches of 4 there). Captions go with their pictures."""
-    codecs = {"base": autoencoders.load(WEIGHTS / "tiny-flux" / "vae"), "target": autoencoders.load(WEIGHTS / "tiny-dc-ae-f32")}
-    rows, files = job.rows(128), {path.with_suffix(".txt").read_text(): path for path in (folder / "pictures").glob("*.png")}
+    """Crops by Pillow, one at a time, through both autoencoders; atol 2e-4 (batches of 4 there). Captions go with
+    their pictures.
+    """
+    codecs = {
+        "base": autoencoders.load(WEIGHTS / "tiny-flux" / "vae"),
+        "target": autoencoders.load(WEIGHTS / "tiny-dc-ae-f32"),
+    }
+    rows, files = (
+        job.rows(128),
+        {path.with_suffix(".txt").read_text(): path for path in (folder / "pictures").glob("*.png")},
+    )
     assert len(files) == COUNT == len(rows)
     seen = {}
     for span, shape in zip(rows.spans, rows.shapes, strict=True):
@@ -73,7 +97,11 @@ def test_every_latent_is_the_autoencoder_of_its_own_pictures_crop(folder, job):
             height, width = ASSIGNED[image.height, image.width]
             assert shape[1:] == (height // 32, width // 32)
             crop = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-            pixels = torch.frombuffer(bytearray(crop.tobytes()), dtype=torch.uint8).view(1, height, width, 3).permute(0, 3, 1, 2)
+            pixels = (
+                torch.frombuffer(bytearray(crop.tobytes()), dtype=torch.uint8)
+                .view(1, height, width, 3)
+                .permute(0, 3, 1, 2)
+            )
             for name, latents in zip(("base", "target"), rows.pairs([row]), strict=True):
                 torch.testing.assert_close(latents, codecs[name].encode(pixels / 127.5 - 1), atol=2e-4, rtol=1e-3)
             seen[image.size] = seen.get(image.size, 0) + 1
@@ -86,8 +114,13 @@ def test_every_latent_is_the_autoencoder_of_its_own_pictures_crop(folder, job):
 def test_index_holds_spans_and_the_key_names_the_buckets(folder, job):
     index = json.loads((folder / "run" / "latents" / "index.json").read_text())
     assert len(index["spans"]["128"]) <= 2 * len(SHAPES)
-    inputs = {stage: json.loads((folder / "run" / stage / "stage.json").read_text())["inputs"] for stage in ("data", "latents")}
-    assert "buckets" not in inputs["data"]["data"] and inputs["latents"]["buckets"] is True  # the pictures stay what they are
+    inputs = {
+        stage: json.loads((folder / "run" / stage / "stage.json").read_text())["inputs"]
+        for stage in ("data", "latents")
+    }
+    assert (
+        "buckets" not in inputs["data"]["data"] and inputs["latents"]["buckets"] is True
+    )  # the pictures stay what they are
     assert index["key"]["buckets"]["128"] == [[256, 64], [224, 64], [192, 64], [160, 96], [128, 128]] + [
         [96, 160], [64, 192], [64, 224], [64, 256]
     ]  # fmt: skip
@@ -138,18 +171,28 @@ def inputs_of(rows, table):
 def test_noise_levels_of_the_regression_are_those_of_all_shapes(folder, job):
     """Moments over t of every row's own shift, joined; rel. 1e-6."""
     student = models.load(job.folder("surgery") / models.TRANSFORMER, torch.float32)
-    scheduler = {"use_dynamic_shifting": True, "base_image_seq_len": 15, "max_image_seq_len": 16, "base_shift": 0.0, "max_shift": 2.0}
+    scheduler = {
+        "use_dynamic_shifting": True,
+        "base_image_seq_len": 15,
+        "max_image_seq_len": 16,
+        "base_shift": 0.0,
+        "max_shift": 2.0,
+    }
     other = SimpleNamespace(family=job.family, recipe=job.recipe, scheduler=scheduler)
     normal = torch.randn(100_000, generator=torch.Generator().manual_seed(0)).double()
     moments = noise_moments(other, student, job.rows(128))
-    t = torch.cat([shift_t(torch.sigmoid(normal), r) for r, count in ((1.0, 19), (math.exp(2.0), 10)) for _ in range(count)])
+    t = torch.cat(
+        [shift_t(torch.sigmoid(normal), r) for r, count in ((1.0, 19), (math.exp(2.0), 10)) for _ in range(count)]
+    )
     expected = [(1 - t).mean().item(), (1 - t).square().mean().item(), t.square().mean().item()]
     assert [moments.keep, moments.keep_square, moments.noise_square] == pytest.approx(expected, rel=1e-6)
 
 
 def test_head_is_fitted_to_every_token_of_the_training_rows(folder, job):
     training = job.rows(128).split()[0]
-    model = models.load(job.folder("surgery") / models.TRANSFORMER, torch.float32, job.folder("align-embedder") / models.MODULES)
+    model = models.load(
+        job.folder("surgery") / models.TRANSFORMER, torch.float32, job.folder("align-embedder") / models.MODULES
+    )
     task = Task(model, job.family, job.recipe.adapt, training, job.scheduler)
     tokens = sum(len(span) * shape[1] * shape[2] for span, shape in zip(training.spans, training.shapes, strict=True))
     assert head_equations(job, task, 1).count == tokens
@@ -161,7 +204,10 @@ def test_run_trained_on_every_shape_and_drew_its_grid(folder):
     words = 16
     tokens = {round(line["tokens_per_s"] / line["samples_per_second"]) - words for line in lines}
     assert len(lines) == 12 and tokens == {15, 16}
-    assert [json.loads(line)["step"] for line in (run / "adapt-1" / "evaluations.jsonl").read_text().splitlines()] == [6, 12]
+    assert [json.loads(line)["step"] for line in (run / "adapt-1" / "evaluations.jsonl").read_text().splitlines()] == [
+        6,
+        12,
+    ]
     assert (run / "adapt-1" / "samples" / "step-000012.png").exists()
     assert len(json.loads((run / "merge-1" / "stage.json").read_text())["metrics"]["gap"]) == 6  # blocks
     assert (folder / "bundle" / "dcgen_manifest.json").exists()

@@ -1,4 +1,6 @@
-"""The whole walk by the real command, on the embedded checkpoints: what comes out, resuming, and what must not change."""
+"""The whole walk by the real command, on the embedded checkpoints: what comes out, resuming, and what must not
+change.
+"""
 
 import hashlib
 import json

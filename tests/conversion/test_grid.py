@@ -1,4 +1,6 @@
-"""The sample grid inside a real conversion: drawn after the checkpoint of its step, and showing what the converted model draws."""
+"""The sample grid inside a real conversion: drawn after the checkpoint of its step, and showing what the converted
+model draws.
+"""
 
 import shutil
 
@@ -8,20 +10,22 @@ from conftest import run_cli, short_settings
 from diffusers import AutoencoderDC
 from PIL import Image
 
-from dcgen_convert import conversion, models
-from dcgen_convert.console import NULL
+from dcgen_convert import conversion
+from dcgen_convert.core.console import NULL
+from dcgen_convert.core.journal import Run
 from dcgen_convert.data.images import to_image
 from dcgen_convert.evaluate.grids import grid
-from dcgen_convert.evaluate.preview import converted_pipeline
-from dcgen_convert.job import prepare
-from dcgen_convert.journal import Run
+from dcgen_convert.networks import models
+from dcgen_convert.stages.job import prepare
+from dcgen_convert.stages.preview import converted_pipeline
 from dcgen_convert.train.lora import LORA_FILE, MODULES_FILE
 
 PICTURES, STEPS = 3, 4  # of the short LoRA phase
 
 
 def test_the_grid_follows_its_checkpoint_and_shows_what_the_stock_pipeline_draws(converted, tmp_path):
-    """The grid of the last step against the stock pipeline around the exported LoRA, embedder and head: same noise, 8-bit
+    """The grid of the last step against the stock pipeline around the exported LoRA, embedder and head: same noise,
+    8-bit
     levels within 2. (Merged weights are bfloat16 as the source's are, and up to 12 levels off.)"""
     for stage in ("surgery", "data", "latents", "align-embedder", "align-head"):
         shutil.copytree(converted / "run" / stage, tmp_path / "run" / stage)

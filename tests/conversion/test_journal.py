@@ -9,12 +9,12 @@ import sys
 import pytest
 from PIL import Image
 
-from dcgen_convert.console import NULL, Console
 from dcgen_convert.conversion import convert
-from dcgen_convert.errors import ResourceError
-from dcgen_convert.files import atomic_write, fresh_folder, replacing
-from dcgen_convert.journal import Run
-from dcgen_convert.recipe import load
+from dcgen_convert.core.console import NULL, Console
+from dcgen_convert.core.errors import ResourceError
+from dcgen_convert.core.files import atomic_write, fresh_folder, replacing
+from dcgen_convert.core.journal import Run
+from dcgen_convert.recipe.loading import load
 
 
 @pytest.fixture
@@ -112,7 +112,9 @@ def test_data_are_read_again_when_the_files_behind_them_changed(tmp_path, capsys
         convert(resolved, tmp_path / data.get("kind", "run"), tmp_path / "out", Console("human"), until="data")
         said = capsys.readouterr().err
         text = (tmp_path / data.get("kind", "run") / "data" / "index.jsonl").read_text()
-        return [json.loads(line)["caption"] for line in text.splitlines()], re.findall("data: (holds|runs again.*)", said)
+        return [json.loads(line)["caption"] for line in text.splitlines()], re.findall(
+            "data: (holds|runs again.*)", said
+        )
 
     mine = {"kind": "folder", "path": folder, "count": 9}
     assert captions(**mine) == (["picture a", "picture b"], [])
@@ -127,7 +129,7 @@ def test_data_are_read_again_when_the_files_behind_them_changed(tmp_path, capsys
 
 
 def test_a_second_process_is_refused_and_a_dead_one_is_no_obstacle(run):
-    code = "import sys; from pathlib import Path; from dcgen_convert.journal import Run\n"
+    code = "import sys; from pathlib import Path; from dcgen_convert.core.journal import Run\n"
     code += "with Run(Path(sys.argv[1]), None).locked(): print('in', flush=True); sys.stdin.read()"
     holder = subprocess.Popen(
         [sys.executable, "-c", code, str(run.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -14,19 +14,30 @@ from safetensors.torch import load_file
 
 from dcgen_convert import conversion
 from dcgen_convert.bundle.verify import verify
-from dcgen_convert.console import NULL, Console
 from dcgen_convert.conversion import convert
-from dcgen_convert.errors import Terminated
-from dcgen_convert.files import read_json
-from dcgen_convert.job import prepare
-from dcgen_convert.journal import Run, fingerprint
-from dcgen_convert.recipe import load
-from dcgen_convert.schema import LAYOUT, Watch
+from dcgen_convert.core.console import NULL, Console
+from dcgen_convert.core.errors import Terminated
+from dcgen_convert.core.files import read_json
+from dcgen_convert.core.journal import Run, fingerprint
+from dcgen_convert.recipe.loading import load
+from dcgen_convert.recipe.schema import LAYOUT, Watch
+from dcgen_convert.stages.job import prepare
 
 STEPS, STOP = 12, 5
 TRAINING = {"data.count": 24, "evaluate.prompts": 0, "align_head.steps": 0}
 TRAINING |= {"adapt.phases.0.steps": STEPS, "adapt.phases.0.batch": 8, "adapt.phases.0.warmup": 2}
-STAGES = ["surgery", "data", "latents", "align-embedder", "align-head", "adapt-1", "merge-1", "quantize", "bundle", "verify"]
+STAGES = [
+    "surgery",
+    "data",
+    "latents",
+    "align-embedder",
+    "align-head",
+    "adapt-1",
+    "merge-1",
+    "quantize",
+    "bundle",
+    "verify",
+]
 
 # What runs again when one setting changes. The first part is every layout setting: nothing.
 AGAIN = {

@@ -8,13 +8,15 @@ import pretend_device
 import pytest
 import torch
 
-from dcgen_convert import conversion, models, pipelines
-from dcgen_convert.align import gap, head
-from dcgen_convert.console import NULL, Console
-from dcgen_convert.job import prepare
-from dcgen_convert.journal import Run, Stage
-from dcgen_convert.plan.memory import GIB
-from dcgen_convert.train import adapt, grid, layout, objective, stages
+from dcgen_convert import conversion
+from dcgen_convert.core.console import NULL, Console
+from dcgen_convert.core.journal import Run, Stage
+from dcgen_convert.networks import models, pipelines
+from dcgen_convert.planning.memory import GIB
+from dcgen_convert.stages import adapt as stages
+from dcgen_convert.stages import align_head, gap, grid
+from dcgen_convert.stages.job import prepare
+from dcgen_convert.train import adapt, layout, objective
 from dcgen_convert.train.engine import Engine, move_buffers
 
 
@@ -66,11 +68,11 @@ def test_the_head_starts_the_same_on_a_device(job, device):
     embedder = job.folder("align-embedder") / models.MODULES
     model = models.load(job.folder("surgery") / models.TRANSFORMER, job.dtype, embedder, device)
     task = adapt.Task(model, job.family, job.recipe.adapt, rows, job.scheduler)
-    head.start_head(job, task)
+    align_head.start_head(job, task)
     recorded = json.loads((job.folder("align-head") / "stage.json").read_text())["metrics"]
-    assert head.heldout_loss(job, task, held_out) == pytest.approx(recorded["loss_start"], rel=1e-3)
+    assert align_head.heldout_loss(job, task, held_out) == pytest.approx(recorded["loss_start"], rel=1e-3)
     models.load_modules(model, job.folder("align-head") / models.MODULES)
-    assert head.heldout_loss(job, task, held_out) == pytest.approx(recorded["loss_trained"], rel=1e-3)
+    assert align_head.heldout_loss(job, task, held_out) == pytest.approx(recorded["loss_trained"], rel=1e-3)
 
 
 def test_the_grid_is_drawn_on_a_device(job, device, tmp_path):
@@ -87,9 +89,9 @@ def test_zero_3_starts_from_the_cpu(zero, place, job, device, handed_over):
     with pytest.raises(Stopped):
         stages.train_phase(job, 1, chosen)
     assert handed_over["devices"] == {place}
-    model = head.surgical(job, job.folder("align-embedder") / models.MODULES, device)
+    model = align_head.surgical(job, job.folder("align-embedder") / models.MODULES, device)
     with pytest.raises(Stopped):
-        head.train(job, chosen, model)
+        align_head.train(job, chosen, model)
     assert handed_over["devices"] == {place}
 
 
@@ -102,12 +104,14 @@ def test_buffers_move_without_the_parameters(device):
 
 @pytest.mark.parametrize("stage", ["head", "phase"])
 def test_the_micro_batch_comes_from_the_memory(stage, job, handed_over, monkeypatch, tmp_path, capsys):
-    """Room for some pictures of the batch, not for all: as many as divide the batch are taken, and the console says so."""
+    """Room for some pictures of the batch, not for all: as many as divide the batch are taken, and the console says
+    so.
+    """
     job = replace(job, console=Console())
     batch = job.recipe.align_head.batch if stage == "head" else job.recipe.adapt.phases[0].batch
     monkeypatch.setattr(layout.psutil, "virtual_memory", lambda: SimpleNamespace(available=1.6 * GIB))
     with pytest.raises(Stopped):
-        (head.run if stage == "head" else lambda *at: stages.adapt_phase(*at, 1))(job, Stage(tmp_path))
+        (align_head.run if stage == "head" else lambda *at: stages.adapt_phase(*at, 1))(job, Stage(tmp_path))
     settings = handed_over["settings"]
     assert 1 < settings.micro_batch < batch == settings.batch and batch % settings.micro_batch == 0
     said = capsys.readouterr().err
@@ -115,7 +119,9 @@ def test_the_micro_batch_comes_from_the_memory(stage, job, handed_over, monkeypa
 
 
 def test_the_head_can_be_trained_with_zero_3(job, tmp_path, monkeypatch):
-    """Its weights stay partitioned, so that the loss afterwards is that of a model loaded again; the same as with ZeRO 2."""
+    """Its weights stay partitioned, so that the loss afterwards is that of a model loaded again; the same as with
+    ZeRO 2.
+    """
     config = Engine._config
 
     def small_too(self):  # DeepSpeed leaves small tensors whole by default
@@ -131,5 +137,5 @@ def test_the_head_can_be_trained_with_zero_3(job, tmp_path, monkeypatch):
     job = replace(job, recipe=recipe, run=Run(tmp_path, NULL))
     stage = Stage(job.folder("align-head"))
     stage.folder.mkdir()
-    head.run(job, stage)
+    align_head.run(job, stage)
     assert stage.metrics["loss_trained"] == pytest.approx(recorded["loss_trained"], rel=1e-4)

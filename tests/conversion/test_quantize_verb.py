@@ -11,12 +11,12 @@ from conftest import WEIGHTS, run_cli
 from safetensors import safe_open
 
 from dcgen_convert.bundle import loading
+from dcgen_convert.bundle.inspection import inspect
 from dcgen_convert.bundle.sample import sample
 from dcgen_convert.bundle.verify import verify
-from dcgen_convert.console import NULL
-from dcgen_convert.errors import CheckFailed, InputError
-from dcgen_convert.files import read_json, write_json
-from dcgen_convert.inspection import inspect
+from dcgen_convert.core.console import NULL
+from dcgen_convert.core.errors import CheckFailed, InputError
+from dcgen_convert.core.files import read_json, write_json
 
 CHECKS = ["files", "code", "structure", "tensors", "table", "against", "picture"]
 FEW = ["--calibration", "2", "--steps", "2"]
@@ -39,7 +39,9 @@ def test_every_target_is_quantised_and_the_pictures_are_of_the_catalogues_size(q
 
 
 def test_the_result_is_a_verified_bundle_with_manifest_and_card(quantised):
-    """Checked by the verb itself, its picture in a fresh process included, and by `verify` again against the source's name."""
+    """Checked by the verb itself, its picture in a fresh process included, and by `verify` again against the
+    source's name.
+    """
     output, document, said = quantised
     assert document["checks"] == CHECKS and "verify picture: ok (64 x 64 px, dequantised runtime)" in said
     checked = verify(output, NULL, "tiny-flux", probe=False)
@@ -49,7 +51,9 @@ def test_the_result_is_a_verified_bundle_with_manifest_and_card(quantised):
     assert checked["tensors"]["identical"] == kept < checked["tensors"]["total"]
     assert record["sources"]["base"]["files"]["transformer/config.json"] and record["layout"] == "source"
     assert record["defaults"] == {"height": 128, "width": 128, "steps": 2, "guidance": 3.5, "text_length": 16}
-    assert [layer["module"] for layer in record["metrics"]["quantize"]["layers"]] == [x["module"] for x in document["layers"]]
+    assert [layer["module"] for layer in record["metrics"]["quantize"]["layers"]] == [
+        x["module"] for x in document["layers"]
+    ]
     card = (output / "README.md").read_text()
     assert "license: apache-2.0" in card and "converted to" not in card and "trust_remote_code" not in card
     assert 'DiffusionPipeline.from_pretrained("PATH", dtype=torch.bfloat16)' in card and "height=128, width=128" in card
@@ -60,7 +64,9 @@ def test_the_result_is_a_verified_bundle_with_manifest_and_card(quantised):
 
 def test_it_is_sampled_in_multiples_of_its_own_tokens(quantised, tmp_path):
     """f8 and 2 x 2 latents per token: 16 px."""
-    drawn = sample(quantised[0], ["a small plain red circle in the center on sand"], tmp_path, NULL, height=80, width=64)
+    drawn = sample(
+        quantised[0], ["a small plain red circle in the center on sand"], tmp_path, NULL, height=80, width=64
+    )
     assert (drawn["runtime"], drawn["steps"], drawn["height"]) == ("dequantised", 2, 80)
     with pytest.raises(InputError, match="not a multiple of 16 px"):
         sample(quantised[0], ["a"], tmp_path, NULL, height=72)

@@ -1,4 +1,6 @@
-"""The real command on a single file in BFL's names: the same converted model as from the folder that it was made from."""
+"""The real command on a single file in BFL's names: the same converted model as from the folder that it was made
+from.
+"""
 
 import json
 
@@ -11,12 +13,31 @@ from dcgen_convert.checkpoint.headers import read_weights
 
 
 def tensors(folder):
-    return {name: value for file in {entry.file for entry in read_weights(folder).values()} for name, value in load_file(file).items()}
+    return {
+        name: value
+        for file in {entry.file for entry in read_weights(folder).values()}
+        for name, value in load_file(file).items()
+    }
 
 
 def test_a_bfl_file_converts_to_the_folders_result(converted, tmp_path):
-    save_file({f"model.diffusion_model.{name}": value for name, value in to_bfl(load_file(FILE)).items()}, tmp_path / "mine.safetensors")
-    arguments = ["mine.safetensors", "--base", str(BASE), "--recipe", "tiny-flux", "-o", "bundle", "--run-dir", "run", "-y", "--json"]
+    save_file(
+        {f"model.diffusion_model.{name}": value for name, value in to_bfl(load_file(FILE)).items()},
+        tmp_path / "mine.safetensors",
+    )
+    arguments = [
+        "mine.safetensors",
+        "--base",
+        str(BASE),
+        "--recipe",
+        "tiny-flux",
+        "-o",
+        "bundle",
+        "--run-dir",
+        "run",
+        "-y",
+        "--json",
+    ]
     done = run_cli(*arguments, *short_settings(**{"evaluate.prompts": 0}), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert [stage["name"] for stage in json.loads(done.stdout)["stages"]][:2] == ["import", "surgery"]

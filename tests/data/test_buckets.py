@@ -1,4 +1,6 @@
-"""Aspect-ratio buckets against brute force: which sizes there are, which picture goes where, in which order rows lie."""
+"""Aspect-ratio buckets against brute force: which sizes there are, which picture goes where, in which order rows
+lie.
+"""
 
 import math
 from types import SimpleNamespace
@@ -9,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from dcgen_convert.data import buckets, cache, images, latents
+from dcgen_convert.data import buckets, cache, images
+from dcgen_convert.stages import latents
 
 SIDES = st.integers(1, 4000)
 SHAPES = st.tuples(SIDES, SIDES)
@@ -35,8 +38,10 @@ def test_sizes_are_those_that_cannot_grow_one_way_without_exceeding_the_area(cel
 def test_sizes_of_sdxl():
     """Of the 21 shapes of arXiv 2307.01952, appendix I, up to the square, all but the four that it narrows further."""
     published = [
-        (512, 2048), (512, 1984), (512, 1920), (512, 1856), (576, 1792), (576, 1728), (576, 1664), (640, 1600), (640, 1536),
-        (704, 1472), (704, 1408), (704, 1344), (768, 1344), (768, 1280), (832, 1216), (832, 1152), (896, 1152), (896, 1088),
+        (512, 2048), (512, 1984), (512, 1920), (512, 1856), (576, 1792), (576, 1728), (576, 1664), (640, 1600),
+        (640, 1536),
+        (704, 1472), (704, 1408), (704, 1344), (768, 1344), (768, 1280), (832, 1216), (832, 1152), (896, 1152),
+        (896, 1088),
         (960, 1088), (960, 1024), (1024, 1024),
     ]  # fmt: skip
     assert set(published) - set(buckets.sizes(1024, 64)) == {(704, 1344), (832, 1152), (896, 1088), (960, 1024)}
@@ -48,16 +53,24 @@ def test_a_picture_goes_to_the_bucket_of_the_nearest_ratio(shape, cells):
     h, w = buckets.nearest(found, width, height)
     distances = {size: abs(math.log(width * size[0]) - math.log(height * size[1])) for size in found}
     assert distances[h, w] <= min(distances.values()) + 1e-12
-    kept = {(a, b): min(width, height * b / a) * min(height, width * a / b) for a, b in found}  # px that the crop leaves
+    kept = {
+        (a, b): min(width, height * b / a) * min(height, width * a / b) for a, b in found
+    }  # px that the crop leaves
     assert kept[h, w] == pytest.approx(max(kept.values()), rel=1e-12)
 
 
-@given(st.lists(st.sampled_from([(3, 2), (2, 3), (1, 1), (16, 9), (900, 1600), (101, 100)]) | SHAPES, min_size=1, max_size=80))
+@given(
+    st.lists(
+        st.sampled_from([(3, 2), (2, 3), (1, 1), (16, 9), (900, 1600), (101, 100)]) | SHAPES, min_size=1, max_size=80
+    )
+)
 def test_rows_of_a_bucket_lie_together_at_every_resolution(shapes):
     count = len(shapes)
     held_out = cache.held_out(count)
     order = buckets.by_shape(shapes, held_out)
-    assert sorted(order) == list(range(count)) and sorted(order[count - held_out :]) == list(range(count - held_out, count))
+    assert sorted(order) == list(range(count)) and sorted(order[count - held_out :]) == list(
+        range(count - held_out, count)
+    )
     for resolution, step in ((128, 32), (512, 64), (1024, 64)):
         found = buckets.sizes(resolution, step)
         spans = buckets.spans([shapes[i] for i in order], found, resolution)
@@ -67,7 +80,9 @@ def test_rows_of_a_bucket_lie_together_at_every_resolution(shapes):
         assert all(len(parts) <= 2 for parts in buckets.tables(spans).values())  # to train with, and held out
 
 
-@pytest.mark.parametrize("shape, size", [((300, 200), (96, 160)), ((192, 700), (224, 64)), ((64, 128), (128, 64)), ((90, 60), (64, 64))])
+@pytest.mark.parametrize(
+    "shape, size", [((300, 200), (96, 160)), ((192, 700), (224, 64)), ((64, 128), (128, 64)), ((90, 60), (64, 64))]
+)
 def test_pixels_are_the_centred_crop_that_pillow_fits(tmp_path, shape, size):
     """Against ImageOps.fit where the crop begins at a whole pixel, as ours always does; equal."""
     noise = (torch.rand(shape[1], shape[0], 3, generator=torch.Generator().manual_seed(0)) * 255).byte()
@@ -83,7 +98,10 @@ def test_pixels_are_the_centred_crop_that_pillow_fits(tmp_path, shape, size):
 def test_ranks_share_the_shards_of_all_tables(lengths, world):
     """Every row of every table once; a table's rows in the order of its spans, so that the index finds them."""
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
-    spans = [buckets.Span("ab"[i % 2], 1, 1, at, at + length) for i, (at, length) in enumerate(zip(starts, lengths, strict=True))]
+    spans = [
+        buckets.Span("ab"[i % 2], 1, 1, at, at + length)
+        for i, (at, length) in enumerate(zip(starts, lengths, strict=True))
+    ]
     tables = [[span.rows for span in parts] for parts in buckets.tables(spans).values()]
     jobs = [SimpleNamespace(crew=SimpleNamespace(rank=rank, world=world)) for rank in range(world)]
     found = sorted(shard for job in jobs for shard in latents.own_shards(job, tables, sum(lengths)))
@@ -100,5 +118,7 @@ def test_rows_to_look_at_are_of_every_shape(lengths, count):
     parts = [range(start, start + length) for start, length in zip(starts, lengths, strict=True)]
     chosen = buckets.first_of_each(parts, count)
     assert len({row for rows in chosen for row in rows}) == sum(map(len, chosen)) == min(count, sum(lengths))
-    assert len(chosen) == min(len(parts), count) and all(any(set(rows) <= set(part) for part in parts) for rows in chosen)
+    assert len(chosen) == min(len(parts), count) and all(
+        any(set(rows) <= set(part) for part in parts) for rows in chosen
+    )
     assert max(map(len, chosen)) <= max(-(-count // len(parts)), 1) or min(map(len, parts)) < count

@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
+from dcgen_convert.core.errors import InputError
 from dcgen_convert.data import cache, images, prompts
 from dcgen_convert.data.buckets import Span
-from dcgen_convert.errors import InputError
 from dcgen_convert.train.order import Order
 
 
@@ -74,7 +74,10 @@ def test_a_relative_folder_is_found_from_the_index_of_a_run(folder, tmp_path, mo
     (tmp_path / "run").mkdir()
     monkeypatch.chdir(folder.parent)
     images.write_index(tmp_path / "run", images.read_folder(folder.name))
-    assert [picture.file for picture in images.read_folder(tmp_path / "run" / images.INDEX)] == [folder / "a.png", folder / "b.png"]
+    assert [picture.file for picture in images.read_folder(tmp_path / "run" / images.INDEX)] == [
+        folder / "a.png",
+        folder / "b.png",
+    ]
 
 
 def test_no_images_no_captions_and_broken_images_are_named(folder, tmp_path):
@@ -91,7 +94,7 @@ def test_no_images_no_captions_and_broken_images_are_named(folder, tmp_path):
 
 
 def test_index_round_trip_keeps_files_inside_and_outside_the_folder(folder, tmp_path):
-    inside = images.Picture(folder / "a.png", "é, \"quoted\"", 5)
+    inside = images.Picture(folder / "a.png", 'é, "quoted"', 5)
     outside = images.Picture(tmp_path.parent / "elsewhere.png", "far", None)
     images.write_index(folder, [inside, outside])
     assert images.read_folder(folder / images.INDEX) == [inside, outside]
@@ -157,7 +160,8 @@ def anonymous_bytes() -> int:
 
 
 def test_ten_million_rows_cost_their_index_only(tmp_path):
-    """19,532 shards of 512 rows (one file of each table under many names) in two buckets, read at random: at most 16 B a row,
+    """19,532 shards of 512 rows (one file of each table under many names) in two buckets, read at random: at most 16 B
+    a row,
     order of the epoch included."""
     count, per_shard, cut = 10_000_000, 512, 12_000 * 512
     grids = {"64-32x128": (2, 8), "64-64x64": (4, 4)}

@@ -1,4 +1,6 @@
-"""The documentation names only what exists: options, recipe keys, error messages, commands; and its generated parts are not stale."""
+"""The documentation names only what exists: options, recipe keys, error messages, commands; and its generated parts
+are not stale.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,9 @@ import pytest
 import yaml
 from conftest import run_cli
 
-from dcgen_convert import recipe
-from dcgen_convert.cli import cli
-from dcgen_convert.settings import schema_keys
+from dcgen_convert.cli.app import cli
+from dcgen_convert.recipe import loading
+from dcgen_convert.recipe.settings import schema_keys
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
@@ -120,7 +122,7 @@ def test_recipes_in_yaml_blocks_are_valid(name, tmp_path):
         if "extends" in document:
             path = tmp_path / "mine.yaml"
             path.write_text(block)
-            assert recipe.load(str(path)).recipe.name == document["name"]
+            assert loading.load(str(path)).recipe.name == document["name"]
 
 
 @each_page

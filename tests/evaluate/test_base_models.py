@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dcgen_convert import pipelines, recipe
-from dcgen_convert.catalog import find_source
 from dcgen_convert.checkpoint.source import load_source
-from dcgen_convert.data import make, prompts
+from dcgen_convert.data import prompts
 from dcgen_convert.evaluate import tiny_world
+from dcgen_convert.families.catalog import find_source
+from dcgen_convert.networks import pipelines
+from dcgen_convert.recipe import loading
+from dcgen_convert.stages import pictures as make
 
 COUNT = 48
 
@@ -17,7 +19,7 @@ COUNT = 48
 @pytest.mark.parametrize("name", ["tiny-flux", "tiny-sana", "tiny-dit"])
 def test_nine_attributes_of_ten_are_right(name):
     source = load_source(name, str(find_source(name).folder))
-    data = recipe.load(name).recipe.data
+    data = loading.load(name).recipe.data
     texts = prompts.make("tiny-world", COUNT, 77, make.class_names(source))
     pictures = pipelines.draw(
         source.family,

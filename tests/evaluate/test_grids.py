@@ -4,7 +4,7 @@ import numpy
 import pytest
 from PIL import Image
 
-from dcgen_convert.errors import InputError
+from dcgen_convert.core.errors import InputError
 from dcgen_convert.evaluate.grids import CAPTION, GAP, TITLE, grid
 
 

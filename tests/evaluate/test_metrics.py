@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dcgen_convert.errors import InputError
+from dcgen_convert.core.errors import InputError
 from dcgen_convert.evaluate.metrics import frechet, psnr
 
 

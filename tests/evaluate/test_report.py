@@ -10,10 +10,10 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-from dcgen_convert.errors import InputError
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.files import write_json
 from dcgen_convert.evaluate.charts import MOST, bar_chart, line_chart, line_file, thin
 from dcgen_convert.evaluate.report import charts, write_report
-from dcgen_convert.files import write_json
 
 
 class Balanced(HTMLParser):
@@ -139,7 +139,14 @@ def test_long_curves_are_averaged():
 
 def records():
     layers = [
-        {"module": f"blocks.{i}.to_q", "format": "nvfp4", "shape": [128, 256], "alpha": 0.5, "error_rtn": 0.2, "error": 0.01 * i}
+        {
+            "module": f"blocks.{i}.to_q",
+            "format": "nvfp4",
+            "shape": [128, 256],
+            "alpha": 0.5,
+            "error_rtn": 0.2,
+            "error": 0.01 * i,
+        }
         for i in range(20)
     ]
     return [*layers, {"module": "blocks.0.norm", "format": "awq_w4a16", "shape": [768, 128], "weight_error": 0.03}]
@@ -153,10 +160,15 @@ def test_quantised_layers_are_a_table_and_the_worst_are_bars(tmp_path):
     page.feed(text)
     assert not page.open and "worst 16 of 21 layers" in text and "{" not in text[text.index("<body>") :]
     bars = re.findall(r'<rect [^>]*width="([\d.]+)" [^>]*><title>([^<]*)</title>', text)
-    assert [title for _, title in bars][:4] == [f"blocks.{i}.to_q, {side}" for i in (19, 18) for side in ("before", "after")]
+    assert [title for _, title in bars][:4] == [
+        f"blocks.{i}.to_q, {side}" for i in (19, 18) for side in ("before", "after")
+    ]
     widths = {title: float(width) for width, title in bars}
     assert widths["blocks.10.to_q, after"] == pytest.approx(widths["blocks.10.to_q, before"] / 2, abs=0.1)
-    for layer in ("<td>blocks.0.to_q</td><td>nvfp4</td><td>128 x 256</td><td>0.5</td><td>0.2</td><td>0</td>", "awq_w4a16"):
+    for layer in (
+        "<td>blocks.0.to_q</td><td>nvfp4</td><td>128 x 256</td><td>0.5</td><td>0.2</td><td>0</td>",
+        "awq_w4a16",
+    ):
         assert layer in text, layer
     assert "<td>format</td><td>nvfp4</td>" in text
 

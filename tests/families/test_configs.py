@@ -27,7 +27,9 @@ def test_pictures_are_drawn_at_the_size_that_is_asked_for(name):
 
 @pytest.mark.parametrize("factor, channels", [(32, 32), (64, 128)])
 def test_pixart_positions_run_over_the_range_of_the_base(factor, channels):
-    """Corner tokens of 1024 px: the base's table ends one fine token later than the coarse one, whose step is larger."""
+    """Corner tokens of 1024 px: the base's table ends one fine token later than the coarse one, whose step is
+    larger.
+    """
     pixart = families.get("pixart")
     base = {**SIGMA, "sample_size": 128, "interpolation_scale": 2}
     new = pixart.convert_config(base, factor, channels, 1024)

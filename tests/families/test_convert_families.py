@@ -37,8 +37,9 @@ SETTINGS = {
     ],
 )
 def test_convert_aligns_trains_bundles_and_verifies(name, options, vae, tmp_path):
-    """SD3: position table and a stock autoencoder with further keys; Lumina2: reversed time, captions in the token sequence,
-    p = 4; Qwen-Image: latents with a frame axis and statistics per channel; U-Net: windows for patches, a folder of another name.
+    """SD3: position table and a stock autoencoder with further keys; Lumina2: reversed time, captions in the token
+    sequence, p = 4; Qwen-Image: latents with a frame axis and statistics per channel; U-Net: windows for patches, a
+    folder of another name.
     Channels of unit RMS and a prefix of them ride along."""
     entry = TINY[name]
     entry.build(tmp_path / "source")
@@ -46,12 +47,26 @@ def test_convert_aligns_trains_bundles_and_verifies(name, options, vae, tmp_path
     if name == "unet":
         settings["data.count"] = 24  # 16 windows of 9 x 32 numbers each: more rows than columns
     done = run_cli(
-        *(str(tmp_path / "source"), "--recipe", "tiny-flux", "--ae", "tiny-dc-ae-f32", "-o", "bundle", "--run-dir", "run", "-y", *options),
+        *(
+            str(tmp_path / "source"),
+            "--recipe",
+            "tiny-flux",
+            "--ae",
+            "tiny-dc-ae-f32",
+            "-o",
+            "bundle",
+            "--run-dir",
+            "run",
+            "-y",
+            *options,
+        ),
         *(part for key, value in settings.items() for part in ("--set", f"{key}={value}")),
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    stages = {path.parent.name: json.loads(path.read_text())["metrics"] for path in (tmp_path / "run").glob("*/stage.json")}
+    stages = {
+        path.parent.name: json.loads(path.read_text())["metrics"] for path in (tmp_path / "run").glob("*/stage.json")
+    }
     aligned = stages["align-embedder"]
     assert aligned["mse_optimum"] <= aligned["mse_after"] <= aligned["mse_optimum"] * 1.001 < aligned["mse_before"]
     assert stages["align-head"]["loss_start"] < 1e3 and stages["merge-1"]["merged"] > 0

@@ -1,5 +1,5 @@
-"""What every family must prove, over tiny pipelines with random weights: a new family is one file of facts and one entry
-of `tiny_models.TINY`.
+"""What every family must prove, over tiny pipelines with random weights: a new family is one file of facts and one
+entry of `tiny_models.TINY`.
 
 B batch, C latent channels, h w latent grid, N tokens, D width, f c factor and channels of the new autoencoder.
 """
@@ -17,22 +17,24 @@ import pytest
 import torch
 from bundle.conftest import Parts, autoencoder_dc, make_bundle, modules_cache  # noqa: F401 (a fixture)
 
-from dcgen_convert import autoencoders, geometry, models, pipelines, surgery
-from dcgen_convert.align.embedder import Problem, affine, as_module
+from dcgen_convert.bundle.inspection import inspect
 from dcgen_convert.bundle.loading import load
+from dcgen_convert.checkpoint.merge import merge
 from dcgen_convert.checkpoint.source import load_source
-from dcgen_convert.console import NULL
-from dcgen_convert.errors import InputError
-from dcgen_convert.files import read_json
-from dcgen_convert.inspection import inspect
-from dcgen_convert.job import Autoencoder
-from dcgen_convert.journal import Stage
-from dcgen_convert.merge import merge
-from dcgen_convert.plan.arithmetic import matching
-from dcgen_convert.plan.layers import structure
-from dcgen_convert.plan.quantised import quantised
-from dcgen_convert.schema import Quantize
-from dcgen_convert.svdquant import stage as svdquant
+from dcgen_convert.core.console import NULL
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.files import read_json
+from dcgen_convert.core.journal import Stage
+from dcgen_convert.networks import autoencoders, models, pipelines
+from dcgen_convert.planning.arithmetic import matching
+from dcgen_convert.planning.layers import structure
+from dcgen_convert.planning.quantised import quantised
+from dcgen_convert.recipe import geometry
+from dcgen_convert.recipe.schema import Quantize
+from dcgen_convert.stages import quantize as svdquant
+from dcgen_convert.stages import surgery
+from dcgen_convert.stages.align_embedder import Problem, affine, as_module
+from dcgen_convert.stages.job import Autoencoder
 from dcgen_convert.svdquant.quantize import quantize
 from dcgen_convert.svdquant.runtime import load_dequantised, open_layers
 from dcgen_convert.svdquant.settings import Settings
@@ -138,7 +140,8 @@ def test_latent_and_tokens_are_in_the_stock_order_element_by_element(tiny, sourc
 
 
 def test_training_shift_is_the_one_that_the_stock_pipeline_samples_with(tiny, source, stock, monkeypatch):
-    """sigma' = r sigma / (1 + (r - 1) sigma) at the second step, r by the scheduler's config and the family's rule; with a
+    """sigma' = r sigma / (1 + (r - 1) sigma) at the second step, r by the scheduler's config and the family's rule;
+    with a
     DDPM schedule the noise level t / (1 - t) of every step."""
     (_, entry), family, (pipeline, steps, *_) = tiny, source.family, stock
     if family.prediction == "epsilon":
@@ -152,7 +155,9 @@ def test_training_shift_is_the_one_that_the_stock_pipeline_samples_with(tiny, so
     z = latent_of(entry, family, steps[0][2])
     tokens = z.shape[2] * z.shape[3] // family.patch(pipeline.transformer.config, z.shape[1]) ** 2
     r = family.shift(tokens, pipeline.scheduler.config)
-    assert pipeline.scheduler.sigmas[1].item() == pytest.approx(r * entry.middle / (1 + (r - 1) * entry.middle), rel=1e-4)
+    assert pipeline.scheduler.sigmas[1].item() == pytest.approx(
+        r * entry.middle / (1 + (r - 1) * entry.middle), rel=1e-4
+    )
 
 
 def test_model_latents_are_those_of_the_stock_pipeline(tiny, source, stock):
@@ -211,7 +216,9 @@ def converted(request, tiny, source, tmp_path_factory):
     ae = Autoencoder("tiny", folder / "ae", None, factor, channels)
     side = tiny[1].deep_side or 2 * factor
     config = source.family.convert_config(source.config, factor, channels, side)
-    job = SimpleNamespace(source=source, family=source.family, ae=ae, resolution=side, converted_config=config, console=NULL)
+    job = SimpleNamespace(
+        source=source, family=source.family, ae=ae, resolution=side, converted_config=config, console=NULL
+    )
     surgery.run(job, Stage(folder))
     model = models.load(folder / models.TRANSFORMER, torch.float32)
     generator = torch.Generator().manual_seed(5)
@@ -239,11 +246,15 @@ def test_surgery_remakes_embedder_and_head_and_nothing_else(source, converted):
 
 
 def test_head_rows_are_latent_channels_and_its_inputs_image_tokens(tiny, source, stock, converted):
-    """What the closed-form alignment leans on: one token per latent cell, channel by channel, for texts of any length."""
+    """What the closed-form alignment leans on: one token per latent cell, channel by channel, for texts of any
+    length.
+    """
     (_, entry), family, (pipeline, *_), (parts, model) = tiny, source.family, stock, converted
     z = torch.randn(2, parts.channels, 2, 4 if "class_labels" not in family.text_keys else 2)
     n = z.shape[2] * z.shape[3]
-    text = pipelines.encode_text(family, pipeline, [entry.prompt, "a big blue cat" if entry.prompt != "fox" else "0"], entry.length)
+    text = pipelines.encode_text(
+        family, pipeline, [entry.prompt, "a big blue cat" if entry.prompt != "fox" else "0"], entry.length
+    )
     text = drop_text(text, text_of(entry, family, pipeline, ""), torch.tensor([True, False]))
     seen = {"embedded": [], "features": [], "written": []}  # a family may split the batch
     embedder, head = (model.get_submodule(name) for name in (family.embedder, family.head))
@@ -342,7 +353,11 @@ def stranger(tmp_path_factory):
 def test_the_lines_of_the_model_card_draw_in_a_fresh_process(tiny, converted, bundle, stranger):
     lines = re.search(r"```python\n(.*?)```", (bundle / "README.md").read_text(), re.DOTALL)[1]
     assert lines.count("from_pretrained(") == 1
-    here = {'"PATH"': repr(str(bundle)), '.to("cuda")': "", "torch.bfloat16": "torch.float32"}  # this machine has no GPU
+    here = {
+        '"PATH"': repr(str(bundle)),
+        '.to("cuda")': "",
+        "torch.bfloat16": "torch.float32",
+    }  # this machine has no GPU
     for old, new in here.items():
         lines = lines.replace(old, new)
     found = stranger(lines)
@@ -364,9 +379,11 @@ LOADS_ONLY = {
     # They ask a stock AutoencoderDC for a name that it does not have.
     ("sd3", "Img2Img"),
     ("sd3", "Inpaint"),
-    # It edits a reference, which no conversion trains, and takes the channels in the autoencoder's config for those of its latent.
+    # It edits a reference, which no conversion trains, and takes the channels in the autoencoder's config for those of
+    # its latent.
     ("flux2-klein", "Inpaint"),
-    # diffusers 0.42 asks the transformer for FLUX.1's guidance_embeds, which no Chroma has: it cannot draw with the base model either.
+    # diffusers 0.42 asks the transformer for FLUX.1's guidance_embeds, which no Chroma has: it cannot draw with the
+    # base model either.
     ("chroma", "Inpaint"),
     # It asks a stock AutoencoderDC for a name that it does not have.
     ("sana-sprint", "Img2Img"),
@@ -380,9 +397,13 @@ def test_img2img_and_inpainting_load_where_stock_ones_exist(tiny, source, conver
     """And draw, unless `LOADS_ONLY` says why not."""
     (name, entry), parts, family = tiny, converted[0], source.family
     stock = source.index["_class_name"].removesuffix("Pipeline")
-    assert SIBLINGS.get(name, ()) == tuple(task for task in ("Img2Img", "Inpaint") if hasattr(diffusers, f"{stock}{task}Pipeline"))
+    assert SIBLINGS.get(name, ()) == tuple(
+        task for task in ("Img2Img", "Inpaint") if hasattr(diffusers, f"{stock}{task}Pipeline")
+    )
     for task in SIBLINGS.get(name, ()):
-        pipeline = getattr(diffusers, f"{stock}{task}Pipeline").from_pretrained(bundle, trust_remote_code=family.bundle_tier == 2)
+        pipeline = getattr(diffusers, f"{stock}{task}Pipeline").from_pretrained(
+            bundle, trust_remote_code=family.bundle_tier == 2
+        )
         if (name, task) not in LOADS_ONLY:
             settings = dict(height=parts.side, width=parts.side, steps=STEPS, guidance=GUIDANCE, length=entry.length)
             call = family.pipeline_call(pipeline, [entry.prompt], **settings)
@@ -390,13 +411,17 @@ def test_img2img_and_inpainting_load_where_stock_ones_exist(tiny, source, conver
             if task == "Inpaint":
                 call["mask_image"] = torch.ones(1, 1, parts.side, parts.side)
             pixels = pipeline(**call, output_type="pt").images
-            assert pixels.shape[-2:] == (parts.side, parts.side) and torch.isfinite(pixels).all() and pixels.std() > 1e-3
+            assert (
+                pixels.shape[-2:] == (parts.side, parts.side) and torch.isfinite(pixels).all() and pixels.std() > 1e-3
+            )
 
 
 @pytest.mark.parametrize("converted", DEEP[:1], indirect=True)
 def test_quantisation_reaches_exactly_the_planned_linears(tiny, source, stock, converted, bundle, tmp_path):
     """Calibrated on what the pipeline gives the transformer; every block linear is 4-bit or dense on purpose, and the
-    dequantised model's output is the dense one's to 30 %: both 4-bit formats err by about 10 % per layer of random weights."""
+    dequantised model's output is the dense one's to 30 %: both 4-bit formats err by about 10 % per layer of random
+    weights.
+    """
     (_, entry), family, (encoders, *_), parts = tiny, source.family, stock, converted[0]
     config = family.convert_config(source.config | (entry.wide or {}), parts.factor, parts.channels, parts.side)
     if entry.wide is None:
@@ -421,8 +446,12 @@ def test_quantisation_reaches_exactly_the_planned_linears(tiny, source, stock, c
     with NULL.progress("", 1, "") as bar:
         svdquant.record_calls(tmp_path / "calls", family, lambda: pipeline, [entry.prompt], SEED, 1, bar, **settings)
     targets = svdquant.plan_targets(family, config, None)
-    settings = Settings(rank=16, refits=0, samples=16, smoothing=False)  # in about a second; the search has tests of its own
-    records = quantize(tmp_path / "dense", tmp_path / "4-bit", targets, settings, svdquant.read_calls(tmp_path / "calls"), NULL)
+    settings = Settings(
+        rank=16, refits=0, samples=16, smoothing=False
+    )  # in about a second; the search has tests of its own
+    records = quantize(
+        tmp_path / "dense", tmp_path / "4-bit", targets, settings, svdquant.read_calls(tmp_path / "calls"), NULL
+    )
     assert {record["module"] for record in records if "error" in record} == adapted - kept
     written = read_json(tmp_path / "4-bit" / "config.json")["quantization_config"]
     found = [set(written.get(section, {"targets": ()})["targets"]) for section in ("svdq_w4a4", "awq_w4a16")]
@@ -432,13 +461,18 @@ def test_quantisation_reaches_exactly_the_planned_linears(tiny, source, stock, c
     z = torch.randn(1, parts.channels, 2, 2, generator=torch.Generator().manual_seed(SEED))
     once = torch.ones(1)
     with torch.no_grad():
-        wanted, got = (family.predict(m, z, 0.6 * once, text, once) for m in (dense, load_dequantised(tmp_path / "4-bit", torch.float32)))
+        wanted, got = (
+            family.predict(m, z, 0.6 * once, text, once)
+            for m in (dense, load_dequantised(tmp_path / "4-bit", torch.float32))
+        )
     assert torch.isfinite(got).all() and 1e-4 < (got - wanted).norm() / wanted.norm() < 0.3
 
 
 @pytest.mark.parametrize("converted", DEEP[:1], indirect=True)
 def test_alignment_reaches_the_least_squares_optimum_of_the_embedder(tiny, source, converted):
-    """Error of the module itself in float64, against a dense solver on the same rows; rel. 1e-3, as ridge 1e-6 allows."""
+    """Error of the module itself in float64, against a dense solver on the same rows; rel. 1e-3, as ridge 1e-6
+    allows.
+    """
     (_, entry), (parts, student), family = tiny, converted, source.family
     teacher, channels = models.load(source.transformer, torch.float32), autoencoders.load(source.vae).channels
     cells, fine = parts.side // parts.factor, parts.side // entry.factor
@@ -458,8 +492,12 @@ def test_alignment_reaches_the_least_squares_optimum_of_the_embedder(tiny, sourc
 
 
 @pytest.mark.parametrize("converted", DEEP[:1], indirect=True)
-def test_one_lora_step_changes_exactly_the_planned_tensors_and_merge_reaches_all(tiny, source, stock, converted, tmp_path):
-    """A planned tensor stays as it was only where the output does not depend on it; merged weights draw as the adapter, to 1e-4."""
+def test_one_lora_step_changes_exactly_the_planned_tensors_and_merge_reaches_all(
+    tiny, source, stock, converted, tmp_path
+):
+    """A planned tensor stays as it was only where the output does not depend on it; merged weights draw as the
+    adapter, to 1e-4.
+    """
     (_, entry), family, (pipeline, *_), (parts, _) = tiny, source.family, stock, converted
     model = models.load(parts.transformer, torch.float32)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -479,7 +517,9 @@ def test_one_lora_step_changes_exactly_the_planned_tensors_and_merge_reaches_all
     optimizer.step()
 
     metadata = lora.adapter_metadata(model, family.component)
-    exports = lora.save_export({name: value.detach() for name, value in trained.items()}, tmp_path, metadata, family.component)
+    exports = lora.save_export(
+        {name: value.detach() for name, value in trained.items()}, tmp_path, metadata, family.component
+    )
     done = merge(parts.transformer, tmp_path / "merged", lora=exports["lora"], modules=exports["modules"])
     assert done["merged"] == len(planned) and done["untouched"] == len(before) - len(planned) - done["replaced"]
     merged = models.load(tmp_path / "merged", torch.float32)

@@ -1,4 +1,6 @@
-"""Every family's network on a pretend device: what a family makes itself (time, positions, masks) is on the device of its inputs."""
+"""Every family's network on a pretend device: what a family makes itself (time, positions, masks) is on the device
+of its inputs.
+"""
 
 import copy
 
@@ -6,8 +8,8 @@ import pretend_device
 import pytest
 import torch
 
-from dcgen_convert import autoencoders, models, pipelines
 from dcgen_convert.checkpoint.source import load_source
+from dcgen_convert.networks import autoencoders, models, pipelines
 from dcgen_convert.train.objective import Sampling, draw, flow_loss, to_device, velocity
 
 from .tiny_models import TINY
@@ -20,7 +22,9 @@ def test_loss_gradient_and_velocity_are_the_same_on_a_device(name, tmp_path):
     source = load_source(name, str(tmp_path / "source"))
     family, model = source.family, models.load(source.transformer, torch.float32)
     encoders = pipelines.load_text_encoders(source, torch.float32)
-    text, null = (pipelines.encode_text(family, encoders, prompts, entry.length) for prompts in ([entry.prompt] * 2, [""]))
+    text, null = (
+        pipelines.encode_text(family, encoders, prompts, entry.length) for prompts in ([entry.prompt] * 2, [""])
+    )
     shape = (autoencoders.load(source.vae).channels, *[entry.side // entry.factor] * 2)
     common = dict(shift=1.0, guidance_range=(1.0, 5.0), text_drop=0.5)
     kind = ("ddpm", family.noise_times()) if family.prediction == "epsilon" else ("logit-normal", None)

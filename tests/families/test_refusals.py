@@ -6,14 +6,16 @@ from dataclasses import replace
 
 import pytest
 
-from dcgen_convert import families, plan, sources
+from dcgen_convert import families
 from dcgen_convert.checkpoint.source import load_source
-from dcgen_convert.console import NULL, Console
-from dcgen_convert.errors import InputError, RecipeError
-from dcgen_convert.job import prepare
-from dcgen_convert.journal import Run
-from dcgen_convert.recipe import load
-from dcgen_convert.schema import Adapt
+from dcgen_convert.core.console import NULL, Console
+from dcgen_convert.core.errors import InputError, RecipeError
+from dcgen_convert.core.journal import Run
+from dcgen_convert.planning import plan
+from dcgen_convert.recipe import sources
+from dcgen_convert.recipe.loading import load
+from dcgen_convert.recipe.schema import Adapt
+from dcgen_convert.stages.job import prepare
 from dcgen_convert.train.adapt import sampling_of
 
 from .tiny_models import TINY
@@ -90,12 +92,18 @@ def test_what_may_be_z_image_turbo_is_a_warning(tmp_path):
         (6.0, "Tongyi-MAI/Z-Image-Turbo", "its name says turbo.: distilled"),
     ):
         (folder / "scheduler").mkdir(parents=True, exist_ok=True)
-        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"shift": shift, "use_dynamic_shifting": False}))
+        (folder / "scheduler" / "scheduler_config.json").write_text(
+            json.dumps({"shift": shift, "use_dynamic_shifting": False})
+        )
         doubt = sources.doubt(zimage, name, folder)
         assert doubt is None if says is None else re.search(says, doubt)
     assert sources.doubt(zimage, "Tongyi-MAI/Z-Image", None) is None
     assert "turbo" in sources.doubt(zimage, "z_image_turbo.safetensors", None)
-    assert all(family.doubt("some-turbo", {"shift": 3.0}) is None for name, family in families.FAMILIES.items() if name != "zimage")
+    assert all(
+        family.doubt("some-turbo", {"shift": 3.0}) is None
+        for name, family in families.FAMILIES.items()
+        if name != "zimage"
+    )
 
 
 def test_a_conversion_of_what_may_be_z_image_turbo_says_so(tmp_path, capsys):

@@ -1,4 +1,6 @@
-"""What a U-Net has of its own: neighbourhoods instead of patches, several grids, a LoRA under its own name, and what is refused."""
+"""What a U-Net has of its own: neighbourhoods instead of patches, several grids, a LoRA under its own name, and what
+is refused.
+"""
 
 import json
 import shutil
@@ -11,17 +13,20 @@ from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dcgen_convert import families, models, plan, recipe
-from dcgen_convert.align.ridge import Noise, NormalEquations
+from dcgen_convert import families
 from dcgen_convert.bundle.checks import check_structure
+from dcgen_convert.bundle.inspection import inspect
 from dcgen_convert.checkpoint import keymap
 from dcgen_convert.checkpoint.source import load_source
-from dcgen_convert.console import NULL
-from dcgen_convert.errors import InputError, RecipeError
-from dcgen_convert.inspection import inspect
-from dcgen_convert.plan.arithmetic import forward_flops
-from dcgen_convert.plan.layers import structure
+from dcgen_convert.core.console import NULL
+from dcgen_convert.core.errors import InputError, RecipeError
+from dcgen_convert.networks import models
+from dcgen_convert.planning import plan
+from dcgen_convert.planning.arithmetic import forward_flops
+from dcgen_convert.planning.layers import structure
+from dcgen_convert.recipe import loading
 from dcgen_convert.train import lora
+from dcgen_convert.train.ridge import Noise, NormalEquations
 
 from .tiny_models import TINY
 
@@ -56,7 +61,9 @@ def own(source, tmp_path):
 
 
 def test_a_convolution_of_any_weights_is_found_again_from_neighbourhoods():
-    """The closed form on `head_inputs`, put into the head's shape, is the convolution that made the targets; float64, 1e-6."""
+    """The closed form on `head_inputs`, put into the head's shape, is the convolution that made the targets;
+    float64, 1e-6.
+    """
     generator = torch.Generator().manual_seed(1)
     features = torch.randn(40, 5, 4, 3, generator=generator, dtype=torch.float64)
     wanted = torch.nn.Conv2d(5, 2, 3, padding=1, dtype=torch.float64)
@@ -70,7 +77,9 @@ def test_a_convolution_of_any_weights_is_found_again_from_neighbourhoods():
 
 
 def test_noise_beyond_the_border_is_no_noise():
-    """The noise-aware solution equals the one on drawn noise, to the Monte Carlo error of 48,000 maps of 2 x 2 cells."""
+    """The noise-aware solution equals the one on drawn noise, to the Monte Carlo error of 48,000 maps of 2 x 2
+    cells.
+    """
     generator = torch.Generator().manual_seed(2)
 
     def normal(*shape):
@@ -84,7 +93,10 @@ def test_noise_beyond_the_border_is_no_noise():
     clean.add(UNET.tokens(z, 1), goal)
     t = torch.rand(48_000, 1, 1, 1, generator=generator, dtype=torch.float64)
     many, goals = z.repeat(800, 1, 1, 1), goal.repeat(800, 1, 1)
-    drawn.add(UNET.tokens((1 - t) * many + t * normal(*many.shape), 1), (1 - t[..., 0]) * goals + t[..., 0] * normal(*goals.shape))
+    drawn.add(
+        UNET.tokens((1 - t) * many + t * normal(*many.shape), 1),
+        (1 - t[..., 0]) * goals + t[..., 0] * normal(*goals.shape),
+    )
     exact, everywhere, reference = (
         clean.solve(0.0, Noise(0.5, 1 / 3, 1 / 3, inside))[0],
         clean.solve(0.0, Noise(0.5, 1 / 3, 1 / 3))[0],
@@ -109,7 +121,11 @@ def test_the_stock_pipeline_loads_a_lora_that_stays_apart(source, tmp_path):
     model = models.load(source / "unet", torch.float32)
     lora.add_lora(model, UNET.lora_targets, 2, 4.0, seed=0)
     generator = torch.Generator().manual_seed(3)
-    weights = {name: 0.1 * torch.randn(value.shape, generator=generator) for name, value in model.named_parameters() if ".lora_" in name}
+    weights = {
+        name: 0.1 * torch.randn(value.shape, generator=generator)
+        for name, value in model.named_parameters()
+        if ".lora_" in name
+    }
     model.load_state_dict(weights, strict=False)
     lora.save_export(weights, tmp_path, lora.adapter_metadata(model, "unet"), "unet")
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(source)
@@ -133,7 +149,7 @@ def test_the_safety_checker_of_stable_diffusion_is_a_stock_component(tmp_path):
 
 
 def resolved(source, sets=(), **flags):
-    return recipe.load("tiny-flux", flags={"source": str(source), **flags}, sets=["adapt.objective=flow", *sets])
+    return loading.load("tiny-flux", flags={"source": str(source), **flags}, sets=["adapt.objective=flow", *sets])
 
 
 def test_a_plan_says_that_it_is_experimental_and_quantises_nothing(source):
@@ -197,12 +213,26 @@ def test_a_file_of_the_original_code_is_the_folder(tmp_path):
     stacks = keymap.find("unet", "original").backward({name: tuple(value.shape) for name, value in tensors.items()})
     assert all(len(stack.cuts) == 1 for stack in stacks.values()) and len(stacks) == len(tensors)
     file = {f"model.diffusion_model.{name}": tensors[stack.cuts[0].name] for name, stack in stacks.items()}
-    beside = ("cond_stage_model.transformer.x", "first_stage_model.x", "model_ema.decay", "alphas_cumprod_prev", "betas")
-    beside += ("sqrt_recipm1_alphas_cumprod", "log_one_minus_alphas_cumprod", "posterior_log_variance_clipped", "posterior_mean_coef2")
+    beside = (
+        "cond_stage_model.transformer.x",
+        "first_stage_model.x",
+        "model_ema.decay",
+        "alphas_cumprod_prev",
+        "betas",
+    )
+    beside += (
+        "sqrt_recipm1_alphas_cumprod",
+        "log_one_minus_alphas_cumprod",
+        "posterior_log_variance_clipped",
+        "posterior_mean_coef2",
+    )
     path = tmp_path / "v1-5-pruned.safetensors"
     save_file({**file, **{name: torch.ones(2) for name in beside}}, path)
     found = inspect(path)
-    assert (found["family"], found["layout"]) == ("unet", "original") and "6 tensors of noise schedule are left aside" in found["notes"]
+    assert (found["family"], found["layout"]) == (
+        "unet",
+        "original",
+    ) and "6 tensors of noise schedule are left aside" in found["notes"]
     imported = load_source("x", str(path), base=str(tmp_path / "base"), home=tmp_path / "import")
     imported.lay_out(NULL)
     mine = models.load(imported.transformer, torch.float32).state_dict()
@@ -211,7 +241,9 @@ def test_a_file_of_the_original_code_is_the_folder(tmp_path):
     save_file({**file, "model.diffusion_model.label_emb.0.0.weight": torch.ones(2)}, path)  # SDXL
     with pytest.raises(InputError, match="1 tensors have no place in the original layout: label_emb.0.0.weight"):
         load_source("x", str(path), base=str(tmp_path / "base"), home=tmp_path / "import")
-    wider = {name: value.repeat(1, 2) if ".attn2.to_k." in name else value for name, value in file.items()}  # Stable Diffusion 2
+    wider = {
+        name: value.repeat(1, 2) if ".attn2.to_k." in name else value for name, value in file.items()
+    }  # Stable Diffusion 2
     save_file(wider, path)
     with pytest.raises(InputError, match="attn2.to_k.weight is .* its config asks for"):
         load_source("x", str(path), base=str(tmp_path / "base"), home=tmp_path / "import")
@@ -224,14 +256,23 @@ def test_a_lora_is_fused_as_diffusers_fuses_it(source, tmp_path, kohya):
     before = {name: value.clone() for name, value in pipeline.unet.state_dict().items()}
     tensors, generator = {}, torch.Generator().manual_seed(4)
     attention = "down_blocks.0.attentions.0.transformer_blocks.0"
-    modules = [f"{attention}.attn1.to_q", f"{attention}.attn2.to_out.0", f"{attention}.ff.net.0.proj", "mid_block.resnets.0.conv1"]
+    modules = [
+        f"{attention}.attn1.to_q",
+        f"{attention}.attn2.to_out.0",
+        f"{attention}.ff.net.0.proj",
+        "mid_block.resnets.0.conv1",
+    ]
     for module in modules:
         rows, *inputs = before[f"{module}.weight"].shape
         down = torch.randn(4, *inputs, generator=generator)
         up = 0.1 * torch.randn(rows, 4, *[1] * (len(inputs) - 1), generator=generator)
         if kohya:
             start = "lora_unet_" + module.replace(".", "_")
-            tensors |= {f"{start}.lora_down.weight": down, f"{start}.lora_up.weight": up, f"{start}.alpha": torch.tensor(4.0)}
+            tensors |= {
+                f"{start}.lora_down.weight": down,
+                f"{start}.lora_up.weight": up,
+                f"{start}.alpha": torch.tensor(4.0),
+            }
         else:
             tensors |= {f"unet.{module}.lora_A.weight": down, f"unet.{module}.lora_B.weight": up}
     save_file(tensors, tmp_path / "lora.safetensors")

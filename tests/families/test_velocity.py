@@ -1,11 +1,14 @@
-"""Before surgery, a family predicts what the stock pipeline's scheduler receives: sign, time, guidance, text, patch order."""
+"""Before surgery, a family predicts what the stock pipeline's scheduler receives: sign, time, guidance, text, patch
+order.
+"""
 
 import diffusers
 import pytest
 import torch
 
-from dcgen_convert import families, pipelines
+from dcgen_convert import families
 from dcgen_convert.checkpoint.source import load_source
+from dcgen_convert.networks import pipelines
 
 PROMPTS = {
     "flux": "a small plain red circle in the center on sand",
@@ -62,7 +65,9 @@ def test_prediction_is_what_the_stock_scheduler_receives(stock):
         else:
             t = family.noise_times()[int(timestep)][None]
             alpha = pipeline.scheduler.alphas_cumprod[int(timestep)].double()
-            torch.testing.assert_close(t / (1 - t), ((1 - alpha) / alpha).sqrt()[None], atol=0, rtol=1e-3)  # float32 alphas
+            torch.testing.assert_close(
+                t / (1 - t), ((1 - alpha) / alpha).sqrt()[None], atol=0, rtol=1e-3
+            )  # float32 alphas
             half = sample[:1].double()  # the pipeline carries conditional and unconditional halves
             mine = ours(family, pipeline, (half * (t.square() + (1 - t).square()).sqrt()).float(), t)
             goal = output[:1]

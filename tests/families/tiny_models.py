@@ -1,4 +1,5 @@
-"""Tiny pipelines with random weights, one per family, built from the real classes in about a second and without a network.
+"""Tiny pipelines with random weights, one per family, built from the real classes in about a second and without a
+network.
 
 A builder writes a whole diffusers folder; `TINY` names it and says what differs from the common test settings.
 """
@@ -78,17 +79,20 @@ class Tiny:
 
     Attributes:
         build: writes the pipeline folder.
-        wide: what the transformer's config says instead when its block linears are to be multiples of 128, which 4-bit formats need;
+        wide: what the transformer's config says instead when its block linears are to be multiples of 128, which 4-bit
+            formats need;
             None: the family is not quantised.
         prompt: what is drawn.
         length: text tokens that both sides pad to.
         side: px of the square picture.
         factor: px per latent cell of the source's autoencoder.
-        deep_side: px of the bundle's square picture where the pipeline draws one area; None: two latent cells, and others.
+        deep_side: px of the bundle's square picture where the pipeline draws one area; None: two latent cells, and
+            others.
         guide: how the stock pipeline puts conditional and null prediction together.
         guided: whether it does so at all.
         middle: unshifted sigma of the second of two steps; None with a DDPM schedule or none at all.
-        data_sigma: what TrigFlow (arXiv 2410.11081) takes for the deviation of a latent, and its states are scaled with; None: no TrigFlow.
+        data_sigma: what TrigFlow (arXiv 2410.11081) takes for the deviation of a latent, and its states are scaled
+            with; None: no TrigFlow.
         packed_noise: whether it draws its noise on the grid of tokens.
     """
 
@@ -107,7 +111,9 @@ class Tiny:
 
 
 def lowest(shift: float) -> float:
-    """Where a scheduler of static shift puts the last of its steps before it shifts them: the lowest of 1000 shifted levels."""
+    """Where a scheduler of static shift puts the last of its steps before it shifts them: the lowest of 1000 shifted
+    levels.
+    """
     return shift / (1000 + shift - 1)
 
 
@@ -281,7 +287,9 @@ def auraflow(folder: Path) -> None:
         transformer=alive(transformer),
         scheduler=flow(shift=1.73),
         vae=kl(4, scaling_factor=0.13),
-        text_encoder=UMT5EncoderModel(UMT5Config(vocab_size=40, d_model=WIDTH, d_kv=8, d_ff=16, num_layers=1, num_heads=2)),
+        text_encoder=UMT5EncoderModel(
+            UMT5Config(vocab_size=40, d_model=WIDTH, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        ),
         tokenizer=tokenizer_t5(),
     ).save_pretrained(folder)
 
@@ -324,7 +332,9 @@ def krea2(folder: Path) -> None:
         axes_dims_rope=(4, 6, 6),
     )
     text = dict(DECODER, num_hidden_layers=2, rope_parameters=ROPE)
-    vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=WIDTH, deepstack_visual_indexes=[0])
+    vision = dict(
+        depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=WIDTH, deepstack_visual_indexes=[0]
+    )
     diffusers.Krea2Pipeline(
         transformer=alive(transformer),
         scheduler=flow(use_dynamic_shifting=True, max_image_seq_len=6400),
@@ -359,10 +369,18 @@ def qwenimage(folder: Path) -> None:
 
 def flux2_dev(folder: Path) -> None:
     text = dict(DECODER, num_hidden_layers=31, model_type="mistral")
-    vision = dict(model_type="pixtral", hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, head_dim=8)
+    vision = dict(
+        model_type="pixtral",
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        head_dim=8,
+    )
     tokenizer = byte_tokenizer()  # the real one is a processor of pictures too, which text does not need
     tokenizer.chat_template = (
-        "{% for message in messages %}<|im_start|>{% for part in message['content'] %}{{ part['text'] }}{% endfor %}<|im_end|>{% endfor %}"
+        "{% for message in messages %}<|im_start|>"
+        "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}<|im_end|>{% endfor %}"
     )
     diffusers.Flux2Pipeline(
         transformer=flux2_transformer(guidance_embeds=True),
@@ -438,7 +456,12 @@ def unet(folder: Path) -> None:
     diffusers.StableDiffusionPipeline(
         unet=alive(network),
         scheduler=diffusers.DDIMScheduler(
-            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, set_alpha_to_one=False, steps_offset=1
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
         ),
         vae=kl(4, scaling_factor=0.18),
         text_encoder=text.eval(),
@@ -456,9 +479,16 @@ def wide(**changes: Any) -> dict[str, Any]:
 
 TINY: dict[str, Tiny] = {
     "flux": Tiny(flux_source, wide(axes_dims_rope=[16, 24, 24]), factor=2, side=64, guided=False),
-    "sana": Tiny(sana_source, wide(cross_attention_head_dim=64, cross_attention_dim=128), factor=32, middle=lowest(3.0)),
+    "sana": Tiny(
+        sana_source, wide(cross_attention_head_dim=64, cross_attention_dim=128), factor=32, middle=lowest(3.0)
+    ),
     "sana-sprint": Tiny(
-        sana_sprint, wide(cross_attention_head_dim=64, cross_attention_dim=128), factor=32, middle=None, data_sigma=0.5, guided=False
+        sana_sprint,
+        wide(cross_attention_head_dim=64, cross_attention_dim=128),
+        factor=32,
+        middle=None,
+        data_sigma=0.5,
+        guided=False,
     ),
     "dit": Tiny(dit_source, wide(), middle=None, prompt="fox", factor=2, side=16),
     "sd3": Tiny(sd3, wide(caption_projection_dim=128), middle=lowest(3.0)),
@@ -466,22 +496,41 @@ TINY: dict[str, Tiny] = {
     "pixart-alpha": Tiny(pixart_alpha, wide(num_attention_heads=6, cross_attention_dim=384, num_layers=1), middle=None),
     "lumina2": Tiny(
         lumina2,
-        dict(hidden_size=256, num_attention_heads=4, num_kv_heads=2, multiple_of=128, axes_dim_rope=[16, 24, 24], num_layers=1),
+        dict(
+            hidden_size=256,
+            num_attention_heads=4,
+            num_kv_heads=2,
+            multiple_of=128,
+            axes_dim_rope=[16, 24, 24],
+            num_layers=1,
+        ),
         length=256,
         guide=rescaled_cfg,
     ),
-    "zimage": Tiny(zimage, dict(dim=384, n_heads=6, n_kv_heads=6, axes_dims=[16, 24, 24], n_layers=1), length=96, guide=extra_cfg),
+    "zimage": Tiny(
+        zimage, dict(dim=384, n_heads=6, n_kv_heads=6, axes_dims=[16, 24, 24], n_layers=1), length=96, guide=extra_cfg
+    ),
     "chroma": Tiny(chroma, wide(axes_dims_rope=[16, 24, 24])),
     "auraflow": Tiny(auraflow, wide(caption_projection_dim=128), middle=lowest(1.73)),
-    "cogview4": Tiny(cogview4, wide(time_embed_dim=64, num_layers=1), middle=0.001, prompt="a red fox in the snow", length=48),
+    "cogview4": Tiny(
+        cogview4, wide(time_embed_dim=64, num_layers=1), middle=0.001, prompt="a red fox in the snow", length=48
+    ),
     "qwenimage": Tiny(qwenimage, wide(axes_dims_rope=[16, 24, 24], num_layers=1), length=256, guide=rescaled_cfg),
     "krea2": Tiny(
         krea2,
-        wide(num_attention_heads=4, num_key_value_heads=2, intermediate_size=256, axes_dims_rope=[16, 24, 24], num_layers=1),
+        wide(
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=256,
+            axes_dims_rope=[16, 24, 24],
+            num_layers=1,
+        ),
         length=256,
         guide=extra_cfg,
     ),
-    "hunyuanimage": Tiny(hunyuanimage, wide(rope_axes_dim=[32, 32]), prompt='a sign "hi"', length=256, factor=32, guided=False),
+    "hunyuanimage": Tiny(
+        hunyuanimage, wide(rope_axes_dim=[32, 32]), prompt='a sign "hi"', length=256, factor=32, guided=False
+    ),
     "hidream": Tiny(hidream, wide(axes_dims_rope=[32, 16, 16]), middle=0.001, side=1024, deep_side=1024),
     "flux2-dev": Tiny(flux2_dev, wide(axes_dims_rope=[16, 16, 16, 16]), length=512, guided=False, packed_noise=True),
     "flux2-klein": Tiny(flux2_klein, wide(axes_dims_rope=[16, 16, 16, 16]), length=96, packed_noise=True),

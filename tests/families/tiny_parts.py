@@ -1,5 +1,5 @@
-"""What the tiny pipelines are put together from: text encoders, tokenizers, an AutoencoderKL, random weights that are alive;
-and what the tests of every family look at them through.
+"""What the tiny pipelines are put together from: text encoders, tokenizers, an AutoencoderKL, random weights that are
+alive; and what the tests of every family look at them through.
 """
 
 from __future__ import annotations
@@ -170,8 +170,9 @@ def flux2_vae() -> diffusers.AutoencoderKLFlux2:
 
 
 def trigflow(family):
-    """The family's velocity as the derivative along TrigFlow's angle (arXiv 2410.11081), of states of deviation 1: at the angle a,
-    t = sin a / (sin a + cos a), x = cos a z_0 + sin a eps is z_t / n with n = sqrt(t^2 + (1 - t)^2), and the guess of the picture
+    """The family's velocity as the derivative along TrigFlow's angle (arXiv 2410.11081), of states of deviation 1: at
+    the angle a, t = sin a / (sin a + cos a), x = cos a z_0 + sin a eps is z_t / n with n = sqrt(t^2 + (1 - t)^2), and
+    the guess of the picture
     is the same, cos a x - sin a F = z_t - t v."""
 
     def derivative(model, z, t, text, guidance):

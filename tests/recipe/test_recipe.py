@@ -5,13 +5,15 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcgen_convert import families, geometry, recipe
-from dcgen_convert.errors import InputError, RecipeError
-from dcgen_convert.settings import leaves, schema_keys
+from dcgen_convert import families
+from dcgen_convert.core.errors import InputError, RecipeError
+from dcgen_convert.recipe import geometry, loading
+from dcgen_convert.recipe.settings import leaves, schema_keys
 
-NAMES = recipe.names()
+NAMES = loading.names()
 SHIPPED = {
-    "image", "few-steps", "flux-krea", "flux-dev", "flux-schnell", "sana-1.6b", "sana-sprint-1.6b", "sd-1.5", "dit-xl-256", "dit-xl-512",
+    "image", "few-steps", "flux-krea", "flux-dev", "flux-schnell", "sana-1.6b", "sana-sprint-1.6b", "sd-1.5",
+    "dit-xl-256", "dit-xl-512",
     "tiny-flux", "tiny-flux-long", "tiny-sana", "tiny-sana-long", "tiny-dit", "tiny-dit-long",
     "ablations/compression", "ablations/dit-sd-vae-to-dc-ae",
     "ablations/no-alignment", "ablations/full-finetune", "ablations/plain-flow-loss",
@@ -29,7 +31,7 @@ def test_the_strongest_layer_wins(tmp_path_factory, layers):
     seeds = {"parent": 1, "file": 2, "env": 3, "set": 4, "flag": 5}
     parent = write(folder / "parent.yaml", extends="flux-krea", **({"seed": 1} if "parent" in layers else {}))
     child = write(folder / "child.yaml", extends=parent, **({"seed": 2} if "file" in layers else {}))
-    resolved = recipe.load(
+    resolved = loading.load(
         child,
         flags={"seed": 5 if "flag" in layers else None},
         sets=["seed=4"] if "set" in layers else [],
@@ -44,7 +46,7 @@ def test_the_strongest_layer_wins(tmp_path_factory, layers):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_leaf_of_every_shipped_recipe_has_an_origin(name):
-    resolved = recipe.load(name)
+    resolved = loading.load(name)
     values = dict(leaves(resolved.recipe.model_dump()))
     assert set(resolved.origins) == set(values)
     assert all(resolved.origins.values())
@@ -56,7 +58,7 @@ def test_the_shipped_recipes_are_the_promised_ones():
 
 
 def test_published_numbers():
-    krea = recipe.load("flux-krea").recipe
+    krea = loading.load("flux-krea").recipe
     assert [(p.resolution, p.rank, p.alpha, p.lr, p.warmup) for p in krea.adapt.phases] == [
         (512, 256, 256, 1e-4, 1000),
         (1024, 256, 256, 1e-4, 1000),
@@ -68,7 +70,7 @@ def test_published_numbers():
 
 
 def test_ablations_differ_from_their_base_in_what_they_ablate():
-    base = dict(leaves(recipe.load("tiny-flux").recipe.model_dump()))
+    base = dict(leaves(loading.load("tiny-flux").recipe.model_dump()))
     allowed = {
         "no-alignment": {"name", "align_embedder.method", "align_head.method", "align_head.steps"},
         "plain-flow-loss": {"name", "adapt.objective"},
@@ -81,22 +83,22 @@ def test_ablations_differ_from_their_base_in_what_they_ablate():
         },
     }
     for name, keys in allowed.items():
-        values = dict(leaves(recipe.load(f"ablations/{name}").recipe.model_dump()))
+        values = dict(leaves(loading.load(f"ablations/{name}").recipe.model_dump()))
         assert {key for key in values if values[key] != base.get(key)} <= keys, name
 
 
 def test_lora_keys_reach_every_lora_phase_and_alpha_follows_rank():
-    resolved = recipe.load("flux-krea", sets=["lora.rank=64", "adapt.phases.1.lr=2e-4"])
+    resolved = loading.load("flux-krea", sets=["lora.rank=64", "adapt.phases.1.lr=2e-4"])
     assert [(p.rank, p.alpha) for p in resolved.recipe.adapt.phases] == [(64, 64), (64, 64)]
     assert resolved.recipe.adapt.phases[1].lr == 2e-4
     assert resolved.origins["adapt.phases.0.rank"] == "--set"
     assert resolved.origins["adapt.phases.0.alpha"] == "derived: = rank"
-    assert recipe.load("flux-krea", sets=["lora.alpha=8"]).recipe.adapt.phases[0].alpha == 8
+    assert loading.load("flux-krea", sets=["lora.alpha=8"]).recipe.adapt.phases[0].alpha == 8
 
 
 def test_resolution_sets_the_last_phase_and_caps_the_others():
     def sides(value):
-        found = recipe.load("flux-krea", flags={"resolution": value}).recipe
+        found = loading.load("flux-krea", flags={"resolution": value}).recipe
         return found.data.resolution, [phase.resolution for phase in found.adapt.phases]
 
     assert sides(2048) == (2048, [512, 2048])
@@ -105,7 +107,7 @@ def test_resolution_sets_the_last_phase_and_caps_the_others():
 
 def test_environment_reaches_nested_keys_and_phases():
     env = {"DCGEN_CONVERT_ADAPT__EMA": "0.5", "DCGEN_CONVERT_ADAPT__PHASES__0__STEPS": "7"}
-    found = recipe.load("tiny-flux", env=env).recipe
+    found = loading.load("tiny-flux", env=env).recipe
     assert (found.adapt.ema, found.adapt.phases[0].steps) == (0.5, 7)
 
 
@@ -133,7 +135,7 @@ WRONG = {
 @pytest.mark.parametrize("text", WRONG)
 def test_one_sentence_for_each_mistake(text):
     with pytest.raises(RecipeError) as caught:
-        recipe.load("tiny-flux", sets=[text])
+        loading.load("tiny-flux", sets=[text])
     assert caught.value.message == WRONG[text]
     assert caught.value.hint
 
@@ -149,16 +151,16 @@ def test_one_sentence_for_each_mistake(text):
 )
 def test_combinations(sets, words):
     if not words:
-        recipe.load("tiny-flux", sets=sets)
+        loading.load("tiny-flux", sets=sets)
         return
     with pytest.raises(RecipeError, match=words):
-        recipe.load("tiny-flux", sets=sets)
+        loading.load("tiny-flux", sets=sets)
 
 
 @pytest.mark.parametrize("text", ["adapt.ema", "=3", "adapt.ema=[1"])
 def test_malformed_sets(text):
     with pytest.raises(RecipeError):
-        recipe.load("tiny-flux", sets=[text])
+        loading.load("tiny-flux", sets=[text])
 
 
 def test_extends_in_a_circle(tmp_path):
@@ -166,12 +168,12 @@ def test_extends_in_a_circle(tmp_path):
     write(first, extends=str(second))
     write(second, extends=str(first))
     with pytest.raises(RecipeError, match="extends itself"):
-        recipe.load(str(first))
+        loading.load(str(first))
 
 
 def test_extends_an_unknown_recipe(tmp_path):
     with pytest.raises(RecipeError, match="did you mean 'flux-krea'"):
-        recipe.load(write(tmp_path / "a.yaml", extends="flux-kraa"))
+        loading.load(write(tmp_path / "a.yaml", extends="flux-kraa"))
 
 
 @pytest.mark.parametrize("content", ["- 1\n", "a: [", ""])
@@ -179,19 +181,19 @@ def test_a_file_that_is_no_recipe(tmp_path, content):
     path = tmp_path / "a.yaml"
     path.write_text(content)
     with pytest.raises((RecipeError, yaml.YAMLError)):
-        recipe.load(str(path))
+        loading.load(str(path))
 
 
 def test_recipes_are_immutable_and_round_trip():
-    found = recipe.load("flux-krea").recipe
+    found = loading.load("flux-krea").recipe
     with pytest.raises(ValueError, match="frozen"):
         found.adapt.ema = 0.5
-    assert recipe.Recipe.model_validate(found.model_dump(mode="json")) == found
+    assert loading.Recipe.model_validate(found.model_dump(mode="json")) == found
 
 
 def test_schema_keys_name_every_leaf():
     known = set(schema_keys())
-    for key, _ in leaves(recipe.load("flux-krea").recipe.model_dump()):
+    for key, _ in leaves(loading.load("flux-krea").recipe.model_dump()):
         assert ".".join("*" if part.isdigit() else part for part in key.split(".")) in known
 
 
@@ -199,10 +201,10 @@ def test_schema_keys_name_every_leaf():
 def test_sizes_must_be_multiples_of_both_grids(side, good):
     sets = [f"data.resolution={side}", f"adapt.phases.*.resolution={side}"]
     if good:
-        recipe.load("tiny-flux", sets=sets, flags={"ae": "tiny-dc-ae-f64"})
+        loading.load("tiny-flux", sets=sets, flags={"ae": "tiny-dc-ae-f64"})
         return
     with pytest.raises(InputError, match=r"multiple of|greater than 0"):
-        recipe.load("tiny-flux", sets=sets, flags={"ae": "tiny-dc-ae-f64"})
+        loading.load("tiny-flux", sets=sets, flags={"ae": "tiny-dc-ae-f64"})
 
 
 @pytest.mark.parametrize(
@@ -211,13 +213,17 @@ def test_sizes_must_be_multiples_of_both_grids(side, good):
         ("tiny-dit", [], "dit models draw one shape of pictures only"),
         ("tiny-flux", ["adapt.shift=flux2"], "adapt.shift flux2 is a shift per size"),
         ("tiny-flux", ["data.kind=synthetic"], "data.buckets keeps the shapes of your own pictures"),
-        ("tiny-flux", ["adapt.phases.0.resolution=32"], "at 32 px only the square is left, because sides are multiples of 32 px"),
+        (
+            "tiny-flux",
+            ["adapt.phases.0.resolution=32"],
+            "at 32 px only the square is left, because sides are multiples of 32 px",
+        ),
     ],
 )
 def test_buckets_that_cannot_be(source, sets, words):
     sets = ["data.kind=folder", "data.path=x", "data.buckets=on", *sets]
     with pytest.raises(RecipeError, match=words):
-        recipe.load(source, sets=sets)
+        loading.load(source, sets=sets)
 
 
 def test_buckets_end_where_a_position_table_ends():

@@ -8,8 +8,10 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from dcgen_convert import catalog, families, geometry, recipe, sources
-from dcgen_convert.errors import AccessError, InputError
+from dcgen_convert import families
+from dcgen_convert.core.errors import AccessError, InputError
+from dcgen_convert.families import catalog
+from dcgen_convert.recipe import geometry, loading, sources
 
 FLUX = dict(
     in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
@@ -28,7 +30,7 @@ def folder(tmp_path):
 
 
 def test_a_folder_gets_its_familys_recipe(folder):
-    resolved = recipe.load(str(folder), flags={"ae": "dc-ae-f32"})
+    resolved = loading.load(str(folder), flags={"ae": "dc-ae-f32"})
     assert (resolved.recipe.source, resolved.recipe.name) == (str(folder), "my-flux")
     assert resolved.origins["source"] == "argument SOURCE"
     assert resolved.origins["adapt.ema"] == "family default (recipe flux-dev)"
@@ -36,7 +38,7 @@ def test_a_folder_gets_its_familys_recipe(folder):
 
 
 def test_a_recipe_may_be_given_for_a_folder(folder):
-    resolved = recipe.load(str(folder), recipe="tiny-flux")
+    resolved = loading.load(str(folder), recipe="tiny-flux")
     assert resolved.recipe.data.resolution == 128
     assert resolved.origins["data.resolution"] == "recipe tiny-flux"
     assert resolved.recipe.source == str(folder)
@@ -46,22 +48,22 @@ def test_a_single_file_gets_its_familys_recipe(tmp_path):
     model = diffusers.FluxTransformer2DModel(**FLUX)
     path = tmp_path / "mine.safetensors"
     save_file({f"transformer.{name}": value for name, value in model.state_dict().items()}, path)
-    resolved = recipe.load(str(path))
+    resolved = loading.load(str(path))
     assert (resolved.recipe.name, resolved.recipe.source) == ("mine", str(path))
     assert geometry.base_grid(str(path)) == geometry.Grid(8, 16, 2)
 
 
 def test_a_catalogue_name_and_its_hub_id_are_one_source():
     assert catalog.find_source("black-forest-labs/FLUX.1-dev") is catalog.SOURCES["flux-dev"]
-    resolved = recipe.load("black-forest-labs/FLUX.1-dev")
+    resolved = loading.load("black-forest-labs/FLUX.1-dev")
     assert resolved.recipe.source == "black-forest-labs/FLUX.1-dev"
-    assert resolved.recipe.adapt == recipe.load("flux-dev").recipe.adapt
+    assert resolved.recipe.adapt == loading.load("flux-dev").recipe.adapt
 
 
 def test_an_unknown_hub_id_cannot_be_resolved_offline(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(AccessError, match="not in the cache"):
-        recipe.load("somebody/some-model", machine=recipe.Machine(offline=True))
+        loading.load("somebody/some-model", machine=loading.Machine(offline=True))
 
 
 def test_a_cached_hub_id_whose_network_is_a_unet(monkeypatch, tmp_path):
@@ -87,18 +89,18 @@ def test_a_cached_hub_id_whose_network_is_a_unet(monkeypatch, tmp_path):
 )
 def test_words_that_are_no_source(word, text):
     with pytest.raises(InputError, match=text):
-        recipe.load(word)
+        loading.load(word)
 
 
 def test_a_folder_without_config_or_of_another_class(tmp_path):
     with pytest.raises(InputError, match="no config found"):
-        recipe.load(str(tmp_path))
+        loading.load(str(tmp_path))
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
     with pytest.raises(InputError, match="UNet2DModel has no family"):
-        recipe.load(str(tmp_path))
+        loading.load(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match="not valid JSON"):
-        recipe.load(str(tmp_path))
+        loading.load(str(tmp_path))
 
 
 def test_an_autoencoder_folder_is_read_from_its_config(tmp_path):
@@ -131,7 +133,7 @@ def test_plain_aliases_mean_what_the_authors_used_for_flux():
 @pytest.mark.parametrize("entry", catalog.SOURCES.values(), ids=lambda entry: entry.name)
 def test_catalogue_entries_agree_with_families_and_recipes(entry):
     assert entry.family in families.FAMILIES
-    assert recipe.load(entry.recipe).recipe.source == entry.name
+    assert loading.load(entry.recipe).recipe.source == entry.name
     assert (entry.repo is None) != (entry.folder is None)
     if entry.config:
         config = entry.transformer_config()

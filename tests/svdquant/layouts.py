@@ -1,5 +1,5 @@
-"""The index formulas of the format document (nunchaku's file format), element by element, in plain Python: the reference
-for `pack` and for readers.
+"""The index formulas of the format document (nunchaku's file format), element by element, in plain Python: the
+reference for `pack` and for readers.
 """
 
 

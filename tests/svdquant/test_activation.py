@@ -1,4 +1,6 @@
-"""The activation quantiser against a scalar transcription of the kernel (nunchaku's file format), and its known range."""
+"""The activation quantiser against a scalar transcription of the kernel (nunchaku's file format), and its known
+range.
+"""
 
 import numpy as np
 import pytest

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel, SanaTransformer2DModel
 
-from dcgen_convert.errors import InputError
+from dcgen_convert.core.errors import InputError
 from dcgen_convert.svdquant.calibrate import Walker, repeated_blocks
 from dcgen_convert.svdquant.settings import Settings
 from dcgen_convert.svdquant.skeleton import build, load
@@ -69,7 +69,9 @@ def whole_run(model, targets, calls):
     """Per target the inputs of every call, from the stock forward."""
     seen = {target: [] for target in targets}
     handles = [
-        model.get_submodule(target).register_forward_pre_hook(lambda _m, args, target=target: seen[target].append(args[0].flatten(0, -2)))
+        model.get_submodule(target).register_forward_pre_hook(
+            lambda _m, args, target=target: seen[target].append(args[0].flatten(0, -2))
+        )
         for target in targets
     ]
     with torch.no_grad():
@@ -89,7 +91,9 @@ def case(request, tmp_path):
     model, calls = {"sana": sana, "dit": dit}[request.param]()
     model.eval().save_pretrained(tmp_path / "transformer")
     targets = [
-        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and "blocks." in name and "norm" not in name
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "blocks." in name and "norm" not in name
     ]
     return SimpleNamespace(model=model, folder=tmp_path / "transformer", targets=targets, calls=calls)
 

@@ -34,7 +34,9 @@ def test_never_worse_than_rounding_on_its_objective(precision, seed):
 @settings(max_examples=30, deadline=None, phases=(Phase.generate,))
 @given(st.integers(0, 2**31), st.sampled_from(["nvfp4", "int4"]), st.floats(-6, 0), st.integers(4, 600))
 def test_never_worse_than_rounding_whatever_the_inputs(seed, precision, exponent, tokens):
-    """Its objective is that of the damped Hessian. With next to no correlation rounding is as good, and luck decides."""
+    """Its objective is that of the damped Hessian. With next to no correlation rounding is as good, and luck
+    decides.
+    """
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.eye(128) + 10**exponent * torch.randn(128, 128, generator=generator)
     x = torch.randn(tokens, 128, generator=generator) @ mixing

@@ -5,7 +5,7 @@ held.
 import pytest
 import torch
 
-from dcgen_convert.errors import InputError
+from dcgen_convert.core.errors import InputError
 from dcgen_convert.svdquant.awq import quantize_awq
 from dcgen_convert.svdquant.layer import quantize_linear
 from dcgen_convert.svdquant.settings import Settings

@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from dcgen_convert.console import NULL
-from dcgen_convert.errors import InputError
+from dcgen_convert.core.console import NULL
+from dcgen_convert.core.errors import InputError
 from dcgen_convert.svdquant.nunchaku import GELU_SHIFT, export_nunchaku
 from dcgen_convert.svdquant.quantize import quantize
 from dcgen_convert.svdquant.runtime import load_dequantised

@@ -15,14 +15,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dcgen_convert.console import NULL
-from dcgen_convert.crew import Crew
-from dcgen_convert.errors import InputError
-from dcgen_convert.schema import Quantize
+from dcgen_convert.core.console import NULL
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.ranks.crew import Crew
+from dcgen_convert.recipe.schema import Quantize
+from dcgen_convert.stages.quantize import settings_of
 from dcgen_convert.svdquant import quantize as module
 from dcgen_convert.svdquant.quantize import quantize
 from dcgen_convert.svdquant.settings import Settings
-from dcgen_convert.svdquant.stage import settings_of
 
 from .conftest import flux_call, flux_model, flux_targets
 
@@ -124,13 +124,14 @@ OTHER_RANK = """
 import json, sys
 from pathlib import Path
 from types import SimpleNamespace
-from dcgen_convert.console import NULL
-from dcgen_convert.crew import Crew
+from dcgen_convert.core.console import NULL
+from dcgen_convert.ranks.crew import Crew
 from dcgen_convert.svdquant.quantize import open_job, work
 from dcgen_convert.svdquant.settings import Settings
 told = json.load(sys.stdin)
 calls = sorted(Path(told["calls"]).glob("*.safetensors"))
-job = open_job(Path(told["source"]), Path(told["output"]), SimpleNamespace(**told["targets"]), Settings(**told["settings"]), calls)
+targets, settings = SimpleNamespace(**told["targets"]), Settings(**told["settings"])
+job = open_job(Path(told["source"]), Path(told["output"]), targets, settings, calls)
 finished = []
 bar = SimpleNamespace(advance=lambda count, block: finished.append(block))
 work(job, NULL, bar, (1, 2), **told["begun"])
@@ -151,7 +152,9 @@ def test_two_processes_take_turns_and_give_the_bytes_of_one(done, flux, tmp_path
 
         @contextmanager
         def share(self, task, bar=None, **begun):
-            child = subprocess.Popen([sys.executable, "-c", OTHER_RANK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            child = subprocess.Popen(
+                [sys.executable, "-c", OTHER_RANK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
             child.stdin.write(json.dumps(told | {"begun": begun}))
             child.stdin.close()
 
@@ -164,7 +167,9 @@ def test_two_processes_take_turns_and_give_the_bytes_of_one(done, flux, tmp_path
             others.append((child.stdout.read(), child.wait()))
 
     quantize(flux.folder, tmp_path / "out", flux.targets, FAST, sorted(tmp_path.glob("*.safetensors")), NULL, Two())
-    assert [(json.loads(said.splitlines()[-1]), code) for said, code in others] == [(["single_transformer_blocks.0"], 0)]
+    assert [(json.loads(said.splitlines()[-1]), code) for said, code in others] == [
+        (["single_transformer_blocks.0"], 0)
+    ]
     assert contents(tmp_path / "out") == contents(done.folder)
 
 

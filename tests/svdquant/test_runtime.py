@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dcgen_convert.console import NULL
-from dcgen_convert.errors import CheckFailed, InputError
+from dcgen_convert.core.console import NULL
+from dcgen_convert.core.errors import CheckFailed, InputError
 from dcgen_convert.svdquant.quantize import quantize
 from dcgen_convert.svdquant.runtime import emulate, load_dequantised
 from dcgen_convert.svdquant.settings import Settings

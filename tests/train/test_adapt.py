@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from dcgen_convert import families
-from dcgen_convert.console import NULL
-from dcgen_convert.errors import CheckFailed, InputError, RecipeError, Terminated
-from dcgen_convert.schema import Phase
+from dcgen_convert.core.console import NULL
+from dcgen_convert.core.errors import CheckFailed, InputError, RecipeError, Terminated
+from dcgen_convert.recipe.schema import Phase
 from dcgen_convert.train import loop, lora
 from dcgen_convert.train.adapt import adapt_phase, train_head
 from dcgen_convert.train.checkpoints import whole
@@ -61,10 +61,27 @@ def test_lora_phase_learns_and_reports(tmp_path):
     assert metrics["loss_last"] < 0.96 * metrics["loss_first"]
     assert metrics["evaluation"]["after"]["mean"] < 0.99 * metrics["evaluation"]["before"]["mean"]
     assert len(seen) == 60
-    assert set(seen[0]) == {"loss", "grad_norm", "lr", "samples_per_s", "tokens_per_s", "memory_gib"}  # no MFU without a GPU
+    assert set(seen[0]) == {
+        "loss",
+        "grad_norm",
+        "lr",
+        "samples_per_s",
+        "tokens_per_s",
+        "memory_gib",
+    }  # no MFU without a GPU
     assert seen[0]["tokens_per_s"] == pytest.approx(seen[0]["samples_per_s"] * (16 + 3))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    known = {"step", "loss", "grad_norm", "lr", "seconds", "samples_per_second", "tokens_per_s", "memory_gib", "data_wait_seconds"}
+    known = {
+        "step",
+        "loss",
+        "grad_norm",
+        "lr",
+        "seconds",
+        "samples_per_second",
+        "tokens_per_s",
+        "memory_gib",
+        "data_wait_seconds",
+    }
     assert set(lines[0]) == known and len(lines) == 60
     # frozen is frozen; embedder and head in memory are what was exported; the adapter is off
     exported, before = load_file(metrics["exports"]["modules"]), tiny_flux().state_dict()
@@ -84,7 +101,10 @@ def test_the_last_phase_of_a_finished_run_is_not_trained_again(tmp_path):
 
 def train_tiny_head(folder, micro_batch, **shared):
     align = SimpleNamespace(steps=5, lr=1e-2, batch=6, warmup=0, clip=0.5)
-    model, settings = tiny_flux(), {"scheduler": SCHEDULER, "dtype": "fp32", "micro_batch": micro_batch, "saving": Saving(0, 0.0)}
+    model, settings = (
+        tiny_flux(),
+        {"scheduler": SCHEDULER, "dtype": "fp32", "micro_batch": micro_batch, "saving": Saving(0, 0.0)},
+    )
     return train_head(model, FLUX, align, adapt_section(**shared), Rows(), folder, **settings), model
 
 
@@ -100,7 +120,8 @@ def test_head_stage_trains_embedder_and_head_only(tmp_path):
 def test_the_trained_head_does_not_depend_on_the_micro_batch(objective, tmp_path):
     """Six samples at once or two at a time: the same weights, but for the order of summation."""
     exports = [
-        load_file(train_tiny_head(tmp_path / str(size), size, objective=objective)[0]["exports"]["modules"]) for size in (6, 2)
+        load_file(train_tiny_head(tmp_path / str(size), size, objective=objective)[0]["exports"]["modules"])
+        for size in (6, 2)
     ]
     for name, value in exports[0].items():
         torch.testing.assert_close(exports[1][name], value, rtol=1e-5, atol=1e-6)
@@ -117,7 +138,9 @@ def test_full_mode_trains_every_weight(tmp_path):
 
 
 def test_a_consistency_phase_moves_the_first_guess_towards_the_end_of_the_teachers_steps(tmp_path):
-    """What the phase starts from is the teacher: 20 of its Euler steps against one guess of the student's, from noise alone."""
+    """What the phase starts from is the teacher: 20 of its Euler steps against one guess of the student's, from
+    noise alone.
+    """
     generator = torch.Generator().manual_seed(3)
     rows, noise, g = Rows(8, seed=1), torch.randn(8, 8, 4, 4, generator=generator), torch.full((8,), 3.0)
     _, text = rows.batch(range(8))
@@ -147,7 +170,9 @@ def test_consistency_needs_a_frozen_teacher_and_a_guess_in_full_noise(tmp_path):
         Phase(mode="full", resolution=64, steps=1, consistency=0.9)
     dit = families.get("dit")
     with pytest.raises(RecipeError, match="predicts epsilon"):
-        adapt_phase(None, dit, phase_section(consistency=0.9), adapt_section(), Rows(), tmp_path, scheduler={}, dtype="fp32")
+        adapt_phase(
+            None, dit, phase_section(consistency=0.9), adapt_section(), Rows(), tmp_path, scheduler={}, dtype="fp32"
+        )
 
 
 def test_partitioned_weights_have_the_same_frozen_teacher(tmp_path):

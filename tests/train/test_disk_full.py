@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from dcgen_convert.files import TEMPORARY
+from dcgen_convert.core.files import TEMPORARY
 from dcgen_convert.train import checkpoints
 
 from .train_worker import adapt, losses, run_ranks, start_ranks
@@ -20,7 +20,9 @@ def small_disk(tmp_path):
 
     def resize(size: int):
         nonlocal mounted
-        options = ["-o", f"remount,size={size}", str(folder)] if mounted else ["-o", f"size={size}", "tmpfs", str(folder)]
+        options = (
+            ["-o", f"remount,size={size}", str(folder)] if mounted else ["-o", f"size={size}", "tmpfs", str(folder)]
+        )
         done = subprocess.run(["mount", "-t", "tmpfs", *options], capture_output=True, text=True)
         if done.returncode:
             pytest.skip(f"no permission to mount a file system: {done.stderr.strip()}")
@@ -44,7 +46,8 @@ def test_full_disk_in_a_save(tmp_path, small_disk, world):
     error = json.loads(out[0])["error"]
     assert error["code"] == "resources" and "the checkpoint of step 12 could not be written" in error["message"]
     assert (
-        "No space left on device" in error["message"] and error["hint"] == "free disk space, then resume: the previous checkpoint is whole"
+        "No space left on device" in error["message"]
+        and error["hint"] == "free disk space, then resume: the previous checkpoint is whole"
     )
     assert "Traceback" not in log.read_text() and out[1:] == [b""] * (world - 1)
     folder = disk / "run" / "checkpoints"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dcgen_convert.errors import CheckFailed, InternalError, RecipeError
+from dcgen_convert.core.errors import CheckFailed, InternalError, RecipeError
 from dcgen_convert.train import engine
 from dcgen_convert.train.engine import Engine, check_export
 from dcgen_convert.train.objective import Sampling, draw, flow_loss

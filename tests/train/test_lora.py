@@ -7,8 +7,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from dcgen_convert.errors import RecipeError
-from dcgen_convert.files import sha256
+from dcgen_convert.core.errors import RecipeError
+from dcgen_convert.core.files import sha256
 from dcgen_convert.train import lora
 
 from .train_worker import FLUX, Rows, adapt, tiny_flux

@@ -77,7 +77,9 @@ def test_batched_null_prompt_is_the_two_passes():
     z0, text, draws, null = batch()
     separate = guidance_corrected_loss(FLUX, model, z0, text, draws, null, data_guidance=2.0)
     sizes = []
-    handle = model.register_forward_pre_hook(lambda module, args, kwargs: sizes.append(len(kwargs["hidden_states"])), with_kwargs=True)
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
     batched = batched_corrected_loss(FLUX, model, z0, text, draws, null, 2.0)
     handle.remove()
     assert sizes == [2 * len(z0)]
@@ -138,9 +140,15 @@ def test_epsilon_family_is_trained_on_its_own_prediction():
 
 
 def test_velocity_weighting_is_the_error_of_ddpm_v():
-    """v = sqrt(abar) eps - sqrt(1 - abar) z_0 by the guess of the picture that an epsilon stands for; at most 25 times that of eps."""
+    """v = sqrt(abar) eps - sqrt(1 - abar) z_0 by the guess of the picture that an epsilon stands for; at most 25
+    times that of eps.
+    """
     z0, _, draws, _ = batch()
-    labels, null, family = {"class_labels": torch.arange(6)}, {"class_labels": torch.tensor([1000])}, families.get("dit")
+    labels, null, family = (
+        {"class_labels": torch.arange(6)},
+        {"class_labels": torch.tensor([1000])},
+        families.get("dit"),
+    )
     answer = draws.eps + 0.1 * z0
 
     class Network:
@@ -273,4 +281,6 @@ def test_consistency_loss_is_the_written_one(name):
     reference = torch.stack(errors).mean()
     assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
     ours, theirs = gradients(loss, model), gradients(reference, model)
-    assert ours.keys() == theirs.keys() and all(torch.allclose(ours[key], theirs[key], atol=1e-6, rtol=1e-4) for key in theirs)
+    assert ours.keys() == theirs.keys() and all(
+        torch.allclose(ours[key], theirs[key], atol=1e-6, rtol=1e-4) for key in theirs
+    )

@@ -42,7 +42,9 @@ def test_spans_are_shuffled_apart():
     passes = [[row - span.start for rows in steps[:9] for row in rows if row in span] for span in spans]
     assert passes[0] != passes[1] != passes[2] != passes[0]
     turns = [order.span_of(step) for step in range(18)]
-    assert sorted(turns[:9]) == sorted(turns[9:]) == [0] * 3 + [1] * 3 + [2] * 3 and turns[:9] != turns[9:] != sorted(turns[9:])
+    assert sorted(turns[:9]) == sorted(turns[9:]) == [0] * 3 + [1] * 3 + [2] * 3 and turns[:9] != turns[9:] != sorted(
+        turns[9:]
+    )
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(1, 12), st.integers(0, 5))
@@ -77,7 +79,12 @@ def read_by(world, rank, start):
     micro = 6 // world // (2 if world == 1 else 1)
     settings = SimpleNamespace(batch=6, steps=24)
     engine = SimpleNamespace(
-        settings=settings, step_count=start, rank=rank, micro_batch=micro, accumulation=6 // world // micro, device=torch.device("cpu")
+        settings=settings,
+        step_count=start,
+        rank=rank,
+        micro_batch=micro,
+        accumulation=6 // world // micro,
+        device=torch.device("cpu"),
     )
     rows = Seen()
     found = {}
@@ -91,7 +98,9 @@ def read_by(world, rank, start):
 
 
 def test_ranks_and_a_resumed_run_read_the_same_rows():
-    """What the ranks' feeds read, joined, against one process and against feeds that begin at step 7; equal, draws too."""
+    """What the ranks' feeds read, joined, against one process and against feeds that begin at step 7; equal, draws
+    too.
+    """
     alone = read_by(1, 0, 0)
     assert [row for row, _ in alone[5]] == Order(MixedRows().spans, 6, 5).rows_of(5)
     for world, start in ((2, 0), (3, 0), (3, 7)):
@@ -100,7 +109,13 @@ def test_ranks_and_a_resumed_run_read_the_same_rows():
         assert joined == {step: pairs for step, pairs in alone.items() if step >= start}
 
 
-DYNAMIC = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 2, "max_image_seq_len": 20}
+DYNAMIC = {
+    "use_dynamic_shifting": True,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 2,
+    "max_image_seq_len": 20,
+}
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +144,9 @@ def test_noise_levels_are_shifted_by_the_tokens_of_their_own_shape(mixed):
         assert torch.equal(t, objective.draw(0, step, range(6), shape, sampling).t)
     median = torch.zeros((), dtype=torch.float64)
     expected = {
-        shape: t_of_normal(median, Sampling("logit-normal", FLUX.shift(shape[1] * shape[2], DYNAMIC), (1.0, 5.0), 0.1)).item()
+        shape: t_of_normal(
+            median, Sampling("logit-normal", FLUX.shift(shape[1] * shape[2], DYNAMIC), (1.0, 5.0), 0.1)
+        ).item()
         for shape in MixedRows().shapes
     }
     held = {(shape, round(t[0].item(), 6)) for shape, t in seen if len(t) < 6}

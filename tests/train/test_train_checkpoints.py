@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dcgen_convert.errors import CheckFailed, InputError, ResourceError
-from dcgen_convert.files import TEMPORARY, read_json, write_json
+from dcgen_convert.core.errors import CheckFailed, InputError, ResourceError
+from dcgen_convert.core.files import TEMPORARY, read_json, write_json
 from dcgen_convert.train import checkpoints
 from dcgen_convert.train.engine import Engine
 
@@ -128,11 +128,14 @@ def test_three_ranks_train_and_export_alike(tmp_path, undisturbed):
 
 
 def test_full_tuning_is_saved_in_shards_that_any_layout_continues(tmp_path):
-    """Two ranks with every weight training, in ZeRO 2 and 3: each writes its own part; one process goes on with another stage."""
+    """Two ranks with every weight training, in ZeRO 2 and 3: each writes its own part; one process goes on with
+    another stage.
+    """
     phase = {"mode": "full", "steps": 6}
     adapt(tmp_path / "one", phase=phase)
     jobs = [
-        {"folder": str(tmp_path / f"zero{zero}"), "adapt": {"zero": zero}, "saving": [4, 0.0], "phase": phase} for zero in (2, 3)
+        {"folder": str(tmp_path / f"zero{zero}"), "adapt": {"zero": zero}, "saving": [4, 0.0], "phase": phase}
+        for zero in (2, 3)
     ]
     run_ranks(2, jobs, tmp_path / "ranks.log")
     for zero, other in ((2, 3), (3, 2)):
@@ -146,7 +149,8 @@ def test_full_tuning_is_saved_in_shards_that_any_layout_continues(tmp_path):
         metrics, _ = adapt(folder, phase=phase, adapt={"zero": other})
         assert metrics["resumed_from"] == 4
         assert max(abs(a - b) for a, b in zip(losses(folder), losses(tmp_path / "one"), strict=True)) < 1e-6
-        # Ranks sum gradients in another order, and Adam turns the rounding of a gradient near zero into a step: of 6 x 3e-3 here.
+        # Ranks sum gradients in another order, and Adam turns the rounding of a gradient near zero into a step: of 6 x
+        # 3e-3 here.
         assert distance(exported(folder), exported(tmp_path / "one")) < 1e-4
 
 

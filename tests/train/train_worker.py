@@ -97,7 +97,13 @@ def engine_settings(**changes) -> EngineSettings:
 
 def adapt_section(**changes) -> SimpleNamespace:
     values = dict(
-        objective="flow", null_branch="student", null_pass="separate", guidance_range=(1.0, 5.0), shift="model", text_drop=0.1, ema=0.99
+        objective="flow",
+        null_branch="student",
+        null_pass="separate",
+        guidance_range=(1.0, 5.0),
+        shift="model",
+        text_drop=0.1,
+        ema=0.99,
     )
     values |= dict(clip=1.0, checkpointing=False, zero=2, offload="none", data_guidance=1.0, weighting="none")
     return SimpleNamespace(**{**values, **changes})
@@ -110,7 +116,9 @@ def phase_section(**changes) -> SimpleNamespace:
 
 
 def adapt(folder, *, phase=None, adapt=None, dtype="fp32", saving=(0, 0.0), mixed=False, scheduler=SCHEDULER, **more):
-    """`adapt_phase` of a fresh tiny FLUX in ``folder``, on rows of one shape or of several; returns (metrics, model)."""
+    """`adapt_phase` of a fresh tiny FLUX in ``folder``, on rows of one shape or of several; returns (metrics,
+    model).
+    """
     model = tiny_flux()
     metrics = adapt_phase(
         model,
@@ -162,7 +170,7 @@ def run_ranks(world: int, jobs: list[dict], log: Path, timeout: float = 600) -> 
 
 def main() -> int:
     """The jobs, as one process or as a rank that is bound to the others as in the product; the exit code."""
-    from dcgen_convert.session import Session
+    from dcgen_convert.cli.session import Session
     from dcgen_convert.train import distributed
 
     torch.set_num_threads(1)

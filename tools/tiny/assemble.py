@@ -30,14 +30,15 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
-from dcgen_convert import autoencoders
-from dcgen_convert.files import read_json, write_json
+from dcgen_convert.core.files import read_json, write_json
+from dcgen_convert.networks import autoencoders
 from dcgen_convert.tiny import world
 from dcgen_convert.tiny.evaluator import Evaluator
 from tools.tiny import evaluator, text
 
 SHIPPED = Path(world.__file__).parent / "weights"
-# FLUX's dynamic shift with its two anchors at token counts of this world: mu 0.5 at 64 tokens (128 px at f8 p2), 1.15 at 1024.
+# FLUX's dynamic shift with its two anchors at token counts of this world: mu 0.5 at 64 tokens (128 px at f8 p2), 1.15
+# at 1024.
 FLUX_SCHEDULER = dict(
     use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=64, max_image_seq_len=1024, shift=3.0
 )
@@ -46,7 +47,8 @@ license: apache-2.0
 ---
 # {name}
 
-A miniature of {what}, trained on drawn pictures of the tiny world (128 px) by `tools/tiny` of dcgen-convert. For tests and demonstrations.
+A miniature of {what}, trained on drawn pictures of the tiny world (128 px) by `tools/tiny` of dcgen-convert.
+For tests and demonstrations.
 """
 
 
@@ -167,7 +169,8 @@ def gates(work: Path, log: Callable[[str], None]) -> None:
         if (work / name).exists():
             accuracy, psnr = round_trip(autoencoders.load(work / name), judge)
             log(
-                f"{name}: accuracy {accuracy.mean():.4f} ({', '.join(f'{a:.3f}' for a in accuracy)}), PSNR {psnr:.2f} dB"
+                f"{name}: accuracy {accuracy.mean():.4f} ({', '.join(f'{a:.3f}' for a in accuracy)}), PSNR "
+                f"{psnr:.2f} dB"
             )
 
 

@@ -1,4 +1,6 @@
-"""Train the autoencoders of the tiny world: AutoencoderKL f8c16 (FLUX-like), f8c4 (SD-like), AutoencoderDC f32c32, f64c128, f128c512."""
+"""Train the autoencoders of the tiny world: AutoencoderKL f8c16 (FLUX-like), f8c4 (SD-like), AutoencoderDC f32c32,
+f64c128, f128c512.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,8 @@ def reconstruct(model, pictures: torch.Tensor, generator: torch.Generator) -> tu
 
 
 def train(name: str, steps: int, batch: int, lr: float, seed: int, log=print, start=None) -> torch.nn.Module:
-    """Train autoencoder ``name`` of ``CONFIGS`` on drawn pictures; sets its scaling (and shift) factor from its latents.
+    """Train autoencoder ``name`` of ``CONFIGS`` on drawn pictures; sets its scaling (and shift) factor from its
+    latents.
 
     Args:
         start: a trained autoencoder of the same widths whose weights are taken over wherever the shapes agree.
@@ -108,7 +111,8 @@ def train(name: str, steps: int, batch: int, lr: float, seed: int, log=print, st
         if step % 50 == 0 or step == steps - 1:
             psnr = -10 * math.log10(F.mse_loss(output, pictures).item() / 4)
             log(
-                f"{name} step {step} loss {loss.item():.4f} psnr {psnr:.2f} dB {(time.time() - started) / (step + 1):.3f} s/step"
+                f"{name} step {step} loss {loss.item():.4f} psnr {psnr:.2f} dB "
+                f"{(time.time() - started) / (step + 1):.3f} s/step"
             )
     model.load_state_dict(ema)
     return set_scale(model.eval())

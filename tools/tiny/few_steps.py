@@ -41,8 +41,19 @@ def start(teacher: SanaTransformer2DModel, log) -> SanaTransformer2DModel:
     return model
 
 
-def train(teacher: SanaTransformer2DModel, pairs: base.Pairs, steps: int, batch: int, lr: float, shift: float, seed: int, log=print):
-    """Consistency distillation of the guided ``teacher``, guidance g ~ U(GUIDANCE) as an input; the averaged student."""
+def train(
+    teacher: SanaTransformer2DModel,
+    pairs: base.Pairs,
+    steps: int,
+    batch: int,
+    lr: float,
+    shift: float,
+    seed: int,
+    log=print,
+):
+    """Consistency distillation of the guided ``teacher``, guidance g ~ U(GUIDANCE) as an input; the averaged
+    student.
+    """
     sana, sprint, student = families.get("sana"), families.get("sana-sprint"), start(teacher, log)
     null = {key: value.expand(batch, *value.shape[1:]) for key, value in pairs.null.items()}
 
@@ -62,4 +73,3 @@ def train(teacher: SanaTransformer2DModel, pairs: base.Pairs, steps: int, batch:
         return consistency_loss(sprint, student, z0, text, draws, pairs.null, guided, RATIO)
 
     return base.optimise(student, loss_of, steps, lr, seed, log)
-

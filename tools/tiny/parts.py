@@ -6,9 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, FluxPipeline, FluxTransformer2DModel, SanaPipeline, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SanaPipeline,
+    StableDiffusionPipeline,
+)
 
-from dcgen_convert import catalog, families
+from dcgen_convert import families
+from dcgen_convert.families import catalog
 from dcgen_convert.tiny import world
 from tools.tiny import assemble, autoencoders, evaluator, few_steps, text
 from tools.tiny import transformers as base
@@ -21,7 +29,12 @@ AUTOENCODERS = {  # steps, batch, learning rate
     "dc-f64c128": (3600, 10, 6e-4),
     "dc-f128c512": (1500, 8, 6e-4),
 }
-PICTURES = {"flux": 24_000, "sana": 10_000, "dit": 10_000, "unet": 12_000}  # flux learns 10,000 by heart, and shapes last
+PICTURES = {
+    "flux": 24_000,
+    "sana": 10_000,
+    "dit": 10_000,
+    "unet": 12_000,
+}  # flux learns 10,000 by heart, and shapes last
 # (steps, learning rate, shift of the noise level), one after the other. Heavy noise teaches the text: in light noise
 # the picture itself shows what the caption says.
 PHASES = {
@@ -43,7 +56,9 @@ def make(work: Path, part: str, log: Log) -> None:
     if part == "evaluator":
         evaluator.save(evaluator.train(900, 48, 5, log), work)
     elif part in AUTOENCODERS:
-        autoencoders.train(part, *AUTOENCODERS[part], SEED, log, trained_before(work, part)).save_pretrained(work / part)
+        autoencoders.train(part, *AUTOENCODERS[part], SEED, log, trained_before(work, part)).save_pretrained(
+            work / part
+        )
     else:
         train_transformer(work, part, log).save_pretrained(work / part)
 
@@ -115,7 +130,9 @@ def unet_pairs(work: Path, log: Log) -> base.Pairs:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    return caption_pairs(pipeline, "unet", AutoencoderKL.from_pretrained(assemble.shallow(work), dtype=torch.float32), log)
+    return caption_pairs(
+        pipeline, "unet", AutoencoderKL.from_pretrained(assemble.shallow(work), dtype=torch.float32), log
+    )
 
 
 @torch.no_grad()
@@ -124,6 +141,7 @@ def caption_pairs(pipeline, name: str, vae, log: Log) -> base.Pairs:
     z = base.encode_pictures(vae.eval(), labels, SEED)
     table, null = base.caption_table(lambda captions: family.encode_text(pipeline, captions, text.LENGTH))
     log(
-        f"{len(z)} latents {tuple(z.shape[1:])}, mean {z.mean():.3f}, std {z.std():.3f}; {len(table[family.text_keys[0]])} captions"
+        f"{len(z)} latents {tuple(z.shape[1:])}, mean {z.mean():.3f}, std {z.std():.3f}; "
+        f"{len(table[family.text_keys[0]])} captions"
     )
     return base.Pairs(z, base.caption_row(labels), table, null)

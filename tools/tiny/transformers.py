@@ -1,5 +1,5 @@
-"""Train the base transformers of the tiny world: tiny-flux (CFG teacher, then guidance distillation), tiny-sana, tiny-dit;
-and tiny-unet.
+"""Train the base transformers of the tiny world: tiny-flux (CFG teacher, then guidance distillation), tiny-sana,
+tiny-dit; and tiny-unet.
 
 B batch, C latent channels, h w latent grid, L text tokens; z_t = (1 - t) z_0 + t eps throughout.
 """
@@ -14,7 +14,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderDC, DiTTransformer2DModel, FluxTransformer2DModel, SanaTransformer2DModel, UNet2DConditionModel
+from diffusers import (
+    AutoencoderDC,
+    DiTTransformer2DModel,
+    FluxTransformer2DModel,
+    SanaTransformer2DModel,
+    UNet2DConditionModel,
+)
 from torch import Tensor, nn
 
 from dcgen_convert import families
@@ -76,7 +82,9 @@ GUIDANCE_RANGE = (1.0, 6.0)  # of the distilled tiny-flux
 
 @dataclass
 class Pairs:
-    """Latents with the row of their condition in ``text``; ``null`` is the condition of the empty prompt (batch of one)."""
+    """Latents with the row of their condition in ``text``; ``null`` is the condition of the empty prompt (batch of
+    one).
+    """
 
     z: Tensor  # (S, C, h, w)
     row: Tensor  # (S,)
@@ -139,7 +147,8 @@ def optimise(
         window.append(loss.item())
         if step % 100 == 99 or step == steps - 1:
             log(
-                f"step {step + 1} loss {sum(window) / len(window):.4f} {(time.time() - started) / (step + 1):.3f} s/step"
+                f"step {step + 1} loss {sum(window) / len(window):.4f} {(time.time() - started) / (step + 1):.3f} "
+                "s/step"
             )
             window.clear()
     return ema
@@ -164,7 +173,9 @@ def train_flow(
 def distill_guidance(
     family, teacher, pairs: Pairs, steps: int, batch: int, lr: float, shift: float, seed: int, log=print
 ) -> nn.Module:
-    """Student(z_t, c, g) -> v_0 + g (v_c - v_0) of the frozen teacher, g ~ U(GUIDANCE_RANGE), as FLUX.1 dev was made."""
+    """Student(z_t, c, g) -> v_0 + g (v_c - v_0) of the frozen teacher, g ~ U(GUIDANCE_RANGE), as FLUX.1 dev was
+    made.
+    """
     student = copy.deepcopy(teacher)
     low, high = GUIDANCE_RANGE
 

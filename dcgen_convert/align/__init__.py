@@ -1,1 +1,0 @@
-"""Alignment of the new embedder and head with the frozen blocks."""

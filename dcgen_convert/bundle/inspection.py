@@ -1,0 +1,198 @@
+"""`inspect`: what a checkpoint, folder or bundle is, from JSON files and safetensors headers only. No weights, no
+torch."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+from dcgen_convert import families
+from dcgen_convert.bundle.manifest import FILE as MANIFEST
+from dcgen_convert.bundle.manifest import quantised_formats
+from dcgen_convert.checkpoint import lora
+from dcgen_convert.checkpoint.headers import PICKLES, Entry, read_header, read_weights
+from dcgen_convert.checkpoint.held import PREFIXES
+from dcgen_convert.checkpoint.single import read_single
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.families import bases
+from dcgen_convert.families.keys import recognise_keys
+from dcgen_convert.recipe import geometry, sources
+
+SIZES = (
+    "in_channels",
+    "out_channels",
+    "patch_size",
+    "num_layers",
+    "num_single_layers",
+    "num_attention_heads",
+    "attention_head_dim",
+)
+
+
+def inspect(path: Path) -> dict:
+    """What `path` is: kind, family, sizes, autoencoder, LoRA, quantisation per layer, licences, GPUs that can run it.
+
+    Raises:
+        InputError: nothing there, a pickle, a damaged header, a file longer or shorter than its header says.
+    """
+    path = Path(path).expanduser()
+    if path.suffix in PICKLES:
+        raise InputError(
+            f"{path} is a pickle checkpoint, which is refused because loading it runs code",
+            "convert it to safetensors first",
+        )
+    if not path.exists():
+        raise InputError(f"no such file or folder: {path}", "check the path")
+    found = _file(path) if path.is_file() else _folder(path)
+    found["runs_on"] = _runs_on(found)
+    return {"path": str(path), **found}
+
+
+def _file(path: Path) -> dict:
+    """A transformer in one file, a LoRA, an autoencoder, or a packed checkpoint."""
+    if path.suffix == ".gguf":
+        return {"kind": "checkpoint", **_transformer(path), "licences": {}}
+    tensors, metadata = read_header(path)
+    updates = sum(bool(lora.DOWN.search(name)) for name in tensors)
+    bare = [name.removeprefix(prefix) for name in tensors for prefix in PREFIXES if name.startswith(prefix)] or list(
+        tensors
+    )
+    family, layout = recognise_keys(bare)
+    deep = any(".op_list" in name or "to_qkv_multiscale" in name for name in tensors)
+    weights = _weights(tensors, {})
+    kind = "lora" if updates else "checkpoint" if family else "autoencoder" if deep else "unknown"
+    facts = {"kind": kind, "family": family, "layout": layout, "metadata": metadata, "lora_linears": updates}
+    if kind == "checkpoint":
+        try:
+            facts |= _transformer(path)
+        except InputError as error:
+            facts["notes"] = [f"convert refuses it: {error.message}"]
+    return {**facts, "licences": {}, **weights}
+
+
+def _transformer(path: Path) -> dict:
+    """Family, layout and sizes of a transformer alone, what it is completed with, and what its format has lost."""
+    single = read_single(path)
+    notes = single.contents.losses()
+    notes += [f"{count} tensors of {kind} are left aside" for kind, count in single.contents.aside.items()]
+    found = {
+        "family": single.family.name,
+        "layout": single.layout,
+        "notes": notes,
+        "tensors": len(single.contents.tensors),
+    }
+    if bases.template_of(single.family.name):
+        config = single.config()
+        base = bases.base_of(single.family.name, config)
+        found |= {
+            "sizes": {key: config[key] for key in SIZES if config.get(key) is not None},
+            "base": base and base.repo,
+        }
+    return found
+
+
+def _folder(path: Path) -> dict:
+    """A pipeline folder (model_index.json), a bundle (with its manifest), or one component's folder (config.json)."""
+    index, manifest = path / "model_index.json", path / MANIFEST
+    home = families.network_folder(path) if index.is_file() else path
+    config = sources.read_config(home / "config.json")
+    if not isinstance(config.get("quantization_config") or {}, dict):
+        raise InputError(f"{home / 'config.json'} has a damaged quantization_config", "fetch the checkpoint again")
+    known = families.recognise(config)
+    found: dict = {
+        "kind": "bundle" if manifest.is_file() else "pipeline" if index.is_file() else "component",
+        "family": known.name if known else None,
+        "class": config.get("_class_name"),
+        "pipeline": sources.read_config(index).get("_class_name") if index.is_file() else None,
+        "experimental": (known and known.experimental) or None,
+        "sizes": {key: config[key] for key in SIZES if config.get(key) is not None},
+        "licences": _licences(path),
+        "lora_files": sorted(file.name for file in path.glob("*lora*.safetensors")),
+        **_weights(read_weights(home), config),
+    }
+    if (path / "vae" / "config.json").is_file():
+        vae = sources.read_config(path / "vae" / "config.json")
+        f, c = geometry.autoencoder_grid(vae)
+        found["autoencoder"] = {
+            "class": vae.get("_class_name"),
+            "f": f,
+            "c": c,
+            "scaling_factor": vae.get("scaling_factor"),
+        }
+    if manifest.is_file():
+        made = sources.read_config(manifest)
+        found["made_from"] = {
+            role: record.get("name") or record.get("repo") for role, record in made.get("sources", {}).items()
+        }
+        found["defaults"] = made.get("defaults", {})
+    return found
+
+
+def _weights(tensors: dict[str, Entry], config: dict) -> dict:
+    """Tensors, bytes by dtype, and the format of every quantised linear: as the config says, else by its tensors."""
+    sizes: Counter = Counter()
+    for item in tensors.values():
+        sizes[item.dtype] += item.end - item.start
+    layers = quantised_formats(config) or packed_layers(tensors)
+    method = (config.get("quantization_config") or {}).get("quant_method") or ("svdquant" if layers else None)
+    counts = dict(Counter(layers.values()))
+    quantisation = {"method": method, "counts": counts, "layers": layers} if method else None
+    return {"tensors": len(tensors), "bytes": sum(sizes.values()), "dtypes": dict(sizes), "quantisation": quantisation}
+
+
+def packed_layers(tensors: dict[str, Entry]) -> dict[str, str]:
+    """Module -> format by tensors alone (nunchaku's file format): `qweight` with `wzeros` is AWQ; FP8 `wscales` mean
+    NVFP4.
+    """
+    found = {}
+    for name in tensors:
+        module, dot, leaf = name.rpartition(".")
+        if dot and leaf == "qweight":
+            scales = tensors.get(f"{module}.wscales")
+            nvfp4 = scales is not None and scales.dtype == "F8_E4M3"
+            found[module] = "awq" if f"{module}.wzeros" in tensors else "nvfp4" if nvfp4 else "int4"
+    return found
+
+
+def _licences(path: Path) -> dict[str, str]:
+    """Licence fields that the folder itself declares: model card front matter, and licence files by first line."""
+    found = {}
+    card = path / "README.md"
+    if card.is_file() and card.read_text(encoding="utf-8").startswith("---"):
+        front = card.read_text(encoding="utf-8").split("---")[1]
+        for key, value in re.findall(r"^(license\w*):\s*(.+)$", front, re.MULTILINE):
+            found[key] = value.strip()
+    for file in sorted(path.glob("LICENSE*")):
+        lines = [
+            line.strip() for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
+        ]
+        found[file.name] = lines[0] if lines else "(empty)"
+    return found
+
+
+def _runs_on(found: dict) -> str:
+    """Which GPUs run it natively (nunchaku's file format: what the kernels are compiled for)."""
+    counts = (found.get("quantisation") or {}).get("counts", {})
+    elsewhere = "; elsewhere `dcgen-convert sample` draws through the dequantised reference"
+    if "nvfp4" in counts:
+        return "NVFP4 kernels: RTX 50 / RTX PRO Blackwell and GB10 (compute capability 12.x)" + elsewhere
+    if "int4" in counts:
+        return "INT4 kernels: Turing, Ampere, Ada (compute capability 7.5, 8.x) and 12.x, not Hopper" + elsewhere
+    return "any device that diffusers runs on"
+
+
+def render(found: dict) -> str:
+    """The document as lines of text; layers are counted, not listed."""
+    lines = []
+    for key, value in found.items():
+        if key == "quantisation" and value:
+            counts = ", ".join(f"{count} {kind}" for kind, count in value["counts"].items())
+            lines.append(f"quantisation: {value['method']}: {counts or 'no packed layer found'}")
+        elif key == "bytes":
+            lines.append(f"bytes: {value:,}")
+        elif isinstance(value, dict) and value:
+            lines.append(f"{key}: " + ", ".join(f"{name} {item}" for name, item in value.items()))
+        elif value not in (None, {}, [], 0):
+            lines.append(f"{key}: {value}")
+    return "\n".join(lines)

@@ -1,0 +1,310 @@
+"""The command line: parse, call one function, render. No work here, and no heavy import: `--help` answers in < 0.5 s.
+
+`convert` is the default verb: `dcgen-convert flux-krea --ae dc-ae-f64 --quantize nvfp4` is the product in one line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from pathlib import Path
+
+import click
+
+from dcgen_convert import __version__
+from dcgen_convert.cli import completion
+from dcgen_convert.cli.options import (
+    CONTEXT,
+    JOB,
+    MACHINE,
+    OUTPUT,
+    QUANTIZE,
+    RANKS,
+    RECIPE,
+    SOURCE,
+    TRUST,
+    option,
+    output_options,
+    stack,
+)
+from dcgen_convert.cli.session import Session
+from dcgen_convert.core.errors import InputError
+
+
+class DefaultVerb(click.Group):
+    """A group whose first word may be a SOURCE instead of a verb: then `convert` is meant.
+
+    The decision is taken in `parse_args`: `resolve_command` comes too late when an option comes first.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("-h", "--help", "--version"):
+            word = next((arg for arg in args if not arg.startswith("-")), None)
+            if args[0].startswith("-") or _may_be_source(args[0]):
+                args = ["convert", *args]
+            elif not ctx.resilient_parsing:
+                known = [*self.commands, *completion.recipe_names(), *_source_names()]
+                hits = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+                raise InputError(
+                    f"{word!r} is neither a verb nor a source" + (f". Did you mean {hits[0]!r}?" if hits else ""),
+                    "dcgen-convert --help lists the verbs, dcgen-convert recipes list the sources",
+                )
+        return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list:
+        return super().shell_complete(ctx, incomplete) + completion.sources(ctx, None, incomplete)
+
+
+def _source_names() -> list[str]:
+    from dcgen_convert.families.catalog import SOURCES
+
+    return list(SOURCES)
+
+
+def _may_be_source(word: str) -> bool:
+    """A known recipe or source, an existing path, a hub id, a .yaml or a .safetensors."""
+    looks = (
+        word.endswith((".yaml", ".yml", ".safetensors", ".gguf"))
+        or word.count("/") == 1
+        or word.startswith(("/", "./", "../", "~"))
+    )
+    return looks or word in completion.recipe_names() or word in _source_names() or Path(word).exists()
+
+
+@click.group(cls=DefaultVerb, context_settings=CONTEXT, no_args_is_help=True)
+@click.version_option(__version__, prog_name="dcgen-convert", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Convert a trained latent diffusion transformer to a deep-compression autoencoder, and ship a verified bundle.
+
+    `convert` is the default verb:  dcgen-convert flux-krea --ae dc-ae-f64 --quantize nvfp4
+    """
+
+
+@cli.command(context_settings=CONTEXT)
+@SOURCE
+@stack(RECIPE + MACHINE + JOB)
+@option("-o", "--output", metavar="DIR", type=click.Path(), help="Folder of the bundle. Default: ./NAME-AE[-FORMAT].")
+@option(
+    "--run-dir",
+    metavar="DIR",
+    type=click.Path(),
+    help="Folder of the run's artefacts. Default: ./runs/NAME-AE[-FORMAT].",
+)
+@option("--from", "start", metavar="STAGE", help="Re-run from this stage. Default: the first one that is not done.")
+@option("--until", metavar="STAGE", help="Stop after this stage. Default: verify, the last.")
+@option("--force", is_flag=True, help="Replace a bundle that is already in the output folder. Default: off.")
+@option("--push-to", metavar="REPO", help="Upload the finished bundle to this hub repository. Default: off.")
+@option("--private", is_flag=True, help="Make the repository of --push-to private. Default: public.")
+@option("-y", "--yes", is_flag=True, help="Do not ask before a long job. Default: ask on a terminal.")
+@option("--dry-run", is_flag=True, help="Plan only, as the verb plan does. Default: off.")
+@stack(OUTPUT)
+@click.pass_obj
+def convert(session: Session, source: str, **values: object) -> int:
+    """The whole job: SOURCE (recipe, .yaml, catalogue name, folder, .safetensors, .gguf or hub id) to a verified
+    bundle.
+    """
+    from dcgen_convert.cli import verbs
+
+    return verbs.convert(session, source, values)
+
+
+@cli.command(context_settings=CONTEXT)
+@SOURCE
+@stack(RECIPE + MACHINE)
+@option(
+    "--gpu-memory",
+    metavar="GIB",
+    type=click.FloatRange(min=0, min_open=True),
+    default=79.1,
+    show_default=True,
+    help="GiB per GPU that training must fit in (79.1: a card sold as 80 GB).",
+)
+@stack(OUTPUT)
+@click.pass_obj
+def plan(session: Session, source: str, gpu_memory: float, **values: object) -> int:
+    """What a conversion will cost: tokens, speed-up, memory, disk, downloads, hours, and where every setting comes
+    from."""
+    from dcgen_convert.cli import verbs
+
+    return verbs.plan(session, source, values, gpu_memory)
+
+
+@cli.command(context_settings=CONTEXT)
+@SOURCE
+@stack(QUANTIZE)
+@stack(OUTPUT)
+@click.pass_obj
+def quantize(session: Session, source: str, **values: object) -> int:
+    """SVDQuant alone, for a checkpoint that needs no conversion."""
+    from dcgen_convert.cli import verbs
+
+    return verbs.quantize(session, source, values)
+
+
+@cli.command(context_settings=CONTEXT)
+@click.argument("run", type=click.Path(exists=True, file_okay=False))
+@stack(RANKS + JOB)
+@stack(OUTPUT)
+@click.pass_obj
+def resume(session: Session, run: str, **values: object) -> int:
+    """Continue the run in folder RUN from its journal, on as many ranks as before unless told otherwise."""
+    from dcgen_convert.cli import verbs
+
+    return verbs.resume(session, Path(run).absolute(), values)
+
+
+@cli.command(context_settings=CONTEXT)
+@click.argument("path", type=click.Path())
+@stack(OUTPUT)
+@click.pass_obj
+def inspect(session: Session, path: str, **values: object) -> int:
+    """What a checkpoint, folder or bundle is: family, sizes, autoencoder, LoRA, quantisation, licences, GPUs that
+    run it."""
+    console = session.begin(**output_options(values))
+    from dcgen_convert.bundle import inspection
+
+    found = inspection.inspect(Path(path))
+    console.result({"schema": "dcgen.inspection/1", "status": "done", **found}, inspection.render(found))
+    return 0
+
+
+@cli.command(context_settings=CONTEXT)
+@click.argument("bundle", type=click.Path(exists=True, file_okay=False))
+@option(
+    "--against",
+    metavar="SOURCE",
+    type=click.Path(),
+    help="Also compare untouched tensors with this source. Default: off.",
+)
+@TRUST
+@stack(OUTPUT)
+@click.pass_obj
+def verify(session: Session, bundle: str, against: str | None, trust_remote_code: bool, **values: object) -> int:
+    """Hashes, structure and numbers of BUNDLE; loads it in a fresh process and decodes an image. Exit 1 on a
+    difference."""
+    console = session.begin(**output_options(values))
+    from dcgen_convert.bundle.verify import verify as check
+    from dcgen_convert.cli import verbs
+
+    source = Path(against) if against else None
+    return verbs.verdict(console, check(Path(bundle), console, source, trust_remote_code=trust_remote_code), bundle)
+
+
+@cli.command(context_settings=CONTEXT)
+@click.argument("bundle", type=click.Path(exists=True, file_okay=False))
+@option(
+    "-p", "--prompt", "prompts", multiple=True, required=True, metavar="PROMPT", help="Text of a picture; repeatable."
+)
+@option(
+    "-o",
+    "--output",
+    metavar="DIR",
+    type=click.Path(),
+    default="samples",
+    show_default=True,
+    help="Folder of the images.",
+)
+@option("--height", metavar="PX", type=click.IntRange(min=1), help="Height in px. Default: the bundle's size.")
+@option("--width", metavar="PX", type=click.IntRange(min=1), help="Width in px. Default: the bundle's size.")
+@option("--steps", metavar="N", type=click.IntRange(min=1), help="Denoising steps. Default: the bundle's.")
+@option(
+    "--guidance",
+    metavar="G",
+    type=click.FloatRange(min=0),
+    help="Guidance scale. Default: the bundle's; 1 disables CFG.",
+)
+@option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the first image.")
+@option("-n", "--count", type=click.IntRange(min=1), default=1, show_default=True, help="Images per prompt.")
+@TRUST
+@stack(OUTPUT)
+@click.pass_obj
+def sample(session: Session, bundle: str, prompts: tuple[str, ...], output: str, **values: object) -> int:
+    """Images from BUNDLE on any machine; a 4-bit bundle without its kernels runs through a dequantised reference."""
+    console = session.begin(**output_options(values))
+    from dcgen_convert.bundle.sample import sample as draw
+
+    doc = draw(Path(bundle), list(prompts), Path(output), console, **values)
+    console.result(
+        {"schema": "dcgen.result/1", "status": "done", **doc}, "\n".join(map(str, doc.get("images", [output])))
+    )
+    return 0
+
+
+@cli.command(context_settings=CONTEXT)
+@click.argument("run", type=click.Path(exists=True, file_okay=False))
+@stack(OUTPUT)
+@click.pass_obj
+def report(session: Session, run: str, **values: object) -> int:
+    """The HTML report of the run in folder RUN: sample grids, losses, per-block gap, metrics, timings."""
+    console = session.begin(**output_options(values))
+    from dcgen_convert.evaluate.report import write_report
+
+    path = write_report(Path(run))
+    console.result({"schema": "dcgen.result/1", "status": "done", "report": str(path)}, str(path))
+    return 0
+
+
+@cli.command(context_settings=CONTEXT)
+@click.argument("bundle", type=click.Path(exists=True, file_okay=False))
+@click.argument("repo")
+@option("--private", is_flag=True, help="Make the repository private. Default: public.")
+@stack(OUTPUT)
+@click.pass_obj
+def push(session: Session, bundle: str, repo: str, private: bool, **values: object) -> int:
+    """Upload BUNDLE with its model card to the hub repository REPO (needs HF_TOKEN)."""
+    console = session.begin(**output_options(values))
+    from dcgen_convert.bundle.push import push as upload
+
+    url = upload(Path(bundle), repo, private, console)
+    console.result({"schema": "dcgen.result/1", "status": "done", "repository": repo, "url": url}, str(url or repo))
+    return 0
+
+
+@cli.command(context_settings=CONTEXT)
+@stack(OUTPUT)
+@click.pass_obj
+def doctor(session: Session, **values: object) -> int:
+    """What this machine can do: GPUs, kernels, DeepSpeed ops, disk, hub access."""
+    console = session.begin(**output_options(values))
+    from dcgen_convert.cli import doctor as checks
+
+    found = checks.examine()
+    console.result({"schema": "dcgen.doctor/1", "status": "done", "checks": found}, checks.render(found))
+    return 0
+
+
+@cli.command("completion", context_settings=CONTEXT)
+@click.argument("shell", type=click.Choice(completion.SHELLS))
+def completion_script(shell: str) -> int:
+    """Print the completion script of SHELL:  eval "$(dcgen-convert completion bash)"."""
+    click.echo(completion.script(cli, shell))
+    return 0
+
+
+def _register() -> None:
+    from dcgen_convert.cli.recipes_verb import recipes
+
+    cli.add_command(recipes)
+
+
+_register()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point: run the verb and leave with the right exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    session, stdout = Session(arguments), sys.stdout
+    try:
+        code = cli.main(arguments, prog_name="dcgen-convert", standalone_mode=False, obj=session)
+        sys.stdout.flush()
+    except click.exceptions.NoArgsIsHelpError as exc:
+        click.echo(exc.ctx.get_help(), err=True)
+        code = exc.exit_code
+    except SystemExit as exc:
+        # Without standalone mode click exits by itself only after EPIPE, and then it has replaced both streams.
+        code = 0 if sys.stdout is not stdout else session.fail(exc)
+    except BaseException as exc:  # every failure leaves through the one table
+        code = session.fail(exc)
+    code = code if isinstance(code, int) else 0
+    session.leave(code)
+    sys.exit(code)

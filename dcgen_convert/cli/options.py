@@ -1,0 +1,221 @@
+"""The options that verbs share, and how they become settings. Each help line gives the unit, the default and what
+disables it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from dcgen_convert.cli import completion
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+def option(*names: str, help: str, **settings: object) -> Callable:
+    return click.option(*names, help=help, **settings)
+
+
+def stack(decorators: list[Callable]) -> Callable:
+    """Several click options as one decorator, shown in the given order."""
+
+    def apply(function: Callable) -> Callable:
+        for decorate in reversed(decorators):
+            function = decorate(function)
+        return function
+
+    return apply
+
+
+SOURCE = click.argument("source", shell_complete=completion.sources)
+
+TRUST = option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run the Python files that come with BUNDLE. Use it only if you trust their author. Default: off, such "
+    "files never run.",
+)
+
+INPUTS = [
+    option("--base", metavar="FOLDER|REPO",
+           help="Pipeline with text encoders and autoencoder, for a SOURCE that is a transformer alone. Default: the "
+           "published one."),
+    option("--lora", "loras", multiple=True, metavar="FILE[:SCALE]",
+           help="LoRA file to fuse into SOURCE first; repeatable. Default: none."),
+]  # fmt: skip
+
+RECIPE = [
+    option("--ae", metavar="NAME|PATH|REPO", shell_complete=completion.autoencoders,
+           help="Autoencoder to convert to: alias, folder, hub id, or FILE.safetensors:ALIAS. Default: the recipe's."),
+    option("--ae-channels", metavar="K", type=click.IntRange(min=1),
+           help="Use the first K latent channels (DC-AE 1.5's structured latents). Default: all."),
+    option("--recipe", metavar="FILE", shell_complete=completion.recipes,
+           help="Recipe for a SOURCE that is a model. Default: the one of its family."),
+    *INPUTS,
+    option("--set", "sets", multiple=True, metavar="KEY=VALUE",
+           help="One setting, e.g. lora.rank=64 or adapt.ema=0; repeatable. Default: none."),
+    option("--quantize", type=click.Choice(["none", "nvfp4", "int4"]),
+           help="4-bit format of the result. Default: the recipe's; none disables."),
+    option("--merge-lora/--no-merge-lora", default=None,
+           help="Fold the LoRA into the weights, or ship it beside them. Default: the recipe's."),
+    option("--layout", type=click.Choice(["stock", "official"]),
+           help="Pipeline class of the bundle. Default: stock (diffusers' own)."),
+    option("--data", metavar="PATH", type=click.Path(),
+           help="Folder of images with captions, or a .jsonl. Default: pictures drawn by the base model."),
+    option("--prompts", metavar="FILE", type=click.Path(),
+           help="Text file, one prompt per line, for drawn pictures. Default: the recipe's."),
+    option("--resolution", metavar="PX", type=click.IntRange(min=1),
+           help="Final picture side in px; earlier phases keep theirs up to it. Default: the recipe's."),
+    option("--dtype", type=click.Choice(["fp32", "bf16"]), help="Number type in training. Default: the recipe's."),
+    option("--seed", type=click.IntRange(min=0), help="Seed of every random draw. Default: the recipe's (0)."),
+    option("--zero", type=click.Choice(["auto", "0", "1", "2", "3"]),
+           help="ZeRO stage. Default: the recipe's; 0 disables, auto takes the smallest that fits."),
+    option("--offload", type=click.Choice(["none", "optimizer", "all"]),
+           help="What moves to host memory. Default: the recipe's (none); none disables."),
+    option("--revision", metavar="REV", help="Git revision of the source on the hub. Default: the catalogue's."),
+]  # fmt: skip
+
+
+class CountOrNone(click.ParamType):
+    """A positive count, or the word none (None)."""
+
+    name = "count"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        if value is None or str(value).lower() == "none":
+            return None
+        if not str(value).isdigit() or int(str(value)) < 1:
+            self.fail(f"{value!r} is neither a positive whole number nor none", param, ctx)
+        return int(str(value))
+
+
+class Rank(click.IntRange):
+    """A rank that the 4-bit kernels take."""
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        rank = super().convert(value, param, ctx)
+        if rank % 16:
+            self.fail(f"{rank} is not a multiple of 16", param, ctx)
+        return rank
+
+
+QUANTIZE = [
+    *INPUTS,
+    option("--format", "quant_format", type=click.Choice(["nvfp4", "int4"]), default="nvfp4", show_default=True,
+           help="4-bit format."),
+    option("--rank", metavar="R", type=Rank(16, 1024), default=32, show_default=True,
+           help="Rank of the 16-bit branch, a multiple of 16."),
+    option("--calibration", metavar="N|none", type=CountOrNone(), default="64", show_default=True,
+           help="Calibration pictures; none quantises from the weights alone."),
+    option("--prompts", metavar="FILE", type=click.Path(),
+           help="One prompt per line, for the calibration pictures. Default: the catalogue's, else built-in ones."),
+    option("--resolution", metavar="PX", type=click.IntRange(min=1),
+           help="Side of the calibration pictures. Default: the catalogue's, else the pipeline's."),
+    option("--steps", metavar="N", type=click.IntRange(min=1),
+           help="Denoising steps per picture. Default: the catalogue's, else the family's."),
+    option("--guidance", metavar="G", type=click.FloatRange(min=0),
+           help="Guidance of the pictures. Default: the catalogue's, else the family's; 1 disables."),
+    option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of every random draw."),
+    option("--dense", metavar="REGEX", help="Block linears that stay 16-bit. Default: none beyond the family's."),
+    option("--container", type=click.Choice(["diffusers", "nunchaku"]), default="diffusers", show_default=True,
+           help="A diffusers folder; nunchaku adds the classic single file (FLUX.1)."),
+    option("--share/--no-share", default=False,
+           help="q, k and v share smoothing and down projection. Default: off; --container nunchaku always shares."),
+    option("-o", "--output", metavar="DIR", type=click.Path(),
+           help="Folder of the result. Default: ./NAME-FORMAT."),
+]  # fmt: skip
+
+RANKS = [
+    option("--gpus", metavar="N", type=click.IntRange(min=1),
+           help="Ranks to start on this host, CPU processes where it has no GPU. Default: 1, or join a launcher."),
+    option("--hostfile", metavar="F", type=click.Path(),
+           help="DeepSpeed hostfile of several hosts. Default: this host only."),
+]  # fmt: skip
+
+JOB = [
+    option("--track", type=click.Choice(["tensorboard", "wandb"]),
+           help="Also send curves and sample grids there. Default: off."),
+    option("--rank-timeout", metavar="S", type=click.FloatRange(min=0),
+           help="Seconds of silence after which a frozen rank ends the job; five times that without any progress "
+           "ends it too. "
+                "Default: 120; 0 disables."),
+]  # fmt: skip
+
+MACHINE = [
+    *RANKS,
+    option("--offline", is_flag=True,
+           help="Use local files and the cache only. Default: off (HF_HUB_OFFLINE is obeyed too)."),
+]  # fmt: skip
+
+OUTPUT = [
+    option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout. Default: off, a line of text."),
+    option("--events", metavar="FILE", type=click.Path(), help="Append progress as NDJSON to FILE. Default: off."),
+    option("--log-file", metavar="FILE", type=click.Path(),
+           help="Append a log to FILE. Default: log.txt in the run folder."),
+    option("-q", "--quiet", is_flag=True, help="Only warnings and errors on stderr. Default: off."),
+    option("-v", "--verbose", is_flag=True, help="Also details and tracebacks on stderr. Default: off."),
+]  # fmt: skip
+
+
+def output_options(values: dict) -> dict:
+    """Take the OUTPUT options out of a verb's arguments, named as `Session.begin` wants them."""
+    return {
+        "json": values.pop("as_json"),
+        "events": values.pop("events"),
+        "log_file": values.pop("log_file"),
+        "quiet": values.pop("quiet"),
+        "verbose": values.pop("verbose"),
+    }
+
+
+def job_options(values: dict) -> dict:
+    """Take the JOB options that were given out of a verb's arguments, as fields of `recipe.Machine`."""
+    given = {name: values.pop(name, None) for name in ("track", "rank_timeout")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def resolve(source: str, values: dict) -> object:
+    """Take the RECIPE and MACHINE options out of a verb's arguments and resolve them to a `recipe.Resolved`."""
+    import os
+
+    from dcgen_convert.recipe import loading
+
+    offline = values.pop("offline")
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    machine = loading.Machine(
+        values.pop("gpus"),
+        values.pop("hostfile"),
+        offline or bool(os.environ.get("HF_HUB_OFFLINE")),
+        **job_options(values),
+    )
+    zero, data = values.pop("zero"), values.pop("data")
+    flags = {
+        "ae": values.pop("ae"),
+        "base": values.pop("base"),
+        "loras": list(values.pop("loras")) or None,
+        "ae_channels": values.pop("ae_channels"),
+        "quantize.format": values.pop("quantize"),
+        "merge_lora": values.pop("merge_lora"),
+        "bundle.layout": values.pop("layout"),
+        "data.path": data,
+        "data.kind": "folder" if data else None,
+        "data.prompts": values.pop("prompts"),
+        "resolution": values.pop("resolution"),
+        "dtype": values.pop("dtype"),
+        "seed": values.pop("seed"),
+        "adapt.zero": int(zero) if zero and zero.isdigit() else zero,
+        "adapt.offload": values.pop("offload"),
+        "revision": values.pop("revision"),
+    }
+    return loading.load(
+        source, flags=flags, sets=values.pop("sets"), env=os.environ, recipe=values.pop("recipe"), machine=machine
+    )
+
+
+def default_name(resolved: object) -> str:
+    """`flux-krea-dc-ae-f64-nvfp4`: what the bundle and the run folder are called unless told otherwise."""
+    settings = resolved.recipe
+    suffix = "" if settings.quantize.format == "none" else f"-{settings.quantize.format}"
+    return f"{settings.name}-{Path(settings.ae).name}{suffix}"

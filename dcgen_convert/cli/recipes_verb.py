@@ -1,0 +1,129 @@
+"""`dcgen-convert recipes list | show | copy | validate`: the life cycle of a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from dcgen_convert.cli import completion
+from dcgen_convert.cli.options import CONTEXT, OUTPUT, option, output_options, stack
+from dcgen_convert.cli.session import Session
+from dcgen_convert.core.errors import InputError, RecipeError
+
+NAME = click.argument("name", shell_complete=completion.recipes)
+
+
+@click.group(context_settings=CONTEXT)
+def recipes() -> None:
+    """List, show, copy and validate recipes."""
+
+
+@recipes.command("list", context_settings=CONTEXT)
+@stack(OUTPUT)
+@click.pass_obj
+def list_recipes(session: Session, **values: object) -> int:
+    """Every shipped recipe with its source, autoencoder and first comment line."""
+    console = session.begin(**output_options(values))
+    from dcgen_convert.recipe import loading
+
+    rows = []
+    for name in loading.names():
+        merged: dict = {}
+        for _, raw in loading.read(name):
+            merged |= raw
+        rows.append(
+            {"name": name, "source": merged.get("source"), "ae": merged.get("ae"), "about": _about(loading.find(name))}
+        )
+    width = max(len(row["name"]) for row in rows)
+    text = "\n".join(f"{row['name']:<{width}}  {row['source']} -> {row['ae']}: {row['about']}" for row in rows)
+    console.result({"schema": "dcgen.recipes/1", "status": "done", "recipes": rows}, text)
+    return 0
+
+
+@recipes.command(context_settings=CONTEXT)
+@NAME
+@stack(OUTPUT)
+@click.pass_obj
+def show(session: Session, name: str, **values: object) -> int:
+    """Every key of recipe NAME with its value and where it comes from."""
+    console = session.begin(**output_options(values))
+    from dcgen_convert.recipe import loading
+    from dcgen_convert.recipe.settings import leaves
+
+    resolved = loading.load(_known(name))
+    rows = dict(leaves(resolved.recipe.model_dump(mode="json")))
+    width = max(map(len, rows))
+    text = "\n".join(f"{key:<{width}} = {_yaml(value):<24} # {resolved.origins[key]}" for key, value in rows.items())
+    doc = {
+        "schema": "dcgen.recipe/1",
+        "status": "done",
+        "recipe": resolved.recipe.model_dump(mode="json"),
+        "origins": resolved.origins,
+    }
+    console.result(doc, text)
+    return 0
+
+
+@recipes.command(context_settings=CONTEXT)
+@NAME
+@click.argument("file", type=click.Path())
+@option("--force", is_flag=True, help="Overwrite FILE. Default: off.")
+@stack(OUTPUT)
+@click.pass_obj
+def copy(session: Session, name: str, file: str, force: bool, **values: object) -> int:
+    """Write recipe NAME, with everything that it extends, to FILE as a start for your own."""
+    console = session.begin(**output_options(values))
+    import yaml
+
+    from dcgen_convert.recipe import loading
+    from dcgen_convert.recipe.settings import Layers
+
+    path = Path(file)
+    if path.exists() and not force:
+        raise InputError(f"{file} exists already", "add --force to overwrite it")
+    layers = Layers()
+    for label, raw in loading.read(_known(name)):
+        layers.add(raw, label)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        f"# Copied from the shipped recipe {name}.\n" + yaml.safe_dump(layers.values, sort_keys=False), encoding="utf-8"
+    )
+    console.result({"schema": "dcgen.result/1", "status": "done", "recipe": str(path)}, str(path))
+    return 0
+
+
+@recipes.command(context_settings=CONTEXT)
+@NAME
+@stack(OUTPUT)
+@click.pass_obj
+def validate(session: Session, name: str, **values: object) -> int:
+    """Check recipe NAME or FILE: keys, types, combinations, autoencoder, sizes. Exit 2 when it cannot work."""
+    console = session.begin(**output_options(values))
+    from dcgen_convert.recipe import loading
+
+    loading.load(_known(name))
+    console.result({"schema": "dcgen.result/1", "status": "done", "recipe": name, "valid": True}, f"{name}: valid")
+    return 0
+
+
+def _known(name: str) -> str:
+    """NAME when it is a recipe at all; catalogue sources are not."""
+    from dcgen_convert.recipe import loading
+
+    if loading.find(name) is None:
+        raise RecipeError(
+            f"unknown recipe {name!r}{loading.nearest(name, loading.names())}", "dcgen-convert recipes list"
+        )
+    return name
+
+
+def _about(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    return first.removeprefix("#").strip() if first.startswith("#") else ""
+
+
+def _yaml(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)

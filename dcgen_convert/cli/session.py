@@ -1,0 +1,202 @@
+"""One run of the command line: who owns stdout, how signals arrive, and how a failure leaves the process.
+
+stdout carries the result only. While a verb works, file descriptor 1 points at stderr (DeepSpeed and its compilers
+print to it) and a private copy is kept for the result.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import io
+import os
+import signal
+import sys
+import tempfile
+import threading
+import traceback
+import warnings
+from pathlib import Path
+from typing import IO
+
+import click
+
+from dcgen_convert.core import pulse
+from dcgen_convert.core.console import Console
+from dcgen_convert.core.errors import DcgenError, InternalError, InterruptedRun, RankLost, Terminated, explain
+from dcgen_convert.ranks import hosts
+from dcgen_convert.ranks import join as ranks
+from dcgen_convert.ranks.crew import SILENCE, SOLO, Crew
+
+
+class Session:
+    """State of one invocation; `click` carries it as `ctx.obj`.
+
+    Args:
+        argv: the arguments, read here only to know how an error in the arguments themselves must be shown.
+    """
+
+    def __init__(self, argv: list[str]):
+        self.argv = argv
+        self.json = "--json" in argv
+        ranks.adopt()
+        self.rank = ranks.rank()
+        self.crew: Crew = SOLO
+        self._failing = threading.Lock()
+        self._outcome: Path | None = None
+        self.result: IO[str] | None = None  # where the result goes while a verb works
+        self.run_dir: Path | None = None
+        self.console = Console("json" if self.json else "human", verbose="-v" in argv or "--verbose" in argv)
+
+    def begin(
+        self,
+        *,
+        json: bool = False,
+        quiet: bool = False,
+        verbose: bool = False,
+        events: str | None = None,
+        log_file: str | None = None,
+        run_dir: Path | None = None,
+    ) -> Console:
+        """Take stdout away from everyone but the result, listen for SIGTERM, and make the console.
+
+        run_dir: the resumable run folder of this verb, if it has one; the log goes there unless `log_file` says
+            otherwise.
+        """
+        self.json = json
+        self.run_dir = run_dir
+        signal.signal(signal.SIGTERM, _on_sigterm)
+        if not verbose:
+            _hush()
+        if run_dir is not None and (log_file is None or self.rank):
+            log_file = str(run_dir / ranks.log_name(self.rank))
+        mode, self.result = "json" if json else "human", _result_stream()
+        if self.rank:  # only rank 0 speaks; the others log into the run folder
+            nowhere = open(os.devnull, "w")  # noqa: SIM115  lives as long as the process
+            _divert(log_file)
+            self.console = Console(mode, log_file=log_file, quiet=True, stdout=nowhere, stderr=nowhere)
+        else:
+            self.console = Console(
+                mode, events=events, log_file=log_file, verbose=verbose, quiet=quiet, stdout=self.result
+            )
+        if ranks.LAUNCHED in os.environ:
+            threading.Thread(target=_follow_parent, daemon=True, name="parent").start()
+        return self.console
+
+    def join(self, hostfile: bool = False, timeout: float = SILENCE) -> Crew:
+        """Meet the other ranks of this job, if a launcher started several. From here on none outlives another.
+
+        hostfile: `hosts` started the ranks: result and stop requests go through the run folder.
+        timeout: seconds after which a silent rank counts as frozen, 0 for never.
+        """
+        if hostfile and ranks.world() > 1 and not self.rank:
+            self.result, self._outcome = io.StringIO(), self.run_dir
+            self.console.result_to(self.result)
+            hosts.heed_stop(self.run_dir)
+        self.crew = ranks.join(str(self.console.log_file or ""), self._force, self.console, timeout)
+        return self.crew
+
+    def _force(self, error: DcgenError) -> None:
+        """End the process from another thread: the main one waits for a rank that is gone, or hangs."""
+        frames = sys._current_frames()
+        stacks = {
+            thread.name: traceback.format_stack(frames[thread.ident])
+            for thread in threading.enumerate()
+            if thread.ident in frames
+        }
+        self.console.traceback(
+            "\n".join(f"thread {name} stands at\n{''.join(stack)}" for name, stack in stacks.items())
+        )
+        code = self.fail(error)
+        self.leave(code)
+        os._exit(code)
+
+    def leave(self, code: int) -> None:
+        """End the job with ``code`` on every rank; returns only where the interpreter may end the process itself."""
+        if self._outcome is not None:
+            hosts.leave(self._outcome, code, self.result.getvalue())
+        self.crew.close(code)
+        if self.crew is SOLO:
+            return
+        if code:  # a broken process group may wait in its destructor
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        from dcgen_convert.train import distributed
+
+        distributed.leave()
+
+    def fail(self, exc: BaseException) -> int:
+        """Say what went wrong, once, in the right place; return the exit code."""
+        if isinstance(exc, click.Abort) and exc.__cause__ is not None:
+            exc = exc.__cause__  # click's wrapping of KeyboardInterrupt, which hides SIGTERM
+        error = self.crew.settle(explain(exc), pulse.broke_collective(exc))
+        if not self._failing.acquire(blocking=False):
+            threading.Event().wait()  # the other thread is saying it, and ends the process
+        if isinstance(error, InterruptedRun):
+            error.hint = self._again()
+        self._keep_traceback(exc, error)
+        if isinstance(error, RankLost) and not error.hint:
+            error.hint = self._again()
+        self.console.error(error.message, "" if isinstance(error, InterruptedRun) else error.hint)
+        if isinstance(error, InterruptedRun):
+            self.console.last_line(error.hint)
+        if self.json:
+            self.console.result(error.document(), "")
+        return error.exit_code
+
+    def _again(self) -> str:
+        """The command that continues: resume when there is a run folder, else the same command."""
+        if self.run_dir is not None and self.run_dir.is_dir():
+            return f"dcgen-convert resume {self.run_dir}"
+        return "dcgen-convert " + " ".join(self.argv)
+
+    def _keep_traceback(self, exc: BaseException, error: DcgenError) -> None:
+        trace = "".join(traceback.format_exception(exc))
+        if isinstance(error, InternalError) and self.console.log_file is None:
+            folder = Path(tempfile.gettempdir())
+            self.console.log_file = folder / f"dcgen-convert-{os.getpid()}.log"
+        if isinstance(error, InternalError):
+            error.hint = f"the traceback is in {self.console.log_file}; -v shows it here"
+        self.console.traceback(trace)
+
+
+def _hush() -> None:
+    """Keep libraries' own bars, deprecations and hints off stderr, for this process and its children; -v shows them.
+
+    The hub's download bars are not affected: HF_HUB_DISABLE_PROGRESS_BARS rules them.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    warnings.simplefilter("ignore", FutureWarning)
+    warnings.simplefilter("ignore", DeprecationWarning)
+
+
+def _result_stream() -> IO[str]:
+    """A copy of stdout for the result; file descriptor 1 itself now leads to stderr."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    return os.fdopen(kept, "w", encoding="utf-8")
+
+
+def _divert(log_file: str | None) -> None:
+    """Let everything that libraries print, and the stack of a crash, end in this rank's log."""
+    path = log_file or os.devnull
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    faulthandler.enable()
+
+
+def _follow_parent() -> None:
+    """The command that started this rank holds the other end of its stdin: when that closes, stop as on SIGTERM."""
+    while os.read(0, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _on_sigterm(signum: int, frame: object) -> None:
+    raise Terminated

@@ -1,0 +1,1 @@
+"""What every room uses: errors, files, the console with its progress, the journal of a run."""

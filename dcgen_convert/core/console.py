@@ -1,0 +1,207 @@
+"""The one output object. Library code takes a `Console` and never prints.
+
+stdout carries the result only (`Console.result`); everything else goes to stderr, to the log file and, as NDJSON, to
+the events file. Two decisions are kept apart: *colour* (NO_COLOR, FORCE_COLOR, TERM=dumb, terminal) and *liveness*
+(a real terminal outside CI): FORCE_COLOR must never make a pipe receive a redrawn bar.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from dcgen_convert.core.progress import LineProgress, LiveProgress, SilentProgress
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from dcgen_convert.core.track import Tracker
+
+MODES = ("human", "json", "quiet")
+
+
+def wants_colour(stream: IO[str], env: Mapping[str, str]) -> bool:
+    """NO_COLOR (any value) wins, then FORCE_COLOR, then TERM=dumb, then whether the stream is a terminal."""
+    if env.get("NO_COLOR"):
+        return False
+    if env.get("FORCE_COLOR"):
+        return env["FORCE_COLOR"] != "0"
+    return env.get("TERM") != "dumb" and _is_terminal(stream)
+
+
+def wants_live(stream: IO[str], env: Mapping[str, str]) -> bool:
+    """Redrawn bars only on a real terminal, outside CI, where the terminal can move its cursor."""
+    in_ci = env.get("CI", "").lower() not in ("", "0", "false")
+    return _is_terminal(stream) and not in_ci and env.get("TERM") != "dumb"
+
+
+def _is_terminal(stream: IO[str]) -> bool:
+    isatty = getattr(stream, "isatty", None)
+    return bool(isatty and isatty())
+
+
+class Console:
+    """Speaks for one process.
+
+    Args:
+        mode: "human" (result as text), "json" (result as one JSON document), "quiet" (result only; warnings still
+            appear).
+        events: file to append NDJSON events to, one object per line; None disables.
+        log_file: file to append every line to, with times and tracebacks; None disables.
+        verbose: also show `detail` lines on stderr.
+        quiet: as mode "quiet", for combination with mode "json".
+        stdout, stderr: streams; the defaults are the process's own at the time of the call.
+    """
+
+    def __init__(
+        self,
+        mode: str = "human",
+        events: Path | None = None,
+        log_file: Path | None = None,
+        *,
+        verbose: bool = False,
+        quiet: bool = False,
+        stdout: IO[str] | None = None,
+        stderr: IO[str] | None = None,
+    ):
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {MODES}, not {mode!r}")
+        self.mode = mode
+        self.verbose = verbose
+        self.quiet = quiet or mode == "quiet"
+        self.events = Path(events) if events else None
+        self.log_file = Path(log_file) if log_file else None
+        self._stdout = stdout
+        self._stderr = stderr
+        self.tracker: Tracker | None = None
+
+    @property
+    def stderr(self) -> IO[str]:
+        return self._stderr or sys.stderr
+
+    def result_to(self, stream: IO[str]) -> None:
+        """Send the result there from now on."""
+        self._stdout = stream
+
+    def say(self, text: str) -> None:
+        """One line about what is decided or done."""
+        self._log("info", text)
+        if not self.quiet:
+            self._write(text)
+
+    def warn(self, text: str) -> None:
+        """One line that the user should not miss; shown in every mode, recorded as an event."""
+        self._log("warning", text)
+        self._write(f"{self._paint('warning:', 33)} {text}")
+        self.event("warning", text=text)
+
+    def error(self, text: str, hint: str = "") -> None:
+        """The sentence that explains why the command failed, and the next command."""
+        self._log("error", f"{text} | hint: {hint}" if hint else text)
+        self._write(f"{self._paint('error:', 31)} {text}")
+        if hint:
+            self._write(f"{self._paint('hint:', 36)} {hint}")
+        self.event("error", text=text, hint=hint)
+
+    def last_line(self, text: str) -> None:
+        """A command to copy, alone on its line and without colour; shown in every mode."""
+        self._log("info", text)
+        self._write(text)
+
+    def detail(self, text: str) -> None:
+        """A line for -v and the log file."""
+        self._log("detail", text)
+        if self.verbose and not self.quiet:
+            self._write(text)
+
+    def traceback(self, text: str) -> None:
+        """A traceback: to the log file, and to stderr only with -v."""
+        self._log("traceback", text)
+        if self.verbose:
+            self._write(text.rstrip())
+
+    @contextmanager
+    def progress(self, label: str, total: int | None, unit: str = "") -> Iterator[LineProgress]:
+        """`with console.progress("align head", 200, "step") as bar: bar.advance(1, loss=0.3)`.
+
+        A redrawn bar on a live terminal; elsewhere a line per 10 % or 60 s with the time left; nothing when quiet.
+        """
+        if self.quiet:
+            bar = SilentProgress(self, label, total, unit)
+        elif wants_live(self.stderr, os.environ):
+            bar = LiveProgress(self, label, total, unit)
+        else:
+            bar = LineProgress(self, label, total, unit)
+        with bar:
+            yield bar
+
+    def event(self, kind: str, **data: object) -> None:
+        """Append one NDJSON object to the events file; values that JSON does not know become strings."""
+        if self.events is not None:
+            line = {"schema": "dcgen.event/1", "time": round(time.time(), 3), "kind": kind, **data}
+            _append(self.events, json.dumps(line, default=str))
+
+    def scalars(self, label: str, step: int, values: Mapping[str, float]) -> None:
+        """Figures of one step, to the tracker that was asked for."""
+        if self.tracker is not None:
+            self.tracker.scalars(label, step, values)
+
+    def picture(self, label: str, step: int, image: Image) -> None:
+        """A picture of one step, to the tracker that was asked for."""
+        if self.tracker is not None:
+            self.tracker.picture(label, step, image)
+
+    def result(self, doc: dict, text: str) -> None:
+        """The result, once, on stdout: `doc` as JSON in mode "json", else `text` (usually a path)."""
+        stream = self._stdout or sys.stdout
+        try:
+            stream.write((json.dumps(doc, indent=2, default=str) if self.mode == "json" else text).rstrip("\n") + "\n")
+            stream.flush()
+        except BrokenPipeError:  # the reader has read enough; what is still buffered goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+    def colour(self) -> bool:
+        return wants_colour(self.stderr, os.environ)
+
+    def _paint(self, text: str, code: int) -> str:
+        return f"\x1b[{code}m{text}\x1b[0m" if self.colour() else text
+
+    def _write(self, text: str) -> None:
+        try:
+            self.stderr.write(text + "\n")
+            self.stderr.flush()
+        except (BrokenPipeError, ValueError):
+            self._stderr = _Nowhere()  # the reader went away or the stream is closed: a long job must not die of it
+
+    def _log(self, level: str, text: str) -> None:
+        if self.log_file is not None:
+            _append(self.log_file, f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {level:<9} {text}")
+
+
+class _Nowhere:
+    """A stream that takes everything and shows nothing."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None:
+        return None
+
+    def isatty(self) -> bool:
+        return False
+
+
+def _append(path: Path, line: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(line + "\n")
+
+
+NULL = Console("quiet", stdout=_Nowhere(), stderr=_Nowhere())
+"""A silent console for tests and for library use."""

@@ -1,0 +1,101 @@
+"""Files that are either whole or absent: temporary name in the same folder, fsync, rename."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dcgen_convert.core.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TEMPORARY = ".tmp-"  # prefix of everything unfinished; safe to delete when no process holds the run's lock
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success it is fsynced, made readable (0644) and renamed to
+    ``path``.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")
+    try:
+        yield temporary
+        fsync(temporary)
+        temporary.chmod(0o644)  # safetensors writes 0600
+        os.replace(temporary, path)
+        fsync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def fsync(path: Path) -> None:
+    """Flush a file's or folder's contents to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def atomic_write(path: Path, content: bytes | str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def atomic_save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file. At most one metadata key: with two the file's bytes differ from run to run."""
+    from safetensors.torch import save_file
+
+    if metadata and len(metadata) > 1:
+        raise ValueError("give one metadata key; put a JSON document in it")
+    with replacing(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+
+
+def write_json(path: Path, document: Any) -> None:
+    atomic_write(path, json.dumps(document, indent=2, ensure_ascii=False, sort_keys=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(Path(path).read_text())
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that must hold an object; InputError when it does not."""
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}", "fetch the file again") from error
+    if not isinstance(document, dict):
+        raise InputError(f"{path} holds no JSON object", "fetch the file again")
+    return document
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fresh_folder(path: Path) -> Path:
+    """An empty folder at ``path``; what was there is moved aside first, so that a crash never leaves a mixture."""
+    if path.exists():
+        aside = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")
+        os.replace(path, aside)
+        shutil.rmtree(aside)
+    path.mkdir(parents=True)
+    return path
+
+
+def copy_file(origin: Path, path: Path) -> None:
+    """Copy a file, whole or not at all."""
+    with replacing(path) as temporary:
+        shutil.copyfile(origin, temporary)

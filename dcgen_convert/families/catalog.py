@@ -1,0 +1,259 @@
+"""The names that users type: base models and autoencoders, and where each is found.
+
+Facts only. Licences are what the repositories declare when this table was written; a bundle's licence is read from
+its sources, never from here.
+Legend: f spatial compression, c latent channels, p patch in latent cells.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from dcgen_convert.core.errors import InputError
+
+PACKAGE = Path(__file__).resolve().parents[1]
+CONFIGS = Path(__file__).resolve().parent / "configs"
+
+
+@dataclass(frozen=True)
+class SourceEntry:
+    """A base model.
+
+    repo: hub id, or None for a folder inside the package (`folder`).
+    config: transformer config that ships in `families/configs/`, so that `plan` needs no network; None: read it
+        from `folder`.
+    vae_factor, vae_channels, patch: geometry of its own latents (f, c, p).
+    recipe: the shipped recipe that converts it.
+    extra_parameters: parameters of text encoders and autoencoder, downloaded beside the transformer.
+    """
+
+    name: str
+    repo: str | None
+    family: str
+    licence: str
+    gated: bool
+    config: str | None
+    vae_factor: int
+    vae_channels: int
+    patch: int
+    recipe: str
+    revision: str | None = None
+    folder: Path | None = None
+    extra_parameters: int = 0
+
+    def transformer_config(self) -> dict:
+        """The transformer's config.json as a mapping."""
+        path = CONFIGS / self.config if self.config else self.folder / "transformer" / "config.json"
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class AutoencoderEntry:
+    """A deep-compression autoencoder. scaling_factor None: its config.json or its latents (1 / RMS) say it."""
+
+    alias: str
+    repo: str | None
+    factor: int
+    channels: int
+    scaling_factor: float | None
+    parameters: int
+    folder: Path | None = None
+
+
+def _tiny(name: str) -> Path:
+    return PACKAGE / "tiny" / "weights" / name
+
+
+_BFL = "flux-1-dev-non-commercial-license"
+# T5-XXL encoder 4,762,310,656 + CLIP-L 123,060,480 + AutoencoderKL 83,819,683; Gemma-2-2B 2,614,341,888 + DC-AE 312
+# M; SD VAE 83,653,863
+_FLUX_EXTRA, _SANA_EXTRA, _DIT_EXTRA = 4_969_190_819, 2_926_341_888, 83_653_863
+_SD_EXTRA = 123_060_480 + _DIT_EXTRA
+
+SOURCES: dict[str, SourceEntry] = {
+    entry.name: entry
+    for entry in (
+        SourceEntry(
+            "flux-krea",
+            "black-forest-labs/FLUX.1-Krea-dev",
+            "flux",
+            _BFL,
+            True,
+            "flux-dev.json",
+            8,
+            16,
+            2,
+            "flux-krea",
+            extra_parameters=_FLUX_EXTRA,
+        ),
+        SourceEntry(
+            "flux-dev",
+            "black-forest-labs/FLUX.1-dev",
+            "flux",
+            _BFL,
+            True,
+            "flux-dev.json",
+            8,
+            16,
+            2,
+            "flux-dev",
+            extra_parameters=_FLUX_EXTRA,
+        ),
+        SourceEntry(
+            "flux-schnell",
+            "black-forest-labs/FLUX.1-schnell",
+            "flux",
+            "apache-2.0",
+            True,
+            "flux-schnell.json",
+            8,
+            16,
+            2,
+            "flux-schnell",
+            extra_parameters=_FLUX_EXTRA,
+        ),
+        SourceEntry(
+            "sana-1.6b",
+            "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers",
+            "sana",
+            "see the repository",
+            False,
+            "sana-1.6b.json",
+            32,
+            32,
+            1,
+            "sana-1.6b",
+            extra_parameters=_SANA_EXTRA,
+        ),
+        SourceEntry(
+            "sana-sprint-1.6b",
+            "Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers",
+            "sana-sprint",
+            "see the repository",
+            False,
+            "sana-sprint-1.6b.json",
+            32,
+            32,
+            1,
+            "sana-sprint-1.6b",
+            extra_parameters=_SANA_EXTRA,
+        ),
+        SourceEntry(
+            "sd-1.5",
+            "stable-diffusion-v1-5/stable-diffusion-v1-5",
+            "unet",
+            "creativeml-openrail-m",
+            False,
+            "sd-1.5.json",
+            8,
+            4,
+            1,
+            "sd-1.5",
+            extra_parameters=_SD_EXTRA,
+        ),
+        SourceEntry(
+            "dit-xl-256",
+            "facebook/DiT-XL-2-256",
+            "dit",
+            "cc-by-nc-4.0",
+            False,
+            "dit-xl-256.json",
+            8,
+            4,
+            2,
+            "dit-xl-256",
+            extra_parameters=_DIT_EXTRA,
+        ),
+        SourceEntry(
+            "dit-xl-512",
+            "facebook/DiT-XL-2-512",
+            "dit",
+            "cc-by-nc-4.0",
+            False,
+            "dit-xl-512.json",
+            8,
+            4,
+            2,
+            "dit-xl-512",
+            extra_parameters=_DIT_EXTRA,
+        ),
+        SourceEntry(
+            "tiny-flux",
+            None,
+            "flux",
+            "apache-2.0",
+            False,
+            None,
+            8,
+            16,
+            2,
+            "tiny-flux",
+            folder=_tiny("tiny-flux"),
+        ),
+        SourceEntry(
+            "tiny-sana",
+            None,
+            "sana",
+            "apache-2.0",
+            False,
+            None,
+            32,
+            32,
+            1,
+            "tiny-sana",
+            folder=_tiny("tiny-sana"),
+        ),
+        SourceEntry("tiny-dit", None, "dit", "apache-2.0", False, None, 8, 4, 2, "tiny-dit", folder=_tiny("tiny-dit")),
+    )
+}
+
+_MIT, _DCAI = "mit-han-lab/dc-ae-{}-diffusers", "dc-ai/dc-ae-{}-diffusers"
+
+AUTOENCODERS: dict[str, AutoencoderEntry] = {
+    entry.alias: entry
+    for entry in (
+        AutoencoderEntry("dc-ae-f32", _MIT.format("f32c32-in-1.0"), 32, 32, 0.3189, 323_000_000),
+        AutoencoderEntry("dc-ae-f32-in", _MIT.format("f32c32-in-1.0"), 32, 32, 0.3189, 323_000_000),
+        AutoencoderEntry("dc-ae-f32-mix", _MIT.format("f32c32-mix-1.0"), 32, 32, 0.4552, 323_000_000),
+        AutoencoderEntry("dc-ae-f32-sana", _MIT.format("f32c32-sana-1.0"), 32, 32, 0.41407, 312_000_000),
+        AutoencoderEntry("dc-ae-f32-sana-1.1", _MIT.format("f32c32-sana-1.1"), 32, 32, 0.41407, 312_000_000),
+        AutoencoderEntry("dc-ae-lite", _DCAI.format("lite-f32c32"), 32, 32, 0.41407, 421_000_000),
+        AutoencoderEntry("dc-ae-f64", _DCAI.format("1.5-f64c128"), 64, 128, 0.5935, 715_000_000),
+        AutoencoderEntry("dc-ae-f64-in", _MIT.format("f64c128-in-1.0"), 64, 128, 0.2889, 677_000_000),
+        AutoencoderEntry("dc-ae-f64-mix", _MIT.format("f64c128-mix-1.0"), 64, 128, 0.4538, 677_000_000),
+        AutoencoderEntry("dc-ae-f128", _MIT.format("f128c512-in-1.0"), 128, 512, 0.4883, 1_121_000_000),
+        AutoencoderEntry("dc-ae-f128-in", _MIT.format("f128c512-in-1.0"), 128, 512, 0.4883, 1_121_000_000),
+        AutoencoderEntry("dc-ae-f128-mix", _MIT.format("f128c512-mix-1.0"), 128, 512, 0.3620, 1_121_000_000),
+        AutoencoderEntry("dc-ae-1.5-f32", _DCAI.format("1.5-f32c128"), 32, 128, None, 524_000_000),
+        AutoencoderEntry("dc-ae-1.5-f64", _DCAI.format("1.5-f64c128"), 64, 128, 0.5935, 715_000_000),
+        AutoencoderEntry("tiny-dc-ae-f32", None, 32, 32, None, 3_819_188, folder=_tiny("tiny-dc-ae-f32")),
+        AutoencoderEntry("tiny-dc-ae-f64", None, 64, 128, None, 3_929_268, folder=_tiny("tiny-dc-ae-f64")),
+    )
+}
+
+
+def find_source(name: str) -> SourceEntry | None:
+    """The entry of a catalogue name or of its hub id, else None."""
+    return SOURCES.get(name) or next((entry for entry in SOURCES.values() if entry.repo and entry.repo == name), None)
+
+
+def find_autoencoder(name: str) -> AutoencoderEntry | None:
+    """The entry of an alias or of its hub id, else None for an existing folder or another hub id.
+
+    Raises:
+        InputError: a bare word that is no alias, with the nearest one.
+    """
+    entry = AUTOENCODERS.get(name) or next(
+        (entry for entry in AUTOENCODERS.values() if entry.repo and entry.repo == name), None
+    )
+    if entry is None and "/" not in name and ".safetensors" not in name and not Path(name).exists():
+        hits = difflib.get_close_matches(name, AUTOENCODERS, n=1, cutoff=0.3)
+        hint = f"; did you mean {hits[0]!r}?" if hits else ""
+        raise InputError(
+            f"unknown autoencoder {name!r}{hint}",
+            f"known: {', '.join(AUTOENCODERS)}; or a folder; or ORG/NAME on the hub",
+        )
+    return entry

@@ -1,0 +1,1 @@
+"""diffusers' networks: transformers, autoencoders and stock pipelines, loaded and checked."""

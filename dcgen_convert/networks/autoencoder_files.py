@@ -1,0 +1,209 @@
+"""Autoencoders that are no diffusers folder yet: a single file, the first K channels of structured latents, latents
+scaled channel by channel. Each is rewritten into an ordinary AutoencoderDC folder, so that no other part has to know of
+it.
+
+C latent channels, K <= C of them that are used, W width of the innermost level, f compression.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.files import atomic_save, fresh_folder, read_json, sha256, write_json
+from dcgen_convert.families import catalog
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SUFFIX = ".safetensors"
+TEXTS = ("README*", "LICENSE*")
+NORMALISED = "autoencoder"  # folder in the stage `latents`
+WIDTHS = (128, 256, 512, 512, 1024, 1024, 2048, 2048)
+
+
+def is_file(name: str) -> bool:
+    """Whether ``name`` is FILE.safetensors or FILE.safetensors:CONFIG."""
+    return name.endswith(SUFFIX) or f"{SUFFIX}:" in name
+
+
+def file_and_config(name: str) -> tuple[Path, dict[str, Any]]:
+    """The file of FILE.safetensors[:ALIAS | :FOLDER] and its config: a published one, or config.json in FOLDER or
+    beside it.
+
+    Raises:
+        InputError: no such file, or nothing says which autoencoder it is.
+    """
+    stem, _, which = name.partition(f"{SUFFIX}:") if f"{SUFFIX}:" in name else (name.removesuffix(SUFFIX), "", "")
+    path = Path(stem + SUFFIX).expanduser()
+    if not path.is_file():
+        raise InputError(f"no such file: {path}", "check the path given with --ae")
+    if which in catalog.AUTOENCODERS:
+        return path, published_config(which)
+    folder = Path(which).expanduser() if which else path.parent
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"{path} does not say which autoencoder it is: `in` and `mix` share their tensor names, but not their "
+            "scaling factor"
+            if not which
+            else f"{which} is neither an alias nor a folder with a config.json",
+            f"give it as {path.name}:dc-ae-f32-in, another alias, or {path.name}:FOLDER with a config.json",
+        )
+    return path, read_json(folder / "config.json")
+
+
+def published_config(alias: str) -> dict[str, Any]:
+    """Config of a published DC-AE 1.0 of the kinds `in`, `mix` and `sana-1.x` (arXiv 2410.10733, the authors' model
+    zoo).
+
+    Raises:
+        InputError: another kind, whose original files diffusers has no map for.
+    """
+    entry = catalog.AUTOENCODERS[alias]
+    kind = (entry.repo or "").partition("dc-ae-f")[2]
+    levels = int(math.log2(entry.factor)) + 1
+    common = {
+        "_class_name": "AutoencoderDC",
+        "latent_channels": entry.channels,
+        "encoder_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * (levels - 3),
+        "decoder_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * (levels - 3),
+        "encoder_block_out_channels": list(WIDTHS[:levels]),
+        "decoder_block_out_channels": list(WIDTHS[:levels]),
+        "scaling_factor": entry.scaling_factor,
+    }
+    if "-sana-" in kind:
+        scales = [[]] * 3 + [[5]] * 3
+        return {
+            **common,
+            "encoder_layers_per_block": [2, 2, 2, 3, 3, 3],
+            "decoder_layers_per_block": [3] * 6,
+            "encoder_qkv_multiscales": scales,
+            "decoder_qkv_multiscales": scales,
+            "downsample_block_type": "conv",
+            "upsample_block_type": "interpolate",
+        }
+    if "-in-" not in kind and "-mix-" not in kind:
+        raise InputError(
+            f"the original files of {alias} cannot be read: diffusers has no map for their tensor names",
+            f"use --ae {alias}, which takes {entry.repo or 'the shipped folder'}, or give a folder with a config.json",
+        )
+    inner = levels - 3
+    return {
+        **common,
+        "encoder_layers_per_block": [0, 4, 8] + [2] * inner,
+        "decoder_layers_per_block": [0, 5, 10] + [2] * inner,
+        "encoder_qkv_multiscales": [[]] * levels,
+        "decoder_qkv_multiscales": [[]] * levels,
+        "decoder_norm_types": ["batch_norm"] * 3 + ["rms_norm"] * inner,
+        "decoder_act_fns": ["relu"] * 3 + ["silu"] * inner,
+    }
+
+
+def folder_of_file(name: str, work: Path) -> Path:
+    """The AutoencoderDC folder of FILE.safetensors[:CONFIG], written into ``work`` unless it is there already."""
+    path, config = file_and_config(name)
+    return _once(
+        work / "autoencoder",
+        {"file": sha256(path), "config": config},
+        lambda folder: write_file_as_folder(path, config, folder),
+    )
+
+
+def prefix_of_folder(origin: Path, channels: int, work: Path) -> Path:
+    """An autoencoder of the first ``channels`` latent channels of the one in ``origin``, written into ``work``."""
+    made_of = {path.name: sha256(path) for path in sorted(origin.glob(f"*{SUFFIX}"))} | {"channels": channels}
+    return _once(work / f"autoencoder-{channels}", made_of, lambda folder: write_rewritten(origin, folder, channels))
+
+
+def _once(folder: Path, made_of: dict[str, Any], write: Callable[[Path], None]) -> Path:
+    """``folder``, written unless the marker beside it says that it is made of just this; the marker comes last."""
+    marker = folder.with_suffix(".json")
+    if not (marker.exists() and read_json(marker) == made_of):
+        marker.unlink(missing_ok=True)
+        write(folder)
+        write_json(marker, made_of)
+    return folder
+
+
+def write_file_as_folder(path: Path, config: dict[str, Any], output: Path) -> None:
+    """Write the single file ``path``, in diffusers' or the authors' tensor names, as the AutoencoderDC folder
+    ``output``.
+
+    Raises:
+        InputError: its tensors are not those of the config; the message names the first that differs.
+    """
+    import torch
+    from diffusers import AutoencoderDC
+    from diffusers.loaders.single_file_utils import convert_autoencoder_dc_checkpoint_to_diffusers
+    from safetensors.torch import load_file
+
+    with torch.device("meta"):
+        shapes = {name: tuple(value.shape) for name, value in AutoencoderDC.from_config(config).state_dict().items()}
+    tensors = load_file(path)
+    if tensors.keys() != shapes.keys():
+        tensors = convert_autoencoder_dc_checkpoint_to_diffusers(tensors)
+    tensors = {
+        name: value for name, value in tensors.items() if not name.endswith("num_batches_tracked") or name in shapes
+    }
+    for name in sorted(shapes.keys() | tensors.keys()):
+        found, wanted = tensors.get(name), shapes.get(name)
+        if found is None or tuple(found.shape) != wanted:
+            raise InputError(
+                f"{path} holds {name} as {'nothing' if found is None else tuple(found.shape)}, its config asks for "
+                f"{wanted or 'nothing'}",
+                "is it the right config? give it as FILE:ALIAS or FILE:FOLDER",
+            )
+    _write(tensors, config, output)
+
+
+def write_rewritten(folder: Path, output: Path, channels: int | None = None, rms: Tensor | None = None) -> None:
+    """Write the AutoencoderDC ``folder`` as one whose latents are the first ``channels`` divided by ``rms``.
+
+    z'_c = z_c / rms_c for c < K; decode takes the channels beyond K as zero, which is how DC-AE 1.5 trains its
+    structured latents (arXiv 2508.00413). Both maps are linear, so they go into encoder.conv_out and decoder.conv_in,
+    and with them the shortcuts beside these two, whose grouping follows from C: mean over W / C channels, repetition W
+    / C times.
+
+    Args:
+        channels: K; None: all.
+        rms: (K,) scale of every channel, after which scaling_factor is 1; None leaves the latents' scale.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    config = read_json(folder / "config.json")
+    tensors = {name: value for path in sorted(folder.glob(f"*{SUFFIX}")) for name, value in load_file(path).items()}
+    c = config["latent_channels"]
+    k = channels or c
+    scale = torch.ones(k, dtype=torch.float64) if rms is None else rms.double().cpu()
+    out, bias, into = (
+        tensors[name] for name in ("encoder.conv_out.weight", "encoder.conv_out.bias", "decoder.conv_in.weight")
+    )
+    dtype, out, bias, into = (
+        out.dtype,
+        out.double(),
+        bias.double(),
+        into.double(),
+    )  # out (C, W, 3, 3), into (W, C, 3, 3)
+    if config.get("encoder_out_shortcut", True):
+        group = out.shape[1] // c
+        out[:, :, 1, 1] += torch.eye(c, dtype=torch.float64).repeat_interleave(group, 1) / group
+    if config.get("decoder_in_shortcut", True):
+        into[:, :, 1, 1] += torch.eye(c, dtype=torch.float64).repeat_interleave(into.shape[0] // c, 0)
+    tensors["encoder.conv_out.weight"] = (out[:k] / scale[:, None, None, None]).to(dtype)
+    tensors["encoder.conv_out.bias"] = (bias[:k] / scale).to(dtype)
+    tensors["decoder.conv_in.weight"] = (into[:, :k] * scale[:, None, None]).to(dtype)
+    config = {**config, "latent_channels": k, "encoder_out_shortcut": False, "decoder_in_shortcut": False}
+    texts = [path for pattern in TEXTS for path in folder.glob(pattern)]
+    _write(tensors, config if rms is None else {**config, "scaling_factor": 1.0}, output, texts)
+
+
+def _write(tensors: dict[str, Tensor], config: dict[str, Any], output: Path, texts: Iterable[Path] = ()) -> None:
+    atomic_save(tensors, fresh_folder(output) / f"diffusion_pytorch_model{SUFFIX}", {"format": "pt"})
+    for path in texts:
+        shutil.copyfile(path, output / path.name)
+    write_json(output / "config.json", config)

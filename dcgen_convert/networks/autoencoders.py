@@ -1,0 +1,152 @@
+"""Base VAE and deep-compression autoencoder behind one interface: pixels <-> model latents.
+
+Model latents are what the transformer sees: (z - shift) * scale for FLUX-like VAEs, z * scale for SD-like VAEs and
+DC-AE; scale and shift are numbers, or per channel (Qwen-Image), or per channel and place in a 2 x 2 patch (FLUX.2). B
+batch, C latent channels, H W px, h = H / f.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.files import read_json
+from dcgen_convert.recipe.geometry import tile_sizes
+
+CLASSES = (
+    "AutoencoderDC",
+    "AutoencoderKL",
+    "AutoencoderKLQwenImage",
+    "AutoencoderKLFlux2",
+    "AutoencoderKLHunyuanImage",
+)
+
+
+@dataclass
+class Codec:
+    """An autoencoder with its latent convention.
+
+    Attributes:
+        model: the diffusers autoencoder, in eval mode (DC-AE decoders hold BatchNorm).
+        factor: spatial compression f.
+        channels: latent channels C.
+        scale, shift: model latent = (z - shift) * scale; a number, or (C, 1, p, 1, p) for every place in a p x p patch.
+        frames: whether pixels and latents have a frame axis, (B, 3, 1, H, W).
+    """
+
+    model: nn.Module
+    factor: int
+    channels: int
+    scale: float | Tensor
+    shift: float | Tensor = 0.0
+    frames: bool = False
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> model latents (B, C, H/f, W/f) float32; the posterior's mean, no sampling."""
+        pixels = pixels.to(self.model.device, self.model.dtype)
+        encoded = self.model.encode(pixels.unsqueeze(2) if self.frames else pixels)
+        latent = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
+        patches = self._patches(latent.squeeze(2) if self.frames else latent)
+        return ((patches - self.shift) * self.scale).flatten(-2).flatten(2, 3)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Model latents (B, C, h, w) -> (B, 3, h f, w f) in [-1, 1] float32."""
+        latents = (self._patches(latents.to(self.model.device)) / self.scale + self.shift).flatten(-2).flatten(2, 3)
+        latents = latents.to(self.model.dtype)
+        pixels = self.model.decode(latents.unsqueeze(2) if self.frames else latents).sample
+        return (pixels.squeeze(2) if self.frames else pixels).float().clamp(-1, 1)
+
+    def _patches(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, h / p, p, w / p, p) float32, p as in the scale."""
+        p = self.scale.shape[-1] if isinstance(self.scale, Tensor) else 1
+        return latents.float().unflatten(-1, (-1, p)).unflatten(-3, (-1, p))
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", scale: float | None = None) -> Codec:
+    """Load the autoencoder in ``folder`` (config.json + safetensors).
+
+    Raises:
+        InputError: no autoencoder there, weights that contradict the config, NaN weights, or latents of another shape
+            than the config says.
+    """
+    import diffusers
+
+    config = describe(folder)
+    name = config["_class_name"]
+    try:
+        model, info = getattr(diffusers, name).from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, use_safetensors=True
+        )
+    except (ValueError, RuntimeError, OSError) as error:
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(
+            f"the autoencoder {folder} does not load: {first[:200]}", f"dcgen-convert inspect {folder}"
+        ) from error
+    problems = [*info["missing_keys"], *(str(entry) for entry in info["mismatched_keys"])]
+    if problems:
+        raise InputError(f"the autoencoder {folder} lacks weights that its config asks for: {', '.join(problems[:3])}")
+    bad = next((key for key, value in model.named_parameters() if not torch.isfinite(value).all()), None)
+    if bad:
+        raise InputError(f"the autoencoder {folder} holds NaN or infinite values in {bad}", "fetch the file again")
+    factor, channels = geometry(config)
+    if name == "AutoencoderDC":  # off until someone calls enable_tiling, which then finds tiles that fit
+        tile, stride = tile_sizes(factor)
+        model.enable_tiling(tile, tile, stride, stride)
+        model.disable_tiling()
+    codec = Codec(
+        model.eval().requires_grad_(False).to(device),
+        factor,
+        channels,
+        *normalisation(model, config, scale),
+        frames=name == "AutoencoderKLQwenImage",
+    )
+    shape = tuple(codec.encode(torch.zeros(1, 3, 2 * factor, 2 * factor)).shape)
+    if shape != (1, channels, 2, 2):
+        raise InputError(
+            f"the autoencoder {folder} makes latents {shape} from {2 * factor} px, its config says (1, {channels}, "
+            "2, 2)"
+        )
+    return codec
+
+
+def normalisation(model: nn.Module, config: dict[str, Any], scale: float | None) -> tuple:
+    """(scale, shift) of a `Codec`, from where the autoencoder's class keeps them."""
+    if config["_class_name"] == "AutoencoderKLQwenImage":
+        mean, std = (torch.tensor(config[key]).view(-1, 1, 1, 1, 1) for key in ("latents_mean", "latents_std"))
+        return 1 / std.to(model.device), mean.to(model.device)
+    if config["_class_name"] == "AutoencoderKLFlux2":  # statistics of 2 x 2 patches, channel first
+        std = (model.bn.running_var.float() + model.config.batch_norm_eps).sqrt()
+        return tuple(value.view(-1, 1, 2, 1, 2) for value in (1 / std, model.bn.running_mean.float()))
+    return scale or config["scaling_factor"], config.get("shift_factor") or 0.0
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """Config of the autoencoder in ``folder``; InputError when it is not one that the tool knows."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise InputError(
+            f"no config.json in {folder}: not an autoencoder folder", "give a folder, a hub id or an alias with --ae"
+        )
+    config = read_json(path)
+    if config.get("_class_name") not in CLASSES:
+        raise InputError(
+            f"{folder} holds a {config.get('_class_name')}, an autoencoder must be one of {', '.join(CLASSES)}"
+        )
+    return config
+
+
+def geometry(config: dict[str, Any]) -> tuple[int, int]:
+    """(f, C) from a config."""
+    if "spatial_compression_ratio" in config:
+        return int(config["spatial_compression_ratio"]), int(config["latent_channels"])
+    if "dim_mult" in config:
+        return 2 ** (len(config["dim_mult"]) - 1), int(config["z_dim"])
+    widths = config.get("encoder_block_out_channels") or config["block_out_channels"]
+    return 2 ** (len(widths) - 1), int(config["latent_channels"])

@@ -1,0 +1,69 @@
+"""The stock pipeline of a source, whole or only its text encoders, and drawing with it from per-picture seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dcgen_convert.bundle.loading import quiet_diffusers
+from dcgen_convert.checkpoint.source import Source
+from dcgen_convert.core import pulse
+from dcgen_convert.families import Family, Text
+from dcgen_convert.stages.job import stock_pipeline
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_pipeline(source: Source, dtype: torch.dtype, **components):
+    """The source's stock pipeline; ``components`` replace parts (None leaves one out).
+
+    Without a safety checker: what it paints black is no training data.
+    """
+    if "safety_checker" in source.index:
+        components = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False, **components}
+    with quiet_diffusers():
+        pipeline = stock_pipeline(source).from_pretrained(
+            source.root, dtype=dtype, use_safetensors=True, trust_remote_code=False, **components
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    network = getattr(pipeline, source.family.component)
+    if network is not None:  # a batch of large pictures takes many minutes, one pass of the network does not
+        network.register_forward_hook(pulse.bump)
+    return pipeline.to(device())
+
+
+def load_text_encoders(source: Source, dtype: torch.dtype):
+    """The pipeline without transformer and autoencoder: all that encoding prompts needs."""
+    return load_pipeline(source, dtype, **{source.family.component: None, "vae": None})
+
+
+@torch.no_grad()
+def encode_text(family: Family, pipeline, prompts: Sequence[str], length: int) -> Text:
+    """Conditions of ``prompts``, each tensor (B, ...) on the CPU."""
+    return {key: value.cpu() for key, value in family.encode_text(pipeline, list(prompts), length).items()}
+
+
+@torch.no_grad()
+def draw(
+    family: Family,
+    pipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    side: int,
+    steps: int,
+    guidance: float,
+    length: int,
+) -> Tensor:
+    """Pictures of ``prompts``, (B, 3, side, side) in [-1, 1]; the picture of a seed does not depend on its batch."""
+    call = family.pipeline_call(
+        pipeline, list(prompts), height=side, width=side, steps=steps, guidance=guidance, length=length
+    )
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    return pipeline(**call, generator=generators, output_type="pt").images.float().cpu() * 2 - 1

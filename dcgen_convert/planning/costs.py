@@ -1,0 +1,176 @@
+"""Disk, downloads, time and price of a recipe: bytes and FLOPs from sizes, each with the basis that it stands on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from dcgen_convert.core.errors import ResourceError
+from dcgen_convert.families import bases, catalog
+from dcgen_convert.networks import autoencoder_files
+from dcgen_convert.planning.arithmetic import forward_flops, side_passes, train_flops
+from dcgen_convert.planning.layers import Structure
+from dcgen_convert.planning.shapes import Shapes
+from dcgen_convert.recipe import sources
+from dcgen_convert.recipe.schema import Recipe
+
+PNG_BYTES_PER_PIXEL = 1.6  # photographs; drawn pictures compress better
+BF16 = 2
+SMALL = 100_000_000
+"""Models below this many parameters are planned for two CPU cores, larger ones for an H100."""
+DEVICES = {
+    "one H100": (989e12 * 0.40, 2.5, "989 TFLOP/s dense bf16 at 40 % utilisation and 2.50 USD per hour: assumed"),
+    "2 CPU cores": (60e9, 0.0, "60 GFLOP/s on two cores: assumed from a 2.3 M-parameter prototype"),
+}
+"""FLOP/s reached, USD per hour, basis."""
+QUANTISED_BYTES = 0.65
+"""Bytes per weight of a W4A4 linear: 4 bits, one FP8 scale per 16, and a rank-32 branch on widths near 3072."""
+
+
+def downloads(recipe: Recipe, base: Structure) -> list[dict]:
+    """What must come from the hub: repository, bytes (from parameter counts at bf16), gated, already cached."""
+    found = []
+    source = catalog.find_source(recipe.source)
+    if source is not None and source.repo:
+        size = BF16 * (base.parameters + source.extra_parameters)
+        found.append(_download("source", source.repo, size, source.gated))
+    elif source is None and not Path(recipe.source).expanduser().exists():
+        found.append(_download("source", recipe.source, BF16 * base.parameters, None))
+    base_repo = _base_repo(recipe)
+    if base_repo:
+        found.append(_download("base", base_repo, None, None))
+    ae = catalog.find_autoencoder(recipe.ae)
+    if ae is not None and ae.repo:
+        found.append(_download("autoencoder", ae.repo, BF16 * ae.parameters, False))
+    elif ae is None and not autoencoder_files.is_file(recipe.ae) and not Path(recipe.ae).expanduser().exists():
+        found.append(_download("autoencoder", recipe.ae, None, None))
+    return found
+
+
+def _base_repo(recipe: Recipe) -> str | None:
+    """Hub id of what completes a source that is a transformer alone; None when nothing is missing or it is a folder."""
+    path = Path(recipe.source).expanduser()
+    alone = path.is_file() or (path / "config.json").is_file()
+    asked = recipe.base
+    if asked is None and alone:
+        config = sources.transformer_config(recipe.source)
+        published = bases.base_of(sources.family_of(config, recipe.source).name, config)
+        asked = published and published.repo
+    entry = catalog.find_source(asked) if asked else None
+    return entry.repo if entry else asked if asked and not Path(asked).expanduser().exists() else None
+
+
+def _download(role: str, repo: str, size: int | None, gated: bool | None) -> dict:
+    cached = (hub_cache() / f"models--{repo.replace('/', '--')}" / "snapshots").is_dir()
+    row = {"role": role, "repo": repo, "bytes": size, "gated": gated, "cached": cached}
+    if gated and not cached:
+        row["accept_at"] = f"https://huggingface.co/{repo}"
+    return row
+
+
+def hub_cache(env: Mapping[str, str] = os.environ) -> Path:
+    """The hub's cache folder, as HF_HUB_CACHE and HF_HOME say."""
+    home = Path(env.get("HF_HOME") or Path(env.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface").expanduser()
+    return Path(env.get("HF_HUB_CACHE") or home / "hub").expanduser()
+
+
+def disk(recipe: Recipe, sizes: Shapes) -> dict:
+    """Bytes on disk at the peak, by kind. Nothing is deleted before the end, so the peak is the sum."""
+    count, data, converted = recipe.data.count, recipe.data, sizes.converted
+    sides = {phase.resolution for phase in recipe.adapt.phases}
+    cells = sum(grid.c * (side // grid.f) ** 2 for grid in (sizes.old, sizes.new) for side in sides)
+    trained = max(sizes.trainable(phase).trained for phase in recipe.adapt.phases)
+    fetched = sum(row["bytes"] or 0 for row in downloads(recipe, sizes.base) if not row["cached"])
+    quantised = QUANTISED_BYTES * converted.parameters if recipe.quantize.format != "none" else 0.0
+    source, ae = catalog.find_source(recipe.source), catalog.find_autoencoder(recipe.ae)
+    companions = BF16 * ((source.extra_parameters if source else 0) + (ae.parameters if ae else 0))
+    dense = BF16 * converted.parameters
+    imported = bool(recipe.base or recipe.loras) or Path(recipe.source).expanduser().is_file()
+    kinds = {
+        "downloads": fetched,
+        "pictures": count * data.resolution**2 * PNG_BYTES_PER_PIXEL if data.kind == "synthetic" else 0,
+        "latents": count * cells * BF16,
+        "text": count * sizes.text * sizes.base.text_width * BF16 if recipe.latents.text == "cache" else 0,
+        "import": dense if imported else 0,
+        "surgery": 0 if imported else dense,  # what import wrote is linked, but for embedder and head
+        "checkpoints": 2 * 16 * trained,  # the newest and the one before it: fp32 weight, two moments, EMA
+        "merged": dense * len(recipe.adapt.phases),
+        "quantised": quantised,
+        "bundle": (quantised or dense) + companions,
+    }
+    return {
+        "bytes": kinds,
+        "peak": sum(kinds.values()),
+        "basis": "sizes from parameter counts; pictures at 1.6 B per px assumed",
+    }
+
+
+def check_disk(needs: Iterable[tuple[Path, float]]) -> None:
+    """Refuse to start when a file system is too small.
+
+    Args:
+        needs: (folder, bytes still to be written under it); folders on one file system add up.
+
+    Raises:
+        ResourceError: naming the folder, what is needed and what is free.
+    """
+    volumes: dict[int, tuple[Path, float]] = {}
+    for folder, size in needs:
+        place = existing(folder)
+        device = place.stat().st_dev
+        volumes[device] = (place, volumes.get(device, (place, 0.0))[1] + size)
+    for place, size in volumes.values():
+        free = shutil.disk_usage(place).free
+        if size > free:
+            raise ResourceError(
+                f"the disk under {place} is too small: {size / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free",
+                "free space, or choose another disk with --run-dir and --output",
+            )
+
+
+def existing(path: Path) -> Path:
+    """The nearest folder that exists on the way up from `path`."""
+    path = Path(path).absolute()
+    while not path.is_dir():
+        path = path.parent
+    return path
+
+
+def hours(recipe: Recipe, sizes: Shapes) -> dict:
+    """GPU-hours of every stage that computes, from FLOPs."""
+    base, converted, old, new, text = sizes.base, sizes.converted, sizes.old, sizes.new, sizes.text
+    name = "2 CPU cores" if base.parameters < SMALL else "one H100"
+    rate, price, basis = DEVICES[name]
+    common = {"checkpointing": recipe.adapt.checkpointing, "batched": recipe.adapt.null_pass == "batched"}
+    guided = (
+        sizes.family.guidance == "cfg" and recipe.data.guidance > 1
+    )  # classifier-free guidance runs the model twice
+    stages: dict[str, float] = {}
+    if recipe.data.kind == "synthetic":
+        once = forward_flops(base, old.tokens(recipe.data.resolution), text)
+        stages["data"] = recipe.data.count * recipe.data.steps * (2 if guided else 1) * once
+    first = forward_flops(converted, new.tokens(recipe.adapt.phases[0].resolution), text)
+    head = train_flops(first, full=False, passes=side_passes(recipe.adapt), **common)
+    stages["align head"] = recipe.align_head.steps * recipe.align_head.batch * head
+    for i, phase in enumerate(recipe.adapt.phases):
+        once = forward_flops(converted, new.tokens(phase.resolution), text)
+        common["batched"] &= not phase.consistency
+        each = train_flops(
+            once, full=phase.mode == "full", passes=side_passes(recipe.adapt, phase.consistency), **common
+        )
+        stages[f"adapt phase {i} ({phase.resolution} px)"] = phase.steps * phase.batch * each
+    if recipe.quantize.format != "none":
+        once = forward_flops(converted, new.tokens(recipe.adapt.phases[-1].resolution), text)
+        steps = recipe.quantize.calibration.steps or recipe.bundle.steps
+        stages["quantize"] = recipe.quantize.calibration.prompts * steps * (2 if guided else 1) * once
+    table = {stage: flops / rate / 3600 for stage, flops in stages.items()}
+    total = sum(table.values())
+    return {
+        "device": name,
+        "gpu_hours": total,
+        "stages": table,
+        "price_usd": total * price,
+        "basis": f"FLOPs of the configs; {basis}",
+    }

@@ -1,0 +1,77 @@
+"""Which ZeRO stage, offload and micro-batch a training phase runs with on given GPUs, and what to change when none
+fits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dcgen_convert.planning import memory
+from dcgen_convert.planning.shapes import Shapes
+from dcgen_convert.recipe.schema import Phase, Recipe
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The decision for one phase. micro_batch: pictures per GPU and pass; limit: the largest that would fit.
+
+    reason: one line for the console; problem: None, or why it cannot run, with the smallest change that would.
+    """
+
+    zero: int
+    offload: str
+    gpus: int
+    micro_batch: int
+    limit: int
+    reason: str
+    problem: str | None
+    memory: memory.Memory
+
+
+def micro_batch(share: int, limit: int) -> int:
+    """The largest divisor of a GPU's share of the batch that fits, so that accumulation comes out even; at least 1."""
+    return next((size for size in range(min(share, limit), 0, -1) if share % size == 0), 1)
+
+
+def head_phase(recipe: Recipe) -> Phase:
+    """What stage align-head trains, as a phase: with a LoRA of rank 0, embedder and head are left.
+
+    The blocks are frozen there, but the gradient of the embedder passes through all of them: activations are those of a
+    phase.
+    """
+    changes = {"mode": "lora", "rank": 0, "batch": recipe.align_head.batch, "micro_batch": None, "consistency": 0.0}
+    return recipe.adapt.phases[0].model_copy(update=changes)
+
+
+def training(recipe: Recipe, phase: Phase, sizes: Shapes) -> memory.Training:
+    """What a phase trains; the batched null prompt counts as a second picture."""
+    adapt, trained = recipe.adapt, sizes.trainable(phase)
+    element = 4 if recipe.dtype == "fp32" else 2
+    batched = adapt.objective == "guidance-corrected" and adapt.null_pass == "batched" and not phase.consistency
+    shape, tokens = sizes.converted, sizes.tokens(phase)
+    sample = (1 + batched) * element / 2 * memory.activations(tokens, shape.width, shape.blocks, adapt.checkpointing)
+    return memory.Training(trained.frozen, trained.trained, sample, element, adapt.ema > 0)
+
+
+def fit(recipe: Recipe, phase: Phase, sizes: Shapes, gpus: int, gpu_bytes: float) -> Fit:
+    """Decide for one phase.
+
+    Args:
+        gpu_bytes: memory that training may use on each GPU.
+    """
+    adapt, what = recipe.adapt, training(recipe, phase, sizes)
+    share = max(1, phase.batch // gpus)
+    if adapt.zero == "auto":
+        choice = memory.choose(what, gpus, phase.micro_batch or 1, gpu_bytes)
+        zero, offload, reason = 3 if choice.zero is None else choice.zero, choice.offload, choice.reason
+    else:
+        zero, offload, reason = adapt.zero, adapt.offload, f"ZeRO-{adapt.zero} as set"
+    limit = memory.max_micro_batch(what, gpus, zero, offload, gpu_bytes)
+    size = phase.micro_batch or micro_batch(share, limit)
+    problem = None
+    if limit < size:
+        change = memory.smallest_change(what, gpus, gpu_bytes)
+        if limit:
+            change = f"--set adapt.phases.*.micro_batch={micro_batch(share, limit)}"
+        room = f"{gpu_bytes / memory.GIB:.1f} GiB per GPU"
+        problem = f"training at {phase.resolution} px does not fit {room} at micro-batch {size}: use {change}"
+    return Fit(zero, offload, gpus, size, limit, reason, problem, memory.memory(what, gpus, zero, offload, size))

@@ -1,0 +1,77 @@
+"""The structure of a transformer read off its class on the meta device, for families without arithmetic of their own.
+
+Parameters are exact. What a layer runs on follows from its name, so FLOPs are estimates. Needs torch and diffusers.
+"""
+
+from __future__ import annotations
+
+import re
+
+from dcgen_convert import families
+from dcgen_convert.planning.layers import Layer, Structure
+
+TEXT = re.compile(
+    r"(^|.*\.)(add_[qkv]_proj|to_add_out|to_(q|k|v|out)_t|ff_t|ff_context|txt_\w+|text_\w+|context_\w+|"
+    r"caption_\w+|cap_\w+"
+    r"|attn2\.to_[kv])(\..*|$)"
+)
+ONCE = re.compile(
+    r"(^|.*\.)(time_\w+|timestep_\w+|[tp]_embedder|adaln_\w+|adaLN_modulation|norm_out|norm1\w*|"
+    r"distilled_guidance_layer)(\..*|$)"
+)
+
+
+def measured(config: dict) -> Structure:
+    """The structure of a config whose class belongs to a family.
+
+    A block with layers for the text alone runs its others on the image; a block without runs on both.
+    """
+    import diffusers
+    import torch
+
+    family = families.recognise(config)
+    with torch.device("meta"):
+        model = getattr(diffusers, family.model_class).from_config(config)
+    linears = {
+        name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
+    }
+    split = {
+        block for block in family.blocks if any(TEXT.match(name) for name in linears if name.startswith(f"{block}."))
+    }
+
+    def runs(name: str) -> str:
+        if name in (family.embedder, family.head):
+            return "image"
+        if re.fullmatch(family.awq_pattern, name) or ONCE.match(name):
+            return "once"
+        if TEXT.match(name):
+            return "text"
+        return "image" if name.partition(".")[0] in split else "both"
+
+    layers = tuple(
+        Layer(
+            name,
+            module.weight[0].numel(),
+            module.weight.shape[0],
+            module.weight.numel(),
+            0 if module.bias is None else module.bias.numel(),
+            runs(name),
+            isinstance(module, torch.nn.Conv2d),
+            family.share(name, model.config) if runs(name) == "image" else 1.0,
+        )
+        for name, module in linears.items()
+    )
+    total = sum(parameter.numel() for parameter in model.parameters())
+    held = sum(layer.weights + layer.bias for layer in layers)
+    blocks, text = len(family.block_modules(model)), family.text_width(model.config)
+    width = linears[family.embedder].weight.shape[0]
+    if all(layer.share == 1 for layer in layers):
+        return Structure(layers, total - held, blocks, width, text, quadratic=blocks)
+    # Several grids: attn1 is over the image's cells alone, attn2 from them to the text.
+    queries = [layer for layer in layers if layer.name.endswith(("attn1.to_q", "attn2.to_q"))]
+    alone = sum(layer.share**2 * layer.outputs / width for layer in queries if "attn1" in layer.name)
+    cross = sum(layer.share * layer.outputs / width for layer in queries if "attn2" in layer.name)
+    # For the size of activations: attentions and residual blocks, each by its part of the finest grid at its width.
+    parts = [layer for layer in layers if layer.name.endswith(("attn1.to_q", ".conv1"))]
+    blocks = max(1, round(sum(layer.share * layer.outputs / width for layer in parts)))
+    return Structure(layers, total - held, blocks, width, text, alone=alone, cross=cross)

@@ -1,0 +1,37 @@
+"""Which linears of the converted model become 4-bit, and which no 4-bit format can hold: from shapes alone."""
+
+from __future__ import annotations
+
+from dcgen_convert.families.base import by_kind
+from dcgen_convert.planning.shapes import Shapes
+from dcgen_convert.recipe.schema import Quantize
+from dcgen_convert.svdquant.settings import container_problem
+
+
+def quantised(section: Quantize, sizes: Shapes) -> tuple[dict | None, list[str]]:
+    """(the plan's part `quantization`, problems); (None, []) where nothing is quantised.
+
+    w4a4, w4a16: how many linears; dense, impossible: kind of block linear -> why it stays or cannot be.
+    """
+    if section.format == "none":
+        return None, []
+    linears = {layer.name: (layer.outputs, layer.inputs) for layer in sizes.converted.layers if not layer.convolution}
+    targets = sizes.family.quant_targets(linears, section.dense)
+    dense = {path: reason for path, reason in targets.skipped.items() if path not in targets.impossible}
+    part = {
+        "format": section.format,
+        "rank": section.rank,
+        "container": section.container,
+        "w4a4": len(targets.svdq),
+        "w4a16": len(targets.awq),
+        "dense": by_kind(dense),
+        "impossible": by_kind(targets.impossible),
+    }
+    problems = [f"{name} cannot be quantised: {reason}" for name, reason in part["impossible"].items()]
+    if problems:
+        problems.append("keep what cannot be quantised 16-bit with --set quantize.dense=REGEX, or --quantize none")
+    elif not targets.svdq:
+        problems.append(f"no linear of this {sizes.family.name} model can be quantised to 4 bits: use --quantize none")
+    if problem := container_problem(section.container, sizes.family.name):
+        problems.append(problem)
+    return part, problems

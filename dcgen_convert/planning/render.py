@@ -1,0 +1,101 @@
+"""A plan document as text for people. Every number stands beside its basis."""
+
+from __future__ import annotations
+
+import textwrap
+
+from dcgen_convert.core.progress import duration
+
+
+def size(value: float | None) -> str:
+    """Bytes for people, in decimal units as disks are sold."""
+    if value is None:
+        return "unknown size"
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if value >= scale:
+            return f"{value / scale:.1f} {unit}"
+    return f"{value / 1e3:.1f} kB"
+
+
+def render(doc: dict) -> str:
+    """The plan in sections: what, speed, memory, disk, downloads, time, settings, and what stands in the way."""
+    source, ae, chosen = doc["source"], doc["autoencoder"], doc["memory"]["chosen"]
+    lines = [
+        f"{source['name']} ({source['family']}, {source['parameters']:,} parameters, "
+        f"f{source['f']}c{source['c']} patch {source['p']})"
+        f" -> {ae['name']} (f{ae['f']}c{ae['c']} patch 1)",
+        "",
+    ]
+    for row in doc["tokens"]:
+        lines.append(
+            f"tokens at {row['resolution']} px: {row['before']:,} -> {row['after']:,} ({row['ratio']:g} x fewer)"
+        )
+        lines += _buckets(row.get("buckets", []))
+    speed, paper = doc["speedup"], doc["speedup_paper"]
+    lines.append(f"speed-up of a step at {speed['resolution']} px: {speed['value']:.1f} x  [{speed['basis']}]")
+    if paper:
+        lines.append(f"speed-up in the paper: {paper['value']:g} x  [{paper['basis']}]")
+    training = doc["training"]
+    lines += [
+        "",
+        f"trained: {training['trained']:,} of {training['parameters']:,} parameters "
+        f"({training['lora_linears']} LoRA linears)",
+        f"memory per GPU: {chosen['total']:.1f} GiB of {doc['memory']['gpu_gib']:g} with "
+        f"ZeRO-{chosen['zero']}, offload {chosen['offload']}, "
+        f"{chosen['gpus']} GPU(s), micro-batch {chosen['micro_batch']} (at most {chosen['max_micro_batch']})",
+        f"  why: {chosen['reason']}",
+        f"  [{doc['memory']['basis']}]",
+        *_memory_table(doc["memory"]["table"]),
+        "",
+        *_quantization(doc["quantization"]),
+        f"disk at the peak: {size(doc['disk']['peak'])}  [{doc['disk']['basis']}]",
+        "  " + ", ".join(f"{kind} {size(value)}" for kind, value in doc["disk"]["bytes"].items() if value),
+    ]
+    for row in doc["downloads"]:
+        state = "in the cache" if row["cached"] else "gated" if row["gated"] else "open"
+        lines.append(f"download {row['role']}: {row['repo']} {size(row['bytes'])} ({state})")
+    lines += ["", *_time(doc["time"]), "", "settings (value, from):"]
+    width = max(map(len, doc["settings"]))
+    lines += [f"  {key:<{width}}  {str(item['value']):<20}  {item['origin']}" for key, item in doc["settings"].items()]
+    lines += [""] + [f"note: {note}" for note in doc["notes"]] + [f"problem: {problem}" for problem in doc["problems"]]
+    return "\n".join([*lines, f"verdict: {doc['status']}"])
+
+
+def _buckets(rows: list[dict]) -> list[str]:
+    """Every bucket with the tokens of the converted model."""
+    if not rows:
+        return []
+    shown = ", ".join(f"{row['height']}x{row['width']}={row['after']:,}" for row in rows)
+    text = f"{len(rows)} buckets, height x width in px and tokens after: {shown}"
+    return textwrap.wrap(text, 110, initial_indent="  ", subsequent_indent="    ")
+
+
+def _quantization(part: dict | None) -> list[str]:
+    if part is None:
+        return []
+    lines = [f"quantised: {part['w4a4']} linears W4A4 {part['format']} rank {part['rank']}, {part['w4a16']} W4A16"]
+    lines += [f"  {name}: {reason}" for kind in ("dense", "impossible") for name, reason in part[kind].items()]
+    return [*lines, ""]
+
+
+def _memory_table(rows: list[dict]) -> list[str]:
+    cards = [key.removeprefix("max_micro_batch_") for key in rows[0] if key.startswith("max_micro_batch_")]
+    head = f"  {'ZeRO / offload':<18}{'GPUs':>5}{'weights':>9}{'grads':>7}{'optim':>7}{'act':>7}{'step':>7}"
+    head += f"{'other':>7}{'total':>8}{'host':>7}"
+    lines = [head + "".join(f"  max mb {card}" for card in cards)]
+    for row in rows:
+        name = f"{row['zero']}" + ("" if row["offload"] == "none" else f" + {row['offload']}")
+        numbers = f"{row['gpus']:>5}{row['weights']:>9.1f}{row['grads']:>7.1f}{row['optimizer']:>7.1f}"
+        numbers += (
+            f"{row['activations']:>7.2f}{row['step']:>7.1f}{row['other']:>7.1f}{row['total']:>8.1f}{row['host']:>7.1f}"
+        )
+        lines.append(
+            f"  {name:<18}{numbers}" + "".join(f"{row[f'max_micro_batch_{card}']:>{9 + len(card)}}" for card in cards)
+        )
+    return lines
+
+
+def _time(time: dict) -> list[str]:
+    price = f", about {time['price_usd']:,.0f} USD" if time["price_usd"] else ""
+    lines = [f"time on {time['device']}: {duration(time['gpu_hours'] * 3600)}{price}  [{time['basis']}]"]
+    return lines + [f"  {stage}: {duration(value * 3600)}" for stage, value in time["stages"].items()]

@@ -1,0 +1,1 @@
+"""Recipes: schema, layering of settings, what SOURCE is, and the rules on picture sizes."""

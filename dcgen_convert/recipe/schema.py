@@ -1,0 +1,332 @@
+"""The recipe's schema: every setting of a conversion with its type, its unit, its default and what disables it.
+
+Defaults live here and in `recipes/`, nowhere else. Unknown keys are errors. `dcgen_convert.recipe.loading.load` fills
+these models.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+# Layout settings: they decide how the work is done (memory, speed, what is tolerated, what is looked at on the way),
+# and the result is the same but for the order of float sums. No fingerprint and no checkpoint holds them, so a change
+# throws no work away. * is the number of a phase; the name of a section stands for all of its settings.
+LAYOUT = (
+    "data.max_broken",
+    "latents.batch",
+    "latents.scale_tolerance",
+    "adapt.null_pass",
+    "adapt.checkpointing",
+    "adapt.zero",
+    "adapt.offload",
+    "adapt.phases.*.micro_batch",
+    "watch",
+)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Data(Section):
+    """Where the training pictures come from."""
+
+    kind: Literal["synthetic", "folder"] = Field(
+        "synthetic", description="synthetic: drawn by the base model; folder: your images and captions"
+    )
+    path: str | None = Field(
+        None, description="folder of images with .txt captions, or a .jsonl; needed by kind folder"
+    )
+    prompts: str = Field(
+        "builtin", description="builtin, tiny-world, or a text file with one prompt per line (synthetic only)"
+    )
+    count: PositiveInt = Field(10_000, description="pictures; a folder is read up to this many")
+    steps: PositiveInt = Field(20, description="denoising steps per synthetic picture")
+    guidance: NonNegativeFloat = Field(3.5, description="guidance while drawing; 1 disables classifier-free guidance")
+    batch: PositiveInt = Field(8, description="pictures drawn or encoded at once")
+    resolution: PositiveInt = Field(1024, description="picture side in px")
+    buckets: bool = Field(
+        False,
+        description="true: pictures of a folder keep their shapes, at sizes of about resolution^2 px; false: centre "
+        "squares",
+    )
+    max_broken: Fraction = Field(0.01, description="fraction of unreadable pictures tolerated; 0 tolerates none")
+
+
+class Latents(Section):
+    """The cache of paired latents and text embeddings."""
+
+    batch: PositiveInt = Field(8, description="pictures encoded at once")
+    text: Literal["cache", "encode"] = Field("cache", description="cache: text embeddings on disk; encode: on the fly")
+    text_length: PositiveInt | None = Field(
+        None, description="text tokens that prompts are padded to; null: the family's"
+    )
+    scale_tolerance: PositiveFloat = Field(
+        0.10, description="allowed fraction between the measured scale and the autoencoder's factor"
+    )
+    normalise: Literal["none", "channel"] = Field(
+        "none",
+        description="channel: divide every latent channel by its RMS, inside the autoencoder's weights; none disables",
+    )
+    scale_override: PositiveFloat | None = Field(
+        None, description="scaling factor to use instead of the autoencoder's; null disables"
+    )
+
+
+class AlignEmbedder(Section):
+    """Stage 1: the new patch embedder (arXiv 2509.25180)."""
+
+    method: Literal["ridge", "adamw", "none"] = Field(
+        "ridge", description="ridge: closed form; adamw: the paper's; none: Xavier start, no alignment"
+    )
+    pooling: Literal["average", "bilinear"] = Field(
+        "average", description="average: pool the teacher; bilinear: upsample the student"
+    )
+    ridge: NonNegativeFloat = Field(1e-6, description="relative ridge added to the Gram diagonal; 0 disables")
+    noise_aware: bool = Field(False, description="solve over the noise levels that the model meets")
+    steps: NonNegativeInt = Field(20_000, description="steps (adamw only)")
+    lr: PositiveFloat = Field(1e-4, description="learning rate (adamw only)")
+    batch: PositiveInt = Field(64, description="pictures per step")
+
+
+class AlignHead(Section):
+    """Stage 2: start of the new output head, then joint training of embedder and head with the blocks frozen."""
+
+    method: Literal["least-squares", "xavier", "zero"] = Field("least-squares", description="how the head starts")
+    draws: PositiveInt = Field(8, description="noise draws per picture for the least squares")
+    steps: NonNegativeInt = Field(5_000, description="steps with the blocks frozen; 0 disables")
+    lr: PositiveFloat = Field(1e-4, description="learning rate")
+    batch: PositiveInt = Field(512, description="global batch in pictures")
+    warmup: NonNegativeInt = Field(1_000, description="warm-up steps; 0 disables")
+    clip: NonNegativeFloat = Field(0.1, description="gradient norm; 0 disables")
+
+
+class Phase(Section):
+    """One phase of stage 3. LoRA weights are merged at its end."""
+
+    mode: Literal["lora", "full"] = Field("lora", description="lora: adapters + embedder + head; full: every weight")
+    resolution: PositiveInt = Field(description="picture side in px")
+    steps: PositiveInt = Field(description="optimizer steps")
+    rank: PositiveInt = Field(256, description="LoRA rank")
+    alpha: PositiveFloat | None = Field(None, description="LoRA alpha; null: equal to rank")
+    lr: PositiveFloat = Field(1e-4, description="peak learning rate")
+    warmup: NonNegativeInt = Field(1_000, description="warm-up steps; 0 disables")
+    schedule: Literal["constant", "cosine"] = Field("constant", description="learning rate after the warm-up")
+    batch: PositiveInt = Field(256, description="global batch in pictures, whatever the number of GPUs")
+    micro_batch: PositiveInt | None = Field(
+        None, description="pictures per GPU and pass; null: the largest even share that fits"
+    )
+    targets: str | None = Field(
+        None, description="regex of the linears that get LoRA; null: the family's attention and feed-forward linears"
+    )
+    consistency: Fraction = Field(
+        0.0,
+        description="for few-step models: consistency distillation (arXiv 2303.01469) of the model that the phase "
+        "starts from, with "
+        "targets at this fraction of t; 0 disables, and adapt.objective holds",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _alpha_is_rank(cls, values: object) -> object:
+        if isinstance(values, dict) and values.get("alpha") is None:
+            return {**values, "alpha": values.get("rank", cls.model_fields["rank"].default)}
+        return values
+
+    @model_validator(mode="after")
+    def _teacher_is_at_hand(self) -> Phase:
+        if self.consistency and self.mode == "full":
+            raise ValueError(
+                "consistency needs mode lora: with every weight trained, the frozen teacher would be a second model"
+            )
+        return self
+
+
+class Adapt(Section):
+    """Stage 3: LoRA phases, and what is common to all training."""
+
+    objective: Literal["flow", "guidance-corrected"] = Field(
+        "flow", description="guidance-corrected for guidance-distilled bases (arXiv 2509.25180)"
+    )
+    null_branch: Literal["student", "teacher"] = Field(
+        "student", description="who answers the null prompt in the corrected loss"
+    )
+    null_pass: Literal["separate", "batched"] = Field(
+        "separate",
+        description="separate: the null prompt in a forward pass of its own, the least work and memory; batched: in "
+        "one pass "
+        "of twice the batch, for devices that one micro-batch leaves half empty",
+    )
+    guidance_range: tuple[float, float] = Field((1.0, 14.0), description="guidance is drawn uniformly from [lo, hi]")
+    data_guidance: PositiveFloat = Field(
+        1.0,
+        description="g_d of the corrected loss: the guidance that the pictures are taken to show; 1: none, the "
+        "published loss",
+    )
+    shift: Literal["model", "flux2"] | PositiveFloat = Field(
+        "model", description="timestep shift: model (its scheduler), flux2 (sqrt(CHW/4096)), or a number; 1 disables"
+    )
+    weighting: Literal["none", "velocity"] = Field(
+        "none",
+        description="of the squared error of networks that predict epsilon: none, or velocity: that of v, at most 25 "
+        "times",
+    )
+    text_drop: Fraction = Field(0.1, description="fraction of captions replaced by the null text; 0 disables")
+    ema: Fraction = Field(0.999, description="decay of the weight average; 0 disables")
+    clip: NonNegativeFloat = Field(0.1, description="gradient norm; 0 disables")
+    checkpointing: bool = Field(True, description="recompute activations: less memory, about a third more time")
+    zero: Literal["auto", 0, 1, 2, 3] = Field(2, description="ZeRO stage; auto: the smallest that fits; 0 disables")
+    offload: Literal["none", "optimizer", "all"] = Field("none", description="what moves to host memory; none disables")
+    phases: tuple[Phase, ...] = Field(min_length=1, description="phases in order, usually rising resolutions")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Adapt:
+        lo, hi = self.guidance_range
+        if not 0 < lo <= hi:
+            raise ValueError(f"guidance_range must be [lo, hi] with 0 < lo <= hi, not [{lo:g}, {hi:g}]")
+        if self.null_pass == "batched" and self.null_branch == "teacher":
+            raise ValueError(
+                "adapt.null_pass batched needs null_branch student: teacher and student are different weights"
+            )
+        return self
+
+
+class Calibration(Section):
+    prompts: PositiveInt = Field(64, description="prompts that the quantiser sees")
+    steps: PositiveInt | None = Field(None, description="denoising steps per prompt; null: the bundle's steps")
+    batch: PositiveInt | None = Field(
+        None, description="pictures drawn at once; ranks share the batches; null: data.batch"
+    )
+
+
+class Quantize(Section):
+    format: Literal["none", "nvfp4", "int4"] = Field(
+        "none", description="4-bit format of the block linears; none disables"
+    )
+    rank: int = Field(32, ge=16, le=1024, multiple_of=16, description="rank of the 16-bit branch, a multiple of 16")
+    calibration: Calibration = Field(default_factory=Calibration)
+    dense: str | None = Field(
+        None, description="regex of block linears that stay 16-bit; null: none beyond the family's"
+    )
+    container: Literal["diffusers", "nunchaku"] = Field(
+        "diffusers", description="diffusers: a folder; nunchaku: the classic single file too (FLUX.1)"
+    )
+    share: bool = Field(
+        False, description="q, k and v share smoothing and down projection; the nunchaku container always does"
+    )
+
+
+class Bundle(Section):
+    layout: Literal["stock", "official"] = Field(
+        "stock", description="stock: stock pipeline class; official: the DC-Gen authors' class"
+    )
+    steps: PositiveInt = Field(20, description="denoising steps that the model card and verify use")
+    guidance: NonNegativeFloat = Field(3.5, description="guidance that the model card and verify use")
+
+
+class Evaluate(Section):
+    prompts: NonNegativeInt = Field(16, description="fixed-seed pictures drawn after each stage; 0 disables")
+    metrics: Literal["tiny-world", "none"] = Field(
+        "none", description="tiny-world: attribute accuracy and Frechet distance; none disables"
+    )
+
+
+class Watch(Section):
+    """Looks at a phase while it trains; they change nothing in it."""
+
+    evaluate_every: NonNegativeInt = Field(
+        1000, description="steps between held-out losses at fixed noise levels; 0 disables"
+    )
+    grid_every: NonNegativeInt = Field(
+        1000, description="steps between fixed-seed sample grids, each after a checkpoint; 0 disables"
+    )
+    pictures: PositiveInt = Field(8, description="held-out captions drawn in a grid")
+
+
+class Recipe(Section):
+    """One conversion, completely. `alpha` of each phase is filled (= rank) when the recipe leaves it out."""
+
+    name: str
+    source: str = Field(description="catalogue name, hub id, diffusers folder, .safetensors or .gguf of the base model")
+    base: str | None = Field(
+        None,
+        description="pipeline with text encoders and autoencoder, for a source that is a transformer alone; null: "
+        "the published one",
+    )
+    loras: tuple[str, ...] = Field((), description="LoRA files FILE[:scale], fused into the source first; empty: none")
+    ae: str = Field(description="autoencoder: alias, hub id, folder, or FILE.safetensors:ALIAS")
+    ae_channels: PositiveInt | None = Field(
+        None, description="use the first K latent channels, for structured latents (DC-AE 1.5); null: all"
+    )
+    revision: str | None = Field(None, description="git revision of the source on the hub; null: the catalogue's")
+    seed: NonNegativeInt = 0
+    dtype: Literal["fp32", "bf16"] = Field("bf16", description="weights and activations in training")
+    data: Data = Field(default_factory=Data)
+    latents: Latents = Field(default_factory=Latents)
+    align_embedder: AlignEmbedder = Field(default_factory=AlignEmbedder)
+    align_head: AlignHead = Field(default_factory=AlignHead)
+    adapt: Adapt
+    quantize: Quantize = Field(default_factory=Quantize)
+    merge_lora: bool = Field(True, description="fold the last LoRA into the weights; false: ship it beside them")
+    bundle: Bundle = Field(default_factory=Bundle)
+    evaluate: Evaluate = Field(default_factory=Evaluate)
+    watch: Watch = Field(default_factory=Watch)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.data.kind == "folder" and not self.data.path:
+            raise ValueError("data.kind is folder but data.path is empty: give --data FOLDER")
+        if self.data.buckets and self.data.kind != "folder":
+            raise ValueError(
+                "data.buckets keeps the shapes of your own pictures, drawn ones are squares: give --data FOLDER"
+            )
+        if self.data.buckets and self.adapt.shift == "flux2":
+            raise ValueError(
+                "adapt.shift flux2 is a shift per size, more than a scheduler's config holds for data.buckets: use "
+                "model or a number"
+            )
+        if self.latents.normalise == "channel" and self.latents.scale_override:
+            raise ValueError(
+                "latents.normalise channel leaves no scaling factor to override: drop latents.scale_override"
+            )
+        if self.dtype == "bf16" and self.adapt.zero == 0:
+            raise ValueError("adapt.zero 0 with dtype bf16 trains wrongly (its first Adam step is off): use 1, 2 or 3")
+        if self.quantize.format != "none" and not self.merge_lora:
+            raise ValueError("quantize needs merged weights: drop --no-merge-lora, or set quantize.format to none")
+        if not self.merge_lora and self.adapt.phases[-1].mode == "full":
+            raise ValueError(
+                "merge_lora is false but the last phase trains every weight: there is no LoRA to keep apart"
+            )
+        return self
+
+
+def result_settings(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as JSON values, without the settings of LAYOUT: what the result depends on."""
+    return _without_layout(recipe.model_dump(mode="json"), ())
+
+
+def layout_names(section: str) -> frozenset[str]:
+    """Last parts of the names of the LAYOUT settings in ``section``: "adapt" -> {"zero", "micro_batch", ...}."""
+    return frozenset(name.rpartition(".")[2] for name in LAYOUT if name.startswith(f"{section}."))
+
+
+def _without_layout(value: Any, place: tuple[str, ...]) -> Any:
+    if isinstance(value, list):
+        return [_without_layout(item, (*place, "*")) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kept = [key for key in value if ".".join((*place, key)) not in LAYOUT]
+    return {key: _without_layout(value[key], (*place, key)) for key in kept}

@@ -1,0 +1,203 @@
+"""Stage `align-embedder`: the new patch embedder, fitted to the base model's patch embeddings of the same pictures.
+
+Loss (stage 1 of arXiv 2509.25180): L = || e_new(z_dc) - AvgPool_s(e_base(z_base)) ||^2. Both sides are
+linear in the latents, so the optimum is one ridge regression, over pictures of all shapes. C C0 channels, N N0 tokens
+(new, base), D width.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dcgen_convert.core.console import Console
+from dcgen_convert.core.files import atomic_save
+from dcgen_convert.core.journal import Stage
+from dcgen_convert.data import buckets
+from dcgen_convert.data.cache import LatentCache
+from dcgen_convert.networks import models
+from dcgen_convert.train import adapt
+from dcgen_convert.train.objective import t_of_normal
+from dcgen_convert.train.ridge import Noise, NormalEquations
+
+OVERFIT = 2.0  # held-out over seen MSE from which a closed form is called one of too few rows
+
+
+def run(job, stage: Stage) -> None:
+    """Writes modules.safetensors (the embedder) and reports the MSE before, after, at the optimum, and on rows held
+    out.
+    """
+    settings = job.recipe.align_embedder
+    resolution = job.recipe.adapt.phases[0].resolution
+    cache = job.rows(resolution)
+    teacher = models.load(job.source.transformer, torch.float32)
+    student = models.load(job.folder("surgery") / models.TRANSFORMER, torch.float32)
+    problem = Problem(job, teacher, student, cache, settings.pooling)
+
+    cut = len(cache.split()[0])
+    seen, unseen = (
+        problem.equations(settings.batch, range(cut)),
+        problem.equations(settings.batch, range(cut, len(cache))),
+    )
+    equations = seen + unseen
+    started = time.perf_counter()
+    module = student.get_submodule(job.family.embedder)
+    start = xavier(module, job.recipe.seed)
+    best = equations.solve(0.0, bias=problem.biased)
+    weight, bias = start
+    if settings.method == "ridge":
+        noise = noise_moments(job, student, cache) if settings.noise_aware else None
+        weight, bias = equations.solve(settings.ridge, noise, problem.biased)
+        if seen.count:
+            part = seen.solve(settings.ridge, noise, problem.biased)
+            stage.metrics.update(check_heldout(seen, unseen, part, job.console))
+    elif settings.method == "adamw":
+        weight, bias = descend(problem, start, settings.steps, settings.lr, settings.batch, job.recipe.seed)
+    seconds = time.perf_counter() - started
+    before, after, optimum = (equations.mse(*pair) for pair in (start, (weight, bias), best))
+    stage.metrics.update(
+        method=settings.method, mse_before=before, mse_after=after, mse_optimum=optimum, solve_seconds=round(seconds, 4)
+    )
+    job.console.say(
+        f"align embedder: {settings.method}, MSE {before:.5g} (Xavier) -> {after:.5g}, optimum {optimum:.5g}, "
+        f"{seconds:.2f} s"
+    )
+    atomic_save(as_module(module, job.family.embedder, weight, bias), stage.folder / models.MODULES)
+
+
+def check_heldout(
+    seen: NormalEquations, unseen: NormalEquations, solved: tuple[Tensor, Tensor], console: Console
+) -> dict[str, float]:
+    """MSE of a solution of ``seen`` on its own rows and on others; a warning where it has learned its own by heart.
+
+    That happens at f128 with few pictures: a picture of the tiny world is one token there, of 512 channels. A weight
+    that fits so closely also enlarges the noise that is added to the latents in training.
+    """
+    own, other = seen.mse(*solved), unseen.mse(*solved)
+    if other > OVERFIT * own:
+        console.warn(
+            f"align embedder: {seen.count:.0f} tokens are few for {len(seen.x)} latent channels: MSE {other:.3g} on "
+            "pictures held out, "
+            f"{own:.3g} on the others; draw more (data.count), or --set align_embedder.ridge=0.01"
+        )
+    return {"mse_seen": own, "mse_heldout": other}
+
+
+class Problem:
+    """Rows (x, y) of the regression: deep-latent tokens against the base model's embedded tokens."""
+
+    def __init__(self, job, teacher: nn.Module, student: nn.Module, cache: LatentCache, pooling: str) -> None:
+        self.family, self.cache, self.pooling = job.family, cache, pooling
+        self.teacher = teacher.get_submodule(job.family.embedder)
+        self.biased = self.teacher.bias is not None
+        z_base, z = cache.pairs([0])
+        self.patch_base = job.family.patch(teacher.config, z_base.shape[1])
+        self.patch = job.family.patch(student.config, z.shape[1])
+        self.base_positions = functools.cache(functools.partial(job.family.position_term, teacher))
+        self.positions = functools.cache(functools.partial(job.family.position_term, student))
+
+    @torch.no_grad()
+    def rows(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """x (B, N', C p p) and y (B, N', D) of rows of one span; N' is the coarse grid (average) or the base's
+        (bilinear).
+        """
+        z_base, z = self.cache.pairs(indices)
+        grid_base = (z_base.shape[2] // self.patch_base, z_base.shape[3] // self.patch_base)
+        grid = (z.shape[2] // self.patch, z.shape[3] // self.patch)
+        goal = affine(self.teacher, self.family.tokens(z_base, self.patch_base))  # (B, N0, D)
+        if (added := self.base_positions(*grid_base)) is not None:
+            goal = goal + added
+        x = self.family.tokens(z, self.patch)  # (B, N, K)
+        own = self.positions(*grid)  # the model adds them after the embedder: the embedder must not
+        if self.pooling == "average":
+            goal = resize(goal, grid_base, grid, "area")
+        else:  # bilinear interpolation is linear too, so it may act on the inputs
+            x = resize(x, grid, grid_base, "bilinear")
+            own = None if own is None else resize(own[None], grid, grid_base, "bilinear")[0]
+        return x, goal if own is None else goal - own
+
+    def equations(self, batch: int, pictures: range | None = None) -> NormalEquations:
+        """Of ``pictures`` (default: all), read ``batch`` at a time."""
+        spans = self.cache.spans
+        if pictures is not None:
+            spans = [buckets.overlap(span, pictures) for span in spans]
+        x, y = self.rows([0])
+        equations = NormalEquations(x.shape[-1], y.shape[-1])
+        for part in buckets.batches(spans, batch):
+            equations.add(*self.rows(list(part)))
+        return equations
+
+
+def resize(tokens: Tensor, grid: tuple[int, int], to: tuple[int, int], mode: str) -> Tensor:
+    """(B, N, K) on ``grid`` -> (B, N', K) on ``to``."""
+    maps = tokens.unflatten(1, grid).movedim(-1, 1)
+    kwargs = {"align_corners": False} if mode == "bilinear" else {}
+    return F.interpolate(maps, size=to, mode=mode, **kwargs).movedim(1, -1).flatten(1, 2)
+
+
+def affine(module: nn.Module, tokens: Tensor) -> Tensor:
+    """The embedder on tokens, whatever its type: a Conv2d is a linear on the flattened windows that it reads."""
+    return F.linear(tokens, module.weight.flatten(1), module.bias)
+
+
+def xavier(module: nn.Module, seed: int) -> tuple[Tensor, Tensor]:
+    """Xavier-uniform weight and zero bias, as the authors start from."""
+    weight = torch.empty(module.weight.flatten(1).shape, dtype=torch.float32)
+    nn.init.xavier_uniform_(weight, generator=torch.Generator().manual_seed(seed))
+    return weight, torch.zeros(len(weight))
+
+
+def as_module(module: nn.Module, name: str, weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
+    """State-dict entries of the embedder in its own shape (Linear or Conv2d), float32."""
+    state = {f"{name}.weight": weight.float().reshape(module.weight.shape)}
+    return state if module.bias is None else {**state, f"{name}.bias": bias.float()}
+
+
+def noise_moments(job, student: nn.Module, cache: LatentCache) -> Noise:
+    """Moments of the t that training will draw. Noise is independent in the two latent spaces, so it only shrinks W."""
+    normal = torch.randn(100_000, generator=torch.Generator().manual_seed(job.recipe.seed)).double()
+    moments, inside, weights = torch.zeros(3, dtype=torch.float64), 0.0, 0.0
+    for span, shape in zip(cache.spans, cache.shapes, strict=True):
+        sampling = adapt.sampling_of(job.family, job.recipe.adapt, shape, student.config, job.scheduler)
+        t = t_of_normal(normal, sampling).double()
+        of_shape = torch.stack([(1 - t).mean(), (1 - t).square().mean(), t.square().mean()])
+        moments += len(span) / len(cache) * of_shape
+        patch = job.family.patch(student.config, shape[0])
+        inputs = job.family.tokens(torch.ones(1, *shape), patch)[0].double()  # (N, K): 1 inside the picture
+        inside, weights = inside + len(span) * inputs.sum(0), weights + len(span) * len(inputs)
+    return Noise(*moments.tolist(), inside / weights)
+
+
+def descend(
+    problem: Problem, start: tuple[Tensor, Tensor], steps: int, lr: float, batch: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """The published way: AdamW (0.9, 0.95), no weight decay, constant rate, on batches of pictures of any shapes."""
+    weight, bias = (nn.Parameter(value.clone()) for value in start)
+    bias.requires_grad_(problem.biased)
+    optimizer = torch.optim.AdamW([weight, bias], lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    generator = torch.Generator().manual_seed(seed)
+    spans, known = problem.cache.spans, {}
+    if (
+        sum(len(span) * math.prod(shape[1:]) for span, shape in zip(spans, problem.cache.shapes, strict=True))
+        < 1_000_000
+    ):
+        known = {span.start: problem.rows(list(span)) for span in spans}  # small caches: read once
+    for _ in range(steps):
+        drawn, parts = torch.randint(len(problem.cache), (batch,), generator=generator), []
+        for span in spans:
+            indices = drawn[(drawn >= span.start) & (drawn < span.stop)]
+            if len(indices) and known:
+                parts.append([rows[indices - span.start].flatten(0, 1) for rows in known[span.start]])
+            elif len(indices):
+                parts.append([rows.flatten(0, 1) for rows in problem.rows(indices.tolist())])
+        x, y = (torch.cat(column) for column in zip(*parts, strict=True))
+        loss = F.mse_loss(F.linear(x, weight, bias), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return weight.detach(), bias.detach()

@@ -1,0 +1,88 @@
+"""Stages `bundle` and `verify`: the folder that users load, then its proof."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dcgen_convert.bundle import card, layout, manifest
+from dcgen_convert.bundle.verify import verify
+from dcgen_convert.checkpoint.licence import licence_of, licence_of_source
+from dcgen_convert.core.files import copy_file, read_json
+from dcgen_convert.core.journal import MARKER, Stage
+from dcgen_convert.networks import models
+from dcgen_convert.stages import compare
+from dcgen_convert.stages.adapt import converted
+from dcgen_convert.stages.quantize import SINGLE_FILE
+
+
+def write(job, stage: Stage, output: Path, force: bool) -> None:
+    """Writes the bundle to ``output`` and keeps a copy of its manifest in the run."""
+    quantised = job.recipe.quantize.format != "none"
+    transformer = job.folder("quantize") / models.TRANSFORMER if quantised else converted(job)
+    lora = None if job.recipe.merge_lora else converted(job).parent / layout.LORA_FILE
+    single_file = (
+        job.folder("quantize") / SINGLE_FILE if job.recipe.quantize.container == "nunchaku" and quantised else None
+    )
+    facts = describe(job)
+    layout.write_bundle(
+        output,
+        family=job.family,
+        source=job.source.root,
+        transformer=transformer,
+        autoencoder=job.target,
+        scheduler_config=job.scheduler,
+        manifest=facts,
+        card=card.render(
+            facts, family=job.family, layout=job.recipe.bundle.layout, lora=lora is not None, title=output.name
+        ),
+        console=job.console,
+        layout=job.recipe.bundle.layout,
+        lora=lora,
+        single_file=single_file,
+        scaling_factor=job.recipe.latents.scale_override,
+        force=force
+        or (output / manifest.FILE).exists(),  # `convert` has checked that an existing bundle is this run's own
+    )
+    copy_file(output / manifest.FILE, stage.folder / manifest.FILE)
+
+
+def describe(job) -> dict[str, Any]:
+    """The manifest's facts: recipe, sources with hashes, defaults, and what every stage measured."""
+    records = [read_json(path) for path in sorted(job.run.path.glob(f"*/{MARKER}"))]
+    config = read_json(job.target / "config.json")
+    return manifest.build(
+        recipe=job.recipe.model_dump(mode="json"),
+        family=job.family.name,
+        sources={
+            "base": job.source.record(job.recipe.source),
+            "autoencoder": manifest.source_record(job.ae.name, job.target, job.ae.revision),
+        },
+        autoencoder={
+            "name": job.ae.name,
+            "factor": job.ae.factor,
+            "channels": job.ae.channels,
+            "scaling_factor": job.recipe.latents.scale_override or config["scaling_factor"],
+        },
+        defaults={
+            "height": job.resolution,
+            "width": job.resolution,
+            "steps": job.recipe.bundle.steps,
+            "guidance": job.recipe.bundle.guidance,
+            "text_length": job.text_length,
+        },
+        seed=job.recipe.seed,
+        licence={"base": licence_of_source(job.recipe.source, job.source.root), "autoencoder": licence_of(job.target)},
+        times={record["stage"]: record["seconds"] for record in records},
+        metrics={record["stage"]: record["metrics"] for record in records},
+    )
+
+
+def check(job, stage: Stage, output: Path) -> None:
+    """Verify the bundle against its source, in a fresh process too, then compare it with the source on fixed seeds."""
+    layout.add_metrics(output, job.family, stage.folder.name, {})  # a run cut off between card and manifest heals here
+    result = verify(output, job.console, job.source.root)
+    stage.metrics["checks"] = result["checks"]
+    if job.recipe.evaluate.prompts:
+        compare.run(job, stage, output)
+        layout.add_metrics(output, job.family, stage.folder.name, stage.metrics)

@@ -1,0 +1,91 @@
+"""The fixed-seed sample grid of a phase: the same captions and noise at every look, beside what the autoencoder can
+show.
+
+It draws from the latent cache: conditions are those of held-out rows, so no text encoder is loaded while a model
+trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dcgen_convert.core.files import replacing
+from dcgen_convert.data import buckets
+from dcgen_convert.data.cache import LatentCache
+from dcgen_convert.data.images import to_image
+from dcgen_convert.evaluate.grids import grid
+from dcgen_convert.families import Family
+from dcgen_convert.networks import autoencoders, pipelines
+from dcgen_convert.train.objective import Velocity, shift_t
+
+SAMPLES = "samples"  # folder beside the checkpoints
+
+
+def noise_levels(family: Family, steps: int, tokens: int, scheduler: dict) -> Tensor:
+    """(steps + 1,) descending levels t, the last 0: spaced as the bundle samples, or over a DDPM schedule."""
+    if family.prediction == "epsilon":
+        times = family.noise_times()
+        places = torch.linspace(len(times) - 1, 0, steps + 1).round().long()[:-1]
+        return torch.cat([times[places], torch.zeros(1, dtype=times.dtype)]).float()
+    return shift_t(torch.linspace(1, 0, steps + 1, dtype=torch.float64), family.shift(tokens, scheduler)).float()
+
+
+def sample(
+    velocity: Velocity, z: Tensor, levels: Tensor, text: dict, null: dict, guidance: float, combine: bool
+) -> Tensor:
+    """Euler steps of dz/dt = v from noise z (B, C, h, w) at levels[0] down to levels[-1].
+
+    Args:
+        combine: classifier-free guidance v_0 + g (v_c - v_0) of two passes; else g goes into the network.
+    """
+    for t, following in zip(levels[:-1], levels[1:], strict=True):
+        times = t.expand(len(z)).to(z.device)
+        g = torch.full_like(times, 1.0 if combine else guidance)
+        v = velocity(z, times, text, g)
+        if combine and guidance != 1:
+            v_0 = velocity(z, times, null, g)
+            v = v_0 + guidance * (v - v_0)
+        z = z + (following - t).to(z.device) * v
+    return z
+
+
+def drawing(job, rows: LatentCache, folder: Path) -> Callable[[Velocity, int], None]:
+    """What draws the grid of a phase: (velocity, step) -> ``folder``/samples/step-%06d.png, and to the console's
+    tracker.
+
+    Every rank samples, because a partitioned network needs all of them; rank 0 decodes and writes.
+    """
+    settings = job.recipe.bundle
+
+    @torch.no_grad()
+    def draw(velocity: Velocity, step: int) -> None:
+        device, chosen = pipelines.device(), buckets.first_of_each(rows.spans, job.recipe.watch.pictures)
+        latents = []  # (drawn, of the picture) by shape
+        for part in chosen:
+            z0, text = rows.batch(part)
+            text = {key: value.to(device) for key, value in text.items()}
+            null = {key: rows.null[key].to(device, value.dtype).expand_as(value) for key, value in text.items()}
+            generators = [torch.Generator().manual_seed(job.recipe.seed * 1_000_003 + i) for i in part]
+            noise = torch.stack([torch.randn(z0.shape[1:], generator=generator) for generator in generators]).to(device)
+            levels = noise_levels(job.family, settings.steps, z0.shape[2] * z0.shape[3], job.scheduler)
+            combine = job.family.guidance == "cfg"
+            latents.append((sample(velocity, noise, levels, text, null, settings.guidance, combine), z0))
+        if job.crew.rank:
+            return
+        codec = autoencoders.load(job.target, device=device, scale=job.recipe.latents.scale_override)
+        columns = zip((f"step {step}", "round trip"), zip(*latents, strict=True), strict=True)
+        pictures = {
+            title: [to_image(pixels) for z in parts for pixels in codec.decode(z.cpu()).cpu()]
+            for title, parts in columns
+        }
+        sheet = grid(pictures, rows.captions([row for part in chosen for row in part]))
+        (folder / SAMPLES).mkdir(exist_ok=True)
+        with replacing(folder / SAMPLES / f"step-{step:06d}.png") as temporary:
+            sheet.save(temporary, format="PNG")
+        job.console.picture(f"{folder.name}/samples", step, sheet)
+
+    return draw

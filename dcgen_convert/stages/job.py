@@ -1,0 +1,245 @@
+"""What every stage is given: the recipe, the base model, the autoencoder, the run folder, and where to speak."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dcgen_convert import __version__
+from dcgen_convert.bundle.scheduler import scheduler_config
+from dcgen_convert.checkpoint.headers import read_weights
+from dcgen_convert.checkpoint.source import Source, load_source, resolve_folder
+from dcgen_convert.core.console import Console
+from dcgen_convert.core.errors import InputError, RecipeError
+from dcgen_convert.core.files import read_json, sha256
+from dcgen_convert.core.journal import MARKER, Run
+from dcgen_convert.families import Family, Text, catalog
+from dcgen_convert.networks import autoencoder_files
+from dcgen_convert.ranks.crew import SOLO, Crew
+from dcgen_convert.recipe import sources
+from dcgen_convert.recipe.geometry import Grid, autoencoder_grid, bucket_sizes
+from dcgen_convert.recipe.loading import Resolved
+from dcgen_convert.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from dcgen_convert.data.cache import LatentCache
+
+AE_PATTERNS = ["config.json", "*.safetensors", "*.safetensors.index.json", "README.md", "LICENSE*"]
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """The deep-compression autoencoder to move to: its folder and geometry (f, C)."""
+
+    name: str
+    folder: Path
+    revision: str | None
+    factor: int
+    channels: int
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return sha256(self.folder / "config.json") + "".join(
+            sha256(path) for path in sorted(self.folder.glob("*.safetensors"))
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """One conversion."""
+
+    recipe: Recipe
+    source: Source
+    ae: Autoencoder
+    run: Run
+    console: Console
+    offline: bool = False
+    crew: Crew = SOLO
+
+    @property
+    def family(self) -> Family:
+        return self.source.family
+
+    @property
+    def dtype(self):
+        from dcgen_convert.networks.pipelines import DTYPES
+
+        return DTYPES[self.recipe.dtype]
+
+    @property
+    def text_length(self) -> int:
+        return self.recipe.latents.text_length or self.family.text_length
+
+    @property
+    def resolution(self) -> int:
+        """Picture side in px that the bundle is made for: the last phase's."""
+        return self.recipe.adapt.phases[-1].resolution
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Image tokens at every resolution of the phases."""
+        return tuple(sorted({(phase.resolution // self.ae.factor) ** 2 for phase in self.recipe.adapt.phases}))
+
+    @property
+    def converted_config(self) -> dict[str, Any]:
+        """Config of the transformer on the new latents."""
+        return self.family.convert_config(self.source.config, self.ae.factor, self.ae.channels, self.resolution)
+
+    @cached_property
+    def scheduler(self) -> dict[str, Any]:
+        """Scheduler config of the bundle: training draws t with the shift that it samples with."""
+        base = read_json(self.source.root / "scheduler" / "scheduler_config.json")
+        return scheduler_config(base, self.recipe.adapt.shift, channels=self.ae.channels, tokens=self.tokens)
+
+    @property
+    def latents_key(self) -> dict[str, Any]:
+        """What latents and text embeddings depend on: models and their hashes, sizes, settings, and this program."""
+        latents = self.recipe.latents
+        key = {
+            "model": self.family.name,
+            "weights": self.source.fingerprint,
+            "autoencoder": self.ae.fingerprint,
+            "resolutions": sorted({phase.resolution for phase in self.recipe.adapt.phases}),
+            "text": latents.text,
+            "text_length": self.text_length,
+            "scale": latents.scale_override,
+            "normalise": latents.normalise,
+            "dtype": self.recipe.dtype,
+            "version": __version__,
+        }
+        sizes = {
+            str(px): [[*size] for size in found] for px, found in self.buckets.items()
+        }  # as the index's JSON gives them back
+        return {**key, "buckets": sizes} if sizes else key
+
+    @cached_property
+    def buckets(self) -> dict[int, list[tuple[int, int]]]:
+        """(height, width) in px of every bucket, by the resolution of a phase; empty where all pictures are squares.
+
+        Raises:
+            RecipeError: the family or the resolution allows squares only.
+        """
+        if not self.recipe.data.buckets:
+            return {}
+        f, c = autoencoder_grid(read_json(self.source.vae / "config.json"))
+        config, resolutions = self.source.config, sorted({phase.resolution for phase in self.recipe.adapt.phases})
+        base, new = Grid(f, c, self.family.patch(config, c)), Grid(self.ae.factor, self.ae.channels, 1)
+        return {px: bucket_sizes(self.family, config, base, new, px) for px in resolutions}
+
+    def rows(self, resolution: int) -> LatentCache:
+        """The latent cache of this run; where the recipe encodes on the fly, the first caption loads the encoders."""
+        from dcgen_convert.data.cache import LatentCache
+        from dcgen_convert.networks import pipelines
+
+        encoders = cache(partial(pipelines.load_text_encoders, self.source, self.dtype))
+
+        def encode(captions: list[str]) -> Text:
+            return pipelines.encode_text(self.family, encoders(), captions, self.text_length)
+
+        on_the_fly = self.recipe.latents.text == "encode"
+        encode = encode if on_the_fly else None
+        return LatentCache(self.folder("latents"), resolution, encode=encode, key=self.latents_key)
+
+    @property
+    def target(self) -> Path:
+        """Folder of the autoencoder that the bundle gets: stage `latents` rewrites the one given where the recipe
+        says so.
+        """
+        normalised = self.recipe.latents.normalise == "channel"
+        return self.folder("latents") / autoencoder_files.NORMALISED if normalised else self.ae.folder
+
+    def folder(self, stage: str) -> Path:
+        return self.run.path / stage
+
+
+def prepare(resolved: Resolved, run: Run, console: Console, crew: Crew = SOLO) -> Job:
+    """Find and check everything that the job needs, before anything is written."""
+    from dcgen_convert.checkpoint.imported import STAGE
+    from dcgen_convert.stages import quantize
+
+    recipe = resolved.recipe
+    _require_even(recipe, run, crew.world)
+    entry = catalog.find_source(recipe.source)
+    where = str(entry.folder) if entry and entry.folder else (entry.repo if entry else recipe.source)
+    revision = recipe.revision or (entry.revision if entry else None)
+    source = load_source(
+        recipe.source,
+        where,
+        revision=revision,
+        offline=resolved.machine.offline,
+        base=recipe.base,
+        loras=recipe.loras,
+        home=run.path / STAGE,
+    )
+    if entry and entry.family != source.family.name:
+        raise InputError(f"{source.root} holds a {source.family.name} model, {recipe.source} is a {entry.family}")
+    sources.check_few_steps(recipe, source.family, source.root)
+    doubt = sources.doubt(source.family, recipe.source, None if source.imported else source.root)
+    if doubt and not recipe.adapt.phases[-1].consistency:
+        console.warn(doubt)
+    quantize.check_container(recipe.quantize, source.family)
+    if not recipe.merge_lora and not hasattr(stock_pipeline(source), "load_lora_weights"):
+        raise InputError(
+            f"the stock {source.family.pipeline_class} cannot load a LoRA apart", "leave out --no-merge-lora"
+        )
+    offline = resolved.machine.offline
+    ae = find_autoencoder(recipe.ae, run.path, channels=recipe.ae_channels, offline=offline)
+    job = Job(recipe, source, ae, run, console, offline, crew)
+    _ = job.buckets  # refuses what cannot have any
+    if recipe.quantize.format != "none":
+        quantize.plan_targets(job.family, job.converted_config, recipe.quantize.dense)  # not after days of training
+    return job
+
+
+def _require_even(recipe: Recipe, run: Run, world: int) -> None:
+    """RecipeError when the ranks cannot share a batch evenly: found now, not after hours of synthesis.
+
+    Stages that were done with another number of ranks do not count.
+    """
+    batches = {
+        f"adapt-{n}": (f"adapt.phases.{n - 1}.batch", phase.batch) for n, phase in enumerate(recipe.adapt.phases, 1)
+    }
+    if recipe.align_head.steps:
+        batches = {"align-head": ("align_head.batch", recipe.align_head.batch), **batches}
+    uneven = [pair for stage, pair in batches.items() if pair[1] % world and not (run.path / stage / MARKER).exists()]
+    if uneven:
+        named = ", ".join(f"{key} = {batch}" for key, batch in uneven)
+        even = " ".join(f"--set {key}={-(-batch // world) * world}" for key, batch in uneven)
+        raise RecipeError(f"{world} ranks cannot share these batches evenly: {named}", even)
+
+
+def stock_pipeline(source: Source) -> type:
+    """The diffusers class that draws with this family."""
+    import diffusers
+
+    return getattr(diffusers, source.family.pipeline_of(source.index))
+
+
+def find_autoencoder(name: str, work: Path, *, channels: int | None = None, offline: bool = False) -> Autoencoder:
+    """The autoencoder called ``name`` (alias, folder, hub id or single file), its headers checked.
+
+    Args:
+        work: folder that takes what a single file or a prefix of ``channels`` is rewritten into; what is there already
+            is kept.
+    """
+    from dcgen_convert.networks import autoencoders
+
+    entry = catalog.find_autoencoder(name)
+    where = str(entry.folder) if entry and entry.folder else (entry.repo if entry else name)
+    if autoencoder_files.is_file(name):
+        folder, revision = autoencoder_files.folder_of_file(name, work), None
+    else:
+        folder, revision = resolve_folder(where, offline=offline, patterns=AE_PATTERNS)
+    config = autoencoders.describe(folder)
+    if config["_class_name"] != "AutoencoderDC":
+        raise InputError(
+            f"{name} is a {config['_class_name']}, a conversion needs an AutoencoderDC",
+            f"known: {', '.join(catalog.AUTOENCODERS)}",
+        )
+    read_weights(folder)
+    if channels and channels != config["latent_channels"]:
+        folder = autoencoder_files.prefix_of_folder(folder, channels, work)
+    factor, found = autoencoders.geometry(config)
+    return Autoencoder(name, folder, revision, factor, channels or found)

@@ -1,0 +1,99 @@
+"""Stage `surgery`: the source's transformer with the shapes that the new autoencoder asks for.
+
+Only the embedder and the head, listed by module name, are re-made (their values come from the align stages); every
+other tensor keeps its bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from dcgen_convert.checkpoint import stream
+from dcgen_convert.checkpoint.headers import Entry
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.files import copy_file, write_json
+from dcgen_convert.core.journal import Stage
+from dcgen_convert.networks import autoencoders
+from dcgen_convert.networks.models import TRANSFORMER
+
+
+def run(job, stage: Stage) -> None:
+    """Writes transformer/ and surgery.json (module names, old and new shapes)."""
+    autoencoders.load(job.source.vae)  # both autoencoders must work before anything is drawn
+    autoencoders.load(job.ae.folder)
+    config = job.converted_config
+    replaced = new_shapes(job, config)
+    output = stage.folder / TRANSFORMER
+    output.mkdir(exist_ok=True)
+    files: dict[Path, dict[str, Entry]] = {}
+    for name, entry in sorted(job.source.tensors.items()):
+        files.setdefault(entry.file, {})[name] = entry
+    with job.console.progress("surgery", len(files), "shards") as bar:
+        for file, entries in sorted(files.items()):
+            if job.source.imported and not entries.keys() & replaced.keys():
+                share(file, output / file.name)  # written and checked by stage import, in this run folder
+            else:
+                rewrite(file, output / file.name, entries, replaced)
+            bar.advance(1)
+    for index in job.source.transformer.glob("*.safetensors.index.json"):
+        shutil.copyfile(index, output / index.name)
+    write_json(output / "config.json", config)
+    changed = {
+        key: [job.source.config.get(key), value] for key, value in config.items() if job.source.config.get(key) != value
+    }
+    tensors = {name: [list(job.source.tensors[name].shape), list(shape)] for name, shape in replaced.items()}
+    write_json(
+        stage.folder / "surgery.json",
+        {"config": changed, "replaced": tensors, "untouched": len(job.source.tensors) - len(replaced)},
+    )
+    stage.metrics.update(replaced=sorted(replaced), untouched=len(job.source.tensors) - len(replaced))
+    job.console.say(
+        f"surgery: new {', '.join(sorted(replaced))}; {stage.metrics['untouched']} tensors untouched; config {changed}"
+    )
+
+
+def new_shapes(job, config: dict) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape of the re-made modules, read off the model class itself on the meta device."""
+    import diffusers
+
+    with torch.device("meta"):
+        model = getattr(diffusers, job.family.model_class).from_config(config)
+    parameters = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    modules = (job.family.embedder, job.family.head)
+    replaced = {name: shape for name, shape in parameters.items() if name.rpartition(".")[0] in modules}
+    for name, shape in parameters.items():
+        entry: Entry | None = job.source.tensors.get(name)
+        if entry is None:
+            raise InputError(
+                f"{job.source.transformer} lacks {name}, which its config asks for", "is the checkpoint complete?"
+            )
+        if name not in replaced and entry.shape != shape:
+            raise InputError(
+                f"{name} is {entry.shape} in {job.source.transformer}, its config asks for {shape}",
+                "is the config the right one?",
+            )
+    return replaced
+
+
+def rewrite(source: Path, output: Path, entries: dict[str, Entry], replaced: dict[str, tuple[int, ...]]) -> None:
+    """Copy one safetensors file, zeros in place of the re-made tensors; InputError for NaN or infinite weights."""
+    items = {
+        name: stream.Zeros(entry.dtype, replaced[name]) if name in replaced else stream.whole(name, entry)
+        for name, entry in entries.items()
+    }
+    stream.write(output, items, {"format": "pt"})
+
+
+def share(source: Path, output: Path) -> None:
+    """``output`` is the file ``source`` itself where the file system allows a second name, else a copy. Weight files
+    are
+    replaced, never written into."""
+    output.unlink(missing_ok=True)
+    try:
+        os.link(source, output)
+    except OSError:
+        copy_file(source, output)

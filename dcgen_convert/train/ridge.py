@@ -1,0 +1,96 @@
+"""Ridge regression from streamed normal equations in float64: exact, one pass, memory K x (K + D) for any number of
+rows.
+
+Model y ~ W x + b with x (K,), y (D,). Minimises E|W x + b - y|^2 + ridge * tr(Cov x)/K * |W|^2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dcgen_convert.core.errors import InputError
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Moments over the noise levels t for regression on noised inputs: x = (1-t) x_0 + t n_x, y = (1-t) y_0 + t n_y.
+
+    n_x, n_y are zero-mean and independent of each other and of the data; the entries of n_x have unit variance where
+    they are in the picture, and are uncorrelated.
+    """
+
+    keep: float  # E[1 - t]
+    keep_square: float  # E[(1 - t)^2]
+    noise_square: float  # E[t^2]
+    inside: Tensor | float = 1.0  # (K,) fraction of rows whose entry is in the picture: windows reach over its border
+
+
+class NormalEquations:
+    """Accumulates E[x], E[y], E[x x^T], E[x y^T], E|y|^2 over rows."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        self.count = 0.0
+        self.x = torch.zeros(inputs, dtype=torch.float64)
+        self.y = torch.zeros(outputs, dtype=torch.float64)
+        self.xx = torch.zeros(inputs, inputs, dtype=torch.float64)
+        self.xy = torch.zeros(inputs, outputs, dtype=torch.float64)
+        self.yy = torch.zeros((), dtype=torch.float64)
+
+    def add(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
+        """Rows x (R, K) and y (R, D), any float dtype, each counted ``weight`` (R,) times; summed in float64."""
+        x, y = x.reshape(-1, x.shape[-1]).double().cpu(), y.reshape(-1, y.shape[-1]).double().cpu()
+        count, wx, wy = len(x), x, y
+        if weight is not None:
+            weight = weight.reshape(-1, 1).double().cpu()
+            count, wx, wy = weight.sum().item(), weight * x, weight * y
+        self.count += count
+        self.x += wx.sum(0)
+        self.y += wy.sum(0)
+        self.xx.addmm_(wx.T, x)
+        self.xy.addmm_(wx.T, y)
+        self.yy += (wy * y).sum()
+
+    def __add__(self, other: NormalEquations) -> NormalEquations:
+        """The equations of both sets of rows together."""
+        both = NormalEquations(len(self.x), len(self.y))
+        for name in vars(both):
+            setattr(both, name, getattr(self, name) + getattr(other, name))
+        return both
+
+    def solve(self, ridge: float, noise: Noise | None = None, bias: bool = True) -> tuple[Tensor, Tensor]:
+        """W (D, K) and b (D,), float64.
+
+        Args:
+            bias: False for a module without one: the best W with b = 0.
+        Raises:
+            InputError: no rows, or non-finite rows.
+        """
+        if not self.count or not torch.isfinite(self.xx).all() or not torch.isfinite(self.xy).all():
+            raise InputError(
+                f"the regression has {self.count:g} rows or non-finite values", "check the latents of this run"
+            )
+        mean_x, mean_y = self.x / self.count, self.y / self.count
+        covariance, cross = self.xx / self.count, self.xy / self.count
+        if noise:
+            covariance = noise.keep_square * covariance
+            covariance.diagonal().add_(noise.noise_square * noise.inside)
+            cross, mean_x, mean_y = noise.keep_square * cross, noise.keep * mean_x, noise.keep * mean_y
+        if not bias:
+            mean_x, mean_y = torch.zeros_like(mean_x), torch.zeros_like(mean_y)
+        covariance = covariance - torch.outer(mean_x, mean_x)
+        cross = cross - torch.outer(mean_x, mean_y)
+        # A floor far below the data keeps the factorisation defined for channels that never vary.
+        scale = covariance.diagonal().mean().clamp_min(1e-30)
+        covariance.diagonal().add_((ridge + 1e-12) * scale)
+        weight = torch.linalg.solve(covariance, cross, left=True).T
+        return weight, mean_y - weight @ mean_x
+
+    def mse(self, weight: Tensor, bias: Tensor) -> float:
+        """Mean squared error per output of y ~ W x + b on the accumulated rows, without touching them again."""
+        weight, bias = weight.double().cpu(), bias.double().cpu()
+        residual = self.yy + self.count * bias @ bias + (weight @ self.xx * weight).sum()
+        residual = residual - 2 * (weight * self.xy.T).sum() - 2 * bias @ self.y + 2 * bias @ (weight @ self.x)
+        return max(residual.item(), 0.0) / (self.count * len(self.y))

@@ -1,0 +1,268 @@
+"""The whole plan: every shipped recipe, offline; speed-ups beside the paper's; disk, downloads and hours."""
+
+import json
+import re
+import shutil
+
+import pytest
+from conftest import WEIGHTS
+
+from dcgen_convert import conversion, families
+from dcgen_convert.core.console import NULL
+from dcgen_convert.core.errors import ResourceError
+from dcgen_convert.planning import costs, plan
+from dcgen_convert.planning.shapes import shapes
+from dcgen_convert.recipe import loading, sources
+from dcgen_convert.recipe.settings import leaves
+from dcgen_convert.stages.quantize import plan_targets
+
+from .test_memory import TABLE
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def document(name: str, *, sets=(), **flags) -> dict:
+    return plan.plan(loading.load(name, flags=flags, sets=sets, machine=loading.Machine(offline=True)))
+
+
+@pytest.mark.parametrize("name", loading.names())
+def test_every_shipped_recipe_passes_offline(name):
+    doc = document(name)
+    assert doc["status"] == "feasible"
+    assert doc["tokens"][-1]["ratio"] >= 4
+    assert doc["time"]["gpu_hours"] > 0
+    text = plan.render(doc)
+    assert text.splitlines()[-1] == "verdict: feasible"
+    for key, value in leaves(loading.load(name).recipe.model_dump(mode="json")):
+        assert doc["settings"][key]["value"] == value
+        assert key in text
+
+
+@pytest.mark.parametrize(
+    "px, ae, tokens, paper, tolerance",
+    [
+        (1024, "dc-ae-f32", (4096, 1024), 4.2, 0.20),
+        (2048, "dc-ae-f64", (16384, 1024), 16.9, 0.16),
+        (4096, "dc-ae-f64", (65536, 4096), 52.9, 0.02),
+    ],
+)
+def test_flops_agree_with_what_the_paper_measured(px, ae, tokens, paper, tolerance):
+    doc = document("flux-krea", ae=ae, resolution=px, sets=["latents.text_length=512"])
+    assert (doc["tokens"][-1]["before"], doc["tokens"][-1]["after"]) == tokens
+    assert doc["speedup"]["value"] == pytest.approx(paper, rel=tolerance)
+    assert doc["speedup_paper"]["value"] == paper
+    assert doc["speedup"]["basis"].startswith("scaled")
+    assert doc["speedup_paper"]["basis"].startswith("measured by the paper")
+
+
+def test_the_memory_table_of_flux_at_4096_px_from_its_config():
+    """FLUX.1 to f64c128, 4096 + 512 tokens, LoRA 256: every row within 10 % of the table that the terms come from (see
+    test_memory), which counts no moving average."""
+    sets = ["latents.text_length=512", "adapt.ema=0", "adapt.objective=flow"]
+    doc = document("flux-krea", ae="dc-ae-f64", resolution=4096, sets=sets)
+    found = {(row["zero"], row["offload"], row["gpus"]): row for row in doc["memory"]["table"]}
+    for line in TABLE:
+        zero, offload, gpus, *sizes, h100, h200 = line.split()
+        row = found.pop((int(zero), offload, int(gpus)))
+        weights, _, _, activations, _, total, host = (float(size) for size in sizes)
+        kinds = ("weights", "activations", "total", "host")
+        assert [row[kind] for kind in kinds] == pytest.approx([weights, activations, total, host], rel=0.10, abs=0.06)
+        assert row["max_micro_batch_H100-80"] == pytest.approx(int(h100), abs=2)
+        assert row["max_micro_batch_H200-141"] == pytest.approx(int(h200), abs=2)
+    assert not found
+    averaged = document("flux-krea", ae="dc-ae-f64", resolution=4096, sets=sets[:1])
+    assert averaged["memory"]["table"][0]["optimizer"] == pytest.approx(15.6, abs=0.06)  # 16 B for each of 1.047e9
+
+
+@pytest.mark.parametrize(("name", "gib"), [("flux-krea", 24), ("flux-krea", 8), ("sana-1.6b", 6)])
+def test_what_cannot_fit_is_refused_with_a_change_that_does(name, gib):
+    def planned(gpus=None, **settings):
+        sets = [f"adapt.{key}={value}" for key, value in settings.items()]
+        resolved = loading.load(name, flags={}, sets=sets, machine=loading.Machine(gpus=gpus, offline=True))
+        return plan.plan(resolved, gpu_bytes=gib * 2**30)
+
+    doc = planned(zero=1)
+    assert doc["status"] == "infeasible"
+    change = re.search(r"use --zero (\d) --offload (\w+)(?: --gpus (\d+))? with micro_batch 1", doc["problems"][0])
+    settings = {"zero": change[1], "offload": change[2], "phases.*.micro_batch": 1}
+    assert planned(gpus=change[3] and int(change[3]), **settings)["status"] == "feasible"
+
+
+def test_other_families_beside_the_paper():
+    for name, paper in (("sana-1.6b", 3.9), ("dit-xl-512", 4.7)):
+        doc = document(name)
+        assert doc["speedup_paper"]["value"] == paper
+        assert doc["speedup"]["value"] == pytest.approx(paper, rel=0.15)
+    assert document("flux-krea", ae="dc-ae-f64")["speedup_paper"] is None
+
+
+def test_gated_and_missing_repositories_are_named():
+    doc = document("flux-krea")
+    source, ae = doc["downloads"]
+    assert source["repo"] == "black-forest-labs/FLUX.1-Krea-dev"
+    assert source["accept_at"] == "https://huggingface.co/black-forest-labs/FLUX.1-Krea-dev"
+    assert source["bytes"] == pytest.approx(33.7e9, rel=0.01)
+    assert ae["repo"] == "mit-han-lab/dc-ae-f32c32-in-1.0-diffusers"
+    notes = "\n".join(doc["notes"])
+    assert "is gated" in notes
+    assert "not in the cache" in notes
+
+
+def test_what_is_cached_is_not_downloaded_again(tmp_path):
+    before = document("flux-krea")["disk"]["bytes"]["downloads"]
+    (tmp_path / "hub" / "models--black-forest-labs--FLUX.1-Krea-dev" / "snapshots").mkdir(parents=True)
+    doc = document("flux-krea")
+    assert doc["downloads"][0]["cached"]
+    assert doc["disk"]["bytes"]["downloads"] < before / 10
+
+
+def test_hours_follow_the_work():
+    short, long = (
+        document("flux-krea", sets=["adapt.phases.*.steps=1000"]),
+        document("flux-krea", sets=["adapt.phases.*.steps=2000"]),
+    )
+    stage = "adapt phase 1 (1024 px)"
+    assert long["time"]["stages"][stage] == pytest.approx(2 * short["time"]["stages"][stage])
+    assert sum(long["time"]["stages"].values()) == pytest.approx(long["time"]["gpu_hours"])
+    assert "data" not in document("flux-krea", sets=["data.kind=folder", "data.path=/somewhere"])["time"]["stages"]
+    assert "quantize" in document("flux-krea", **{"quantize.format": "nvfp4"})["time"]["stages"]
+    plain = document("flux-krea", sets=["adapt.objective=flow"])
+    assert plain["time"]["stages"][stage] < document("flux-krea")["time"]["stages"][stage]
+
+
+def test_disk_follows_the_data():
+    assert document("flux-krea", sets=["data.count=10"])["disk"]["peak"] < document("flux-krea")["disk"]["peak"]
+    doc = document("flux-krea")
+    assert sum(doc["disk"]["bytes"].values()) == pytest.approx(doc["disk"]["peak"])
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["folder", "single file"])
+def test_surgery_takes_the_disk_that_the_plan_says(alone, tmp_path):
+    """Against what a real surgery (and import) leaves, a linked shard counted once; within 2 %: headers, embedder
+    and head.
+    """
+    file = WEIGHTS / "tiny-flux" / "transformer" / "diffusion_pytorch_model.safetensors"
+    resolved = loading.load("tiny-flux", flags={"source": str(file), "base": "tiny-flux"} if alone else {})
+    conversion.convert(resolved, tmp_path / "run", tmp_path / "out", NULL, until="surgery")
+    written = [path.stat() for path in (tmp_path / "run").glob("*/transformer/*.safetensors")]
+    kinds = plan.plan(resolved)["disk"]["bytes"]
+    assert (kinds["import"] > 0) == alone
+    assert kinds["import"] + kinds["surgery"] == pytest.approx(
+        sum({s.st_ino: s.st_size for s in written}.values()), rel=0.02
+    )
+
+
+def test_hub_cache_obeys_the_environment():
+    assert str(costs.hub_cache({"HF_HUB_CACHE": "/a"})) == "/a"
+    assert str(costs.hub_cache({"HF_HOME": "/b"})) == "/b/hub"
+    assert str(costs.hub_cache({"XDG_CACHE_HOME": "/c"})) == "/c/huggingface/hub"
+
+
+def test_a_full_disk_is_refused_before_the_first_byte(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    costs.check_disk([(tmp_path / "not" / "yet" / "there", free / 2)])
+    with pytest.raises(ResourceError, match="GB needed") as caught:
+        costs.check_disk([(tmp_path / "run", free * 0.6), (tmp_path / "out", free * 0.6)])  # one disk: they add up
+    assert caught.value.exit_code == 4
+
+
+def test_a_conversion_too_large_for_the_disk_is_refused(tmp_path):
+    huge = loading.load("flux-krea", sets=["data.count=1000000000"]).recipe
+    with pytest.raises(ResourceError, match="disk under"):
+        plan.require_disk(huge, tmp_path / "run", tmp_path / "out")
+    # what the run folder holds already is not needed again: a sparse file stands for terabytes of pictures
+    small = loading.load("dit-xl-256", sets=["data.count=1"]).recipe
+    plan.require_disk(small, tmp_path / "run", tmp_path / "out")
+    large = loading.load("dit-xl-256", sets=["data.count=50000000"]).recipe
+    with pytest.raises(ResourceError, match="disk under"):
+        plan.require_disk(large, tmp_path / "run", tmp_path / "out")
+    (tmp_path / "run").mkdir()
+    with open(tmp_path / "run" / "pictures", "wb") as file:
+        file.truncate(10**13)
+    plan.require_disk(large, tmp_path / "run", tmp_path / "out")
+
+
+def test_each_phase_is_fitted():
+    krea = loading.load("flux-krea").recipe
+    low, high = (plan.fit_phase(krea, phase) for phase in krea.adapt.phases)
+    assert (low.zero, high.zero) == (1, 1)
+    assert low.limit > high.limit
+    assert 256 % low.micro_batch == 0 == 256 % high.micro_batch
+
+
+def test_the_training_of_the_head_is_fitted_too():
+    """FLUX at 512 px: 512 pictures at once would need 131 GiB of activations; embedder and head are all that trains."""
+    krea = loading.load("flux-krea").recipe
+    phase = plan.head_phase(krea)
+    head, lora = plan.fit_phase(krea, phase), plan.fit_phase(krea, krea.adapt.phases[0])
+    assert shapes(krea, offline=True).trainable(phase).trained == 32 * 3072 + 3072 + 3072 * 32 + 32
+    assert lora.micro_batch < head.micro_batch == 128 <= head.limit < phase.batch == 512
+    assert head.memory.activations / 2**30 == pytest.approx(131 / 4, rel=0.01)
+    assert plan.fit_phase(krea, phase, gpus=8).micro_batch == 64  # a rank's share
+
+
+def test_a_folder_of_ones_own_is_planned_from_its_configs(tmp_path):
+    config = {
+        "_class_name": "FluxTransformer2DModel", "num_layers": 2, "num_single_layers": 4, "num_attention_heads": 4,
+        "attention_head_dim": 32, "in_channels": 64, "joint_attention_dim": 48, "pooled_projection_dim": 24,
+        "guidance_embeds": True, "patch_size": 1,
+    }  # fmt: skip
+    vae = {"_class_name": "AutoencoderKL", "block_out_channels": [8, 8, 8, 8], "latent_channels": 16}
+    deep = {"_class_name": "AutoencoderDC", "encoder_block_out_channels": [8] * 6, "latent_channels": 24}
+    for part, content in (("transformer", config), ("vae", vae), ("deep", deep)):
+        (tmp_path / "mine" / part).mkdir(parents=True)
+        (tmp_path / "mine" / part / "config.json").write_text(json.dumps(content))
+    resolved = loading.load(str(tmp_path / "mine"), recipe="tiny-flux", flags={"ae": str(tmp_path / "mine" / "deep")})
+    doc = plan.plan(resolved)
+    assert (doc["source"]["family"], doc["autoencoder"]["f"], doc["autoencoder"]["c"]) == ("flux", 32, 24)
+    assert doc["tokens"] == [{"resolution": 128, "before": 64, "after": 16, "ratio": 4.0}]
+    assert doc["downloads"] == []
+    assert (doc["time"]["device"], doc["time"]["price_usd"]) == ("2 CPU cores", 0)
+
+
+def test_quantised_linears_are_those_that_the_quantiser_finds_in_the_model():
+    for name in ("flux-krea", "tiny-sana", "dit-xl-512"):
+        resolved = loading.load(name, flags={"quantize.format": "nvfp4"}, machine=loading.Machine(offline=True))
+        part = plan.plan(resolved)["quantization"]
+        sizes = shapes(resolved.recipe, offline=True)
+        config = sources.transformer_config(resolved.recipe.source, True)
+        family = families.recognise(config)
+        side = resolved.recipe.adapt.phases[-1].resolution
+        targets = plan_targets(family, family.convert_config(config, sizes.new.f, sizes.new.c, side), None)
+        assert (part["w4a4"], part["w4a16"]) == (len(targets.svdq), len(targets.awq))
+        assert sum(int(kind.rpartition("(")[2][:-1]) for kind in part["dense"]) == len(targets.skipped)
+        assert not part["impossible"]
+    assert (part["w4a4"], part["w4a16"]) == (28 * 6, 28)  # the last: DiT-XL
+
+
+def test_linears_that_no_format_holds_are_listed_and_make_it_infeasible():
+    doc = document("sana-1.6b", **{"quantize.format": "nvfp4"})
+    assert doc["status"] == "infeasible"
+    kinds = doc["quantization"]["impossible"]
+    assert kinds["transformer_blocks.*.attn1.to_q (20)"].endswith("it has 2240 -> 2240")
+    assert not any("ff.conv" in kind for kind in kinds)  # convolutions were never planned
+    text = plan.render(doc)
+    assert (
+        "problem: transformer_blocks.*.attn1.to_q (20) cannot be quantised" in text and "quantize.dense=REGEX" in text
+    )
+    kept = document("sana-1.6b", sets=["quantize.dense=.*"], **{"quantize.format": "nvfp4"})
+    assert kept["quantization"]["impossible"] == {} and "no linear of this sana model" in kept["problems"][0]
+    assert (
+        "FLUX.1 only"
+        in document("dit-xl-512", sets=["quantize.container=nunchaku"], **{"quantize.format": "int4"})["problems"][0]
+    )
+
+
+def test_nothing_quantised_is_nothing_planned():
+    assert document("flux-krea")["quantization"] is None
+
+
+def test_plan_counts_the_tokens_of_every_bucket():
+    doc = document("tiny-flux", sets=["data.kind=folder", "data.path=x", "data.buckets=on"])
+    (row,) = doc["tokens"]
+    assert {"height": 96, "width": 160, "before": 6 * 10, "after": 3 * 5} in row["buckets"] and len(row["buckets"]) == 9
+    assert "96x160=15" in plan.render(doc)
+    assert "buckets" not in document("tiny-flux")["tokens"][0]

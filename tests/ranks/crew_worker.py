@@ -1,0 +1,175 @@
+"""A program of several ranks with the real command line around it, and the means to start and watch them.
+
+As a program: `python crew_worker.py crew RUN '{"rank0": "share", "member": "sleep"}'`. Rank 0 shares one task whose
+part on each rank is named: "count", "sleep" (interruptible), "nap" (6 s), "collective" (gloo, waits in C++),
+"wait-in-collective", "steps-then-N" (see `steps`), "fail" (InputError), "crash" (InternalError).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+
+ROOT = Path(__file__).resolve().parents[2]
+LONG = 4.0  # seconds without progress that `start(stall=LONG)` tolerates
+READY = "ready-{}"  # written by a rank when its part begins
+
+
+def part(kind: str, run: Path, rank: int, bar) -> None:
+    (run / READY.format(rank)).touch()
+    if kind == "count":
+        bar.advance(5)
+    elif kind == "sleep":
+        time.sleep(120)
+    elif kind == "nap":
+        time.sleep(6)
+    elif kind == "fail":
+        from dcgen_convert.core.errors import InputError
+
+        raise InputError("the picture cannot be read", "replace it")
+    elif kind == "crash":
+        raise ZeroDivisionError("a fault of this program")
+    elif kind == "collective":
+        from dcgen_convert.train import distributed
+
+        with distributed.launch_environment():
+            distributed.join()
+        while True:
+            distributed.barrier()
+            time.sleep(0 if rank else 600)  # rank 0 is the one that keeps the others waiting
+    elif kind == "wait-in-collective":
+        from dcgen_convert.train import distributed
+
+        with distributed.launch_environment():
+            distributed.join()
+        for _ in range(1 if rank else 2):
+            distributed.barrier()
+        time.sleep(120)
+    elif kind.startswith("steps-then-"):
+        steps(rank, int(kind.rpartition("-")[2]))
+
+
+def steps(rank: int, guilty: int) -> None:
+    """Steps in lockstep; then rank 0 has much to do while the others wait for it; then one rank hangs."""
+    from dcgen_convert.core import pulse
+    from dcgen_convert.train import distributed
+
+    with distributed.launch_environment():
+        distributed.join()
+    for _ in range(10):
+        distributed.barrier()
+        pulse.bump()
+        time.sleep(0.05)
+    for _ in range(0 if rank else int(2 * LONG / 0.1)):
+        pulse.bump()
+        time.sleep(0.1)
+    distributed.barrier()
+    if rank == guilty:
+        hang()
+    distributed.barrier()
+
+
+def hang() -> None:
+    time.sleep(600)
+
+
+def command() -> None:
+    from dcgen_convert.cli import app
+    from dcgen_convert.cli.options import OUTPUT, output_options, stack
+    from dcgen_convert.core import pulse
+    from dcgen_convert.ranks.crew import SILENCE
+
+    @app.cli.command("crew")
+    @click.argument("run")
+    @click.argument("parts")
+    @stack(OUTPUT)
+    @click.pass_obj
+    def crew_verb(session, run: str, parts: str, **values) -> int:
+        kinds, path = json.loads(parts), Path(run)
+        console = session.begin(**output_options(values), run_dir=path)
+        silence = kinds.get("timeout", SILENCE)
+        if "stall" in kinds:
+            from dcgen_convert.train import distributed
+
+            # its import would be the longest pause of the task, and three times that is tolerated
+            distributed.deepspeed()
+            pulse.PATIENCE = kinds["stall"] / silence
+        crew = session.join(timeout=silence)
+        if crew.rank:
+            return crew.serve(lambda document, task, arguments: part(arguments["kind"], path, crew.rank, crew))
+        crew.introduce({})
+        with console.progress("work", 5 * crew.world, "piece") as bar:
+            if kinds.get("member"):
+                with crew.share("part", bar, kind=kinds["member"]):
+                    part(kinds["rank0"], path, 0, bar)
+            else:
+                part(kinds["rank0"], path, 0, bar)
+        console.result({"done": bar.done}, f"done {bar.done}")
+        return 0
+
+    app.main(sys.argv[1:])
+
+
+def environment(**extra: str) -> dict[str, str]:
+    unwanted = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in unwanted and not key.startswith(("SLURM_", "DCGEN_"))
+    }
+    return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **extra}
+
+
+def heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def start(run: Path, count: int, **parts: str | float) -> list[subprocess.Popen]:
+    """``count`` ranks as srun starts them: nothing watches over them but they themselves."""
+    from dcgen_convert.ranks.join import free_port
+
+    run.mkdir(exist_ok=True)
+    port = free_port()
+    started = []
+    for rank in range(count):
+        step = {"SLURM_PROCID": rank, "SLURM_STEP_NUM_TASKS": count, "SLURM_LOCALID": rank, "MASTER_PORT": port}
+        place = {key: str(value) for key, value in step.items()} | {"SLURM_STEP_NODELIST": "localhost"}
+        argv = [sys.executable, __file__, "crew", str(run), json.dumps(parts)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(argv, env=environment(**place), preexec_fn=heed_interrupts, **pipes))
+    return started
+
+
+def wait_ready(run: Path, started: list[subprocess.Popen], ranks, seconds: float = 480) -> None:
+    """Wait until those ranks have begun their parts."""
+    deadline = time.monotonic() + seconds
+    while not all((run / READY.format(rank)).exists() for rank in ranks):
+        assert all(process.poll() is None for process in started), [
+            p.communicate() for p in started if p.poll() is not None
+        ]
+        assert time.monotonic() < deadline, "the ranks did not begin"
+        time.sleep(0.02)
+
+
+def finish(started: list[subprocess.Popen], seconds: float) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of every rank; AssertionError when one lives on after ``seconds``."""
+    deadline, ended = time.monotonic() + seconds, []
+    try:
+        for process in started:
+            out, err = process.communicate(timeout=max(0.1, deadline - time.monotonic()))
+            ended.append((process.returncode, out, err))
+    finally:
+        for process in started:
+            process.kill()
+    return ended
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,226 @@
+"""The real command on several ranks: same work as on one, stops, deaths, other numbers of ranks. Nothing is left
+behind.
+
+The runs start from a copy of the one short conversion that all tests share: only the LoRA phase has to be done again.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+from conftest import WEIGHTS, run_cli, short_settings, start_cli
+from safetensors.torch import load_file
+
+from dcgen_convert.data.images import read_pixels
+
+FLUX = ["tiny-flux", "--ae", "tiny-dc-ae-f32", "-y", "-o", "bundle", "--run-dir", "run"]
+STEPS = 120
+TRAIN = ["--until", "adapt-1", *short_settings(**{"adapt.phases.0.steps": STEPS, "adapt.phases.0.batch": 6})]
+SECONDS = 120  # for an end that takes three on an idle machine
+
+
+@pytest.fixture
+def prepared(converted, tmp_path):
+    """A folder with a run whose stages hold up to align-head."""
+    for stage in ("surgery", "data", "latents", "align-embedder", "align-head"):
+        shutil.copytree(converted / "run" / stage, tmp_path / "run" / stage)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def reference(converted, tmp_path_factory):
+    """Losses and LoRA of the phase in one process."""
+    folder = tmp_path_factory.mktemp("reference")
+    shutil.copytree(converted / "run", folder / "run", ignore=shutil.ignore_patterns(".tmp-*"))
+    done = run_cli(*FLUX, *TRAIN, cwd=folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return losses(folder), load_file(folder / "run" / "adapt-1" / "export" / "modules.safetensors")
+
+
+def losses(folder) -> list[float]:
+    lines = (folder / "run" / "adapt-1" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(STEPS))
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def assert_like(folder, reference) -> None:
+    """Loss and weights as in one process, up to the order of float32 sums."""
+    curve, weights = reference
+    assert max(abs(a - b) for a, b in zip(losses(folder), curve, strict=True)) < 1e-4
+    ours = load_file(folder / "run" / "adapt-1" / "export" / "modules.safetensors")
+    assert max((ours[name] - weights[name]).abs().max() for name in weights) < 1e-4
+
+
+def wait_for(path, process, seconds=300) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"{path} did not come"
+        time.sleep(0.02)
+
+
+def ranks_of(folder) -> dict[int, psutil.Process]:
+    """Ranks that work in ``folder``, by number."""
+    found = {}
+    for process in psutil.process_iter():
+        try:
+            if (
+                process.cwd() == str(folder)
+                and "dcgen_convert.cli" in process.cmdline()
+                and "RANK" in process.environ()
+            ):
+                found[int(process.environ()["RANK"])] = process
+        except psutil.Error:
+            continue
+    return found
+
+
+def assert_nothing_left(folder, seconds=SECONDS) -> None:
+    deadline = time.monotonic() + seconds
+    while left := ranks_of(folder):
+        assert time.monotonic() < deadline, f"still there: {left}"
+        time.sleep(0.1)
+
+
+def test_two_ranks_share_the_stages_and_go_on_after_a_death(converted, tmp_path):
+    command = [*FLUX, "--gpus", "2", "--until", "align-head", *short_settings(**{"data.batch": 8})]
+    process = start_cli(*command, cwd=tmp_path)
+    pictures = tmp_path / "run" / "data" / "pictures"
+    wait_for(pictures / "0000001.png", process)
+    ranks_of(tmp_path)[1].kill()
+    assert process.communicate(timeout=SECONDS)[0] == "" and process.returncode == 4
+    drawn = {path: path.stat().st_mtime_ns for path in pictures.glob("0*.png")}
+    assert 0 < len(drawn) < 96
+    done = run_cli(*command, cwd=tmp_path, timeout=900)
+    assert all(path.stat().st_mtime_ns == time for path, time in drawn.items())  # not drawn again
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == f"{tmp_path / 'run'}\n"
+    assert "ranks: 2" in done.stderr and done.stderr.count("align head: after") == 1  # one rank speaks
+    log = (tmp_path / "run" / "log-rank-1.txt").read_text()
+    assert all(f"task {task}" in log for task in ("pictures", "latents", "captions", "train-head"))
+    for path in sorted((converted / "run" / "data" / "pictures").iterdir()):
+        ours, theirs = (read_pixels(file, 128) for file in (pictures / path.name, path))
+        assert (ours - theirs).abs().max() <= 1.01 * 2 / 255  # one level: batches of another size round differently
+    files = sorted((converted / "run" / "latents").glob("*.safetensors"))
+    for path in [*files, converted / "run" / "align-head" / "modules.safetensors"]:
+        ours, theirs = load_file(tmp_path / path.relative_to(converted)), load_file(path)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.allclose(ours[name], theirs[name], atol=5e-3) for name in theirs), path.name
+    assert_nothing_left(tmp_path)
+
+
+def test_two_ranks_draw_the_calibration_and_the_bundle_is_the_same_to_the_byte(converted, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the order of float32 sums depends on the threads
+    settings = short_settings(**{"quantize.calibration.batch": 1, "quantize.calibration.steps": 1})
+    made = []
+    for ranks in ("1", "2"):
+        folder = tmp_path / ranks
+        for stage in ("surgery", "data", "latents", "align-embedder", "align-head", "adapt-1", "merge-1"):
+            shutil.copytree(converted / "run" / stage, folder / "run" / stage)
+        done = run_cli(*FLUX, "--quantize", "nvfp4", "--until", "quantize", "--gpus", ranks, *settings, cwd=folder)
+        assert done.returncode == 0, done.stderr[-2000:]
+        files = [path for path in (folder / "run" / "quantize").rglob("*") if path.suffix in (".safetensors", ".json")]
+        made.append({str(path.relative_to(folder)): path.read_bytes() for path in files if path.name != "stage.json"})
+    log = (tmp_path / "2" / "run" / "log-rank-1.txt").read_text()
+    assert "task calibration" in log and "task blocks" in log
+    assert sum("/call-" in name for name in made[0]) == 2
+    assert made[0].keys() == made[1].keys() and [name for name in made[0] if made[0][name] != made[1][name]] == []
+
+
+def test_sigterm_writes_a_checkpoint_and_another_number_of_ranks_goes_on(prepared, reference):
+    process = start_cli(*FLUX, *TRAIN, "--gpus", "2", cwd=prepared)
+    wait_for(prepared / "run" / "adapt-1" / "metrics.jsonl", process)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 143, err[-2000:]
+    assert out == "" and "a checkpoint is written" in err and "Traceback" not in err
+    assert err.splitlines()[-1] == f"dcgen-convert resume {prepared / 'run'}"
+    assert_nothing_left(prepared)
+    refused = run_cli("resume", "run", "--gpus", "4", cwd=prepared)
+    assert refused.returncode == 2
+    assert "4 ranks cannot share these batches evenly: adapt.phases.0.batch = 6" in refused.stderr
+    done = run_cli(*FLUX, *TRAIN, "--gpus", "3", cwd=prepared)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "continuing from the checkpoint of step" in done.stderr
+    assert_like(prepared, reference)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_kill_9_of_a_rank_ends_the_job_and_it_can_go_on(prepared, reference, number):
+    process = start_cli(*FLUX, *TRAIN, "--gpus", "2", "--json", cwd=prepared)
+    wait_for(prepared / "run" / "adapt-1" / "metrics.jsonl", process)
+    ranks_of(prepared)[number].kill()
+    out, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 4, err[-2000:]
+    error = json.loads(out)["error"]
+    log = prepared / "run" / ("log-rank-1.txt" if number else "log.txt")
+    assert error["code"] == "rank-lost" and f"rank {number} was" in error["message"] and str(log) in error["message"]
+    assert error["hint"] == f"dcgen-convert resume {prepared / 'run'}"
+    assert_nothing_left(prepared)
+    done = run_cli(*FLUX, *TRAIN, cwd=prepared)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_like(prepared, reference)
+
+
+def test_ranks_do_not_outlive_the_command_that_started_them(prepared):
+    process = start_cli(*FLUX, *TRAIN, "--gpus", "2", cwd=prepared)
+    wait_for(prepared / "run" / "adapt-1" / "metrics.jsonl", process)
+    assert len(ranks_of(prepared)) == 2
+    process.kill()
+    process.communicate()
+    assert_nothing_left(prepared)
+    assert list((prepared / "run" / "adapt-1" / "checkpoints").glob("step-*"))  # they stopped as on SIGTERM
+
+
+def test_hostfile_of_one_host(prepared, reference):
+    (prepared / "hosts").write_text("localhost slots=2\n")
+    process = start_cli(*FLUX, *TRAIN, "--hostfile", "hosts", cwd=prepared)
+    wait_for(prepared / "run" / "adapt-1" / "metrics.jsonl", process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 143 and out == "", err[-2000:]
+    assert "a checkpoint is written" in err and f"dcgen-convert resume {prepared / 'run'}" in err
+    assert_nothing_left(prepared)
+    done = run_cli(*FLUX, *TRAIN, "--hostfile", "hosts", cwd=prepared)
+    assert done.returncode == 0 and done.stdout == f"{prepared / 'run'}\n", done.stderr[-2000:]
+    assert_like(prepared, reference)
+
+
+def test_torchrun_ranks_join(prepared, reference):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    env = {**os.environ, "CI": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WEIGHTS.parents[2])}
+    done = subprocess.run(
+        [*command, "dcgen_convert.cli", *FLUX, *TRAIN],
+        cwd=prepared,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == f"{prepared / 'run'}\n"
+    assert_like(prepared, reference)
+
+
+def test_what_the_ranks_cannot_share_is_refused_before_anything_starts(tmp_path):
+    done = run_cli(*FLUX, "--gpus", "3", *short_settings(), cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert "3 ranks cannot share these batches evenly: align_head.batch = 64, adapt.phases.0.batch = 64" in done.stderr
+    assert "hint: --set align_head.batch=66 --set adapt.phases.0.batch=66" in done.stderr
+    assert done.stderr.count("error:") == 1
+    assert_nothing_left(tmp_path)
+
+
+def test_a_launcher_and_another_number_of_gpus_contradict(tmp_path, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    done = run_cli(*FLUX, "--gpus", "3", cwd=tmp_path)
+    assert done.returncode == 2 and "a launcher has started 2 ranks, --gpus asks for 3" in done.stderr

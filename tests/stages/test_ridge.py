@@ -1,0 +1,99 @@
+"""Streamed normal equations against dense least squares in float64 and brute force."""
+
+import pytest
+import torch
+
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.train.ridge import Noise, NormalEquations
+
+K, D, ROWS = 7, 5, 400
+
+
+@pytest.fixture
+def rows():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(ROWS, K, generator=generator) + 0.7
+    y = x @ torch.randn(K, D, generator=generator) + 0.3 * torch.randn(ROWS, D, generator=generator) - 1.5
+    return x, y
+
+
+def stream(x, y, parts=7):
+    equations = NormalEquations(K, D)
+    for a, b in zip(x.chunk(parts), y.chunk(parts), strict=True):
+        equations.add(a, b)
+    return equations
+
+
+def test_solution_is_the_float64_least_squares_optimum(rows):
+    x, y = rows
+    weight, bias = stream(x, y).solve(0.0)
+    design = torch.cat([x, torch.ones(ROWS, 1)], 1).double()
+    best = torch.linalg.lstsq(design, y.double()).solution
+    torch.testing.assert_close(weight, best[:K].T, atol=1e-8, rtol=1e-8)
+    torch.testing.assert_close(bias, best[K], atol=1e-8, rtol=1e-8)
+
+
+def test_equations_of_two_sets_of_rows_add_up(rows):
+    x, y = rows
+    both = stream(x[:150], y[:150]) + stream(x[150:], y[150:])
+    assert both.count == ROWS
+    for mine, one in zip(both.solve(1e-6), stream(x, y).solve(1e-6), strict=True):
+        torch.testing.assert_close(mine, one, atol=1e-12, rtol=1e-10)
+
+
+def test_a_weight_counts_a_row_so_often(rows):
+    x, y = rows
+    weight = torch.randint(0, 4, (ROWS,), generator=torch.Generator().manual_seed(1))
+    weighted = NormalEquations(K, D)
+    for part in zip(x.chunk(3), y.chunk(3), weight.chunk(3), strict=True):
+        weighted.add(*part)
+    again = stream(x.repeat_interleave(weight, 0), y.repeat_interleave(weight, 0))
+    assert weighted.count == again.count
+    for mine, one in zip(weighted.solve(1e-6), again.solve(1e-6), strict=True):
+        torch.testing.assert_close(mine, one, atol=1e-10, rtol=1e-10)
+    guess = torch.randn(D, K), torch.randn(D)
+    assert weighted.mse(*guess) == pytest.approx(again.mse(*guess), rel=1e-9)
+
+
+def test_without_a_bias_it_is_the_optimum_through_the_origin(rows):
+    x, y = rows
+    weight, bias = stream(x, y).solve(0.0, bias=False)
+    torch.testing.assert_close(weight, torch.linalg.lstsq(x.double(), y.double()).solution.T, atol=1e-8, rtol=1e-8)
+    assert not bias.any()
+
+
+def test_mse_without_the_rows_is_the_mse_on_the_rows(rows):
+    x, y = rows
+    weight, bias = torch.randn(D, K), torch.randn(D)
+    direct = (x.double() @ weight.double().T + bias.double() - y.double()).square().mean().item()
+    assert stream(x, y).mse(weight, bias) == pytest.approx(direct, rel=1e-9)
+
+
+def test_ridge_shrinks_towards_the_mean(rows):
+    x, y = rows
+    weight, bias = stream(x, y).solve(1e9)
+    assert weight.abs().max() < 1e-6
+    torch.testing.assert_close(bias, y.double().mean(0), atol=1e-5, rtol=1e-5)
+
+
+def test_noise_moments_equal_the_solution_on_drawn_noise(rows):
+    x, y = rows
+    generator = torch.Generator().manual_seed(1)
+    t = torch.rand(200_000, 1, generator=generator, dtype=torch.float64)
+    pick = torch.randint(ROWS, (200_000,), generator=generator)
+    noisy_x = (1 - t) * x[pick] + t * torch.randn(200_000, K, generator=generator, dtype=torch.float64)
+    noisy_y = (1 - t) * y[pick] + t * torch.randn(200_000, D, generator=generator, dtype=torch.float64)
+    drawn, _ = stream(noisy_x, noisy_y).solve(0.0)
+    exact, _ = stream(x, y).solve(0.0, Noise(0.5, 1 / 3, 1 / 3))
+    assert (drawn - exact).abs().max() < 0.03  # Monte Carlo error of 200,000 draws
+    clean, _ = stream(x, y).solve(0.0)
+    assert (drawn - clean).abs().max() > 0.2  # and the noise matters
+
+
+def test_no_rows_and_nan_rows_are_refused(rows):
+    with pytest.raises(InputError):
+        NormalEquations(K, D).solve(0.0)
+    x, y = rows
+    x[3, 2] = float("nan")
+    with pytest.raises(InputError):
+        stream(x, y).solve(0.0)
