@@ -28,8 +28,10 @@ from dcgen_convert.core.files import read_json, write_json
 from dcgen_convert.core.journal import MARKER, Run, Stage, fingerprint
 from dcgen_convert.planning.plan import require_disk
 from dcgen_convert.ranks.crew import SOLO, Crew
-from dcgen_convert.recipe.loading import Machine, Resolved
+from dcgen_convert.ranks.machine import Machine
+from dcgen_convert.recipe.loading import Resolved
 from dcgen_convert.recipe.schema import Recipe, result_settings
+from dcgen_convert.stages.imported import run
 from dcgen_convert.stages.job import Job, prepare
 
 RECIPE = "recipe.json"
@@ -59,7 +61,7 @@ def walk(job: Job, output: Path, force: bool) -> Iterator[Step]:
     phases = recipe["adapt"].pop("phases")
     common = {"source": job.source.fingerprint, "dtype": recipe["dtype"], "seed": recipe["seed"]}
     if job.source.imported:
-        yield Step(imported.STAGE, imported.run, {"source": job.source.fingerprint})
+        yield Step(imported.STAGE, run, {"source": job.source.fingerprint})
     yield Step("surgery", surgery.run, {**common, "autoencoder": job.ae.fingerprint, "resolution": job.resolution})
     yield Step("data", pictures.run, {**common, **pictures.inputs(job)}, after=())
     resolutions = sorted({phase["resolution"] for phase in phases})

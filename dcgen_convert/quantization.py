@@ -14,26 +14,28 @@ import torch
 from dcgen_convert.bundle import manifest
 from dcgen_convert.bundle.card import render
 from dcgen_convert.bundle.layout import check_disk, check_output, write_bundle
-from dcgen_convert.bundle.loading import quiet_diffusers
 from dcgen_convert.bundle.sample import check_size
 from dcgen_convert.bundle.verify import verify
 from dcgen_convert.checkpoint.imported import STAGE
 from dcgen_convert.checkpoint.licence import licence_of_source
-from dcgen_convert.checkpoint.source import Source, load_source
+from dcgen_convert.checkpoint.open import load_source
+from dcgen_convert.checkpoint.source import Source
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_json, write_json
 from dcgen_convert.data import prompts
 from dcgen_convert.families import catalog
+from dcgen_convert.families.grid import autoencoder_grid
 from dcgen_convert.networks import models, pipelines
+from dcgen_convert.networks.pipelines import quiet_diffusers, stock_pipeline
 from dcgen_convert.recipe import loading
-from dcgen_convert.recipe.geometry import autoencoder_grid
 from dcgen_convert.recipe.schema import Quantize
 from dcgen_convert.stages import pictures
 from dcgen_convert.stages import quantize as stage
-from dcgen_convert.stages.job import stock_pipeline
+from dcgen_convert.svdquant import record
 from dcgen_convert.svdquant.nunchaku import export_nunchaku
 from dcgen_convert.svdquant.quantize import quantize
 from dcgen_convert.svdquant.skeleton import build
+from dcgen_convert.svdquant.targets import check_container, plan_targets
 
 BATCH = 4  # pictures drawn at once
 PIPELINE_SIDE = 1024  # px that pipelines draw whose model states no size (Z-Image)
@@ -91,10 +93,10 @@ def quantize_source(
     where, revision = (str(entry.folder or entry.repo), entry.revision) if entry else (name, None)
     home = work_folder(output) / STAGE
     source = load_source(name, where, revision=revision, base=base, loras=loras, home=home)
-    stage.check_container(section, source.family)
+    check_container(section, source.family)
     folders = list(source.parts.values())
     check_disk(output, [path for path in folders if path.is_dir()], source.files)
-    targets = stage.plan_targets(source.family, source.config, section.dense)
+    targets = plan_targets(source.family, source.config, section.dense)
     work = _work(output, source, section, drawing)
     try:
         if source.imported and not (home / "model_index.json").exists():  # written last
@@ -105,7 +107,7 @@ def quantize_source(
     except InputError:
         shutil.rmtree(work)
         raise
-    calls = work / stage.CALLS
+    calls = work / record.CALLS
     if not drawing.data_free:
         _record(calls, source, section.calibration.prompts, drawing, defaults, console)
     settings = stage.settings_of(section, drawing.seed)
@@ -113,7 +115,7 @@ def quantize_source(
         settings = replace(settings, calibration="none")
     transformer, single_file = work / models.TRANSFORMER, None
     if not transformer.exists():  # whole or absent
-        quantize(source.transformer, transformer, targets, settings, stage.read_calls(calls), console)
+        quantize(source.transformer, transformer, targets, settings, record.read_calls(calls), console)
     if section.container == "nunchaku":
         single_file = work / stage.SINGLE_FILE
         export_nunchaku(transformer, single_file, source.family.patch(source.config, autoencoder_grid(vae)[1]))
@@ -170,7 +172,7 @@ def defaults_of(source: Source, drawing: Drawing) -> dict[str, Any]:
 
 
 def _record(folder: Path, source: Source, count: int, drawing: Drawing, defaults: dict[str, Any], console) -> None:
-    if (folder / stage.DONE).exists():
+    if (folder / record.DONE).exists():
         return
     texts = prompts.make(drawing.prompts or "builtin", count, drawing.seed, pictures.class_names(source))
     call = dict(
@@ -185,8 +187,8 @@ def _record(folder: Path, source: Source, count: int, drawing: Drawing, defaults
         return pipelines.load_pipeline(source, torch.bfloat16, transformer=model)
 
     with console.progress("calibration", count, "prompts") as bar:
-        stage.record_calls(folder, source.family, pipeline, texts, drawing.seed, BATCH, bar, **call)
-    write_json(folder / stage.DONE, {"calls": len(stage.read_calls(folder))})
+        record.record_calls(folder, source.family, pipeline, texts, drawing.seed, BATCH, bar, **call)
+    write_json(folder / record.DONE, {"calls": len(record.read_calls(folder))})
 
 
 def _autoencoder(vae: dict[str, Any]) -> dict[str, Any]:

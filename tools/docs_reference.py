@@ -15,6 +15,7 @@ from dcgen_convert.cli.app import cli
 from dcgen_convert.core import errors
 from dcgen_convert.families import catalog
 from dcgen_convert.planning import plan as planning
+from dcgen_convert.ranks import machine
 from dcgen_convert.recipe import loading
 from dcgen_convert.recipe.schema import Recipe
 
@@ -201,7 +202,7 @@ def plans() -> str:
     rows = []
     for name, side in CASES:
         found = planning.plan(
-            loading.load("flux-krea", flags={"ae": name, "resolution": side}, machine=loading.Machine(offline=True))
+            loading.load("flux-krea", flags={"ae": name, "resolution": side}, machine=machine.Machine(offline=True))
         )
         tokens, stages = found["tokens"][-1], found["time"]["stages"]
         days = {"data": stages["data"] / 24, "all": found["time"]["gpu_hours"] / 24}

@@ -9,7 +9,7 @@ import yaml
 
 from dcgen_convert.checkpoint.licence import FIELDS
 from dcgen_convert.families.base import Family
-from dcgen_convert.recipe.geometry import tile_sizes
+from dcgen_convert.families.grid import tile_sizes
 
 STOCK_TILES = (512, 448)  # px, of diffusers' AutoencoderDC
 

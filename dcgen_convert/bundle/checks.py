@@ -11,6 +11,7 @@ from dcgen_convert.bundle import manifest as manifests
 from dcgen_convert.bundle.expected import expected_tensors
 from dcgen_convert.checkpoint import trust
 from dcgen_convert.checkpoint.headers import Entry, read_weights
+from dcgen_convert.checkpoint.record import is_hub_file
 from dcgen_convert.checkpoint.tensors import tensor_sha256
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import DcgenError, InputError
@@ -31,7 +32,7 @@ def check_files(bundle: Path, manifest: Mapping[str, Any], console: Console) -> 
                 found.append(f"{name} has another hash than when it was written{_damaged_tensors(path, manifest)}")
             bar.advance()
     present = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
-    extra = sorted(name for name in present - set(listed) if name != manifests.FILE and not manifests.is_hub_file(name))
+    extra = sorted(name for name in present - set(listed) if name != manifests.FILE and not is_hub_file(name))
     return found + [f"{name} is not in the manifest" for name in extra]
 
 

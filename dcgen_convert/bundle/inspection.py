@@ -15,9 +15,9 @@ from dcgen_convert.checkpoint.headers import PICKLES, Entry, read_header, read_w
 from dcgen_convert.checkpoint.held import PREFIXES
 from dcgen_convert.checkpoint.single import read_single
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.families import bases
+from dcgen_convert.families import bases, grid
 from dcgen_convert.families.keys import recognise_keys
-from dcgen_convert.recipe import geometry, sources
+from dcgen_convert.recipe import sources
 
 SIZES = (
     "in_channels",
@@ -113,7 +113,7 @@ def _folder(path: Path) -> dict:
     }
     if (path / "vae" / "config.json").is_file():
         vae = sources.read_config(path / "vae" / "config.json")
-        f, c = geometry.autoencoder_grid(vae)
+        f, c = grid.autoencoder_grid(vae)
         found["autoencoder"] = {
             "class": vae.get("_class_name"),
             "f": f,

@@ -24,6 +24,7 @@ from dcgen_convert.bundle import manifest as manifests
 from dcgen_convert.bundle.card import render
 from dcgen_convert.checkpoint import licence
 from dcgen_convert.checkpoint.components import copy_component, copy_file, plan_copy
+from dcgen_convert.checkpoint.record import hash_files
 from dcgen_convert.checkpoint.trust import is_component
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError, ResourceError
@@ -104,7 +105,7 @@ def write_bundle(
         write_json(staging / "model_index.json", index)
         record = {**manifest, "layout": layout, "lora": None if lora is None else LORA_FILE}
         # The hash of a copy is the hash of what was read from its origin, so that a bad copy is found by `verify`.
-        written = manifests.hash_files(staging, skip=files)
+        written = hash_files(staging, skip=files)
         record["files"] = manifests.file_table(staging, files | written)
         record["tensors"] = manifests.tensor_table(staging / family.component, source / family.component, console)
         write_json(staging / manifests.FILE, record)

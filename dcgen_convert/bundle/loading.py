@@ -25,6 +25,7 @@ from dcgen_convert.checkpoint.components import plan_copy
 from dcgen_convert.core.errors import InputError, ResourceError
 from dcgen_convert.core.files import read_json
 from dcgen_convert.families.base import Family
+from dcgen_convert.networks.pipelines import quiet_diffusers
 
 RUNTIMES = ("auto", "stock", "dequantised", "emulated")
 LARGE = 8 << 30  # bytes of transformer weights from which a CPU keeps them in bfloat16
@@ -85,24 +86,6 @@ def load(
         pipeline.load_lora_weights(bundle, weight_name=LORA_FILE, use_safetensors=True, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device), runtime
-
-
-@contextmanager
-def quiet_diffusers() -> Iterator[None]:
-    """Without diffusers' bars, and without its warning that an AutoencoderDC is not the AutoencoderKL of the type
-    hint.
-    """
-    from diffusers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from dcgen_convert.checkpoint.headers import read_weights
 from dcgen_convert.checkpoint.tensors import tensor_sha256
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import CheckFailed
-from dcgen_convert.core.files import read_json, sha256
+from dcgen_convert.core.files import read_json
 
 FILE = "dcgen_manifest.json"
 SCHEMA = "dcgen.manifest/1"
@@ -35,7 +35,6 @@ PACKAGES = (
     "numpy",
 )
 TIMING = ("seconds", "per_second")  # endings of metrics that differ from run to run
-HUB_FILES = (".git", ".cache", ".gitattributes", ".huggingface")  # what the hub adds to a downloaded folder
 
 
 def build(
@@ -107,27 +106,6 @@ def read(bundle: Path) -> dict[str, Any]:
             f"{path} has schema {manifest.get('schema')!r}, this version reads {SCHEMA!r}", "update dcgen-convert"
         )
     return manifest
-
-
-def source_record(name: str, root: Path, revision: str | None = None) -> dict[str, Any]:
-    """Name as the user or catalogue gave it, revision (None for local folders), and the sha256 of every file under
-    ``root``.
-    """
-    return {"name": name, "revision": revision, "files": hash_files(Path(root))}
-
-
-def hash_files(root: Path, skip: Container[str] = ()) -> dict[str, str]:
-    """Relative posix path -> sha256 of every file under ``root`` that is not in ``skip`` and not the hub client's
-    own.
-    """
-    paths = sorted(path for path in Path(root).rglob("*") if path.is_file())
-    names = {path.relative_to(root).as_posix(): path for path in paths}
-    return {name: sha256(path) for name, path in names.items() if name not in skip and not is_hub_file(name)}
-
-
-def is_hub_file(name: str) -> bool:
-    """Whether a relative path belongs to the hub client or git and not to the checkpoint."""
-    return name.split("/")[0] in HUB_FILES
 
 
 def file_table(root: Path, hashes: Mapping[str, str]) -> dict[str, dict[str, Any]]:

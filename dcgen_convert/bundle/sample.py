@@ -14,7 +14,7 @@ from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import CheckFailed, InputError
 from dcgen_convert.core.files import atomic_write, read_json
 from dcgen_convert.families.base import Family
-from dcgen_convert.recipe.geometry import autoencoder_grid
+from dcgen_convert.families.grid import autoencoder_grid
 
 
 def sample(

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from dcgen_convert import families
-from dcgen_convert.bundle.manifest import source_record
 from dcgen_convert.checkpoint import lora as loras_
 from dcgen_convert.checkpoint import stream
 from dcgen_convert.checkpoint.components import plan_copy, write_index
 from dcgen_convert.checkpoint.keymap import LISTED
 from dcgen_convert.checkpoint.licence import FILES as LICENCES
 from dcgen_convert.checkpoint.lora import Lora, Merger
+from dcgen_convert.checkpoint.record import source_record
 from dcgen_convert.checkpoint.single import Single, read_single
 from dcgen_convert.checkpoint.sizes import AXES
 from dcgen_convert.checkpoint.source import (
@@ -359,8 +359,3 @@ def _symlink(path: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
     os.symlink(path.resolve(), target)
-
-
-def run(job, stage) -> None:
-    """Stage `import`: the source as a pipeline folder."""
-    stage.metrics.update(job.source.lay_out(job.console))

@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 from dcgen_convert import families
-from dcgen_convert.bundle.manifest import source_record
 from dcgen_convert.checkpoint import trust
-from dcgen_convert.checkpoint.headers import FLOAT8, Entry, read_weights
+from dcgen_convert.checkpoint.headers import Entry, read_weights
+from dcgen_convert.checkpoint.record import source_record
 from dcgen_convert.checkpoint.trust import is_component
 from dcgen_convert.core.errors import AccessError, InputError
 from dcgen_convert.core.files import read_object, sha256
@@ -168,51 +168,6 @@ def resolve_folder(
     return folder, folder.name
 
 
-def load_source(
-    name: str,
-    repo_or_path: str,
-    *,
-    revision: str | None = None,
-    offline: bool = False,
-    base: str | None = None,
-    loras: Sequence[str] = (),
-    home: Path | None = None,
-) -> Source:
-    """Resolve and check the base model: family known, weights complete by their headers.
-
-    Args:
-        base: catalogue name, folder or hub id of the pipeline that completes a transformer which comes alone; by
-            default the published one of its kind.
-        loras: FILE[:scale] texts, fused before anything else happens.
-        home: folder where stage `import` writes the pipeline if SOURCE is not one as it is.
-    """
-    path = Path(os.path.expanduser(repo_or_path))
-    root = None
-    if not path.is_file():
-        root, revision = resolve_folder(repo_or_path, revision=revision, offline=offline, patterns=WHOLE)
-    if root is not None and base is None and not loras and is_plain(root):
-        source = Source(name, root, revision)
-        _ = source.index, source.family
-        require_possible(source.config, source.tensors, root)
-        check_variant(source.index, source.family, root)
-        check_scheduler(root, source.family)
-        lost = next((part for part, folder in source.parts.items() if not folder.is_dir()), None)
-        if lost is not None:
-            raise InputError(
-                f"{root} has no folder {lost}, which its model_index.json names", "fetch the whole checkpoint again"
-            )
-        for module in (source.family.embedder, source.family.head):
-            if f"{module}.weight" not in source.tensors:
-                raise InputError(
-                    f"{source.transformer} lacks {module}.weight, which every {source.family.name} model has",
-                    "is the checkpoint complete?",
-                )
-        return source
-    from dcgen_convert.checkpoint.imported import import_source
-
-    return import_source(name, root or path, revision, base=base, loras=loras, home=home, offline=offline)
-
-
 def require_possible(config: Mapping[str, Any], tensors: Mapping[str, object], where: Path) -> None:
     """InputError for a config of more blocks than there are tensors: its class would be built for ever."""
     for key, value in config.items():
@@ -220,22 +175,6 @@ def require_possible(config: Mapping[str, Any], tensors: Mapping[str, object], w
             raise InputError(
                 f"{where}: {key} is {value} where {len(tensors)} tensors are", "is the config the right one?"
             )
-
-
-def is_plain(root: Path) -> bool:
-    """Whether a folder is a pipeline that diffusers loads as it is, in numbers that can be trained and merged.
-
-    A folder without model_index.json counts as one unless it is a transformer's own, so that it is refused as such.
-    """
-    from dcgen_convert.checkpoint.components import plan_copy
-
-    source = Source(str(root), root)
-    if not (root / "model_index.json").is_file():
-        config = root / "config.json"
-        return not config.is_file() or families.recognise(read_object(config)) is None
-    folders = [folder for folder in source.parts.values() if folder.is_dir()]
-    named = all(name == copied for folder in folders for name, copied in plan_copy(folder).items())
-    return named and not any(entry.dtype in FLOAT8 for entry in source.tensors.values())
 
 
 def check_scheduler(root: Path, family: Family) -> None:

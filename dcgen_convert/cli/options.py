@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from dcgen_convert.cli import completion
+from dcgen_convert.ranks.machine import Machine
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -184,7 +185,7 @@ def resolve(source: str, values: dict) -> object:
     offline = values.pop("offline")
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
-    machine = loading.Machine(
+    machine = Machine(
         values.pop("gpus"),
         values.pop("hostfile"),
         offline or bool(os.environ.get("HF_HUB_OFFLINE")),

@@ -10,6 +10,7 @@ from dcgen_convert.cli import completion
 from dcgen_convert.cli.options import CONTEXT, OUTPUT, option, output_options, stack
 from dcgen_convert.cli.session import Session
 from dcgen_convert.core.errors import InputError, RecipeError
+from dcgen_convert.recipe import shelf
 
 NAME = click.argument("name", shell_complete=completion.recipes)
 
@@ -25,15 +26,14 @@ def recipes() -> None:
 def list_recipes(session: Session, **values: object) -> int:
     """Every shipped recipe with its source, autoencoder and first comment line."""
     console = session.begin(**output_options(values))
-    from dcgen_convert.recipe import loading
 
     rows = []
-    for name in loading.names():
+    for name in shelf.names():
         merged: dict = {}
-        for _, raw in loading.read(name):
+        for _, raw in shelf.read(name):
             merged |= raw
         rows.append(
-            {"name": name, "source": merged.get("source"), "ae": merged.get("ae"), "about": _about(loading.find(name))}
+            {"name": name, "source": merged.get("source"), "ae": merged.get("ae"), "about": _about(shelf.find(name))}
         )
     width = max(len(row["name"]) for row in rows)
     text = "\n".join(f"{row['name']:<{width}}  {row['source']} -> {row['ae']}: {row['about']}" for row in rows)
@@ -76,14 +76,13 @@ def copy(session: Session, name: str, file: str, force: bool, **values: object) 
     console = session.begin(**output_options(values))
     import yaml
 
-    from dcgen_convert.recipe import loading
     from dcgen_convert.recipe.settings import Layers
 
     path = Path(file)
     if path.exists() and not force:
         raise InputError(f"{file} exists already", "add --force to overwrite it")
     layers = Layers()
-    for label, raw in loading.read(_known(name)):
+    for label, raw in shelf.read(_known(name)):
         layers.add(raw, label)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
@@ -109,12 +108,9 @@ def validate(session: Session, name: str, **values: object) -> int:
 
 def _known(name: str) -> str:
     """NAME when it is a recipe at all; catalogue sources are not."""
-    from dcgen_convert.recipe import loading
 
-    if loading.find(name) is None:
-        raise RecipeError(
-            f"unknown recipe {name!r}{loading.nearest(name, loading.names())}", "dcgen-convert recipes list"
-        )
+    if shelf.find(name) is None:
+        raise RecipeError(f"unknown recipe {name!r}{shelf.nearest(name, shelf.names())}", "dcgen-convert recipes list")
     return name
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_json
-from dcgen_convert.recipe.geometry import tile_sizes
+from dcgen_convert.families.grid import tile_sizes
 
 CLASSES = (
     "AutoencoderDC",

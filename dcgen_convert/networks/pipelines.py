@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from dcgen_convert.bundle.loading import quiet_diffusers
 from dcgen_convert.checkpoint.source import Source
 from dcgen_convert.core import pulse
 from dcgen_convert.families import Family, Text
-from dcgen_convert.stages.job import stock_pipeline
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -67,3 +66,28 @@ def draw(
     )
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     return pipeline(**call, generator=generators, output_type="pt").images.float().cpu() * 2 - 1
+
+
+@contextmanager
+def quiet_diffusers() -> Iterator[None]:
+    """Without diffusers' bars, and without its warning that an AutoencoderDC is not the AutoencoderKL of the type
+    hint.
+    """
+    from diffusers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def stock_pipeline(source: Source) -> type:
+    """The diffusers class that draws with this family."""
+    import diffusers
+
+    return getattr(diffusers, source.family.pipeline_of(source.index))

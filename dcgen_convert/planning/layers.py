@@ -6,11 +6,8 @@ device. Legend: D width, L text tokens, N image tokens; `runs` says how often a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-
-from dcgen_convert import families
-from dcgen_convert.core.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -170,31 +167,3 @@ def dit(config: dict) -> Structure:
         layers += [linear(f"{at}.ff.net.0.proj", d, 4 * d, "image"), linear(f"{at}.ff.net.2", 4 * d, d, "image")]
     labels = (config["num_embeds_ada_norm"] + 1) * d * blocks  # class embedding, null class included
     return Structure(tuple(layers), labels, blocks, d, 0, quadratic=blocks)
-
-
-STRUCTURES: dict[str, Callable[[dict], Structure]] = {
-    "FluxTransformer2DModel": flux,
-    "SanaTransformer2DModel": sana,
-    "DiTTransformer2DModel": dit,
-}
-
-
-def structure(config: dict) -> Structure:
-    """The structure of a transformer config.
-
-    Raises:
-        InputError: an unknown class, or a config without one of its sizes.
-    """
-    name = config.get("_class_name")
-    if name not in STRUCTURES:
-        if families.recognise(config) is None:
-            raise InputError(f"no arithmetic for transformer class {name}", f"known: {', '.join(families.FAMILIES)}")
-        from dcgen_convert.planning.modules import measured  # it needs torch
-
-        return measured(config)
-    try:
-        return STRUCTURES[name](config)
-    except KeyError as exc:
-        raise InputError(
-            f"the transformer config lacks {exc.args[0]}", "fetch the source's transformer/config.json again"
-        ) from exc

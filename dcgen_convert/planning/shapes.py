@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dcgen_convert.families import Family
+from dcgen_convert.families.grid import Grid
 from dcgen_convert.planning.arithmetic import Trainable, trainable
-from dcgen_convert.planning.layers import Structure, structure
+from dcgen_convert.planning.layers import Structure
+from dcgen_convert.planning.structures import structure
 from dcgen_convert.recipe import geometry, sources
-from dcgen_convert.recipe.geometry import Grid
 from dcgen_convert.recipe.schema import Phase, Recipe
 
 

@@ -27,7 +27,7 @@ from dcgen_convert.core.files import atomic_write, read_json, write_json
 from dcgen_convert.ranks import join
 
 if TYPE_CHECKING:  # the command line imports this file before it knows the verb
-    from dcgen_convert.recipe.loading import Machine
+    from dcgen_convert.ranks.machine import Machine
 
 OUTCOME, STOP, LOG = "outcome.json", "stop", "log-launcher.txt"
 SSH_SECONDS = 15  # longest wait for one host

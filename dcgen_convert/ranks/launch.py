@@ -20,7 +20,7 @@ from typing import IO
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError, RankLost, ResourceError, Terminated
 from dcgen_convert.ranks import join
-from dcgen_convert.recipe.loading import Machine
+from dcgen_convert.ranks.machine import Machine
 
 POLL = 0.1  # seconds between two looks at the ranks
 GRACE = 10.0  # seconds for the ranks to end by themselves after one has ended; they notice within two

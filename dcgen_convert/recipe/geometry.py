@@ -7,36 +7,16 @@ Legend: f spatial compression of an autoencoder, c its latent channels, p patch 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 from dcgen_convert.checkpoint.source import check_scheduler
 from dcgen_convert.core.errors import AccessError, InputError, RecipeError
 from dcgen_convert.data import buckets
 from dcgen_convert.families import Family, bases, catalog
+from dcgen_convert.families.grid import MOST, Grid, autoencoder_grid
 from dcgen_convert.networks import autoencoder_files
 from dcgen_convert.recipe import sources
 from dcgen_convert.recipe.schema import Recipe
-
-MOST = 1 << 16  # of a factor, of channels, of a patch: more is damage
-
-
-@dataclass(frozen=True)
-class Grid:
-    """One latent space. f: px per latent cell side; c: channels; p: cells per token side."""
-
-    f: int
-    c: int
-    p: int
-
-    @property
-    def token_px(self) -> int:
-        """px per token side."""
-        return self.f * self.p
-
-    def tokens(self, height: int, width: int | None = None) -> int:
-        """Tokens of a picture; of a square one without ``width``."""
-        return (height // self.token_px) * ((width or height) // self.token_px)
 
 
 def base_grid(source: str, offline: bool = True, base: str | None = None) -> Grid:
@@ -106,21 +86,6 @@ def new_grid(ae: str, offline: bool = True, channels: int | None = None) -> Grid
     return Grid(f, channels or c, 1)
 
 
-def autoencoder_grid(config: dict) -> tuple[int, int]:
-    """(f, c) of an autoencoder's config, whatever its class."""
-    levels = config.get("dim_mult") or config.get("encoder_block_out_channels") or config.get("block_out_channels")
-    factor = config.get("spatial_compression_ratio")
-    if factor is None and isinstance(levels, (list, tuple)) and len(levels) <= 16:
-        factor = 2 ** (len(levels) - 1)
-    channels = config.get("z_dim" if "dim_mult" in config else "latent_channels")
-    if not all(type(number) is int and 0 < number <= MOST for number in (factor, channels)):
-        raise RecipeError(
-            f"autoencoder config ({config.get('_class_name', 'no class')}) lacks block_out_channels or latent_channels",
-            "use an AutoencoderDC or AutoencoderKL folder",
-        )
-    return factor, channels
-
-
 def bucket_sizes(family: Family, config: dict, base: Grid, new: Grid, resolution: int) -> list[tuple[int, int]]:
     """(height, width) in px of the aspect-ratio buckets at ``resolution``: both grids' tokens, and the network's
     halvings, divide theirs.
@@ -146,15 +111,6 @@ def bucket_sizes(family: Family, config: dict, base: Grid, new: Grid, resolution
             "raise --resolution, or leave out data.buckets",
         )
     return found
-
-
-def tile_sizes(factor: int) -> tuple[int, int]:
-    """(side, stride) in px of tiles that an AutoencoderDC of that factor can be cut into: diffusers' own where they
-    fit.
-
-    The stock stride of 448 px is 3.5 latent cells at f128, so that tiles would be put together wrongly.
-    """
-    return (512, 448) if 448 % factor == 0 else (8 * factor, 7 * factor)
 
 
 def check(recipe: Recipe) -> None:

@@ -14,7 +14,7 @@ from dcgen_convert import families
 from dcgen_convert.core.errors import AccessError, InputError
 from dcgen_convert.core.files import read_object
 from dcgen_convert.families import catalog
-from dcgen_convert.recipe import loading, schema
+from dcgen_convert.recipe import schema, shelf
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 
@@ -31,7 +31,7 @@ def recipe_for(source: str, chosen: str | None, offline: bool, base: str | None 
     """
     if chosen is not None:
         return chosen, _checked(source)
-    if loading.find(source) is not None:
+    if shelf.find(source) is not None:
         return source, None
     entry = catalog.find_source(source)
     if entry is not None:
@@ -91,9 +91,9 @@ def _checked(source: str) -> str:
         raise InputError(f"no such file or folder: {source}", "check the path")
     if HUB_ID.match(source):
         return source
-    known = [*loading.names(), *catalog.SOURCES]
+    known = [*shelf.names(), *catalog.SOURCES]
     raise InputError(
-        f"unknown source {source!r}{loading.nearest(source, known)}",
+        f"unknown source {source!r}{shelf.nearest(source, known)}",
         "dcgen-convert recipes list; or a folder, a .safetensors, a .gguf, or ORG/NAME",
     )
 

@@ -10,6 +10,7 @@ from dcgen_convert.core.files import copy_file
 from dcgen_convert.core.journal import Stage
 from dcgen_convert.networks import models, pipelines
 from dcgen_convert.stages import gap, grid
+from dcgen_convert.stages.job import dense_before
 from dcgen_convert.train import adapt
 from dcgen_convert.train.layout import first_device, fitted
 from dcgen_convert.train.lora import LORA_FILE, MODULES_FILE
@@ -80,13 +81,3 @@ def merge_phase(job, stage: Stage, number: int) -> None:
     model = models.load(stage.folder / models.TRANSFORMER, job.dtype, device=pipelines.device())
     resolution = job.recipe.adapt.phases[number - 1].resolution
     stage.metrics["gap"] = gap.measure(job, model, job.rows(resolution).split()[1])
-
-
-def dense_before(job, number: int) -> Path:
-    """Dense transformer that phase ``number`` starts from."""
-    return job.folder("surgery" if number == 1 else f"merge-{number - 1}") / models.TRANSFORMER
-
-
-def converted(job) -> Path:
-    """Dense transformer after the last phase."""
-    return job.folder(f"merge-{len(job.recipe.adapt.phases)}") / models.TRANSFORMER

@@ -8,11 +8,12 @@ from typing import Any
 from dcgen_convert.bundle import card, layout, manifest
 from dcgen_convert.bundle.verify import verify
 from dcgen_convert.checkpoint.licence import licence_of, licence_of_source
+from dcgen_convert.checkpoint.record import source_record
 from dcgen_convert.core.files import copy_file, read_json
 from dcgen_convert.core.journal import MARKER, Stage
 from dcgen_convert.networks import models
 from dcgen_convert.stages import compare
-from dcgen_convert.stages.adapt import converted
+from dcgen_convert.stages.job import converted
 from dcgen_convert.stages.quantize import SINGLE_FILE
 
 
@@ -56,7 +57,7 @@ def describe(job) -> dict[str, Any]:
         family=job.family.name,
         sources={
             "base": job.source.record(job.recipe.source),
-            "autoencoder": manifest.source_record(job.ae.name, job.target, job.ae.revision),
+            "autoencoder": source_record(job.ae.name, job.target, job.ae.revision),
         },
         autoencoder={
             "name": job.ae.name,

@@ -15,7 +15,7 @@ from dcgen_convert.evaluate.grids import grid
 from dcgen_convert.evaluate.metrics import psnr
 from dcgen_convert.networks import autoencoders, models, pipelines
 from dcgen_convert.stages import pictures as make
-from dcgen_convert.stages.adapt import converted
+from dcgen_convert.stages.job import converted
 from dcgen_convert.stages.preview import converted_pipeline
 
 SEED = 104_729  # prompts and noise that no training picture used

@@ -10,18 +10,22 @@ from typing import TYPE_CHECKING, Any
 from dcgen_convert import __version__
 from dcgen_convert.bundle.scheduler import scheduler_config
 from dcgen_convert.checkpoint.headers import read_weights
-from dcgen_convert.checkpoint.source import Source, load_source, resolve_folder
+from dcgen_convert.checkpoint.open import load_source
+from dcgen_convert.checkpoint.source import Source, resolve_folder
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError, RecipeError
 from dcgen_convert.core.files import read_json, sha256
 from dcgen_convert.core.journal import MARKER, Run
 from dcgen_convert.families import Family, Text, catalog
-from dcgen_convert.networks import autoencoder_files
+from dcgen_convert.families.grid import Grid, autoencoder_grid
+from dcgen_convert.networks import autoencoder_files, models
+from dcgen_convert.networks.pipelines import stock_pipeline
 from dcgen_convert.ranks.crew import SOLO, Crew
 from dcgen_convert.recipe import sources
-from dcgen_convert.recipe.geometry import Grid, autoencoder_grid, bucket_sizes
+from dcgen_convert.recipe.geometry import bucket_sizes
 from dcgen_convert.recipe.loading import Resolved
 from dcgen_convert.recipe.schema import Recipe
+from dcgen_convert.svdquant import targets
 
 if TYPE_CHECKING:
     from dcgen_convert.data.cache import LatentCache
@@ -157,7 +161,6 @@ class Job:
 def prepare(resolved: Resolved, run: Run, console: Console, crew: Crew = SOLO) -> Job:
     """Find and check everything that the job needs, before anything is written."""
     from dcgen_convert.checkpoint.imported import STAGE
-    from dcgen_convert.stages import quantize
 
     recipe = resolved.recipe
     _require_even(recipe, run, crew.world)
@@ -179,7 +182,7 @@ def prepare(resolved: Resolved, run: Run, console: Console, crew: Crew = SOLO) -
     doubt = sources.doubt(source.family, recipe.source, None if source.imported else source.root)
     if doubt and not recipe.adapt.phases[-1].consistency:
         console.warn(doubt)
-    quantize.check_container(recipe.quantize, source.family)
+    targets.check_container(recipe.quantize, source.family)
     if not recipe.merge_lora and not hasattr(stock_pipeline(source), "load_lora_weights"):
         raise InputError(
             f"the stock {source.family.pipeline_class} cannot load a LoRA apart", "leave out --no-merge-lora"
@@ -189,7 +192,7 @@ def prepare(resolved: Resolved, run: Run, console: Console, crew: Crew = SOLO) -
     job = Job(recipe, source, ae, run, console, offline, crew)
     _ = job.buckets  # refuses what cannot have any
     if recipe.quantize.format != "none":
-        quantize.plan_targets(job.family, job.converted_config, recipe.quantize.dense)  # not after days of training
+        targets.plan_targets(job.family, job.converted_config, recipe.quantize.dense)  # not after days of training
     return job
 
 
@@ -208,13 +211,6 @@ def _require_even(recipe: Recipe, run: Run, world: int) -> None:
         named = ", ".join(f"{key} = {batch}" for key, batch in uneven)
         even = " ".join(f"--set {key}={-(-batch // world) * world}" for key, batch in uneven)
         raise RecipeError(f"{world} ranks cannot share these batches evenly: {named}", even)
-
-
-def stock_pipeline(source: Source) -> type:
-    """The diffusers class that draws with this family."""
-    import diffusers
-
-    return getattr(diffusers, source.family.pipeline_of(source.index))
 
 
 def find_autoencoder(name: str, work: Path, *, channels: int | None = None, offline: bool = False) -> Autoencoder:
@@ -243,3 +239,13 @@ def find_autoencoder(name: str, work: Path, *, channels: int | None = None, offl
         folder = autoencoder_files.prefix_of_folder(folder, channels, work)
     factor, found = autoencoders.geometry(config)
     return Autoencoder(name, folder, revision, factor, channels or found)
+
+
+def dense_before(job, number: int) -> Path:
+    """Dense transformer that phase ``number`` starts from."""
+    return job.folder("surgery" if number == 1 else f"merge-{number - 1}") / models.TRANSFORMER
+
+
+def converted(job) -> Path:
+    """Dense transformer after the last phase."""
+    return job.folder(f"merge-{len(job.recipe.adapt.phases)}") / models.TRANSFORMER

@@ -8,9 +8,9 @@ from torch import nn
 
 from dcgen_convert.bundle.autoencoder_dc_adapter import AutoencoderDCAdapter
 from dcgen_convert.bundle.layout import has_adapter
-from dcgen_convert.bundle.loading import quiet_diffusers
 from dcgen_convert.core.files import read_json
 from dcgen_convert.networks import pipelines
+from dcgen_convert.networks.pipelines import quiet_diffusers
 
 
 def converted_pipeline(job, transformer: nn.Module):

@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from dcgen_convert.core.errors import InputError
-from dcgen_convert.core.files import read_json, replacing, write_json
+from dcgen_convert.core.files import read_json, write_json
 from dcgen_convert.core.journal import Stage
 from dcgen_convert.data import prompts
-from dcgen_convert.families import Family, QuantTargets
+from dcgen_convert.families import QuantTargets
 from dcgen_convert.families.base import by_kind
 from dcgen_convert.networks import models, pipelines
 from dcgen_convert.stages import pictures
-from dcgen_convert.stages.adapt import converted
+from dcgen_convert.stages.job import converted
 from dcgen_convert.stages.preview import converted_pipeline
-from dcgen_convert.svdquant import trees
 from dcgen_convert.svdquant.assemble import RECORDS
 from dcgen_convert.svdquant.nunchaku import export_nunchaku
 from dcgen_convert.svdquant.quantize import open_job, quantize, work
-from dcgen_convert.svdquant.settings import Settings, container_problem
-from dcgen_convert.svdquant.skeleton import build
+from dcgen_convert.svdquant.record import CALLS, DONE, PROMPT_SEED, read_calls, record_calls
+from dcgen_convert.svdquant.settings import Settings
+from dcgen_convert.svdquant.targets import plan_targets
 
-PROMPT_SEED = 7_919  # calibration prompts and noise are not those of the training pictures
 SINGLE_FILE = "nunchaku.safetensors"  # the classic container, beside the folder that it is derived from
 CONVERTED_PATCH = 1
-CALLS, DONE = "calls", "done.json"
 
 
 def run(job, stage: Stage) -> None:
@@ -83,36 +76,6 @@ def settings_of(section: Any, seed: int) -> Settings:
     )
 
 
-def check_container(section: Any, family: Family) -> None:
-    """InputError when ``quantize.container`` is not written for this family."""
-    problem = container_problem(section.container, family.name)
-    if section.format != "none" and problem:
-        raise InputError(problem, "use the diffusers container (quantize.container=diffusers)")
-
-
-def plan_targets(family: Family, config: dict[str, Any], dense: str | None) -> QuantTargets:
-    """The linears to quantise, from a transformer's config; no weights.
-
-    Raises:
-        InputError: naming every kind of linear whose shape the format cannot hold and the recipe does not keep dense.
-    """
-    linears = {
-        name: (layer.out_features, layer.in_features)
-        for name, layer in build(config).named_modules()
-        if isinstance(layer, torch.nn.Linear)
-    }
-    targets = family.quant_targets(linears, dense)
-    if targets.impossible:
-        kinds = "; ".join(f"{name}: {reason}" for name, reason in by_kind(targets.impossible).items())
-        raise InputError(
-            f"{len(targets.impossible)} linears cannot be quantised: {kinds}",
-            "keep them 16-bit with --set quantize.dense=REGEX (quantize: --dense REGEX), or --quantize none",
-        )
-    if not targets.svdq:
-        raise InputError(f"no linear of this {family.name} model can be quantised to 4 bits", "use --quantize none")
-    return targets
-
-
 def record_share(job, bar) -> None:
     """Record what is missing among this rank's calls. A batch's calls do not depend on who draws it."""
     recipe, section = job.recipe, job.recipe.quantize.calibration
@@ -131,53 +94,3 @@ def record_share(job, bar) -> None:
 
     batch, share = section.batch or recipe.data.batch, (job.crew.rank, job.crew.world)
     record_calls(job.folder("quantize") / CALLS, job.family, pipeline, texts, recipe.seed, batch, bar, share, **call)
-
-
-def record_calls(
-    folder: Path,
-    family: Family,
-    pipeline: Callable[[], Any],
-    texts: Sequence[str],
-    seed: int,
-    batch: int,
-    bar: Any,
-    share: tuple[int, int] = (0, 1),
-    **call: Any,
-) -> None:
-    """What the transformer is given while it draws ``texts``: one file of `trees` per forward call.
-
-    Args:
-        pipeline: makes the pipeline; not called when all is there. It is gone afterwards: quantising needs the memory.
-        share: (rank, ranks): of the batches this draws every ``ranks``-th. Those that are there are not drawn again.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    rank, ranks = share
-    starts = [start for number, start in enumerate(range(0, len(texts), batch)) if number % ranks == rank]
-    missing = [start for start in starts if not (folder / f"drawn-{start:05d}.json").exists()]
-    bar.advance(sum(min(batch, len(texts) - start) for start in starts if start not in missing))
-    if not missing:
-        return
-    given: list[Path] = []  # by the batch in work
-    drawing = pipeline()
-
-    def keep(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        bound = inspect.signature(module.forward).bind(*args, **kwargs)  # some pipelines pass the latents by position
-        given.append(folder / f"call-{start:05d}-{len(given):05d}.safetensors")
-        with replacing(given[-1]) as temporary:
-            trees.save(bound.arguments, temporary)
-
-    handle = drawing.transformer.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        for start in missing:
-            given.clear()
-            part = texts[start : start + batch]
-            pipelines.draw(family, drawing, part, [seed + PROMPT_SEED + start + i for i in range(len(part))], **call)
-            write_json(folder / f"drawn-{start:05d}.json", {"calls": len(given)})
-            bar.advance(len(part))
-    finally:
-        handle.remove()
-
-
-def read_calls(folder: Path) -> list[Path]:
-    """The recorded calls, in order."""
-    return sorted(folder.glob("call-*.safetensors"))

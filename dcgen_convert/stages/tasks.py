@@ -10,7 +10,8 @@ from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.journal import Run
 from dcgen_convert.ranks.crew import Member
-from dcgen_convert.recipe.loading import Machine, Resolved
+from dcgen_convert.ranks.machine import Machine
+from dcgen_convert.recipe.loading import Resolved
 from dcgen_convert.recipe.schema import Recipe
 
 

@@ -239,18 +239,6 @@ class Engine:
         """Context in which the model computes with the moving average."""
         return self.state.averaged(list(self.named.values()))
 
-    def save(self, folder, extra: dict[str, Any] | None = None):
-        """Write a checkpoint under ``folder`` (see `checkpoints`); returns its path."""
-        from dcgen_convert.train import checkpoints
-
-        return checkpoints.save(self, folder, extra or {})
-
-    def load(self, folder) -> dict[str, Any] | None:
-        """Continue from the newest whole checkpoint under ``folder``: its ``extra``, or None when there is none."""
-        from dcgen_convert.train import checkpoints
-
-        return checkpoints.load(self, folder)
-
     def close(self) -> None:
         """Take DeepSpeed's hooks off the model and free the optimizer."""
         self._engine.destroy()

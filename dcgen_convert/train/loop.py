@@ -25,7 +25,7 @@ from dcgen_convert.core.console import NULL, Console
 from dcgen_convert.core.errors import CheckFailed, InputError, Terminated
 from dcgen_convert.families import Text
 from dcgen_convert.train import distributed
-from dcgen_convert.train.checkpoints import latest, whole
+from dcgen_convert.train.checkpoints import latest, load, save, whole
 from dcgen_convert.train.engine import Engine, StepRecord
 from dcgen_convert.train.objective import Draws, SamplingOf, draw, to_device
 from dcgen_convert.train.order import Order
@@ -139,7 +139,7 @@ def run(
             ):
                 if metrics:
                     metrics.flush()
-                engine.save(checkpoints, {"identity": identity})
+                save(engine, checkpoints, {"identity": identity})
                 last_save = time.monotonic()
             if record.stop:
                 console.say(
@@ -195,7 +195,7 @@ def _resume(engine: Engine, checkpoints: Path, identity: dict[str, Any], console
                 f"{found[0]} was written with other settings: {', '.join(different)}",
                 hint=f"delete {checkpoints} to start this stage again, or use the settings of the run",
             )
-    if engine.load(checkpoints) is None:
+    if load(engine, checkpoints) is None:
         return None
     console.say(f"continuing from the checkpoint of step {engine.step_count} in {checkpoints}")
     return engine.step_count

@@ -12,7 +12,7 @@ from torch import nn
 
 from dcgen_convert.families import Family, Text
 from dcgen_convert.planning.arithmetic import forward_flops, side_passes, train_flops
-from dcgen_convert.planning.layers import structure
+from dcgen_convert.planning.structures import structure
 
 PEAKS = {
     "B200": 2250e12,

@@ -20,8 +20,7 @@ from dcgen_convert.core.journal import Run
 from dcgen_convert.networks import models
 from dcgen_convert.recipe.loading import Resolved
 from dcgen_convert.recipe.schema import Recipe
-from dcgen_convert.stages.adapt import converted
-from dcgen_convert.stages.job import prepare
+from dcgen_convert.stages.job import converted, prepare
 
 ROUNDS = 30
 

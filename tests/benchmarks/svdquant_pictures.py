@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from dcgen_convert.checkpoint.source import Source, load_source
+from dcgen_convert.checkpoint.open import load_source
+from dcgen_convert.checkpoint.source import Source
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.files import write_json
 from dcgen_convert.data import prompts
@@ -23,11 +24,12 @@ from dcgen_convert.evaluate.metrics import psnr
 from dcgen_convert.families.catalog import find_source
 from dcgen_convert.networks import models, pipelines
 from dcgen_convert.recipe import loading
-from dcgen_convert.stages import quantize as stage
+from dcgen_convert.svdquant import record
 from dcgen_convert.svdquant.layer import SvdqLinear
 from dcgen_convert.svdquant.quantize import quantize
 from dcgen_convert.svdquant.runtime import EmulatedSvdq, emulate
 from dcgen_convert.svdquant.settings import Settings
+from dcgen_convert.svdquant.targets import plan_targets
 from dcgen_convert.svdquant.weights import group_scales, round_to_nearest, tensor_scale
 
 COUNT, BATCH, SEED, CALIBRATION = 256, 64, 500_000, 16
@@ -45,7 +47,7 @@ def main(work: Path, names: list[str]) -> None:
         data = loading.load(name).recipe.data
         call = dict(side=data.resolution, steps=data.steps, guidance=data.guidance, length=16)
         model = models.load(source.transformer, torch.float32)
-        targets = stage.plan_targets(source.family, source.config, None)
+        targets = plan_targets(source.family, source.config, None)
         texts = prompts.make("tiny-world", COUNT, SEED)
         wanted = draw(source, model, texts, call)
         print(f"{name}: 16-bit accuracy {tiny_world.accuracy(wanted, texts):.4f}", flush=True)
@@ -54,13 +56,13 @@ def main(work: Path, names: list[str]) -> None:
             few = prompts.make("tiny-world", CALIBRATION, SEED + 1)
             with NULL.progress("", CALIBRATION, "") as bar:
                 whole = partial(pipelines.load_pipeline, source, torch.float32, transformer=model)
-                stage.record_calls(calls, source.family, whole, few, SEED, CALIBRATION, bar, **call)
+                record.record_calls(calls, source.family, whole, few, SEED, CALIBRATION, bar, **call)
             write_json(calls / "done.json", {})
         report(f"{name}: round to nearest", draw(source, rounded(source, targets.svdq), texts, call), wanted, texts)
         for title, changes in VARIANTS.items():
             folder = work / name / title.replace(" ", "")
             if not folder.exists():
-                given = stage.read_calls(calls) if changes.get("calibration") != "none" else []
+                given = record.read_calls(calls) if changes.get("calibration") != "none" else []
                 quantize(source.transformer, folder, targets, Settings(**changes), given, NULL)
             report(f"{name}: {title}", draw(source, emulate(folder), texts, call), wanted, texts)
 

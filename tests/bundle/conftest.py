@@ -42,6 +42,7 @@ from dcgen_convert.bundle.card import render
 from dcgen_convert.bundle.layout import write_bundle
 from dcgen_convert.bundle.scheduler import scheduler_config
 from dcgen_convert.checkpoint.licence import licence_of
+from dcgen_convert.checkpoint.record import source_record
 from dcgen_convert.core.console import NULL
 from dcgen_convert.families.base import Family
 
@@ -259,8 +260,8 @@ def manifest_of(parts: Parts, **changes) -> dict:
         recipe={"name": "tiny", "quantize": {"format": "none"}},
         family=parts.family.name,
         sources={
-            "base": manifests.source_record("org/base", parts.source, "abc"),
-            "autoencoder": manifests.source_record("ae", parts.autoencoder),
+            "base": source_record("org/base", parts.source, "abc"),
+            "autoencoder": source_record("ae", parts.autoencoder),
         },
         autoencoder={"name": "ae", "factor": parts.factor, "channels": parts.channels, "scaling_factor": 0.4},
         defaults={"height": parts.side, "width": parts.side, "steps": 2, "guidance": 3.5, "text_length": 16},

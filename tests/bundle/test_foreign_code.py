@@ -16,7 +16,7 @@ from dcgen_convert.bundle.sample import sample
 from dcgen_convert.bundle.verify import verify
 from dcgen_convert.checkpoint import trust
 from dcgen_convert.checkpoint.components import copy_component
-from dcgen_convert.checkpoint.source import load_source
+from dcgen_convert.checkpoint.open import load_source
 from dcgen_convert.core.console import NULL, Console
 from dcgen_convert.core.errors import CheckFailed, InputError
 from dcgen_convert.core.files import read_json, sha256, write_json

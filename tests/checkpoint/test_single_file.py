@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from dcgen_convert.bundle.inspection import inspect
 from dcgen_convert.checkpoint import keymap, stream
 from dcgen_convert.checkpoint.headers import read_header, read_weights
-from dcgen_convert.checkpoint.source import load_source
+from dcgen_convert.checkpoint.open import load_source
 from dcgen_convert.core.console import NULL, Console
 from dcgen_convert.core.errors import AccessError, InputError
+from dcgen_convert.families import grid
 from dcgen_convert.networks import models
 from dcgen_convert.recipe import geometry, loading
 
@@ -387,7 +388,7 @@ def test_without_a_base_and_without_network_the_repository_is_named(tmp_path, we
     ) as raised:
         load_source("x", str(tmp_path / "model.safetensors"), home=tmp_path, offline=True)
     assert "--base" in raised.value.hint
-    assert geometry.base_grid(str(tmp_path / "model.safetensors")) == geometry.Grid(8, 16, 2)
+    assert geometry.base_grid(str(tmp_path / "model.safetensors")) == grid.Grid(8, 16, 2)
 
 
 def test_a_base_of_another_family_is_refused(tmp_path, weights):

@@ -5,13 +5,13 @@ import json
 import pytest
 import yaml
 
-from dcgen_convert.recipe import loading
+from dcgen_convert.recipe import loading, shelf
 
 
 def test_recipes_list_names_every_shipped_recipe(cli):
     done = cli("recipes", "list", "--json")
     rows = json.loads(done.stdout)["recipes"]
-    assert [row["name"] for row in rows] == loading.names()
+    assert [row["name"] for row in rows] == shelf.names()
     assert all(row["source"] and row["ae"] and row["about"] for row in rows)
 
 

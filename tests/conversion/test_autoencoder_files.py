@@ -8,7 +8,7 @@ from diffusers import AutoencoderDC
 from safetensors.torch import save_file
 
 from dcgen_convert.core.errors import InputError, RecipeError
-from dcgen_convert.families import catalog
+from dcgen_convert.families import catalog, grid
 from dcgen_convert.networks import autoencoder_files, autoencoders
 from dcgen_convert.recipe import geometry
 from dcgen_convert.stages.job import find_autoencoder
@@ -62,7 +62,7 @@ def test_a_single_file_becomes_the_same_folder(names, original, tmp_path):
     folder, model = original
     file = tmp_path / "dc-ae.safetensors"
     save_file({names(name): value for name, value in model.state_dict().items()}, file)
-    assert geometry.new_grid(f"{file}:{folder}") == geometry.Grid(F, C, 1)
+    assert geometry.new_grid(f"{file}:{folder}") == grid.Grid(F, C, 1)
     ae = find_autoencoder(f"{file}:{folder}", tmp_path / "work")
     again = AutoencoderDC.from_pretrained(ae.folder).state_dict()
     assert (ae.factor, ae.channels) == (F, C) and again.keys() == model.state_dict().keys()
@@ -127,7 +127,7 @@ def test_a_prefix_goes_through_the_same_door(original, tmp_path):
     ae = find_autoencoder(str(folder), tmp_path / "work", channels=K)
     assert ae.channels == K == autoencoders.load(ae.folder).channels
     assert find_autoencoder(str(folder), tmp_path / "work", channels=C).folder == folder
-    assert geometry.new_grid(str(folder), channels=K) == geometry.Grid(F, K, 1)
+    assert geometry.new_grid(str(folder), channels=K) == grid.Grid(F, K, 1)
     with pytest.raises(RecipeError, match="has 8 channels"):
         geometry.new_grid(str(folder), channels=9)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dcgen_convert.checkpoint.source import load_source
+from dcgen_convert.checkpoint.open import load_source
 from dcgen_convert.data import prompts
 from dcgen_convert.evaluate import tiny_world
 from dcgen_convert.families.catalog import find_source

@@ -20,24 +20,25 @@ from bundle.conftest import Parts, autoencoder_dc, make_bundle, modules_cache  #
 from dcgen_convert.bundle.inspection import inspect
 from dcgen_convert.bundle.loading import load
 from dcgen_convert.checkpoint.merge import merge
-from dcgen_convert.checkpoint.source import load_source
+from dcgen_convert.checkpoint.open import load_source
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_json
 from dcgen_convert.core.journal import Stage
+from dcgen_convert.families import grid
 from dcgen_convert.networks import autoencoders, models, pipelines
 from dcgen_convert.planning.arithmetic import matching
-from dcgen_convert.planning.layers import structure
 from dcgen_convert.planning.quantised import quantised
-from dcgen_convert.recipe import geometry
+from dcgen_convert.planning.structures import structure
 from dcgen_convert.recipe.schema import Quantize
-from dcgen_convert.stages import quantize as svdquant
 from dcgen_convert.stages import surgery
 from dcgen_convert.stages.align_embedder import Problem, affine, as_module
 from dcgen_convert.stages.job import Autoencoder
 from dcgen_convert.svdquant.quantize import quantize
+from dcgen_convert.svdquant.record import read_calls, record_calls
 from dcgen_convert.svdquant.runtime import load_dequantised, open_layers
 from dcgen_convert.svdquant.settings import Settings
+from dcgen_convert.svdquant.targets import plan_targets
 from dcgen_convert.train import lora
 from dcgen_convert.train.objective import Sampling, draw, drop_text, flow_loss
 
@@ -164,7 +165,7 @@ def test_model_latents_are_those_of_the_stock_pipeline(tiny, source, stock):
     """Scale, shift and statistics: our decoder makes the stock picture of the sampler's last state."""
     (_, entry), (*_, (last, picture)) = tiny, stock
     codec = autoencoders.load(source.vae)
-    assert (codec.factor, codec.channels) == geometry.autoencoder_grid(autoencoders.describe(source.vae))
+    assert (codec.factor, codec.channels) == grid.autoencoder_grid(autoencoders.describe(source.vae))
     z = latent_of(entry, source.family, last)
     torch.testing.assert_close(picture, codec.decode(z), atol=1e-4, rtol=1e-4)
     # encode undoes decode's arithmetic: the same round trip as the autoencoder's own
@@ -426,7 +427,7 @@ def test_quantisation_reaches_exactly_the_planned_linears(tiny, source, stock, c
     config = family.convert_config(source.config | (entry.wide or {}), parts.factor, parts.channels, parts.side)
     if entry.wide is None:
         with pytest.raises(InputError, match="no linear of this .* can be quantised"):
-            svdquant.plan_targets(family, config, None)
+            plan_targets(family, config, None)
         return
     torch.manual_seed(2)
     dense = alive(getattr(diffusers, family.model_class).from_config(config)).bfloat16()
@@ -444,14 +445,12 @@ def test_quantisation_reaches_exactly_the_planned_linears(tiny, source, stock, c
     pipeline.transformer = dense.float().requires_grad_(False)
     settings = dict(side=parts.side, steps=STEPS, guidance=GUIDANCE, length=entry.length)
     with NULL.progress("", 1, "") as bar:
-        svdquant.record_calls(tmp_path / "calls", family, lambda: pipeline, [entry.prompt], SEED, 1, bar, **settings)
-    targets = svdquant.plan_targets(family, config, None)
+        record_calls(tmp_path / "calls", family, lambda: pipeline, [entry.prompt], SEED, 1, bar, **settings)
+    targets = plan_targets(family, config, None)
     settings = Settings(
         rank=16, refits=0, samples=16, smoothing=False
     )  # in about a second; the search has tests of its own
-    records = quantize(
-        tmp_path / "dense", tmp_path / "4-bit", targets, settings, svdquant.read_calls(tmp_path / "calls"), NULL
-    )
+    records = quantize(tmp_path / "dense", tmp_path / "4-bit", targets, settings, read_calls(tmp_path / "calls"), NULL)
     assert {record["module"] for record in records if "error" in record} == adapted - kept
     written = read_json(tmp_path / "4-bit" / "config.json")["quantization_config"]
     found = [set(written.get(section, {"targets": ()})["targets"]) for section in ("svdq_w4a4", "awq_w4a16")]

@@ -8,7 +8,7 @@ import pretend_device
 import pytest
 import torch
 
-from dcgen_convert.checkpoint.source import load_source
+from dcgen_convert.checkpoint.open import load_source
 from dcgen_convert.networks import autoencoders, models, pipelines
 from dcgen_convert.train.objective import Sampling, draw, flow_loss, to_device, velocity
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from dcgen_convert import families
-from dcgen_convert.checkpoint.source import load_source
+from dcgen_convert.checkpoint.open import load_source
 from dcgen_convert.core.console import NULL, Console
 from dcgen_convert.core.errors import InputError, RecipeError
 from dcgen_convert.core.journal import Run

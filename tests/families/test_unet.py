@@ -17,13 +17,13 @@ from dcgen_convert import families
 from dcgen_convert.bundle.checks import check_structure
 from dcgen_convert.bundle.inspection import inspect
 from dcgen_convert.checkpoint import keymap
-from dcgen_convert.checkpoint.source import load_source
+from dcgen_convert.checkpoint.open import load_source
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.errors import InputError, RecipeError
 from dcgen_convert.networks import models
 from dcgen_convert.planning import plan
 from dcgen_convert.planning.arithmetic import forward_flops
-from dcgen_convert.planning.layers import structure
+from dcgen_convert.planning.structures import structure
 from dcgen_convert.recipe import loading
 from dcgen_convert.train import lora
 from dcgen_convert.train.ridge import Noise, NormalEquations

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dcgen_convert import families
-from dcgen_convert.checkpoint.source import load_source
+from dcgen_convert.checkpoint.open import load_source
 from dcgen_convert.networks import pipelines
 
 PROMPTS = {

@@ -18,7 +18,7 @@ from dcgen_convert import families
 from dcgen_convert.planning import memory
 from dcgen_convert.planning.arithmetic import Trainable
 from dcgen_convert.planning.fit import training
-from dcgen_convert.planning.layers import structure
+from dcgen_convert.planning.structures import structure
 from dcgen_convert.recipe.loading import load
 from dcgen_convert.train import lora
 from dcgen_convert.train.batched import batched_corrected_loss

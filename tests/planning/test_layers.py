@@ -12,7 +12,7 @@ from dcgen_convert import families
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.families import catalog
 from dcgen_convert.planning.arithmetic import forward_flops, lora_parameters, matching, train_flops, trainable
-from dcgen_convert.planning.layers import structure
+from dcgen_convert.planning.structures import structure
 
 CONFIGS = catalog.CONFIGS
 flags = st.booleans()

@@ -12,9 +12,10 @@ from dcgen_convert.core.console import NULL
 from dcgen_convert.core.errors import ResourceError
 from dcgen_convert.planning import costs, plan
 from dcgen_convert.planning.shapes import shapes
-from dcgen_convert.recipe import loading, sources
+from dcgen_convert.ranks import machine
+from dcgen_convert.recipe import loading, shelf, sources
 from dcgen_convert.recipe.settings import leaves
-from dcgen_convert.stages.quantize import plan_targets
+from dcgen_convert.svdquant.targets import plan_targets
 
 from .test_memory import TABLE
 
@@ -25,10 +26,10 @@ def empty_cache(monkeypatch, tmp_path):
 
 
 def document(name: str, *, sets=(), **flags) -> dict:
-    return plan.plan(loading.load(name, flags=flags, sets=sets, machine=loading.Machine(offline=True)))
+    return plan.plan(loading.load(name, flags=flags, sets=sets, machine=machine.Machine(offline=True)))
 
 
-@pytest.mark.parametrize("name", loading.names())
+@pytest.mark.parametrize("name", shelf.names())
 def test_every_shipped_recipe_passes_offline(name):
     doc = document(name)
     assert doc["status"] == "feasible"
@@ -81,7 +82,7 @@ def test_the_memory_table_of_flux_at_4096_px_from_its_config():
 def test_what_cannot_fit_is_refused_with_a_change_that_does(name, gib):
     def planned(gpus=None, **settings):
         sets = [f"adapt.{key}={value}" for key, value in settings.items()]
-        resolved = loading.load(name, flags={}, sets=sets, machine=loading.Machine(gpus=gpus, offline=True))
+        resolved = loading.load(name, flags={}, sets=sets, machine=machine.Machine(gpus=gpus, offline=True))
         return plan.plan(resolved, gpu_bytes=gib * 2**30)
 
     doc = planned(zero=1)
@@ -225,7 +226,7 @@ def test_a_folder_of_ones_own_is_planned_from_its_configs(tmp_path):
 
 def test_quantised_linears_are_those_that_the_quantiser_finds_in_the_model():
     for name in ("flux-krea", "tiny-sana", "dit-xl-512"):
-        resolved = loading.load(name, flags={"quantize.format": "nvfp4"}, machine=loading.Machine(offline=True))
+        resolved = loading.load(name, flags={"quantize.format": "nvfp4"}, machine=machine.Machine(offline=True))
         part = plan.plan(resolved)["quantization"]
         sizes = shapes(resolved.recipe, offline=True)
         config = sources.transformer_config(resolved.recipe.source, True)

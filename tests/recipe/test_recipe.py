@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 
 from dcgen_convert import families
 from dcgen_convert.core.errors import InputError, RecipeError
-from dcgen_convert.recipe import geometry, loading
+from dcgen_convert.families import grid
+from dcgen_convert.recipe import geometry, loading, shelf
 from dcgen_convert.recipe.settings import leaves, schema_keys
 
-NAMES = loading.names()
+NAMES = shelf.names()
 SHIPPED = {
     "image", "few-steps", "flux-krea", "flux-dev", "flux-schnell", "sana-1.6b", "sana-sprint-1.6b", "sd-1.5",
     "dit-xl-256", "dit-xl-512",
@@ -229,9 +230,9 @@ def test_buckets_that_cannot_be(source, sets, words):
 def test_buckets_end_where_a_position_table_ends():
     """SD3's 96 tokens of 16 px are 1536 px; without a table the long side is four times the short one."""
     config = {"pos_embed_max_size": 96}
-    sizes = geometry.bucket_sizes(families.get("sd3"), config, geometry.Grid(8, 16, 2), geometry.Grid(32, 32, 1), 1024)
+    sizes = geometry.bucket_sizes(families.get("sd3"), config, grid.Grid(8, 16, 2), grid.Grid(32, 32, 1), 1024)
     assert max(map(max, sizes)) == 1536
-    sizes = geometry.bucket_sizes(families.get("flux"), {}, geometry.Grid(8, 16, 2), geometry.Grid(64, 128, 1), 1024)
+    sizes = geometry.bucket_sizes(families.get("flux"), {}, grid.Grid(8, 16, 2), grid.Grid(64, 128, 1), 1024)
     assert max(map(max, sizes)) == 2048 and all(h % 64 == w % 64 == 0 and h * w <= 1024**2 for h, w in sizes)
-    sizes = geometry.bucket_sizes(families.get("flux"), {}, geometry.Grid(16, 16, 3), geometry.Grid(32, 32, 1), 960)
+    sizes = geometry.bucket_sizes(families.get("flux"), {}, grid.Grid(16, 16, 3), grid.Grid(32, 32, 1), 960)
     assert all(h % 96 == w % 96 == 0 for h, w in sizes)  # both grids meet

@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 from dcgen_convert import families
 from dcgen_convert.core.errors import AccessError, InputError
 from dcgen_convert.families import catalog
+from dcgen_convert.families.grid import Grid
+from dcgen_convert.ranks import machine
 from dcgen_convert.recipe import geometry, loading, sources
 
 FLUX = dict(
@@ -34,7 +36,7 @@ def test_a_folder_gets_its_familys_recipe(folder):
     assert (resolved.recipe.source, resolved.recipe.name) == (str(folder), "my-flux")
     assert resolved.origins["source"] == "argument SOURCE"
     assert resolved.origins["adapt.ema"] == "family default (recipe flux-dev)"
-    assert geometry.base_grid(str(folder)) == geometry.Grid(8, 16, 2)
+    assert geometry.base_grid(str(folder)) == Grid(8, 16, 2)
 
 
 def test_a_recipe_may_be_given_for_a_folder(folder):
@@ -50,7 +52,7 @@ def test_a_single_file_gets_its_familys_recipe(tmp_path):
     save_file({f"transformer.{name}": value for name, value in model.state_dict().items()}, path)
     resolved = loading.load(str(path))
     assert (resolved.recipe.name, resolved.recipe.source) == ("mine", str(path))
-    assert geometry.base_grid(str(path)) == geometry.Grid(8, 16, 2)
+    assert geometry.base_grid(str(path)) == Grid(8, 16, 2)
 
 
 def test_a_catalogue_name_and_its_hub_id_are_one_source():
@@ -63,7 +65,7 @@ def test_a_catalogue_name_and_its_hub_id_are_one_source():
 def test_an_unknown_hub_id_cannot_be_resolved_offline(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(AccessError, match="not in the cache"):
-        loading.load("somebody/some-model", machine=loading.Machine(offline=True))
+        loading.load("somebody/some-model", machine=machine.Machine(offline=True))
 
 
 def test_a_cached_hub_id_whose_network_is_a_unet(monkeypatch, tmp_path):
@@ -112,7 +114,7 @@ def test_an_autoencoder_folder_is_read_from_its_config(tmp_path):
         encoder_qkv_multiscales=((), (), (), (), ()), decoder_qkv_multiscales=((), (), (), (), ()),
     )  # fmt: skip
     model.save_pretrained(tmp_path / "ae")
-    assert geometry.new_grid(str(tmp_path / "ae")) == geometry.Grid(model.spatial_compression_ratio, 8, 1)
+    assert geometry.new_grid(str(tmp_path / "ae")) == Grid(model.spatial_compression_ratio, 8, 1)
     latent = model.encode(torch.zeros(1, 3, 32, 32)).latent
     assert latent.shape == (1, 8, 2, 2)
 
@@ -121,7 +123,7 @@ def test_an_autoencoder_folder_is_read_from_its_config(tmp_path):
     "name, grid", [("dc-ae-f32", (32, 32, 1)), ("dc-ae-f64", (64, 128, 1)), ("dc-ae-f128", (128, 512, 1))]
 )
 def test_aliases(name, grid):
-    assert geometry.new_grid(name) == geometry.Grid(*grid)
+    assert geometry.new_grid(name) == Grid(*grid)
 
 
 def test_plain_aliases_mean_what_the_authors_used_for_flux():

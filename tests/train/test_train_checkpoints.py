@@ -197,7 +197,7 @@ def saved(folder, steps=(1, 2, 3)):
     )
     for step in steps:
         engine.step_count = step
-        engine.save(folder, {"note": step})
+        checkpoints.save(engine, folder, {"note": step})
     return engine
 
 
@@ -207,8 +207,8 @@ def test_two_are_kept_and_the_newest_whole_one_wins(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000003"]
     shard = tmp_path / "step-000003" / "state-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])  # a truncated copy, as rsync or a full disk leave them
-    assert engine.load(tmp_path) == {"note": 2} and engine.step_count == 2
-    assert engine.load(tmp_path / "nothing") is None
+    assert checkpoints.load(engine, tmp_path) == {"note": 2} and engine.step_count == 2
+    assert checkpoints.load(engine, tmp_path / "nothing") is None
     engine.close()
 
 
@@ -218,7 +218,7 @@ def test_shards_are_bounded(tmp_path, monkeypatch):
     files = read_json(tmp_path / "step-000005" / checkpoints.INDEX)["files"]
     assert len(files) > 2
     before = dict(engine.tensors("ema"))
-    engine.load(tmp_path)
+    checkpoints.load(engine, tmp_path)
     assert same(before, engine.ema)
     engine.close()
 
@@ -233,9 +233,9 @@ def test_full_disk_is_one_sentence_and_keeps_the_old_checkpoint(tmp_path, monkey
     monkeypatch.setattr(checkpoints, "atomic_save", no_space)
     engine.step_count = 2
     with pytest.raises(ResourceError, match="step 2 could not be written to .*: No space left on device"):
-        engine.save(tmp_path, {})
+        checkpoints.save(engine, tmp_path, {})
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
-    assert engine.load(tmp_path) == {"note": 1}
+    assert checkpoints.load(engine, tmp_path) == {"note": 1}
     engine.close()
 
 
@@ -246,15 +246,15 @@ def test_foreign_and_broken_checkpoints_are_refused(tmp_path):
         model, [(n, p) for n, p in model.named_parameters() if n.startswith("x_embedder")], engine_settings(ema=0.9)
     )
     with pytest.raises(InputError, match="trains other tensors .param/.* differs"):
-        other.load(tmp_path / "a")
+        checkpoints.load(other, tmp_path / "a")
     other.close()
     engine = saved(tmp_path / "b", steps=())
     next(iter(engine.named.values())).data.fill_(float("nan"))
     engine.state.write(engine.named["proj_out.bias"], "param", torch.full((8,), float("nan")))
     engine.step_count = 1
-    engine.save(tmp_path / "b", {})
+    checkpoints.save(engine, tmp_path / "b", {})
     with pytest.raises(CheckFailed, match="proj_out.bias holds values that are not finite"):
-        engine.load(tmp_path / "b")
+        checkpoints.load(engine, tmp_path / "b")
     engine.close()
 
 

@@ -7,7 +7,7 @@ import torch
 
 from dcgen_convert import families
 from dcgen_convert.planning.arithmetic import forward_flops
-from dcgen_convert.planning.layers import structure
+from dcgen_convert.planning.structures import structure
 from dcgen_convert.stages.grid import noise_levels, sample
 from dcgen_convert.train.meter import Meter, meter_of, peak_flops
 

@@ -1,0 +1,36 @@
+"""The structure of a transformer from its config: by arithmetic where there is one, else read off its class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from dcgen_convert import families
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.planning.layers import Structure, dit, flux, sana
+
+STRUCTURES: dict[str, Callable[[dict], Structure]] = {
+    "FluxTransformer2DModel": flux,
+    "SanaTransformer2DModel": sana,
+    "DiTTransformer2DModel": dit,
+}
+
+
+def structure(config: dict) -> Structure:
+    """The structure of a transformer config.
+
+    Raises:
+        InputError: an unknown class, or a config without one of its sizes.
+    """
+    name = config.get("_class_name")
+    if name not in STRUCTURES:
+        if families.recognise(config) is None:
+            raise InputError(f"no arithmetic for transformer class {name}", f"known: {', '.join(families.FAMILIES)}")
+        from dcgen_convert.planning.modules import measured  # it needs torch
+
+        return measured(config)
+    try:
+        return STRUCTURES[name](config)
+    except KeyError as exc:
+        raise InputError(
+            f"the transformer config lacks {exc.args[0]}", "fetch the source's transformer/config.json again"
+        ) from exc

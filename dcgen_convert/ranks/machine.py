@@ -1,0 +1,19 @@
+"""Where a run happens: GPUs, hosts, network, trackers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run happens and who watches: no part of the recipe, so it never changes a fingerprint.
+
+    track: "tensorboard" | "wandb" | None; rank_timeout: seconds after which a silent rank is given up, 0 disables.
+    """
+
+    gpus: int | None = None
+    hostfile: str | None = None
+    offline: bool = False
+    track: str | None = None
+    rank_timeout: float = 120.0

@@ -1,0 +1,69 @@
+"""The shelf of recipes: those that ship with the package, and .yaml files with what they extend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+import yaml
+
+from dcgen_convert.core.errors import RecipeError
+
+
+def root() -> Path:
+    """The folder of shipped recipes: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+def names() -> list[str]:
+    """Every shipped recipe: `tiny-flux`, `ablations/no-alignment`, ..."""
+    base = root()
+    return sorted(path.relative_to(base).with_suffix("").as_posix() for path in base.rglob("*.yaml"))
+
+
+def find(name_or_path: str) -> Path | None:
+    """The file of a shipped recipe's name or of a .yaml path; None when it is neither."""
+    text = str(name_or_path)
+    if text.endswith((".yaml", ".yml")):
+        path = Path(text).expanduser()
+        if not path.is_file():
+            raise RecipeError(f"recipe file not found: {text}", "dcgen-convert recipes list")
+        return path
+    return root() / f"{text}.yaml" if text in names() else None
+
+
+def read(name_or_path: str) -> list[tuple[str, dict]]:
+    """The recipe and the recipes it extends, weakest first: [(name, raw mapping), ...].
+
+    Raises:
+        RecipeError: unknown name (with the nearest one), not a mapping, or a circle of `extends`.
+    """
+    chain: list[tuple[str, dict]] = []
+    name: str | None = str(name_or_path)
+    seen: set[Path] = set()
+    while name is not None:
+        path = find(name)
+        if path is None:
+            raise RecipeError(f"unknown recipe {name!r}{nearest(name, names())}", "dcgen-convert recipes list")
+        if path.resolve() in seen:
+            raise RecipeError(f"recipe {name!r} extends itself", "remove one `extends`")
+        seen.add(path.resolve())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise RecipeError(f"{path} is not a mapping of settings", "dcgen-convert recipes show tiny-flux")
+        values.setdefault("name", path.stem)
+        name = values.pop("extends", None)
+        chain.insert(
+            0,
+            (path.relative_to(root()).with_suffix("").as_posix() if path.is_relative_to(root()) else str(path), values),
+        )
+    return chain
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'flux-krea'?` or an empty text."""
+    hits = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {hits[0]!r}?" if hits else ""

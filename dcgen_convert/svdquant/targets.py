@@ -1,0 +1,43 @@
+"""Which linears of a network become 4-bit, from its config alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.families import Family, QuantTargets
+from dcgen_convert.families.base import by_kind
+from dcgen_convert.svdquant.settings import container_problem
+from dcgen_convert.svdquant.skeleton import build
+
+
+def check_container(section: Any, family: Family) -> None:
+    """InputError when ``quantize.container`` is not written for this family."""
+    problem = container_problem(section.container, family.name)
+    if section.format != "none" and problem:
+        raise InputError(problem, "use the diffusers container (quantize.container=diffusers)")
+
+
+def plan_targets(family: Family, config: dict[str, Any], dense: str | None) -> QuantTargets:
+    """The linears to quantise, from a transformer's config; no weights.
+
+    Raises:
+        InputError: naming every kind of linear whose shape the format cannot hold and the recipe does not keep dense.
+    """
+    linears = {
+        name: (layer.out_features, layer.in_features)
+        for name, layer in build(config).named_modules()
+        if isinstance(layer, torch.nn.Linear)
+    }
+    targets = family.quant_targets(linears, dense)
+    if targets.impossible:
+        kinds = "; ".join(f"{name}: {reason}" for name, reason in by_kind(targets.impossible).items())
+        raise InputError(
+            f"{len(targets.impossible)} linears cannot be quantised: {kinds}",
+            "keep them 16-bit with --set quantize.dense=REGEX (quantize: --dense REGEX), or --quantize none",
+        )
+    if not targets.svdq:
+        raise InputError(f"no linear of this {family.name} model can be quantised to 4 bits", "use --quantize none")
+    return targets
