@@ -139,6 +139,16 @@ def test_links_lead_somewhere(name):
             assert page.exists(), target
 
 
+@each_page
+def test_files_of_the_repository_exist(name):
+    """Paths in code: from the root, or (`stages/latents.py`) from the package; a script's name alone, anywhere."""
+    scripts = {path.name for part in ("dcgen_convert", "tests", "tools") for path in (ROOT / part).rglob("*.py")}
+    assert set(re.findall(r"`(\w+\.py)`", TEXTS[name])) <= scripts
+    for path in re.findall(r"`((?:[\w.]+/)+[\w.-]*)`", TEXTS[name]):
+        if (ROOT / path.split("/")[0]).is_dir() or path.endswith(".py"):
+            assert (ROOT / path).exists() or (ROOT / "dcgen_convert" / path).exists(), path
+
+
 def templates() -> list[str]:
     """Every text of the package, with … where a value is filled in."""
     found = []
