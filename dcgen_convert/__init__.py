@@ -4,4 +4,4 @@
 The package does no work at import: `dcgen_convert.cli` is the command line, `dcgen_convert.conversion` the main path.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

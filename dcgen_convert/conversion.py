@@ -16,7 +16,7 @@ micro-batch after an out-of-memory error continues the training.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,18 @@ from dcgen_convert import __version__
 from dcgen_convert.bundle.layout import check_output
 from dcgen_convert.bundle.manifest import FILE as MANIFEST
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.core.files import read_json, write_json
+from dcgen_convert.core.files import read_object, write_json
 from dcgen_convert.core.journal import MARKER, Run, Stage, fingerprint
 from dcgen_convert.planning.plan import require_disk
 from dcgen_convert.ranks.crew import SOLO, Crew
 from dcgen_convert.ranks.machine import Machine
-from dcgen_convert.recipe.loading import Resolved
-from dcgen_convert.recipe.schema import Recipe, result_settings
+from dcgen_convert.recipe.loading import Resolved, revive
+from dcgen_convert.recipe.schema import result_settings
 from dcgen_convert.stages.imported import run
 from dcgen_convert.stages.job import Job, prepare
 
 RECIPE = "recipe.json"
+NEW_RUN = "start a new run with another --run-dir"
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def convert(
     """
     run = Run(Path(run_dir), console)
     with run.locked():
-        recorded = read_json(run.path / RECIPE) if (run.path / RECIPE).exists() else {}
+        recorded = _read_record(run.path / RECIPE) if (run.path / RECIPE).exists() else {}
         job = prepare(resolved, run, console, crew)
         if recorded.get("output") != str(output) or not _bundled(output, run):
             check_output(output, force)
@@ -176,9 +177,32 @@ def resume(run_dir: Path, console) -> dict[str, Any]:
 
 
 def recorded(run_dir: Path) -> tuple[Resolved, Path]:
-    """What the run in ``run_dir`` was started with, and its output folder; InputError when it is no run folder."""
+    """What the run in ``run_dir`` was started with, and its output folder.
+
+    Raises:
+        InputError: no run folder, a damaged recipe.json, or a run of another version (0.1 and 0.2 are two, 0.2.0 and
+            0.2.1 are not): its stages would all run again.
+    """
     path = run_dir / RECIPE
     if not path.is_file():
         raise InputError(f"{run_dir} is not a run folder: it has no {RECIPE}", "give the folder that --run-dir named")
-    record = read_json(path)
-    return Resolved(Recipe.model_validate(record["recipe"]), {}, Machine(**record["machine"])), Path(record["output"])
+    record = _read_record(path)
+    recipe, machine, output = (record.get(key) for key in ("recipe", "machine", "output"))
+    known = {field.name for field in fields(Machine)}
+    if not isinstance(recipe, dict) or not isinstance(machine, dict) or not isinstance(output, str):
+        raise InputError(f"{path} is not what a run writes: recipe, machine or output is missing", NEW_RUN)
+    if strange := sorted(machine.keys() - known):
+        raise InputError(f"{path} has the unknown machine setting {strange[0]!r}", NEW_RUN)
+    return Resolved(revive(recipe, str(path)), {}, Machine(**machine)), Path(output)
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """A run's recipe.json; InputError when it is damaged or of another version."""
+    record = read_object(path)
+    theirs = str(record.get("version"))
+    if theirs.split(".")[:2] != __version__.split(".")[:2]:
+        raise InputError(
+            f"{path.parent} is a run of dcgen-convert {theirs}, and this is {__version__}, which cannot go on with it",
+            f"go on with it in version {theirs}, or {NEW_RUN}",
+        )
+    return record

@@ -45,6 +45,7 @@ __all__ = [
     "Resolved",
     "Watch",
     "load",
+    "revive",
 ]
 
 ENV_PREFIX = "DCGEN_CONVERT_"
@@ -103,6 +104,13 @@ def load(
     resolved = Resolved(*_validated(layers), machine or Machine())
     geometry.check(resolved.recipe)
     return resolved
+
+
+def revive(values: Mapping[str, object], origin: str) -> Recipe:
+    """The recipe that ``model_dump`` gave ``values``; RecipeError names the key that does not fit, and ``origin``."""
+    layers = Layers()
+    layers.add(values, origin)
+    return _validated(layers)[0]
 
 
 def _validated(layers: Layers) -> tuple[Recipe, dict[str, str]]:
