@@ -96,13 +96,12 @@ def cli() -> None:
 @option("--push-to", metavar="REPO", help="Upload the finished bundle to this hub repository. Default: off.")
 @option("--private", is_flag=True, help="Make the repository of --push-to private. Default: public.")
 @option("-y", "--yes", is_flag=True, help="Do not ask before a long job. Default: ask on a terminal.")
-@option("--dry-run", is_flag=True, help="Plan only, as the verb plan does. Default: off.")
+@option("--dry-run", is_flag=True, help="Only plan, as the verb plan does. Default: off.")
 @stack(OUTPUT)
 @click.pass_obj
 def convert(session: Session, source: str, **values: object) -> int:
-    """The whole job: SOURCE (recipe, .yaml, catalogue name, folder, .safetensors, .gguf or hub id) to a verified
-    bundle.
-    """
+    """Convert SOURCE (recipe, .yaml, catalogue name, folder, .safetensors, .gguf or hub id) and write a verified
+    bundle."""
     from dcgen_convert.cli import verbs
 
     return verbs.convert(session, source, values)
@@ -122,7 +121,7 @@ def convert(session: Session, source: str, **values: object) -> int:
 @stack(OUTPUT)
 @click.pass_obj
 def plan(session: Session, source: str, gpu_memory: float, **values: object) -> int:
-    """What a conversion will cost: tokens, speed-up, memory, disk, downloads, hours, and where every setting comes
+    """Say what a conversion will cost: tokens, speed-up, memory, disk, downloads, hours; and where each setting comes
     from."""
     from dcgen_convert.cli import verbs
 
@@ -135,7 +134,7 @@ def plan(session: Session, source: str, gpu_memory: float, **values: object) -> 
 @stack(OUTPUT)
 @click.pass_obj
 def quantize(session: Session, source: str, **values: object) -> int:
-    """SVDQuant alone, for a checkpoint that needs no conversion."""
+    """Quantise SOURCE to 4 bits with SVDQuant, without a conversion."""
     from dcgen_convert.cli import verbs
 
     return verbs.quantize(session, source, values)
@@ -147,7 +146,7 @@ def quantize(session: Session, source: str, **values: object) -> int:
 @stack(OUTPUT)
 @click.pass_obj
 def resume(session: Session, run: str, **values: object) -> int:
-    """Continue the run in folder RUN from its journal, on as many ranks as before unless told otherwise."""
+    """Continue the run in folder RUN, with as many ranks as before unless an option says otherwise."""
     from dcgen_convert.cli import verbs
 
     return verbs.resume(session, Path(run).absolute(), values)
@@ -158,7 +157,7 @@ def resume(session: Session, run: str, **values: object) -> int:
 @stack(OUTPUT)
 @click.pass_obj
 def inspect(session: Session, path: str, **values: object) -> int:
-    """What a checkpoint, folder or bundle is: family, sizes, autoencoder, LoRA, quantisation, licences, GPUs that
+    """Say what a checkpoint, folder or bundle is: family, sizes, autoencoder, LoRA, quantisation, licences, GPUs that
     run it."""
     console = session.begin(**output_options(values))
     from dcgen_convert.bundle import inspection
@@ -180,8 +179,8 @@ def inspect(session: Session, path: str, **values: object) -> int:
 @stack(OUTPUT)
 @click.pass_obj
 def verify(session: Session, bundle: str, against: str | None, trust_remote_code: bool, **values: object) -> int:
-    """Hashes, structure and numbers of BUNDLE; loads it in a fresh process and decodes an image. Exit 1 on a
-    difference."""
+    """Check hashes, structure and numbers of BUNDLE, then draw a picture in a fresh process. Exit 1 if something
+    differs."""
     console = session.begin(**output_options(values))
     from dcgen_convert.bundle.verify import verify as check
     from dcgen_convert.cli import verbs
@@ -219,7 +218,7 @@ def verify(session: Session, bundle: str, against: str | None, trust_remote_code
 @stack(OUTPUT)
 @click.pass_obj
 def sample(session: Session, bundle: str, prompts: tuple[str, ...], output: str, **values: object) -> int:
-    """Images from BUNDLE on any machine; a 4-bit bundle without its kernels runs through a dequantised reference."""
+    """Draw pictures with BUNDLE on any machine. Where its 4-bit kernels cannot run, its weights are dequantised."""
     console = session.begin(**output_options(values))
     from dcgen_convert.bundle.sample import sample as draw
 
@@ -235,7 +234,7 @@ def sample(session: Session, bundle: str, prompts: tuple[str, ...], output: str,
 @stack(OUTPUT)
 @click.pass_obj
 def report(session: Session, run: str, **values: object) -> int:
-    """The HTML report of the run in folder RUN: sample grids, losses, per-block gap, metrics, timings."""
+    """Write an HTML report of the run in folder RUN: pictures, losses, gap of every block, metrics, times."""
     console = session.begin(**output_options(values))
     from dcgen_convert.evaluate.report import write_report
 
@@ -251,7 +250,7 @@ def report(session: Session, run: str, **values: object) -> int:
 @stack(OUTPUT)
 @click.pass_obj
 def push(session: Session, bundle: str, repo: str, private: bool, **values: object) -> int:
-    """Upload BUNDLE with its model card to the hub repository REPO (needs HF_TOKEN)."""
+    """Upload BUNDLE with its model card to the hub repository REPO. It needs HF_TOKEN."""
     console = session.begin(**output_options(values))
     from dcgen_convert.bundle.push import push as upload
 
@@ -264,7 +263,7 @@ def push(session: Session, bundle: str, repo: str, private: bool, **values: obje
 @stack(OUTPUT)
 @click.pass_obj
 def doctor(session: Session, **values: object) -> int:
-    """What this machine can do: GPUs, kernels, DeepSpeed ops, disk, hub access."""
+    """Say what this machine can do: GPUs, kernels, DeepSpeed ops, disk, hub access."""
     console = session.begin(**output_options(values))
     from dcgen_convert.cli import doctor as checks
 

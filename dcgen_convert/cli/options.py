@@ -50,7 +50,7 @@ RECIPE = [
     option("--ae", metavar="NAME|PATH|REPO", shell_complete=completion.autoencoders,
            help="Autoencoder to convert to: alias, folder, hub id, or FILE.safetensors:ALIAS. Default: the recipe's."),
     option("--ae-channels", metavar="K", type=click.IntRange(min=1),
-           help="Use the first K latent channels (DC-AE 1.5's structured latents). Default: all."),
+           help="Use the first K latent channels only (for the structured latents of DC-AE 1.5). Default: all."),
     option("--recipe", metavar="FILE", shell_complete=completion.recipes,
            help="Recipe for a SOURCE that is a model. Default: the one of its family."),
     *INPUTS,
@@ -59,21 +59,22 @@ RECIPE = [
     option("--quantize", type=click.Choice(["none", "nvfp4", "int4"]),
            help="4-bit format of the result. Default: the recipe's; none disables."),
     option("--merge-lora/--no-merge-lora", default=None,
-           help="Fold the LoRA into the weights, or ship it beside them. Default: the recipe's."),
+           help="Add the LoRA to the weights, or keep it in a file of its own. Default: the recipe's."),
     option("--layout", type=click.Choice(["stock", "official"]),
            help="Pipeline class of the bundle. Default: stock (diffusers' own)."),
     option("--data", metavar="PATH", type=click.Path(),
            help="Folder of images with captions, or a .jsonl. Default: pictures drawn by the base model."),
     option("--prompts", metavar="FILE", type=click.Path(),
-           help="Text file, one prompt per line, for drawn pictures. Default: the recipe's."),
+           help="Text file with one prompt per line, for the pictures that are drawn. Default: the recipe's."),
     option("--resolution", metavar="PX", type=click.IntRange(min=1),
-           help="Final picture side in px; earlier phases keep theirs up to it. Default: the recipe's."),
+           help="Picture side of the last phase in px. An earlier phase keeps its own unless that is larger. Default: "
+           "the recipe's."),
     option("--dtype", type=click.Choice(["fp32", "bf16"]), help="Number type in training. Default: the recipe's."),
     option("--seed", type=click.IntRange(min=0), help="Seed of every random draw. Default: the recipe's (0)."),
     option("--zero", type=click.Choice(["auto", "0", "1", "2", "3"]),
            help="ZeRO stage. Default: the recipe's; 0 disables, auto takes the smallest that fits."),
     option("--offload", type=click.Choice(["none", "optimizer", "all"]),
-           help="What moves to host memory. Default: the recipe's (none); none disables."),
+           help="What is kept in host memory. Default: the recipe's (none); none disables."),
     option("--revision", metavar="REV", help="Git revision of the source on the hub. Default: the catalogue's."),
 ]  # fmt: skip
 
@@ -108,7 +109,7 @@ QUANTIZE = [
     option("--rank", metavar="R", type=Rank(16, 1024), default=32, show_default=True,
            help="Rank of the 16-bit branch, a multiple of 16."),
     option("--calibration", metavar="N|none", type=CountOrNone(), default="64", show_default=True,
-           help="Calibration pictures; none quantises from the weights alone."),
+           help="Number of calibration pictures; none: use the weights alone."),
     option("--prompts", metavar="FILE", type=click.Path(),
            help="One prompt per line, for the calibration pictures. Default: the catalogue's, else built-in ones."),
     option("--resolution", metavar="PX", type=click.IntRange(min=1),
@@ -129,14 +130,15 @@ QUANTIZE = [
 
 RANKS = [
     option("--gpus", metavar="N", type=click.IntRange(min=1),
-           help="Ranks to start on this host, CPU processes where it has no GPU. Default: 1, or join a launcher."),
+           help="Number of ranks to start on this host. Without GPUs they are CPU processes. Default: 1, or the ranks "
+           "of a launcher."),
     option("--hostfile", metavar="F", type=click.Path(),
            help="DeepSpeed hostfile of several hosts. Default: this host only."),
 ]  # fmt: skip
 
 JOB = [
     option("--track", type=click.Choice(["tensorboard", "wandb"]),
-           help="Also send curves and sample grids there. Default: off."),
+           help="Send curves and grids of pictures there too. Default: off."),
     option("--rank-timeout", metavar="S", type=click.FloatRange(min=0),
            help="Seconds of silence after which a frozen rank ends the job; five times that without any progress "
            "ends it too. "
@@ -151,11 +153,12 @@ MACHINE = [
 
 OUTPUT = [
     option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout. Default: off, a line of text."),
-    option("--events", metavar="FILE", type=click.Path(), help="Append progress as NDJSON to FILE. Default: off."),
+    option("--events", metavar="FILE", type=click.Path(),
+           help="Append progress to FILE, one JSON object per line. Default: off."),
     option("--log-file", metavar="FILE", type=click.Path(),
            help="Append a log to FILE. Default: log.txt in the run folder."),
-    option("-q", "--quiet", is_flag=True, help="Only warnings and errors on stderr. Default: off."),
-    option("-v", "--verbose", is_flag=True, help="Also details and tracebacks on stderr. Default: off."),
+    option("-q", "--quiet", is_flag=True, help="Show only warnings and errors on stderr. Default: off."),
+    option("-v", "--verbose", is_flag=True, help="Show details and tracebacks on stderr too. Default: off."),
 ]  # fmt: skip
 
 

@@ -24,7 +24,7 @@ def recipes() -> None:
 @stack(OUTPUT)
 @click.pass_obj
 def list_recipes(session: Session, **values: object) -> int:
-    """Every shipped recipe with its source, autoencoder and first comment line."""
+    """List every shipped recipe with its source, its autoencoder and its first comment line."""
     console = session.begin(**output_options(values))
 
     rows = []
@@ -46,7 +46,7 @@ def list_recipes(session: Session, **values: object) -> int:
 @stack(OUTPUT)
 @click.pass_obj
 def show(session: Session, name: str, **values: object) -> int:
-    """Every key of recipe NAME with its value and where it comes from."""
+    """Show every key of recipe NAME with its value and where it comes from."""
     console = session.begin(**output_options(values))
     from dcgen_convert.recipe import loading
     from dcgen_convert.recipe.settings import leaves
@@ -72,7 +72,7 @@ def show(session: Session, name: str, **values: object) -> int:
 @stack(OUTPUT)
 @click.pass_obj
 def copy(session: Session, name: str, file: str, force: bool, **values: object) -> int:
-    """Write recipe NAME, with everything that it extends, to FILE as a start for your own."""
+    """Write recipe NAME, with everything that it extends, to FILE, as a start for your own recipe."""
     console = session.begin(**output_options(values))
     import yaml
 
@@ -97,7 +97,7 @@ def copy(session: Session, name: str, file: str, force: bool, **values: object) 
 @stack(OUTPUT)
 @click.pass_obj
 def validate(session: Session, name: str, **values: object) -> int:
-    """Check recipe NAME or FILE: keys, types, combinations, autoencoder, sizes. Exit 2 when it cannot work."""
+    """Check recipe NAME (or a file): keys, types, combinations, autoencoder, sizes. Exit 2 when it cannot work."""
     console = session.begin(**output_options(values))
     from dcgen_convert.recipe import loading
 

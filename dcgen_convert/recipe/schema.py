@@ -70,12 +70,14 @@ class Latents(Section):
     """The cache of paired latents and text embeddings."""
 
     batch: PositiveInt = Field(8, description="pictures encoded at once")
-    text: Literal["cache", "encode"] = Field("cache", description="cache: text embeddings on disk; encode: on the fly")
+    text: Literal["cache", "encode"] = Field(
+        "cache", description="cache: text embeddings are stored on disk; encode: they are computed in every step"
+    )
     text_length: PositiveInt | None = Field(
         None, description="text tokens that prompts are padded to; null: the family's"
     )
     scale_tolerance: PositiveFloat = Field(
-        0.10, description="allowed fraction between the measured scale and the autoencoder's factor"
+        0.10, description="how far the measured scale may lie from the autoencoder's scaling factor, as a fraction"
     )
     normalise: Literal["none", "channel"] = Field(
         "none",
@@ -93,9 +95,10 @@ class AlignEmbedder(Section):
         "ridge", description="ridge: closed form; adamw: the paper's; none: Xavier start, no alignment"
     )
     pooling: Literal["average", "bilinear"] = Field(
-        "average", description="average: pool the teacher; bilinear: upsample the student"
+        "average",
+        description="average: average the base's finer tokens; bilinear: interpolate the new tokens to the base's grid",
     )
-    ridge: NonNegativeFloat = Field(1e-6, description="relative ridge added to the Gram diagonal; 0 disables")
+    ridge: NonNegativeFloat = Field(1e-6, description="ridge, relative to the mean of the Gram diagonal; 0 disables")
     noise_aware: bool = Field(False, description="solve over the noise levels that the model meets")
     steps: NonNegativeInt = Field(20_000, description="steps (adamw only)")
     lr: PositiveFloat = Field(1e-4, description="learning rate (adamw only)")
@@ -105,13 +108,15 @@ class AlignEmbedder(Section):
 class AlignHead(Section):
     """Stage 2: start of the new output head, then joint training of embedder and head with the blocks frozen."""
 
-    method: Literal["least-squares", "xavier", "zero"] = Field("least-squares", description="how the head starts")
+    method: Literal["least-squares", "xavier", "zero"] = Field(
+        "least-squares", description="how the head starts; least-squares: closed form"
+    )
     draws: PositiveInt = Field(8, description="noise draws per picture for the least squares")
     steps: NonNegativeInt = Field(5_000, description="steps with the blocks frozen; 0 disables")
     lr: PositiveFloat = Field(1e-4, description="learning rate")
     batch: PositiveInt = Field(512, description="global batch in pictures")
     warmup: NonNegativeInt = Field(1_000, description="warm-up steps; 0 disables")
-    clip: NonNegativeFloat = Field(0.1, description="gradient norm; 0 disables")
+    clip: NonNegativeFloat = Field(0.1, description="largest gradient norm; 0 disables")
 
 
 class Phase(Section):
@@ -134,9 +139,8 @@ class Phase(Section):
     )
     consistency: Fraction = Field(
         0.0,
-        description="for few-step models: consistency distillation (arXiv 2303.01469) of the model that the phase "
-        "starts from, with "
-        "targets at this fraction of t; 0 disables, and adapt.objective holds",
+        description="for few-step models: consistency distillation (arXiv 2303.01469). The teacher is the model from "
+        "the start of the phase, the targets lie at this fraction of t; 0 disables, then adapt.objective is used",
     )
 
     @model_validator(mode="before")
@@ -162,7 +166,9 @@ class Adapt(Section):
         "flow", description="guidance-corrected for guidance-distilled bases (arXiv 2509.25180)"
     )
     null_branch: Literal["student", "teacher"] = Field(
-        "student", description="who answers the null prompt in the corrected loss"
+        "student",
+        description="which model predicts for the null prompt in the corrected loss; teacher: the frozen one from the "
+        "start of the phase",
     )
     null_pass: Literal["separate", "batched"] = Field(
         "separate",
@@ -173,7 +179,7 @@ class Adapt(Section):
     guidance_range: tuple[float, float] = Field((1.0, 14.0), description="guidance is drawn uniformly from [lo, hi]")
     data_guidance: PositiveFloat = Field(
         1.0,
-        description="g_d of the corrected loss: the guidance that the pictures are taken to show; 1: none, the "
+        description="guidance that the training pictures show already (g_d of the corrected loss); 1: none, the "
         "published loss",
     )
     shift: Literal["model", "flux2"] | PositiveFloat = Field(
@@ -181,13 +187,15 @@ class Adapt(Section):
     )
     weighting: Literal["none", "velocity"] = Field(
         "none",
-        description="of the squared error of networks that predict epsilon: none, or velocity: that of v, at most 25 "
-        "times",
+        description="weight of the squared error, for networks that predict epsilon; velocity: makes it the error of "
+        "v, at most 25 times",
     )
     text_drop: Fraction = Field(0.1, description="fraction of captions replaced by the null text; 0 disables")
-    ema: Fraction = Field(0.999, description="decay of the weight average; 0 disables")
-    clip: NonNegativeFloat = Field(0.1, description="gradient norm; 0 disables")
-    checkpointing: bool = Field(True, description="recompute activations: less memory, about a third more time")
+    ema: Fraction = Field(0.999, description="decay of the moving average of the weights; 0 disables")
+    clip: NonNegativeFloat = Field(0.1, description="largest gradient norm; 0 disables")
+    checkpointing: bool = Field(
+        True, description="compute activations a second time in the backward pass: less memory, about a third more time"
+    )
     zero: Literal["auto", 0, 1, 2, 3] = Field(2, description="ZeRO stage; auto: the smallest that fits; 0 disables")
     offload: Literal["none", "optimizer", "all"] = Field("none", description="what moves to host memory; none disables")
     phases: tuple[Phase, ...] = Field(min_length=1, description="phases in order, usually rising resolutions")
@@ -205,7 +213,7 @@ class Adapt(Section):
 
 
 class Calibration(Section):
-    prompts: PositiveInt = Field(64, description="prompts that the quantiser sees")
+    prompts: PositiveInt = Field(64, description="prompts that are drawn for calibration")
     steps: PositiveInt | None = Field(None, description="denoising steps per prompt; null: the bundle's steps")
     batch: PositiveInt | None = Field(
         None, description="pictures drawn at once; ranks share the batches; null: data.batch"
@@ -245,13 +253,14 @@ class Evaluate(Section):
 
 
 class Watch(Section):
-    """Looks at a phase while it trains; they change nothing in it."""
+    """What is measured and drawn while a phase trains. It changes nothing in the training."""
 
     evaluate_every: NonNegativeInt = Field(
         1000, description="steps between held-out losses at fixed noise levels; 0 disables"
     )
     grid_every: NonNegativeInt = Field(
-        1000, description="steps between fixed-seed sample grids, each after a checkpoint; 0 disables"
+        1000,
+        description="steps between grids of pictures with fixed seeds; each is drawn after a checkpoint; 0 disables",
     )
     pictures: PositiveInt = Field(8, description="held-out captions drawn in a grid")
 
@@ -259,7 +268,7 @@ class Watch(Section):
 class Recipe(Section):
     """One conversion, completely. `alpha` of each phase is filled (= rank) when the recipe leaves it out."""
 
-    name: str
+    name: str = Field(description="names the bundle and the run folder; left out: the name of the file")
     source: str = Field(description="catalogue name, hub id, diffusers folder, .safetensors or .gguf of the base model")
     base: str | None = Field(
         None,
@@ -272,7 +281,7 @@ class Recipe(Section):
         None, description="use the first K latent channels, for structured latents (DC-AE 1.5); null: all"
     )
     revision: str | None = Field(None, description="git revision of the source on the hub; null: the catalogue's")
-    seed: NonNegativeInt = 0
+    seed: NonNegativeInt = Field(0, description="seed of every random draw")
     dtype: Literal["fp32", "bf16"] = Field("bf16", description="weights and activations in training")
     data: Data = Field(default_factory=Data)
     latents: Latents = Field(default_factory=Latents)
@@ -280,7 +289,7 @@ class Recipe(Section):
     align_head: AlignHead = Field(default_factory=AlignHead)
     adapt: Adapt
     quantize: Quantize = Field(default_factory=Quantize)
-    merge_lora: bool = Field(True, description="fold the last LoRA into the weights; false: ship it beside them")
+    merge_lora: bool = Field(True, description="add the last LoRA to the weights; false: keep it in a file of its own")
     bundle: Bundle = Field(default_factory=Bundle)
     evaluate: Evaluate = Field(default_factory=Evaluate)
     watch: Watch = Field(default_factory=Watch)

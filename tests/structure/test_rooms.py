@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+
+import pytest
 
 from .rooms import EXCEPTIONS, FLOORS, PACKAGE, arrows, circles, floor, modules, room
 
@@ -35,7 +38,9 @@ def test_no_import_circles():
     assert circles() == []
 
 
-def test_contributing_shows_the_same_order():
-    text = (Path(__file__).resolve().parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    shown = [line for line in text.splitlines() if line.startswith("    ") and " · " not in line]
-    assert shown or text
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/code.md"])
+def test_the_documentation_shows_the_same_order(page):
+    text = (Path(__file__).resolve().parents[2] / page).read_text(encoding="utf-8")
+    rows = text.partition("| rooms | what they do |")[2].partition("\n\n")[0].splitlines()
+    shown = [tuple(re.findall(r"`(\w+)`", row.split("|")[1])) for row in rows if row.startswith("| `")]
+    assert shown == [rooms for rooms in FLOORS if rooms != ("__init__",)]
