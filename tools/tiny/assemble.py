@@ -47,7 +47,7 @@ license: apache-2.0
 ---
 # {name}
 
-A miniature of {what}, trained on drawn pictures of the tiny world (128 px) by `tools/tiny` of dcgen-convert.
+A miniature of {what}, trained on drawn pictures of the tiny world (128 px) by `tools/tiny` of dcgen-convert. \
 For tests and demonstrations.
 """
 
