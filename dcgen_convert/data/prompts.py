@@ -4,7 +4,6 @@ captions.
 
 from __future__ import annotations
 
-import math
 import random
 from pathlib import Path
 
@@ -48,11 +47,6 @@ DETAILS = (
 )  # fmt: skip
 KINDS = ("builtin", "tiny-world")  # anything else is a file
 SLOTS = (STYLES, SUBJECTS, PLACES, LIGHTS, DETAILS)
-
-
-def combinations() -> int:
-    """How many distinct prompts the built-in generator can write."""
-    return math.prod(len(slot) for slot in SLOTS)
 
 
 def make(kind: str, count: int, seed: int, classes: list[str] | None = None) -> list[str]:

@@ -62,13 +62,10 @@ def side_passes(adapt: Any, consistency: float = 0.0) -> int:
     return 2 if consistency else int(adapt.objective == "guidance-corrected")
 
 
-def train_flops(forward: float, *, full: bool, checkpointing: bool, passes: int, batched: bool = False) -> float:
+def train_flops(forward: float, *, full: bool, checkpointing: bool, passes: int) -> float:
     """FLOPs of one training sample.
 
     Forward 1, gradients of activations 1, of weights 1 more when every weight trains (LoRA's own are below 10 %),
-    recomputation 1 with checkpointing, and ``passes`` (`side_passes`); all of it twice where the null prompt runs in
-    the same pass (``batched``).
+    recomputation 1 with checkpointing, and ``passes`` (`side_passes`).
     """
-    if passes and batched:
-        return 2 * forward * (2 + full + checkpointing)
     return forward * (2 + full + checkpointing + passes)

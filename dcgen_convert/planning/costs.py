@@ -143,7 +143,6 @@ def hours(recipe: Recipe, sizes: Shapes) -> dict:
     base, converted, old, new, text = sizes.base, sizes.converted, sizes.old, sizes.new, sizes.text
     name = "2 CPU cores" if base.parameters < SMALL else "one H100"
     rate, price, basis = DEVICES[name]
-    common = {"checkpointing": recipe.adapt.checkpointing, "batched": recipe.adapt.null_pass == "batched"}
     guided = (
         sizes.family.guidance == "cfg" and recipe.data.guidance > 1
     )  # classifier-free guidance runs the model twice
@@ -152,13 +151,15 @@ def hours(recipe: Recipe, sizes: Shapes) -> dict:
         once = forward_flops(base, old.tokens(recipe.data.resolution), text)
         stages["data"] = recipe.data.count * recipe.data.steps * (2 if guided else 1) * once
     first = forward_flops(converted, new.tokens(recipe.adapt.phases[0].resolution), text)
-    head = train_flops(first, full=False, passes=side_passes(recipe.adapt), **common)
+    head = train_flops(first, full=False, checkpointing=recipe.adapt.checkpointing, passes=side_passes(recipe.adapt))
     stages["align head"] = recipe.align_head.steps * recipe.align_head.batch * head
     for i, phase in enumerate(recipe.adapt.phases):
         once = forward_flops(converted, new.tokens(phase.resolution), text)
-        common["batched"] &= not phase.consistency
         each = train_flops(
-            once, full=phase.mode == "full", passes=side_passes(recipe.adapt, phase.consistency), **common
+            once,
+            full=phase.mode == "full",
+            checkpointing=recipe.adapt.checkpointing,
+            passes=side_passes(recipe.adapt, phase.consistency),
         )
         stages[f"adapt phase {i} ({phase.resolution} px)"] = phase.steps * phase.batch * each
     if recipe.quantize.format != "none":

@@ -43,12 +43,11 @@ def head_phase(recipe: Recipe) -> Phase:
 
 
 def training(recipe: Recipe, phase: Phase, sizes: Shapes) -> memory.Training:
-    """What a phase trains; the batched null prompt counts as a second picture."""
+    """What a phase trains, as the memory arithmetic wants it."""
     adapt, trained = recipe.adapt, sizes.trainable(phase)
     element = 4 if recipe.dtype == "fp32" else 2
-    batched = adapt.objective == "guidance-corrected" and adapt.null_pass == "batched" and not phase.consistency
     shape, tokens = sizes.converted, sizes.tokens(phase)
-    sample = (1 + batched) * element / 2 * memory.activations(tokens, shape.width, shape.blocks, adapt.checkpointing)
+    sample = element / 2 * memory.activations(tokens, shape.width, shape.blocks, adapt.checkpointing)
     return memory.Training(trained.frozen, trained.trained, sample, element, adapt.ema > 0)
 
 

@@ -28,7 +28,6 @@ LAYOUT = (
     "data.max_broken",
     "latents.batch",
     "latents.scale_tolerance",
-    "adapt.null_pass",
     "adapt.checkpointing",
     "adapt.zero",
     "adapt.offload",
@@ -99,7 +98,6 @@ class AlignEmbedder(Section):
         description="average: average the base's finer tokens; bilinear: interpolate the new tokens to the base's grid",
     )
     ridge: NonNegativeFloat = Field(1e-6, description="ridge, relative to the mean of the Gram diagonal; 0 disables")
-    noise_aware: bool = Field(False, description="solve over the noise levels that the model meets")
     steps: NonNegativeInt = Field(20_000, description="steps (adamw only)")
     lr: PositiveFloat = Field(1e-4, description="learning rate (adamw only)")
     batch: PositiveInt = Field(64, description="pictures per step")
@@ -170,12 +168,6 @@ class Adapt(Section):
         description="which model predicts for the null prompt in the corrected loss; teacher: the frozen one from the "
         "start of the phase",
     )
-    null_pass: Literal["separate", "batched"] = Field(
-        "separate",
-        description="separate: the null prompt in a forward pass of its own, the least work and memory; batched: in "
-        "one pass "
-        "of twice the batch, for devices that one micro-batch leaves half empty",
-    )
     guidance_range: tuple[float, float] = Field((1.0, 14.0), description="guidance is drawn uniformly from [lo, hi]")
     data_guidance: PositiveFloat = Field(
         1.0,
@@ -205,10 +197,6 @@ class Adapt(Section):
         lo, hi = self.guidance_range
         if not 0 < lo <= hi:
             raise ValueError(f"guidance_range must be [lo, hi] with 0 < lo <= hi, not [{lo:g}, {hi:g}]")
-        if self.null_pass == "batched" and self.null_branch == "teacher":
-            raise ValueError(
-                "adapt.null_pass batched needs null_branch student: teacher and student are different weights"
-            )
         return self
 
 

@@ -32,6 +32,8 @@ FLAGS = {
     "bundle.layout": "--layout",
 }
 """Recipe key -> the option that sets it."""
+REMOVED = ("adapt.null_pass", "align_embedder.noise_aware")
+"""Keys of version 0.1.0 that are no more."""
 
 
 def leaves(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -189,6 +191,8 @@ def _copy(value: object) -> object:
 
 def unknown_key(key: str) -> str:
     """`unknown key 'adapt.emma'; did you mean 'adapt.ema'?`"""
+    if key in REMOVED:
+        return f"unknown key {key!r}; this version does not have it any more, so delete it"
     known = schema_keys()
     generic = ".".join("*" if part.isdigit() else part for part in key.split("."))
     last = generic.rpartition(".")[2]

@@ -21,9 +21,7 @@ from dcgen_convert.core.journal import Stage
 from dcgen_convert.data import buckets
 from dcgen_convert.data.cache import LatentCache
 from dcgen_convert.networks import models
-from dcgen_convert.train import adapt
-from dcgen_convert.train.objective import t_of_normal
-from dcgen_convert.train.ridge import Noise, NormalEquations
+from dcgen_convert.train.ridge import NormalEquations
 
 OVERFIT = 2.0  # held-out over seen MSE from which a closed form is called one of too few rows
 
@@ -51,10 +49,9 @@ def run(job, stage: Stage) -> None:
     best = equations.solve(0.0, bias=problem.biased)
     weight, bias = start
     if settings.method == "ridge":
-        noise = noise_moments(job, student, cache) if settings.noise_aware else None
-        weight, bias = equations.solve(settings.ridge, noise, problem.biased)
+        weight, bias = equations.solve(settings.ridge, problem.biased)
         if seen.count:
-            part = seen.solve(settings.ridge, noise, problem.biased)
+            part = seen.solve(settings.ridge, problem.biased)
             stage.metrics.update(check_heldout(seen, unseen, part, job.console))
     elif settings.method == "adamw":
         weight, bias = descend(problem, start, settings.steps, settings.lr, settings.batch, job.recipe.seed)
@@ -156,21 +153,6 @@ def as_module(module: nn.Module, name: str, weight: Tensor, bias: Tensor) -> dic
     """State-dict entries of the embedder in its own shape (Linear or Conv2d), float32."""
     state = {f"{name}.weight": weight.float().reshape(module.weight.shape)}
     return state if module.bias is None else {**state, f"{name}.bias": bias.float()}
-
-
-def noise_moments(job, student: nn.Module, cache: LatentCache) -> Noise:
-    """Moments of the t that training will draw. Noise is independent in the two latent spaces, so it only shrinks W."""
-    normal = torch.randn(100_000, generator=torch.Generator().manual_seed(job.recipe.seed)).double()
-    moments, inside, weights = torch.zeros(3, dtype=torch.float64), 0.0, 0.0
-    for span, shape in zip(cache.spans, cache.shapes, strict=True):
-        sampling = adapt.sampling_of(job.family, job.recipe.adapt, shape, student.config, job.scheduler)
-        t = t_of_normal(normal, sampling).double()
-        of_shape = torch.stack([(1 - t).mean(), (1 - t).square().mean(), t.square().mean()])
-        moments += len(span) / len(cache) * of_shape
-        patch = job.family.patch(student.config, shape[0])
-        inputs = job.family.tokens(torch.ones(1, *shape), patch)[0].double()  # (N, K): 1 inside the picture
-        inside, weights = inside + len(span) * inputs.sum(0), weights + len(span) * len(inputs)
-    return Noise(*moments.tolist(), inside / weights)
 
 
 def descend(

@@ -75,11 +75,6 @@ def parse(text: str) -> list[int] | None:
     return labels
 
 
-def class_label(labels: Sequence[int]) -> int:
-    """Class of a picture for class-conditional models: shape x colour, 0..35."""
-    return int(labels[0]) * len(COLORS) + int(labels[1])
-
-
 def sample_labels(count: int, seed: int, by_class: bool = False) -> torch.Tensor:
     """``count`` rows of uniformly drawn attribute indices, (count, 6) int64.
 

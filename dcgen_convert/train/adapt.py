@@ -20,7 +20,6 @@ from dcgen_convert.data import buckets
 from dcgen_convert.families import Family, Text
 from dcgen_convert.recipe.schema import layout_names
 from dcgen_convert.train import distributed, loop, lora
-from dcgen_convert.train.batched import batched_corrected_loss
 from dcgen_convert.train.engine import Engine
 from dcgen_convert.train.loop import Saving
 from dcgen_convert.train.meter import meter_of
@@ -195,8 +194,6 @@ class Task:
             weighting = self.adapt.weighting
             return lambda z0, text, draws: flow_loss(family, model, z0, text, draws, null, weighting)
         shown = self.adapt.data_guidance
-        if self.adapt.null_pass == "batched":
-            return lambda z0, text, draws: batched_corrected_loss(family, model, z0, text, draws, null, shown)
         branch = lora.frozen_teacher(model, self.modules) if self.adapt.null_branch == "teacher" else nullcontext
         return lambda z0, text, draws: guidance_corrected_loss(family, model, z0, text, draws, null, branch, shown)
 

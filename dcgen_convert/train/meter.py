@@ -79,8 +79,7 @@ def meter_of(
         return Meter(image + words, None, None)
     shape = structure({**model.config, "_class_name": type(model).__name__})
     once = forward_flops(shape, image, words)
-    # MFU counts the work that the loss asks for: recomputed activations and the zero half of a batched pass are
-    # overhead
+    # MFU counts the work that the loss asks for: recomputed activations are overhead
     return Meter(
         image + words, train_flops(once, full=full, checkpointing=False, passes=side_passes(adapt, consistency)), peak
     )

@@ -89,12 +89,6 @@ def draw(
     )
 
 
-def sample_t(n: int, generator: torch.Generator, kind: str, shift: float, times: Tensor | None = None) -> Tensor:
-    """``n`` noise levels t, (n,) float32, as training draws them (see `Sampling`)."""
-    normal = torch.randn(n, generator=generator, dtype=torch.float64)
-    return t_of_normal(normal, Sampling(kind, shift, (1.0, 1.0), 0.0, times))
-
-
 def t_of_normal(normal: Tensor, sampling: Sampling) -> Tensor:
     """Noise level of a standard normal draw: shifted sigmoid, or the DDPM step at the same quantile; float32."""
     if sampling.kind == "ddpm":

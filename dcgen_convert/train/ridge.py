@@ -6,26 +6,10 @@ Model y ~ W x + b with x (K,), y (D,). Minimises E|W x + b - y|^2 + ridge * tr(C
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from dcgen_convert.core.errors import InputError
-
-
-@dataclass(frozen=True)
-class Noise:
-    """Moments over the noise levels t for regression on noised inputs: x = (1-t) x_0 + t n_x, y = (1-t) y_0 + t n_y.
-
-    n_x, n_y are zero-mean and independent of each other and of the data; the entries of n_x have unit variance where
-    they are in the picture, and are uncorrelated.
-    """
-
-    keep: float  # E[1 - t]
-    keep_square: float  # E[(1 - t)^2]
-    noise_square: float  # E[t^2]
-    inside: Tensor | float = 1.0  # (K,) fraction of rows whose entry is in the picture: windows reach over its border
 
 
 class NormalEquations:
@@ -60,7 +44,7 @@ class NormalEquations:
             setattr(both, name, getattr(self, name) + getattr(other, name))
         return both
 
-    def solve(self, ridge: float, noise: Noise | None = None, bias: bool = True) -> tuple[Tensor, Tensor]:
+    def solve(self, ridge: float, bias: bool = True) -> tuple[Tensor, Tensor]:
         """W (D, K) and b (D,), float64.
 
         Args:
@@ -74,10 +58,6 @@ class NormalEquations:
             )
         mean_x, mean_y = self.x / self.count, self.y / self.count
         covariance, cross = self.xx / self.count, self.xy / self.count
-        if noise:
-            covariance = noise.keep_square * covariance
-            covariance.diagonal().add_(noise.noise_square * noise.inside)
-            cross, mean_x, mean_y = noise.keep_square * cross, noise.keep * mean_x, noise.keep * mean_y
         if not bias:
             mean_x, mean_y = torch.zeros_like(mean_x), torch.zeros_like(mean_y)
         covariance = covariance - torch.outer(mean_x, mean_x)

@@ -36,7 +36,6 @@ ROWS: dict[str, list[str]] = {
     "guidance of the data": ["tiny-flux", "--set", "adapt.data_guidance=3.5"],
     "xavier head": ["tiny-flux", "--set", "align_head.method=xavier"],
     "adamw embedder": ["tiny-flux", "--set", "align_embedder.method=adamw"],
-    "noise-aware embedder": ["tiny-flux", "--set", "align_embedder.noise_aware=true"],
     "teacher null branch": ["tiny-flux", "--set", "adapt.null_branch=teacher"],
 }
 SHARED = {"long: tiny-flux f64": "long: tiny-flux f32", "tiny-flux f64": "tiny-flux f32"}

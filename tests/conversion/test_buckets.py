@@ -3,8 +3,6 @@ were fitted to.
 """
 
 import json
-import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,12 +16,11 @@ from dcgen_convert.data.images import to_image
 from dcgen_convert.networks import autoencoders, models
 from dcgen_convert.recipe.loading import Resolved
 from dcgen_convert.recipe.schema import Recipe
-from dcgen_convert.stages.align_embedder import Problem, affine, descend, noise_moments, xavier
+from dcgen_convert.stages.align_embedder import Problem, affine, descend, xavier
 from dcgen_convert.stages.align_head import head_equations
 from dcgen_convert.stages.job import prepare
 from dcgen_convert.tiny import world
 from dcgen_convert.train.adapt import Task
-from dcgen_convert.train.objective import shift_t
 
 SHAPES = {(160, 240): 10, (240, 160): 9, (128, 128): 8, (64, 248): 2}  # height, width: pictures
 ASSIGNED = {(160, 240): (96, 160), (240, 160): (160, 96), (128, 128): (128, 128), (64, 248): (64, 256)}
@@ -166,26 +163,6 @@ def test_embedder_is_fitted_to_all_shapes(folder, job):
 
 def inputs_of(rows, table):
     return torch.cat([table[row] for row in rows]).float()
-
-
-def test_noise_levels_of_the_regression_are_those_of_all_shapes(folder, job):
-    """Moments over t of every row's own shift, joined; rel. 1e-6."""
-    student = models.load(job.folder("surgery") / models.TRANSFORMER, torch.float32)
-    scheduler = {
-        "use_dynamic_shifting": True,
-        "base_image_seq_len": 15,
-        "max_image_seq_len": 16,
-        "base_shift": 0.0,
-        "max_shift": 2.0,
-    }
-    other = SimpleNamespace(family=job.family, recipe=job.recipe, scheduler=scheduler)
-    normal = torch.randn(100_000, generator=torch.Generator().manual_seed(0)).double()
-    moments = noise_moments(other, student, job.rows(128))
-    t = torch.cat(
-        [shift_t(torch.sigmoid(normal), r) for r, count in ((1.0, 19), (math.exp(2.0), 10)) for _ in range(count)]
-    )
-    expected = [(1 - t).mean().item(), (1 - t).square().mean().item(), t.square().mean().item()]
-    assert [moments.keep, moments.keep_square, moments.noise_square] == pytest.approx(expected, rel=1e-6)
 
 
 def test_head_is_fitted_to_every_token_of_the_training_rows(folder, job):

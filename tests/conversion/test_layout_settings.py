@@ -44,7 +44,6 @@ AGAIN = {
     "data.max_broken=0.5": [],
     "latents.batch=4": [],
     "latents.scale_tolerance=0.5": [],
-    "adapt.null_pass=batched": [],
     "adapt.checkpointing=true": [],
     "adapt.zero=1": [],
     "adapt.offload=optimizer": [],

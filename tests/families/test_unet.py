@@ -26,7 +26,7 @@ from dcgen_convert.planning.arithmetic import forward_flops
 from dcgen_convert.planning.structures import structure
 from dcgen_convert.recipe import loading
 from dcgen_convert.train import lora
-from dcgen_convert.train.ridge import Noise, NormalEquations
+from dcgen_convert.train.ridge import NormalEquations
 
 from .tiny_models import TINY
 
@@ -74,35 +74,6 @@ def test_a_convolution_of_any_weights_is_found_again_from_neighbourhoods():
     weight, bias = equations.solve(0.0)
     found = F.conv2d(features, weight.reshape(wanted.weight.shape), bias, padding=1)
     torch.testing.assert_close(found, goal, atol=1e-6, rtol=1e-6)
-
-
-def test_noise_beyond_the_border_is_no_noise():
-    """The noise-aware solution equals the one on drawn noise, to the Monte Carlo error of 48,000 maps of 2 x 2
-    cells.
-    """
-    generator = torch.Generator().manual_seed(2)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    z = normal(60, 1, 2, 2) + 0.5
-    goal = 2 * UNET.tokens(z, 1)[..., [0, 4]]  # a corner and the centre
-    inside = UNET.tokens(torch.ones(1, 1, 2, 2), 1).double().mean((0, 1))
-    assert inside.tolist() == [0.25, 0.5, 0.25, 0.5, 1.0, 0.5, 0.25, 0.5, 0.25]
-    clean, drawn = NormalEquations(9, 2), NormalEquations(9, 2)
-    clean.add(UNET.tokens(z, 1), goal)
-    t = torch.rand(48_000, 1, 1, 1, generator=generator, dtype=torch.float64)
-    many, goals = z.repeat(800, 1, 1, 1), goal.repeat(800, 1, 1)
-    drawn.add(
-        UNET.tokens((1 - t) * many + t * normal(*many.shape), 1),
-        (1 - t[..., 0]) * goals + t[..., 0] * normal(*goals.shape),
-    )
-    exact, everywhere, reference = (
-        clean.solve(0.0, Noise(0.5, 1 / 3, 1 / 3, inside))[0],
-        clean.solve(0.0, Noise(0.5, 1 / 3, 1 / 3))[0],
-        drawn.solve(0.0)[0],
-    )
-    assert (exact - reference).abs().max() < 0.03 < 0.1 < (everywhere - reference).abs().max()
 
 
 @pytest.mark.parametrize("levels", [{}, LEVELS], ids=["two levels", "three levels"])

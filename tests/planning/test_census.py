@@ -21,7 +21,6 @@ from dcgen_convert.planning.fit import training
 from dcgen_convert.planning.structures import structure
 from dcgen_convert.recipe.loading import load
 from dcgen_convert.train import lora
-from dcgen_convert.train.batched import batched_corrected_loss
 from dcgen_convert.train.engine import Engine
 from dcgen_convert.train.objective import Sampling, draw, flow_loss, guidance_corrected_loss
 from dcgen_convert.train.settings import EngineSettings
@@ -79,8 +78,7 @@ def measured(adapt, dtype: str, zero: int, full: bool, pictures: int) -> tuple[i
     shape = (CHANNELS, SIDE, SIDE)
     draws = draw(0, 0, range(pictures), shape, Sampling("logit-normal", 1.0, (1.0, 5.0), 0.0))
     batch = torch.randn(pictures, *shape, generator=generator), text, draws, null
-    losses = {"separate": guidance_corrected_loss, "batched": batched_corrected_loss}
-    loss = flow_loss if adapt.objective == "flow" else losses[adapt.null_pass]
+    loss = flow_loss if adapt.objective == "flow" else guidance_corrected_loss
     common = dict(lr=1e-3, warmup=0, schedule="constant", offload="none", clip=1.0, ema=adapt.ema)
     with Census() as census:
         model = FluxTransformer2DModel(**CONFIG)
@@ -123,7 +121,6 @@ def measured(adapt, dtype: str, zero: int, full: bool, pictures: int) -> tuple[i
         (2, "fp32", False, 2, {}),
         (2, "bf16", False, 4, {"checkpointing": False}),
         (2, "bf16", False, 2, {"objective": "guidance-corrected"}),
-        (2, "bf16", False, 2, {"objective": "guidance-corrected", "null_pass": "batched"}),
     ],
 )
 def test_a_step_takes_what_the_plan_says(zero, dtype, full, pictures, changes):

@@ -18,6 +18,7 @@ from dcgen_convert.bundle.verify import verify
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.errors import InputError, RecipeError
 from dcgen_convert.recipe.loading import load
+from dcgen_convert.recipe.settings import REMOVED
 
 ROOT = Path(__file__).resolve().parents[2]
 OLD = Path(__file__).parent / "version_0_1_0"
@@ -35,9 +36,16 @@ def old_run(tmp_path) -> Path:
 def rewrite(run: Path, change) -> None:
     """Change the run's recipe.json as if this version had written it."""
     record = json.loads((run / "recipe.json").read_text())
+    drop_removed(record["recipe"])
     record["version"] = __version__
     change(record)
     (run / "recipe.json").write_text(json.dumps(record))
+
+
+def drop_removed(recipe: dict) -> None:
+    """Take the keys out of a recipe of 0.1.0 that this version does not have."""
+    for section, key in (name.split(".") for name in REMOVED):
+        del recipe[section][key]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -49,9 +57,14 @@ def test_bundle_of_0_1_0_is_verified_and_draws(tmp_path):
     assert verify(bundle, NULL)["ok"] is True
 
 
-def test_recipe_of_0_1_0_is_read(tmp_path):
+def test_recipe_of_0_1_0_is_read_without_the_removed_keys(tmp_path):
     written = json.loads((OLD / "run" / "recipe.json").read_text())["recipe"]
     path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(written))
+    with pytest.raises(RecipeError, match="unknown key 'a.*'; this version does not have it any more") as caught:
+        load(str(path))
+    assert "\n" not in caught.value.message
+    drop_removed(written)
     path.write_text(yaml.safe_dump(written))
     assert load(str(path)).recipe.model_dump(mode="json") == written
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.train.ridge import Noise, NormalEquations
+from dcgen_convert.train.ridge import NormalEquations
 
 K, D, ROWS = 7, 5, 400
 
@@ -74,20 +74,6 @@ def test_ridge_shrinks_towards_the_mean(rows):
     weight, bias = stream(x, y).solve(1e9)
     assert weight.abs().max() < 1e-6
     torch.testing.assert_close(bias, y.double().mean(0), atol=1e-5, rtol=1e-5)
-
-
-def test_noise_moments_equal_the_solution_on_drawn_noise(rows):
-    x, y = rows
-    generator = torch.Generator().manual_seed(1)
-    t = torch.rand(200_000, 1, generator=generator, dtype=torch.float64)
-    pick = torch.randint(ROWS, (200_000,), generator=generator)
-    noisy_x = (1 - t) * x[pick] + t * torch.randn(200_000, K, generator=generator, dtype=torch.float64)
-    noisy_y = (1 - t) * y[pick] + t * torch.randn(200_000, D, generator=generator, dtype=torch.float64)
-    drawn, _ = stream(noisy_x, noisy_y).solve(0.0)
-    exact, _ = stream(x, y).solve(0.0, Noise(0.5, 1 / 3, 1 / 3))
-    assert (drawn - exact).abs().max() < 0.03  # Monte Carlo error of 200,000 draws
-    clean, _ = stream(x, y).solve(0.0)
-    assert (drawn - clean).abs().max() > 0.2  # and the noise matters
 
 
 def test_no_rows_and_nan_rows_are_refused(rows):

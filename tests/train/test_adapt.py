@@ -240,13 +240,6 @@ def test_curve_does_not_depend_on_the_micro_batch(tmp_path):
     assert losses(tmp_path / "b") == pytest.approx(losses(tmp_path / "a"), abs=1e-6)
 
 
-def test_curve_of_the_batched_null_prompt_is_that_of_two_passes(tmp_path):
-    corrected = {"objective": "guidance-corrected"}
-    adapt(tmp_path / "a", adapt=corrected, phase={"steps": 6})
-    adapt(tmp_path / "b", adapt={**corrected, "null_pass": "batched"}, phase={"steps": 6})
-    assert losses(tmp_path / "b") == pytest.approx(losses(tmp_path / "a"), abs=1e-6)
-
-
 def test_no_samples_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(Rows, "__len__", lambda self: 0)
     with pytest.raises(InputError, match="there are no samples"):

@@ -9,7 +9,6 @@ import torch
 from dcgen_convert import families
 from dcgen_convert.train import lora
 from dcgen_convert.train.adapt import sampling_of
-from dcgen_convert.train.batched import batched_corrected_loss
 from dcgen_convert.train.objective import (
     EVALUATION,
     Draws,
@@ -21,8 +20,8 @@ from dcgen_convert.train.objective import (
     flow_loss,
     flux2_shift,
     guidance_corrected_loss,
-    sample_t,
     shift_t,
+    t_of_normal,
     velocity,
 )
 
@@ -68,23 +67,6 @@ def test_guidance_corrected_loss_is_the_written_one(shown):
     reference = by_hand(model, copy.deepcopy(model), z0, text, draws, null, shown)
     assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
     ours, theirs = gradients(loss, model), gradients(reference, model)
-    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6, rtol=1e-4) for name in theirs)
-
-
-def test_batched_null_prompt_is_the_two_passes():
-    """Loss and gradient within float32 rounding, from one call of the network on twice the batch."""
-    model = tiny_flux().eval()
-    z0, text, draws, null = batch()
-    separate = guidance_corrected_loss(FLUX, model, z0, text, draws, null, data_guidance=2.0)
-    sizes = []
-    handle = model.register_forward_pre_hook(
-        lambda module, args, kwargs: sizes.append(len(kwargs["hidden_states"])), with_kwargs=True
-    )
-    batched = batched_corrected_loss(FLUX, model, z0, text, draws, null, 2.0)
-    handle.remove()
-    assert sizes == [2 * len(z0)]
-    assert batched.item() == pytest.approx(separate.item(), rel=1e-6)
-    ours, theirs = gradients(batched, model), gradients(separate, model)
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-6, rtol=1e-4) for name in theirs)
 
 
@@ -186,8 +168,12 @@ def test_distribution_of_the_draws():
     assert draws.eps.dtype == draws.t.dtype == draws.guidance.dtype == torch.float32
 
 
+def normals(count):
+    return torch.randn(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
 def test_t_is_logit_normal_and_shifted():
-    t = sample_t(20000, torch.Generator().manual_seed(0), "logit-normal", 3.0)
+    t = t_of_normal(normals(20000), Sampling("logit-normal", 3.0, (1.0, 1.0), 0.0))
     back = t / (3 - 2 * t)  # inverse of t' = 3 t / (1 + 2 t)
     normal = torch.logit(back.double())
     assert abs(normal.mean()) < 0.02 and abs(normal.std() - 1) < 0.02
@@ -197,7 +183,7 @@ def test_t_is_logit_normal_and_shifted():
 
 def test_ddpm_steps_are_uniform():
     times = torch.linspace(0.01, 0.99, 10)
-    t = sample_t(20000, torch.Generator().manual_seed(0), "ddpm", 1.0, times)
+    t = t_of_normal(normals(20000), Sampling("ddpm", 1.0, (1.0, 1.0), 0.0, times))
     counts = torch.bincount(torch.searchsorted(times, t), minlength=10)
     assert set(t.tolist()) == set(times.tolist()) and (counts - 2000).abs().max() < 150
 

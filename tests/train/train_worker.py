@@ -99,7 +99,6 @@ def adapt_section(**changes) -> SimpleNamespace:
     values = dict(
         objective="flow",
         null_branch="student",
-        null_pass="separate",
         guidance_range=(1.0, 5.0),
         shift="model",
         text_drop=0.1,

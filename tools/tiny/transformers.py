@@ -76,7 +76,6 @@ UNET = dict(
     attention_head_dim=4,  # heads, as in Stable Diffusion 1.5
     norm_num_groups=16,
 )
-CFG_SCALE = {"flux": 3.5, "sana": 3.0, "dit": 3.0, "unet": 3.0}
 GUIDANCE_RANGE = (1.0, 6.0)  # of the distilled tiny-flux
 
 
