@@ -5,6 +5,7 @@ They stand between `<!-- generated: NAME -->` and `<!-- end -->`. tests/docs say
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from dcgen_convert.core import errors
 from dcgen_convert.families import catalog
 from dcgen_convert.planning import plan as planning
 from dcgen_convert.ranks import machine
-from dcgen_convert.recipe import loading
+from dcgen_convert.recipe import loading, shelf
 from dcgen_convert.recipe.schema import Recipe
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -197,6 +198,19 @@ def autoencoders() -> str:
     return table(("`--ae`", "hub id", "f", "c", "scaling factor"), rows)
 
 
+def recipes() -> str:
+    """Every shipped recipe with what its file says of itself."""
+    rows = []
+    for name in shelf.names():
+        text = shelf.find(name).read_text(encoding="utf-8")
+        about = [
+            line.removeprefix("# ") for line in itertools.takewhile(lambda line: line[:1] == "#", text.splitlines())
+        ]
+        values = {key: value for _, raw in shelf.read(name) for key, value in raw.items()}
+        rows.append((f"`{name}`", f"`{values['source']}`", f"`{values['ae']}`", " ".join(about)))
+    return table(("recipe", "source", "autoencoder", "what it is"), rows)
+
+
 def plans() -> str:
     """What `plan` says of FLUX.1 Krea."""
     rows = []
@@ -226,6 +240,7 @@ def plans() -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "recipe": recipe_keys,
     "cli": verbs,
+    "recipes": recipes,
     "errors": exit_codes,
     "sources": sources,
     "autoencoders": autoencoders,

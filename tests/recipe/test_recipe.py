@@ -238,3 +238,10 @@ def test_buckets_end_where_a_position_table_ends():
     assert max(map(max, sizes)) == 2048 and all(h % 64 == w % 64 == 0 and h * w <= 1024**2 for h, w in sizes)
     sizes = geometry.bucket_sizes(families.get("flux"), {}, grid.Grid(16, 16, 3), grid.Grid(32, 32, 1), 960)
     assert all(h % 96 == w % 96 == 0 for h, w in sizes)  # both grids meet
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_first_line_of_a_recipe_is_a_whole_sentence(name):
+    """`recipes list` shows it alone."""
+    first = shelf.find(name).read_text(encoding="utf-8").splitlines()[0]
+    assert first.startswith("# ") and first.endswith(".")
