@@ -122,8 +122,8 @@ QUANTIZE = [
     option("--dense", metavar="REGEX", help="Block linears that stay 16-bit. Default: none beyond the family's."),
     option("--container", type=click.Choice(["diffusers", "nunchaku"]), default="diffusers", show_default=True,
            help="A diffusers folder; nunchaku adds the classic single file (FLUX.1)."),
-    option("--share/--no-share", default=False,
-           help="q, k and v share smoothing and down projection. Default: off; --container nunchaku always shares."),
+    option("--fuse-qkv/--no-fuse-qkv", "fuse_qkv", default=False,
+           help="Quantise q, k and v as one layer with one smoothing. Default: off; --container nunchaku always does."),
     option("-o", "--output", metavar="DIR", type=click.Path(),
            help="Folder of the result. Default: ./NAME-FORMAT."),
 ]  # fmt: skip

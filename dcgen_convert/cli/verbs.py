@@ -113,7 +113,7 @@ def quantize(session: Session, source: str, values: dict) -> int:
         rank=values["rank"],
         container=values["container"],
         dense=values["dense"],
-        share=values["share"],
+        fuse_qkv=values["fuse_qkv"],
         calibration=Calibration(prompts=count or 1),
     )
     output = Path(values["output"] or f"{short_name(source)}-{section.format}").absolute()

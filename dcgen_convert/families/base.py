@@ -82,6 +82,7 @@ class Family:
     few_steps: ClassVar[bool] = False  # whether every model of the family was distilled to a few steps
     fixed_shift: ClassVar[bool] = False  # whether the network's time input leans on the shift of the stock scheduler
     official_layout: ClassVar[bool] = False  # whether the DC-Gen authors published a pipeline class
+    nunchaku_container: ClassVar[bool] = False  # whether nunchaku's classic single file has a layout for the family
     # layout of a single file -> prefixes of tensor names that only this family has together
     layouts: ClassVar[dict[str, tuple[str, ...]]]
     recipe: ClassVar[str] = "image"  # shipped recipe of a source that has none of its own

@@ -17,6 +17,7 @@ class Flux(Family):
     in_order = out_order = "c p1 p2"
     guidance = "embedded"  # schnell (guidance_embeds false) has none: see guided()
     official_layout = True
+    nunchaku_container = True
     layouts = {
         "bfl": ("double_blocks.0.img_attn.norm.key_norm.scale", "vector_in."),
         "diffusers": ("single_transformer_blocks.0.proj_mlp.", "time_text_embed.text_embedder"),

@@ -32,6 +32,6 @@ def quantised(section: Quantize, sizes: Shapes) -> tuple[dict | None, list[str]]
         problems.append("keep what cannot be quantised 16-bit with --set quantize.dense=REGEX, or --quantize none")
     elif not targets.svdq:
         problems.append(f"no linear of this {sizes.family.name} model can be quantised to 4 bits: use --quantize none")
-    if problem := container_problem(section.container, sizes.family.name):
+    if problem := container_problem(section.container, sizes.family):
         problems.append(problem)
     return part, problems

@@ -220,8 +220,8 @@ class Quantize(Section):
     container: Literal["diffusers", "nunchaku"] = Field(
         "diffusers", description="diffusers: a folder; nunchaku: the classic single file too (FLUX.1)"
     )
-    share: bool = Field(
-        False, description="q, k and v share smoothing and down projection; the nunchaku container always does"
+    fuse_qkv: bool = Field(
+        False, description="quantise q, k and v as one layer with one smoothing; the nunchaku container always does"
     )
 
 

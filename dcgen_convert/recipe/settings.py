@@ -34,6 +34,8 @@ FLAGS = {
 """Recipe key -> the option that sets it."""
 REMOVED = ("adapt.null_pass", "align_embedder.noise_aware")
 """Keys of version 0.1.0 that are no more."""
+RENAMED = {"quantize.share": "quantize.fuse_qkv"}
+"""Key of version 0.1.0 -> what it is called now."""
 
 
 def leaves(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -193,6 +195,8 @@ def unknown_key(key: str) -> str:
     """`unknown key 'adapt.emma'; did you mean 'adapt.ema'?`"""
     if key in REMOVED:
         return f"unknown key {key!r}; this version does not have it any more, so delete it"
+    if key in RENAMED:
+        return f"unknown key {key!r}; it is called {RENAMED[key]!r} now"
     known = schema_keys()
     generic = ".".join("*" if part.isdigit() else part for part in key.split("."))
     last = generic.rpartition(".")[2]

@@ -66,13 +66,13 @@ def measured(transformer: Path, targets: QuantTargets, settings: Settings) -> di
 
 
 def settings_of(section: Any, seed: int) -> Settings:
-    """Settings for the recipe section ``quantize``. The classic container fuses q, k and v, which must then share."""
+    """Settings for the recipe section ``quantize``. The classic container stores q, k and v as one layer."""
     return Settings(
         precision=section.format,
         rank=section.rank,
         seed=seed,
         device=pipelines.device(),
-        share=section.share or section.container == "nunchaku",
+        fuse_qkv=section.fuse_qkv or section.container == "nunchaku",
     )
 
 

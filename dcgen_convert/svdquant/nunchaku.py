@@ -1,6 +1,6 @@
 """The classic nunchaku single file for FLUX.1 (nunchaku's file format), derived from a quantised diffusers folder.
 
-Fused q/k/v need one smoothing and one down projection: quantise with `Settings(share=True)`. The single blocks'
+Fused q/k/v need one smoothing and one down projection: quantise with `Settings(fuse_qkv=True)`. The single blocks'
 proj_out is cut along its input channels, modulation rows are interleaved with 1 added to their scales' bias, and int4
 folds the kernel's GELU shift into the second MLP bias.
 """
@@ -44,7 +44,8 @@ def export_nunchaku(folder: Path, file: Path, patch: int) -> None:
     """Write `file` from `folder`, a FluxTransformer2DModel folder as `quantize` writes it.
 
     patch: latent patch size, 2 for stock FLUX.1 and 1 for a deep-compression autoencoder; ComfyUI's config needs it.
-    Errors: InputError for another model class, for a layer that is not quantised, and for q/k/v that share nothing.
+    Errors: InputError for another model class, for a layer that is not quantised, and for q, k and v that were
+    quantised apart.
     """
     model, entries, layers = open_layers(folder)
     config = json.loads((folder / "config.json").read_text())
@@ -89,7 +90,8 @@ def _stack(block: str, classic: str, parts: list[SvdqLinear]) -> SvdqLinear:
         same = torch.equal(part.smooth, first.smooth) and torch.equal(part.down, first.down)
         if not same or part.quantised.tensor_scale != first.quantised.tensor_scale:
             raise InputError(
-                f"{block}.{classic} cannot be fused: its layers share no smoothing.", "Quantise with share=True."
+                f"{block}.{classic} cannot be fused: its layers were quantised apart, each with its own smoothing.",
+                "Quantise with --fuse-qkv (in a recipe: quantize.fuse_qkv: true).",
             )
     weight = QuantWeight(
         torch.cat([w.grid for w in weights]),

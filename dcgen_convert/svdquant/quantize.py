@@ -167,10 +167,10 @@ def _finish_block(job: Job, block: str, names: list[str], stats: dict[str, Stats
 
 
 def _groups(job: Job, names: list[str], stats: dict[str, Stats]) -> list[list[str]]:
-    """Layers that are quantised together: under the setting `share` those of one module with one input, such as an
+    """Layers that are quantised together: under the setting `fuse_qkv` those of one module with one input, such as an
     attention's q, k and v; else each alone.
     """
-    if not job.settings.share or not stats:
+    if not job.settings.fuse_qkv or not stats:
         return [[name] for name in names]
     groups: dict[tuple, list[str]] = {}
     for name in names:

@@ -1,18 +1,24 @@
 """What a user may choose about quantisation. Imports no torch: `plan` and the recipes read it too."""
 
+from __future__ import annotations
+
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from dcgen_convert.core.errors import InputError
+
+if TYPE_CHECKING:
+    from dcgen_convert.families import Family
 
 GROUP = {"nvfp4": 16, "int4": 64}  # channels that share one micro scale; fixed by the kernels
 AWQ_GROUP = 64
 
 
-def container_problem(container: str, family: str) -> str:
-    """Why the setting ``quantize.container`` is not for a family; empty when it is."""
-    if container != "nunchaku" or family == "flux":
+def container_problem(container: str, family: Family) -> str:
+    """Why the setting ``quantize.container`` does not fit a family; empty when it fits."""
+    if container != "nunchaku" or family.nunchaku_container:
         return ""
-    return f"the classic nunchaku container is written for FLUX.1 only, not for {family}"
+    return f"the classic nunchaku container is written for FLUX.1 only, not for {family.name}"
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,7 @@ class Settings:
     gptq              quantise the residual by GPTQ instead of round-to-nearest (needs calibration)
     scale_search      choose every group's scale by its own squared error instead of abs-max
     refits            how often the low-rank branch is fitted again to what the 4-bit weight missed
-    share             q/k/v style layers that read the same input share smoothing and the down projection
+    fuse_qkv          quantise q, k and v as one layer: they share smoothing and the down projection
     samples           tokens kept per layer for scoring, drawn evenly from all calls
     hessian_tokens    at most this many tokens per layer enter the Hessian (0: all)
     seed              seeds the token draw and the random subspaces
@@ -43,7 +49,7 @@ class Settings:
     gptq: bool = True
     scale_search: bool = True
     refits: int = 2
-    share: bool = False
+    fuse_qkv: bool = False
     samples: int = 512
     hessian_tokens: int = 32768
     seed: int = 0

@@ -15,7 +15,7 @@ from dcgen_convert.svdquant.skeleton import build
 
 def check_container(section: Any, family: Family) -> None:
     """InputError when ``quantize.container`` is not written for this family."""
-    problem = container_problem(section.container, family.name)
+    problem = container_problem(section.container, family)
     if section.format != "none" and problem:
         raise InputError(problem, "use the diffusers container (quantize.container=diffusers)")
 

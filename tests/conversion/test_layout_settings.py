@@ -56,7 +56,7 @@ AGAIN = {
     "adapt.ema=0.5": STAGES[4:],
     "adapt.phases.0.lr=0.5": STAGES[5:],
     "adapt.phases.0.batch=16": STAGES[5:],
-    "quantize.share=true": STAGES[7:],
+    "quantize.fuse_qkv=true": STAGES[7:],
 }
 
 

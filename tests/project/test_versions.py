@@ -18,7 +18,7 @@ from dcgen_convert.bundle.verify import verify
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.errors import InputError, RecipeError
 from dcgen_convert.recipe.loading import load
-from dcgen_convert.recipe.settings import REMOVED
+from dcgen_convert.recipe.settings import REMOVED, RENAMED
 
 ROOT = Path(__file__).resolve().parents[2]
 OLD = Path(__file__).parent / "version_0_1_0"
@@ -36,16 +36,19 @@ def old_run(tmp_path) -> Path:
 def rewrite(run: Path, change) -> None:
     """Change the run's recipe.json as if this version had written it."""
     record = json.loads((run / "recipe.json").read_text())
-    drop_removed(record["recipe"])
+    renew(record["recipe"])
     record["version"] = __version__
     change(record)
     (run / "recipe.json").write_text(json.dumps(record))
 
 
-def drop_removed(recipe: dict) -> None:
-    """Take the keys out of a recipe of 0.1.0 that this version does not have."""
+def renew(recipe: dict) -> None:
+    """Make a recipe of 0.1.0 one of this version: without the removed keys, the renamed keys under their new names."""
     for section, key in (name.split(".") for name in REMOVED):
         del recipe[section][key]
+    for old, new in RENAMED.items():
+        section, key = old.split(".")
+        recipe[section][new.removeprefix(f"{section}.")] = recipe[section].pop(key)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -57,14 +60,18 @@ def test_bundle_of_0_1_0_is_verified_and_draws(tmp_path):
     assert verify(bundle, NULL)["ok"] is True
 
 
-def test_recipe_of_0_1_0_is_read_without_the_removed_keys(tmp_path):
+def test_recipe_of_0_1_0_is_read_without_removed_and_with_renamed_keys(tmp_path):
     written = json.loads((OLD / "run" / "recipe.json").read_text())["recipe"]
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(written))
     with pytest.raises(RecipeError, match="unknown key 'a.*'; this version does not have it any more") as caught:
         load(str(path))
     assert "\n" not in caught.value.message
-    drop_removed(written)
+    path.write_text(yaml.safe_dump({"quantize": written["quantize"]}))
+    with pytest.raises(RecipeError, match="'quantize.share'; it is called 'quantize.fuse_qkv' now") as caught:
+        load(str(path))
+    assert "\n" not in caught.value.message
+    renew(written)
     path.write_text(yaml.safe_dump(written))
     assert load(str(path)).recipe.model_dump(mode="json") == written
 

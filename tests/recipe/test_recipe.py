@@ -120,6 +120,7 @@ WRONG = {
     "zzz=1": "unknown key 'zzz' (from --set)",
     "adapt.null_pass=separate": "unknown key 'adapt.null_pass'; this version does not have it any more, so delete it "
     "(from --set)",
+    "quantize.share=true": "unknown key 'quantize.share'; it is called 'quantize.fuse_qkv' now (from --set)",
     "seed.x=1": "unknown key 'seed.x'; did you mean 'seed'?",
     "adapt.phases.5.steps=1": "adapt.phases.5.steps: there is no phase '5' (the recipe has 1, counted from 0)",
     "adapt.ema=abc": "adapt.ema must be a number, not 'abc' (from --set)",

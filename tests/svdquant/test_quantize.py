@@ -307,13 +307,13 @@ def test_a_known_list_without_a_target_is_walked_block_by_block_too(flux, tmp_pa
     assert skipped == [("single_transformer_blocks.0",), ("transformer_blocks.0", "single_transformer_blocks.0")]
 
 
-def test_sharing_is_an_option_and_what_the_classic_container_needs():
-    for section, shared in (({}, False), ({"share": True}, True), ({"container": "nunchaku"}, True)):
-        assert settings_of(Quantize(format="nvfp4", **section), 0).share is shared
+def test_fusing_is_an_option_and_what_the_classic_container_needs():
+    for section, fused in (({}, False), ({"fuse_qkv": True}, True), ({"container": "nunchaku"}, True)):
+        assert settings_of(Quantize(format="nvfp4", **section), 0).fuse_qkv is fused
 
 
-def test_shared_layers_have_one_smoothing_and_one_down_projection(flux, tmp_path):
-    settings = Settings(refits=0, samples=64, share=True)
+def test_fused_layers_have_one_smoothing_and_one_down_projection(flux, tmp_path):
+    settings = Settings(refits=0, samples=64, fuse_qkv=True)
     records = quantize(flux.folder, tmp_path / "out", flux.targets, settings, flux.calls, NULL)
     assert [record["module"] for record in records] == [*flux.targets.svdq, *flux.targets.awq]
     tensors = load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors")
