@@ -1,4 +1,4 @@
-"""Families of diffusion models, each one module of facts."""
+"""Families of diffusion models. Each family is one module of facts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from dcgen_convert.families.zimage import ZImage
 
 __all__ = ["COMPONENTS", "FAMILIES", "Family", "QuantTargets", "Text", "get", "network_folder", "recognise"]
 
-# In the order in which tensor names are tried: a family whose names include another's stands before it.
+# Tensor names are tried in this order. A family stands before another one whose tensor names it has too.
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
@@ -53,23 +53,23 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-# What pipelines call the network that is converted, the most frequent name first.
+# Names that pipelines give to the network that is converted, the most frequent name first.
 COMPONENTS = tuple(dict.fromkeys(("transformer", *(family.component for family in FAMILIES.values()))))
 
 
 def network_folder(pipeline: Path) -> Path:
-    """Folder of the network inside a pipeline folder, `transformer` or `unet`; the first where neither exists."""
+    """Folder of the network inside a pipeline folder: `transformer` or `unet`. `transformer` where neither exists."""
     folders = [Path(pipeline) / name for name in COMPONENTS]
     return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
 def get(name: str) -> Family:
-    """The family called ``name``; InputError when there is none."""
+    """The family with this name; InputError when there is none."""
     if name not in FAMILIES:
         raise InputError(f"no family is called {name!r}; there are {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
 
 def recognise(config: Mapping[str, Any]) -> Family | None:
-    """Family of a network from its config; None when no family claims it."""
+    """The family of a network with this config; None when no family claims it."""
     return next((family for family in FAMILIES.values() if family.claims(config)), None)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any
 
-from dcgen_convert.families.base import Family, added_positions
+from dcgen_convert.families.base import Family, Network, Pipeline, Text, added_positions
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class AuraFlow(Family):
@@ -33,8 +37,8 @@ class AuraFlow(Family):
     default_guidance = 3.5
     text_length = 256
 
-    def convert_config(self, config, factor, channels, side):
-        # pos_embed_max_size stays: the position table is learnt, and its centre is cropped as before.
+    def convert_config(self, config: dict[str, Any], factor: int, channels: int, side: int) -> dict[str, Any]:
+        # pos_embed_max_size stays: the position table is learnt. The model crops its centre as before.
         return {
             **config,
             "in_channels": channels,
@@ -43,18 +47,18 @@ class AuraFlow(Family):
             "sample_size": side // factor,
         }
 
-    def vae_config(self, config):
+    def vae_config(self, config: dict[str, Any]) -> dict[str, Any]:
         return {"block_out_channels": list(config["encoder_block_out_channels"])}
 
-    def table_side(self, config):
+    def table_side(self, config: dict[str, Any]) -> int | None:
         return math.isqrt(config.get("pos_embed_max_size", 1024))
 
-    def position_term(self, model, height, width):
+    def position_term(self, model: Network, height: int, width: int) -> Tensor | None:
         return added_positions(model.pos_embed, model.config.in_channels, height, width)
 
-    def predict(self, model, z, t, text, guidance=None):
+    def predict(self, model: Network, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
         return model(z, timestep=t.to(z.dtype), return_dict=False, **text)[0]
 
-    def encode_text(self, pipeline, prompts, length):
+    def encode_text(self, pipeline: Pipeline, prompts: list[str], length: int) -> Text:
         embeds, *_ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=length)
         return {"encoder_hidden_states": embeds}

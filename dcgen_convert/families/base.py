@@ -1,17 +1,17 @@
-"""What a family of diffusion models has to state, and the arithmetic that follows from the statement.
+"""The facts that a family of diffusion models states, and the arithmetic that follows from them.
 
 Shapes: B batch, C latent channels, h w latent grid, p patch, N = (h/p)(w/p) tokens, D width, L text tokens.
-Flow convention everywhere: z_t = (1 - t) z_0 + t eps, v = eps - z_0, t in [0, 1] (arXiv 2509.25180).
+All families use one flow convention: z_t = (1 - t) z_0 + t eps, v = eps - z_0, t in [0, 1] (arXiv 2509.25180).
 
-A family is one file of facts. torch is imported inside functions so that `plan` and `inspect` can read the facts
-without it.
+A family is one file of facts. Functions import torch themselves, so that `plan` and `inspect` can read the facts
+without torch.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,15 +19,21 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 TEXT_WIDTHS = ("joint_attention_dim", "caption_channels", "text_embed_dim", "cap_feat_dim", "text_hidden_dim")
-Text = dict[str, "Tensor"]  # forward() keyword -> tensor whose first axis is the batch
-ON_PURPOSE = "kept dense"  # how the reason of a block linear that nobody wanted to quantise begins
+Network = Any  # a diffusers ModelMixin. Its type does not say that it has a config and can be called.
+Pipeline = Any  # a stock DiffusionPipeline
+Text = dict[str, "Tensor"]  # keyword of forward() -> tensor, the batch is its first axis
+ON_PURPOSE = "kept dense"  # first words of the reason when a linear stays dense by choice, not because of its size
 
 
 @dataclass(frozen=True)
 class QuantTargets:
-    """Linear modules by exact path: ``svdq`` W4A4, ``awq`` W4A16; ``skipped`` says why a block linear stays dense.
+    """What happens to each linear of the blocks, by exact module path.
 
-    blocks: the family's ModuleLists of repeated blocks, whether or not a block of them is quantised.
+    Attributes:
+        svdq: linears for W4A4.
+        awq: linears for W4A16.
+        skipped: path -> why this linear stays dense.
+        blocks: the family's ModuleLists of repeated blocks, quantised or not.
     """
 
     svdq: list[str]
@@ -37,12 +43,12 @@ class QuantTargets:
 
     @property
     def impossible(self) -> dict[str, str]:
-        """What the formats cannot hold: path -> why. The rest of `skipped` stays dense on purpose."""
+        """Linears that the formats cannot hold: path -> why. All others in `skipped` stay dense by choice."""
         return {path: reason for path, reason in self.skipped.items() if not reason.startswith(ON_PURPOSE)}
 
 
 def by_kind(reasons: dict[str, str]) -> dict[str, str]:
-    """`QuantTargets.skipped` or a part of it for people: layers that differ in a block's number only are one line."""
+    """Shorten `QuantTargets.skipped` for people: layers that differ only in the number of their block share a line."""
     counts: dict[tuple[str, str], int] = {}
     for path, reason in reasons.items():
         kind = re.sub(r"\.\d+\.", ".*.", path, count=1), reason
@@ -51,47 +57,48 @@ def by_kind(reasons: dict[str, str]) -> dict[str, str]:
 
 
 class Family:
-    """Facts of one family. Subclasses fill the class attributes and state the methods at the end where theirs
-    differ.
+    """Facts of one family.
+
+    A subclass sets the class attributes and writes the methods of the last section. It overrides another method only
+    where the family differs from the rest.
     """
 
     name: ClassVar[str]
     model_class: ClassVar[str]  # diffusers class of the network
-    component: ClassVar[str] = "transformer"  # what the stock pipeline calls it, and its folder
-    experimental: ClassVar[str] = ""  # what to tell a user who converts with it; empty: nothing
+    component: ClassVar[str] = "transformer"  # name of the network in the stock pipeline, and of its folder
+    experimental: ClassVar[str] = ""  # note for users who convert this family; empty: no note
     pipeline_class: ClassVar[str]  # stock diffusers pipeline
-    other_pipelines: ClassVar[tuple[str, ...]] = ()  # further stock pipelines of the same transformer and task
-    embedder: ClassVar[str]  # module that reads the latent: linear in what `tokens` makes of it
-    head: ClassVar[str]  # module that writes the latent: linear in what `head_inputs` makes of its features
-    in_order: ClassVar[str]  # order inside one input patch, einops
-    out_order: ClassVar[str]  # order inside one output patch, einops
+    other_pipelines: ClassVar[tuple[str, ...]] = ()  # more stock pipelines for the same network and task
+    embedder: ClassVar[str]  # module that reads the latent; it is linear in the result of `tokens`
+    head: ClassVar[str]  # module that writes the latent; it is linear in the result of `head_inputs`
+    in_order: ClassVar[str]  # order of the numbers of one input patch, in einops notation
+    out_order: ClassVar[str]  # order of the numbers of one output patch, in einops notation
     guidance: ClassVar[str]  # "embedded" (distilled into the network) | "cfg" | "none"
     # what the network predicts: "flow" (eps - z_0) | "reversed" (z_0 - eps, at the time 1 - t) | "epsilon"
     prediction: ClassVar[str] = "flow"
-    text_keys: ClassVar[tuple[str, ...]]  # forward() keywords that carry the condition
+    text_keys: ClassVar[tuple[str, ...]]  # keywords of forward() that carry the condition
     blocks: ClassVar[tuple[str, ...]]  # ModuleLists of repeated blocks, or single blocks, in forward order
-    lora_targets: ClassVar[str]  # regex over full module names, as PEFT's target_modules takes it
-    awq_pattern: ClassVar[str] = r"(?!)"  # AdaLN / modulation linears inside the blocks
-    # 0: stock AutoencoderDC; 1: the same with keys in its config that the pipeline asks for; 2: in-bundle adapter that
-    # undoes the p x p packing of the pipeline, or of a transformer that packs for itself, and takes what AutoencoderDC
-    # does not
+    lora_targets: ClassVar[str]  # regex that matches whole module names, as PEFT's target_modules takes it
+    awq_pattern: ClassVar[str] = r"(?!)"  # AdaLN and modulation linears inside the blocks
+    dense_pattern: ClassVar[str] = r"(?!)"  # linears in blocks that the authors of the kernels keep in half precision
+    # Autoencoder of the bundle. 0: stock AutoencoderDC. 1: the same, with more keys in its config for the pipeline.
+    # 2: an adapter class inside the bundle. It undoes the p x p packing of the pipeline or of the transformer, and
+    # accepts arguments that AutoencoderDC does not accept.
     bundle_tier: ClassVar[int] = 0
-    any_shape: ClassVar[bool] = (
-        True  # whether the stock pipeline draws pictures that are no squares, at the size asked for
-    )
+    any_shape: ClassVar[bool] = True  # whether the stock pipeline draws other shapes than squares at the size asked for
     few_steps: ClassVar[bool] = False  # whether every model of the family was distilled to a few steps
-    fixed_shift: ClassVar[bool] = False  # whether the network's time input leans on the shift of the stock scheduler
+    fixed_shift: ClassVar[bool] = False  # whether the network's time input depends on the shift of the stock scheduler
     official_layout: ClassVar[bool] = False  # whether the DC-Gen authors published a pipeline class
     nunchaku_container: ClassVar[bool] = False  # whether nunchaku's classic single file has a layout for the family
-    # layout of a single file -> prefixes of tensor names that only this family has together
+    # layout of a single file -> prefixes of tensor names. Only files of this family and layout have all of them.
     layouts: ClassVar[dict[str, tuple[str, ...]]]
-    recipe: ClassVar[str] = "image"  # shipped recipe of a source that has none of its own
+    recipe: ClassVar[str] = "image"  # shipped recipe for a source that has no recipe of its own
     default_steps: ClassVar[int]
     default_guidance: ClassVar[float]
-    text_length: ClassVar[int] = 1  # text tokens that training and the bundle's usage pad to
+    text_length: ClassVar[int] = 1  # text tokens to which training and the bundle's usage pad
 
     def claims(self, config: Mapping[str, Any]) -> bool:
-        """Whether a network with this config is of the family."""
+        """Whether a network with this config belongs to the family."""
         return config.get("_class_name") == self.model_class
 
     # -- tokens ---------------------------------------------------------------------------------------------------
@@ -99,21 +106,22 @@ class Family:
     def patch(self, config: dict[str, Any], channels: int) -> int:
         """Patch size p of a model with ``config`` on latents of ``channels`` channels: a token holds C p p numbers.
 
-        A transformer that packs a latent grid for itself reads C / p^2 channels of a finer grid once it is converted,
-        so its own patch_size is not the answer.
+        This is not always the config's patch_size. A transformer that packs its own input reads, once converted,
+        C / p^2 channels on a finer grid.
         """
         return math.isqrt(config["in_channels"] * (config.get("patch_size") or 1) ** 2 // channels)
 
     def tokens(self, z: Tensor, patch: int) -> Tensor:
-        """(B, C, h, w) -> (B, N, K): what the embedder is linear in, in the order of its flattened weight columns; K
-        = C p p.
+        """Inputs of the embedder, in which it is linear: (B, C, h, w) -> (B, N, K) with K = C p p.
+
+        The K numbers have the order of the columns of the embedder's flattened weight.
         """
         from einops import rearrange
 
         return rearrange(z, f"b c (h p1) (w p2) -> b (h w) ({self.in_order})", p1=patch, p2=patch)
 
     def untokens(self, tokens: Tensor, height: int, width: int, patch: int, order: str | None = None) -> Tensor:
-        """(B, N, C p p) -> (B, C, height, width) latent; ``order`` defaults to the head's."""
+        """Latent from tokens: (B, N, C p p) -> (B, C, height, width). ``order`` None: the order of the head."""
         from einops import rearrange
 
         return rearrange(
@@ -125,30 +133,31 @@ class Family:
             p2=patch,
         )
 
-    def position_term(self, model: nn.Module, height: int, width: int) -> Tensor | None:
-        """Absolute position table that the model adds to the embedded tokens, (N, D); None with RoPE or no
-        positions.
+    def position_term(self, model: Network, height: int, width: int) -> Tensor | None:
+        """Table of absolute positions that the model adds to the embedded tokens, (N, D). None: RoPE or no positions.
+
+        ``height`` and ``width`` are in tokens.
         """
         return None
 
     def table_side(self, config: dict[str, Any]) -> int | None:
-        """Tokens per side at which a position table of the checkpoint ends; None where positions go on."""
+        """Tokens per side that the position table of the checkpoint covers; None: positions have no end."""
         return None
 
     def image_tokens(self, features: Any, count: int, text: Text) -> Tensor:
-        """The ``count`` = N image tokens (B, N, D) in what a repeated block returns or the head is given.
+        """The ``count`` = N image tokens (B, N, D) in the output of a repeated block or in the input of the head.
 
-        Blocks of two streams return (text, image); one stream holds the text first.
+        Here: blocks with two streams return (text, image), blocks with one stream hold the text before the image.
         """
         features = features[1] if isinstance(features, tuple) else features
         return features[:, -count:]
 
     def head_inputs(self, features: Any, count: int, text: Text) -> Tensor:
-        """(B, N, K): what the head is linear in, from the features that it is given; K = D."""
+        """Inputs of the head, in which it is linear, from the features that it receives: (B, N, K) with K = D."""
         return self.image_tokens(features, count, text)
 
     def block_map(self, output: Any, grid: tuple[int, int], text: Text) -> Tensor:
-        """Image part of what a block returns as a map (B, D, rows, columns); ``grid`` is that of the image's tokens."""
+        """The image part of a block's output as a map (B, D, rows, columns). ``grid`` counts the image's tokens."""
         return self.image_tokens(output, grid[0] * grid[1], text).unflatten(1, grid).movedim(-1, 1)
 
     def block_modules(self, model: nn.Module) -> list[nn.Module]:
@@ -160,17 +169,18 @@ class Family:
 
     @property
     def inside_blocks(self) -> re.Pattern[str]:
-        """Matches the beginning of the names of what lies in a block."""
+        """Matches the beginning of the name of every module that lies in a block."""
         return re.compile("|".join(rf"{re.escape(name)}\.(\d+\.)?" for name in self.blocks))
 
-    def share(self, name: str, config: dict[str, Any]) -> float:
-        """Fraction of the image's tokens that a layer runs on."""
+    def token_fraction(self, name: str, config: dict[str, Any]) -> float:
+        """Fraction of the image's tokens on which the layer ``name`` runs."""
         return 1.0
 
     def expose(self, z: Tensor, config: dict[str, Any]) -> Tensor:
-        """(B, C, h, w) -> (B, in_channels, q h, q w): the finer grid on which a self-packing transformer works.
+        """(B, C, h, w) -> (B, in_channels, q h, q w): the finer grid that a self-packing transformer reads.
 
-        Its q x q packing gives the C channels back, in order: the inverse of what the bundle's adapter collects.
+        The q x q packing of the transformer gives the C channels back, in order. The bundle's adapter does the
+        inverse, see `collect`.
         """
         from einops import rearrange
 
@@ -186,34 +196,33 @@ class Family:
 
     @property
     def adapter_order(self) -> str:
-        """Order of a packed token in the adapter's words."""
+        """Order of a packed token, in the words of the bundle's adapter."""
         return "c_last" if self.in_order.endswith("c") else "c_first"
 
+    # -- the stock pipeline, its scheduler and its autoencoder ----------------------------------------------------
+
     def mu(self, tokens: int, scheduler: dict[str, Any]) -> float:
-        """mu of a dynamic timestep shift at ``tokens`` image tokens, as the stock pipeline computes it."""
+        """mu of a dynamic timestep shift for ``tokens`` image tokens, as the stock pipeline computes it."""
         return linear_mu(tokens, scheduler)
 
     def shift(self, tokens: int, scheduler: dict[str, Any]) -> float:
-        """r of sigma' = r sigma / (1 + (r - 1) sigma) that the bundle samples with at ``tokens`` image tokens."""
+        """r in sigma' = r sigma / (1 + (r - 1) sigma), with which the bundle samples ``tokens`` image tokens."""
         if not scheduler.get("use_dynamic_shifting"):
             return sampling_shift(tokens, scheduler)
         mu = self.mu(tokens, scheduler)
         return mu if scheduler.get("time_shift_type") == "linear" else math.exp(mu)
 
     def text_width(self, config: dict[str, Any]) -> int:
-        """Numbers in the condition of one text token, for the size of its cache."""
+        """Numbers in the condition of one text token; the size of the text cache follows from it."""
         width = next((config[key] for key in TEXT_WIDTHS if config.get(key)), 0)
         return width * config.get("num_text_layers", 1)
 
     def pack(self, config: dict[str, Any]) -> int:
-        """p of the bundle's adapter: the patch that the stock pipeline packs, or a converted transformer with
-        ``config``.
-        """
+        """p of the bundle's adapter: the p x p packing of the stock pipeline or of the converted transformer."""
         return 2
 
     def only_side(self, config: dict[str, Any], cell: int) -> int | None:
-        """Side in px of the pictures that the stock pipeline draws whatever size is asked for; None: it draws what is
-        asked.
+        """Side in px of the only pictures that the stock pipeline can draw; None: it draws every size.
 
         Args:
             config: of the transformer, before or after conversion.
@@ -222,11 +231,11 @@ class Family:
         return None
 
     def grid_step(self, config: dict[str, Any]) -> int:
-        """What both sides of a latent must be a multiple of, besides the patch: a U-Net halves its grid."""
+        """Both sides of a latent are multiples of this number and of the patch. A U-Net halves its grid repeatedly."""
         return 1
 
     def check_scheduler(self, scheduler: dict[str, Any]) -> None:
-        """InputError for a scheduler config whose noise levels or prediction are not those of this family."""
+        """Raise InputError for a scheduler config with other noise levels or another prediction than the family's."""
 
     def pipeline_of(self, index: dict[str, Any]) -> str:
         """Stock pipeline class that runs a folder with this model_index.json."""
@@ -234,16 +243,19 @@ class Family:
         return name if name in self.other_pipelines else self.pipeline_class
 
     def vae_config(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Keys that the stock pipeline reads from the autoencoder's config and an AutoencoderDC ``config`` lacks."""
+        """Keys that the stock pipeline reads from the autoencoder's config and that an AutoencoderDC does not have.
+
+        ``config`` is the config of the AutoencoderDC.
+        """
         return {}
 
     # -- one step in the common convention ------------------------------------------------------------------------
 
     def target(self, z0: Tensor, eps: Tensor) -> Tensor:
-        """What the network is trained to predict for (z_0, eps), same shape as z_0."""
+        """What the network learns to predict for (z_0, eps), same shape as z_0."""
         return {"flow": eps - z0, "reversed": z0 - eps, "epsilon": eps}[self.prediction]
 
-    def velocity(self, model: nn.Module, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
+    def velocity(self, model: Network, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
         """Velocity v = eps - z_0 at z_t, (B, C, h, w). From an epsilon prediction: v = (eps - z_t) / (1 - t)."""
         prediction = self.predict(model, z, t, text, guidance)
         if self.prediction != "epsilon":
@@ -251,17 +263,17 @@ class Family:
         return (prediction - z) / (1 - t).clamp_min(1e-4)[:, None, None, None]
 
     def noise_times(self) -> Tensor:
-        """Noise level t of every step of an epsilon family's DDPM schedule, (S,) float64."""
+        """Noise level t of every step of the DDPM schedule of an epsilon family, (S,) float64."""
         raise TypeError(f"{type(self).__name__} has no DDPM schedule")
 
     # -- quantisation ---------------------------------------------------------------------------------------------
 
     def quant_targets(self, linears: dict[str, tuple[int, int]], dense: str | None = None) -> QuantTargets:
-        """Split the model's linears into W4A4, W4A16 and dense.
+        """Sort the linears of the model's blocks into W4A4, W4A16 and dense.
 
         Args:
             linears: exact module path -> (out features N, in features K) of every nn.Linear of the model.
-            dense: regex of paths that the recipe keeps dense.
+            dense: regex; the recipe keeps linears whose path it matches dense.
         """
         svdq, awq, skipped = [], [], {}
         for path, (n, k) in linears.items():
@@ -282,36 +294,44 @@ class Family:
                 svdq.append(path)
         return QuantTargets(svdq, awq, skipped, self.blocks)
 
-    dense_pattern: ClassVar[str] = r"(?!)"  # block linears that the kernels' authors keep in half precision
-
-    # -- to be stated by each family ------------------------------------------------------------------------------
+    # -- each family states these ---------------------------------------------------------------------------------
 
     def convert_config(self, config: dict[str, Any], factor: int, channels: int, side: int) -> dict[str, Any]:
-        """Transformer config for an autoencoder (f = factor, c = channels) at patch 1; ``side`` is the bundle's px
-        size.
+        """Transformer config for an autoencoder (f = factor, c = channels) at patch 1.
+
+        ``side`` is the side in px of the bundle's pictures. Raises InputError for a model that cannot be converted.
         """
         raise TypeError(f"{type(self).__name__} states no convert_config")
 
     def doubt(self, name: str, scheduler: Mapping[str, Any]) -> str | None:
-        """What speaks against converting a source, by its name and its scheduler's config; None when nothing does.
+        """A reason not to convert a source, from its name and the config of its scheduler; None: no reason.
 
-        For variants that no config names: the user is warned, as a fine-tune may look like one and be none.
+        This is for variants that no config names. The tool only warns, because the signs may be wrong for a fine-tune.
         """
         return None
 
-    def predict(self, model: nn.Module, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
-        """The network's native prediction at z_t, (B, C, h, w); t and guidance are (B,)."""
+    def predict(self, model: Network, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
+        """The network's own prediction at z_t, (B, C, h, w). ``t`` and ``guidance`` are (B,)."""
         raise TypeError(f"{type(self).__name__} states no predict")
 
-    def encode_text(self, pipeline: Any, prompts: list[str], length: int) -> Text:
-        """Condition of each prompt with the stock pipeline's own encoders, padded to ``length`` text tokens."""
+    def encode_text(self, pipeline: Pipeline, prompts: list[str], length: int) -> Text:
+        """Condition of each prompt, from the encoders of the stock pipeline, padded to ``length`` text tokens."""
         raise TypeError(f"{type(self).__name__} states no encode_text")
 
     def pipeline_call(
-        self, pipeline: Any, prompts: list[str], *, height: int, width: int, steps: int, guidance: float, length: int
-    ) -> dict:
-        """Keyword arguments with which the stock pipeline draws ``prompts``; these are what most pipelines call
-        them.
+        self,
+        pipeline: Pipeline | None,
+        prompts: list[str],
+        *,
+        height: int,
+        width: int,
+        steps: int,
+        guidance: float,
+        length: int,
+    ) -> dict[str, Any]:
+        """Keyword arguments for the stock pipeline to draw ``prompts``. These are the names that most pipelines use.
+
+        ``pipeline`` may be None where no prompt has to be looked up in it.
         """
         return dict(
             prompt=prompts,
@@ -323,10 +343,17 @@ class Family:
         )
 
 
-def padded(rows: list[Tensor], length: int) -> tuple[Tensor, Tensor]:
-    """Text features (L_i, D) of several prompts as (B, length, D), zeros behind each, and their mask (B, length) of
-    0 / 1.
-    """
+def guidance_input(model: Network, guidance: Tensor | None, z: Tensor, scale: float = 1.0) -> Tensor | None:
+    """``guidance`` times ``scale`` in the dtype of ``z``, (B,), for a network with guidance_embeds; else None."""
+    if not model.config.guidance_embeds:
+        return None
+    if guidance is None:
+        raise TypeError(f"{type(model).__name__} has a guidance input, but no guidance was given")
+    return (guidance * scale).to(z.dtype)
+
+
+def padded(rows: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
+    """Text features (L_i, D) of B prompts as (B, length, D) with zeros at the end, and their 0 / 1 mask (B, length)."""
     import torch
 
     embeds = rows[0].new_zeros(len(rows), length, rows[0].shape[-1])
@@ -337,29 +364,33 @@ def padded(rows: list[Tensor], length: int) -> tuple[Tensor, Tensor]:
 
 
 def token_ids(rows: int, columns: int, like: Tensor) -> Tensor:
-    """FLUX's position ids (0, row, column) of an image's tokens, (N, 3), in ``like``'s dtype and on its device."""
+    """FLUX's position ids (0, row, column) of an image's tokens, (N, 3), with the dtype and the device of ``like``."""
     import torch
 
     ids = torch.cartesian_prod(torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float())
     return ids.to(like)
 
 
-def added_positions(embed: nn.Module, channels: int, height: int, width: int) -> Tensor:
-    """What a diffusers patch embedder adds to its projection of a latent on ``height`` x ``width`` tokens, (N, D)."""
+def added_positions(embed: Any, channels: int, height: int, width: int) -> Tensor:
+    """What the patch embedder of diffusers adds to its projection of a latent of ``height`` x ``width`` tokens, (N, D).
+
+    Args:
+        embed: diffusers' PatchEmbed or a class with the same attributes.
+    """
     z = embed.proj.weight.new_zeros(1, channels, height * embed.patch_size, width * embed.patch_size)
     tokens = embed(z)[0]
     return tokens if embed.proj.bias is None else tokens - embed.proj.bias
 
 
 def linear_mu(tokens: int, scheduler: dict[str, Any]) -> float:
-    """FLUX's mu, linear in the token count, from the scheduler's own config (diffusers `calculate_shift`)."""
+    """FLUX's mu, linear in the number of tokens, from the scheduler's config (diffusers: `calculate_shift`)."""
     n0, n1 = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
     m0, m1 = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
     return m0 + (m1 - m0) * (tokens - n0) / (n1 - n0)
 
 
 def sampling_shift(tokens: int, scheduler: dict[str, Any]) -> float:
-    """r of sigma' = r sigma / (1 + (r - 1) sigma) that a FlowMatchEuler config applies at ``tokens`` image tokens."""
+    """r in sigma' = r sigma / (1 + (r - 1) sigma), as a FlowMatchEuler config applies it to ``tokens`` image tokens."""
     if scheduler.get("use_dynamic_shifting"):
         return math.exp(linear_mu(tokens, scheduler))
     return float(scheduler.get("flow_shift") or scheduler.get("shift") or 1.0)  # DPM-Solver calls it flow_shift

@@ -1,24 +1,28 @@
-"""What a file that holds only a transformer is completed with: text encoders, autoencoder, scheduler and config
-template.
+"""The published pipelines. They complete a file that holds only a transformer.
 
-Facts only. Nothing is fetched from here; `checkpoint.source` does that when a conversion needs the parts.
+A pipeline gives the text encoders, the autoencoder, the scheduler and a template of the config. This module holds
+facts only; `checkpoint.source` fetches the parts when a conversion needs them.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from dcgen_convert.core.files import read_json
 from dcgen_convert.families.catalog import CONFIGS
 
 
 @dataclass(frozen=True)
 class Base:
-    """The published pipeline of a kind of transformer.
+    """The published pipeline of one kind of transformer.
 
-    repo: hub id. template: its transformer config in `families/configs/`. factor, channels: f and c of its
-    autoencoder. when: config values that tell this kind from others of its family.
+    Attributes:
+        repo: hub id.
+        template: file of its transformer config in `families/configs/`.
+        factor, channels: f and c of its autoencoder.
+        when: config values by which this kind differs from the others of its family.
     """
 
     family: str
@@ -28,11 +32,11 @@ class Base:
     channels: int
     when: Mapping[str, object] = field(default_factory=dict)
 
-    def config(self) -> dict:
-        return json.loads((CONFIGS / self.template).read_text(encoding="utf-8"))
+    def config(self) -> dict[str, Any]:
+        return read_json(CONFIGS / self.template)
 
 
-# The first that fits wins.
+# The first one that fits is used.
 BASES = (
     Base("flux", "black-forest-labs/FLUX.1-schnell", "flux-schnell.json", 8, 16, {"guidance_embeds": False}),
     Base("flux", "black-forest-labs/FLUX.1-dev", "flux-dev.json", 8, 16),
@@ -61,8 +65,9 @@ BASES = (
 
 
 def base_of(family: str, config: Mapping[str, object]) -> Base | None:
-    """The published pipeline for a transformer with ``config``; None where no single one is meant (FLUX.2 klein has two
-    sizes, each plain and distilled).
+    """The published pipeline for a transformer with ``config``; None when several could be meant.
+
+    FLUX.2 klein is such a case: it has two sizes, and each exists plain and distilled.
     """
     fits = (
         base
@@ -72,6 +77,6 @@ def base_of(family: str, config: Mapping[str, object]) -> Base | None:
     return next(fits, None)
 
 
-def template_of(family: str) -> dict:
-    """Config values of a family's published model, for what no tensor shape tells; empty when none ships."""
+def template_of(family: str) -> dict[str, Any]:
+    """Config of a family's published model, for values that tensor shapes do not tell; empty when none ships."""
     return next((base.config() for base in BASES if base.family == family), {})

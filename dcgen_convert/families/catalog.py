@@ -1,18 +1,19 @@
-"""The names that users type: base models and autoencoders, and where each is found.
+"""The names that users type for base models and autoencoders, and where each is found.
 
-Facts only. Licences are what the repositories declare when this table was written; a bundle's licence is read from
-its sources, never from here.
+Facts only. The licences are those that the repositories declared when this table was written. The licence of a bundle
+is read from its sources, never from here.
 Legend: f spatial compression, c latent channels, p patch in latent cells.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.files import read_json
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -22,12 +23,13 @@ CONFIGS = Path(__file__).resolve().parent / "configs"
 class SourceEntry:
     """A base model.
 
-    repo: hub id, or None for a folder inside the package (`folder`).
-    config: transformer config that ships in `families/configs/`, so that `plan` needs no network; None: read it
-        from `folder`.
-    vae_factor, vae_channels, patch: geometry of its own latents (f, c, p).
-    recipe: the shipped recipe that converts it.
-    extra_parameters: parameters of text encoders and autoencoder, downloaded beside the transformer.
+    Attributes:
+        repo: hub id; None for a folder inside the package (`folder`).
+        config: file of the transformer config in `families/configs/`, so that `plan` needs no network; None: the
+            config is in `folder`.
+        vae_factor, vae_channels, patch: f, c and p of the model's own latents.
+        recipe: the shipped recipe that converts the model.
+        extra_parameters: parameters of the text encoders and the autoencoder. They are downloaded with the transformer.
     """
 
     name: str
@@ -44,15 +46,17 @@ class SourceEntry:
     folder: Path | None = None
     extra_parameters: int = 0
 
-    def transformer_config(self) -> dict:
+    def transformer_config(self) -> dict[str, Any]:
         """The transformer's config.json as a mapping."""
-        path = CONFIGS / self.config if self.config else self.folder / "transformer" / "config.json"
-        return json.loads(path.read_text(encoding="utf-8"))
+        if self.config:
+            return read_json(CONFIGS / self.config)
+        assert self.folder is not None, f"{self.name} has neither a config nor a folder"
+        return read_json(self.folder / "transformer" / "config.json")
 
 
 @dataclass(frozen=True)
 class AutoencoderEntry:
-    """A deep-compression autoencoder. scaling_factor None: its config.json or its latents (1 / RMS) say it."""
+    """A deep-compression autoencoder. scaling_factor None: it is in config.json, or it is 1 / RMS of the latents."""
 
     alias: str
     repo: str | None
@@ -236,15 +240,15 @@ AUTOENCODERS: dict[str, AutoencoderEntry] = {
 
 
 def find_source(name: str) -> SourceEntry | None:
-    """The entry of a catalogue name or of its hub id, else None."""
+    """The entry with this name or this hub id; None when there is none."""
     return SOURCES.get(name) or next((entry for entry in SOURCES.values() if entry.repo and entry.repo == name), None)
 
 
 def find_autoencoder(name: str) -> AutoencoderEntry | None:
-    """The entry of an alias or of its hub id, else None for an existing folder or another hub id.
+    """The entry with this alias or this hub id; None for an existing folder or another hub id.
 
     Raises:
-        InputError: a bare word that is no alias, with the nearest one.
+        InputError: a single word that is not an alias. The message names the most similar alias.
     """
     entry = AUTOENCODERS.get(name) or next(
         (entry for entry in AUTOENCODERS.values() if entry.repo and entry.repo == name), None

@@ -1,10 +1,16 @@
-"""Chroma: `ChromaTransformer2DModel`, FLUX.1 with its modulation computed once. Source: diffusers 0.42
-pipeline_chroma.py.
+"""Chroma: `ChromaTransformer2DModel`, a FLUX.1 that computes the modulation of all blocks at once.
+
+Source: diffusers 0.42 pipeline_chroma.py.
 """
 
 from __future__ import annotations
 
-from dcgen_convert.families.base import Family, token_ids
+from typing import TYPE_CHECKING, Any
+
+from dcgen_convert.families.base import Family, Network, Pipeline, Text, token_ids
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Chroma(Family):
@@ -25,16 +31,16 @@ class Chroma(Family):
         r"(transformer_blocks|single_transformer_blocks)\.\d+\."
         r"(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
         r"|(ff|ff_context)\.net\.(0\.proj|2)|proj_mlp|proj_out)"
-    )  # the blocks hold no modulation linears
+    )  # the blocks have no modulation linears
     bundle_tier = 2
     default_steps = 35
     default_guidance = 5.0
     text_length = 512
 
-    def convert_config(self, config, factor, channels, side):
+    def convert_config(self, config: dict[str, Any], factor: int, channels: int, side: int) -> dict[str, Any]:
         return {**config, "in_channels": channels, "out_channels": channels}
 
-    def predict(self, model, z, t, text, guidance=None):
+    def predict(self, model: Network, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
         import torch
 
         patch = self.patch(model.config, z.shape[1])
@@ -51,7 +57,7 @@ class Chroma(Family):
         )[0]
         return self.untokens(output, z.shape[2], z.shape[3], patch)
 
-    def encode_text(self, pipeline, prompts, length):
+    def encode_text(self, pipeline: Pipeline, prompts: list[str], length: int) -> Text:
         embeds, _, mask, *_ = pipeline.encode_prompt(
             prompts, do_classifier_free_guidance=False, max_sequence_length=length
         )

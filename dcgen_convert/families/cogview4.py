@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.families.base import Family, padded
+from dcgen_convert.families.base import Family, Network, Pipeline, Text, padded
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class CogView4(Family):
     name = "cogview4"
     model_class = "CogView4Transformer2DModel"
     pipeline_class = "CogView4Pipeline"
-    embedder = "patch_embed.proj"  # patch_embed.text_proj stands beside it and is kept
+    embedder = "patch_embed.proj"  # patch_embed.text_proj beside it stays as it is
     head = "proj_out"
     in_order = out_order = "c p1 p2"
     guidance = "cfg"
@@ -28,8 +32,8 @@ class CogView4(Family):
     default_guidance = 3.5
     text_length = 256
 
-    def convert_config(self, config, factor, channels, side):
-        # The transformer packs 2 x 2 for itself: it reads the adapter's grid, twice as fine as the deep latent.
+    def convert_config(self, config: dict[str, Any], factor: int, channels: int, side: int) -> dict[str, Any]:
+        # The transformer itself packs 2 x 2 cells: it reads the adapter's grid, twice as fine as the deep latent.
         return {
             **config,
             "in_channels": channels // 4,
@@ -39,33 +43,32 @@ class CogView4(Family):
             "pixels_per_latent": factor,
         }
 
-    def shift(self, tokens, scheduler):
+    def shift(self, tokens: int, scheduler: dict[str, Any]) -> float:
         if scheduler.get("time_shift_type") != "linear" or self.mu(tokens, scheduler) != self.mu(tokens, {}):
             raise InputError(
-                "CogView4's network is told the step before the timestep shift, so the shift of its scheduler must "
-                "stay",
+                "CogView4's network receives the step before the timestep shift, so its scheduler's shift must stay",
                 "use CogView4's own scheduler config",
             )
         return super().shift(tokens, scheduler)
 
-    def mu(self, tokens, scheduler):
+    def mu(self, tokens: int, scheduler: dict[str, Any]) -> float:
         base, slope = scheduler.get("base_shift", 0.25), scheduler.get("max_shift", 0.75)
         return math.sqrt(tokens / scheduler.get("base_image_seq_len", 256)) * slope + base
 
-    def image_tokens(self, features, count, text):
+    def image_tokens(self, features: Any, count: int, text: Text) -> Tensor:
         return features[0] if isinstance(features, tuple) else features  # blocks return (image, text)
 
-    def predict(self, model, z, t, text, guidance=None):
+    def predict(self, model: Network, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
         import torch
 
-        # The pipeline shifts the noise level and tells the network the step before the shift: t = mu s / (1 + (mu - 1)
-        # s).
+        # The pipeline shifts the noise level, and the network receives the step s from before the shift:
+        # t = mu s / (1 + (mu - 1) s).
         mu = self.mu(z.shape[2] * z.shape[3] // self.patch(model.config, z.shape[1]) ** 2, {})
         steps = t / (mu - (mu - 1) * t)
         pixels = model.config.get("pixels_per_latent", 8)
         size = torch.tensor([[z.shape[2] * pixels, z.shape[3] * pixels]], dtype=z.dtype, device=z.device)
         fine, outputs, start = self.expose(z, model.config), [], 0
-        # The network has no way to leave out text tokens: captions of one length go through it together, in order.
+        # The network has no mask for text tokens. So captions of the same length go through it together, in order.
         for length, run in groupby(text["text_mask"].sum(1).long().tolist()):
             rows = slice(start, start := start + len(list(run)))
             count = rows.stop - rows.start
@@ -81,9 +84,9 @@ class CogView4(Family):
             outputs.append(output)
         return self.collect(torch.cat(outputs), z.shape[1])
 
-    def encode_text(self, pipeline, prompts, length):
-        """Prompts one by one: the stock pipeline pads a prompt to a multiple of 16 tokens and attends to the
-        padding.
+    def encode_text(self, pipeline: Pipeline, prompts: list[str], length: int) -> Text:
+        """Encode prompt by prompt: the stock pipeline pads each prompt to a multiple of 16 tokens, and the network
+        attends to this padding.
         """
         rows = [
             pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=length)[0][0][

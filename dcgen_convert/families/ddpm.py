@@ -1,6 +1,6 @@
-"""DDPM schedules, in the terms of the flow convention.
+"""DDPM schedules in the terms of the flow convention.
 
-A DDPM network lives on x = sqrt(abar) z_0 + sqrt(1 - abar) eps, which is z_t / sqrt(t^2 + (1-t)^2) at the t with
+A DDPM network reads x = sqrt(abar) z_0 + sqrt(1 - abar) eps. This is z_t / sqrt(t^2 + (1 - t)^2) for the t with
 t / (1 - t) = sqrt(1 - abar) / sqrt(abar).
 """
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TRAIN_STEPS = 1000
-# (first beta, last beta, e): beta^(1/e) is linear over the steps. diffusers calls them "linear" and "scaled_linear".
+# (first beta, last beta, e): beta^(1/e) is linear in the step. diffusers calls them "linear" and "scaled_linear".
 LINEAR = (1e-4, 0.02, 1)
 SCALED_LINEAR = (0.00085, 0.012, 2)
 Schedule = tuple[float, float, int]
@@ -37,7 +37,7 @@ def noise_times(schedule: Schedule) -> Tensor:
 
 
 def step_at(t: Tensor, schedule: Schedule) -> Tensor:
-    """Continuous step (0..999) whose noise level is t, by linear interpolation between neighbours; (B,) float32."""
+    """Step (0..999, with fractions) whose noise level is t, interpolated linearly between two steps; (B,) float32."""
     import torch
 
     table = noise_times(schedule).to(t.device)
@@ -48,5 +48,5 @@ def step_at(t: Tensor, schedule: Schedule) -> Tensor:
 
 
 def network_input(z: Tensor, t: Tensor) -> Tensor:
-    """x at z_t, same shape."""
+    """x of the DDPM network for z_t, same shape."""
     return z * (t.square() + (1 - t).square()).rsqrt().to(z.dtype)[:, None, None, None]

@@ -1,13 +1,19 @@
-"""DiT-XL: class-conditional `DiTTransformer2DModel`, epsilon prediction with learned sigma. Source: diffusers 0.42
-pipeline_dit.py.
+"""DiT-XL: `DiTTransformer2DModel`, conditioned on classes. It predicts epsilon and a learned sigma.
+
+Source: diffusers 0.42 pipeline_dit.py.
 """
 
 from __future__ import annotations
 
-from dcgen_convert.families import ddpm
-from dcgen_convert.families.base import Family
+from typing import TYPE_CHECKING, Any
 
-NULL_CLASS = 1000  # hard-coded in the stock pipeline
+from dcgen_convert.families import ddpm
+from dcgen_convert.families.base import Family, Network, Pipeline, Text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NULL_CLASS = 1000  # fixed in the code of the stock pipeline
 
 
 class DiT(Family):
@@ -35,7 +41,7 @@ class DiT(Family):
     default_steps = 50
     default_guidance = 4.0
 
-    def convert_config(self, config, factor, channels, side):
+    def convert_config(self, config: dict[str, Any], factor: int, channels: int, side: int) -> dict[str, Any]:
         return {
             **config,
             "in_channels": channels,
@@ -44,27 +50,38 @@ class DiT(Family):
             "sample_size": side // factor,
         }
 
-    def only_side(self, config, cell):
-        return config["sample_size"] * cell if config.get("sample_size") else None  # a single file does not say it
+    def only_side(self, config: dict[str, Any], cell: int) -> int | None:
+        return config["sample_size"] * cell if config.get("sample_size") else None  # a single file does not state it
 
-    def position_term(self, model, height, width):
-        return model.pos_embed.pos_embed[0]  # sincos buffer, rebuilt from the config for the new grid
+    def position_term(self, model: Network, height: int, width: int) -> Tensor | None:
+        # The sincos table is a buffer. diffusers builds it from the config, so it fits the new grid.
+        return model.pos_embed.pos_embed[0]
 
-    def noise_times(self):
+    def noise_times(self) -> Tensor:
         return ddpm.noise_times(ddpm.LINEAR)
 
-    def predict(self, model, z, t, text, guidance=None):
+    def predict(self, model: Network, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
         """epsilon at z_t."""
         time = ddpm.step_at(t, ddpm.LINEAR)
         output = model(ddpm.network_input(z, t), timestep=time, class_labels=text["class_labels"], return_dict=False)[0]
-        return output[:, : z.shape[1]]  # the second half is the learned sigma, which the stock pipeline drops too
+        return output[:, : z.shape[1]]  # the rest is the learned sigma; the stock pipeline drops it too
 
-    def encode_text(self, pipeline, prompts, length):
+    def encode_text(self, pipeline: Pipeline, prompts: list[str], length: int) -> Text:
         import torch
 
         return {"class_labels": torch.tensor([class_of(pipeline, prompt) for prompt in prompts])}
 
-    def pipeline_call(self, pipeline, prompts, *, height, width, steps, guidance, length):
+    def pipeline_call(
+        self,
+        pipeline: Pipeline | None,
+        prompts: list[str],
+        *,
+        height: int,
+        width: int,
+        steps: int,
+        guidance: float,
+        length: int,
+    ) -> dict[str, Any]:
         return dict(
             class_labels=[class_of(pipeline, prompt) for prompt in prompts],
             num_inference_steps=steps,
@@ -72,7 +89,7 @@ class DiT(Family):
         )
 
 
-def class_of(pipeline, prompt: str) -> int:
+def class_of(pipeline: Pipeline, prompt: str) -> int:
     """Class index of a prompt: a number, "" (the null class), or a label of the checkpoint's id2label table."""
     if prompt == "":
         return NULL_CLASS

@@ -1,11 +1,17 @@
-"""FLUX.1 dev / Krea / schnell: `FluxTransformer2DModel`. Sources: diffusers 0.42 pipeline_flux.py; DC-Gen's
-published 1K / 4K models.
+"""FLUX.1 dev, Krea and schnell: `FluxTransformer2DModel`.
+
+Sources: diffusers 0.42 pipeline_flux.py; the 1K and 4K models that the DC-Gen authors published.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.families.base import Family, token_ids
+from dcgen_convert.families.base import Family, Network, Pipeline, Text, guidance_input, token_ids
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Flux(Family):
@@ -15,7 +21,7 @@ class Flux(Family):
     embedder = "x_embedder"
     head = "proj_out"
     in_order = out_order = "c p1 p2"
-    guidance = "embedded"  # schnell (guidance_embeds false) has none: see guided()
+    guidance = "embedded"  # schnell (guidance_embeds false) has no guidance input
     official_layout = True
     nunchaku_container = True
     layouts = {
@@ -24,8 +30,8 @@ class Flux(Family):
     }
     text_keys = ("encoder_hidden_states", "pooled_projections")
     blocks = ("transformer_blocks", "single_transformer_blocks")
-    # As published: attention and MLP linears, not the AdaLN linears, embedders or the final proj_out (418 linears in
-    # FLUX.1).
+    # As published: the linears of attention and MLP, without the AdaLN linears, the embedders and the last proj_out.
+    # FLUX.1 has 418 of them.
     lora_targets = (
         r"(transformer_blocks|single_transformer_blocks)\.\d+\."
         r"(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
@@ -38,17 +44,17 @@ class Flux(Family):
     default_guidance = 3.5
     text_length = 256
 
-    def convert_config(self, config, factor, channels, side):
+    def convert_config(self, config: dict[str, Any], factor: int, channels: int, side: int) -> dict[str, Any]:
         reads, writes = config["in_channels"], config.get("out_channels") or config["in_channels"]
         if reads != writes:
             raise InputError(
-                f"this FLUX.1 model reads {reads} channels and writes {writes}: a Fill, Depth or Canny variant, "
+                f"this FLUX.1 model reads {reads} channels and writes {writes}: it is a Fill, Depth or Canny variant, "
                 "which sees two pictures",
-                "give the text-to-image model (dev, Krea or schnell): the conversion trains no second picture",
+                "give the text-to-image model (dev, Krea or schnell): the conversion trains with one picture",
             )
         return {**config, "in_channels": channels, "out_channels": channels}
 
-    def predict(self, model, z, t, text, guidance=None):
+    def predict(self, model: Network, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
         import torch
 
         patch = self.patch(model.config, z.shape[1])
@@ -61,11 +67,11 @@ class Flux(Family):
             timestep=t.to(z.dtype),
             img_ids=token_ids(z.shape[2] // patch, z.shape[3] // patch, z),
             txt_ids=torch.zeros(hidden.shape[1], 3, device=z.device, dtype=z.dtype),
-            guidance=guidance.to(z.dtype) if model.config.guidance_embeds else None,
+            guidance=guidance_input(model, guidance, z),
             return_dict=False,
         )[0]
         return self.untokens(output, z.shape[2], z.shape[3], patch)
 
-    def encode_text(self, pipeline, prompts, length):
+    def encode_text(self, pipeline: Pipeline, prompts: list[str], length: int) -> Text:
         embeds, pooled, _ = pipeline.encode_prompt(prompt=prompts, prompt_2=None, max_sequence_length=length)
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}

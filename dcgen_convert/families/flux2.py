@@ -1,10 +1,16 @@
-"""FLUX.2 dev and klein: `Flux2Transformer2DModel`. Sources: diffusers 0.42 pipeline_flux2.py,
-pipeline_flux2_klein.py.
+"""FLUX.2 dev and klein: `Flux2Transformer2DModel`.
+
+Sources: diffusers 0.42 pipeline_flux2.py, pipeline_flux2_klein.py.
 """
 
 from __future__ import annotations
 
-from dcgen_convert.families.base import Family
+from typing import TYPE_CHECKING, Any
+
+from dcgen_convert.families.base import Family, Network, Pipeline, Text, guidance_input
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Flux2(Family):
@@ -15,7 +21,7 @@ class Flux2(Family):
     embedder = "x_embedder"
     head = "proj_out"
     in_order = out_order = "c p1 p2"
-    guidance = "embedded"  # dev; klein (guidance_embeds false) is guided by its pipeline
+    guidance = "embedded"  # dev; klein (guidance_embeds false) gets its guidance from its pipeline
     layouts = {
         "bfl": ("single_stream_modulation.lin.",),
         "diffusers": ("single_stream_modulation.linear.",),
@@ -25,24 +31,24 @@ class Flux2(Family):
     lora_targets = (
         r"transformer_blocks\.\d+\.(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
         r"|(ff|ff_context)\.linear_(in|out))|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
-    )  # modulation is shared by all blocks and stands outside them
+    )  # all blocks use one modulation, which lies outside them
     bundle_tier = 2
     default_steps = 28
     default_guidance = 4.0
     text_length = 512
 
-    def convert_config(self, config, factor, channels, side):
+    def convert_config(self, config: dict[str, Any], factor: int, channels: int, side: int) -> dict[str, Any]:
         return {**config, "in_channels": channels, "out_channels": channels}
 
-    def vae_config(self, config):
+    def vae_config(self, config: dict[str, Any]) -> dict[str, Any]:
         return {"latent_batch_norm": True}
 
-    def mu(self, tokens, scheduler):
+    def mu(self, tokens: int, scheduler: dict[str, Any]) -> float:
         from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
-        return compute_empirical_mu(tokens, self.default_steps)  # written into the pipeline; it depends on the steps
+        return compute_empirical_mu(tokens, self.default_steps)  # the pipeline's own formula; it depends on the steps
 
-    def predict(self, model, z, t, text, guidance=None):
+    def predict(self, model: Network, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
         import torch
 
         patch = self.patch(model.config, z.shape[1])
@@ -52,7 +58,7 @@ class Flux2(Family):
         output = model(
             hidden_states=self.tokens(z, patch),
             timestep=t.to(z.dtype),
-            guidance=guidance.to(z.dtype) if model.config.guidance_embeds else None,
+            guidance=guidance_input(model, guidance, z),
             img_ids=torch.cartesian_prod(zero, rows, columns, zero).to(z.device),  # axes: time, row, column, word
             txt_ids=torch.cartesian_prod(zero, zero, zero, words).to(z.device),
             return_dict=False,
@@ -60,5 +66,5 @@ class Flux2(Family):
         )[0]
         return self.untokens(output, z.shape[2], z.shape[3], patch)
 
-    def encode_text(self, pipeline, prompts, length):
+    def encode_text(self, pipeline: Pipeline, prompts: list[str], length: int) -> Text:
         return {"encoder_hidden_states": pipeline.encode_prompt(prompts, max_sequence_length=length)[0]}

@@ -1,16 +1,18 @@
 """One latent space as a transformer sees it: factor, channels, patch, and the tokens of a picture.
 
-Legend: f spatial compression of an autoencoder, c its latent channels, p patch in latent cells, side in px, tokens =
-(side / (f p))^2.
+f is the spatial compression of an autoencoder, c its latent channels, p the patch in latent cells.
+A picture with a side of s px has (s / (f p))^2 tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, TypeGuard
 
 from dcgen_convert.core.errors import RecipeError
 
-MOST = 1 << 16  # of a factor, of channels, of a patch: more is damage
+MOST = 1 << 16  # largest factor, channels or patch that is accepted: a larger number means a damaged file
 
 
 @dataclass(frozen=True)
@@ -27,18 +29,22 @@ class Grid:
         return self.f * self.p
 
     def tokens(self, height: int, width: int | None = None) -> int:
-        """Tokens of a picture; of a square one without ``width``."""
+        """Tokens of a picture, sides in px. Without ``width`` the picture is a square."""
         return (height // self.token_px) * ((width or height) // self.token_px)
 
 
-def autoencoder_grid(config: dict) -> tuple[int, int]:
-    """(f, c) of an autoencoder's config, whatever its class."""
+def autoencoder_grid(config: Mapping[str, Any]) -> tuple[int, int]:
+    """(f, c) from the config of an autoencoder of any class.
+
+    Raises:
+        RecipeError: the config does not say them.
+    """
     levels = config.get("dim_mult") or config.get("encoder_block_out_channels") or config.get("block_out_channels")
     factor = config.get("spatial_compression_ratio")
     if factor is None and isinstance(levels, (list, tuple)) and len(levels) <= 16:
         factor = 2 ** (len(levels) - 1)
     channels = config.get("z_dim" if "dim_mult" in config else "latent_channels")
-    if not all(type(number) is int and 0 < number <= MOST for number in (factor, channels)):
+    if not (_sensible(factor) and _sensible(channels)):
         raise RecipeError(
             f"autoencoder config ({config.get('_class_name', 'no class')}) lacks block_out_channels or latent_channels",
             "use an AutoencoderDC or AutoencoderKL folder",
@@ -46,10 +52,13 @@ def autoencoder_grid(config: dict) -> tuple[int, int]:
     return factor, channels
 
 
-def tile_sizes(factor: int) -> tuple[int, int]:
-    """(side, stride) in px of tiles that an AutoencoderDC of that factor can be cut into: diffusers' own where they
-    fit.
+def _sensible(number: Any) -> TypeGuard[int]:
+    return type(number) is int and 0 < number <= MOST
 
-    The stock stride of 448 px is 3.5 latent cells at f128, so that tiles would be put together wrongly.
+
+def tile_sizes(factor: int) -> tuple[int, int]:
+    """(side, stride) in px of the tiles of an AutoencoderDC with this factor: those of diffusers where they fit.
+
+    They do not fit at f128: the stride of 448 px is 3.5 latent cells, and the tiles would be put together wrongly.
     """
     return (512, 448) if 448 % factor == 0 else (8 * factor, 7 * factor)

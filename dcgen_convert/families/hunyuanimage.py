@@ -1,12 +1,18 @@
-"""HunyuanImage 2.1: `HunyuanImageTransformer2DModel`, at home in an f32c64 autoencoder already. Source: diffusers 0.42
-pipeline_hunyuanimage.py."""
+"""HunyuanImage 2.1: `HunyuanImageTransformer2DModel`. Its own autoencoder is f32c64 already.
+
+Source: diffusers 0.42 pipeline_hunyuanimage.py.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any
 
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.families.base import Family
+from dcgen_convert.families.base import Family, Network, Pipeline, Text, guidance_input
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class HunyuanImage(Family):
@@ -16,7 +22,7 @@ class HunyuanImage(Family):
     embedder = "x_embedder.proj"
     head = "proj_out"
     in_order = out_order = "c p1 p2"
-    guidance = "embedded"  # with guidance_embeds; else by the guider component of the pipeline
+    guidance = "embedded"  # with guidance_embeds; otherwise the guider of the pipeline does the guidance
     layouts = {"diffusers": ("context_embedder.token_refiner.", "x_embedder.proj.", "time_guidance_embed.")}
     text_keys = (
         "encoder_hidden_states",
@@ -36,35 +42,35 @@ class HunyuanImage(Family):
     default_guidance = 3.25
     text_length = 512
 
-    def patch(self, config, channels):
+    def patch(self, config: dict[str, Any], channels: int) -> int:
         return math.isqrt(config["in_channels"] * math.prod(config["patch_size"]) // channels)
 
-    def convert_config(self, config, factor, channels, side):
+    def convert_config(self, config: dict[str, Any], factor: int, channels: int, side: int) -> dict[str, Any]:
         if config.get("use_meanflow"):
             raise InputError(
-                "this HunyuanImage model is distilled to a few steps with a second time input (use_meanflow), which "
-                "no stage here trains",
+                "this HunyuanImage model was distilled to a few steps and has a second time input (use_meanflow): no "
+                "stage here trains it",
                 "give the undistilled model",
             )
         return {**config, "in_channels": channels, "out_channels": channels, "patch_size": [1, 1]}
 
-    def vae_config(self, config):
+    def vae_config(self, config: dict[str, Any]) -> dict[str, Any]:
         return {"spatial_compression_ratio": 2 ** (len(config["encoder_block_out_channels"]) - 1)}
 
-    def image_tokens(self, features, count, text):
+    def image_tokens(self, features: Any, count: int, text: Text) -> Tensor:
         return features[0] if isinstance(features, tuple) else features  # blocks return (image, text)
 
-    def predict(self, model, z, t, text, guidance=None):
+    def predict(self, model: Network, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
         return model(
             hidden_states=z,
             timestep=(t * 1000).to(z.dtype),
-            guidance=(guidance * 1000).to(z.dtype) if model.config.guidance_embeds else None,
+            guidance=guidance_input(model, guidance, z, 1000),
             return_dict=False,
             **text,
         )[0]
 
-    def encode_text(self, pipeline, prompts, length):
-        """Caption tokens first, padding after them: the network puts them in that order itself."""
+    def encode_text(self, pipeline: Pipeline, prompts: list[str], length: int) -> Text:
+        """Caption tokens come first and padding after them. The network itself uses this order too."""
         import torch
 
         embeds, mask, glyphs, glyph_mask = pipeline.encode_prompt(prompts, batch_size=len(prompts))
@@ -76,7 +82,17 @@ class HunyuanImage(Family):
             "encoder_attention_mask_2": glyph_mask,
         }
 
-    def pipeline_call(self, pipeline, prompts, *, height, width, steps, guidance, length):
+    def pipeline_call(
+        self,
+        pipeline: Pipeline | None,
+        prompts: list[str],
+        *,
+        height: int,
+        width: int,
+        steps: int,
+        guidance: float,
+        length: int,
+    ) -> dict[str, Any]:
         return dict(
             prompt=prompts,
             height=height,

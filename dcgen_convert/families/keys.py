@@ -1,6 +1,4 @@
-"""What a single-file checkpoint is, from its tensor names and shapes alone (diffusers' and the original key names).
-First rule that hits
-wins."""
+"""The family and the layout of a single-file checkpoint, from its tensor names (of diffusers or of the authors)."""
 
 from __future__ import annotations
 
@@ -10,9 +8,7 @@ from dcgen_convert import families
 
 
 def recognise_keys(names: Iterable[str]) -> tuple[str | None, str | None]:
-    """(family, layout) from tensor names; the first family that finds all its names wins. (None, None) when none
-    does.
-    """
+    """(family, layout) of the first family whose prefixes all occur in ``names``; (None, None) when there is none."""
     keys = list(names)
     for family in families.FAMILIES.values():
         for layout, wanted in family.layouts.items():

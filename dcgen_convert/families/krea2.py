@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any
 
-from dcgen_convert.families.base import Family, linear_mu, token_ids
+from dcgen_convert.families.base import Family, Network, Pipeline, Text, linear_mu, token_ids
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Krea2(Family):
@@ -24,19 +28,19 @@ class Krea2(Family):
     default_guidance = 4.5
     text_length = 512
 
-    def patch(self, config, channels):
-        return math.isqrt(config["in_channels"] // channels)  # the pipeline packs, by a size in its model_index.json
+    def patch(self, config: dict[str, Any], channels: int) -> int:
+        return math.isqrt(config["in_channels"] // channels)  # the pipeline packs; the size is in its model_index.json
 
-    def convert_config(self, config, factor, channels, side):
+    def convert_config(self, config: dict[str, Any], factor: int, channels: int, side: int) -> dict[str, Any]:
         return {**config, "in_channels": channels}
 
-    def vae_config(self, config):
+    def vae_config(self, config: dict[str, Any]) -> dict[str, Any]:
         return {"latent_frames": True}
 
-    def mu(self, tokens, scheduler):
+    def mu(self, tokens: int, scheduler: dict[str, Any]) -> float:
         return linear_mu(tokens, {"max_image_seq_len": 6400, **scheduler})
 
-    def predict(self, model, z, t, text, guidance=None):
+    def predict(self, model: Network, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
         import torch
 
         patch = self.patch(model.config, z.shape[1])
@@ -50,6 +54,6 @@ class Krea2(Family):
         )[0]
         return self.untokens(output, z.shape[2], z.shape[3], patch)
 
-    def encode_text(self, pipeline, prompts, length):
+    def encode_text(self, pipeline: Pipeline, prompts: list[str], length: int) -> Text:
         embeds, mask = pipeline.encode_prompt(prompts, max_sequence_length=length)
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}

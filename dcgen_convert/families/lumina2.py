@@ -1,12 +1,19 @@
-"""Lumina-Image 2.0: `Lumina2Transformer2DModel`, which predicts z_0 - eps at the time 1 - t. Source: diffusers 0.42
-pipeline_lumina2.py."""
+"""Lumina-Image 2.0: `Lumina2Transformer2DModel`. It predicts z_0 - eps at the time 1 - t.
+
+Source: diffusers 0.42 pipeline_lumina2.py.
+"""
 
 from __future__ import annotations
 
-from dcgen_convert.core.errors import InputError
-from dcgen_convert.families.base import Family
+from typing import TYPE_CHECKING, Any
 
-PIPELINE_FACTOR = 8  # px per latent cell, written into the stock pipeline whatever the autoencoder
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.families.base import Family, Network, Pipeline, Text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PIPELINE_FACTOR = 8  # px per latent cell; fixed in the code of the stock pipeline for every autoencoder
 
 
 class Lumina2(Family):
@@ -32,10 +39,10 @@ class Lumina2(Family):
     default_guidance = 4.0
     text_length = 256
 
-    def pack(self, config):
+    def pack(self, config: dict[str, Any]) -> int:
         return config["patch_size"]
 
-    def convert_config(self, config, factor, channels, side):
+    def convert_config(self, config: dict[str, Any], factor: int, channels: int, side: int) -> dict[str, Any]:
         pack = factor // PIPELINE_FACTOR
         if channels % pack**2:
             raise InputError(
@@ -51,8 +58,8 @@ class Lumina2(Family):
             "sample_size": side // PIPELINE_FACTOR,
         }
 
-    def image_tokens(self, features, count, text):
-        """The joint sequence of a picture is its caption, without padding, then its image tokens."""
+    def image_tokens(self, features: Any, count: int, text: Text) -> Tensor:
+        """The joint sequence of a picture: the tokens of its caption without padding, then its image tokens."""
         import torch
 
         if features.shape[1] == count:
@@ -60,17 +67,18 @@ class Lumina2(Family):
         starts = text["encoder_attention_mask"].sum(1).tolist()
         return torch.stack([row[start : start + count] for row, start in zip(features, starts, strict=True)])
 
-    def predict(self, model, z, t, text, guidance=None):
+    def predict(self, model: Network, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
         output = model(
             hidden_states=self.expose(z, model.config), timestep=(1 - t).to(z.dtype), return_dict=False, **text
         )[0]
         return self.collect(output, z.shape[1])
 
-    def encode_text(self, pipeline, prompts, length):
+    def encode_text(self, pipeline: Pipeline, prompts: list[str], length: int) -> Text:
         import torch
 
         embeds, mask, null, null_mask = pipeline.encode_prompt(prompts, negative_prompt="", max_sequence_length=length)
-        empty = torch.tensor([prompt == "" for prompt in prompts], device=mask.device)  # the null text has no preamble
+        # The pipeline puts a preamble before every text except the null text.
+        empty = torch.tensor([prompt == "" for prompt in prompts], device=mask.device)
         return {
             "encoder_hidden_states": torch.where(empty[:, None, None], null, embeds),
             "encoder_attention_mask": torch.where(empty[:, None], null_mask, mask),

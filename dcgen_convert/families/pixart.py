@@ -1,14 +1,21 @@
-"""PixArt-alpha and Sigma: `PixArtTransformer2DModel`, epsilon prediction with learned sigma. Sources: diffusers 0.42
-pipeline_pixart_alpha.py, pipeline_pixart_sigma.py."""
+"""PixArt-alpha and Sigma: `PixArtTransformer2DModel`. It predicts epsilon and a learned sigma.
+
+Sources: diffusers 0.42 pipeline_pixart_alpha.py, pipeline_pixart_sigma.py.
+"""
 
 from __future__ import annotations
 
-from dcgen_convert.families import ddpm
-from dcgen_convert.families.base import Family, added_positions
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-MULTI_SCALE = (
-    128  # sample_size by which alpha's model and pipeline know that they are conditioned on the picture's size
-)
+from dcgen_convert.families import ddpm
+from dcgen_convert.families.base import Family, Network, Pipeline, Text, added_positions
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# alpha's model and pipeline are conditioned on the picture's size if sample_size has this value
+MULTI_SCALE = 128
 
 
 class PixArt(Family):
@@ -29,18 +36,17 @@ class PixArt(Family):
     text_keys = ("encoder_hidden_states", "encoder_attention_mask")
     blocks = ("transformer_blocks",)
     lora_targets = r"transformer_blocks\.\d+\.((attn1|attn2)\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))"
-    dense_pattern = r"transformer_blocks\.\d+\.attn2\.to_[kv]"  # cross-attention keys and values, as in SANA
+    dense_pattern = r"transformer_blocks\.\d+\.attn2\.to_[kv]"  # keys and values of the cross-attention, as in SANA
     bundle_tier = 1
     default_steps = 20
     default_guidance = 4.5
     text_length = 300
 
-    def convert_config(self, config, factor, channels, side):
+    def convert_config(self, config: dict[str, Any], factor: int, channels: int, side: int) -> dict[str, Any]:
         size, patch = config.get("sample_size", 128), config.get("patch_size", 2)
         conditioned = sized(config)
         new_size = MULTI_SCALE if conditioned else side // factor
-        # Positions run to (sample_size / patch) / interpolation_scale over the picture, whatever the grid: keep that
-        # range.
+        # The positions of a picture end at (sample_size / patch) / interpolation_scale for every grid: keep this end.
         scale = config.get("interpolation_scale") or max(size // 64, 1)
         return {
             **config,
@@ -53,21 +59,21 @@ class PixArt(Family):
             "pixels_per_latent": factor,
         }
 
-    def vae_config(self, config):
+    def vae_config(self, config: dict[str, Any]) -> dict[str, Any]:
         return {"block_out_channels": list(config["encoder_block_out_channels"])}
 
-    def position_term(self, model, height, width):
+    def position_term(self, model: Network, height: int, width: int) -> Tensor | None:
         return added_positions(model.pos_embed, model.config.in_channels, height, width)
 
-    def noise_times(self):
+    def noise_times(self) -> Tensor:
         return ddpm.noise_times(ddpm.LINEAR)
 
-    def predict(self, model, z, t, text, guidance=None):
+    def predict(self, model: Network, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
         """epsilon at z_t."""
         import torch
 
         time = ddpm.step_at(t, ddpm.LINEAR)
-        size = {"resolution": None, "aspect_ratio": None}
+        size: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if sized(model.config):
             pixels = model.config.get("pixels_per_latent", 8)
             height, width = z.shape[2] * pixels, z.shape[3] * pixels
@@ -76,15 +82,25 @@ class PixArt(Family):
                 "aspect_ratio": torch.tensor([[height / width]], dtype=z.dtype, device=z.device).expand(len(z), 1),
             }
         output = model(ddpm.network_input(z, t), timestep=time, added_cond_kwargs=size, return_dict=False, **text)[0]
-        return output[:, : z.shape[1]]  # the second half is the learned sigma, which the stock pipeline drops too
+        return output[:, : z.shape[1]]  # the rest is the learned sigma; the stock pipeline drops it too
 
-    def encode_text(self, pipeline, prompts, length):
+    def encode_text(self, pipeline: Pipeline, prompts: list[str], length: int) -> Text:
         embeds, mask, _, _ = pipeline.encode_prompt(
             prompts, do_classifier_free_guidance=False, max_sequence_length=length
         )
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
 
-    def pipeline_call(self, pipeline, prompts, *, height, width, steps, guidance, length):
+    def pipeline_call(
+        self,
+        pipeline: Pipeline | None,
+        prompts: list[str],
+        *,
+        height: int,
+        width: int,
+        steps: int,
+        guidance: float,
+        length: int,
+    ) -> dict[str, Any]:
         return dict(
             prompt=prompts,
             height=height,
@@ -92,11 +108,11 @@ class PixArt(Family):
             num_inference_steps=steps,
             guidance_scale=guidance,
             max_sequence_length=length,
-            use_resolution_binning=False,  # the bins belong to sample sizes of f8 latents
+            use_resolution_binning=False,  # the bins fit sample sizes of f8 latents only
         )
 
 
-def sized(config) -> bool:
+def sized(config: Mapping[str, Any]) -> bool:
     """Whether the network is conditioned on the picture's size (alpha at 1024 px)."""
     given = config.get("use_additional_conditions")
     return config.get("sample_size") == MULTI_SCALE if given is None else bool(given)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any
 
-from dcgen_convert.families.base import Family
+from dcgen_convert.families.base import Family, Network, Pipeline, Text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class QwenImage(Family):
@@ -28,16 +32,16 @@ class QwenImage(Family):
     default_guidance = 4.0
     text_length = 512
 
-    def patch(self, config, channels):
-        return math.isqrt(config["in_channels"] // channels)  # of packed tokens; patch_size is that of the output alone
+    def patch(self, config: dict[str, Any], channels: int) -> int:
+        return math.isqrt(config["in_channels"] // channels)  # of packed tokens; patch_size belongs to the output alone
 
-    def convert_config(self, config, factor, channels, side):
+    def convert_config(self, config: dict[str, Any], factor: int, channels: int, side: int) -> dict[str, Any]:
         return {**config, "in_channels": channels, "out_channels": channels, "patch_size": 1}
 
-    def vae_config(self, config):
+    def vae_config(self, config: dict[str, Any]) -> dict[str, Any]:
         return {"latent_frames": True}
 
-    def predict(self, model, z, t, text, guidance=None):
+    def predict(self, model: Network, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
         patch = self.patch(model.config, z.shape[1])
         grid = (1, z.shape[2] // patch, z.shape[3] // patch)
         output = model(
@@ -49,11 +53,11 @@ class QwenImage(Family):
         )[0]
         return self.untokens(output, z.shape[2], z.shape[3], patch)
 
-    def encode_text(self, pipeline, prompts, length):
+    def encode_text(self, pipeline: Pipeline, prompts: list[str], length: int) -> Text:
         import torch
 
-        embeds, mask = pipeline.encode_prompt(list(prompts), max_sequence_length=length)
-        if mask is None:  # no prompt is shorter than another
+        embeds, mask = pipeline.encode_prompt(prompts, max_sequence_length=length)
+        if mask is None:  # all prompts have the same length
             mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
         missing = length - embeds.shape[1]
         return {
@@ -61,7 +65,17 @@ class QwenImage(Family):
             "encoder_hidden_states_mask": torch.nn.functional.pad(mask, (0, missing)),
         }
 
-    def pipeline_call(self, pipeline, prompts, *, height, width, steps, guidance, length):
+    def pipeline_call(
+        self,
+        pipeline: Pipeline | None,
+        prompts: list[str],
+        *,
+        height: int,
+        width: int,
+        steps: int,
+        guidance: float,
+        length: int,
+    ) -> dict[str, Any]:
         return dict(
             prompt=prompts,
             negative_prompt=[""] * len(prompts),

@@ -1,10 +1,15 @@
-"""SANA / SANA-1.5: `SanaTransformer2DModel`. Source: diffusers 0.42 pipeline_sana.py."""
+"""SANA and SANA-1.5: `SanaTransformer2DModel`. Source: diffusers 0.42 pipeline_sana.py."""
 
 from __future__ import annotations
 
-from dcgen_convert.families.base import Family
+from typing import TYPE_CHECKING, Any
 
-BINNED = (16, 32, 64, 128)  # sample sizes to which the pipeline attaches resolution bins of 512 / 1024 / 2048 / 4096 px
+from dcgen_convert.families.base import Family, Network, Pipeline, Text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BINNED = (16, 32, 64, 128)  # sample sizes for which the pipeline has resolution bins, of 512, 1024, 2048 and 4096 px
 
 
 class Sana(Family):
@@ -26,21 +31,21 @@ class Sana(Family):
         r"transformer_blocks\.\d+\.(attn1|attn2)\.(to_q|to_k|to_v|to_out\.0)|"
         r"transformer_blocks\.\d+\.ff\.conv_(inverted|point)"
     )
-    dense_pattern = r"transformer_blocks\.\d+\.attn2\.to_[kv]"  # cross-attention keys and values stay half precision
+    dense_pattern = r"transformer_blocks\.\d+\.attn2\.to_[kv]"  # keys and values of the cross-attention
     bundle_tier = 0
     recipe = "sana-1.6b"
     default_steps = 20
     default_guidance = 4.5
     text_length = 300
 
-    def convert_config(self, config, factor, channels, side):
+    def convert_config(self, config: dict[str, Any], factor: int, channels: int, side: int) -> dict[str, Any]:
         size = config.get("sample_size")
-        # The pipeline picks its resolution bins by sample_size, whatever the autoencoder: a binned value must stay.
+        # The pipeline chooses its resolution bins by sample_size, not by the autoencoder: a value with bins must stay.
         if size not in BINNED:
             size = side // factor
         return {**config, "in_channels": channels, "out_channels": channels, "patch_size": 1, "sample_size": size}
 
-    def predict(self, model, z, t, text, guidance=None):
+    def predict(self, model: Network, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
         return model(
             hidden_states=z,
             encoder_hidden_states=text["encoder_hidden_states"],
@@ -49,7 +54,7 @@ class Sana(Family):
             return_dict=False,
         )[0]
 
-    def encode_text(self, pipeline, prompts, length):
+    def encode_text(self, pipeline: Pipeline, prompts: list[str], length: int) -> Text:
         embeds, mask, _, _ = pipeline.encode_prompt(
             prompt=prompts,
             do_classifier_free_guidance=False,
@@ -58,7 +63,17 @@ class Sana(Family):
         )
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
 
-    def pipeline_call(self, pipeline, prompts, *, height, width, steps, guidance, length):
+    def pipeline_call(
+        self,
+        pipeline: Pipeline | None,
+        prompts: list[str],
+        *,
+        height: int,
+        width: int,
+        steps: int,
+        guidance: float,
+        length: int,
+    ) -> dict[str, Any]:
         return dict(
             prompt=prompts,
             height=height,

@@ -1,14 +1,22 @@
-"""SANA-Sprint: `SanaTransformer2DModel` with a guidance input, distilled to one to four steps. Source: diffusers 0.42
-pipeline_sana_sprint.py.
+"""SANA-Sprint: `SanaTransformer2DModel` with a guidance input, distilled to one to four steps.
 
-The network predicts the velocity v of SANA's flow at the noise level t, here not times 1000. The pipeline wraps it into
-TrigFlow (arXiv 2410.11081), whose angle a stands for t = sin a / (sin a + cos a), and steps from guess to guess of the
-picture, z_t - t v.
+The network predicts the velocity v of SANA's flow at the noise level t. Unlike SANA it takes t itself, not 1000 t. The
+pipeline translates this to TrigFlow (arXiv 2410.11081): the angle a stands for t = sin a / (sin a + cos a), and each
+step goes from one estimate of the picture, z_t - t v, to the next.
+
+Source: diffusers 0.42 pipeline_sana_sprint.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from dcgen_convert.families.base import Network, Pipeline, Text, guidance_input
 from dcgen_convert.families.sana import Sana
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class SanaSprint(Sana):
@@ -23,33 +31,42 @@ class SanaSprint(Sana):
     recipe = "sana-sprint-1.6b"
     default_steps = 2
 
-    def claims(self, config):
+    def claims(self, config: Mapping[str, Any]) -> bool:
         return super().claims(config) and bool(config.get("guidance_embeds"))
 
-    def shift(self, tokens, scheduler):
-        """SANA's own: the pipeline's few angles are no noise levels to train at."""
+    def shift(self, tokens: int, scheduler: dict[str, Any]) -> float:
+        """The shift of SANA. The pipeline's own few angles are not the noise levels at which the model is trained."""
         return 3.0
 
-    def predict(self, model, z, t, text, guidance=None):
+    def predict(self, model: Network, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
         return model(
             hidden_states=z,
             encoder_hidden_states=text["encoder_hidden_states"],
             encoder_attention_mask=text["encoder_attention_mask"],
-            guidance=(guidance * model.config.guidance_embeds_scale).to(z.dtype),
+            guidance=guidance_input(model, guidance, z, model.config.guidance_embeds_scale),
             timestep=t.to(z.dtype),
             return_dict=False,
         )[0]
 
-    def encode_text(self, pipeline, prompts, length):
+    def encode_text(self, pipeline: Pipeline, prompts: list[str], length: int) -> Text:
         embeds, mask = pipeline.encode_prompt(
             prompt=prompts, max_sequence_length=length, complex_human_instruction=None
         )
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
 
-    def pipeline_call(self, pipeline, prompts, *, height, width, steps, guidance, length):
+    def pipeline_call(
+        self,
+        pipeline: Pipeline | None,
+        prompts: list[str],
+        *,
+        height: int,
+        width: int,
+        steps: int,
+        guidance: float,
+        length: int,
+    ) -> dict[str, Any]:
         call = super().pipeline_call(
             pipeline, prompts, height=height, width=width, steps=steps, guidance=guidance, length=length
         )
-        return (
-            call if steps == 2 else {**call, "intermediate_timesteps": None}
-        )  # the default is for two steps and refused with others
+        # The default of intermediate_timesteps is for two steps; the pipeline refuses it with another number.
+        return call if steps == 2 else {**call, "intermediate_timesteps": None}

@@ -1,8 +1,13 @@
-"""SD3 and SD3.5: `SD3Transformer2DModel`. Source: diffusers 0.42 pipeline_stable_diffusion_3.py."""
+"""Stable Diffusion 3 and 3.5: `SD3Transformer2DModel`. Source: diffusers 0.42 pipeline_stable_diffusion_3.py."""
 
 from __future__ import annotations
 
-from dcgen_convert.families.base import Family, added_positions
+from typing import TYPE_CHECKING, Any
+
+from dcgen_convert.families.base import Family, Network, Pipeline, Text, added_positions
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class SD3(Family):
@@ -31,8 +36,8 @@ class SD3(Family):
     default_guidance = 4.5
     text_length = 256
 
-    def convert_config(self, config, factor, channels, side):
-        # pos_embed_max_size stays: the sincos table is a tensor of the checkpoint, and its centre is cropped as before.
+    def convert_config(self, config: dict[str, Any], factor: int, channels: int, side: int) -> dict[str, Any]:
+        # pos_embed_max_size stays: the sincos table is in the checkpoint. The model crops its centre as before.
         return {
             **config,
             "in_channels": channels,
@@ -41,19 +46,19 @@ class SD3(Family):
             "sample_size": side // factor,
         }
 
-    def vae_config(self, config):
+    def vae_config(self, config: dict[str, Any]) -> dict[str, Any]:
         return {"block_out_channels": list(config["encoder_block_out_channels"]), "shift_factor": 0.0}
 
-    def table_side(self, config):
+    def table_side(self, config: dict[str, Any]) -> int | None:
         return config.get("pos_embed_max_size", 96)
 
-    def position_term(self, model, height, width):
+    def position_term(self, model: Network, height: int, width: int) -> Tensor | None:
         return added_positions(model.pos_embed, model.config.in_channels, height, width)
 
-    def predict(self, model, z, t, text, guidance=None):
+    def predict(self, model: Network, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
         return model(hidden_states=z, timestep=(t * 1000).to(z.dtype), return_dict=False, **text)[0]
 
-    def encode_text(self, pipeline, prompts, length):
+    def encode_text(self, pipeline: Pipeline, prompts: list[str], length: int) -> Text:
         embeds, _, pooled, _ = pipeline.encode_prompt(
             prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=length
         )

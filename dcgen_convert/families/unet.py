@@ -1,21 +1,26 @@
-"""Stable Diffusion 1.5, experimental: `UNet2DConditionModel`, epsilon prediction. Source: diffusers 0.42
-pipeline_stable_diffusion.py.
+"""Stable Diffusion 1.5, experimental: `UNet2DConditionModel`. It predicts epsilon.
 
-conv_in is the embedder and conv_out the head. Both are 3 x 3 convolutions with padding 1: linear in 3 x 3
-neighbourhoods of a map, where a transformer's embedder and head are linear in patches and tokens. A token is a cell of
-the latent.
+conv_in is the embedder and conv_out is the head. Both are 3 x 3 convolutions with padding 1, so they are linear in
+the 3 x 3 neighbourhoods of a map. (A transformer's embedder and head are linear in patches and tokens.) A token is one
+cell of the latent.
+
+Source: diffusers 0.42 pipeline_stable_diffusion.py.
 """
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any
 
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.families import ddpm
-from dcgen_convert.families.base import Family, QuantTargets
+from dcgen_convert.families.base import Family, Network, Pipeline, QuantTargets, Text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KERNEL = 3  # of conv_in and conv_out
-PLAIN = {  # config values of a network whose inputs are latent, time and text alone
+PLAIN: dict[str, object] = {  # config values of a network whose only inputs are latent, time and text
     "class_embed_type": None,
     "addition_embed_type": None,
     "encoder_hid_dim_type": None,
@@ -25,7 +30,7 @@ PLAIN = {  # config values of a network whose inputs are latent, time and text a
     "conv_out_kernel": KERNEL,
 }
 FIRST, LAST, _ = ddpm.SCALED_LINEAR
-SCHEDULE = {  # what a scheduler config may say, and what diffusers takes where it says nothing
+SCHEDULE: dict[str, tuple[Any, Any]] = {  # key of a scheduler config -> (required value, default of diffusers)
     "prediction_type": ("epsilon", "epsilon"),
     "beta_schedule": ("scaled_linear", "linear"),
     "beta_start": (FIRST, 1e-4),
@@ -41,8 +46,8 @@ class UNet(Family):
     model_class = "UNet2DConditionModel"
     component = "unet"
     experimental = (
-        "converting a U-Net is experimental: the method was published for diffusion transformers, and "
-        "only a miniature was tried"
+        "converting a U-Net is experimental: the method was published for diffusion transformers, and only a miniature "
+        "was tried"
     )
     pipeline_class = "StableDiffusionPipeline"
     embedder = "conv_in"
@@ -62,47 +67,47 @@ class UNet(Family):
         r"((attn1|attn2)\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2)))|resnets\.\d+\.(conv1|conv2|conv_shortcut))"
     )
     dense_pattern = r".*\.time_emb_proj"
-    bundle_tier = 2  # the pipeline decodes with a generator, which AutoencoderDC does not take
+    bundle_tier = 2  # the pipeline passes a generator to the decoder, which AutoencoderDC does not accept
     recipe = "sd-1.5"
     default_steps = 50
     default_guidance = 7.5
     text_length = 77
 
-    def convert_config(self, config, factor, channels, side):
+    def convert_config(self, config: dict[str, Any], factor: int, channels: int, side: int) -> dict[str, Any]:
         odd = next((f"{key} {config[key]}" for key, plain in PLAIN.items() if config.get(key, plain) != plain), None)
         if odd or config["in_channels"] != config["out_channels"]:
             raise InputError(
                 f"this U-Net has {odd or 'more channels in than out'}: it is conditioned on more than time and text",
                 "give a text-to-image U-Net of the Stable Diffusion 1.5 kind",
             )
-        # The pipeline takes a small sample_size for a mistake of early diffusers versions if the config names one of
-        # these.
+        # If the config names an early version of diffusers, the pipeline takes a small sample_size for a mistake of
+        # that version and replaces it.
         config = {key: value for key, value in config.items() if key != "_diffusers_version"}
         return {**config, "in_channels": channels, "out_channels": channels, "sample_size": side // factor}
 
-    def pack(self, config):
+    def pack(self, config: dict[str, Any]) -> int:
         return 1
 
-    def patch(self, config, channels):
+    def patch(self, config: dict[str, Any], channels: int) -> int:
         return 1
 
-    def tokens(self, z, patch):
+    def tokens(self, z: Tensor, patch: int) -> Tensor:
         return neighbourhoods(z)
 
-    def image_tokens(self, features, count, text):
+    def image_tokens(self, features: Any, count: int, text: Text) -> Tensor:
         return features.flatten(2).transpose(1, 2)
 
-    def head_inputs(self, features, count, text):
+    def head_inputs(self, features: Any, count: int, text: Text) -> Tensor:
         return neighbourhoods(features)
 
-    def block_map(self, output, grid, text):
-        return (
-            output[0] if isinstance(output, tuple) else output
-        )  # down blocks return what is skipped to the up blocks too
+    def block_map(self, output: Any, grid: tuple[int, int], text: Text) -> Tensor:
+        # Down blocks return a tuple: their output, and the tensors of the skip connections.
+        return output[0] if isinstance(output, tuple) else output
 
-    def share(self, name, config):
-        """A quarter of the cells per level; what changes the grid runs on the coarser one going down, on the finer
-        one going up.
+    def token_fraction(self, name: str, config: dict[str, Any]) -> float:
+        """Each level has a quarter of the cells of the level above it.
+
+        A downsampler runs on the coarser of its two grids, an upsampler on the finer one.
         """
         levels = len(config["down_block_types"])
         place, _, rest = name.partition(".")
@@ -112,13 +117,13 @@ class UNet(Family):
         level -= ".upsamplers." in name
         return 0.25**level
 
-    def text_width(self, config):
+    def text_width(self, config: dict[str, Any]) -> int:
         return config["cross_attention_dim"]
 
-    def grid_step(self, config):
+    def grid_step(self, config: dict[str, Any]) -> int:
         return 2 ** (len(config["down_block_types"]) - 1)
 
-    def check_scheduler(self, scheduler):
+    def check_scheduler(self, scheduler: dict[str, Any]) -> None:
         for key, (wanted, default) in SCHEDULE.items():
             found = scheduler.get(key, default)
             same = math.isclose(found, wanted, rel_tol=1e-6) if isinstance(found, float) else found == wanted
@@ -128,29 +133,40 @@ class UNet(Family):
                     "give a model of the Stable Diffusion 1.5 kind",
                 )
 
-    def noise_times(self):
+    def noise_times(self) -> Tensor:
         return ddpm.noise_times(ddpm.SCALED_LINEAR)
 
-    def quant_targets(self, linears, dense=None):
-        """None: the 4-bit kernels' host, diffusers' `nunchaku_lite`, was read and tested for transformers only."""
+    def quant_targets(self, linears: dict[str, tuple[int, int]], dense: str | None = None) -> QuantTargets:
+        """No linear: `nunchaku_lite`, the host of the 4-bit kernels in diffusers, was tested with transformers only."""
         return QuantTargets([], [])
 
-    def predict(self, model, z, t, text, guidance=None):
+    def predict(self, model: Network, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
         """epsilon at z_t."""
         return model(ddpm.network_input(z, t), ddpm.step_at(t, ddpm.SCALED_LINEAR), return_dict=False, **text)[0]
 
-    def encode_text(self, pipeline, prompts, length):
-        """The pipeline pads to its tokenizer's own length, whatever ``length`` is."""
+    def encode_text(self, pipeline: Pipeline, prompts: list[str], length: int) -> Text:
+        """The pipeline always pads to the length of its tokenizer; ``length`` is not used."""
         embeds, _ = pipeline.encode_prompt(prompts, pipeline.device, 1, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": embeds}
 
-    def pipeline_call(self, pipeline, prompts, *, height, width, steps, guidance, length):
+    def pipeline_call(
+        self,
+        pipeline: Pipeline | None,
+        prompts: list[str],
+        *,
+        height: int,
+        width: int,
+        steps: int,
+        guidance: float,
+        length: int,
+    ) -> dict[str, Any]:
         return dict(prompt=prompts, height=height, width=width, num_inference_steps=steps, guidance_scale=guidance)
 
 
-def neighbourhoods(maps):
-    """What a 3 x 3 convolution with padding 1 reads: (B, C, h, w) -> (B, h w, 9 C), in the order of its flattened
-    weights.
+def neighbourhoods(maps: Tensor) -> Tensor:
+    """What a 3 x 3 convolution with padding 1 reads for each output: (B, C, h, w) -> (B, h w, 9 C).
+
+    The 9 C numbers have the order of the convolution's flattened weight.
     """
     import torch.nn.functional as F
 

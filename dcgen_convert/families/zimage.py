@@ -1,11 +1,18 @@
-"""Z-Image: `ZImageTransformer2DModel`, which predicts z_0 - eps at the time 1 - t. Source: diffusers 0.42
-pipeline_z_image.py.
+"""Z-Image: `ZImageTransformer2DModel`. It predicts z_0 - eps at the time 1 - t.
+
+Source: diffusers 0.42 pipeline_z_image.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.families.base import Family, padded
+from dcgen_convert.families.base import Family, Network, Pipeline, Text, padded
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class ZImage(Family):
@@ -30,30 +37,29 @@ class ZImage(Family):
     default_guidance = 5.0
     text_length = 512
 
-    def patch(self, config, channels):
+    def patch(self, config: dict[str, Any], channels: int) -> int:
         return super().patch({"in_channels": config["in_channels"], "patch_size": 2}, channels)
 
-    def convert_config(self, config, factor, channels, side):
+    def convert_config(self, config: dict[str, Any], factor: int, channels: int, side: int) -> dict[str, Any]:
         if list(config.get("all_patch_size", (2,))) != [2] or list(config.get("all_f_patch_size", (1,))) != [1]:
-            raise InputError("this Z-Image model has more patch sizes than 2 x 2, which its stock pipeline cannot run")
-        return {**config, "in_channels": channels // 4}  # 2 x 2 cells of the adapter's grid are one deep latent cell
+            raise InputError("this Z-Image model has other patch sizes than 2 x 2, which its stock pipeline cannot run")
+        return {**config, "in_channels": channels // 4}  # one deep latent cell is 2 x 2 cells of the adapter's grid
 
-    def doubt(self, name, scheduler):
-        # Nothing but the scheduler tells the two published models apart: Z-Image has shift 6, Z-Image-Turbo 3.
+    def doubt(self, name: str, scheduler: Mapping[str, Any]) -> str | None:
+        # The two published models differ only in the scheduler: Z-Image has shift 6, Z-Image-Turbo has shift 3.
         signs = ["its name says turbo"] if "turbo" in name.lower() else []
         signs += ["its scheduler's shift is 3, Z-Image's is 6"] if scheduler.get("shift") == 3 else []
         if not signs:
             return None
         return (
-            f"{name} may be Z-Image-Turbo ({' and '.join(signs)}): distilled to 8 steps without guidance, which flow "
-            "matching "
-            "alone undoes (--recipe few-steps); Tongyi-MAI/Z-Image is the undistilled model"
+            f"{name} may be Z-Image-Turbo ({' and '.join(signs)}): it was distilled to 8 steps without guidance, which "
+            "flow matching alone undoes (--recipe few-steps); Tongyi-MAI/Z-Image is the undistilled model"
         )
 
-    def image_tokens(self, features, count, text):
-        return features[:, :count]  # the picture comes first, its padding and the caption after it
+    def image_tokens(self, features: Any, count: int, text: Text) -> Tensor:
+        return features[:, :count]  # the image tokens come first, their padding and the caption follow
 
-    def predict(self, model, z, t, text, guidance=None):
+    def predict(self, model: Network, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
         import torch
 
         captions = [
@@ -64,7 +70,7 @@ class ZImage(Family):
         output = model(frames, (1 - t).to(z.dtype), captions, return_dict=False)[0]
         return self.collect(torch.stack(output).squeeze(2), z.shape[1])
 
-    def encode_text(self, pipeline, prompts, length):
-        rows, _ = pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False, max_sequence_length=length)
+    def encode_text(self, pipeline: Pipeline, prompts: list[str], length: int) -> Text:
+        rows, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=length)
         embeds, mask = padded(rows, length)
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}

@@ -57,7 +57,7 @@ def measured(config: dict) -> Structure:
             0 if module.bias is None else module.bias.numel(),
             runs(name),
             isinstance(module, torch.nn.Conv2d),
-            family.share(name, model.config) if runs(name) == "image" else 1.0,
+            family.token_fraction(name, model.config) if runs(name) == "image" else 1.0,
         )
         for name, module in linears.items()
     )

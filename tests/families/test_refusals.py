@@ -73,7 +73,7 @@ def test_every_sana_sprint_was_distilled(tmp_path):
         ("lumina2", {}, 30, "do not fit"),
         ("flux", {"in_channels": 384, "out_channels": 64}, 32, "reads 384 channels and writes 64"),
         ("hidream", {}, 24, "draws on 128 x 128 cells"),
-        ("zimage", {"all_patch_size": (1, 2), "all_f_patch_size": (1, 1)}, 32, "more patch sizes"),
+        ("zimage", {"all_patch_size": (1, 2), "all_f_patch_size": (1, 1)}, 32, "other patch sizes"),
         ("hunyuanimage", {"use_meanflow": True}, 32, "distilled to a few steps"),
     ],
 )
