@@ -5,59 +5,42 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import pairwise
 
 WIDTH, HEIGHT = 640, 260  # px
 LEFT, RIGHT, TOP, BOTTOM = 64, 12, 12, 44  # px around the plot
 COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#8e5ea2", "#c98b00", "#555555")
-MOST = 400  # points drawn per line; longer series are averaged in equal pieces
-FEW = 8  # points of a line up to which each is marked
-LOG_SPAN = 30.0  # max / min from which the axis is logarithmic
+MOST = 400  # points drawn per line; a longer series is cut into equal pieces, and their means are drawn
+FEW = 8  # a line of at most this many points has a mark at each point
+LOG_SPAN = 30.0  # the axis is logarithmic where max / min is above this
 
 Points = Sequence[tuple[float, float]]
-STYLE = "text { font: 11px system-ui, sans-serif; } .rule { stroke: #e4e4e4; }"  # of a file; a report has its own
 
 
 def line_chart(series: Mapping[str, Points], *, x_label: str, y_label: str) -> str:
     """SVG of one or more named series of (x, y).
 
-    The y axis is logarithmic when all values are positive and span more than a factor of 30. Points that are not
-    finite are left out. A series without any finite point is named in the legend as empty; no point at all gives a
-    sentence instead of a chart.
+    The y axis is logarithmic when all values are positive and max / min is above LOG_SPAN. Points that are not finite
+    are left out. The legend says when a series has no finite point. When no series has one, the result is a sentence
+    instead of a chart.
     """
-    series = _finite(series)
-    drawn = _lines(series, x_label, y_label)
+    series = finite_points(series)
+    drawn = chart_elements(series, x_label, y_label)
     label = f"{escape(y_label)} over {escape(x_label)}"
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(drawn)}</svg>'
     return svg + _legend(series) if drawn else "<p>no finite values</p>"
 
 
-def line_file(series: Mapping[str, Points], *, x_label: str, y_label: str) -> str:
-    """`line_chart` as an SVG file that stands alone: the legend is a line of text under the chart. Empty without a
-    point.
-    """
-    series = _finite(series)
-    drawn = _lines(series, x_label, y_label)
-    box = f'viewBox="0 0 {WIDTH} {HEIGHT + 20}" width="{WIDTH}" height="{HEIGHT + 20}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {box}>'
-    back = f'<style>{STYLE}</style><rect width="{WIDTH}" height="{HEIGHT + 20}" fill="#fff"/>'
-    names = "".join(
-        f'<tspan fill="{colour}" dx="12">&#9632; {escape(name)}</tspan>'
-        for name, colour in zip(series, _cycle(len(series)), strict=True)
-    )
-    return (
-        f'{head}{back}{"".join(drawn)}<text x="{LEFT - 12}" y="{HEIGHT + 10}">{names}</text></svg>\n' if drawn else ""
-    )
-
-
-def _finite(series: Mapping[str, Points]) -> dict[str, list[tuple[float, float]]]:
+def finite_points(series: Mapping[str, Points]) -> dict[str, list[tuple[float, float]]]:
+    """The points of each series whose numbers are finite, thinned out."""
     return {
         name: thin([(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)])
         for name, points in series.items()
     }
 
 
-def _lines(series: Mapping[str, Points], x_label: str, y_label: str) -> list[str]:
-    """SVG elements of axes, rules and lines; none when there is no point."""
+def chart_elements(series: Mapping[str, Points], x_label: str, y_label: str) -> list[str]:
+    """SVG elements of axes, rules and lines; an empty list when there is no point."""
     points = [point for line in series.values() for point in line]
     if not points:
         return []
@@ -69,11 +52,11 @@ def _lines(series: Mapping[str, Points], x_label: str, y_label: str) -> list[str
         y = y_axis(value)
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="rule"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
-    for value in x_axis.ticks():
-        parts.append(
-            f'<text x="{x_axis(value):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{value:.4g}</text>'
-        )
-    for (name, line), colour in zip(series.items(), _cycle(len(series)), strict=True):
+    parts += [
+        f'<text x="{x_axis(value):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{value:.4g}</text>'
+        for value in x_axis.ticks()
+    ]
+    for (name, line), colour in zip(series.items(), colours(len(series)), strict=True):
         path = " ".join(f"{x_axis(x):.1f},{y_axis(y):.1f}" for x, y in line)
         parts.append(
             f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6">'
@@ -90,13 +73,14 @@ def _lines(series: Mapping[str, Points], x_label: str, y_label: str) -> list[str
 
 
 def bar_chart(rows: Sequence[tuple[str, Mapping[str, float]]], label: str) -> str:
-    """SVG of horizontal bars from zero: per row (name, {series: value >= 0}), one thin bar per series, its value
-    behind.
+    """SVG of horizontal bars. They begin at zero, and each has its value behind it.
 
-    Colours follow the series' order over all rows.
+    Args:
+        rows: (name, {series: value >= 0}); a row has one thin bar per series. A series has one colour in all rows.
+        label: text under the chart.
     """
     names = list(dict.fromkeys(name for _, values in rows for name in values))
-    colours = dict(zip(names, _cycle(len(names)), strict=True))
+    colour_of = dict(zip(names, colours(len(names)), strict=True))
     top = max((value for _, values in rows for value in values.values()), default=0.0) or 1.0
     left, thick, gap = WIDTH * 0.5, 8, 8  # px
     parts, y = [], 4
@@ -106,7 +90,7 @@ def bar_chart(rows: Sequence[tuple[str, Mapping[str, float]]], label: str) -> st
         for name, value in values.items():
             width = (WIDTH - 48 - left) * value / top
             parts.append(
-                f'<rect x="{left:g}" y="{y}" width="{width:.1f}" height="{thick - 1}" fill="{colours[name]}">'
+                f'<rect x="{left:g}" y="{y}" width="{width:.1f}" height="{thick - 1}" fill="{colour_of[name]}">'
                 f"<title>{escape(row)}, {escape(name)}</title></rect>"
                 f'<text x="{left + width + 4:.1f}" y="{y + thick - 1}" font-size="8">{value:.3g}</text>'
             )
@@ -117,18 +101,18 @@ def bar_chart(rows: Sequence[tuple[str, Mapping[str, float]]], label: str) -> st
 
 
 def thin(points: Points) -> list[tuple[float, float]]:
-    """At most ``MOST`` points: means over equal pieces, so that a noisy curve keeps its course."""
+    """At most ``MOST`` points. They are means over equal pieces, so a noisy curve keeps its course."""
     if len(points) <= MOST:
         return list(points)
     edges = [round(i * len(points) / MOST) for i in range(MOST + 1)]
-    pieces = [points[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [points[a:b] for a, b in pairwise(edges)]
     return [(sum(x for x, _ in piece) / len(piece), sum(y for _, y in piece) / len(piece)) for piece in pieces]
 
 
 class _Axis:
     """Value -> px, linear or logarithmic."""
 
-    def __init__(self, low: float, high: float, start: float, end: float, log: bool = False):
+    def __init__(self, low: float, high: float, start: float, end: float, log: bool = False) -> None:
         if low == high:
             low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
         self.low, self.high, self.start, self.end, self.log = low, high, start, end, log
@@ -139,7 +123,7 @@ class _Axis:
         return self.start + part * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        """Four to eight round values; powers of ten on a logarithmic axis."""
+        """Four to eight round values. On a logarithmic axis they are powers of ten."""
         if self.log:
             powers = [10.0**k for k in range(math.ceil(math.log10(self.low)), math.floor(math.log10(self.high)) + 1)]
             return powers if len(powers) > 1 else [self.low, self.high]
@@ -150,13 +134,14 @@ class _Axis:
         return [round(k * step, 12) for k in range(first, math.floor(self.high / step) + 1)]
 
 
-def _cycle(count: int) -> list[str]:
+def colours(count: int) -> list[str]:
+    """A colour for each of ``count`` series; colours repeat when there are many series."""
     return [COLOURS[i % len(COLOURS)] for i in range(count)]
 
 
 def _legend(series: Mapping[str, Points | bool]) -> str:
     items = [
         f'<span style="color:{colour}">&#9632; {escape(name)}{"" if line else " (no finite values)"}</span>'
-        for (name, line), colour in zip(series.items(), _cycle(len(series)), strict=True)
+        for (name, line), colour in zip(series.items(), colours(len(series)), strict=True)
     ]
     return f'<p class="legend">{" ".join(items)}</p>'

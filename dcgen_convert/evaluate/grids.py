@@ -1,6 +1,4 @@
-"""Picture grids with captions: one row per prompt, one column per model, so that a stage's effect is seen at a
-glance.
-"""
+"""Grids of pictures with captions: one row per prompt and one column per model show the effect of a stage."""
 
 from __future__ import annotations
 
@@ -12,6 +10,10 @@ from dcgen_convert.core.errors import InputError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from PIL.ImageDraw import ImageDraw
+    from PIL.ImageFont import FreeTypeFont, ImageFont
+
+    Font = FreeTypeFont | ImageFont
 
 GAP = 4  # px between cells
 TITLE = 18  # px of the column titles
@@ -20,14 +22,15 @@ INK, PAPER = (32, 32, 32), (255, 255, 255)
 
 
 def grid(columns: Mapping[str, Sequence[Image]], captions: Sequence[str], side: int = 192) -> Image:
-    """One picture of all: columns side by side under their titles, a caption above each row.
+    """One picture of all pictures: columns side by side under their titles, and a caption above each row.
 
     Args:
         columns: title -> pictures, one per caption, any sizes; e.g. source | after this stage | autoencoder round trip.
-        captions: one per row, cut to the width.
-        side: px of a cell; pictures keep their aspect ratio.
+        captions: one per row; each is cut to the width of the grid.
+        side: side of a cell in px; pictures keep their aspect ratio.
 
-    Raises InputError when a column has another number of pictures than there are captions.
+    Raises:
+        InputError: a column has more or fewer pictures than there are captions, or the grid would be empty.
     """
     from PIL import Image as images
     from PIL import ImageDraw, ImageFont, ImageOps
@@ -53,8 +56,8 @@ def grid(columns: Mapping[str, Sequence[Image]], captions: Sequence[str], side: 
     return sheet
 
 
-def _fit(pen, text: str, font, width: int) -> str:
-    """``text``, shortened with "..." until it is at most ``width`` px long."""
+def _fit(pen: ImageDraw, text: str, font: Font, width: int) -> str:
+    """``text``, shortened with "..." to at most ``width`` px."""
     if pen.textlength(text, font=font) <= width:
         return text
     longest = bisect_right(range(len(text)), width, key=lambda n: pen.textlength(text[:n] + "...", font=font)) - 1

@@ -1,4 +1,4 @@
-"""The quantised layers of a run as HTML: the worst as bars, then all of them as a table."""
+"""The quantised layers of a run as HTML: bars of the worst layers, then a table of all layers."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ COLUMNS = {  # heading -> key of a layer's record
 
 
 def layer_section(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Before: 4 bits by rounding to nearest, weights and activations. After: what the bundle holds. Both are relative
-    errors of the layer's output on tokens that took no part in a choice; data-free there are errors of the weight only.
+    """HTML parts that show the error of each layer before and after.
+
+    "Before" is the error if weights and activations are only rounded to the nearest 4-bit values. "After" is the error
+    of the layer in the bundle. Both are relative errors of the layer's output, on tokens that no choice was based on.
+    Without calibration data only the errors of the weight are known.
     """
     kind = "error" if any("error" in record for record in records) else "weight_error"
     measured = sorted((record for record in records if kind in record), key=lambda record: -record[kind])[:WORST]

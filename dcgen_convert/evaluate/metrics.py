@@ -11,8 +11,9 @@ from dcgen_convert.core.errors import InputError
 
 
 def psnr(a: Tensor, b: Tensor, peak: float = 1.0) -> float:
-    """Peak signal-to-noise ratio [dB] of two tensors of one shape whose values span ``peak``; infinity when they are
-    equal.
+    """Peak signal-to-noise ratio in dB of two tensors of one shape; infinity when they are equal.
+
+    ``peak`` is the largest value minus the smallest value that a pixel can have.
     """
     if a.shape != b.shape:
         raise InputError(f"PSNR compares pictures of one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
@@ -23,11 +24,13 @@ def psnr(a: Tensor, b: Tensor, peak: float = 1.0) -> float:
 def frechet(a: Tensor, b: Tensor) -> float:
     """Frechet distance between Gaussians fitted to two sets of features, (N, D) and (M, D).
 
-    |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2), with unbiased covariances (Heusel et al., arXiv 1706.08500, eq.
-    6). tr (S_a S_b)^1/2 is the sum of the square roots of the eigenvalues of S_a^1/2 S_b S_a^1/2, which is symmetric:
-    no complex square root, and no trouble with covariances of low rank (fewer samples than features).
+    It is |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) with unbiased covariances (Heusel et al., arXiv 1706.08500,
+    eq. 6). tr (S_a S_b)^1/2 is computed as the sum of the square roots of the eigenvalues of S_a^1/2 S_b S_a^1/2. This
+    matrix is symmetric, so no square root is complex, and covariances of low rank (fewer samples than features) do no
+    harm.
 
-    Raises InputError for fewer than two samples, features of different lengths, or features that are not finite.
+    Raises:
+        InputError: fewer than two samples, features of different lengths, or features that are not finite.
     """
     for features in (a, b):
         if features.ndim != 2 or len(features) < 2 or features.shape[1] != a.shape[1]:

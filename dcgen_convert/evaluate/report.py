@@ -1,11 +1,11 @@
-"""The HTML report of a run: `dcgen-convert report RUN`. One file, no script, no network: pictures and charts are
-inside it.
+"""The HTML report of a run: `dcgen-convert report RUN`.
 
-It reads what the stages left, and knows none of them by name:
-    RUN/<stage>/stage.json     metrics and seconds: numbers go into a table; lists of numbers into a chart over their
-                               index, lists under one name into one chart (the gap of every block, before and after);
-                               lists of records with a "module" into bars of the worst layers and a table of all
-    RUN/<stage>/**/*.jsonl     one line per step: loss, grad_norm and lr become curves over "step"
+The report is one file without scripts; pictures and charts are inside it, and it needs no network. It reads the files
+that the stages wrote, and knows no stage by name:
+    RUN/<stage>/stage.json     metrics and seconds. Numbers become a table. Lists of numbers become charts over their
+                               index; lists under one name share a chart (the gap of every block, before and after).
+                               Lists of records with a "module" become bars of the worst layers and a table of all.
+    RUN/<stage>/**/*.jsonl     one line per step. loss, grad_norm and lr become curves over "step".
     RUN/<stage>/**/*.png       grids and pictures
 """
 
@@ -27,6 +27,7 @@ MARKER = "stage.json"
 REPORT = "report.html"
 QUANTISED = "quantization.json"  # beside 4-bit weights: the record of every layer (svdquant.assemble.RECORDS)
 PICTURES = 8  # per stage; grids first
+Series = dict[str, list[tuple[float, float]]]  # name of a line in a chart -> its points (x, y)
 CURVES = ("loss", "grad_norm", "lr")  # columns drawn, in this order, where a step file has them
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; }
@@ -41,9 +42,12 @@ pre { background: #f5f5f5; padding: .8em; overflow-x: auto; }
 
 
 def write_report(run: Path, output: Path | None = None) -> Path:
-    """Write the report of the run folder ``run`` to ``output`` (default RUN/report.html) and return its path.
+    """Write the report of the run folder ``run`` to ``output`` (default: RUN/report.html), and return its path.
 
-    Of a folder that `quantize` wrote the report is its layers. Raises InputError for a folder that is neither.
+    The report of a folder that `quantize` wrote shows its layers.
+
+    Raises:
+        InputError: ``run`` is neither a run folder nor a folder that `quantize` wrote.
     """
     run = Path(run)
     stages = finished_stages(run)
@@ -89,8 +93,8 @@ def _timings(stages: list[tuple[Path, dict[str, Any]]]) -> str:
 
 
 def _compared(stages: list[tuple[Path, dict[str, Any]]]) -> list[str]:
-    """Lists that more than one stage measured, such as the gap of every block, with one line per stage."""
-    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    """Charts of lists that several stages measured, such as the gap of every block, with one line per stage."""
+    found: dict[str, Series] = {}
     for folder, record in stages:
         for name, series in charts(record.get("metrics") or {}).items():
             for line, points in series.items():
@@ -127,7 +131,7 @@ def _stage(folder: Path, record: Mapping[str, Any]) -> list[str]:
 
 
 def _curves(path: Path, name: str) -> list[str]:
-    """Charts of a step file; nothing for a jsonl of another kind. A last line cut off by a crash is left out."""
+    """Charts of a step file, or nothing for another kind of jsonl. A last line that a crash cut off is left out."""
     lines = path.read_text(encoding="utf-8").splitlines()
     records = []
     for i, line in enumerate(lines):
@@ -149,8 +153,8 @@ def _curves(path: Path, name: str) -> list[str]:
 
 
 def scalars(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Numbers, texts, flags and lists of texts in nested metrics as (dotted name, value)."""
-    rows = []
+    """Numbers, texts, flags and lists of texts in nested metrics, as (dotted name, value)."""
+    rows: list[tuple[str, Any]] = []
     for key, value in tree.items():
         if isinstance(value, Mapping):
             rows += scalars(value, f"{prefix}{key}.")
@@ -161,9 +165,9 @@ def scalars(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return rows
 
 
-def charts(tree: Mapping[str, Any], prefix: str = "") -> dict[str, dict[str, list[tuple[float, float]]]]:
+def charts(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Series]:
     """Lists of numbers in nested metrics: chart name -> series. Lists under one parent share a chart."""
-    own = {
+    own: Series = {
         key: list(enumerate(value))
         for key, value in tree.items()
         if isinstance(value, list) and value and all(map(_is_number, value))

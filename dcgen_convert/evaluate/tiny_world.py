@@ -1,7 +1,7 @@
-"""Attribute accuracy and Frechet distance on the tiny world, by its own evaluator.
+"""Attribute accuracy and Frechet distance in the tiny world, measured by its own evaluator.
 
-Attribute accuracy: fraction of caption attributes (shape, colour, scene, place, size, texture) that the evaluator reads
-off the picture. Class-conditional pictures are asked for shape and colour only.
+Attribute accuracy: the fraction of the caption's attributes (shape, colour, scene, place, size, texture) that the
+evaluator finds in the picture. For class-conditional pictures only shape and colour count.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ WEIGHTS = Path(world.__file__).parent / "weights" / "evaluator.safetensors"
 
 @cache
 def judge() -> Evaluator:
+    """The shipped evaluator."""
     model = Evaluator()
     model.load_state_dict(load_file(WEIGHTS))
     return model.eval()
 
 
 def accuracy(pictures: Tensor, captions: list[str]) -> float:
-    """Fraction of right attributes, 0..1; pictures (B, 3, H, W) in [-1, 1]."""
+    """Fraction of attributes that are right, 0..1, of pictures (B, 3, H, W) in [-1, 1]."""
     wanted = [asked(caption) for caption in captions]
     shown = judge().read(pictures)
     right = [float(shown[i, column] == value) for i, labels in enumerate(wanted) for column, value in labels.items()]
@@ -37,7 +38,7 @@ def accuracy(pictures: Tensor, captions: list[str]) -> float:
 
 
 def asked(caption: str) -> dict[int, int]:
-    """Attribute column -> value that a caption (all six) or a class name ("red circle") asks for."""
+    """Column of an attribute -> wanted value. A caption asks for all six, a class name ("red circle") for two."""
     labels = world.parse(caption)
     if labels is not None:
         return dict(enumerate(labels))
@@ -51,14 +52,14 @@ def asked(caption: str) -> dict[int, int]:
 
 @torch.no_grad()
 def features(pictures: Tensor) -> Tensor:
-    """(B, FEATURES) for a Frechet distance."""
+    """Features of the pictures for a Frechet distance, (B, FEATURES)."""
     return torch.cat([judge().embed(part) for part in pictures.split(100)])
 
 
 def distance(pictures: Tensor, captions: list[str], seed: int = 31) -> float:
-    """Frechet distance to freshly drawn pictures, as many as are given (at least 256).
+    """Frechet distance to newly drawn pictures. There are as many of them as ``pictures``, but at least 256.
 
-    Pictures of classes are measured against pictures of classes.
+    For pictures of classes the newly drawn pictures are of classes too.
     """
     labels = world.sample_labels(max(256, len(pictures)), seed, by_class=world.parse(captions[0]) is None)
     real = torch.cat([world.draw(rows, seed + i) for i, rows in enumerate(labels.split(100))])

@@ -1,1 +1,1 @@
-"""diffusers' networks: transformers, autoencoders and stock pipelines, loaded and checked."""
+"""The networks of diffusers: transformers, autoencoders and stock pipelines are loaded and checked here."""

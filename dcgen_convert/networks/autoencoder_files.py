@@ -1,8 +1,9 @@
-"""Autoencoders that are no diffusers folder yet: a single file, the first K channels of structured latents, latents
-scaled channel by channel. Each is rewritten into an ordinary AutoencoderDC folder, so that no other part has to know of
-it.
+"""Autoencoders that are not a diffusers folder yet.
 
-C latent channels, K <= C of them that are used, W width of the innermost level, f compression.
+These are: a single file, the first K channels of structured latents, and latents with a scale per channel. Each is
+rewritten as an ordinary AutoencoderDC folder, so that no other module has to know about it.
+
+C latent channels, K <= C of them in use, W width of the innermost level, f compression.
 """
 
 from __future__ import annotations
@@ -32,11 +33,13 @@ def is_file(name: str) -> bool:
 
 
 def file_and_config(name: str) -> tuple[Path, dict[str, Any]]:
-    """The file of FILE.safetensors[:ALIAS | :FOLDER] and its config: a published one, or config.json in FOLDER or
-    beside it.
+    """The file of FILE.safetensors[:ALIAS | :FOLDER], and its config.
+
+    The config is the published one of ALIAS, or the config.json in FOLDER. Without both it is the config.json beside
+    the file.
 
     Raises:
-        InputError: no such file, or nothing says which autoencoder it is.
+        InputError: there is no such file, or nothing says which autoencoder it is.
     """
     stem, _, which = name.partition(f"{SUFFIX}:") if f"{SUFFIX}:" in name else (name.removesuffix(SUFFIX), "", "")
     path = Path(stem + SUFFIX).expanduser()
@@ -57,11 +60,12 @@ def file_and_config(name: str) -> tuple[Path, dict[str, Any]]:
 
 
 def published_config(alias: str) -> dict[str, Any]:
-    """Config of a published DC-AE 1.0 of the kinds `in`, `mix` and `sana-1.x` (arXiv 2410.10733, the authors' model
-    zoo).
+    """Config of a published DC-AE 1.0 of the kinds `in`, `mix` and `sana-1.x`.
+
+    Source: arXiv 2410.10733 and the authors' list of models.
 
     Raises:
-        InputError: another kind, whose original files diffusers has no map for.
+        InputError: another kind; diffusers cannot translate the tensor names of its original files.
     """
     entry = catalog.AUTOENCODERS[alias]
     kind = (entry.repo or "").partition("dc-ae-f")[2]
@@ -76,7 +80,7 @@ def published_config(alias: str) -> dict[str, Any]:
         "scaling_factor": entry.scaling_factor,
     }
     if "-sana-" in kind:
-        scales = [[]] * 3 + [[5]] * 3
+        scales: list[list[int]] = [[]] * 3 + [[5]] * 3
         return {
             **common,
             "encoder_layers_per_block": [2, 2, 2, 3, 3, 3],
@@ -88,7 +92,7 @@ def published_config(alias: str) -> dict[str, Any]:
         }
     if "-in-" not in kind and "-mix-" not in kind:
         raise InputError(
-            f"the original files of {alias} cannot be read: diffusers has no map for their tensor names",
+            f"the original files of {alias} cannot be read: diffusers cannot translate their tensor names",
             f"use --ae {alias}, which takes {entry.repo or 'the shipped folder'}, or give a folder with a config.json",
         )
     inner = levels - 3
@@ -104,7 +108,7 @@ def published_config(alias: str) -> dict[str, Any]:
 
 
 def folder_of_file(name: str, work: Path) -> Path:
-    """The AutoencoderDC folder of FILE.safetensors[:CONFIG], written into ``work`` unless it is there already."""
+    """Write FILE.safetensors[:CONFIG] as an AutoencoderDC folder in ``work``, unless it is there; return the folder."""
     path, config = file_and_config(name)
     return _once(
         work / "autoencoder",
@@ -114,13 +118,16 @@ def folder_of_file(name: str, work: Path) -> Path:
 
 
 def prefix_of_folder(origin: Path, channels: int, work: Path) -> Path:
-    """An autoencoder of the first ``channels`` latent channels of the one in ``origin``, written into ``work``."""
+    """Write the first ``channels`` latent channels of the autoencoder ``origin`` as a folder in ``work``; return it."""
     made_of = {path.name: sha256(path) for path in sorted(origin.glob(f"*{SUFFIX}"))} | {"channels": channels}
     return _once(work / f"autoencoder-{channels}", made_of, lambda folder: write_rewritten(origin, folder, channels))
 
 
 def _once(folder: Path, made_of: dict[str, Any], write: Callable[[Path], None]) -> Path:
-    """``folder``, written unless the marker beside it says that it is made of just this; the marker comes last."""
+    """Call ``write(folder)`` unless the marker beside the folder says that it is made of the same; return the folder.
+
+    The marker is written last, so an interrupted write is repeated.
+    """
     marker = folder.with_suffix(".json")
     if not (marker.exists() and read_json(marker) == made_of):
         marker.unlink(missing_ok=True)
@@ -130,11 +137,12 @@ def _once(folder: Path, made_of: dict[str, Any], write: Callable[[Path], None]) 
 
 
 def write_file_as_folder(path: Path, config: dict[str, Any], output: Path) -> None:
-    """Write the single file ``path``, in diffusers' or the authors' tensor names, as the AutoencoderDC folder
-    ``output``.
+    """Write the single file ``path`` as the AutoencoderDC folder ``output``.
+
+    The tensor names are those of diffusers or those of the authors.
 
     Raises:
-        InputError: its tensors are not those of the config; the message names the first that differs.
+        InputError: the tensors do not fit the config; the message names the first tensor that differs.
     """
     import torch
     from diffusers import AutoencoderDC
@@ -161,16 +169,16 @@ def write_file_as_folder(path: Path, config: dict[str, Any], output: Path) -> No
 
 
 def write_rewritten(folder: Path, output: Path, channels: int | None = None, rms: Tensor | None = None) -> None:
-    """Write the AutoencoderDC ``folder`` as one whose latents are the first ``channels`` divided by ``rms``.
+    """Write the AutoencoderDC ``folder`` as another one: its latents are the first ``channels`` divided by ``rms``.
 
-    z'_c = z_c / rms_c for c < K; decode takes the channels beyond K as zero, which is how DC-AE 1.5 trains its
-    structured latents (arXiv 2508.00413). Both maps are linear, so they go into encoder.conv_out and decoder.conv_in,
-    and with them the shortcuts beside these two, whose grouping follows from C: mean over W / C channels, repetition W
-    / C times.
+    Encoding: z'_c = z_c / rms_c for c < K. Decoding takes the channels beyond K as zero, as DC-AE 1.5 does when it
+    trains its structured latents (arXiv 2508.00413). Both maps are linear, so they go into the weights of
+    encoder.conv_out and decoder.conv_in. The shortcuts beside these two go into the weights too, because their groups
+    depend on C: one is a mean over W / C channels, the other repeats each channel W / C times.
 
     Args:
         channels: K; None: all.
-        rms: (K,) scale of every channel, after which scaling_factor is 1; None leaves the latents' scale.
+        rms: (K,) scale of every channel; the new scaling_factor is 1. None: the latents keep their scale.
     """
     import torch
     from safetensors.torch import load_file
@@ -183,12 +191,8 @@ def write_rewritten(folder: Path, output: Path, channels: int | None = None, rms
     out, bias, into = (
         tensors[name] for name in ("encoder.conv_out.weight", "encoder.conv_out.bias", "decoder.conv_in.weight")
     )
-    dtype, out, bias, into = (
-        out.dtype,
-        out.double(),
-        bias.double(),
-        into.double(),
-    )  # out (C, W, 3, 3), into (W, C, 3, 3)
+    dtype = out.dtype
+    out, bias, into = out.double(), bias.double(), into.double()  # out (C, W, 3, 3), into (W, C, 3, 3)
     if config.get("encoder_out_shortcut", True):
         group = out.shape[1] // c
         out[:, :, 1, 1] += torch.eye(c, dtype=torch.float64).repeat_interleave(group, 1) / group

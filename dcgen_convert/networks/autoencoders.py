@@ -1,8 +1,9 @@
-"""Base VAE and deep-compression autoencoder behind one interface: pixels <-> model latents.
+"""One interface for base VAEs and deep-compression autoencoders: pixels <-> model latents.
 
-Model latents are what the transformer sees: (z - shift) * scale for FLUX-like VAEs, z * scale for SD-like VAEs and
-DC-AE; scale and shift are numbers, or per channel (Qwen-Image), or per channel and place in a 2 x 2 patch (FLUX.2). B
-batch, C latent channels, H W px, h = H / f.
+Model latents are what the transformer sees: (z - shift) * scale for VAEs like FLUX's, z * scale for VAEs like Stable
+Diffusion's and for DC-AE. Scale and shift are numbers, or tensors with a value per channel (Qwen-Image), or with a
+value per channel and place in a 2 x 2 patch (FLUX.2).
+B batch, C latent channels, H W px, h = H / f.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_json
+from dcgen_convert.families.base import Network
 from dcgen_convert.families.grid import tile_sizes
+from dcgen_convert.networks.folder import load_folder
 
 CLASSES = (
     "AutoencoderDC",
@@ -35,11 +38,12 @@ class Codec:
         model: the diffusers autoencoder, in eval mode (DC-AE decoders hold BatchNorm).
         factor: spatial compression f.
         channels: latent channels C.
-        scale, shift: model latent = (z - shift) * scale; a number, or (C, 1, p, 1, p) for every place in a p x p patch.
-        frames: whether pixels and latents have a frame axis, (B, 3, 1, H, W).
+        scale, shift: model latent = (z - shift) * scale. A number, or (C, 1, p, 1, p): a value for each place in a
+            p x p patch.
+        frames: whether the autoencoder's pixels and latents have a frame axis, (B, 3, 1, H, W).
     """
 
-    model: nn.Module
+    model: Network
     factor: int
     channels: int
     scale: float | Tensor
@@ -48,7 +52,7 @@ class Codec:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> model latents (B, C, H/f, W/f) float32; the posterior's mean, no sampling."""
+        """(B, 3, H, W) in [-1, 1] -> model latents (B, C, H/f, W/f) float32: the posterior's mean, not a sample."""
         pixels = pixels.to(self.model.device, self.model.dtype)
         encoded = self.model.encode(pixels.unsqueeze(2) if self.frames else pixels)
         latent = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
@@ -64,7 +68,7 @@ class Codec:
         return (pixels.squeeze(2) if self.frames else pixels).float().clamp(-1, 1)
 
     def _patches(self, latents: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, h / p, p, w / p, p) float32, p as in the scale."""
+        """(B, C, h, w) -> (B, C, h / p, p, w / p, p) float32, with the p of the scale."""
         p = self.scale.shape[-1] if isinstance(self.scale, Tensor) else 1
         return latents.float().unflatten(-1, (-1, p)).unflatten(-3, (-1, p))
 
@@ -73,30 +77,16 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", 
     """Load the autoencoder in ``folder`` (config.json + safetensors).
 
     Raises:
-        InputError: no autoencoder there, weights that contradict the config, NaN weights, or latents of another shape
-            than the config says.
+        InputError: there is no autoencoder, its weights do not fit its config or hold NaN, or its latents do not have
+            the shape that the config says.
     """
-    import diffusers
-
     config = describe(folder)
-    name = config["_class_name"]
-    try:
-        model, info = getattr(diffusers, name).from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, use_safetensors=True
-        )
-    except (ValueError, RuntimeError, OSError) as error:
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(
-            f"the autoencoder {folder} does not load: {first[:200]}", f"dcgen-convert inspect {folder}"
-        ) from error
-    problems = [*info["missing_keys"], *(str(entry) for entry in info["mismatched_keys"])]
-    if problems:
-        raise InputError(f"the autoencoder {folder} lacks weights that its config asks for: {', '.join(problems[:3])}")
+    model = load_folder(folder, "autoencoder", dtype)
     bad = next((key for key, value in model.named_parameters() if not torch.isfinite(value).all()), None)
     if bad:
         raise InputError(f"the autoencoder {folder} holds NaN or infinite values in {bad}", "fetch the file again")
     factor, channels = geometry(config)
-    if name == "AutoencoderDC":  # off until someone calls enable_tiling, which then finds tiles that fit
+    if config["_class_name"] == "AutoencoderDC":  # tiling stays off, but enable_tiling() finds tile sizes that fit
         tile, stride = tile_sizes(factor)
         model.enable_tiling(tile, tile, stride, stride)
         model.disable_tiling()
@@ -105,7 +95,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", 
         factor,
         channels,
         *normalisation(model, config, scale),
-        frames=name == "AutoencoderKLQwenImage",
+        frames=config["_class_name"] == "AutoencoderKLQwenImage",
     )
     shape = tuple(codec.encode(torch.zeros(1, 3, 2 * factor, 2 * factor)).shape)
     if shape != (1, channels, 2, 2):
@@ -116,19 +106,19 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", 
     return codec
 
 
-def normalisation(model: nn.Module, config: dict[str, Any], scale: float | None) -> tuple:
-    """(scale, shift) of a `Codec`, from where the autoencoder's class keeps them."""
+def normalisation(model: Network, config: dict[str, Any], scale: float | None) -> tuple[float | Tensor, float | Tensor]:
+    """(scale, shift) of a `Codec`: each class of autoencoder keeps them in another place."""
     if config["_class_name"] == "AutoencoderKLQwenImage":
         mean, std = (torch.tensor(config[key]).view(-1, 1, 1, 1, 1) for key in ("latents_mean", "latents_std"))
         return 1 / std.to(model.device), mean.to(model.device)
     if config["_class_name"] == "AutoencoderKLFlux2":  # statistics of 2 x 2 patches, channel first
         std = (model.bn.running_var.float() + model.config.batch_norm_eps).sqrt()
-        return tuple(value.view(-1, 1, 2, 1, 2) for value in (1 / std, model.bn.running_mean.float()))
+        return (1 / std).view(-1, 1, 2, 1, 2), model.bn.running_mean.float().view(-1, 1, 2, 1, 2)
     return scale or config["scaling_factor"], config.get("shift_factor") or 0.0
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """Config of the autoencoder in ``folder``; InputError when it is not one that the tool knows."""
+    """Config of the autoencoder in ``folder``; InputError when the tool does not know its class."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise InputError(

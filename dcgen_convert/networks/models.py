@@ -1,4 +1,4 @@
-"""Loading a transformer folder, with re-made modules laid over it."""
+"""Loading a transformer folder, and replacing its embedder and head by those of the conversion."""
 
 from __future__ import annotations
 
@@ -9,43 +9,33 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.core.files import read_json
+from dcgen_convert.families.base import Network
+from dcgen_convert.networks.folder import load_folder
 
-MODULES = "modules.safetensors"  # whole tensors of the embedder and head under the transformer's own names, float32
+MODULES = "modules.safetensors"  # all tensors of the embedder and the head, with the transformer's names, in float32
 TRANSFORMER = "transformer"
 
 
-def load(folder: Path, dtype: torch.dtype, modules: Path | None = None, device: str = "cpu") -> nn.Module:
+def load(folder: Path, dtype: torch.dtype, modules: Path | None = None, device: str = "cpu") -> Network:
     """The diffusers transformer in ``folder``, frozen, in eval mode.
 
-    Training keeps eval mode too: the only thing that training mode changes in these models is DiT's label dropout,
-    which drops labels block by block. Text drop is the objective's work.
+    Training uses eval mode too. In these models training mode changes only the label dropout of DiT, which drops labels
+    in each block separately. The training objective drops the text instead.
 
     Args:
-        modules: safetensors file whose tensors replace the folder's.
-    Raises:
-        InputError: weights missing or of other shapes than the config says.
-    """
-    import diffusers
+        modules: safetensors file; its tensors replace those of the folder.
 
-    cls = getattr(diffusers, read_json(Path(folder) / "config.json")["_class_name"])
-    try:
-        model, info = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True, use_safetensors=True)
-    except (ValueError, RuntimeError) as error:
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(
-            f"the transformer {folder} does not load: {first[:200]}", f"dcgen-convert inspect {folder}"
-        ) from error
-    problems = [*info["missing_keys"], *(str(entry) for entry in info["mismatched_keys"])]
-    if problems:
-        raise InputError(f"the transformer {folder} lacks weights that its config asks for: {', '.join(problems[:3])}")
+    Raises:
+        InputError: weights are missing or do not have the shapes that the config asks for.
+    """
+    model = load_folder(folder, TRANSFORMER, dtype)
     if modules:
         load_modules(model, modules)
     return model.eval().requires_grad_(False).to(device)
 
 
 def load_modules(model: nn.Module, path: Path) -> None:
-    """Overwrite the tensors named in ``path``; InputError for one that the model lacks."""
+    """Overwrite the model's tensors with those in ``path``; InputError for a tensor that does not fit the model."""
     state = dict(model.named_parameters())
     for name, value in load_file(path).items():
         if name not in state or state[name].shape != value.shape:

@@ -1,9 +1,10 @@
-"""The stock pipeline of a source, whole or only its text encoders, and drawing with it from per-picture seeds."""
+"""The stock pipeline of a source: loading all or only its text encoders, and drawing with one seed per picture."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,18 +12,20 @@ from torch import Tensor
 from dcgen_convert.checkpoint.source import Source
 from dcgen_convert.core import pulse
 from dcgen_convert.families import Family, Text
+from dcgen_convert.families.base import Pipeline
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def device() -> str:
+    """Where networks run: a GPU if this machine has one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_pipeline(source: Source, dtype: torch.dtype, **components):
-    """The source's stock pipeline; ``components`` replace parts (None leaves one out).
+def load_pipeline(source: Source, dtype: torch.dtype, **components: Any) -> Pipeline:
+    """The stock pipeline of the source. ``components`` replace its parts; None leaves a part out.
 
-    Without a safety checker: what it paints black is no training data.
+    The safety checker is always left out: pictures that it paints black are useless as training data.
     """
     if "safety_checker" in source.index:
         components = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False, **components}
@@ -32,26 +35,26 @@ def load_pipeline(source: Source, dtype: torch.dtype, **components):
         )
     pipeline.set_progress_bar_config(disable=True)
     network = getattr(pipeline, source.family.component)
-    if network is not None:  # a batch of large pictures takes many minutes, one pass of the network does not
+    if network is not None:  # a sign of life per pass of the network: a batch of large pictures takes many minutes
         network.register_forward_hook(pulse.bump)
     return pipeline.to(device())
 
 
-def load_text_encoders(source: Source, dtype: torch.dtype):
-    """The pipeline without transformer and autoencoder: all that encoding prompts needs."""
+def load_text_encoders(source: Source, dtype: torch.dtype) -> Pipeline:
+    """The pipeline without transformer and autoencoder. It can encode prompts."""
     return load_pipeline(source, dtype, **{source.family.component: None, "vae": None})
 
 
 @torch.no_grad()
-def encode_text(family: Family, pipeline, prompts: Sequence[str], length: int) -> Text:
-    """Conditions of ``prompts``, each tensor (B, ...) on the CPU."""
+def encode_text(family: Family, pipeline: Pipeline, prompts: Sequence[str], length: int) -> Text:
+    """Conditions of the B ``prompts``; each tensor is (B, ...) and on the CPU."""
     return {key: value.cpu() for key, value in family.encode_text(pipeline, list(prompts), length).items()}
 
 
 @torch.no_grad()
 def draw(
     family: Family,
-    pipeline,
+    pipeline: Pipeline,
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
@@ -60,7 +63,7 @@ def draw(
     guidance: float,
     length: int,
 ) -> Tensor:
-    """Pictures of ``prompts``, (B, 3, side, side) in [-1, 1]; the picture of a seed does not depend on its batch."""
+    """Pictures of ``prompts``, (B, 3, side, side) in [-1, 1]; a picture depends on its seed, not on its batch."""
     call = family.pipeline_call(
         pipeline, list(prompts), height=side, width=side, steps=steps, guidance=guidance, length=length
     )
@@ -70,9 +73,7 @@ def draw(
 
 @contextmanager
 def quiet_diffusers() -> Iterator[None]:
-    """Without diffusers' bars, and without its warning that an AutoencoderDC is not the AutoencoderKL of the type
-    hint.
-    """
+    """Hide the progress bars of diffusers, and its warning that the autoencoder is not an AutoencoderKL."""
     from diffusers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -86,8 +87,8 @@ def quiet_diffusers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def stock_pipeline(source: Source) -> type:
-    """The diffusers class that draws with this family."""
+def stock_pipeline(source: Source) -> Any:
+    """The diffusers class that draws with this source."""
     import diffusers
 
     return getattr(diffusers, source.family.pipeline_of(source.index))

@@ -1,9 +1,11 @@
-"""The judge of the tiny world: reads the six attributes off a picture, and gives features for a Frechet distance.
+"""The judge of the tiny world: it reads the six attributes from a picture, and gives features for a Frechet distance.
 
-Trained on drawn pictures only, apart from every model that it judges.
+It was trained with drawn pictures only. It has no part in the training of the models that it judges.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +17,13 @@ FEATURES = 96
 
 
 class Evaluator(nn.Module):
-    """Strided convolutions, features on a 4 x 4 grid, one linear head per attribute."""
+    """Convolutions with stride 2 down to a 4 x 4 grid, features from it, and one linear head per attribute."""
 
     def __init__(self) -> None:
         super().__init__()
         widths = (3, 16, 32, 48, 64, 64)
         layers: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after), nn.SiLU()]
         self.trunk = nn.Sequential(*layers)  # (B, 3, 128, 128) -> (B, 64, 4, 4)
         self.features = nn.Linear(64 * 16, FEATURES)
@@ -40,5 +42,5 @@ class Evaluator(nn.Module):
 
     @torch.no_grad()
     def read(self, pictures: Tensor) -> Tensor:
-        """Attribute indices that the pictures show, (B, 6)."""
+        """Attribute indices of the pictures, (B, 6)."""
         return torch.stack([logits.argmax(1) for logits in self(pictures)], dim=1)

@@ -1,12 +1,12 @@
-"""The tiny world: captioned pictures drawn from six attributes, the ground truth of everything under ``tiny/``.
+"""The tiny world: pictures with captions, drawn from six attributes. All models under ``tiny/`` learn from them.
 
-A picture shows one shape on one scene; its caption names all six attributes, each by a word that no other
-attribute uses, so that the caption is unambiguous even as a bag of words:
+A picture shows one shape on one scene. Its caption names all six attributes, each by a word that no other attribute
+uses. So the caption is clear even when the order of its words is lost:
 
     a small striped red circle at the top left on grass
 
-5,400 distinct captions. Pictures are 128 x 128 RGB in [-1, 1], anti-aliased, with jitter in position, size,
-colour and background so that no two are alike. Drawing is deterministic in (attributes, seed).
+There are 5,400 captions. Pictures are 128 x 128 RGB in [-1, 1], anti-aliased. Position, size, colour and background
+have random jitter, so that no two pictures are alike. The same attributes and the same seed give the same picture.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def caption(labels: Sequence[int]) -> str:
 
 
 def parse(text: str) -> list[int] | None:
-    """Attribute indices of a caption written by :func:`caption`; None when a word is missing."""
+    """Attribute indices of a caption that :func:`caption` wrote; None when a word is missing."""
     labels = []
     for names in ATTRIBUTES.values():
         found = [i for i, name in enumerate(names) if f" {name} " in f" {text} "]
@@ -78,7 +78,7 @@ def parse(text: str) -> list[int] | None:
 def sample_labels(count: int, seed: int, by_class: bool = False) -> torch.Tensor:
     """``count`` rows of uniformly drawn attribute indices, (count, 6) int64.
 
-    by_class: the pictures that class-conditional models know: plain in texture, in the center.
+    by_class: rows for class-conditional models. All their pictures have a plain texture and a shape in the centre.
     """
     generator = torch.Generator().manual_seed(seed)
     columns = [torch.randint(len(names), (count,), generator=generator) for names in ATTRIBUTES.values()]
@@ -93,8 +93,9 @@ def draw(labels: torch.Tensor, seed: int, side: int = SIDE) -> torch.Tensor:
 
     Args:
         labels: (B, 6) attribute indices.
-        seed: of all jitter; the same (labels, seed) gives the same pixels.
+        seed: seed of all jitter; the same (labels, seed) gives the same pixels.
         side: height and width in px.
+
     Returns:
         (B, 3, side, side) float32 in [-1, 1].
     """
@@ -138,7 +139,7 @@ def _wave(position: torch.Tensor, period: torch.Tensor) -> torch.Tensor:
 
 
 def _signed_distance(shape: torch.Tensor, dx: torch.Tensor, dy: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
-    """Distance in px from the outline (negative inside), (B, H, W); about equal areas for every shape."""
+    """Distance in px from the outline, negative inside, (B, H, W). All shapes have about the same area."""
     radial = (dx**2 + dy**2).sqrt()
     ax, ay = dx.abs(), dy.abs()
     arm = 0.34 * r

@@ -82,7 +82,7 @@ def test_a_single_file_must_say_what_it_is(original, tmp_path):
         find_autoencoder(str(file), tmp_path / "work")
     with pytest.raises(InputError, match="its config asks for"):
         find_autoencoder(f"{file}:dc-ae-f32-mix", tmp_path / "work")
-    with pytest.raises(InputError, match="diffusers has no map"):
+    with pytest.raises(InputError, match="diffusers cannot translate"):
         find_autoencoder(f"{file}:dc-ae-1.5-f64", tmp_path / "work")
     with pytest.raises(InputError, match="neither an alias nor a folder"):
         find_autoencoder(f"{file}:nowhere", tmp_path / "work")

@@ -5,14 +5,13 @@ import json
 import os
 import re
 from html.parser import HTMLParser
-from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
 
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import write_json
-from dcgen_convert.evaluate.charts import MOST, bar_chart, line_chart, line_file, thin
+from dcgen_convert.evaluate.charts import MOST, bar_chart, line_chart, thin
 from dcgen_convert.evaluate.report import charts, write_report
 
 
@@ -118,17 +117,6 @@ def test_values_that_cannot_be_drawn():
     assert "nan" not in svg and "bad (no finite values)" in svg and len(coordinates(svg)[0]) == 2
     assert line_chart({"bad": [(0, nan)]}, x_label="x", y_label="y") == "<p>no finite values</p>"
     assert "circle" in line_chart({"one": [(3, 2)]}, x_label="x", y_label="y")
-
-
-def test_a_chart_in_a_file_of_its_own_is_the_chart_of_the_report():
-    series = {"a <b>": [(1, 2), (2, 4), (4, 3)], "b": [(1, 1), (4, 5)]}
-    picture = line_file(series, x_label="x", y_label="y")
-    root = ElementTree.fromstring(picture)  # well-formed, with the namespace that an image viewer needs
-    assert root.tag == "{http://www.w3.org/2000/svg}svg"
-    assert coordinates(picture) == coordinates(line_chart(series, x_label="x", y_label="y"))
-    assert picture.count("<circle") == 5
-    assert [span.text for span in root.iter("{http://www.w3.org/2000/svg}tspan")] == ["\u25a0 a <b>", "\u25a0 b"]
-    assert line_file({"a": []}, x_label="x", y_label="y") == ""
 
 
 def test_long_curves_are_averaged():

@@ -88,8 +88,12 @@ def test_what_may_be_z_image_turbo_is_a_warning(tmp_path):
     folder = tmp_path / "mine"
     for shift, name, says in (
         (6.0, "mine", None),
-        (3.0, "mine", "mine may be Z-Image-Turbo .its scheduler's shift is 3, Z-Image's is 6.: distilled to 8 steps"),
-        (6.0, "Tongyi-MAI/Z-Image-Turbo", "its name says turbo.: distilled"),
+        (
+            3.0,
+            "mine",
+            "mine may be Z-Image-Turbo .its scheduler's shift is 3, Z-Image's is 6.: it was distilled",
+        ),
+        (6.0, "Tongyi-MAI/Z-Image-Turbo", "its name says turbo.: it was distilled"),
     ):
         (folder / "scheduler").mkdir(parents=True, exist_ok=True)
         (folder / "scheduler" / "scheduler_config.json").write_text(

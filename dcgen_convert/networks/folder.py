@@ -1,0 +1,36 @@
+"""Loading a network from a diffusers folder, with errors that say what is wrong with the folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.files import read_json
+from dcgen_convert.families.base import Network
+
+
+def load_folder(folder: Path, what: str, dtype: torch.dtype) -> Network:
+    """The network in ``folder``, of the diffusers class that its config.json names.
+
+    Args:
+        what: kind of network for the messages, such as "transformer".
+
+    Raises:
+        InputError: the weights do not load, or some that the config asks for are missing or have another shape.
+    """
+    import diffusers
+
+    cls = getattr(diffusers, read_json(Path(folder) / "config.json")["_class_name"])
+    try:
+        model, info = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True, use_safetensors=True)
+    except (ValueError, RuntimeError, OSError) as error:
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(
+            f"the {what} {folder} does not load: {first[:200]}", f"dcgen-convert inspect {folder}"
+        ) from error
+    problems = [*info["missing_keys"], *(str(entry) for entry in info["mismatched_keys"])]
+    if problems:
+        raise InputError(f"the {what} {folder} lacks weights that its config asks for: {', '.join(problems[:3])}")
+    return model
