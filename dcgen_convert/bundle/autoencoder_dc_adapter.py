@@ -14,7 +14,7 @@ pipeline.
 
 The file is copied into a bundle's vae/ folder and loaded from there by diffusers: it imports torch and diffusers only.
 Loaded from a bundle it lands in one shared module cache under its file name; the version in the name keeps two bundles
-with different adapters apart. When you change this file, change MODULE_NAME too.
+with different adapters apart. When you change its code, change MODULE_NAME too.
 """
 
 import functools
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers.models.autoencoders.vae import DecoderOutput, EncoderOutput
 
-MODULE_NAME = "autoencoder_dc_adapter_v3"
+MODULE_NAME = "autoencoder_dc_adapter_v2"
 ORDERS = ("c_first", "c_last")
 
 

@@ -16,16 +16,16 @@ from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_object, sha256
 
 LIBRARIES = ("diffusers", "transformers")
-SAFETY_CHECKER = (
-    "stable_diffusion",
-    "StableDiffusionSafetyChecker",
-)  # a diffusers class that lives beside its pipeline
+# A diffusers class that lives beside its pipeline.
+SAFETY_CHECKER = ("stable_diffusion", "StableDiffusionSafetyChecker")
 ADAPTER_CLASS = "AutoencoderDCAdapter"
 # Module name of the in-bundle adapter -> sha256 of every file that this program has written under that name.
 ADAPTERS = {
     "autoencoder_dc_adapter_v1": ("155ea1f9545d982f2e5d0bf03bc34d6dd148dc440f6b0160d9241d26822ec705",),
-    "autoencoder_dc_adapter_v2": ("3875d957b43d3f585b3fda60b8b1e3a85416641f17eed907fb07b23a96292a34",),
-    "autoencoder_dc_adapter_v3": ("6077e308c89e49db7a9a76ef51aec778d5d55b2f04bb9b297997ef6824b4c641",),
+    "autoencoder_dc_adapter_v2": (
+        "3875d957b43d3f585b3fda60b8b1e3a85416641f17eed907fb07b23a96292a34",
+        "8954b76bca7e4ba51146b5a99df67646a08764ed1a7dc397054412680e676b75",  # with the licence's line
+    ),
 }
 CODE = (".py", ".pyc", ".pyd", ".so")
 FOLLOWS_AUTO_MAP = re.compile(r"Auto(?!encoder)|\w*Processor$")  # classes that look for another class in a JSON file
