@@ -116,7 +116,7 @@ def convert(
         job = prepare(resolved, run, console, crew)
         if recorded.get("output") != str(output) or not _bundled(output, run):
             check_output(output, force)
-        require_disk(resolved.recipe, run.path, output, resolved.machine.offline)
+        require_disk(resolved, run.path, output)
         record = {
             "recipe": resolved.recipe.model_dump(mode="json"),
             "machine": asdict(resolved.machine),

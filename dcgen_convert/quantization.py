@@ -23,11 +23,11 @@ from dcgen_convert.checkpoint.source import Source
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_json, write_json
 from dcgen_convert.data import prompts
-from dcgen_convert.families import catalog
 from dcgen_convert.families.grid import autoencoder_grid
 from dcgen_convert.networks import models, pipelines
 from dcgen_convert.networks.pipelines import quiet_diffusers, stock_pipeline
 from dcgen_convert.recipe import loading
+from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.schema import Quantize
 from dcgen_convert.stages import pictures
 from dcgen_convert.stages import quantize as stage
@@ -88,11 +88,10 @@ def quantize_source(
     """
     began = time.monotonic()
     check_output(output, force=False)
-    entry = catalog.find_source(name)
-    drawing = drawing.filled(entry and entry.recipe)
-    where, revision = (str(entry.folder or entry.repo), entry.revision) if entry else (name, None)
+    identity = Identity(name, base)
+    drawing = drawing.filled(identity.entry.recipe if identity.entry else None)
     home = work_folder(output) / STAGE
-    source = load_source(name, where, revision=revision, base=base, loras=loras, home=home)
+    source = load_source(name, identity.where, revision=identity.revision, base=base, loras=loras, home=home)
     check_container(section, source.family)
     folders = list(source.parts.values())
     check_disk(output, [path for path in folders if path.is_dir()], source.files)

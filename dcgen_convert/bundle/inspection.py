@@ -17,7 +17,7 @@ from dcgen_convert.checkpoint.single import read_single
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.families import bases, grid
 from dcgen_convert.families.keys import recognise_keys
-from dcgen_convert.recipe import sources
+from dcgen_convert.recipe.identity import Identity
 
 SIZES = (
     "in_channels",
@@ -94,25 +94,24 @@ def _transformer(path: Path) -> dict:
 
 def _folder(path: Path) -> dict:
     """A pipeline folder (model_index.json), a bundle (with its manifest), or one component's folder (config.json)."""
-    index, manifest = path / "model_index.json", path / MANIFEST
-    home = families.network_folder(path) if index.is_file() else path
-    config = sources.read_config(home / "config.json")
+    source, manifest = Identity(str(path.absolute())), path / MANIFEST
+    home = path if source.index is None else families.network_folder(path)
+    config = source.reader.first(home / "config.json")
     if not isinstance(config.get("quantization_config") or {}, dict):
         raise InputError(f"{home / 'config.json'} has a damaged quantization_config", "fetch the checkpoint again")
     known = families.recognise(config)
     found: dict = {
-        "kind": "bundle" if manifest.is_file() else "pipeline" if index.is_file() else "component",
+        "kind": "bundle" if manifest.is_file() else "component" if source.index is None else "pipeline",
         "family": known.name if known else None,
         "class": config.get("_class_name"),
-        "pipeline": sources.read_config(index).get("_class_name") if index.is_file() else None,
+        "pipeline": source.index.get("_class_name") if source.index is not None else None,
         "experimental": (known and known.experimental) or None,
         "sizes": {key: config[key] for key in SIZES if config.get(key) is not None},
         "licences": _licences(path),
         "lora_files": sorted(file.name for file in path.glob("*lora*.safetensors")),
         **_weights(read_weights(home), config),
     }
-    if (path / "vae" / "config.json").is_file():
-        vae = sources.read_config(path / "vae" / "config.json")
+    if (vae := source.vae) is not None:
         f, c = grid.autoencoder_grid(vae)
         found["autoencoder"] = {
             "class": vae.get("_class_name"),
@@ -121,7 +120,7 @@ def _folder(path: Path) -> dict:
             "scaling_factor": vae.get("scaling_factor"),
         }
     if manifest.is_file():
-        made = sources.read_config(manifest)
+        made = source.reader.document(manifest)
         found["made_from"] = {
             role: record.get("name") or record.get("repo") for role, record in made.get("sources", {}).items()
         }

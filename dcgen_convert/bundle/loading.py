@@ -112,15 +112,8 @@ def own_adapter(name: str) -> Iterator[None]:
 
 
 def family_of(bundle: Path) -> Family:
-    """Family by the transformer's class; InputError when none of ours claims it."""
-    config = transformer_config(bundle)
-    family = families.recognise(config)
-    if family is None:
-        raise InputError(
-            f"{bundle}: no family handles the transformer class {config.get('_class_name')}",
-            f"known: {', '.join(families.FAMILIES)}",
-        )
-    return family
+    """Family by the transformer's class; InputError when no family claims it."""
+    return families.family_of(transformer_config(bundle), bundle)
 
 
 def transformer_config(bundle: Path) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from dcgen_convert.bundle.layout import read_index
 from dcgen_convert.checkpoint.source import resolve_folder
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import CheckFailed
-from dcgen_convert.families import catalog
 from dcgen_convert.ranks.join import alone
+from dcgen_convert.recipe.identity import Identity
 
 SHOWN = 20  # differences that the error lists
 PROBE_SECONDS = 3600
@@ -91,10 +91,8 @@ def verify(
 
 def source_folder(name: str, revision: str | None) -> Path:
     """Folder of a base model that is given as a folder, a catalogue name or a hub id (at the bundle's own revision)."""
-    entry = catalog.find_source(name)
-    where = str(entry.folder or entry.repo) if entry else name
     patterns = [f"{name}/*.{suffix}" for name in families.COMPONENTS for suffix in ("json", "safetensors")]
-    return resolve_folder(where, revision=revision, patterns=patterns)[0]
+    return resolve_folder(Identity(name).where, revision=revision, patterns=patterns)[0]
 
 
 def run_probe(bundle: Path, trust_remote_code: bool = False) -> dict[str, Any]:

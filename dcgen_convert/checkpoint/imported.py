@@ -265,10 +265,7 @@ def import_source(
     own = None
     if path.is_dir():
         own = Source(name, path).config if whole else _own_config(path)
-        if families.recognise(own) is None:
-            raise InputError(
-                f"{path} holds a {own.get('_class_name')}, no family converts it", "dcgen-convert inspect " + str(path)
-            )
+        _ = families.family_of(own, path)
     single = read_single(folder)
     if own and own["_class_name"] != single.family.model_class:
         raise InputError(
@@ -306,7 +303,7 @@ def _base(single: Single, asked: str | None, offline: bool) -> tuple[str, Path, 
             )
         asked = published.repo
     entry = catalog.find_source(asked)
-    where = str(entry.folder or entry.repo) if entry else asked
+    where = entry.where if entry else asked
     try:
         folder, revision = resolve_folder(
             where, revision=entry.revision if entry else None, offline=offline, patterns=COMPLETING

@@ -88,13 +88,13 @@ class Source:
 
     @cached_property
     def family(self) -> Family:
-        family = families.recognise(self.config)
-        if family is None:
-            known = ", ".join(f.model_class for f in families.FAMILIES.values())
-            raise InputError(
-                f"{self.root} holds a {self.config.get('_class_name')}, no family converts it", f"known: {known}"
-            )
-        return family
+        return families.family_of(self.config, self.root)
+
+    @property
+    def scheduler(self) -> dict[str, Any] | None:
+        """Config of the pipeline's scheduler; None where there is none."""
+        path = self.root / "scheduler" / "scheduler_config.json"
+        return read_object(path) if path.is_file() else None
 
     @cached_property
     def tensors(self) -> dict[str, Entry]:

@@ -26,7 +26,17 @@ from dcgen_convert.families.sd3 import SD3
 from dcgen_convert.families.unet import UNet
 from dcgen_convert.families.zimage import ZImage
 
-__all__ = ["COMPONENTS", "FAMILIES", "Family", "QuantTargets", "Text", "get", "network_folder", "recognise"]
+__all__ = [
+    "COMPONENTS",
+    "FAMILIES",
+    "Family",
+    "QuantTargets",
+    "Text",
+    "family_of",
+    "get",
+    "network_folder",
+    "recognise",
+]
 
 # Tensor names are tried in this order. A family stands before another one whose tensor names it has too.
 FAMILIES: dict[str, Family] = {
@@ -73,3 +83,21 @@ def get(name: str) -> Family:
 def recognise(config: Mapping[str, Any]) -> Family | None:
     """The family of a network with this config; None when no family claims it."""
     return next((family for family in FAMILIES.values() if family.claims(config)), None)
+
+
+def family_of(config: Mapping[str, Any], where: object) -> Family:
+    """Family of a network from its config.
+
+    Args:
+        where: what the config was read from, for the error.
+    Raises:
+        InputError: no family claims it.
+    """
+    family = recognise(config)
+    if family is None:
+        classes = dict.fromkeys(known.model_class for known in FAMILIES.values())
+        raise InputError(
+            f"{where}: the class {config.get('_class_name', '(none)')} has no family here",
+            f"supported: {', '.join(classes)}",
+        )
+    return family

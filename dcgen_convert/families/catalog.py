@@ -46,12 +46,19 @@ class SourceEntry:
     folder: Path | None = None
     extra_parameters: int = 0
 
+    @property
+    def where(self) -> str:
+        """Folder or hub id."""
+        return str(self.folder or self.repo)
+
+    @property
+    def config_path(self) -> Path:
+        """File of the transformer's config: it ships with the package."""
+        return CONFIGS / self.config if self.config else Path(self.where) / "transformer" / "config.json"
+
     def transformer_config(self) -> dict[str, Any]:
         """The transformer's config.json as a mapping."""
-        if self.config:
-            return read_json(CONFIGS / self.config)
-        assert self.folder is not None, f"{self.name} has neither a config nor a folder"
-        return read_json(self.folder / "transformer" / "config.json")
+        return read_json(self.config_path)
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,11 @@ class AutoencoderEntry:
     scaling_factor: float | None
     parameters: int
     folder: Path | None = None
+
+    @property
+    def where(self) -> str:
+        """Folder or hub id."""
+        return str(self.folder or self.repo)
 
 
 def _tiny(name: str) -> Path:

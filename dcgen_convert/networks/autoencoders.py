@@ -18,7 +18,7 @@ from torch import Tensor
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_json
 from dcgen_convert.families.base import Network
-from dcgen_convert.families.grid import tile_sizes
+from dcgen_convert.families.grid import autoencoder_grid, tile_sizes
 from dcgen_convert.networks.folder import load_folder
 
 CLASSES = (
@@ -85,7 +85,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", 
     bad = next((key for key, value in model.named_parameters() if not torch.isfinite(value).all()), None)
     if bad:
         raise InputError(f"the autoencoder {folder} holds NaN or infinite values in {bad}", "fetch the file again")
-    factor, channels = geometry(config)
+    factor, channels = autoencoder_grid(config)
     if config["_class_name"] == "AutoencoderDC":  # tiling stays off, but enable_tiling() finds tile sizes that fit
         tile, stride = tile_sizes(factor)
         model.enable_tiling(tile, tile, stride, stride)
@@ -130,13 +130,3 @@ def describe(folder: Path) -> dict[str, Any]:
             f"{folder} holds a {config.get('_class_name')}, an autoencoder must be one of {', '.join(CLASSES)}"
         )
     return config
-
-
-def geometry(config: dict[str, Any]) -> tuple[int, int]:
-    """(f, C) from a config."""
-    if "spatial_compression_ratio" in config:
-        return int(config["spatial_compression_ratio"]), int(config["latent_channels"])
-    if "dim_mult" in config:
-        return 2 ** (len(config["dim_mult"]) - 1), int(config["z_dim"])
-    widths = config.get("encoder_block_out_channels") or config["block_out_channels"]
-    return 2 ** (len(widths) - 1), int(config["latent_channels"])

@@ -8,12 +8,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from dcgen_convert.core.errors import ResourceError
-from dcgen_convert.families import bases, catalog
+from dcgen_convert.families import catalog
 from dcgen_convert.networks import autoencoder_files
 from dcgen_convert.planning.arithmetic import forward_flops, side_passes, train_flops
-from dcgen_convert.planning.layers import Structure
 from dcgen_convert.planning.shapes import Shapes
-from dcgen_convert.recipe import sources
+from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.schema import Recipe
 
 PNG_BYTES_PER_PIXEL = 1.6  # photographs; drawn pictures compress better
@@ -29,16 +28,14 @@ QUANTISED_BYTES = 0.65
 """Bytes per weight of a W4A4 linear: 4 bits, one FP8 scale per 16, and a rank-32 branch on widths near 3072."""
 
 
-def downloads(recipe: Recipe, base: Structure) -> list[dict]:
+def downloads(recipe: Recipe, sizes: Shapes) -> list[dict]:
     """What must come from the hub: repository, bytes (from parameter counts at bf16), gated, already cached."""
     found = []
-    source = catalog.find_source(recipe.source)
-    if source is not None and source.repo:
-        size = BF16 * (base.parameters + source.extra_parameters)
-        found.append(_download("source", source.repo, size, source.gated))
-    elif source is None and not Path(recipe.source).expanduser().exists():
-        found.append(_download("source", recipe.source, BF16 * base.parameters, None))
-    base_repo = _base_repo(recipe)
+    source, entry = sizes.source, sizes.source.entry
+    if source.hub_id:
+        size = BF16 * (sizes.base.parameters + (entry.extra_parameters if entry else 0))
+        found.append(_download("source", source.hub_id, size, entry.gated if entry else None))
+    base_repo = _base_repo(source)
     if base_repo:
         found.append(_download("base", base_repo, None, None))
     ae = catalog.find_autoencoder(recipe.ae)
@@ -49,17 +46,11 @@ def downloads(recipe: Recipe, base: Structure) -> list[dict]:
     return found
 
 
-def _base_repo(recipe: Recipe) -> str | None:
+def _base_repo(source: Identity) -> str | None:
     """Hub id of what completes a source that is a transformer alone; None when nothing is missing or it is a folder."""
-    path = Path(recipe.source).expanduser()
-    alone = path.is_file() or (path / "config.json").is_file()
-    asked = recipe.base
-    if asked is None and alone:
-        config = sources.transformer_config(recipe.source)
-        published = bases.base_of(sources.family_of(config, recipe.source).name, config)
-        asked = published and published.repo
-    entry = catalog.find_source(asked) if asked else None
-    return entry.repo if entry else asked if asked and not Path(asked).expanduser().exists() else None
+    if source.base is not None:
+        return source.pipeline.hub_id
+    return source.published.repo if source.is_alone and source.published else None
 
 
 def _download(role: str, repo: str, size: int | None, gated: bool | None) -> dict:
@@ -82,12 +73,12 @@ def disk(recipe: Recipe, sizes: Shapes) -> dict:
     sides = {phase.resolution for phase in recipe.adapt.phases}
     cells = sum(grid.c * (side // grid.f) ** 2 for grid in (sizes.old, sizes.new) for side in sides)
     trained = max(sizes.trainable(phase).trained for phase in recipe.adapt.phases)
-    fetched = sum(row["bytes"] or 0 for row in downloads(recipe, sizes.base) if not row["cached"])
+    fetched = sum(row["bytes"] or 0 for row in downloads(recipe, sizes) if not row["cached"])
     quantised = QUANTISED_BYTES * converted.parameters if recipe.quantize.format != "none" else 0.0
-    source, ae = catalog.find_source(recipe.source), catalog.find_autoencoder(recipe.ae)
-    companions = BF16 * ((source.extra_parameters if source else 0) + (ae.parameters if ae else 0))
+    entry, ae = sizes.source.entry, catalog.find_autoencoder(recipe.ae)
+    companions = BF16 * ((entry.extra_parameters if entry else 0) + (ae.parameters if ae else 0))
     dense = BF16 * converted.parameters
-    imported = bool(recipe.base or recipe.loras) or Path(recipe.source).expanduser().is_file()
+    imported = bool(recipe.base or recipe.loras) or (sizes.source.path is not None and sizes.source.path.is_file())
     kinds = {
         "downloads": fetched,
         "pictures": count * data.resolution**2 * PNG_BYTES_PER_PIXEL if data.kind == "synthetic" else 0,

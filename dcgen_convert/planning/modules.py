@@ -6,8 +6,9 @@ Parameters are exact. What a layer runs on follows from its name, so FLOPs are e
 from __future__ import annotations
 
 import re
+from typing import Any
 
-from dcgen_convert import families
+from dcgen_convert.families import Family
 from dcgen_convert.planning.layers import Layer, Structure
 
 TEXT = re.compile(
@@ -21,15 +22,14 @@ ONCE = re.compile(
 )
 
 
-def measured(config: dict) -> Structure:
-    """The structure of a config whose class belongs to a family.
+def measured(config: dict[str, Any], family: Family) -> Structure:
+    """The structure of a config that ``family`` claims.
 
     A block with layers for the text alone runs its others on the image; a block without runs on both.
     """
     import diffusers
     import torch
 
-    family = families.recognise(config)
     with torch.device("meta"):
         model = getattr(diffusers, family.model_class).from_config(config)
     linears = {

@@ -8,13 +8,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from dcgen_convert.families import Family, catalog
+from dcgen_convert.families import Family
 from dcgen_convert.planning import costs, memory, speed
 from dcgen_convert.planning.fit import Fit, fit, head_phase, training
 from dcgen_convert.planning.quantised import quantised
 from dcgen_convert.planning.render import render
-from dcgen_convert.planning.shapes import Shapes, shapes
-from dcgen_convert.recipe import geometry, sources
+from dcgen_convert.planning.shapes import Shapes, shapes_of
+from dcgen_convert.recipe import geometry
+from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.loading import Resolved
 from dcgen_convert.recipe.schema import Phase, Recipe
 from dcgen_convert.recipe.settings import leaves
@@ -31,18 +32,18 @@ def plan(resolved: Resolved, gpu_bytes: float = GPU_BYTES) -> dict:
         gpu_bytes: memory per GPU that training must fit in, in bytes.
     """
     recipe, gpus = resolved.recipe, resolved.machine.gpus or 1
-    sizes = shapes(recipe, resolved.machine.offline)
+    source = resolved.identity
+    sizes = shapes_of(recipe, source)
     last = recipe.adapt.phases[-1]
     trained = sizes.trainable(last)
-    entry = catalog.find_source(recipe.source)
     fits = [fit(recipe, phase, sizes, gpus, gpu_bytes) for phase in recipe.adapt.phases]
     trains = [fit(recipe, head_phase(recipe), sizes, gpus, gpu_bytes)] if recipe.align_head.steps else []
     problems = list(dict.fromkeys(found.problem for found in [*fits, *trains] if found.problem))
     quantization, impossible = quantised(recipe.quantize, sizes)
     problems += impossible
     space = costs.disk(recipe, sizes)
-    fetch = costs.downloads(recipe, sizes.base)
-    doubt = sources.doubt(sizes.family, recipe.source, Path(recipe.source).expanduser())
+    fetch = costs.downloads(recipe, sizes)
+    doubt = sizes.family.doubt(source.name, source.scheduler or {})
     return {
         "schema": "dcgen.plan/1",
         "status": "infeasible" if problems else "feasible",
@@ -51,7 +52,7 @@ def plan(resolved: Resolved, gpu_bytes: float = GPU_BYTES) -> dict:
         "source": {
             "name": recipe.source,
             "family": sizes.family.name,
-            "licence": entry.licence if entry else None,
+            "licence": source.licence,
             "parameters": sizes.base.parameters,
             **vars(sizes.old),
         },
@@ -75,18 +76,18 @@ def plan(resolved: Resolved, gpu_bytes: float = GPU_BYTES) -> dict:
     }
 
 
-def fit_phase(recipe: Recipe, phase: Phase, gpus: int = 1, gpu_bytes: float = GPU_BYTES, offline: bool = False) -> Fit:
+def fit_phase(recipe: Recipe, source: Identity, phase: Phase, gpus: int = 1, gpu_bytes: float = GPU_BYTES) -> Fit:
     """ZeRO stage, offload and micro-batch for one phase on `gpus` GPUs, with the reason; `.problem` when none fits."""
-    return fit(recipe, phase, shapes(recipe, offline), gpus, gpu_bytes)
+    return fit(recipe, phase, shapes_of(recipe, source), gpus, gpu_bytes)
 
 
-def require_disk(recipe: Recipe, run_dir: Path, output: Path, offline: bool = False) -> None:
+def require_disk(resolved: Resolved, run_dir: Path, output: Path) -> None:
     """Refuse a conversion whose downloads, run folder and bundle would not fit; what the run holds already counts.
 
     Raises:
         ResourceError: naming the disk, what is needed and what is free.
     """
-    kinds = dict(costs.disk(recipe, shapes(recipe, offline))["bytes"])
+    kinds = dict(costs.disk(resolved.recipe, shapes_of(resolved.recipe, resolved.identity))["bytes"])
     found = [path.stat() for path in Path(run_dir).rglob("*") if path.is_file()]
     held = sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in found}.values())  # a linked shard counts once
     fetched, bundle = kinds.pop("downloads"), kinds.pop("bundle")
@@ -117,8 +118,7 @@ def _tokens(resolved: Resolved, sizes: Shapes) -> list[dict]:
         before, after = sizes.old.tokens(side), sizes.new.tokens(side)
         rows.append({"resolution": side, "before": before, "after": after, "ratio": before / after})
         if recipe.data.buckets:
-            config = sources.transformer_config(recipe.source, resolved.machine.offline, recipe.base)
-            found = geometry.bucket_sizes(sizes.family, config, sizes.old, sizes.new, side)
+            found = geometry.bucket_sizes(sizes.family, sizes.source.config, sizes.old, sizes.new, side)
             rows[-1]["buckets"] = [
                 {"height": h, "width": w, "before": sizes.old.tokens(h, w), "after": sizes.new.tokens(h, w)}
                 for h, w in found

@@ -9,7 +9,8 @@ from dcgen_convert.families.grid import Grid
 from dcgen_convert.planning.arithmetic import Trainable, trainable
 from dcgen_convert.planning.layers import Structure
 from dcgen_convert.planning.structures import structure
-from dcgen_convert.recipe import geometry, sources
+from dcgen_convert.recipe import geometry
+from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.schema import Phase, Recipe
 
 
@@ -17,12 +18,19 @@ from dcgen_convert.recipe.schema import Phase, Recipe
 class Shapes:
     """Before and after the swap. text: tokens per prompt, 0 for class-conditional models."""
 
-    family: Family
+    source: Identity
     base: Structure
     converted: Structure
-    old: Grid
     new: Grid
     text: int
+
+    @property
+    def family(self) -> Family:
+        return self.source.family
+
+    @property
+    def old(self) -> Grid:
+        return self.source.grid
 
     def trainable(self, phase: Phase) -> Trainable:
         """What a phase trains: LoRA on its targets and the whole embedder and head, or everything."""
@@ -35,17 +43,15 @@ class Shapes:
         return self.new.tokens(phase.resolution) + self.text
 
 
-def shapes(recipe: Recipe, offline: bool = False) -> Shapes:
-    """Read the configs that the recipe names; no weights.
+def shapes_of(recipe: Recipe, source: Identity) -> Shapes:
+    """The shapes of a conversion, from the configs that the recipe names; no weights.
 
     Raises:
         InputError: a transformer class that no family handles. AccessError: a hub config that cannot be had.
     """
-    config = sources.transformer_config(recipe.source, offline, recipe.base)
-    family = sources.family_of(config, recipe.source)
-    old = geometry.base_grid(recipe.source, offline, recipe.base)
-    new = geometry.new_grid(recipe.ae, offline, recipe.ae_channels)
+    config, family = source.config, source.family
+    new = geometry.new_grid(recipe.ae, source.offline, recipe.ae_channels, source.reader)
     base = structure(config)
     converted = structure(family.convert_config(config, new.f, new.c, recipe.adapt.phases[-1].resolution))
     text = (recipe.latents.text_length or family.text_length) if base.text_width else 0
-    return Shapes(family, base, converted, old, new, text)
+    return Shapes(source, base, converted, new, text)

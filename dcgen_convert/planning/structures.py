@@ -23,11 +23,12 @@ def structure(config: dict) -> Structure:
     """
     name = config.get("_class_name")
     if name not in STRUCTURES:
-        if families.recognise(config) is None:
+        family = families.recognise(config)
+        if family is None:
             raise InputError(f"no arithmetic for transformer class {name}", f"known: {', '.join(families.FAMILIES)}")
         from dcgen_convert.planning.modules import measured  # it needs torch
 
-        return measured(config)
+        return measured(config, family)
     try:
         return STRUCTURES[name](config)
     except KeyError as exc:

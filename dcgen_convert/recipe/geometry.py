@@ -9,76 +9,29 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from dcgen_convert.checkpoint.source import check_scheduler
-from dcgen_convert.core.errors import AccessError, InputError, RecipeError
+from dcgen_convert.core.errors import AccessError, RecipeError
 from dcgen_convert.data import buckets
-from dcgen_convert.families import Family, bases, catalog
-from dcgen_convert.families.grid import MOST, Grid, autoencoder_grid
+from dcgen_convert.families import Family, catalog
+from dcgen_convert.families.grid import Grid, autoencoder_grid
 from dcgen_convert.networks import autoencoder_files
 from dcgen_convert.recipe import sources
+from dcgen_convert.recipe.identity import Identity
+from dcgen_convert.recipe.reader import Reader
 from dcgen_convert.recipe.schema import Recipe
 
 
-def base_grid(source: str, offline: bool = True, base: str | None = None) -> Grid:
-    """The latent space that the source was trained in, from the catalogue or from the configs beside it.
-
-    A transformer that comes alone has the grid of ``base``, by default of the published model of its kind.
-    """
-    entry = catalog.find_source(source)
-    if entry is not None:
-        return Grid(entry.vae_factor, entry.vae_channels, entry.patch)
-    config = sources.transformer_config(source, offline, base)
-    known = sources.family_of(config, source)
-    path = Path(source).expanduser()
-    if path.is_dir() and (path / "vae" / "config.json").is_file():
-        f, c = autoencoder_grid(sources.read_config(path / "vae" / "config.json"))
-    elif base is not None:
-        f, c = vae_grid(base, offline)
-    elif path.exists():
-        default = bases.base_of(known.name, config)
-        if default is None:
-            raise InputError(
-                f"{source} has no autoencoder beside it", "name the pipeline that it belongs to: --base FOLDER|REPO"
-            )
-        f, c = default.factor, default.channels
-    else:
-        f, c = autoencoder_grid(sources.hub_json(source, "vae/config.json", offline))
-    try:
-        p = known.patch(config, c)
-    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-        raise InputError(
-            f"{source}: the transformer's config is damaged: {type(error).__name__}: {error}", "fetch it again"
-        ) from error
-    if not 0 < p <= MOST:
-        raise InputError(
-            f"{source}: the transformer's config and its autoencoder's give a patch of {p} cells",
-            "do they belong together?",
-        )
-    return Grid(f, c, p)
-
-
-def vae_grid(base: str, offline: bool) -> tuple[int, int]:
-    """(f, c) of the autoencoder of a pipeline: catalogue name, folder or hub id."""
-    entry = catalog.find_source(base)
-    if entry is not None:
-        return entry.vae_factor, entry.vae_channels
-    path = Path(base).expanduser()
-    if path.is_dir():
-        return autoencoder_grid(sources.read_config(path / "vae" / "config.json"))
-    return autoencoder_grid(sources.hub_json(base, "vae/config.json", offline))
-
-
-def new_grid(ae: str, offline: bool = True, channels: int | None = None) -> Grid:
+def new_grid(ae: str, offline: bool = True, channels: int | None = None, reader: Reader | None = None) -> Grid:
     """The latent space of the deep-compression autoencoder, or of its first ``channels``; patch 1."""
+    reader = reader or Reader()
     entry, path = catalog.find_autoencoder(ae), Path(ae).expanduser()
     if entry is not None:
         f, c = entry.factor, entry.channels
     elif autoencoder_files.is_file(ae):
         f, c = autoencoder_grid(autoencoder_files.file_and_config(ae)[1])
     elif path.exists():
-        f, c = autoencoder_grid(sources.read_config(path / "config.json", path / "vae" / "config.json"))
+        f, c = autoencoder_grid(reader.first(path / "config.json", path / "vae" / "config.json"))
     else:
-        f, c = autoencoder_grid(sources.hub_json(ae, "config.json", offline))
+        f, c = autoencoder_grid(reader.hub(ae, "config.json", offline))
     if channels and channels > c:
         raise RecipeError(
             f"ae_channels is {channels}, but {ae} has {c} channels", f"use --ae-channels {c} or less, or leave it out"
@@ -113,52 +66,62 @@ def bucket_sizes(family: Family, config: dict, base: Grid, new: Grid, resolution
     return found
 
 
-def check(recipe: Recipe) -> None:
-    """Every picture side must be a multiple of both f*p, or the grids cannot meet, and one that the model can work on.
+def check(recipe: Recipe, source: Identity) -> None:
+    """Refuse picture sizes on which the two grids cannot meet, or on which the model cannot work.
 
-    A hub id whose config is not here yet is left to the stage that downloads it.
+    Only what is on this machine is asked. A hub id whose config is not here yet is left to the stage that downloads it.
+
     Raises:
-        RecipeError: naming the setting and the nearest sizes that work; buckets for a family that has no use for them.
-        InputError: a scheduler that the family cannot follow.
+        RecipeError: names the setting and the nearest sizes that work; or buckets for a family that has no use for
+            them.
+        InputError: a scheduler that the family cannot follow, or a few-step model that would lose its few steps.
     """
     try:
-        grids = {
-            "source": base_grid(recipe.source, base=recipe.base),
-            "autoencoder": new_grid(recipe.ae, channels=recipe.ae_channels),
-        }
-        config = sources.transformer_config(recipe.source, offline=True, base=recipe.base)
+        old = source.here.grid
+        new = new_grid(recipe.ae, channels=recipe.ae_channels, reader=source.reader)
+        config, family = source.here.config, source.here.family
     except AccessError:
         return
     sides = {"data.resolution": recipe.data.resolution}
     sides |= {f"adapt.phases.{i}.resolution": phase.resolution for i, phase in enumerate(recipe.adapt.phases)}
     for key, side in sides.items():
-        for whose, grid in grids.items():
-            if side % grid.token_px or side < grid.token_px:
-                low, high = side // grid.token_px * grid.token_px, -(-side // grid.token_px) * grid.token_px
-                raise RecipeError(
-                    f"{key} is {side} px, which is no multiple of the {whose}'s f*p "
-                    f"= {grid.f}*{grid.p} = {grid.token_px} px",
-                    f"use {f'{low} or ' if low else ''}{high} px (--resolution)",
-                )
-    family = sources.family_of(config, recipe.source)
+        _require_tokens(key, side, {"source": old, "autoencoder": new})
     for key, side in sides.items():
-        for grid in grids.values() if key == "data.resolution" else (grids["autoencoder"],):
-            cells, step = side // grid.f, family.grid_step(config)
-            if cells % step:
-                raise RecipeError(
-                    f"{key} is {side} px, at f{grid.f} {cells} x {cells} cells; {family.name} models halve their "
-                    "grid and need a "
-                    f"multiple of {step}",
-                    "use another --resolution, or an --ae of a smaller factor",
-                )
-    check_scheduler(Path(recipe.base or recipe.source).expanduser(), family)
-    sources.check_few_steps(recipe, family, Path(recipe.base or recipe.source).expanduser())
+        for grid in (old, new) if key == "data.resolution" else (new,):
+            _require_halvings(key, side, grid, family.grid_step(config), family.name)
+    pipeline = source.pipeline
+    if pipeline.scheduler is not None:
+        family.check_scheduler(pipeline.scheduler)
+    sources.check_few_steps(recipe, family, pipeline.index)
     if recipe.data.buckets:
         for phase in recipe.adapt.phases:
-            bucket_sizes(family, config, grids["source"], grids["autoencoder"], phase.resolution)
-    only = family.only_side(config, grids["source"].f)
+            bucket_sizes(family, config, old, new, phase.resolution)
+    only = family.only_side(config, old.f)
     if only and recipe.data.kind == "synthetic" and recipe.data.resolution != only:
         raise RecipeError(
             f"data.resolution is {recipe.data.resolution} px, but the pipeline of {recipe.source} draws {only} px only",
             f"use {only} px (--resolution), or give pictures of your own with --data",
+        )
+
+
+def _require_tokens(key: str, side: int, grids: dict[str, Grid]) -> None:
+    """RecipeError when the setting ``key``, ``side`` px, is not a whole number of tokens in one of ``grids``."""
+    for whose, grid in grids.items():
+        if side % grid.token_px or side < grid.token_px:
+            low, high = side // grid.token_px * grid.token_px, -(-side // grid.token_px) * grid.token_px
+            raise RecipeError(
+                f"{key} is {side} px, which is no multiple of the {whose}'s f*p "
+                f"= {grid.f}*{grid.p} = {grid.token_px} px",
+                f"use {f'{low} or ' if low else ''}{high} px (--resolution)",
+            )
+
+
+def _require_halvings(key: str, side: int, grid: Grid, step: int, family: str) -> None:
+    """RecipeError when the cells of ``side`` px are no multiple of ``step``, by which the network halves its grid."""
+    cells = side // grid.f
+    if cells % step:
+        raise RecipeError(
+            f"{key} is {side} px, at f{grid.f} {cells} x {cells} cells; {family} models halve their "
+            f"grid and need a multiple of {step}",
+            "use another --resolution, or an --ae of a smaller factor",
         )

@@ -7,12 +7,16 @@ default. `load` is the only entrance; it returns a `Resolved`, whose `origins` n
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from pydantic import ValidationError
 
 from dcgen_convert.core.errors import RecipeError
+from dcgen_convert.families import Family
 from dcgen_convert.ranks.machine import Machine
+from dcgen_convert.recipe import geometry, sources
+from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.schema import (
     Adapt,
     AlignEmbedder,
@@ -57,11 +61,19 @@ class Resolved:
 
     origins: dotted key -> "flag --ae" | "--set" | "env DCGEN_CONVERT_..." | "recipe NAME" | "family default (recipe
         NAME)" | "default" | "derived: ...".
+    known: what `load` has understood of the source already.
     """
 
     recipe: Recipe
     origins: dict[str, str]
     machine: Machine = field(default_factory=Machine)
+    known: Identity | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def identity(self) -> Identity:
+        """What the recipe's source is; all parts of the program ask here."""
+        asked = Identity(self.recipe.source, self.recipe.base, self.machine.offline)
+        return self.known if self.known == asked else asked
 
 
 def load(
@@ -84,25 +96,27 @@ def load(
         RecipeError: unknown key, wrong type, impossible combination, unknown autoencoder, a size that is no multiple
             of f*p.
     """
-    from dcgen_convert import families
-    from dcgen_convert.recipe import geometry, sources
-
+    machine = machine or Machine()
     completing = (flags or {}).get("base")
-    base, source = sources.recipe_for(str(name_or_path), recipe, bool(machine and machine.offline), completing)
+    asked = Identity(str(name_or_path), str(completing) if completing else None, machine.offline)
+    chosen, replaces = sources.recipe_for(asked, recipe)
     layers = Layers()
-    for label, values in read(base):
-        layers.add(values, f"recipe {label}" if source is None or recipe else f"family default (recipe {label})")
-    if source is not None and base == families.Family.recipe:
-        layers.add(sources.family_defaults(source, bool(machine and machine.offline), completing), "family default")
-    if source is not None:
-        layers.add({"source": source, "name": sources.short_name(source)}, "argument SOURCE")
+    for label, values in read(chosen):
+        layers.add(values, f"family default (recipe {label})" if replaces and not recipe else f"recipe {label}")
+    if replaces and chosen == Family.recipe:
+        layers.add(sources.family_defaults(asked), "family default")
+    if replaces:
+        layers.add({"source": asked.name, "name": sources.short_name(asked.name)}, "argument SOURCE")
     layers.add_environment(env or {}, ENV_PREFIX)
     layers.add_sets(sets)
     for key, value in (flags or {}).items():
         if value is not None:
             layers.add_flag(key, value)
-    resolved = Resolved(*_validated(layers), machine or Machine())
-    geometry.check(resolved.recipe)
+    complete, origins = _validated(layers)
+    if (complete.source, complete.base) != (asked.name, asked.base):
+        asked = replace(asked, name=complete.source, base=complete.base)
+    resolved = Resolved(complete, origins, machine, asked)
+    geometry.check(complete, resolved.identity)
     return resolved
 
 

@@ -23,6 +23,7 @@ from dcgen_convert.networks.pipelines import stock_pipeline
 from dcgen_convert.ranks.crew import SOLO, Crew
 from dcgen_convert.recipe import sources
 from dcgen_convert.recipe.geometry import bucket_sizes
+from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.loading import Resolved
 from dcgen_convert.recipe.schema import Recipe
 from dcgen_convert.svdquant import targets
@@ -55,11 +56,11 @@ class Job:
     """One conversion."""
 
     recipe: Recipe
+    identity: Identity
     source: Source
     ae: Autoencoder
     run: Run
     console: Console
-    offline: bool = False
     crew: Crew = SOLO
 
     @property
@@ -164,22 +165,21 @@ def prepare(resolved: Resolved, run: Run, console: Console, crew: Crew = SOLO) -
 
     recipe = resolved.recipe
     _require_even(recipe, run, crew.world)
-    entry = catalog.find_source(recipe.source)
-    where = str(entry.folder) if entry and entry.folder else (entry.repo if entry else recipe.source)
-    revision = recipe.revision or (entry.revision if entry else None)
+    identity, offline = resolved.identity, resolved.machine.offline
     source = load_source(
-        recipe.source,
-        where,
-        revision=revision,
-        offline=resolved.machine.offline,
+        identity.name,
+        identity.where,
+        revision=recipe.revision or identity.revision,
+        offline=offline,
         base=recipe.base,
         loras=recipe.loras,
         home=run.path / STAGE,
     )
+    entry = identity.entry
     if entry and entry.family != source.family.name:
-        raise InputError(f"{source.root} holds a {source.family.name} model, {recipe.source} is a {entry.family}")
-    sources.check_few_steps(recipe, source.family, source.root)
-    doubt = sources.doubt(source.family, recipe.source, None if source.imported else source.root)
+        raise InputError(f"{source.root} holds a {source.family.name} model, {entry.name} is a {entry.family}")
+    sources.check_few_steps(recipe, source.family, source.index)
+    doubt = source.family.doubt(identity.name, {} if source.imported else source.scheduler or {})
     if doubt and not recipe.adapt.phases[-1].consistency:
         console.warn(doubt)
     targets.check_container(recipe.quantize, source.family)
@@ -187,9 +187,8 @@ def prepare(resolved: Resolved, run: Run, console: Console, crew: Crew = SOLO) -
         raise InputError(
             f"the stock {source.family.pipeline_class} cannot load a LoRA apart", "leave out --no-merge-lora"
         )
-    offline = resolved.machine.offline
     ae = find_autoencoder(recipe.ae, run.path, channels=recipe.ae_channels, offline=offline)
-    job = Job(recipe, source, ae, run, console, offline, crew)
+    job = Job(recipe, identity, source, ae, run, console, crew)
     _ = job.buckets  # refuses what cannot have any
     if recipe.quantize.format != "none":
         targets.plan_targets(job.family, job.converted_config, recipe.quantize.dense)  # not after days of training
@@ -223,11 +222,10 @@ def find_autoencoder(name: str, work: Path, *, channels: int | None = None, offl
     from dcgen_convert.networks import autoencoders
 
     entry = catalog.find_autoencoder(name)
-    where = str(entry.folder) if entry and entry.folder else (entry.repo if entry else name)
     if autoencoder_files.is_file(name):
         folder, revision = autoencoder_files.folder_of_file(name, work), None
     else:
-        folder, revision = resolve_folder(where, offline=offline, patterns=AE_PATTERNS)
+        folder, revision = resolve_folder(entry.where if entry else name, offline=offline, patterns=AE_PATTERNS)
     config = autoencoders.describe(folder)
     if config["_class_name"] != "AutoencoderDC":
         raise InputError(
@@ -237,7 +235,7 @@ def find_autoencoder(name: str, work: Path, *, channels: int | None = None, offl
     read_weights(folder)
     if channels and channels != config["latent_channels"]:
         folder = autoencoder_files.prefix_of_folder(folder, channels, work)
-    factor, found = autoencoders.geometry(config)
+    factor, found = autoencoder_grid(config)
     return Autoencoder(name, folder, revision, factor, channels or found)
 
 

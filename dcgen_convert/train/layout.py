@@ -23,7 +23,7 @@ def fitted(job, phase: Phase, label: str) -> dict[str, Any]:
     """
     has_gpu, world = torch.cuda.is_available(), job.crew.world
     memory = torch.cuda.get_device_properties(0).total_memory if has_gpu else psutil.virtual_memory().available / world
-    fit = plan.fit_phase(job.recipe, phase, world, gpu_bytes=memory, offline=job.offline)
+    fit = plan.fit_phase(job.recipe, job.identity, phase, world, gpu_bytes=memory)
     if fit.problem:
         raise ResourceError(f"{label}: {fit.problem}", "dcgen-convert plan shows what fits")
     job.console.say(

@@ -21,7 +21,8 @@ from dcgen_convert.core.console import NULL, Console
 from dcgen_convert.core.errors import AccessError, InputError
 from dcgen_convert.families import grid
 from dcgen_convert.networks import models
-from dcgen_convert.recipe import geometry, loading
+from dcgen_convert.recipe import loading
+from dcgen_convert.recipe.identity import Identity
 
 BASE = WEIGHTS / "tiny-flux"
 FILE = BASE / "transformer" / "diffusion_pytorch_model.safetensors"
@@ -388,7 +389,7 @@ def test_without_a_base_and_without_network_the_repository_is_named(tmp_path, we
     ) as raised:
         load_source("x", str(tmp_path / "model.safetensors"), home=tmp_path, offline=True)
     assert "--base" in raised.value.hint
-    assert geometry.base_grid(str(tmp_path / "model.safetensors")) == grid.Grid(8, 16, 2)
+    assert Identity(str(tmp_path / "model.safetensors")).grid == grid.Grid(8, 16, 2)
 
 
 def test_a_base_of_another_family_is_refused(tmp_path, weights):

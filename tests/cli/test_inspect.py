@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from dcgen_convert.bundle.inspection import inspect, render
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.recipe.sources import transformer_config
+from dcgen_convert.recipe.identity import Identity
 
 SMALL = {
     "FluxTransformer2DModel": dict(
@@ -46,7 +46,7 @@ def test_the_config_of_a_single_flux_file_comes_from_its_shapes(tmp_path):
     model = diffusers.FluxTransformer2DModel(**SMALL["FluxTransformer2DModel"])
     path = tmp_path / "x.safetensors"
     save_file({f"model.diffusion_model.{key}": value for key, value in model.state_dict().items()}, path)
-    config = transformer_config(str(path))
+    config = Identity(str(path)).config
     wanted = {key: value for key, value in SMALL["FluxTransformer2DModel"].items() if key != "axes_dims_rope"}
     assert {key: config[key] for key in wanted} == wanted
 

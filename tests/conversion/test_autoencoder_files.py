@@ -98,7 +98,7 @@ def test_shipped_configs_have_the_published_sizes(alias):
     """Parameters within 0.5 % of the published number, which is rounded to a million."""
     entry, config = catalog.AUTOENCODERS[alias], autoencoder_files.published_config(alias)
     assert (
-        autoencoders.geometry(config) == (entry.factor, entry.channels)
+        grid.autoencoder_grid(config) == (entry.factor, entry.channels)
         and config["scaling_factor"] == entry.scaling_factor
     )
     with torch.device("meta"):

@@ -12,7 +12,6 @@ from dcgen_convert.core.console import NULL, Console
 from dcgen_convert.core.errors import InputError, RecipeError
 from dcgen_convert.core.journal import Run
 from dcgen_convert.planning import plan
-from dcgen_convert.recipe import sources
 from dcgen_convert.recipe.loading import load
 from dcgen_convert.recipe.schema import Adapt
 from dcgen_convert.stages.job import prepare
@@ -82,10 +81,9 @@ def test_configs_that_do_not_convert(name, config, channels, text):
         families.get(name).convert_config(config, 32, channels, 1024)
 
 
-def test_what_may_be_z_image_turbo_is_a_warning(tmp_path):
+def test_what_may_be_z_image_turbo_is_a_warning():
     """The published schedulers: Z-Image {"shift": 6.0}, Z-Image-Turbo {"shift": 3.0}, both static."""
     zimage = families.get("zimage")
-    folder = tmp_path / "mine"
     for shift, name, says in (
         (6.0, "mine", None),
         (
@@ -95,14 +93,10 @@ def test_what_may_be_z_image_turbo_is_a_warning(tmp_path):
         ),
         (6.0, "Tongyi-MAI/Z-Image-Turbo", "its name says turbo.: it was distilled"),
     ):
-        (folder / "scheduler").mkdir(parents=True, exist_ok=True)
-        (folder / "scheduler" / "scheduler_config.json").write_text(
-            json.dumps({"shift": shift, "use_dynamic_shifting": False})
-        )
-        doubt = sources.doubt(zimage, name, folder)
+        doubt = zimage.doubt(name, {"shift": shift, "use_dynamic_shifting": False})
         assert doubt is None if says is None else re.search(says, doubt)
-    assert sources.doubt(zimage, "Tongyi-MAI/Z-Image", None) is None
-    assert "turbo" in sources.doubt(zimage, "z_image_turbo.safetensors", None)
+    assert zimage.doubt("Tongyi-MAI/Z-Image", {}) is None
+    assert "turbo" in zimage.doubt("z_image_turbo.safetensors", {})
     assert all(
         family.doubt("some-turbo", {"shift": 3.0}) is None
         for name, family in families.FAMILIES.items()

@@ -7,13 +7,13 @@ import shutil
 import pytest
 from conftest import WEIGHTS
 
-from dcgen_convert import conversion, families
+from dcgen_convert import conversion
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.errors import ResourceError
 from dcgen_convert.planning import costs, plan
-from dcgen_convert.planning.shapes import shapes
+from dcgen_convert.planning.shapes import shapes_of
 from dcgen_convert.ranks import machine
-from dcgen_convert.recipe import loading, shelf, sources
+from dcgen_convert.recipe import loading, shelf
 from dcgen_convert.recipe.settings import leaves
 from dcgen_convert.svdquant.targets import plan_targets
 
@@ -171,13 +171,13 @@ def test_a_full_disk_is_refused_before_the_first_byte(tmp_path):
 
 
 def test_a_conversion_too_large_for_the_disk_is_refused(tmp_path):
-    huge = loading.load("flux-krea", sets=["data.count=1000000000"]).recipe
+    huge = loading.load("flux-krea", sets=["data.count=1000000000"])
     with pytest.raises(ResourceError, match="disk under"):
         plan.require_disk(huge, tmp_path / "run", tmp_path / "out")
     # what the run folder holds already is not needed again: a sparse file stands for terabytes of pictures
-    small = loading.load("dit-xl-256", sets=["data.count=1"]).recipe
+    small = loading.load("dit-xl-256", sets=["data.count=1"])
     plan.require_disk(small, tmp_path / "run", tmp_path / "out")
-    large = loading.load("dit-xl-256", sets=["data.count=50000000"]).recipe
+    large = loading.load("dit-xl-256", sets=["data.count=50000000"])
     with pytest.raises(ResourceError, match="disk under"):
         plan.require_disk(large, tmp_path / "run", tmp_path / "out")
     (tmp_path / "run").mkdir()
@@ -187,8 +187,8 @@ def test_a_conversion_too_large_for_the_disk_is_refused(tmp_path):
 
 
 def test_each_phase_is_fitted():
-    krea = loading.load("flux-krea").recipe
-    low, high = (plan.fit_phase(krea, phase) for phase in krea.adapt.phases)
+    krea = loading.load("flux-krea")
+    low, high = (plan.fit_phase(krea.recipe, krea.identity, phase) for phase in krea.recipe.adapt.phases)
     assert (low.zero, high.zero) == (1, 1)
     assert low.limit > high.limit
     assert 256 % low.micro_batch == 0 == 256 % high.micro_batch
@@ -196,13 +196,14 @@ def test_each_phase_is_fitted():
 
 def test_the_training_of_the_head_is_fitted_too():
     """FLUX at 512 px: 512 pictures at once would need 131 GiB of activations; embedder and head are all that trains."""
-    krea = loading.load("flux-krea").recipe
+    resolved = loading.load("flux-krea")
+    krea, source = resolved.recipe, resolved.identity
     phase = plan.head_phase(krea)
-    head, lora = plan.fit_phase(krea, phase), plan.fit_phase(krea, krea.adapt.phases[0])
-    assert shapes(krea, offline=True).trainable(phase).trained == 32 * 3072 + 3072 + 3072 * 32 + 32
+    head, lora = plan.fit_phase(krea, source, phase), plan.fit_phase(krea, source, krea.adapt.phases[0])
+    assert shapes_of(krea, source).trainable(phase).trained == 32 * 3072 + 3072 + 3072 * 32 + 32
     assert lora.micro_batch < head.micro_batch == 128 <= head.limit < phase.batch == 512
     assert head.memory.activations / 2**30 == pytest.approx(131 / 4, rel=0.01)
-    assert plan.fit_phase(krea, phase, gpus=8).micro_batch == 64  # a rank's share
+    assert plan.fit_phase(krea, source, phase, gpus=8).micro_batch == 64  # a rank's share
 
 
 def test_a_folder_of_ones_own_is_planned_from_its_configs(tmp_path):
@@ -228,9 +229,8 @@ def test_quantised_linears_are_those_that_the_quantiser_finds_in_the_model():
     for name in ("flux-krea", "tiny-sana", "dit-xl-512"):
         resolved = loading.load(name, flags={"quantize.format": "nvfp4"}, machine=machine.Machine(offline=True))
         part = plan.plan(resolved)["quantization"]
-        sizes = shapes(resolved.recipe, offline=True)
-        config = sources.transformer_config(resolved.recipe.source, True)
-        family = families.recognise(config)
+        sizes = shapes_of(resolved.recipe, resolved.identity)
+        config, family = resolved.identity.config, resolved.identity.family
         side = resolved.recipe.adapt.phases[-1].resolution
         targets = plan_targets(family, family.convert_config(config, sizes.new.f, sizes.new.c, side), None)
         assert (part["w4a4"], part["w4a16"]) == (len(targets.svdq), len(targets.awq))

@@ -14,6 +14,7 @@ from dcgen_convert.families import catalog
 from dcgen_convert.families.grid import Grid
 from dcgen_convert.ranks import machine
 from dcgen_convert.recipe import geometry, loading, sources
+from dcgen_convert.recipe.identity import Identity
 
 FLUX = dict(
     in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
@@ -36,7 +37,7 @@ def test_a_folder_gets_its_familys_recipe(folder):
     assert (resolved.recipe.source, resolved.recipe.name) == (str(folder), "my-flux")
     assert resolved.origins["source"] == "argument SOURCE"
     assert resolved.origins["adapt.ema"] == "family default (recipe flux-dev)"
-    assert geometry.base_grid(str(folder)) == Grid(8, 16, 2)
+    assert resolved.identity.grid == Grid(8, 16, 2)
 
 
 def test_a_recipe_may_be_given_for_a_folder(folder):
@@ -52,7 +53,7 @@ def test_a_single_file_gets_its_familys_recipe(tmp_path):
     save_file({f"transformer.{name}": value for name, value in model.state_dict().items()}, path)
     resolved = loading.load(str(path))
     assert (resolved.recipe.name, resolved.recipe.source) == ("mine", str(path))
-    assert geometry.base_grid(str(path)) == Grid(8, 16, 2)
+    assert resolved.identity.grid == Grid(8, 16, 2)
 
 
 def test_a_catalogue_name_and_its_hub_id_are_one_source():
@@ -77,7 +78,7 @@ def test_a_cached_hub_id_whose_network_is_a_unet(monkeypatch, tmp_path):
     (home / "refs").mkdir()
     (home / "refs" / "main").write_text(commit)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    assert sources.recipe_for("somebody/some-unet", None, offline=True) == ("sd-1.5", "somebody/some-unet")
+    assert sources.recipe_for(Identity("somebody/some-unet", offline=True), None) == ("sd-1.5", True)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,175 @@
+"""What a SOURCE is: where it lies, its config, its family, its latent space. Asked once, then passed on.
+
+Legend: f spatial compression of an autoencoder, c its latent channels, p patch in latent cells.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dcgen_convert import families
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.families import Family, bases, catalog
+from dcgen_convert.families.bases import Base
+from dcgen_convert.families.catalog import SourceEntry
+from dcgen_convert.families.grid import MOST, Grid, autoencoder_grid
+from dcgen_convert.recipe.reader import Reader
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A SOURCE, understood from its name, its small JSON files and the headers of its weights.
+
+    Each property is worked out when it is first asked for. The reader reads each file once, also for the identities
+    that `replace` makes from this one. Configs are shared: copy one before you change it.
+
+    Attributes:
+        name: catalogue name, folder, file or hub id, as the user wrote it.
+        base: the pipeline that completes a transformer which comes alone, if the user named one.
+        offline: take hub files from the cache only.
+    """
+
+    name: str
+    base: str | None = None
+    offline: bool = False
+    reader: Reader = field(default_factory=Reader, repr=False, compare=False)
+
+    @cached_property
+    def entry(self) -> SourceEntry | None:
+        """What the catalogue says of it; None for a source of the user's own."""
+        return catalog.find_source(self.name)
+
+    @property
+    def where(self) -> str:
+        """The folder, file or hub id that holds it."""
+        return self.entry.where if self.entry else self.name
+
+    @property
+    def revision(self) -> str | None:
+        """The hub revision that the catalogue fixes."""
+        return self.entry.revision if self.entry else None
+
+    @property
+    def licence(self) -> str | None:
+        """What the catalogue states; the licence of a bundle is read from the source's own files."""
+        return self.entry.licence if self.entry else None
+
+    @property
+    def path(self) -> Path | None:
+        """The user's folder or file; None for a catalogue name and for what does not exist here."""
+        path = Path(self.name).expanduser()
+        return path if self.entry is None and path.exists() else None
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether it is a transformer without a pipeline: one file, or a folder with the transformer's config."""
+        return self.path is not None and (self.path.is_file() or (self.path / "config.json").is_file())
+
+    @property
+    def hub_id(self) -> str | None:
+        """The hub repository that it comes from; None when it is on this machine."""
+        if self.entry:
+            return self.entry.repo
+        return self.name if self.path is None else None
+
+    @cached_property
+    def here(self) -> Identity:
+        """The same source, asked without the network: its properties raise AccessError where a file is missing."""
+        return self if self.offline else replace(self, offline=True)
+
+    @cached_property
+    def pipeline(self) -> Identity:
+        """The pipeline that the source is completed with: the base, or the source itself."""
+        return self if self.base is None else replace(self, name=self.base, base=None)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The transformer's config; of a single file, what its header and the base's config tell.
+
+        Raises:
+            InputError: there is none, or it is damaged. AccessError: it is on the hub and cannot be had.
+        """
+        if self.entry:
+            return self.reader.document(self.entry.config_path)
+        if self.path is None:
+            return self.reader.hub_network(self.name, self.offline)
+        if self.path.is_file():
+            return self.reader.single(self.path).config(None if self.base is None else self.pipeline.config)
+        return self.reader.first(families.network_folder(self.path) / "config.json", self.path / "config.json")
+
+    @cached_property
+    def family(self) -> Family:
+        """The family that claims the config; InputError when none does."""
+        return families.family_of(self.config, self.name)
+
+    @cached_property
+    def grid(self) -> Grid:
+        """The latent space that the transformer was trained in.
+
+        Raises:
+            InputError: the config is damaged, or nothing tells the autoencoder. AccessError: as for `config`.
+        """
+        if self.entry:
+            return Grid(self.entry.vae_factor, self.entry.vae_channels, self.entry.patch)
+        family = self.family
+        f, c = self._latents()
+        try:
+            p = family.patch(self.config, c)
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+            raise InputError(
+                f"{self.name}: the transformer's config is damaged: {type(error).__name__}: {error}", "fetch it again"
+            ) from error
+        if not 0 < p <= MOST:
+            raise InputError(
+                f"{self.name}: the transformer's config and its autoencoder's give a patch of {p} cells",
+                "do they belong together?",
+            )
+        return Grid(f, c, p)
+
+    def _latents(self) -> tuple[int, int]:
+        """(f, c): of the autoencoder beside the transformer, else of the base, else of the published base."""
+        if self.vae is not None:
+            return autoencoder_grid(self.vae)
+        if self.base is not None:
+            return self.pipeline._own_latents()
+        if self.path is None:
+            return self._own_latents()
+        if self.published is None:
+            raise InputError(
+                f"{self.name} has no autoencoder beside it", "name the pipeline that it belongs to: --base FOLDER|REPO"
+            )
+        return self.published.factor, self.published.channels
+
+    def _own_latents(self) -> tuple[int, int]:
+        """(f, c) of a pipeline's own autoencoder."""
+        if self.entry:
+            return self.entry.vae_factor, self.entry.vae_channels
+        if self.path is not None and self.path.is_dir():
+            return autoencoder_grid(self.reader.first(self.path / "vae" / "config.json"))
+        return autoencoder_grid(self.reader.hub(self.name, "vae/config.json", self.offline))
+
+    @property
+    def published(self) -> Base | None:
+        """The published pipeline of a transformer of this kind; None where no single one is meant."""
+        return bases.base_of(self.family.name, self.config)
+
+    @property
+    def vae(self) -> dict[str, Any] | None:
+        """Config of the autoencoder in the user's folder; None where there is none."""
+        return self._beside("vae", "config.json")
+
+    @property
+    def index(self) -> dict[str, Any] | None:
+        """model_index.json of the user's folder; None where there is none."""
+        return self._beside("model_index.json")
+
+    @property
+    def scheduler(self) -> dict[str, Any] | None:
+        """Config of the scheduler in the user's folder; None where there is none."""
+        return self._beside("scheduler", "scheduler_config.json")
+
+    def _beside(self, *parts: str) -> dict[str, Any] | None:
+        return None if self.path is None else self.reader.optional(self.path.joinpath(*parts))
