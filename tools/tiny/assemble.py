@@ -1,7 +1,7 @@
-"""Put trained parts together as diffusers folders, and measure the gates.
+"""Put trained parts together as diffusers folders, and measure the quality of the autoencoders.
 
-Transformers and autoencoders in bfloat16; the small text encoders stay float32, so that a pipeline loaded without a
-dtype argument computes in one dtype throughout (transformers keeps the dtype of the file, diffusers takes float32).
+Transformers and autoencoders are written in bfloat16, the small text encoders in float32. So a pipeline that is loaded
+without a dtype computes in float32 everywhere: diffusers converts to float32, transformers keeps the dtype of the file.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -37,8 +38,7 @@ from dcgen_convert.tiny.evaluator import Evaluator
 from tools.tiny import evaluator, text
 
 SHIPPED = Path(world.__file__).parent / "weights"
-# FLUX's dynamic shift with its two anchors at token counts of this world: mu 0.5 at 64 tokens (128 px at f8 p2), 1.15
-# at 1024.
+# FLUX's dynamic shift, with anchors that fit this world: mu is 0.5 at 64 tokens (128 px at f8 p2) and 1.15 at 1024.
 FLUX_SCHEDULER = dict(
     use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=64, max_image_seq_len=1024, shift=3.0
 )
@@ -53,7 +53,7 @@ For tests and demonstrations.
 
 
 def write(work: Path, weights: Path) -> None:
-    """Every folder whose parts exist in ``work``; a folder that is there already is replaced."""
+    """Write every folder whose parts exist in ``work``. A folder that exists already is replaced."""
     weights.mkdir(parents=True, exist_ok=True)
     if (work / evaluator.FILE).exists():
         evaluator.save(evaluator.load(work), weights)
@@ -71,7 +71,7 @@ def write(work: Path, weights: Path) -> None:
     for name, build, what in parts:
         if (work / name).exists():
             _save(build(work), weights / f"tiny-{name}")
-            if name == "dit":  # DiTPipeline reads its label table from the index but does not write it
+            if name == "dit":  # DiTPipeline reads its table of labels from the index, but does not write it
                 index = read_json(weights / "tiny-dit" / "model_index.json")
                 index["id2label"] = {
                     str(label): f"{color} {shape}" for label, (shape, color) in enumerate(world.CLASSES)
@@ -141,18 +141,18 @@ def unet(work: Path) -> StableDiffusionPipeline:
 
 
 def shallow(work: Path) -> Path:
-    """The AutoencoderKL f8c4 in ``work``, else the shipped one."""
+    """Folder of the AutoencoderKL f8c4: in ``work`` if it is there, otherwise the shipped one."""
     return work / "kl-f8c4" if (work / "kl-f8c4").exists() else SHIPPED / "tiny-dit" / "vae"
 
 
-def _save(model, folder: Path) -> None:
+def _save(model: Any, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder, safe_serialization=True)
     for path in folder.rglob("*.safetensors"):
         path.chmod(0o644)
     for path in folder.rglob("config.json"):
         config = read_json(path)
-        config.pop("_name_or_path", None)  # where this machine kept the float32 weights
+        config.pop("_name_or_path", None)  # a path on the machine that trained the weights
         write_json(path, config)
 
 
@@ -182,7 +182,7 @@ def unseen() -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def round_trip(codec: autoencoders.Codec, judge: Evaluator) -> tuple[torch.Tensor, float]:
-    """Accuracy of each attribute, (6,), and PSNR in dB of `unseen` after encoding and decoding."""
+    """Accuracy of each attribute, (6,), and PSNR in dB, of the pictures of `unseen` after encoding and decoding."""
     labels, pictures = unseen()
     again = torch.cat([codec.decode(codec.encode(part)) for part in pictures.split(50)])
     accuracy = (judge.read(again) == labels).float().mean(0)

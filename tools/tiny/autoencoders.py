@@ -1,19 +1,23 @@
-"""Train the autoencoders of the tiny world: AutoencoderKL f8c16 (FLUX-like), f8c4 (SD-like), AutoencoderDC f32c32,
-f64c128, f128c512.
+"""Train the autoencoders of the tiny world.
+
+AutoencoderKL f8c16 (like FLUX's) and f8c4 (like Stable Diffusion's); AutoencoderDC f32c32, f64c128 and f128c512.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC, AutoencoderKL
 
+from dcgen_convert.families.base import Network
 from dcgen_convert.tiny import world
 
-POOL = 6000  # pictures; drawing them anew for every step would take longer than the step
+POOL = 6000  # pictures that are drawn once. Drawing new ones for every step would take longer than the step.
 KL = dict(
     in_channels=3,
     out_channels=3,
@@ -21,14 +25,14 @@ KL = dict(
     up_block_types=("UpDecoderBlock2D",) * 4,
     block_out_channels=(8, 16, 32, 64),
     layers_per_block=1,
-    norm_num_groups=1,  # small groups would normalise the colour of a flat background away
+    norm_num_groups=1,  # small groups would remove the colour of a flat background
     mid_block_add_attention=False,
     sample_size=world.SIDE,
 )
 
 
-def dc(channels: int, widths: tuple[int, ...], layers: tuple[int, ...]) -> dict:
-    """Config of an AutoencoderDC whose first level is skipped (layers 0), as in the published in / mix / 1.5 models."""
+def dc(channels: int, widths: tuple[int, ...], layers: tuple[int, ...]) -> dict[str, Any]:
+    """Config of an AutoencoderDC without layers in its first level, as in the published in, mix and 1.5 models."""
     return dict(
         latent_channels=channels,
         encoder_block_types="ResBlock",
@@ -48,31 +52,39 @@ CONFIGS = {
     "kl-f8c4": (AutoencoderKL, {**KL, "latent_channels": 4}),
     "dc-f32c32": (AutoencoderDC, dc(32, (8, 16, 32, 64, 128, 128), (0, 1, 1, 2, 2, 2))),
     "dc-f64c128": (AutoencoderDC, dc(128, (8, 16, 32, 64, 128, 128, 128), (0, 1, 1, 1, 1, 1, 1))),
-    # no block at the last level: in pictures of one cell a 3 x 3 kernel has one tap
+    # no block at the last level: there a picture is one cell, of which a 3 x 3 kernel sees the centre only
     "dc-f128c512": (AutoencoderDC, dc(512, (8, 16, 32, 64, 128, 128, 128, 512), (0, 1, 1, 1, 1, 1, 1, 0))),
 }
 
 
-def reconstruct(model, pictures: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round trip in training mode: (B, 3, H, W) -> reconstruction and a latent regulariser (KL, or latent energy)."""
+def reconstruct(
+    model: Network, pictures: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round trip for training: (B, 3, H, W) -> reconstruction, and a loss on the latents (KL, or their energy)."""
     if isinstance(model, AutoencoderKL):
         posterior = model.encode(pictures).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator)
-        return model.decode(
-            posterior.mean + posterior.std * noise
-        ).sample, 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+        pixels = model.decode(posterior.mean + posterior.std * noise).sample
+        return pixels, 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
     latent = model.encode(pictures).latent
-    # DC-AE has no posterior; a little noise keeps its latents smooth enough for a diffusion model to learn.
+    # DC-AE has no posterior. A little noise makes its latents smooth enough for a diffusion model.
     noisy = latent + 0.05 * latent.detach().square().mean().sqrt() * torch.randn(latent.shape, generator=generator)
     return model.decode(noisy).sample, 1e-4 * latent.square().mean()
 
 
-def train(name: str, steps: int, batch: int, lr: float, seed: int, log=print, start=None) -> torch.nn.Module:
-    """Train autoencoder ``name`` of ``CONFIGS`` on drawn pictures; sets its scaling (and shift) factor from its
-    latents.
+def train(
+    name: str,
+    steps: int,
+    batch: int,
+    lr: float,
+    seed: int,
+    log: Callable[[str], None] = print,
+    start: Network | None = None,
+) -> Network:
+    """Train autoencoder ``name`` of ``CONFIGS`` with drawn pictures, then set its scaling factor and shift.
 
     Args:
-        start: a trained autoencoder of the same widths whose weights are taken over wherever the shapes agree.
+        start: a trained autoencoder of the same widths. Its weights are copied where the shapes agree.
     """
     torch.manual_seed(seed)
     cls, config = CONFIGS[name]
@@ -82,7 +94,7 @@ def train(name: str, steps: int, batch: int, lr: float, seed: int, log=print, st
         fitting = {key: value for key, value in start.state_dict().items() if shapes.get(key) == value.shape}
         model.load_state_dict(fitting, strict=False)
         log(f"{name} starts from {len(fitting)} of {len(shapes)} tensors")
-    if isinstance(model, AutoencoderKL):  # start almost deterministic: unit posterior noise would drown the first steps
+    if isinstance(model, AutoencoderKL):  # begin with almost no noise: a posterior of std 1 would hide the latents
         (model.quant_conv or model.encoder.conv_out).bias.data[model.config.latent_channels :] = -7
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -123,8 +135,11 @@ def _edges(x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def set_scale(model):
-    """Write scaling_factor = 1/RMS (DC-AE, no shift) or 1/std and shift = mean (FLUX-like VAE) into the config."""
+def set_scale(model: Network) -> Network:
+    """Write the scale of the latents into the config.
+
+    A VAE like FLUX's gets scaling_factor = 1 / std and shift_factor = mean; the others get scaling_factor = 1 / RMS.
+    """
     pictures = world.draw(world.sample_labels(512, 99), 99)
     if isinstance(model, AutoencoderDC):
         latents = torch.cat([model.encode(p).latent for p in pictures.split(64)])

@@ -1,7 +1,8 @@
-"""Train the evaluator of the tiny world on drawn pictures, lightly blurred and noised so that it judges content."""
+"""Train the evaluator of the tiny world with drawn pictures. A little blur and noise make it judge the content."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,7 +15,8 @@ from dcgen_convert.tiny.evaluator import Evaluator
 FILE = "evaluator.safetensors"
 
 
-def train(steps: int, batch: int, seed: int, log=print) -> Evaluator:
+def train(steps: int, batch: int, seed: int, log: Callable[[str], None] = print) -> Evaluator:
+    """A new evaluator, trained for ``steps`` steps of ``batch`` pictures."""
     torch.manual_seed(seed)
     model = Evaluator().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)

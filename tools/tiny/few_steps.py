@@ -1,4 +1,4 @@
-"""Distil tiny-sana to a few steps: a miniature of SANA-Sprint.
+"""Distil tiny-sana to a few steps. The result is a miniature of SANA-Sprint.
 
 B batch, C latent channels, h w latent grid; z_t = (1 - t) z_0 + t eps.
 """
@@ -11,6 +11,7 @@ from diffusers import SanaTransformer2DModel
 from torch import Tensor, nn
 
 from dcgen_convert import families
+from dcgen_convert.families.base import Network
 from dcgen_convert.train.objective import Draws, consistency_loss
 from tools.tiny import transformers as base
 
@@ -18,8 +19,8 @@ RATIO = 0.9  # of neighbouring noise levels
 GUIDANCE = (1.0, 5.0)
 
 
-def start(teacher: SanaTransformer2DModel, log) -> SanaTransformer2DModel:
-    """``teacher`` with a guidance input that says nothing yet, and a time input in [0, 1] instead of [0, 1000]."""
+def start(teacher: Network, log: base.Log) -> Network:
+    """``teacher`` with a guidance input that has no effect yet, and a time input in [0, 1] instead of [0, 1000]."""
     model = SanaTransformer2DModel.from_config({**teacher.config, "guidance_embeds": True})
     names = {name: name.replace("time_embed.emb.", "time_embed.") for name in teacher.state_dict()}
     model.load_state_dict({names[name]: value for name, value in teacher.state_dict().items()}, strict=False)
@@ -41,19 +42,9 @@ def start(teacher: SanaTransformer2DModel, log) -> SanaTransformer2DModel:
     return model
 
 
-def train(
-    teacher: SanaTransformer2DModel,
-    pairs: base.Pairs,
-    steps: int,
-    batch: int,
-    lr: float,
-    shift: float,
-    seed: int,
-    log=print,
-):
-    """Consistency distillation of the guided ``teacher``, guidance g ~ U(GUIDANCE) as an input; the averaged
-    student.
-    """
+def train(teacher: Network, pairs: base.Pairs, training: base.Training, log: base.Log = print) -> Network:
+    """Consistency distillation of the guided ``teacher``, with guidance g ~ U(GUIDANCE) as an input of the student."""
+    batch = training.batch
     sana, sprint, student = families.get("sana"), families.get("sana-sprint"), start(teacher, log)
     null = {key: value.expand(batch, *value.shape[1:]) for key, value in pairs.null.items()}
 
@@ -61,15 +52,15 @@ def train(
         free = sana.velocity(teacher, z, t, null)
         return free + g[:, None, None, None] * (sana.velocity(teacher, z, t, text) - free)
 
-    def loss_of(step: int, generator: torch.Generator) -> Tensor:
+    def loss_of(generator: torch.Generator) -> Tensor:
         z0, text = pairs.batch(torch.randint(len(pairs.z), (batch,), generator=generator))
         g = GUIDANCE[0] + (GUIDANCE[1] - GUIDANCE[0]) * torch.rand(batch, generator=generator)
         draws = Draws(
             torch.randn(z0.shape, generator=generator),
-            base.logit_normal(batch, shift, generator),
+            base.logit_normal(batch, training.shift, generator),
             g,
             torch.rand(batch, generator=generator) < 0.1,
         )
         return consistency_loss(sprint, student, z0, text, draws, pairs.null, guided, RATIO)
 
-    return base.optimise(student, loss_of, steps, lr, seed, log)
+    return base.optimise(student, loss_of, training, log)

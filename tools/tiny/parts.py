@@ -1,8 +1,7 @@
-"""The parts of the tiny world's checkpoints: how long and on what each one is trained."""
+"""The parts of the tiny world's checkpoints: how long and with what each one is trained."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,9 +16,11 @@ from diffusers import (
 
 from dcgen_convert import families
 from dcgen_convert.families import catalog
+from dcgen_convert.families.base import Network, Pipeline
 from dcgen_convert.tiny import world
 from tools.tiny import assemble, autoencoders, evaluator, few_steps, text
 from tools.tiny import transformers as base
+from tools.tiny.transformers import Log
 
 SEED = 7
 AUTOENCODERS = {  # steps, batch, learning rate
@@ -29,15 +30,11 @@ AUTOENCODERS = {  # steps, batch, learning rate
     "dc-f64c128": (3600, 10, 6e-4),
     "dc-f128c512": (1500, 8, 6e-4),
 }
-PICTURES = {
-    "flux": 24_000,
-    "sana": 10_000,
-    "dit": 10_000,
-    "unet": 12_000,
-}  # flux learns 10,000 by heart, and shapes last
-# (steps, learning rate, shift of the noise level), one after the other. Heavy noise teaches the text: in light noise
-# the picture itself shows what the caption says.
-PHASES = {
+# With 10,000 pictures flux learns them by heart, and learns shapes last.
+PICTURES = {"flux": 24_000, "sana": 10_000, "dit": 10_000, "unet": 12_000}
+# (steps, learning rate, shift of the noise level) of each phase. Heavy noise teaches the text: in light noise the
+# picture itself shows what the caption says.
+PHASES: dict[str, list[tuple[int, float] | tuple[int, float, float]]] = {
     "flux-teacher": [(2400, 1.5e-3, 1.65), (1900, 1.3e-3, 1.65), (2000, 1.2e-3, 4.0), (1600, 1e-3, 4.0)],
     "flux": [(900, 6e-4, 2.0)],
     "sana": [(6000, 1.5e-3, 3.0)],
@@ -47,7 +44,6 @@ PHASES = {
 }
 BATCH = {"flux-teacher": 32, "flux": 32, "sana": 64, "dit": 32, "unet": 16, "sana-sprint": 64}
 NAMES = ("evaluator", *AUTOENCODERS, *PHASES)
-Log = Callable[[str], None]
 
 
 def make(work: Path, part: str, log: Log) -> None:
@@ -63,8 +59,8 @@ def make(work: Path, part: str, log: Log) -> None:
         train_transformer(work, part, log).save_pretrained(work / part)
 
 
-def trained_before(work: Path, part: str):
-    """The autoencoder that ``part`` starts from, since it differs at the bottleneck only; None: from random weights."""
+def trained_before(work: Path, part: str) -> Network | None:
+    """The autoencoder that ``part`` starts from, because they differ at the bottleneck only; None: random weights."""
     if part == "kl-f8c4":
         return AutoencoderKL.from_pretrained(work / "kl-f8c16")
     if part == "dc-f128c512":
@@ -73,22 +69,27 @@ def trained_before(work: Path, part: str):
     return None
 
 
-def train_transformer(work: Path, part: str, log: Log):
-    """One base transformer, from latents of freshly drawn pictures."""
+def train_transformer(work: Path, part: str, log: Log) -> Network:
+    """Train one base transformer with latents of newly drawn pictures."""
     if part == "sana-sprint":
         sana = SanaPipeline.from_pretrained(assemble.SHIPPED / "tiny-sana", dtype=torch.float32)
-        steps, rate, shift = PHASES[part][0]
         pairs = caption_pairs(sana, "sana", sana.vae, log)
-        return few_steps.train(sana.transformer, pairs, steps, BATCH[part], rate, shift, SEED, log)
+        return few_steps.train(sana.transformer, pairs, training(part, 0), log)
     name = part.removesuffix("-teacher")
     family, model = base.new_model(name, SEED)
     train = {"flux": base.distill_guidance, "dit": base.train_dit, "unet": base.train_unet}.get(part, base.train_flow)
     pairs = {"flux": flux_pairs, "sana": sana_pairs, "dit": dit_pairs, "unet": unet_pairs}[name](work, log)
     if part == "flux":
         model = FluxTransformer2DModel.from_pretrained(work / "flux-teacher")
-    for number, (steps, rate, *shift) in enumerate(PHASES[part]):
-        model = train(family, model, pairs, steps, BATCH[part], rate, *shift, SEED + number, log)
+    for number in range(len(PHASES[part])):
+        model = train(family, model, pairs, training(part, number), log)
     return model
+
+
+def training(part: str, number: int) -> base.Training:
+    """Phase ``number`` of a transformer, counted from 0."""
+    steps, rate, *shift = PHASES[part][number]
+    return base.Training(steps, BATCH[part], rate, SEED + number, *shift)
 
 
 def sana_pairs(work: Path, log: Log) -> base.Pairs:
@@ -136,7 +137,8 @@ def unet_pairs(work: Path, log: Log) -> base.Pairs:
 
 
 @torch.no_grad()
-def caption_pairs(pipeline, name: str, vae, log: Log) -> base.Pairs:
+def caption_pairs(pipeline: Pipeline, name: str, vae: Network, log: Log) -> base.Pairs:
+    """Latents of drawn pictures, with the conditions of their captions."""
     family, labels = families.get(name), world.sample_labels(PICTURES[name], SEED)
     z = base.encode_pictures(vae.eval(), labels, SEED)
     table, null = base.caption_table(lambda captions: family.encode_text(pipeline, captions, text.LENGTH))

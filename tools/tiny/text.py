@@ -1,7 +1,7 @@
 """Small frozen text encoders with real tokenizers: CLIP + T5 for tiny-flux, Gemma2 for tiny-sana, CLIP for tiny-unet.
 
-The encoders are random and never trained: captions of the tiny world are unambiguous as bags of words, so distinct
-token features are all that the transformers need.
+The encoders have random weights and are not trained. A caption of the tiny world is clear even without the order of
+its words, so the transformers only need different features for different words.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ CHARACTERS = string.ascii_lowercase + string.digits + string.punctuation
 
 
 def words() -> list[str]:
-    """Every word that captions use, sorted."""
+    """All words of the captions, sorted."""
     texts = [name for names in world.ATTRIBUTES.values() for name in names]
     return sorted({word for text in [*texts, "a"] for word in text.split()})
 
 
 def _bpe(prefix: str, suffix: str) -> tuple[list[str], list[tuple[str, str]]]:
-    """Byte-pair merges that make each caption word one token: pieces and merges, learnt by the tokenizers library."""
+    """(pieces, merges) of a byte-pair encoding in which each word of the captions is one token."""
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix=suffix))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.BpeTrainer(
@@ -59,7 +59,7 @@ def _bpe(prefix: str, suffix: str) -> tuple[list[str], list[tuple[str, str]]]:
 
 
 def _kept(folder: Path, cls: type, make: Callable[[], Any], **settings: Any) -> Any:
-    """The tokenizer in ``folder``, made at the first call. Two trainings number their pieces differently."""
+    """The tokenizer in ``folder``. The first call makes it: a second training would number its pieces differently."""
     if not folder.exists():
         make().save_pretrained(folder)
     return cls.from_pretrained(folder, **settings)
@@ -76,7 +76,7 @@ def clip(work: Path, length: int = 77, pooled: bool = True) -> tuple[CLIPTextMod
 
     Args:
         length: tokens to which the tokenizer pads by default.
-        pooled: whether the last token has to say everything (tiny-flux), as against each token its word (tiny-unet).
+        pooled: whether the last token must carry the whole caption (tiny-flux), or each token its own word (tiny-unet).
     """
     tokenizer = _kept(work / "clip-tokenizer", CLIPTokenizer, _clip_tokenizer, model_max_length=length)
     torch.manual_seed(1)
@@ -119,9 +119,8 @@ def t5() -> tuple[T5EncoderModel, T5Tokenizer]:
             feed_forward_proj="gated-gelu",
         )
     )
-    with (
-        torch.no_grad()
-    ):  # weak mixing: the pipeline pads without a mask, features must not depend on the padded length
+    # Weak mixing: the pipeline pads without a mask, and the features must not depend on the padded length.
+    with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("SelfAttention.o.weight"):
                 weight.mul_(0.1)

@@ -1,7 +1,7 @@
-"""Train the base transformers of the tiny world: tiny-flux (CFG teacher, then guidance distillation), tiny-sana,
-tiny-dit; and tiny-unet.
+"""Train the base networks of the tiny world: tiny-flux, tiny-sana, tiny-dit and tiny-unet.
 
-B batch, C latent channels, h w latent grid, L text tokens; z_t = (1 - t) z_0 + t eps throughout.
+For tiny-flux a teacher is trained with dropped conditions first. Then its guidance is distilled into a student.
+B batch, C latent channels, h w latent grid, L text tokens; everywhere z_t = (1 - t) z_0 + t eps.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from diffusers import (
 from torch import Tensor, nn
 
 from dcgen_convert import families
-from dcgen_convert.families import ddpm
+from dcgen_convert.families import Family, Text, ddpm
+from dcgen_convert.families.base import Network
 from dcgen_convert.families.dit import NULL_CLASS
 from dcgen_convert.tiny import world
 
@@ -77,12 +78,16 @@ UNET = dict(
     norm_num_groups=16,
 )
 GUIDANCE_RANGE = (1.0, 6.0)  # of the distilled tiny-flux
+Log = Callable[[str], None]
 
 
 @dataclass
 class Pairs:
-    """Latents with the row of their condition in ``text``; ``null`` is the condition of the empty prompt (batch of
-    one).
+    """S latents, the conditions of all captions, and which caption belongs to which latent.
+
+    Attributes:
+        row: row of each latent's condition in ``text``.
+        null: condition of the empty prompt, a batch of one.
     """
 
     z: Tensor  # (S, C, h, w)
@@ -91,6 +96,7 @@ class Pairs:
     null: dict[str, Tensor]
 
     def batch(self, index: Tensor, drop: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Latents (B, C, h, w) at ``index`` (B,), and their conditions; where ``drop`` (B,) is true, the null one."""
         rows = self.row[index]
         text = {key: value[rows] for key, value in self.text.items()}
         if drop is not None:
@@ -100,9 +106,20 @@ class Pairs:
         return self.z[index], text
 
 
+@dataclass(frozen=True)
+class Training:
+    """Length, batch, learning rate and seed of one training. ``shift`` moves the noise levels towards heavy noise."""
+
+    steps: int
+    batch: int
+    lr: float
+    seed: int
+    shift: float = 1.0
+
+
 @torch.no_grad()
-def encode_pictures(vae, labels: Tensor, seed: int) -> Tensor:
-    """Model latents (S, C, h, w) of pictures drawn after ``labels`` (S, 6)."""
+def encode_pictures(vae: Network, labels: Tensor, seed: int) -> Tensor:
+    """Model latents (S, C, h, w) of pictures that are drawn from ``labels`` (S, 6)."""
     parts = []
     for start in range(0, len(labels), 100):
         pictures = world.draw(labels[start : start + 100], seed + 1 + start)
@@ -116,25 +133,28 @@ def encode_pictures(vae, labels: Tensor, seed: int) -> Tensor:
 
 
 def logit_normal(count: int, shift: float, generator: torch.Generator) -> Tensor:
+    """Noise levels in (0, 1), (count,): the sigmoid of normal numbers, then shifted towards 1 by ``shift``."""
     s = torch.sigmoid(torch.randn(count, generator=generator))
     return shift * s / (1 + (shift - 1) * s)
 
 
 def optimise(
-    model: nn.Module, loss_of: Callable[[int, torch.Generator], Tensor], steps: int, lr: float, seed: int, log=print
-) -> nn.Module:
-    """AdamW with warm-up and cosine decay; returns the exponential moving average of the weights."""
-    # eval(): diffusers' LabelEmbedding would drop labels block by block, independently, in training mode.
+    model: Network, loss_of: Callable[[torch.Generator], Tensor], training: Training, log: Log = print
+) -> Network:
+    """AdamW with warm-up and cosine decay. Returns the exponential moving average of the weights."""
+    steps = training.steps
+    # eval(): in training mode the LabelEmbedding of diffusers would drop labels in each block separately.
     model.eval().requires_grad_(True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=training.lr, betas=(0.9, 0.99), weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min(1, (s + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * s / steps)))
     )
     ema = copy.deepcopy(model).requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
-    started, window = time.time(), []
+    generator = torch.Generator().manual_seed(training.seed)
+    started = time.time()
+    window: list[float] = []
     for step in range(steps):
-        loss = loss_of(step, generator)
+        loss = loss_of(generator)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -153,49 +173,47 @@ def optimise(
     return ema
 
 
-def train_flow(
-    family, model, pairs: Pairs, steps: int, batch: int, lr: float, shift: float, seed: int, log=print
-) -> nn.Module:
-    """Flow matching with 10 % of the conditions dropped (classifier-free guidance)."""
+def train_flow(family: Family, model: Network, pairs: Pairs, training: Training, log: Log = print) -> Network:
+    """Flow matching; 10 % of the conditions are dropped, for classifier-free guidance."""
 
-    def loss_of(step: int, generator: torch.Generator) -> Tensor:
-        index = torch.randint(len(pairs.z), (batch,), generator=generator)
-        z0, text = pairs.batch(index, torch.rand(batch, generator=generator) < 0.1)
+    def loss_of(generator: torch.Generator) -> Tensor:
+        index = torch.randint(len(pairs.z), (training.batch,), generator=generator)
+        z0, text = pairs.batch(index, torch.rand(training.batch, generator=generator) < 0.1)
         eps = torch.randn(z0.shape, generator=generator)
-        t = logit_normal(batch, shift, generator)
+        t = logit_normal(training.batch, training.shift, generator)
         zt = torch.lerp(z0, eps, t[:, None, None, None])
-        return F.mse_loss(family.predict(model, zt, t, text, torch.ones(batch)), family.target(z0, eps))
+        return F.mse_loss(family.predict(model, zt, t, text, torch.ones(training.batch)), family.target(z0, eps))
 
-    return optimise(model, loss_of, steps, lr, seed, log)
+    return optimise(model, loss_of, training, log)
 
 
-def distill_guidance(
-    family, teacher, pairs: Pairs, steps: int, batch: int, lr: float, shift: float, seed: int, log=print
-) -> nn.Module:
-    """Student(z_t, c, g) -> v_0 + g (v_c - v_0) of the frozen teacher, g ~ U(GUIDANCE_RANGE), as FLUX.1 dev was
-    made.
+def distill_guidance(family: Family, teacher: Network, pairs: Pairs, training: Training, log: Log = print) -> Network:
+    """A student that learns v_0 + g (v_c - v_0) of the frozen teacher, with g ~ U(GUIDANCE_RANGE) as an input.
+
+    FLUX.1 dev was made in the same way.
     """
     student = copy.deepcopy(teacher)
     low, high = GUIDANCE_RANGE
 
-    def loss_of(step: int, generator: torch.Generator) -> Tensor:
-        index = torch.randint(len(pairs.z), (batch,), generator=generator)
-        z0, text = pairs.batch(index, torch.rand(batch, generator=generator) < 0.1)
+    def loss_of(generator: torch.Generator) -> Tensor:
+        index = torch.randint(len(pairs.z), (training.batch,), generator=generator)
+        z0, text = pairs.batch(index, torch.rand(training.batch, generator=generator) < 0.1)
         eps = torch.randn(z0.shape, generator=generator)
-        t = logit_normal(batch, shift, generator)
+        t = logit_normal(training.batch, training.shift, generator)
         zt = torch.lerp(z0, eps, t[:, None, None, None])
-        g = low + (high - low) * torch.rand(batch, generator=generator)
+        g = low + (high - low) * torch.rand(training.batch, generator=generator)
         with torch.no_grad():
-            ones, null = torch.ones(batch), {k: v.expand(batch, *v.shape[1:]) for k, v in pairs.null.items()}
+            ones = torch.ones(training.batch)
+            null = {key: value.expand(training.batch, *value.shape[1:]) for key, value in pairs.null.items()}
             free = family.predict(teacher, zt, t, null, ones)
             goal = free + g[:, None, None, None] * (family.predict(teacher, zt, t, text, ones) - free)
         return F.mse_loss(family.predict(student, zt, t, text, g), goal)
 
-    return optimise(student, loss_of, steps, lr, seed, log)
+    return optimise(student, loss_of, training, log)
 
 
-def train_dit(family, model, pairs: Pairs, steps: int, batch: int, lr: float, seed: int, log=print) -> nn.Module:
-    """epsilon MSE plus the variational bound on the learned sigma (improved DDPM, arXiv 2102.09672, eq. 14-16)."""
+def train_dit(_: Family, model: Network, pairs: Pairs, training: Training, log: Log = print) -> Network:
+    """Epsilon MSE plus the variational bound for the learned sigma (improved DDPM, arXiv 2102.09672, eq. 14-16)."""
     alphas = ddpm.alphas(ddpm.LINEAR)
     before = torch.cat([torch.ones(1, dtype=torch.float64), alphas[:-1]])
     betas = 1 - alphas / before
@@ -205,10 +223,10 @@ def train_dit(family, model, pairs: Pairs, steps: int, batch: int, lr: float, se
     log_beta, log_posterior = betas.log().float(), posterior.log().float()
     weight = epsilon_weight(alphas)
 
-    def loss_of(step: int, generator: torch.Generator) -> Tensor:
-        index = torch.randint(len(pairs.z), (batch,), generator=generator)
-        z0, text = pairs.batch(index, torch.rand(batch, generator=generator) < 0.1)
-        tau = torch.randint(ddpm.TRAIN_STEPS, (batch,), generator=generator)
+    def loss_of(generator: torch.Generator) -> Tensor:
+        index = torch.randint(len(pairs.z), (training.batch,), generator=generator)
+        z0, text = pairs.batch(index, torch.rand(training.batch, generator=generator) < 0.1)
+        tau = torch.randint(ddpm.TRAIN_STEPS, (training.batch,), generator=generator)
         eps = torch.randn(z0.shape, generator=generator)
         x = (
             alphas[tau].sqrt().float()[:, None, None, None] * z0
@@ -219,45 +237,45 @@ def train_dit(family, model, pairs: Pairs, steps: int, batch: int, lr: float, se
         shape = (-1, 1, 1, 1)
         mix = (v + 1) / 2
         log_variance = mix * log_beta[tau].reshape(shape) + (1 - mix) * log_posterior[tau].reshape(shape)
-        # KL of two Gaussians whose means differ by coefficient^(1/2) (eps - predicted)
+        # KL divergence of two Gaussians; their means differ by coefficient^(1/2) (eps - predicted)
         distance = coefficient[tau].reshape(shape) * (eps - predicted.detach()).square()
         ratio = log_posterior[tau].reshape(shape) - log_variance
         bound = 0.5 * (-1 - ratio + ratio.exp() + distance * (-log_variance).exp())
         error = (predicted - eps).square().mean(dim=(1, 2, 3))
         return (weight[tau] * error).mean() + 1e-3 * bound.mean()
 
-    return optimise(model, loss_of, steps, lr, seed, log)
+    return optimise(model, loss_of, training, log)
 
 
-def train_unet(family, model, pairs: Pairs, steps: int, batch: int, lr: float, seed: int, log=print) -> nn.Module:
-    """epsilon MSE at uniform DDPM steps with 10 % of the conditions dropped."""
+def train_unet(family: Family, model: Network, pairs: Pairs, training: Training, log: Log = print) -> Network:
+    """Epsilon MSE at uniform DDPM steps; 10 % of the conditions are dropped."""
     times = family.noise_times()
     weight = epsilon_weight(ddpm.alphas(ddpm.SCALED_LINEAR))
 
-    def loss_of(step: int, generator: torch.Generator) -> Tensor:
-        index = torch.randint(len(pairs.z), (batch,), generator=generator)
-        z0, text = pairs.batch(index, torch.rand(batch, generator=generator) < 0.1)
-        tau = torch.randint(ddpm.TRAIN_STEPS, (batch,), generator=generator)
+    def loss_of(generator: torch.Generator) -> Tensor:
+        index = torch.randint(len(pairs.z), (training.batch,), generator=generator)
+        z0, text = pairs.batch(index, torch.rand(training.batch, generator=generator) < 0.1)
+        tau = torch.randint(ddpm.TRAIN_STEPS, (training.batch,), generator=generator)
         eps = torch.randn(z0.shape, generator=generator)
         t = times[tau].float()
-        with torch.autocast("cpu", torch.bfloat16):  # a fifth faster
+        with torch.autocast("cpu", torch.bfloat16):  # a fifth faster than float32
             predicted = family.predict(model, torch.lerp(z0, eps, t[:, None, None, None]), t, text).float()
         return (weight[tau] * (predicted - eps).square().mean(dim=(1, 2, 3))).mean()
 
-    return optimise(model, loss_of, steps, lr, seed, log)
+    return optimise(model, loss_of, training, log)
 
 
 def epsilon_weight(alphas: Tensor) -> Tensor:
     """Weight of the squared error of epsilon at every DDPM step, (S,) float32.
 
-    An error of epsilon is an error of v times sqrt(alpha): plain epsilon MSE would leave the layout, decided in heavy
-    noise, to the last.
+    An error of epsilon is an error of v times sqrt(alpha). Without weights the network would learn heavy noise last,
+    and heavy noise decides the layout of a picture.
     """
     return (1 / alphas).clamp(max=25).float()
 
 
-def caption_table(encode) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Conditions of every caption, rows in the order of :func:`caption_row`, and of the empty prompt."""
+def caption_table(encode: Callable[[list[str]], Text]) -> tuple[Text, Text]:
+    """Conditions of all captions, with rows in the order of :func:`caption_row`, and that of the empty prompt."""
     grids = torch.cartesian_prod(*[torch.arange(len(names)) for names in world.ATTRIBUTES.values()])
     captions = [world.caption(row) for row in grids.tolist()]
     parts = [encode(captions[i : i + 200]) for i in range(0, len(captions), 200)]
@@ -265,7 +283,7 @@ def caption_table(encode) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def caption_row(labels: Tensor) -> Tensor:
-    """(S, 6) labels -> row of :func:`caption_table`."""
+    """Rows of :func:`caption_table` for labels (S, 6): (S,)."""
     row = torch.zeros(len(labels), dtype=torch.long)
     for i, names in enumerate(world.ATTRIBUTES.values()):
         row = row * len(names) + labels[:, i]
@@ -273,6 +291,7 @@ def caption_row(labels: Tensor) -> Tensor:
 
 
 def class_pairs(z: Tensor, labels: Tensor) -> Pairs:
+    """Latents with their class (shape and colour) as condition."""
     rows = labels[:, 0] * len(world.COLORS) + labels[:, 1]
     return Pairs(
         z, rows, {"class_labels": torch.arange(len(world.CLASSES))}, {"class_labels": torch.tensor([NULL_CLASS])}
@@ -287,7 +306,8 @@ MODELS = {
 }
 
 
-def new_model(name: str, seed: int) -> tuple[families.Family, nn.Module]:
+def new_model(name: str, seed: int) -> tuple[Family, Network]:
+    """A family and a network of it with random weights, whose head writes zeros."""
     torch.manual_seed(seed)
     cls, config = MODELS[name]
     model = cls(**config)
