@@ -60,5 +60,7 @@ def _fit(pen: ImageDraw, text: str, font: Font, width: int) -> str:
     """``text``, shortened with "..." to at most ``width`` px."""
     if pen.textlength(text, font=font) <= width:
         return text
-    longest = bisect_right(range(len(text)), width, key=lambda n: pen.textlength(text[:n] + "...", font=font)) - 1
+    longest = (
+        bisect_right(range(len(text)), float(width), key=lambda n: pen.textlength(text[:n] + "...", font=font)) - 1
+    )
     return text[: max(longest, 0)] + "..."

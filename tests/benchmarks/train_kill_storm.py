@@ -21,9 +21,9 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
-from train_worker import losses, run_ranks, start_ranks  # noqa: E402
+from train_worker import losses, run_ranks, start_ranks
 
-from dcgen_convert.core.files import TEMPORARY  # noqa: E402
+from dcgen_convert.core.files import TEMPORARY
 
 STEPS = 40
 HANG = 30.0  # seconds

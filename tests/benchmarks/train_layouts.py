@@ -14,9 +14,9 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
-from train_worker import losses, run_ranks  # noqa: E402
+from train_worker import losses, run_ranks
 
-from dcgen_convert.train.checkpoints import INDEX, whole  # noqa: E402
+from dcgen_convert.train.checkpoints import INDEX, whole
 
 BARS = {"fp32": 1e-6, "bf16": 1e-2}
 RESUMES = (((2, 3), (1, 2)), ((1, 2), (2, 3)), ((3, 1), (2, 2)), ((2, 2), (3, 3)), ((3, 3), (1, 1)))

@@ -4,6 +4,7 @@ nothing is written outside the run folder."""
 
 import copy
 import json
+import os
 import random
 import shutil
 import time
@@ -202,9 +203,7 @@ def test_loras(place, data, in_header):
 def test_configs_and_indexes(place, data, which):
     folder = place / "run" / "source"
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(
-        place / ("alone" if which == "alone" else "base"), folder, copy_function=lambda a, b: shutil.os.link(a, b)
-    )
+    shutil.copytree(place / ("alone" if which == "alone" else "base"), folder, copy_function=os.link)
     if which == "index":
         names = header_of(FILE.read_bytes())
         document = {

@@ -83,7 +83,7 @@ def test_merge_is_peft_s(folders):
 def test_output_is_a_diffusers_folder_of_the_same_shards(folders):
     from diffusers import FluxTransformer2DModel
 
-    path, reference = folders
+    path, _ = folders
     modules = path / "modules.safetensors"
     merge.merge(path / "dense", path / "out", modules=modules)
     names = sorted(file.name for file in (path / "dense").iterdir())

@@ -142,11 +142,11 @@ def scaled(tensors, per_row):
         if value.ndim < 2:
             stored[name] = exact[name] = value
             continue
-        value = value.float()
-        peak = value.abs().amax(1) if per_row else value.abs().amax()
+        exactly = value.float()
+        peak = exactly.abs().amax(1) if per_row else exactly.abs().amax()
         scale = peak / 448
         rows = scale[:, None] if per_row else scale
-        stored[name] = (value / rows).to(torch.float8_e4m3fn)
+        stored[name] = (exactly / rows).to(torch.float8_e4m3fn)
         stored[f"{name.removesuffix('.weight')}.scale_weight"] = scale
         exact[name] = (stored[name].float() * rows).bfloat16()
     return stored, exact

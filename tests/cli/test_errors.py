@@ -14,7 +14,7 @@ from dcgen_convert.core import errors
 def raised(function, *args):
     try:
         function(*args)
-    except BaseException as exc:
+    except BaseException as exc:  # noqa: BLE001  the test compares what was raised
         return exc
     raise AssertionError("nothing was raised")
 

@@ -55,7 +55,7 @@ def test_a_listing_changes_with_every_file_that_is_read(folder):
         lambda: (folder / "a.txt").write_text("another caption"),
         lambda: os.utime(folder / "b.png", ns=(0, 10**9)),
         lambda: (folder / "b.png").rename(folder / "c.png"),
-        lambda: (folder / "a.png").unlink(),
+        (folder / "a.png").unlink,
     ]
     for change in changes:
         change()

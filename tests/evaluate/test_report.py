@@ -18,7 +18,7 @@ from dcgen_convert.evaluate.report import charts, write_report
 class Balanced(HTMLParser):
     """Fails on tags that close in the wrong order; collects what would load from elsewhere."""
 
-    VOID = {"meta", "img", "line", "polyline", "circle"}
+    VOID = frozenset(("meta", "img", "line", "polyline", "circle"))
 
     def __init__(self):
         super().__init__()

@@ -1,6 +1,7 @@
 """e2m1, e4m3 and int4 rounding against exhaustive tables in exact arithmetic."""
 
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def test_e4m3_rounds_to_nearest_even_over_its_whole_range():
     table = [e4m3_value(byte) for byte in range(127)]
     assert max(table) == 448
     points = sorted(
-        {p for a, b in zip(table, table[1:], strict=False) for p in (a, (a + b) / 2, (3 * a + b) / 4, (a + 3 * b) / 4)}
+        {p for a, b in pairwise(table) for p in (a, (a + b) / 2, (3 * a + b) / 4, (a + 3 * b) / 4)}
         | {Fraction(460), Fraction(10**6)}
     )
     got = formats.round_e4m3(torch.tensor([float(p) for p in points], dtype=torch.float32))

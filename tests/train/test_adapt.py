@@ -260,9 +260,8 @@ def test_the_next_batch_is_read_while_this_one_is_trained_on(tmp_path, monkeypat
         def waiting(positions):
             loss = loss_of(positions)
             # the first step waits for its own batch too: from then on one batch is read before the step that needs it
-            for _ in range({0: 2, self.settings.steps - 1: 0}.get(self.step_count, 1)):
-                if not read.acquire(timeout=300):
-                    late.append(self.step_count)
+            waits = {0: 2, self.settings.steps - 1: 0}.get(self.step_count, 1)
+            late.extend(self.step_count for _ in range(waits) if not read.acquire(timeout=300))
             return loss
 
         return take_step(self, waiting, batches, stop)

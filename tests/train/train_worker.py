@@ -181,7 +181,7 @@ def main() -> int:
             adapt(**job)
         code = crew.serve(lambda *task: None) if crew.rank else 0
         distributed.leave()
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001  as the command-line does
         code = session.fail(error)
     session.leave(code)
     return code
