@@ -1,7 +1,73 @@
 """dcgen-convert: move a trained latent diffusion transformer into a deep-compression autoencoder's latent space
 (DC-Gen).
 
-The package does no work at import: `dcgen_convert.cli` is the command line, `dcgen_convert.conversion` the main path.
+    import dcgen_convert
+
+    made = dcgen_convert.convert("flux-krea", ae="dc-ae-f64", quantize="nvfp4")
+    dcgen_convert.sample(made.bundle, "a red fox in the snow")
+
+Every name of `__all__` is imported when it is first used: `import dcgen_convert` alone does no work and needs no torch.
+The functions stand in `dcgen_convert.api.calls`, what they return in `dcgen_convert.api.results`.
 """
 
-__version__ = "0.2.0"
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from dcgen_convert.core.version import __version__
+
+if TYPE_CHECKING:
+    from dcgen_convert.api.calls import convert, inspect, plan, quantize, resume, sample, verify
+    from dcgen_convert.api.results import Conversion, Inspection, Pictures, Plan, Quantised, Verdict
+    from dcgen_convert.core.errors import (
+        AccessError,
+        CheckFailed,
+        DcgenError,
+        InputError,
+        InternalError,
+        RankLost,
+        RecipeError,
+        ResourceError,
+    )
+
+__all__ = [
+    "AccessError",
+    "CheckFailed",
+    "Conversion",
+    "DcgenError",
+    "InputError",
+    "Inspection",
+    "InternalError",
+    "Pictures",
+    "Plan",
+    "Quantised",
+    "RankLost",
+    "RecipeError",
+    "ResourceError",
+    "Verdict",
+    "__version__",
+    "convert",
+    "inspect",
+    "plan",
+    "quantize",
+    "resume",
+    "sample",
+    "verify",
+]
+
+_HOMES = ("api.calls", "api.results", "core.errors")
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name on first use (PEP 562)."""
+    if name in __all__:
+        for home in _HOMES:
+            module = import_module(f"{__name__}.{home}")
+            if hasattr(module, name):
+                return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -20,12 +20,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from dcgen_convert import __version__
 from dcgen_convert.bundle.layout import check_output
 from dcgen_convert.bundle.manifest import FILE as MANIFEST
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_object, write_json
 from dcgen_convert.core.journal import MARKER, Run, Stage, fingerprint
+from dcgen_convert.core.version import __version__
 from dcgen_convert.planning.plan import require_disk
 from dcgen_convert.ranks.crew import SOLO, Crew
 from dcgen_convert.ranks.machine import Machine
@@ -168,12 +168,6 @@ def _run_steps(job: Job, steps: list[Step], output: Path, start: str | None, unt
 def _bundled(output: Path, run: Run) -> bool:
     """Whether ``output`` holds the bundle that this very run wrote."""
     return (run.path / "bundle" / MARKER).exists() and (output / MANIFEST).exists()
-
-
-def resume(run_dir: Path, console) -> dict[str, Any]:
-    """Continue the run in ``run_dir`` from its own record."""
-    resolved, output = recorded(Path(run_dir))
-    return convert(resolved, Path(run_dir), output, console)
 
 
 def recorded(run_dir: Path) -> tuple[Resolved, Path]:

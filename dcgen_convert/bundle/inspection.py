@@ -182,9 +182,11 @@ def _runs_on(found: dict) -> str:
 
 
 def render(found: dict) -> str:
-    """The document as lines of text; layers are counted, not listed."""
+    """The document of `inspect` as lines of text; layers are counted, not listed."""
     lines = []
     for key, value in found.items():
+        if key in ("schema", "status"):
+            continue
         if key == "quantisation" and value:
             counts = ", ".join(f"{count} {kind}" for kind, count in value["counts"].items())
             lines.append(f"quantisation: {value['method']}: {counts or 'no packed layer found'}")

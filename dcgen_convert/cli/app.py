@@ -8,10 +8,10 @@ from __future__ import annotations
 import difflib
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
-from dcgen_convert import __version__
 from dcgen_convert.cli import completion
 from dcgen_convert.cli.options import (
     CONTEXT,
@@ -29,6 +29,7 @@ from dcgen_convert.cli.options import (
 )
 from dcgen_convert.cli.session import Session
 from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.version import __version__
 
 
 class DefaultVerb(click.Group):
@@ -99,7 +100,7 @@ def cli() -> None:
 @option("--dry-run", is_flag=True, help="Only plan, as the verb plan does. Default: off.")
 @stack(OUTPUT)
 @click.pass_obj
-def convert(session: Session, source: str, **values: object) -> int:
+def convert(session: Session, source: str, **values: Any) -> int:
     """Convert SOURCE (recipe, .yaml, catalogue name, folder, .safetensors, .gguf or hub id) and write a verified
     bundle."""
     from dcgen_convert.cli import verbs
@@ -114,13 +115,11 @@ def convert(session: Session, source: str, **values: object) -> int:
     "--gpu-memory",
     metavar="GIB",
     type=click.FloatRange(min=0, min_open=True),
-    default=79.1,
-    show_default=True,
-    help="GiB per GPU that training must fit in (79.1: a card sold as 80 GB).",
+    help="GiB per GPU that training must fit in. Default: 79.1, those of a card sold as 80 GB.",
 )
 @stack(OUTPUT)
 @click.pass_obj
-def plan(session: Session, source: str, gpu_memory: float, **values: object) -> int:
+def plan(session: Session, source: str, gpu_memory: float | None, **values: Any) -> int:
     """Say what a conversion will cost: tokens, speed-up, memory, disk, downloads, hours; and where each setting comes
     from."""
     from dcgen_convert.cli import verbs
@@ -133,7 +132,7 @@ def plan(session: Session, source: str, gpu_memory: float, **values: object) -> 
 @stack(QUANTIZE)
 @stack(OUTPUT)
 @click.pass_obj
-def quantize(session: Session, source: str, **values: object) -> int:
+def quantize(session: Session, source: str, **values: Any) -> int:
     """Quantise SOURCE to 4 bits with SVDQuant, without a conversion."""
     from dcgen_convert.cli import verbs
 
@@ -145,7 +144,7 @@ def quantize(session: Session, source: str, **values: object) -> int:
 @stack(RANKS + JOB)
 @stack(OUTPUT)
 @click.pass_obj
-def resume(session: Session, run: str, **values: object) -> int:
+def resume(session: Session, run: str, **values: Any) -> int:
     """Continue the run in folder RUN, with as many ranks as before unless an option says otherwise."""
     from dcgen_convert.cli import verbs
 
@@ -156,14 +155,15 @@ def resume(session: Session, run: str, **values: object) -> int:
 @click.argument("path", type=click.Path())
 @stack(OUTPUT)
 @click.pass_obj
-def inspect(session: Session, path: str, **values: object) -> int:
+def inspect(session: Session, path: str, **values: Any) -> int:
     """Say what a checkpoint, folder or bundle is: family, sizes, autoencoder, LoRA, quantisation, licences, GPUs that
     run it."""
     console = session.begin(**output_options(values))
+    from dcgen_convert.api import calls
     from dcgen_convert.bundle import inspection
 
-    found = inspection.inspect(Path(path))
-    console.result({"schema": "dcgen.inspection/1", "status": "done", **found}, inspection.render(found))
+    found = calls.inspect(path).document()
+    console.result(found, inspection.render(found))
     return 0
 
 
@@ -178,15 +178,15 @@ def inspect(session: Session, path: str, **values: object) -> int:
 @TRUST
 @stack(OUTPUT)
 @click.pass_obj
-def verify(session: Session, bundle: str, against: str | None, trust_remote_code: bool, **values: object) -> int:
+def verify(session: Session, bundle: str, against: str | None, trust_remote_code: bool, **values: Any) -> int:
     """Check hashes, structure and numbers of BUNDLE, then draw a picture in a fresh process. Exit 1 if something
     differs."""
     console = session.begin(**output_options(values))
-    from dcgen_convert.bundle.verify import verify as check
-    from dcgen_convert.cli import verbs
+    from dcgen_convert.api import calls
 
-    source = Path(against) if against else None
-    return verbs.verdict(console, check(Path(bundle), console, source, trust_remote_code=trust_remote_code), bundle)
+    found = calls.verify(bundle, against=against, trust_remote_code=trust_remote_code, console=console)
+    console.result(found.document(), bundle)
+    return 0
 
 
 @cli.command(context_settings=CONTEXT)
@@ -217,15 +217,13 @@ def verify(session: Session, bundle: str, against: str | None, trust_remote_code
 @TRUST
 @stack(OUTPUT)
 @click.pass_obj
-def sample(session: Session, bundle: str, prompts: tuple[str, ...], output: str, **values: object) -> int:
+def sample(session: Session, bundle: str, prompts: tuple[str, ...], output: str, **values: Any) -> int:
     """Draw pictures with BUNDLE on any machine. Where its 4-bit kernels cannot run, its weights are dequantised."""
     console = session.begin(**output_options(values))
-    from dcgen_convert.bundle.sample import sample as draw
+    from dcgen_convert.api import calls
 
-    doc = draw(Path(bundle), list(prompts), Path(output), console, **values)
-    console.result(
-        {"schema": "dcgen.result/1", "status": "done", **doc}, "\n".join(map(str, doc.get("images", [output])))
-    )
+    drawn = calls.sample(bundle, prompts, output=output, console=console, **values)
+    console.result(drawn.document(), "\n".join(map(str, drawn.images)))
     return 0
 
 
@@ -233,7 +231,7 @@ def sample(session: Session, bundle: str, prompts: tuple[str, ...], output: str,
 @click.argument("run", type=click.Path(exists=True, file_okay=False))
 @stack(OUTPUT)
 @click.pass_obj
-def report(session: Session, run: str, **values: object) -> int:
+def report(session: Session, run: str, **values: Any) -> int:
     """Write an HTML report of the run in folder RUN: pictures, losses, gap of every block, metrics, times."""
     console = session.begin(**output_options(values))
     from dcgen_convert.evaluate.report import write_report
@@ -249,7 +247,7 @@ def report(session: Session, run: str, **values: object) -> int:
 @option("--private", is_flag=True, help="Make the repository private. Default: public.")
 @stack(OUTPUT)
 @click.pass_obj
-def push(session: Session, bundle: str, repo: str, private: bool, **values: object) -> int:
+def push(session: Session, bundle: str, repo: str, private: bool, **values: Any) -> int:
     """Upload BUNDLE with its model card to the hub repository REPO. It needs HF_TOKEN."""
     console = session.begin(**output_options(values))
     from dcgen_convert.bundle.push import push as upload
@@ -262,7 +260,7 @@ def push(session: Session, bundle: str, repo: str, private: bool, **values: obje
 @cli.command(context_settings=CONTEXT)
 @stack(OUTPUT)
 @click.pass_obj
-def doctor(session: Session, **values: object) -> int:
+def doctor(session: Session, **values: Any) -> int:
     """Say what this machine can do: GPUs, kernels, DeepSpeed ops, disk, hub access."""
     console = session.begin(**output_options(values))
     from dcgen_convert.cli import doctor as checks

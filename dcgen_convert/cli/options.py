@@ -3,13 +3,14 @@ disables it."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import click
 
+from dcgen_convert.api import settings
 from dcgen_convert.cli import completion
-from dcgen_convert.ranks.machine import Machine
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -104,7 +105,7 @@ class Rank(click.IntRange):
 
 QUANTIZE = [
     *INPUTS,
-    option("--format", "quant_format", type=click.Choice(["nvfp4", "int4"]), default="nvfp4", show_default=True,
+    option("--format", type=click.Choice(["nvfp4", "int4"]), default="nvfp4", show_default=True,
            help="4-bit format."),
     option("--rank", metavar="R", type=Rank(16, 1024), default=32, show_default=True,
            help="Rank of the 16-bit branch, a multiple of 16."),
@@ -173,53 +174,15 @@ def output_options(values: dict) -> dict:
     }
 
 
-def job_options(values: dict) -> dict:
-    """Take the JOB options that were given out of a verb's arguments, as fields of `recipe.Machine`."""
-    given = {name: values.pop(name, None) for name in ("track", "rank_timeout")}
+def job_options(values: dict[str, Any]) -> dict[str, Any]:
+    """Take the JOB options that were given out of a verb's arguments, as fields of `Machine`."""
+    given = {name: values.pop(name, None) for name in settings.JOB}
     return {name: value for name, value in given.items() if value is not None}
 
 
-def resolve(source: str, values: dict) -> object:
-    """Take the RECIPE and MACHINE options out of a verb's arguments and resolve them to a `recipe.Resolved`."""
-    import os
-
-    from dcgen_convert.recipe import loading
-
-    offline = values.pop("offline")
-    if offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    machine = Machine(
-        values.pop("gpus"),
-        values.pop("hostfile"),
-        offline or bool(os.environ.get("HF_HUB_OFFLINE")),
-        **job_options(values),
-    )
-    zero, data = values.pop("zero"), values.pop("data")
-    flags = {
-        "ae": values.pop("ae"),
-        "base": values.pop("base"),
-        "loras": list(values.pop("loras")) or None,
-        "ae_channels": values.pop("ae_channels"),
-        "quantize.format": values.pop("quantize"),
-        "merge_lora": values.pop("merge_lora"),
-        "bundle.layout": values.pop("layout"),
-        "data.path": data,
-        "data.kind": "folder" if data else None,
-        "data.prompts": values.pop("prompts"),
-        "resolution": values.pop("resolution"),
-        "dtype": values.pop("dtype"),
-        "seed": values.pop("seed"),
-        "adapt.zero": int(zero) if zero and zero.isdigit() else zero,
-        "adapt.offload": values.pop("offload"),
-        "revision": values.pop("revision"),
-    }
-    return loading.load(
-        source, flags=flags, sets=values.pop("sets"), env=os.environ, recipe=values.pop("recipe"), machine=machine
-    )
-
-
-def default_name(resolved: object) -> str:
-    """`flux-krea-dc-ae-f64-nvfp4`: what the bundle and the run folder are called unless told otherwise."""
-    settings = resolved.recipe
-    suffix = "" if settings.quantize.format == "none" else f"-{settings.quantize.format}"
-    return f"{settings.name}-{Path(settings.ae).name}{suffix}"
+def recipe_options(values: dict[str, Any]) -> dict[str, Any]:
+    """Take the RECIPE, MACHINE and JOB options out of a verb's arguments, as `api.settings.JobSettings`."""
+    found = {name: values.pop(name) for name in settings.JobSettings.__annotations__ if name in values}
+    if found["offline"]:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is imported
+    return found

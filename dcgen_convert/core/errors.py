@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 
 class DcgenError(Exception):
@@ -88,6 +89,19 @@ class TerminatedRun(InterruptedRun):
 class Terminated(KeyboardInterrupt):
     """Raised by the SIGTERM handler. A KeyboardInterrupt, so that code which saves on Ctrl-C saves on pre-emption
     too."""
+
+
+def error_of(document: Mapping[str, Any]) -> DcgenError:
+    """The error that `DcgenError.document` has written, in its own class."""
+    found = document["error"]
+    kind = next((kind for kind in _kinds(DcgenError) if kind.code == found["code"]), InternalError)
+    return kind(found["message"], found["hint"])
+
+
+def _kinds(kind: type[DcgenError]) -> Iterator[type[DcgenError]]:
+    for child in kind.__subclasses__():
+        yield child
+        yield from _kinds(child)
 
 
 def explain(exc: BaseException) -> DcgenError:

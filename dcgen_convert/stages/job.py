@@ -7,7 +7,6 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dcgen_convert import __version__
 from dcgen_convert.bundle.scheduler import scheduler_config
 from dcgen_convert.checkpoint.headers import read_weights
 from dcgen_convert.checkpoint.open import load_source
@@ -16,6 +15,7 @@ from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError, RecipeError
 from dcgen_convert.core.files import read_json, sha256
 from dcgen_convert.core.journal import MARKER, Run
+from dcgen_convert.core.version import __version__
 from dcgen_convert.families import Family, Text, catalog
 from dcgen_convert.families.grid import Grid, autoencoder_grid
 from dcgen_convert.networks import autoencoder_files, models

@@ -1,0 +1,323 @@
+"""One function per verb. They speak on stderr (`quiet=True`: warnings only), never on stdout, and return a result.
+
+Errors are subclasses of `DcgenError`: `message` says what and where, `hint` what to do next. A fault of this program,
+or of a library in a way that we do not know, keeps its own class.
+
+torch is imported only by what needs it, when it is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, Unpack
+
+from dcgen_convert.api import command
+from dcgen_convert.api.order import Order, order, quantisation, resolve
+from dcgen_convert.api.results import Conversion, Inspection, Pictures, Plan, Quantised, Verdict
+from dcgen_convert.api.settings import JobSettings, Settings
+from dcgen_convert.core.console import Console
+from dcgen_convert.core.errors import InputError, InternalError, explain
+from dcgen_convert.core.track import require, tracking
+from dcgen_convert.ranks import join, launch
+from dcgen_convert.ranks.crew import SOLO, Crew
+from dcgen_convert.recipe.loading import Resolved
+from dcgen_convert.recipe.settings import leaves
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turn the known exceptions of libraries into `DcgenError`, as the command line does."""
+    try:
+        yield
+    except Exception as exc:
+        error = explain(exc)
+        if error is exc or isinstance(error, InternalError):
+            raise
+        raise error from exc
+
+
+@_explained()
+def plan(source: str | Path, *, gpu_memory: float | None = None, **settings: Unpack[Settings]) -> Plan:
+    """What a conversion of ``source`` will cost, from configs alone: no weights, no GPU, no torch.
+
+    Args:
+        source: recipe, .yaml, catalogue name, folder, .safetensors, .gguf or hub id.
+        gpu_memory: GiB per GPU that training must fit in; None: those of a card that is sold as 80 GB.
+        settings: see `api.settings.Settings`.
+
+    Raises:
+        RecipeError, InputError: settings or a source that cannot work.
+        AccessError: the source is neither here nor reachable.
+    """
+    return plan_of(resolve(source, settings), gpu_memory)
+
+
+def plan_of(resolved: Resolved, gpu_memory: float | None = None) -> Plan:
+    """`plan` of a recipe that is resolved already."""
+    from dcgen_convert.planning import plan as planning
+
+    memory = {} if gpu_memory is None else {"gpu_bytes": gpu_memory * 2**30}
+    return Plan.of(planning.plan(resolved, **memory))
+
+
+@_explained()
+def convert(
+    source: str | Path,
+    *,
+    output: str | Path | None = None,
+    run_dir: str | Path | None = None,
+    start: str | None = None,
+    until: str | None = None,
+    force: bool = False,
+    quiet: bool = False,
+    **settings: Unpack[JobSettings],
+) -> Conversion:
+    """Convert ``source`` and write a verified bundle. Stages that are done already, and still hold, are skipped.
+
+    With ``gpus`` above 1 or a ``hostfile`` the command dcgen-convert does the work, in processes of its own.
+
+    Args:
+        source: recipe, .yaml, catalogue name, folder, .safetensors, .gguf or hub id.
+        output: folder of the bundle. None: ./NAME-AE[-FORMAT].
+        run_dir: folder of the run's artefacts and log. None: ./runs/NAME-AE[-FORMAT].
+        start: run this stage and all after it again.
+        until: stop after this stage.
+        force: replace a bundle that is already in the output folder.
+        quiet: only warnings on stderr.
+        settings: see `api.settings.JobSettings`.
+
+    Raises:
+        RecipeError, InputError: settings or a source that cannot work, or an output folder that is taken.
+        AccessError: a model is neither here nor reachable.
+        ResourceError: too little disk, memory or GPUs.
+        CheckFailed: the finished bundle differs from its manifest.
+    """
+    job = order(source, settings, output, run_dir)
+    steps = {"start": start, "until": until, "force": force}
+    if _needs_ranks(job):
+        folders = {"output": job.output, "run_dir": job.run_dir}
+        values = {**settings, **folders, **steps, "yes": True, "quiet": quiet}
+        return Conversion.of(command.run("convert", str(source), values))
+    return carry_out(job, _console(quiet, job.run_dir), start=start, until=until, force=force)
+
+
+@_explained()
+def resume(
+    run_dir: str | Path,
+    *,
+    gpus: int | None = None,
+    hostfile: str | Path | None = None,
+    track: Literal["tensorboard", "wandb"] | None = None,
+    rank_timeout: float | None = None,
+    quiet: bool = False,
+) -> Conversion:
+    """Continue the run in folder ``run_dir``, on as many ranks as before unless told otherwise.
+
+    Args:
+        gpus, hostfile: the ranks, as in `convert`. None: those of the run's record.
+        track, rank_timeout: as in `convert`.
+        quiet: only warnings on stderr.
+
+    Raises:
+        InputError: no run folder, or a run of another version. What `convert` raises.
+    """
+    places = {"gpus": gpus, "hostfile": None if hostfile is None else str(hostfile)}
+    watched = {"track": track, "rank_timeout": rank_timeout}
+    job = recorded(Path(run_dir).absolute())
+    job = job.on(**places if any(places.values()) else {}, **{k: v for k, v in watched.items() if v is not None})
+    if _needs_ranks(job):
+        return Conversion.of(command.run("resume", str(job.run_dir), {**places, **watched, "quiet": quiet}))
+    return carry_out(job, _console(quiet, job.run_dir))
+
+
+def recorded(run_dir: Path) -> Order:
+    """The order that the run in ``run_dir`` was started with."""
+    from dcgen_convert import conversion
+
+    resolved, output = conversion.recorded(run_dir)
+    return Order(resolved, run_dir, output)
+
+
+def carry_out(
+    job: Order,
+    console: Console,
+    crew: Crew = SOLO,
+    *,
+    start: str | None = None,
+    until: str | None = None,
+    force: bool = False,
+) -> Conversion:
+    """Do the conversion in this process. crew: the other ranks. The rest: as in `convert`."""
+    from dcgen_convert import conversion
+
+    recipe = dict(leaves(job.resolved.recipe.model_dump(mode="json")))
+    with tracking(console, job.resolved.machine.track, job.run_dir, recipe):
+        done = conversion.convert(
+            job.resolved, job.run_dir, job.output, console, crew=crew, start=start, until=until, force=force
+        )
+    return Conversion.of(done)
+
+
+def _needs_ranks(job: Order) -> bool:
+    """Whether the command must start several ranks. InputError in a process that is one of several itself."""
+    if join.world() > 1:
+        raise InputError(
+            "this Python process is one of several ranks, and the API starts the ranks by itself",
+            "leave the launcher out and give gpus=N, or start the command dcgen-convert with the launcher",
+        )
+    require(job.resolved.machine.track)
+    return launch.wanted(job.resolved.machine)
+
+
+def _console(quiet: bool, run_dir: Path | None = None) -> Console:
+    """What the functions speak through: lines on stderr, and a log in the run folder."""
+    return Console(log_file=run_dir and run_dir / join.log_name(0), quiet=quiet)
+
+
+@_explained()
+def quantize(
+    source: str | Path,
+    *,
+    output: str | Path | None = None,
+    format: Literal["nvfp4", "int4"] = "nvfp4",
+    rank: int = 32,
+    calibration: int | None = 64,
+    prompts: str | Path | None = None,
+    resolution: int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    dense: str | None = None,
+    container: Literal["diffusers", "nunchaku"] = "diffusers",
+    fuse_qkv: bool = False,
+    base: str | None = None,
+    loras: Sequence[str] = (),
+    quiet: bool = False,
+    console: Console | None = None,
+) -> Quantised:
+    """Quantise ``source`` to 4 bits with SVDQuant, without a conversion, and write a verified bundle.
+
+    Args:
+        source: catalogue name, folder, .safetensors, .gguf or hub id.
+        output: folder of the bundle. None: ./NAME-FORMAT.
+        rank: of the 16-bit branch, a multiple of 16.
+        calibration: number of calibration pictures; None: use the weights alone.
+        prompts: text file with one prompt per line, for these pictures. None: the catalogue's, else built-in ones.
+        resolution, steps, guidance: side in px and settings of these pictures. None: the catalogue's, else the
+            pipeline's own.
+        dense: regex of block linears that stay 16-bit. None: none beyond the family's.
+        container: "nunchaku" adds the classic single file (FLUX.1).
+        fuse_qkv: quantise q, k and v as one layer, which shares smoothing and down projection.
+        base, loras: as in `convert`.
+        quiet: only warnings on stderr.
+        console: where to speak instead.
+
+    Raises:
+        InputError: a source or a setting that cannot work, or an output folder that is not empty.
+        AccessError, ResourceError, CheckFailed: as in `convert`.
+    """
+    from dcgen_convert.quantization import Drawing, quantize_source
+    from dcgen_convert.recipe.sources import short_name
+
+    section = quantisation(format, rank, calibration, dense, container, fuse_qkv)
+    drawing = Drawing(
+        calibration is None, None if prompts is None else str(prompts), resolution, steps, guidance, seed=seed
+    )
+    target = Path(output or f"{short_name(str(source))}-{section.format}").absolute()
+    done = quantize_source(str(source), target, section, drawing, console or _console(quiet), base=base, loras=loras)
+    return Quantised(**{**done, "bundle": target})
+
+
+@_explained()
+def verify(
+    bundle: str | Path,
+    *,
+    against: str | Path | None = None,
+    trust_remote_code: bool = False,
+    quiet: bool = False,
+    console: Console | None = None,
+) -> Verdict:
+    """Check hashes, structure and numbers of ``bundle``, then draw a picture in a fresh process.
+
+    Args:
+        against: also compare the tensors that must be untouched with this source (folder, catalogue name or hub id).
+        trust_remote_code: run the Python files that come with the bundle. Without it, code of others is a difference.
+        quiet: only warnings on stderr.
+        console: where to speak instead.
+
+    Raises:
+        CheckFailed: something differs; the message lists what and where.
+        InputError: not a bundle.
+    """
+    from dcgen_convert.bundle import verify as checking
+
+    console = console or _console(quiet)
+    found = checking.verify(Path(bundle), console, against, trust_remote_code=trust_remote_code)
+    return Verdict(**{**found, "bundle": Path(bundle)})
+
+
+@_explained()
+def sample(
+    bundle: str | Path,
+    prompts: str | Sequence[str],
+    *,
+    output: str | Path = "samples",
+    height: int | None = None,
+    width: int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    count: int = 1,
+    trust_remote_code: bool = False,
+    quiet: bool = False,
+    console: Console | None = None,
+) -> Pictures:
+    """Draw ``count`` pictures of every prompt with ``bundle`` and write them as PNG files into the folder ``output``.
+
+    A 4-bit bundle runs on any machine: where its kernels cannot run, its weights are dequantised.
+
+    Args:
+        prompts: one text or several.
+        height, width: px. None: the bundle's own.
+        steps, guidance: None: the bundle's own. A guidance of 1 disables classifier-free guidance.
+        seed: of the first picture; picture i has ``seed`` + i.
+        trust_remote_code: run the Python files that come with the bundle.
+        quiet: only warnings on stderr.
+        console: where to speak instead.
+
+    Raises:
+        InputError: nothing to draw, a size that does not fit, not a bundle.
+        CheckFailed: the bundle is unfinished, or a picture is not finite.
+    """
+    from dcgen_convert.bundle import sample as drawing
+
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    done = drawing.sample(
+        Path(bundle),
+        texts,
+        Path(output),
+        console or _console(quiet),
+        height=height,
+        width=width,
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+        count=count,
+        trust_remote_code=trust_remote_code,
+    )
+    return Pictures(**{**done, "images": [Path(image) for image in done["images"]]})
+
+
+@_explained()
+def inspect(path: str | Path) -> Inspection:
+    """What a checkpoint, folder or bundle is, from JSON files and headers alone: no weights, no torch.
+
+    Raises:
+        InputError: nothing there, a pickle, a damaged file.
+    """
+    from dcgen_convert.bundle import inspection
+
+    facts = inspection.inspect(Path(path))
+    return Inspection(Path(facts.pop("path")), facts.pop("kind"), facts.pop("family"), facts)

@@ -1,0 +1,112 @@
+"""How the arguments of the API become a conversion, or a quantisation, that is ready to start."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from dcgen_convert.api.settings import JOB, JobSettings
+from dcgen_convert.core.errors import InputError, RecipeError
+from dcgen_convert.ranks.machine import Machine
+from dcgen_convert.recipe import loading
+from dcgen_convert.recipe.loading import Resolved
+from dcgen_convert.recipe.schema import Quantize
+from dcgen_convert.recipe.settings import Layers, one_sentence
+
+
+@dataclass(frozen=True)
+class Order:
+    """A conversion that is ready to start: what to do, the run folder, and the folder of the bundle."""
+
+    resolved: Resolved
+    run_dir: Path
+    output: Path
+
+    def on(self, **machine: Any) -> Order:
+        """The same order on another machine: fields of `Machine`."""
+        return replace(self, resolved=replace(self.resolved, machine=replace(self.resolved.machine, **machine)))
+
+
+def resolve(source: str | Path, settings: Mapping[str, Any]) -> Resolved:
+    """The recipe for ``source`` with ``settings`` over it (those of `JobSettings`).
+
+    Raises:
+        TypeError: a setting that does not exist.
+        RecipeError, InputError: settings or a source that cannot work.
+    """
+    if unknown := sorted(settings.keys() - JobSettings.__annotations__.keys()):
+        raise TypeError(f"unexpected keyword argument {unknown[0]!r}; known: {', '.join(JobSettings.__annotations__)}")
+    given = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
+    zero, data = given.get("zero"), given.get("data")
+    flags = {
+        "ae": given.get("ae"),
+        "base": given.get("base"),
+        "loras": list(given.get("loras") or ()) or None,
+        "ae_channels": given.get("ae_channels"),
+        "quantize.format": given.get("quantize"),
+        "merge_lora": given.get("merge_lora"),
+        "bundle.layout": given.get("layout"),
+        "data.path": data,
+        "data.kind": "folder" if data else None,
+        "data.prompts": given.get("prompts"),
+        "resolution": given.get("resolution"),
+        "dtype": given.get("dtype"),
+        "seed": given.get("seed"),
+        "adapt.zero": int(zero) if isinstance(zero, str) and zero.isdigit() else zero,
+        "adapt.offload": given.get("offload"),
+        "revision": given.get("revision"),
+    }
+    return loading.load(
+        str(source),
+        flags=flags,
+        sets=given.get("sets") or (),
+        env=os.environ,
+        recipe=given.get("recipe"),
+        machine=_machine(given),
+    )
+
+
+def _machine(given: Mapping[str, Any]) -> Machine:
+    gpus = given.get("gpus")
+    if gpus is not None and gpus < 1:
+        raise InputError(f"gpus is {gpus}", "give a number of at least 1")
+    watched = {name: given[name] for name in JOB if given.get(name) is not None}
+    offline = bool(given.get("offline") or os.environ.get("HF_HUB_OFFLINE"))
+    return Machine(gpus, given.get("hostfile"), offline, **watched)
+
+
+def order(
+    source: str | Path, settings: Mapping[str, Any], output: str | Path | None, run_dir: str | Path | None
+) -> Order:
+    """The order for a new conversion. The folders are named after the recipe unless they are given."""
+    resolved = resolve(source, settings)
+    name = default_name(resolved)
+    return Order(resolved, Path(run_dir or Path("runs") / name).absolute(), Path(output or name).absolute())
+
+
+def quantisation(
+    format: str, rank: int, calibration: int | None, dense: str | None, container: str, fuse_qkv: bool
+) -> Quantize:
+    """The recipe's section `quantize` for a source that is not converted; calibration None: from the weights alone.
+
+    Raises:
+        RecipeError: a value that cannot work.
+    """
+    pictures = {"prompts": 1 if calibration is None else calibration}
+    values = {"format": format, "rank": rank, "calibration": pictures, "dense": dense, "container": container}
+    try:
+        return Quantize.model_validate({**values, "fuse_qkv": fuse_qkv})
+    except ValidationError as exc:
+        raise RecipeError(one_sentence(exc, Layers()), "dcgen-convert quantize --help") from exc
+
+
+def default_name(resolved: Resolved) -> str:
+    """`flux-krea-dc-ae-f64-nvfp4`: what the bundle and the run folder are called unless told otherwise."""
+    recipe = resolved.recipe
+    suffix = "" if recipe.quantize.format == "none" else f"-{recipe.quantize.format}"
+    return f"{recipe.name}-{Path(recipe.ae).name}{suffix}"

@@ -1,0 +1,159 @@
+"""What the functions of the API return. `document` of a result is what the same verb prints with `--json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True)
+class Result:
+    """A result: `status` says how the work ended, the other fields say what came out."""
+
+    SCHEMA: ClassVar[str] = "dcgen.result/1"
+
+    status: str = field(default="done", kw_only=True)
+
+    def document(self) -> dict[str, Any]:
+        """The result as plain data, with the name of its schema."""
+        found = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {"schema": self.SCHEMA, **{key: _plain(value) for key, value in found.items()}}
+
+
+@dataclass(frozen=True)
+class Plan(Result):
+    """What a conversion will cost. status: "feasible" or "infeasible"; `problems` says why it cannot run.
+
+    Sizes are in bytes, but memory is in GiB. `time["gpu_hours"]` is an estimate, `time["basis"]` names its basis.
+    settings: dotted key -> {"value", "origin"}.
+    """
+
+    SCHEMA: ClassVar[str] = "dcgen.plan/1"
+
+    problems: list[str]
+    notes: list[str]
+    source: dict[str, Any]
+    autoencoder: dict[str, Any]
+    tokens: list[dict[str, Any]]
+    speedup: dict[str, Any]
+    speedup_paper: dict[str, Any] | None
+    training: dict[str, Any]
+    memory: dict[str, Any]
+    quantization: dict[str, Any] | None
+    disk: dict[str, Any]
+    downloads: list[dict[str, Any]]
+    time: dict[str, Any]
+    settings: dict[str, dict[str, Any]]
+
+    @property
+    def feasible(self) -> bool:
+        return self.status == "feasible"
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> Plan:
+        return cls(**{key: value for key, value in document.items() if key != "schema"})
+
+
+@dataclass(frozen=True)
+class Conversion(Result):
+    """What a conversion has made. status: "done", or "stopped" when `until` ended it before the last stage.
+
+    bundle, metrics: folder, and what the last stage measured; None when it stopped.
+    run: the run folder. stages: name, seconds and metrics of every stage. url: where `--push-to` uploaded it.
+    """
+
+    bundle: Path | None
+    run: Path
+    stages: list[dict[str, Any]]
+    metrics: dict[str, Any] | None
+    url: str | None = None
+
+    def document(self) -> dict[str, Any]:
+        return {key: value for key, value in super().document().items() if value is not None}
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> Conversion:
+        bundle = document.get("bundle")
+        return cls(
+            Path(bundle) if bundle else None,
+            Path(document["run"]),
+            document["stages"],
+            document.get("metrics"),
+            status=document["status"],
+        )
+
+
+@dataclass(frozen=True)
+class Quantised(Result):
+    """What `quantize` has made: the bundle folder, figures of the whole model, the checks that it passed, and one
+    record per linear.
+    """
+
+    bundle: Path
+    metrics: dict[str, Any]
+    checks: list[str]
+    layers: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Verdict(Result):
+    """A bundle passed its checks (a difference raises `CheckFailed` instead).
+
+    files: how many. tensors: "total", and how many are "identical" to the base model's. picture: what a fresh process
+    drew: its size in px, runtime, mean and standard deviation.
+    """
+
+    ok: bool
+    bundle: Path
+    checks: list[str]
+    files: int
+    tensors: dict[str, int]
+    picture: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Pictures(Result):
+    """Pictures that were drawn: images (PNG files), prompts and seeds in the same order, and the settings used.
+
+    height, width: px. runtime: "stock", "dequantised" or "emulated". seconds: for all pictures.
+    """
+
+    images: list[Path]
+    prompts: list[str]
+    seeds: list[int]
+    runtime: str
+    height: int
+    width: int
+    steps: int
+    guidance: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Inspection(Result):
+    """What a file or folder is.
+
+    kind: "bundle", "pipeline", "component", "checkpoint", "lora", "autoencoder" or "unknown".
+    family: name of the model's family, None when it is not known.
+    facts: all else that is known of this kind: "tensors", "licences", "runs_on"; of most also "quantisation", "bytes".
+    """
+
+    SCHEMA: ClassVar[str] = "dcgen.inspection/1"
+
+    path: Path
+    kind: str
+    family: str | None
+    facts: dict[str, Any]
+
+    def document(self) -> dict[str, Any]:
+        found = super().document()
+        facts = found.pop("facts")
+        return {**found, **facts}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return [_plain(item) for item in value] if isinstance(value, list) else value
