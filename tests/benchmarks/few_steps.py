@@ -1,6 +1,8 @@
-"""A few-step model through the whole method: distils the shipped tiny-sana to a miniature of SANA-Sprint and converts
-it to `tiny-dc-ae-f64`, once on pictures of its own and once on given ones. Prints accuracy and Frechet distance at one,
-two and four steps: of the base, of the model after the flow phase, and after the consistency phase that follows.
+"""The whole method for a few-step model.
+
+The shipped tiny-sana is distilled to a miniature of SANA-Sprint. This is converted to `tiny-dc-ae-f64` twice: with
+pictures of its own, and with given pictures. The script prints accuracy and Frechet distance at one, two and four
+steps, for the base, after the flow phase, and after the consistency phase that follows.
 
     PYTHONPATH=. python tests/benchmarks/few_steps.py WORK
 

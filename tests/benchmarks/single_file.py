@@ -1,13 +1,15 @@
-"""A FLUX of at least 4 GB of random weights in one file of BFL's names: time to recognise it, time and memory to write
-it as a pipeline folder and to do the surgery on that, beside `cp` of the same file.
+"""Time and memory to read a single file, compared with `cp` of the same file.
 
-`python tests/benchmarks/single_file.py FOLDER` writes its files into FOLDER and deletes them again.
-Bars: recognised in at most 1 s; import + surgery at 50 % of cp's throughput; peak memory 2 x the largest tensor + 500
-MB. cp is timed alone and with the fsync that this tool does; both run twice, in turns, and the better run counts.
-Before every run what is
-dirty is flushed and the source dropped from the page cache: each reads it from the disk and inherits nothing to write.
-Seconds of
-CPU stand beside the wall time: on a busy machine or a faster disk they are what counts.
+    python tests/benchmarks/single_file.py FOLDER
+
+The file is a FLUX of at least 4 GB with random weights and tensor names of BFL. The script measures the time to
+recognise it, and time and memory to write it as a pipeline folder and to do the surgery. It writes its files into
+FOLDER and deletes them again.
+
+Bars: recognised in at most 1 s; import and surgery at 50 % of the throughput of cp; peak memory at most 2 x the largest
+tensor + 500 MB. cp is timed alone, and with the fsync that this tool does too. Both run twice, in turns, and the better
+run counts. Before each run the disk cache is flushed and the source is dropped from the page cache, so that each run
+reads it from the disk. CPU seconds are printed too: on a busy machine or with a faster disk they say more.
 """
 
 import json
@@ -29,17 +31,18 @@ CONFIG = {
 }  # fmt: skip
 MB = 1_000_000
 
-# In a process of its own: peak memory is that of the work. The autoencoders of surgery are loaded before the baseline
-# is taken.
+# It runs in its own process, so that peak memory is that of the work. The autoencoders of the surgery are loaded before
+# the baseline is taken.
 WORK = """
 import json, resource, sys, time
 from pathlib import Path
 from types import SimpleNamespace
-from dcgen_convert import autoencoders, surgery
-from dcgen_convert.checkpoint.source import load_source
+from dcgen_convert.checkpoint.open import load_source
 from dcgen_convert.core.console import NULL
-from dcgen_convert.stages.job import find_autoencoder
 from dcgen_convert.core.journal import Stage
+from dcgen_convert.networks import autoencoders
+from dcgen_convert.stages import surgery
+from dcgen_convert.stages.job import find_autoencoder
 file, base, folder = map(Path, sys.argv[1:])
 ae = find_autoencoder("tiny-dc-ae-f32", folder)
 started = time.perf_counter()

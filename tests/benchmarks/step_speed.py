@@ -1,5 +1,6 @@
-"""One denoising step of the source against the converted model at equal pixels, beside the token ratio. Same process,
-alternating.
+"""Time of one denoising step: the source against the converted model, at the same number of pixels.
+
+Both run in one process, in turns. The ratio of their tokens is printed too.
 
 python tests/benchmarks/step_speed.py RUN [BATCH]
 """

@@ -1,5 +1,4 @@
-"""W4A4 output error on the synthetic suites of after arXiv 2411.05007, against round-to-nearest and the published
-recipe.
+"""W4A4 output error on synthetic suites after arXiv 2411.05007, against rounding to nearest and the published recipe.
 
 `python tests/benchmarks/svdquant_error.py [outlier|gelu ...]` prints one line per recipe: relative output error on
 held-out tokens with the kernel-accurate activation quantiser, seconds, and the bar where one is set. Weights 1536 x

@@ -1,5 +1,7 @@
-"""A U-Net through the whole method: trains a miniature of Stable Diffusion 1.5 on the tiny world, converts it to
-`tiny-dc-ae-f32` with and without alignment, and prints one table row for each.
+"""The whole method for a U-Net.
+
+A miniature of Stable Diffusion 1.5 is trained on the tiny world. It is converted to `tiny-dc-ae-f32` with and without
+alignment; the script prints a row of a table for each.
 
     PYTHONPATH=. python tests/benchmarks/unet.py WORK [--steps N] [--pictures N] [OPTION ...]
 

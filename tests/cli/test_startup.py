@@ -17,19 +17,19 @@ LIGHT = [
 ]
 PROBE = """
 import sys
-from dcgen_convert.cli import main
+from dcgen_convert.cli.app import main
 try:
     main(sys.argv[1:])
 finally:
     heavy = {"torch", "diffusers", "transformers", "peft", "deepspeed", "numpy"} & set(sys.modules)
-    assert not heavy, heavy
+    print("heavy:", sorted(heavy), file=sys.__stderr__)
 """
 
 
 @pytest.mark.parametrize("args", LIGHT, ids=" ".join)
 def test_no_heavy_import(python, args):
     done = python(PROBE, *args)
-    assert "AssertionError" not in done.stderr
+    assert done.stderr.endswith("heavy: []\n"), done.stderr
 
 
 @pytest.mark.parametrize(
