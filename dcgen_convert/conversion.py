@@ -15,6 +15,7 @@ micro-batch after an out-of-memory error continues the training.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -27,6 +28,7 @@ from dcgen_convert.core.files import read_object, write_json
 from dcgen_convert.core.journal import MARKER, Run, Stage, fingerprint
 from dcgen_convert.core.version import __version__
 from dcgen_convert.planning.plan import require_disk
+from dcgen_convert.ranks import join
 from dcgen_convert.ranks.crew import SOLO, Crew
 from dcgen_convert.ranks.machine import Machine
 from dcgen_convert.recipe.loading import Resolved, revive
@@ -36,6 +38,7 @@ from dcgen_convert.stages.job import Job, prepare
 
 RECIPE = "recipe.json"
 NEW_RUN = "start a new run with another --run-dir"
+ASKED = "asked.json"  # the stages that --from asked for and that are still to be done, and the job that asked
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ def convert(
         for name in (start, until):
             if name is not None and name not in names:
                 raise InputError(f"no stage is called {name!r}", f"the stages are {', '.join(names)}")
-        return _run_steps(job, steps, output, start, until)
+        return _run_steps(job, steps, output, until, _asked(run, names, start, until))
 
 
 def with_inputs(steps: list[Step]) -> Iterator[tuple[Step, dict[str, Any]]]:
@@ -142,17 +145,36 @@ def with_inputs(steps: list[Step]) -> Iterator[tuple[Step, dict[str, Any]]]:
         yield step, inputs
 
 
-def _run_steps(job: Job, steps: list[Step], output: Path, start: str | None, until: str | None) -> dict[str, Any]:
+def _asked(run: Run, names: list[str], start: str | None, until: str | None) -> list[str]:
+    """The stages that must run again although they hold. A job that starts again after a crash asks only once."""
+    path, job = run.path / ASKED, os.environ.get(join.JOB)
+    found = read_object(path) if path.exists() else {"job": None, "stages": []}
+    if start is None or (job and found["job"] == job):
+        return found["stages"]
+    last = names.index(until) if until else len(names)
+    write_json(path, {"job": job, "stages": names[names.index(start) : last + 1]})
+    return names[names.index(start) : last + 1]
+
+
+def _answered(run: Run, name: str) -> None:
+    """Stage ``name`` has run again."""
+    path = run.path / ASKED
+    if path.exists() and name in (found := read_object(path))["stages"]:
+        write_json(path, {**found, "stages": [stage for stage in found["stages"] if stage != name]})
+
+
+def _run_steps(job: Job, steps: list[Step], output: Path, until: str | None, asked: list[str]) -> dict[str, Any]:
     records = []
     again = False
     for step, inputs in with_inputs(steps):
         lost = step.name == "bundle" and not (output / MANIFEST).exists()
-        again = again or step.name == start or lost
-        record = None if again else job.run.done(step.name, inputs)
+        again = again or lost
+        record = None if again or step.name in asked else job.run.done(step.name, inputs)
         if record is None:
             with job.run.stage(step.name, inputs) as stage:
                 step.function(job, stage)
             record = job.run.done(step.name, inputs)
+            _answered(job.run, step.name)
         else:
             job.console.say(f"{step.name}: holds, skipped")
         job.console.event("stage", name=step.name, seconds=record["seconds"], metrics=record["metrics"])

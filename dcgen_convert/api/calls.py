@@ -111,20 +111,21 @@ def resume(
     hostfile: str | Path | None = None,
     track: Literal["tensorboard", "wandb"] | None = None,
     rank_timeout: float | None = None,
+    restarts: int | None = None,
     quiet: bool = False,
 ) -> Conversion:
     """Continue the run in folder ``run_dir``, on as many ranks as before unless told otherwise.
 
     Args:
         gpus, hostfile: the ranks, as in `convert`. None: those of the run's record.
-        track, rank_timeout: as in `convert`.
+        track, rank_timeout, restarts: as in `convert`.
         quiet: only warnings on stderr.
 
     Raises:
         InputError: no run folder, or a run of another version. What `convert` raises.
     """
     places = {"gpus": gpus, "hostfile": None if hostfile is None else str(hostfile)}
-    watched = {"track": track, "rank_timeout": rank_timeout}
+    watched = {"track": track, "rank_timeout": rank_timeout, "restarts": restarts}
     job = recorded(Path(run_dir).absolute())
     job = job.on(**places if any(places.values()) else {}, **{k: v for k, v in watched.items() if v is not None})
     if _needs_ranks(job):

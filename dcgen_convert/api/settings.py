@@ -55,12 +55,13 @@ class Settings(TypedDict, total=False):
 class JobSettings(Settings, total=False):
     """`Settings`, and how a job is watched.
 
-    track: send curves and pictures there too. rank_timeout: seconds of silence after which a frozen rank ends the job,
-    0 disables.
+    track: send curves and pictures there too. rank_timeout: seconds without a sign of life, or without
+    progress, after which a rank ends the job, 0 disables. restarts: how often the ranks start again after a crash.
     """
 
     track: Literal["tensorboard", "wandb"] | None
     rank_timeout: float | None
+    restarts: int | None
 
 
 JOB = tuple(name for name in JobSettings.__annotations__ if name not in Settings.__annotations__)

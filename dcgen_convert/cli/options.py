@@ -141,9 +141,10 @@ JOB = [
     option("--track", type=click.Choice(["tensorboard", "wandb"]),
            help="Send curves and grids of pictures there too. Default: off."),
     option("--rank-timeout", metavar="S", type=click.FloatRange(min=0),
-           help="Seconds of silence after which a frozen rank ends the job; five times that without any progress "
-           "ends it too. "
-                "Default: 120; 0 disables."),
+           help="Seconds without a sign of life, or without progress, after which a rank ends the job. It must be "
+           "longer than any single piece of work, such as one step. Default: 120; 0 disables."),
+    option("--restarts", metavar="N", type=click.IntRange(min=0),
+           help="How often the ranks start again by themselves after a crash. Default: 0, which disables."),
 ]  # fmt: skip
 
 MACHINE = [

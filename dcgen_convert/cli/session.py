@@ -7,12 +7,12 @@ print to it) and a private copy is kept for the result.
 from __future__ import annotations
 
 import faulthandler
-import io
 import os
 import signal
 import sys
 import tempfile
 import threading
+import time
 import traceback
 import warnings
 from pathlib import Path
@@ -22,10 +22,21 @@ import click
 
 from dcgen_convert.core import pulse
 from dcgen_convert.core.console import Console
-from dcgen_convert.core.errors import DcgenError, InternalError, InterruptedRun, RankLost, Terminated, explain
+from dcgen_convert.core.errors import (
+    DcgenError,
+    InternalError,
+    InterruptedRun,
+    RankLost,
+    Terminated,
+    TerminatedRun,
+    explain,
+)
 from dcgen_convert.ranks import hosts
 from dcgen_convert.ranks import join as ranks
-from dcgen_convert.ranks.crew import SILENCE, SOLO, Crew
+from dcgen_convert.ranks.crew import SOLO, Crew
+from dcgen_convert.ranks.link import SILENCE
+
+ORPHAN_SECONDS = 60.0  # a rank whose parent died may write its checkpoint, as long as it gets on
 
 
 class Session:
@@ -42,7 +53,6 @@ class Session:
         self.rank = ranks.rank()
         self.crew: Crew = SOLO
         self._failing = threading.Lock()
-        self._outcome: Path | None = None
         self.result: IO[str] | None = None  # where the result goes while a verb works
         self.run_dir: Path | None = None
         self.console = Console("json" if self.json else "human", verbose="-v" in argv or "--verbose" in argv)
@@ -64,7 +74,7 @@ class Session:
         """
         self.json = json
         self.run_dir = run_dir
-        signal.signal(signal.SIGTERM, _on_sigterm)
+        signal.signal(signal.SIGTERM, self._on_sigterm)
         if not verbose:
             _hush()
         if run_dir is not None and (log_file is None or self.rank):
@@ -78,22 +88,35 @@ class Session:
             self.console = Console(
                 mode, events=events, log_file=log_file, verbose=verbose, quiet=quiet, stdout=self.result
             )
-        if ranks.LAUNCHED in os.environ:
-            threading.Thread(target=_follow_parent, daemon=True, name="parent").start()
+        if ranks.NODE in os.environ and "RANK" not in os.environ:
+            hosts.follow_stdin()
+        if ranks.AGENT in os.environ:
+            threading.Thread(target=self._follow, args=[os.getppid()], daemon=True, name="parent").start()
         return self.console
 
-    def join(self, hostfile: bool = False, timeout: float = SILENCE) -> Crew:
+    def join(self, silence: float = SILENCE) -> Crew:
         """Meet the other ranks of this job, if a launcher started several. From here on none outlives another.
 
-        hostfile: `hosts` started the ranks: result and stop requests go through the run folder.
-        timeout: seconds after which a silent rank counts as frozen, 0 for never.
+        silence: seconds without a sign of life or of progress that end the job, 0 for any number.
         """
-        if hostfile and ranks.world() > 1 and not self.rank:
-            self.result, self._outcome = io.StringIO(), self.run_dir
-            self.console.result_to(self.result)
-            hosts.heed_stop(self.run_dir)
-        self.crew = ranks.join(str(self.console.log_file or ""), self._force, self.console, timeout)
+        self.crew = ranks.join(str(self.console.log_file or ""), self._force, self.console, silence)
         return self.crew
+
+    def _follow(self, parent: int) -> None:
+        """This rank must not outlive the process that started it: when that dies, stop as on SIGTERM."""
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        self.crew.orphaned()
+        os.kill(os.getpid(), signal.SIGTERM)
+        done = -1
+        while done != pulse.count:
+            done = pulse.count
+            time.sleep(ORPHAN_SECONDS)
+        os._exit(TerminatedRun.exit_code)
+
+    def _on_sigterm(self, signum: int, frame: object) -> None:
+        if not self._failing.locked():  # else this process is ending
+            raise Terminated
 
     def _force(self, error: DcgenError) -> None:
         """End the process from another thread: the main one waits for a rank that is gone, or hangs."""
@@ -112,8 +135,6 @@ class Session:
 
     def leave(self, code: int) -> None:
         """End the job with ``code`` on every rank; returns only where the interpreter may end the process itself."""
-        if self._outcome is not None:
-            hosts.leave(self._outcome, code, self.result.getvalue())
         self.crew.close(code)
         if self.crew is SOLO:
             return
@@ -135,6 +156,9 @@ class Session:
         if isinstance(error, InterruptedRun):
             error.hint = self._again()
         self._keep_traceback(exc, error)
+        if isinstance(error, RankLost | InternalError) and ranks.starts_again():
+            self.console.warn(error.message)
+            return ranks.AGAIN
         if isinstance(error, RankLost) and not error.hint:
             error.hint = self._again()
         self.console.error(error.message, "" if isinstance(error, InterruptedRun) else error.hint)
@@ -189,14 +213,3 @@ def _divert(log_file: str | None) -> None:
     os.dup2(log, 2)
     os.close(log)
     faulthandler.enable()
-
-
-def _follow_parent() -> None:
-    """The command that started this rank holds the other end of its stdin: when that closes, stop as on SIGTERM."""
-    while os.read(0, 1):
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _on_sigterm(signum: int, frame: object) -> None:
-    raise Terminated

@@ -33,7 +33,7 @@ def convert(session: Session, source: str, values: dict[str, Any]) -> int:
     shown = output_options(values)
     job = order(source, recipe_options(values), values["output"], values["run_dir"])
     console = session.begin(**shown, run_dir=job.run_dir)
-    if not values["yes"] and join.world() == 1:
+    if not values["yes"] and "RANK" not in os.environ and join.NODE not in os.environ:
         _ask(job, console)
 
     def work(crew: Crew) -> Conversion:
@@ -55,24 +55,23 @@ def resume(session: Session, run_dir: Path, values: dict[str, Any]) -> int:
     job = calls.recorded(run_dir)
     if any(asked.values()):
         job = job.on(**asked)
-    elif join.world() > 1 and join.LAUNCHED not in os.environ:  # what torchrun or srun started counts, not the record
-        job = job.on(gpus=None, hostfile=None)
+    elif "RANK" in os.environ and join.LAUNCHED not in os.environ:  # torchrun or srun started the ranks
+        job = job.on(gpus=None, hostfile=None, restarts=0)
     job = job.on(**watched)
     return _on_ranks(session, job, lambda crew: calls.carry_out(job, console, crew))
 
 
 def _on_ranks(session: Session, job: Order, work: Callable[[Crew], Conversion]) -> int:
     """Start the ranks and wait for them; or, as one of them (or alone), do the work."""
-    from dcgen_convert.ranks import hosts, launch
+    from dcgen_convert.ranks import launch
 
     console, machine, run_dir = session.console, job.resolved.machine, job.run_dir
     require(machine.track)
     if launch.wanted(machine):
         Run(run_dir, console)
-        if machine.hostfile:
-            return hosts.run(session.argv, machine, run_dir, console, session.result)
-        return launch.run(session.argv, machine.gpus, run_dir, console, session.result)
-    crew = session.join(hostfile=bool(machine.hostfile), timeout=machine.rank_timeout)
+        assert session.result is not None  # `begin` was called
+        return launch.run(session.argv, machine, run_dir, console, session.result)
+    crew = session.join(machine.rank_timeout)
     if crew.rank:
         from dcgen_convert.stages import tasks
 

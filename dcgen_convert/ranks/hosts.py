@@ -1,13 +1,14 @@
-"""`--hostfile FILE`: the ranks of several hosts, started by DeepSpeed's launcher (ssh through pdsh; one host needs
-neither).
+"""`--hostfile FILE`: one agent per host, started over ssh; each starts the ranks of its host (see `launch`).
 
-That launcher prints on stdout, turns signals into kills and loses exit codes. So the run folder, which every host sees,
-carries what matters: rank 0 leaves its result and exit code in OUTCOME, and looks for STOP once a second.
+An agent gets what it needs, secrets of the environment included, as one JSON line on its stdin; every further line is
+the number of a signal. When this process dies, of whatever, that stdin ends, and the agent stops its ranks.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -16,22 +17,42 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
 
-from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError, RankLost
-from dcgen_convert.core.files import atomic_write, read_json, write_json
-from dcgen_convert.ranks import join
+from dcgen_convert.ranks.join import NODE
 
-if TYPE_CHECKING:  # the command line imports this file before it knows the verb
-    from dcgen_convert.ranks.machine import Machine
+SSH = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=5"]
+LINE = re.compile(r"([A-Za-z0-9_][\w.@:%-]*)\s+slots=(\d{1,4})")  # a host that began with - would be an option of ssh
+MOST = 1024  # ranks of one host
+SSH_FAILED = 255  # its exit code when not the command, but the connection failed
+GRACE = 20.0  # seconds for the agents to end by themselves after one has ended
+PORTS = range(20_000, 32_000)  # below those that systems give to outgoing connections
+PASSED = ("PATH", "LD_LIBRARY_PATH", "LANG", "CI")
+PASSED_FAMILIES = ("HF_", "DCGEN_", "PYTHON", "NCCL_", "GLOO_", "TORCH_", "OMP_", "CUDA_", "DS_")
 
-OUTCOME, STOP, LOG = "outcome.json", "stop", "log-launcher.txt"
-SSH_SECONDS = 15  # longest wait for one host
-LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*")
+
+@dataclass(frozen=True)
+class Node:
+    """One host of a job: its ranks, its number of ``nodes``, ``world`` ranks on all of them, and the store's place."""
+
+    ranks: int
+    number: int = 0
+    nodes: int = 1
+    address: str = "127.0.0.1"
+    port: int = 0
+    others: int = 0
+
+    @property
+    def world(self) -> int:
+        return self.ranks + self.others
+
+    @classmethod
+    def of_environment(cls) -> Node | None:
+        """What this process is told to be by `run`; None when it is no agent."""
+        return cls(**json.loads(os.environ[NODE])) if NODE in os.environ else None
 
 
 def slots(path: str) -> dict[str, int]:
@@ -43,116 +64,111 @@ def slots(path: str) -> dict[str, int]:
     if not Path(path).is_file():
         raise InputError(f"the hostfile {path} does not exist", "give a file with lines like: node1 slots=8")
     found: dict[str, int] = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
         text = line.partition("#")[0].strip()
         match = LINE.fullmatch(text)
-        if text and (match is None or match[1] in found or not int(match[2])):
-            raise InputError(f"{path} line {number} is not HOST slots=N for a new host: {text!r}", "e.g. node1 slots=8")
-        if match and text:
+        if text and (match is None or match[1] in found or not 0 < int(match[2]) <= MOST):
+            raise InputError(
+                f"{path} line {number} is not HOST slots=N for a new host, N from 1 to {MOST}: {text!r}",
+                "e.g. node1 slots=8",
+            )
+        if match:
             found[match[1]] = int(match[2])
     if not found:
         raise InputError(f"the hostfile {path} names no host", "give a file with lines like: node1 slots=8")
     return found
 
 
-def run(arguments: list[str], machine: Machine, run_dir: Path, console: Console, result: IO[str]) -> int:
-    """Run `dcgen-convert ARGUMENTS` on the hosts of ``machine.hostfile``; the job's exit code.
+def ranks_of(hostfile: str, most: int | None) -> dict[str, int]:
+    """Host -> number of ranks, at most ``most``; InputError when a host is not reachable."""
+    each = {host: min(count, most or count) for host, count in slots(hostfile).items()}
+    first, far = next(iter(each)), [host for host in each if not is_here(host)]
+    if far and shutil.which("ssh") is None:
+        raise InputError("other hosts need ssh, which is not on PATH", "install ssh, or start the ranks with torchrun")
+    if far and first.startswith(("localhost", "127.")):
+        raise InputError(
+            f"other hosts of {hostfile} cannot reach {first}", "write the name that they know this host by"
+        )
+    for host in far:
+        if subprocess.run([*SSH, host, "true"], stdin=subprocess.DEVNULL, capture_output=True).returncode:
+            raise InputError(f"{host} of the hostfile is not reachable by ssh without a password", f"ssh {host} true")
+    return each
+
+
+def is_here(host: str) -> bool:
+    """Whether ``host`` is this one."""
+    return host in ("localhost", "127.0.0.1", socket.gethostname())
+
+
+def run(arguments: list[str], each: dict[str, int]) -> int:
+    """Run `dcgen-convert ARGUMENTS` on all hosts; the exit code of the first, which has rank 0.
 
     Raises:
-        InputError: a bad hostfile, or several hosts without pdsh.
-        RankLost: rank 0 left no outcome.
+        RankLost: the agent of the first host was lost.
     """
-    hosts = slots(machine.hostfile)
-    here = list(hosts) in (["localhost"], ["127.0.0.1"], [socket.gethostname()])
-    if not here:
-        _require_reachable(hosts)
-    each = {host: min(count, machine.gpus or count) for host, count in hosts.items()}
-    console.say(
-        f"ranks: {sum(each.values())} on {', '.join(each)}; rank 0 speaks, the others write logs in the run folder"
-    )
-    for name in (OUTCOME, STOP):
-        (run_dir / name).unlink(missing_ok=True)
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(Path(machine.hostfile).absolute())]
-    command += ["--master_port", str(join.free_port()), "--no_local_rank", "--no_ssh_check"]
-    # Without the second flag DeepSpeed starts the ranks of a single host here, whatever its name.
-    command += ["--master_addr", "127.0.0.1"] if here else ["--force_multi"]
-    command += ["--num_gpus", str(machine.gpus)] if machine.gpus else []
-    # The ranks must know that they came from here, also where the hostfile is that of a run's record.
-    command += ["--module", "dcgen_convert.cli", *arguments, "--hostfile", machine.hostfile]
-    command += ["--gpus", str(machine.gpus)] if machine.gpus else []
-    received: list[int] = []
+    first, port, world = next(iter(each)), random.choice(PORTS), sum(each.values())
+    env = {key: value for key, value in os.environ.items() if key in PASSED or key.startswith(PASSED_FAMILIES)}
+    agents: dict[str, subprocess.Popen] = {}
 
-    def handler(number: int, frame: object) -> None:
-        received.append(number)
-        atomic_write(run_dir / STOP, str(number))
+    def send(number: int, frame: object) -> None:
+        for agent in agents.values():
+            _write(agent, str(number))
 
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    with open(run_dir / LOG, "ab") as log:
-        launcher = subprocess.Popen(
-            command, stdout=log, stdin=subprocess.DEVNULL, env=join.alone(), start_new_session=True
-        )
+    handlers = {number: signal.signal(number, send) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        while launcher.poll() is None and len(received) < 3:
-            time.sleep(0.2)
+        for number, (host, count) in enumerate(each.items()):
+            node = Node(count, number, len(each), first, port, world - count)
+            command = [sys.executable, "-m", "dcgen_convert.ranks.hosts"]
+            command = command if is_here(host) else [*SSH, host, " ".join(command)]
+            agents[host] = subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0, start_new_session=True)
+            document = {"arguments": arguments, "folder": os.getcwd(), "env": {**env, NODE: json.dumps(asdict(node))}}
+            _write(agents[host], json.dumps(document))
+        return _wait(agents, first)
     finally:
-        _end(launcher)
-        for number, kept in before.items():
-            signal.signal(number, kept)
-    return _outcome(run_dir, result, launcher.returncode)
+        for agent in agents.values():
+            agent.kill()
+            agent.wait()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
-def _require_reachable(hosts: Iterable[str]) -> None:
-    """InputError naming what is missing for DeepSpeed's launcher, which would answer with a traceback."""
-    for name in ("pdsh", "ssh"):
-        if shutil.which(name) is None:
-            raise InputError(
-                f"other hosts need {name}, which is not on PATH", f"install {name}, or start the ranks with torchrun"
-            )
-    for host in hosts:
-        probe = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_SECONDS}", host, "true"]
-        if subprocess.run(probe, stdin=subprocess.DEVNULL, capture_output=True).returncode:
-            raise InputError(f"{host} of the hostfile is not reachable by ssh without a password", f"ssh {host} true")
+def _write(agent: subprocess.Popen, line: str) -> None:
+    assert agent.stdin is not None  # a pipe
+    with suppress(OSError):  # it has ended
+        agent.stdin.write(f"{line}\n".encode())
 
 
-def _end(launcher: subprocess.Popen) -> None:
-    """Ask the launcher to kill its ranks, then kill what is left on this host."""
-    if launcher.poll() is None:
-        launcher.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            launcher.wait(10)
-    with suppress(ProcessLookupError):
-        os.killpg(launcher.pid, signal.SIGKILL)
-    launcher.wait()
+def _wait(agents: dict[str, subprocess.Popen], first: str) -> int:
+    deadline = float("inf")
+    while any(agent.poll() is None for agent in agents.values()) and time.monotonic() < deadline:
+        if any(agent.returncode is not None for agent in agents.values()):
+            deadline = min(deadline, time.monotonic() + GRACE)
+        time.sleep(0.1)
+    code = agents[first].returncode
+    if code is None or code < 0 or code == SSH_FAILED:
+        raise RankLost(f"{first}, the host of rank 0, was lost")
+    return code
 
 
-def _outcome(run_dir: Path, result: IO[str], code: int) -> int:
-    path = run_dir / OUTCOME
-    if not path.exists():
-        raise RankLost(
-            f"the launcher ended with code {code} and rank 0 left no result; its output is in {run_dir / LOG}"
-        )
-    outcome = read_json(path)
-    result.write(outcome["result"])
-    result.flush()
-    return outcome["code"]
+def follow_stdin() -> None:
+    """As an agent: pass on the signals that `run` sends, and stop when it died."""
+
+    def follow() -> None:
+        for line in open(0, closefd=False):  # noqa: SIM115
+            os.kill(os.getpid(), int(line))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=follow, daemon=True, name="stdin").start()
 
 
-def leave(run_dir: Path, code: int, result: str) -> None:
-    """Rank 0's last word: what the parent prints and returns."""
-    with suppress(OSError):  # a full disk: the parent then says that nothing was left
-        write_json(run_dir / OUTCOME, {"code": code, "result": result})
+def main() -> None:
+    """Become the agent that the line on stdin describes."""
+    with open(0, "rb", buffering=0, closefd=False) as stdin:  # unbuffered: the next lines are not for this program
+        document = json.loads(stdin.readline())
+    os.chdir(document["folder"])
+    os.environ.update(document["env"])
+    os.execv(sys.executable, [sys.executable, "-m", "dcgen_convert.cli", *document["arguments"]])
 
 
-def heed_stop(run_dir: Path) -> None:
-    """Turn the parent's request to stop into the signal that it got. Call on rank 0."""
-
-    def watch() -> None:
-        while True:
-            try:
-                number = int((run_dir / STOP).read_text())
-                (run_dir / STOP).unlink()
-                os.kill(os.getpid(), number)
-            except (OSError, ValueError):
-                time.sleep(1.0)
-
-    threading.Thread(target=watch, daemon=True, name="stop").start()
+if __name__ == "__main__":
+    main()

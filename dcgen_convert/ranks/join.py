@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import socket
-import time
 import zlib
 from collections.abc import Callable, Mapping, MutableMapping
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
+import psutil
+
+from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import DcgenError, InputError, RankLost, ResourceError
-from dcgen_convert.ranks.crew import SILENCE, SOLO, Crew, Leader, Member, Peer
+from dcgen_convert.ranks.crew import SOLO, Crew, Leader, Member
+from dcgen_convert.ranks.link import SILENCE
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 JOIN_SECONDS = 300.0  # longest wait for all ranks to be there: hosts load Python at very different speeds
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -26,8 +32,13 @@ MPI = (
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 )
 JOB_NAMES = ("SLURM_JOB_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID")
-LAUNCHED = "DCGEN_LAUNCHED"  # set for ranks that this command started: their stdin ends when that command dies
-DEAD_PEER = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 25_000}  # s, s, probes, ms
+LAUNCHED = "DCGEN_LAUNCHED"  # set for ranks that this command started: how often it will start them again
+JOB = "DCGEN_JOB"  # a name that all starts of one job have in common
+NODE = "DCGEN_NODE"  # set for the agents of `hosts`
+AGENT = "TORCHELASTIC_RUN_ID"  # set by torch's elastic agent, whoever runs it
+AGAIN = 75  # exit code of a crash after which the ranks start again; only the command that started them sees it
+TIMEOUT = timedelta(minutes=30)  # longest wait of one collective: a save by rank 0, or a slow rank's data
+FOR_EVER = timedelta(days=7)  # longest work of rank 0 alone, while the others wait for the next task
 
 
 def adopt(env: MutableMapping[str, str] = os.environ) -> None:
@@ -86,7 +97,12 @@ def world(env: Mapping[str, str] = os.environ) -> int:
 
 def alone(env: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The environment for a child process that is no rank."""
-    return {key: value for key, value in env.items() if key not in (*PLACE, LAUNCHED)}
+    return {key: value for key, value in env.items() if key not in (*PLACE, LAUNCHED, JOB, NODE)}
+
+
+def starts_again(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether the command that started this process will start it again after a crash."""
+    return int(env.get(LAUNCHED, 0)) > 0
 
 
 def log_name(number: int) -> str:
@@ -94,17 +110,17 @@ def log_name(number: int) -> str:
     return f"log-rank-{number}.txt" if number else "log.txt"
 
 
-def join(log: str, give_up: Callable[[DcgenError], None], console, timeout: float = SILENCE) -> Crew:
+def join(log: str, give_up: Callable[[DcgenError], None], console: Console, silence: float = SILENCE) -> Crew:
     """Meet the other ranks; `SOLO` without any. Every rank calls it.
 
     Args:
         log: this rank's log file, named when it is lost.
         give_up: must end the process; see `crew`.
-        timeout: seconds after which a silent rank counts as frozen, 0 for never.
+        silence: seconds without a sign of life or of progress that end the job, 0 for any number.
     Raises:
         InputError: the launcher did not say where rank 0 is.
         ResourceError: this host has fewer GPUs than ranks.
-        RankLost: not every rank came.
+        RankLost: rank 0 is not there.
     """
     count = world()
     if count == 1:
@@ -112,18 +128,27 @@ def join(log: str, give_up: Callable[[DcgenError], None], console, timeout: floa
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise InputError(
-            f"this is rank {rank()} of {count}, but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} "
-            "not set",
+            f"this is rank {rank()} of {count}, but these variables are not set: {', '.join(missing)}",
             "set them to the host of rank 0 and a free port, or start the ranks with torchrun",
         )
     os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
     _take_gpu()
-    address, store = os.environ["MASTER_ADDR"], _store()
-    if rank() == 0:
-        return Leader(_accept(address, store, count), give_up, timeout)
-    line = _connect(address, store, log)
+    _take_interface(os.environ["MASTER_ADDR"])
+    import torch
+    import torch.distributed as dist
+
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    prefix = f"dcgen/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    stores = [_store(prefix, host=rank() == 0 and not hosted and first) for first in (True, False)]
+    crew = (Member if rank() else Leader)(rank(), count, stores[1], hosted, log, give_up, silence)
+    crew.meet()
     console.detail(f"rank {rank()} of {count} on {socket.gethostname()}, process {os.getpid()}")
-    return Member(rank(), count, Peer(0, line), give_up, timeout)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    store = dist.PrefixStore("groups", stores[0])
+    dist.init_process_group(backend, store=store, rank=rank(), world_size=count, timeout=TIMEOUT)
+    crew.control = dist.new_group(backend="gloo", timeout=FOR_EVER)
+    crew.close_ring(dist.new_group(backend="gloo", timeout=FOR_EVER))
+    return crew
 
 
 def _take_gpu() -> None:
@@ -140,78 +165,27 @@ def _take_gpu() -> None:
     torch.cuda.set_device(local)
 
 
-def _store():
-    """The key-value store of the launcher, or of rank 0."""
-    import torch
+def _store(prefix: str, host: bool) -> Store:
+    """A connection of its own to torch's store, at MASTER_ADDR:MASTER_PORT; ``host``: this process holds the store."""
+    import torch.distributed as dist
 
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    patience = timedelta(seconds=JOIN_SECONDS)
     try:
-        store, _, _ = next(torch.distributed.rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS)))
-    except torch.distributed.DistError as error:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise RankLost(f"rank {rank()} found no rank 0 at {place}: {str(error).splitlines()[0]}") from error
-    return store
+        store = dist.TCPStore(address, port, None, host, patience, wait_for_workers=False, multi_tenant=True)
+    except dist.DistError as error:
+        raise RankLost(f"rank {rank()} found no rank 0 at {address}:{port}: {str(error).splitlines()[0]}") from error
+    return dist.PrefixStore(prefix, store)
 
 
-def _accept(address: str, store, count: int) -> list[Peer]:
-    """The lines of all other ranks, by rank."""
-    try:
-        server = socket.create_server((address, 0), backlog=count)
-    except OSError:  # an address that others use and this host does not know, as behind a bridge
-        server = socket.create_server(("", 0), backlog=count)
-    token, peers = secrets.token_hex(16), {}
-    deadline = time.monotonic() + JOIN_SECONDS
-    with server:
-        store.set("dcgen/line", f"{server.getsockname()[1]} {token}")
-        while len(peers) < count - 1:
-            server.settimeout(max(0.1, deadline - time.monotonic()))
-            try:
-                peer = _greet(server.accept()[0], token)
-            except TimeoutError:
-                absent = ", ".join(str(number) for number in range(1, count) if number not in peers)
-                raise RankLost(
-                    f"rank {absent} of {count} did not come within {JOIN_SECONDS:.0f} s",
-                    "look at the logs of the ranks, then start all of them again",
-                ) from None
-            if peer is not None:
-                peers[peer.rank] = peer
-    return [peers[number] for number in sorted(peers)]
-
-
-def _greet(line: socket.socket, token: str) -> Peer | None:
-    """The rank at the other end; None for a caller that does not know the token."""
-    line.settimeout(10)
-    peer = Peer(-1, line)
-    try:
-        hello = (peer.receive() or [{}])[0]
-    except (ValueError, IndexError):
-        hello = {}
-    if not secrets.compare_digest(str(hello.get("token")), token):
-        line.close()
-        return None
-    _outlive(line)
-    peer.rank, peer.log = hello["rank"], hello["log"]
-    return peer
-
-
-def _connect(address: str, store, log: str) -> socket.socket:
-    port, token = store.get("dcgen/line").decode().split()
-    try:
-        line = socket.create_connection((address, int(port)), timeout=30)
-    except OSError as error:
-        raise RankLost(f"rank {rank()} cannot reach rank 0 at {address}:{port}: {error}") from error
-    _outlive(line)
-    Peer(0, line).send({"token": token, "rank": rank(), "log": log})
-    return line
-
-
-def _outlive(line: socket.socket) -> None:
-    """Blocking, but a host that vanishes without closing its connections is noticed within half a minute."""
-    line.settimeout(None)
-    line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    for name, value in DEAD_PEER.items():
-        if hasattr(socket, name):
-            line.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+def _take_interface(address: str) -> None:
+    """Let gloo use the network that leads to rank 0; it would take the one that this host's name resolves to."""
+    with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe, suppress(OSError):
+        probe.connect((address, 9))  # sends nothing
+        here = probe.getsockname()[0]
+        for name, addresses in psutil.net_if_addrs().items():
+            if here in [found.address for found in addresses]:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def free_port() -> int:

@@ -1,142 +1,181 @@
 """Starting the ranks of a job: `--gpus N` on this host, `--hostfile FILE` on several (see `hosts`).
 
-The command becomes the parent of N copies of itself. Rank 0 speaks, with the parent's own streams; the others write to
-log files in the run folder. The parent forwards signals to rank 0, which stops the others, and sees to it that nothing
-of the job outlives a dead rank or the parent.
+The command becomes the parent of N copies of itself, which torch's elastic agent starts and watches. Rank 0 speaks,
+with the parent's own streams; the others write to log files in the run folder. The parent holds the store through which
+the ranks know of one another, so that it knows what the others saw when rank 0 is killed. After a crash everything
+starts again, with a new store, as often as `--restarts` says; the run's journal says where to go on.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import signal
-import subprocess
 import sys
-import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
+
+import psutil
 
 from dcgen_convert.core.console import Console
-from dcgen_convert.core.errors import InputError, RankLost, ResourceError, Terminated
-from dcgen_convert.ranks import join
+from dcgen_convert.core.errors import InputError, RankLost, ResourceError, Terminated, TerminatedRun
+from dcgen_convert.ranks import hosts, join
+from dcgen_convert.ranks.link import END, FAILURE, failure
 from dcgen_convert.ranks.machine import Machine
 
-POLL = 0.1  # seconds between two looks at the ranks
-GRACE = 10.0  # seconds for the ranks to end by themselves after one has ended; they notice within two
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+LOG = "log-launcher.txt"
+JOIN_SECONDS = 300  # longest wait of the hosts for one another
+SAVE_SECONDS = 1800  # longest wait for the ranks after SIGINT or SIGTERM: they write a checkpoint first
 
 
 def wanted(machine: Machine) -> bool:
     """Whether this process must start the ranks; False when it is one of them, or alone.
 
     Raises:
-        InputError: a launcher has started another number of ranks than --gpus asks for.
+        InputError: another launcher has started the ranks, and an option says otherwise.
     """
-    count = join.world()
-    if count == 1:
-        return bool(machine.hostfile) or (machine.gpus or 1) > 1
-    asked = None if machine.hostfile or join.LAUNCHED in os.environ else machine.gpus
-    if asked not in (None, count):
-        raise InputError(f"a launcher has started {count} ranks, --gpus asks for {asked}", "leave out --gpus")
+    if "RANK" not in os.environ:
+        return bool(machine.hostfile) or (machine.gpus or 1) > 1 or machine.restarts > 0
+    count = machine.gpus if join.LAUNCHED in os.environ or machine.hostfile else join.world()
+    if machine.gpus not in (None, count):
+        raise InputError(f"a launcher has started {count} ranks, --gpus asks for {machine.gpus}", "leave out --gpus")
+    if machine.restarts and join.LAUNCHED not in os.environ:
+        raise InputError("a launcher has started the ranks, so --restarts has no effect", "torchrun has --max-restarts")
     return False
 
 
-def run(arguments: list[str], count: int, run_dir: Path, console: Console, result: IO[str]) -> int:
-    """Run `dcgen-convert ARGUMENTS` as ``count`` ranks on this host; the job's exit code.
+def run(arguments: list[str], machine: Machine, run_dir: Path, console: Console, result: IO[str]) -> int:
+    """Run `dcgen-convert ARGUMENTS` as the ranks that ``machine`` asks for, again after a crash; the exit code.
 
     Raises:
-        ResourceError: this host has GPUs, but fewer than ``count``.
+        InputError: a bad hostfile, or a host that is not reachable.
+        ResourceError: this host has GPUs, but fewer than ranks.
         RankLost: a rank was killed or crashed, and rank 0 could not say so.
         Terminated, KeyboardInterrupt: a signal came before rank 0 listened for it.
     """
-    _say(count, console)
-    environment = {
-        "WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(join.free_port()),
-        join.LAUNCHED: "1",
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count)),
-    }
-    started: list[subprocess.Popen] = []
-    with _forwarding(started) as received:
+    node = hosts.Node.of_environment()
+    if node is not None:
+        return _run_here(arguments, node, run_dir, result)
+    each = hosts.ranks_of(machine.hostfile, machine.gpus) if machine.hostfile else {"localhost": machine.gpus or 1}
+    _say(each, console)
+    os.environ[join.JOB] = uuid.uuid4().hex
+    for left in reversed(range(machine.restarts + 1)):
+        os.environ[join.LAUNCHED] = str(left)
         try:
-            for number in range(count):
-                place = {**environment, "RANK": str(number), "LOCAL_RANK": str(number)}
-                started.append(_start(arguments, {**join.alone(), **place}, number, run_dir, result))
-            return _wait(started, run_dir, received)
-        finally:
-            for process in started:
-                process.kill()
-                process.wait()
+            if len(each) == 1 and hosts.is_here(*each):
+                code = _run_here(arguments, hosts.Node(sum(each.values())), run_dir, result)
+            else:
+                code = hosts.run(arguments, each)
+        except RankLost as error:
+            if not left:
+                raise
+            console.warn(error.message)
+            code = join.AGAIN
+        if code != join.AGAIN:
+            return code
+        console.say(f"the ranks start again and go on from the journal of {run_dir}; restarts left: {left - 1}")
+    return RankLost.exit_code
 
 
-def _say(count: int, console: Console) -> None:
+def _say(each: dict[str, int], console: Console) -> None:
     import torch
 
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if found and count > found:
+    count, found = sum(each.values()), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if list(each) == ["localhost"] and found and count > found:
         raise ResourceError(
             f"--gpus asks for {count} GPUs, this host has {found}", f"use --gpus {found} or a --hostfile"
         )
     place = f"{count} GPUs" if found else f"{count} CPU processes, for want of a GPU"
+    place = place if list(each) == ["localhost"] else f"{count} on {', '.join(each)}"
     console.say(f"ranks: {place}; rank 0 speaks, the others write {join.log_name(1)} ... in the run folder")
 
 
-def _start(arguments: list[str], env: dict[str, str], number: int, run_dir: Path, result: IO[str]) -> subprocess.Popen:
-    """One rank in a session of its own: Ctrl-C reaches the parent alone, which passes it on once."""
-    command = [sys.executable, "-m", "dcgen_convert.cli", *arguments]
-    settings = {"stdin": subprocess.PIPE, "env": env, "start_new_session": True}
-    if number == 0:
-        return subprocess.Popen(command, stdout=result, **settings)
-    with open(run_dir / join.log_name(number), "ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, **settings)
+def _run_here(arguments: list[str], node: hosts.Node, run_dir: Path, result: IO[str]) -> int:
+    """The ranks of this host, under torch's agent; the exit code of rank 0, where it is one of them."""
+    from torch.distributed import TCPStore
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    patience, first = timedelta(seconds=JOIN_SECONDS), node.number == 0
+    store = TCPStore(node.address, node.port, None, first, patience, wait_for_workers=False, multi_tenant=True)
+    config = LaunchConfig(
+        min_nodes=node.nodes,
+        max_nodes=node.nodes,
+        nproc_per_node=node.ranks,
+        rdzv_backend="static",
+        rdzv_endpoint=f"{node.address}:{store.port}",
+        rdzv_configs={"rank": node.number, "timeout": JOIN_SECONDS},
+        run_id="dcgen",
+        max_restarts=0,  # `run` starts again: with a new store, and only after a crash
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
+        signals_to_handle="SIGINT,SIGTERM",
+        shutdown_timeout=SAVE_SECONDS,
+    )
+    command = ["-m", "dcgen_convert.cli", *(argument.replace("$", "$$") for argument in arguments)]
+    with _prepared(node, run_dir, result):
+        try:
+            elastic_launch(config, sys.executable)(*command)
+            return 0
+        except ChildFailedError as error:
+            codes = {rank: found.exitcode for rank, found in error.failures.items()}
+            return _outcome(codes, store, run_dir) if node.number == 0 else RankLost.exit_code
+        except SignalException as error:
+            if node.number == 0 and node.world > 1 and _said(store, END) != str(128 + error.sigval):
+                raise (Terminated if error.sigval == signal.SIGTERM else KeyboardInterrupt) from error
+            return 128 + error.sigval
+        finally:
+            for child in psutil.Process().children(recursive=True):
+                child.kill()
 
 
 @contextmanager
-def _forwarding(started: list[subprocess.Popen]) -> Iterator[list[int]]:
-    """Pass SIGINT and SIGTERM to rank 0; a third one kills. Yields the signals received."""
-    received: list[int] = []
-
-    def handler(number: int, frame: object) -> None:
-        received.append(number)
-        for process in started if len(received) > 2 else started[:1]:
-            process.send_signal(signal.SIGKILL if len(received) > 2 else number)
-
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+def _prepared(node: hosts.Node, run_dir: Path, result: IO[str]) -> Iterator[None]:
+    """The ranks inherit stdout and the environment; the agent's own words go to a log file."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGTSTP)
+    handlers = {number: signal.getsignal(number) for number in signals}
+    signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # the ranks would not stop, but find that the store is silent
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // node.ranks)))
+    agent = logging.getLogger("torch.distributed.elastic")
+    agent.handlers, agent.propagate = [logging.FileHandler(run_dir / LOG)], False
+    stdout = os.dup(1)
+    os.dup2(result.fileno(), 1)
     try:
-        yield received
+        yield
     finally:
-        for number, kept in before.items():
-            signal.signal(number, kept)
+        os.dup2(stdout, 1)
+        os.close(stdout)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
-def _wait(started: list[subprocess.Popen], run_dir: Path, received: list[int]) -> int:
-    """Until every rank has ended, or has to."""
-    deadline = None
-    while any(process.poll() is None for process in started):
-        ended = [process.returncode for process in started if process.returncode is not None]
-        if deadline is None and ended and (started[0].returncode is not None or any(ended)):
-            deadline = time.monotonic() + GRACE
-        if deadline is not None and time.monotonic() > deadline:
-            break
-        time.sleep(POLL)
-    code = started[0].poll()
-    if code is not None and code >= 0:
-        return code  # rank 0 has said why
-    if received and (code is None or -code in received or len(received) > 2):
-        raise Terminated if received[0] == signal.SIGTERM else KeyboardInterrupt
-    # Others that ended with a lost rank's code say that rank 0, which is still there, has frozen.
-    fates = [process.poll() for process in started]
-    number = next((i for i, fate in enumerate(fates) if i and fate and fate != RankLost.exit_code), 0)
-    number = 0 if code is not None else number
-    raise RankLost(f"rank {number} {_fate(started[number])}; its log is {run_dir / join.log_name(number)}")
+def _outcome(codes: dict[int, int], store: Store, run_dir: Path) -> int:
+    """Rank 0's exit code, when it could say why; else RankLost with what the other ranks saw, or the agent."""
+    stopped = TerminatedRun.exit_code  # rank 0's, because the agent stopped it: another rank was killed before
+    if codes.get(0, -1) > 0 and not (codes[0] == stopped and min(codes.values()) < 0):
+        return codes[0]
+    if told := _said(store, FAILURE):
+        raise failure(json.loads(told), "")
+    rank = next((rank for rank, code in codes.items() if code < 0), min(codes))
+    raise RankLost(f"rank {rank} {_fate(codes[rank])}; its log is {run_dir / join.log_name(rank)}")
 
 
-def _fate(process: subprocess.Popen) -> str:
-    if process.returncode is None:
-        return "does not answer: it is stopped, or it hangs"
-    if process.returncode >= 0:
-        return f"ended with code {process.returncode}"
-    name = signal.Signals(-process.returncode).name
+def _said(store: Store, key: str) -> str:
+    """What the ranks left in the store under ``key``."""
+    return store.get(f"dcgen/0/{key}").decode() if store.check([f"dcgen/0/{key}"]) else ""
+
+
+def _fate(code: int) -> str:
+    if code >= 0:
+        return f"ended with code {code}"
+    name = signal.Signals(-code).name
     hint = ", as the system does when memory runs out" if name == "SIGKILL" else ""
     return f"was ended by {name}{hint}"

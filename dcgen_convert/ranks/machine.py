@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class Machine:
     """Where a run happens and who watches: no part of the recipe, so it never changes a fingerprint.
 
-    track: "tensorboard" | "wandb" | None; rank_timeout: seconds after which a silent rank is given up, 0 disables.
+    track: "tensorboard" | "wandb" | None; rank_timeout: seconds without a sign of life or of progress that end the job,
+    0 disables; restarts: how often the ranks start again after a crash.
     """
 
     gpus: int | None = None
@@ -17,3 +18,4 @@ class Machine:
     offline: bool = False
     track: str | None = None
     rank_timeout: float = 120.0
+    restarts: int = 0

@@ -43,7 +43,7 @@ def run(job, stage: Stage) -> None:
     stage.metrics["roundtrip_psnr_db"] = roundtrip(job, stage, pictures, target, spans[resolutions[-1]])
     with job.console.progress("latents", len(pictures) * len(resolutions), "pictures") as bar:
         for resolution in resolutions:
-            with job.crew.share("latents", bar, spans=spans[resolution]):
+            with job.crew.share("latents", bar, together=False, spans=spans[resolution]):
                 encode_pictures(job, pictures, codecs, spans[resolution], bar)
             check_scale(job, stage, target, resolution)
     encode_captions(job, stage, pictures)
@@ -254,7 +254,10 @@ def encode_captions(job, stage: Stage, pictures: list[Picture]) -> None:
     cached = len(pictures) if job.recipe.latents.text == "cache" else 0
     encoders = pipelines.load_text_encoders(job.source, job.dtype)
     if cached:
-        with job.console.progress("text embeddings", cached, "captions") as bar, job.crew.share("captions", bar):
+        with (
+            job.console.progress("text embeddings", cached, "captions") as bar,
+            job.crew.share("captions", bar, together=False),
+        ):
             caption_share(job, bar, encoders)
     cache.write_shard(stage.folder, "null", 0, pipelines.encode_text(job.family, encoders, [""], job.text_length))
 

@@ -57,7 +57,7 @@ def synthesise(job, stage: Stage) -> list[Picture]:
     if missing:
         with job.console.progress("synthesis by the base model", len(pictures), "pictures") as bar:
             bar.advance(len(pictures) - missing)
-            with job.crew.share("pictures", bar):
+            with job.crew.share("pictures", bar, together=False):
                 draw_share(job, bar)
     return pictures
 
@@ -71,14 +71,18 @@ def intended(job) -> list[Picture]:
 
 
 def draw_share(job, bar) -> None:
-    """Draw what is missing among this rank's pictures: every `world`-th."""
+    """Draw what is missing among this rank's pictures: every `world`-th.
+
+    A batch in which one is missing is drawn as a whole: with others beside it, a picture would round differently.
+    """
     settings = job.recipe.data
-    missing = [picture for picture in intended(job)[job.crew.rank :: job.crew.world] if not picture.file.exists()]
-    if not missing:
+    own = intended(job)[job.crew.rank :: job.crew.world]
+    batches = [own[start : start + settings.batch] for start in range(0, len(own), settings.batch)]
+    batches = [batch for batch in batches if not all(picture.file.exists() for picture in batch)]
+    if not batches:
         return
     pipeline = pipelines.load_pipeline(job.source, job.dtype)
-    for start in range(0, len(missing), settings.batch):
-        batch = missing[start : start + settings.batch]
+    for batch in batches:
         drawn = pipelines.draw(
             job.family,
             pipeline,
@@ -89,10 +93,11 @@ def draw_share(job, bar) -> None:
             guidance=settings.guidance,
             length=job.text_length,
         )
-        for picture, pixels in zip(batch, drawn, strict=True):
+        missing = [(picture, pixels) for picture, pixels in zip(batch, drawn, strict=True) if not picture.file.exists()]
+        for picture, pixels in missing:
             with replacing(picture.file) as temporary:
                 images.to_image(pixels).save(temporary, format="PNG", compress_level=1)
-        bar.advance(len(batch))
+        bar.advance(len(missing))
 
 
 def class_names(source: Source) -> list[str] | None:

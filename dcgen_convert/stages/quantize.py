@@ -32,7 +32,10 @@ def run(job, stage: Stage) -> None:
     calls = stage.folder / CALLS
     if not (calls / DONE).exists():
         count = recipe.quantize.calibration.prompts
-        with job.console.progress("calibration", count, "prompts") as bar, job.crew.share("calibration", bar):
+        with (
+            job.console.progress("calibration", count, "prompts") as bar,
+            job.crew.share("calibration", bar, together=False),
+        ):
             record_share(job, bar)
         write_json(calls / DONE, {"calls": len(read_calls(calls))})
     settings = settings_of(recipe.quantize, recipe.seed)

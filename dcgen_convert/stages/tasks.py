@@ -13,6 +13,7 @@ from dcgen_convert.ranks.crew import Member
 from dcgen_convert.ranks.machine import Machine
 from dcgen_convert.recipe.loading import Resolved
 from dcgen_convert.recipe.schema import Recipe
+from dcgen_convert.stages.job import Job, prepare
 
 
 class Performer:
@@ -20,54 +21,30 @@ class Performer:
 
     def __init__(self, crew: Member, console: Console) -> None:
         self.crew, self.console = crew, console
-        self._document: dict[str, Any] = {}
-        self._job = None
+        self._job: Job | None = None
 
     def __call__(self, document: dict[str, Any], task: str, arguments: dict[str, Any]) -> None:
+        from dcgen_convert.stages import adapt, align_head, latents, pictures, quantize
+
         self.console.say(f"task {task}")
-        job = self._prepared(document)
-        if task == "pictures":
-            from dcgen_convert.stages import pictures
+        job = self._job = self._job or self._prepare(document)
+        perform = {
+            "pictures": lambda: pictures.draw_share(job, self.crew),
+            "latents": lambda: latents.encode_share(job, self.crew, **arguments),
+            "captions": lambda: latents.caption_share(job, self.crew),
+            "train-head": lambda: align_head.train(job, **arguments),
+            "adapt": lambda: adapt.train_phase(job, **arguments),
+            "calibration": lambda: quantize.record_share(job, self.crew),
+            "blocks": lambda: quantize.quantize_share(job, self.crew, **arguments),
+        }
+        perform[task]()
 
-            pictures.draw_share(job, self.crew)
-        elif task == "latents":
-            from dcgen_convert.stages import latents
-
-            latents.encode_share(job, self.crew, **arguments)
-        elif task == "captions":
-            from dcgen_convert.stages import latents
-
-            latents.caption_share(job, self.crew)
-        elif task == "train-head":
-            from dcgen_convert.stages import align_head
-
-            align_head.train(job, **arguments)
-        elif task == "adapt":
-            from dcgen_convert.stages import adapt
-
-            adapt.train_phase(job, **arguments)
-        elif task == "calibration":
-            from dcgen_convert.stages import quantize
-
-            quantize.record_share(job, self.crew)
-        elif task == "blocks":
-            from dcgen_convert.stages import quantize
-
-            quantize.quantize_share(job, self.crew, **arguments)
-        else:
-            raise ValueError(f"no task is called {task!r}")
-
-    def _prepared(self, document: dict[str, Any]):
-        from dcgen_convert.stages.job import prepare
-
-        if self._job is None or document != self._document:
-            path = Path(document["run"])
-            if not (path / "recipe.json").is_file():
-                raise InputError(
-                    f"{socket.gethostname()} does not see the run folder {path}",
-                    "put --run-dir on a file system that all hosts share",
-                )
-            resolved = Resolved(Recipe.model_validate(document["recipe"]), {}, Machine(**document["machine"]))
-            self._job = prepare(resolved, Run(path, self.console), self.console, self.crew)
-            self._document = document
-        return self._job
+    def _prepare(self, document: dict[str, Any]) -> Job:
+        path = Path(document["run"])
+        if not (path / "recipe.json").is_file():
+            raise InputError(
+                f"{socket.gethostname()} does not see the run folder {path}",
+                "put --run-dir on a file system that all hosts share",
+            )
+        resolved = Resolved(Recipe.model_validate(document["recipe"]), {}, Machine(**document["machine"]))
+        return prepare(resolved, Run(path, self.console), self.console, self.crew)

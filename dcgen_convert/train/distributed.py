@@ -13,16 +13,13 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from datetime import timedelta
 from functools import cache
 from types import ModuleType
 
 from dcgen_convert.core.errors import ResourceError
-from dcgen_convert.ranks.join import free_port
+from dcgen_convert.ranks.join import TIMEOUT, free_port
 from dcgen_convert.ranks.join import rank as rank
 from dcgen_convert.ranks.join import world as world_size
-
-TIMEOUT = timedelta(minutes=30)  # longest wait of one collective: a save by rank 0, or a slow rank's data
 
 
 @cache
@@ -82,7 +79,7 @@ def join() -> None:
     import torch
 
     module = deepspeed()
-    if not torch.distributed.is_initialized():
+    if not module.comm.is_initialized():  # it takes over the group that the ranks met in
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         module.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=TIMEOUT)
 

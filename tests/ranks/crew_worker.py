@@ -1,7 +1,8 @@
 """A program of several ranks with the real command line around it, and the means to start and watch them.
 
 As a program: `python crew_worker.py crew RUN '{"rank0": "share", "member": "sleep"}'`. Rank 0 shares one task whose
-part on each rank is named: "count", "sleep" (interruptible), "nap" (6 s), "collective" (gloo, waits in C++),
+part on each rank is named: "count", "sleep" (interruptible), "nap" (6 s of short pieces), "load" and "compile" (12 s of
+one piece), "collective" (gloo, waits in C++),
 "wait-in-collective", "steps-then-N" (see `steps`), "fail" (InputError), "crash" (InternalError).
 """
 
@@ -29,7 +30,12 @@ def part(kind: str, run: Path, rank: int, bar) -> None:  # noqa: C901  one branc
     elif kind == "sleep":
         time.sleep(120)
     elif kind == "nap":
-        time.sleep(6)
+        work(6)
+    elif kind == "load":
+        load(run / "weights")
+    elif kind == "compile":
+        compiler = "import time; end = time.monotonic() + 12\nwhile time.monotonic() < end: pass"
+        subprocess.run([sys.executable, "-c", compiler], check=True)
     elif kind == "fail":
         from dcgen_convert.core.errors import InputError
 
@@ -51,9 +57,26 @@ def part(kind: str, run: Path, rank: int, bar) -> None:  # noqa: C901  one branc
             distributed.join()
         for _ in range(1 if rank else 2):
             distributed.barrier()
-        time.sleep(120)
+        work(120)
     elif kind.startswith("steps-then-"):
         steps(rank, int(kind.rpartition("-")[2]))
+
+
+def load(file: Path) -> None:
+    """Read 12 s long, 40 MiB/s."""
+    file.write_bytes(bytes(4 << 20))
+    for _ in range(120):
+        file.read_bytes()
+        time.sleep(0.1)
+
+
+def work(seconds: float) -> None:
+    """Many short pieces."""
+    from dcgen_convert.core import pulse
+
+    for _ in range(int(seconds / 0.1)):
+        pulse.bump()
+        time.sleep(0.1)
 
 
 def steps(rank: int, guilty: int) -> None:
@@ -67,9 +90,7 @@ def steps(rank: int, guilty: int) -> None:
         distributed.barrier()
         pulse.bump()
         time.sleep(0.05)
-    for _ in range(0 if rank else int(2 * LONG / 0.1)):
-        pulse.bump()
-        time.sleep(0.1)
+    work(0 if rank else 2 * LONG)
     distributed.barrier()
     if rank == guilty:
         hang()
@@ -83,8 +104,7 @@ def hang() -> None:
 def command() -> None:
     from dcgen_convert.cli import app
     from dcgen_convert.cli.options import OUTPUT, output_options, stack
-    from dcgen_convert.core import pulse
-    from dcgen_convert.ranks.crew import SILENCE
+    from dcgen_convert.ranks.link import SILENCE
 
     @app.cli.command("crew")
     @click.argument("run")
@@ -95,13 +115,7 @@ def command() -> None:
         kinds, path = json.loads(parts), Path(run)
         console = session.begin(**output_options(values), run_dir=path)
         silence = kinds.get("timeout", SILENCE)
-        if "stall" in kinds:
-            from dcgen_convert.train import distributed
-
-            # its import would be the longest pause of the task, and three times that is tolerated
-            distributed.deepspeed()
-            pulse.PATIENCE = kinds["stall"] / silence
-        crew = session.join(timeout=silence)
+        crew = session.join(silence)
         if crew.rank:
             return crew.serve(lambda document, task, arguments: part(arguments["kind"], path, crew.rank, crew))
         crew.introduce({})

@@ -6,6 +6,8 @@ import time
 
 import pytest
 
+from dcgen_convert.ranks.link import COMING
+
 from .crew_worker import LONG, finish, start, wait_ready
 
 # the graces are 2 and 5 s, the rest is for a busy machine; what hangs, hangs for ten minutes or sleeps 120 s and ends
@@ -19,11 +21,11 @@ def test_shared_work_is_counted_and_everyone_leaves_with_zero(tmp_path):
     assert others == [(0, "", "")] * 2
 
 
-@pytest.mark.parametrize("rank0", ["sleep", "collective"])
-def test_a_killed_rank_ends_the_job(tmp_path, rank0):
-    member = {"sleep": "sleep", "collective": "wait-in-collective"}[rank0]
+@pytest.mark.parametrize(("rank0", "member"), [("sleep", "sleep"), ("collective", "wait-in-collective"), ("sleep", "")])
+def test_a_killed_rank_ends_the_job(tmp_path, rank0, member):
+    """In its own work, in a collective, and while rank 0 works alone."""
     ranks = start(tmp_path, 3, rank0=rank0, member=member)
-    wait_ready(tmp_path, ranks, range(3))
+    wait_ready(tmp_path, ranks, range(3 if member else 1))
     ranks[1].kill()
     (code, out, err), killed, other = finish(ranks, SECONDS)
     assert code == 4 and out == "" and killed[0] == -signal.SIGKILL
@@ -68,7 +70,7 @@ def test_a_rank_that_lives_but_hangs_ends_the_job(tmp_path, guilty):
     before is no stall.
     """
     part = f"steps-then-{guilty}"
-    ranks = start(tmp_path, 3, rank0=part, member=part, timeout=24, stall=LONG)
+    ranks = start(tmp_path, 3, rank0=part, member=part, timeout=LONG)
     (code, out, err), *others = finish(ranks, 240)
     assert (code, out) == (4, "") and [other[0] for other in others] == [4, 4]
     log = f", its log is {tmp_path / 'log-rank-1.txt'}" if guilty else ""
@@ -77,6 +79,34 @@ def test_a_rank_that_lives_but_hangs_ends_the_job(tmp_path, guilty):
     assert f"dcgen-convert resume {tmp_path}" in err and err.count("error:") == 1
     logged = (tmp_path / ("log-rank-1.txt" if guilty else "log.txt")).read_text()
     assert "thread MainThread stands at" in logged and ", in hang" in logged
+
+
+def test_a_rank_that_hangs_from_the_first_moment_ends_the_job(tmp_path):
+    """It has not done a single piece; nothing but the tasks' own time limit can notice it."""
+    ranks = start(tmp_path, 2, rank0="nap", member="sleep", timeout=LONG)
+    wait_ready(tmp_path, ranks, range(2))
+    begun = time.monotonic()
+    (code, out, err), other = finish(ranks, SECONDS)
+    assert (code, out) == (4, "") and other == (4, "", "") and time.monotonic() - begun > LONG
+    assert re.search(r"rank 1 hangs at crew_worker.py:\d+ \(part\), its log is .*log-rank-1.txt", err), err
+    assert "thread MainThread stands at" in (tmp_path / "log-rank-1.txt").read_text()
+
+
+def test_a_rank_that_loads_files_or_waits_for_a_compiler_gets_on(tmp_path):
+    """Much longer than the timeout, and not a single piece is counted."""
+    (code, out, err), other = finish(start(tmp_path, 2, rank0="load", member="compile", timeout=LONG), 240)
+    assert (code, out) == (0, "done 0\n") and other == (0, "", ""), err
+
+
+def test_a_rank_that_never_comes_ends_the_job(tmp_path):
+    ranks = start(tmp_path, 2, rank0="count", timeout=2)
+    ranks[1].send_signal(signal.SIGSTOP)
+    try:
+        ((code, out, err),) = finish(ranks[:1], COMING + SECONDS)
+    finally:
+        ranks[1].kill()
+        ranks[1].communicate()
+    assert (code, out) == (4, "") and "rank 1 of 2 did not come" in err
 
 
 def test_a_job_that_was_stopped_whole_goes_on(tmp_path):

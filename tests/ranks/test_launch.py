@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -170,14 +171,101 @@ def test_kill_9_of_a_rank_ends_the_job_and_it_can_go_on(prepared, reference, num
     assert_like(prepared, reference)
 
 
-def test_ranks_do_not_outlive_the_command_that_started_them(prepared):
-    process = start_cli(*FLUX, *TRAIN, "--gpus", "2", cwd=prepared)
+TWO_HOSTS = "localhost slots=1\n127.0.0.1 slots=1\n"
+
+
+@pytest.mark.parametrize("hosts", [None, "localhost slots=2\n", TWO_HOSTS])
+def test_ranks_do_not_outlive_the_command_that_started_them(prepared, hosts):
+    (prepared / "hosts").write_text(hosts or "")
+    process = start_cli(*FLUX, *TRAIN, *(["--hostfile", "hosts"] if hosts else ["--gpus", "2"]), cwd=prepared)
     wait_for(prepared / "run" / "adapt-1" / "metrics.jsonl", process)
     assert len(ranks_of(prepared)) == 2
     process.kill()
     process.communicate()
     assert_nothing_left(prepared)
-    assert list((prepared / "run" / "adapt-1" / "checkpoints").glob("step-*"))  # they stopped as on SIGTERM
+    if hosts != TWO_HOSTS:
+        assert list((prepared / "run" / "adapt-1" / "checkpoints").glob("step-*"))  # they stopped as on SIGTERM
+
+
+SSH = """#!/bin/sh
+# stands in for ssh: runs the command on this host, in a shell, as sshd does
+printf '%s\\n' "$*" >> "$SSH_LOG"
+while [ "$1" = -o ]; do shift 2; done
+shift
+exec env -i HOME="$HOME" PYTHONPATH="$PYTHONPATH" sh -c "$*"
+"""
+
+
+def test_another_host_gets_everything_over_ssh(tmp_path, monkeypatch):
+    """Its agent starts in an empty environment; what it needs, secrets too, comes on its stdin."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "ssh").write_text(SSH)
+    (tmp_path / "bin" / "ssh").chmod(0o755)
+    (tmp_path / "hosts").write_text(f"{socket.gethostname()} slots=1\nfar-away slots=1\n")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("SSH_LOG", str(tmp_path / "ssh.log"))
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    done = run_cli(*FLUX, "--hostfile", "hosts", "--until", "surgery", *short_settings(), cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout == f"{tmp_path / 'run'}\n", done.stderr[-2000:]
+    assert "rank 1 of 2" in (tmp_path / "run" / "log-rank-1.txt").read_text()
+    called = (tmp_path / "ssh.log").read_text().splitlines()
+    assert called[0].endswith("far-away true") and called[1].endswith("-m dcgen_convert.ranks.hosts")
+    assert "hf_secret" not in "".join(called)
+    assert_nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_dead_host_ends_the_job_on_the_other(prepared, number):
+    """Two hosts on loopback: one agent and its rank each. Everything of one of them is killed at once."""
+    (prepared / "hosts").write_text(TWO_HOSTS)
+    process = start_cli(*FLUX, *TRAIN, "--hostfile", "hosts", cwd=prepared)
+    wait_for(prepared / "run" / "adapt-1" / "metrics.jsonl", process)
+    rank = ranks_of(prepared)[number]
+    agent = rank.parent()
+    assert agent.pid != process.pid
+    agent.kill()
+    rank.kill()
+    out, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 4 and out == "", err[-2000:]
+    said = f"rank {number} was lost" if number else "localhost, the host of rank 0, was lost"
+    assert said in err and f"dcgen-convert resume {prepared / 'run'}" in err and err.count("error:") == 1, err
+    assert_nothing_left(prepared)
+
+
+def test_a_crash_starts_the_ranks_again_and_the_job_ends_by_itself(prepared, reference):
+    """Rank 0 is killed, then rank 1; --json sees one document."""
+    process = start_cli(*FLUX, *TRAIN, "--gpus", "2", "--restarts", "2", "--json", cwd=prepared)
+    known: set[int] = set()
+    for number in (0, 1):
+        await_training(prepared, process, known)
+        known |= {rank.pid for rank in ranks_of(prepared).values()}
+        ranks_of(prepared)[number].kill()
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err[-2000:]
+    assert json.loads(out)["status"] == "stopped" and "error:" not in err
+    for number in (0, 1):
+        assert f"warning: rank {number} was lost: it was killed or it crashed" in err, err
+    assert err.count("the ranks start again") == 2
+    assert_like(prepared, reference)
+    assert_nothing_left(prepared)
+
+
+def await_training(folder, process, known) -> None:
+    """Until ranks that are not ``known`` have trained for a second."""
+    deadline = time.monotonic() + 300
+    metrics = folder / "run" / "adapt-1" / "metrics.jsonl"
+    while not metrics.exists() or len({rank.pid for rank in ranks_of(folder).values()} - known) < 2:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "no training"
+        time.sleep(0.05)
+    before = metrics.stat().st_mtime_ns
+    while metrics.stat().st_mtime_ns == before and process.poll() is None:
+        time.sleep(0.02)
+
+
+def test_errors_of_the_user_start_nothing_again(tmp_path):
+    done = run_cli(*FLUX, "--gpus", "3", "--restarts", "3", *short_settings(), cwd=tmp_path)
+    assert done.returncode == 2 and "start again" not in done.stderr and done.stderr.count("error:") == 1
 
 
 def test_hostfile_of_one_host(prepared, reference):

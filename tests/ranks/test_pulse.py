@@ -1,14 +1,18 @@
 """When a job counts as stalled, and whose fault it is, by hand-made looks at its ranks. Real processes: test_crew."""
 
+import importlib
+import subprocess
+import sys
 import threading
+import time
 
+import psutil
 import pytest
 
 from dcgen_convert.core import pulse
-from dcgen_convert.core.pulse import FIRST, PATIENCE, SLACK, Progress, Sign
+from dcgen_convert.core.pulse import SLACK, Activity, Progress, Sign
 
-SILENCE = 10.0
-STALL = SILENCE * PATIENCE
+STALL = 10.0
 
 
 def looks(progress: Progress, now: float, **counts: int | Sign) -> None:
@@ -20,7 +24,7 @@ def looks(progress: Progress, now: float, **counts: int | Sign) -> None:
 @pytest.fixture
 def running() -> Progress:
     """Two ranks that have done three pieces each, two seconds a piece; the last at 6 s."""
-    progress = Progress(SILENCE)
+    progress = Progress(STALL)
     progress.begin(0.0)
     for piece in range(4):
         looks(progress, 2.0 * piece, r0=piece, r1=piece)
@@ -56,8 +60,23 @@ def test_loading_and_compiling_come_first(running):
     running.begin(100.0)
     looks(running, 100.0, r0=4, r1=4)
     looks(running, 101.0, r0=5, r1=4)
-    assert running.stalled({0, 1}, 101.0 + SILENCE * FIRST - 1) == {}
-    assert running.stalled({0, 1}, 101.0 + SILENCE * FIRST + 1).keys() == {1}
+    assert running.stalled({0, 1}, 101.0 + STALL - 1) == {}
+    assert running.stalled({0, 1}, 101.0 + STALL + 1).keys() == {1}
+    for second in range(102, 200):
+        looks(running, second, r0=5, r1=Sign(4, "here", False, busy=True))
+    assert running.stalled({0, 1}, 199.0 + STALL) == {}
+    looks(running, 200.0, r1=5)
+    assert running.stalled({0, 1}, 201.0 + STALL).keys() == {0, 1}  # a long time before the first piece is no measure
+
+
+def test_ranks_that_work_apart_are_judged_apart(running):
+    running.begin(100.0, together=False)
+    for second in range(100, 100 + 3 * int(STALL)):
+        looks(running, second, r0=second, r1=3)
+    assert running.stalled({0, 1}, 100.0 + STALL) == {}
+    assert running.stalled({0, 1}, 101.0 + STALL).keys() == {1}
+    assert running.still(1, 101.0 + STALL) == 1 + STALL
+    assert running.stalled({0}, 101.0 + STALL) == {}
 
 
 def test_the_time_of_a_suspended_job_is_forgiven(running):
@@ -65,6 +84,25 @@ def test_the_time_of_a_suspended_job_is_forgiven(running):
     assert running.stalled({0, 1}, 501.0) == {}
     looks(running, 501.0, r0=4, r1=4)
     assert running.stalled({0, 1}, 502.0 + STALL)  # and is no pause of the job's own
+
+
+def test_files_modules_and_child_processes_are_work_and_sleep_is_not(tmp_path):
+    seen, now = Activity(), 1000.0
+    seen.seen(now)
+    assert not seen.seen(now + 1)
+    (tmp_path / "weights").write_bytes(bytes(4 << 20))
+    assert seen.seen(now + 2) and not seen.seen(now + 3)
+    (tmp_path / "a_module_of_this_test.py").touch()
+    sys.path.insert(0, str(tmp_path))
+    importlib.import_module("a_module_of_this_test")
+    sys.path.remove(str(tmp_path))
+    assert seen.seen(now + 4) and not seen.seen(now + 5)
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as child:
+        deadline = time.monotonic() + 60
+        while psutil.Process(child.pid).cpu_times().user < 0.5 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert seen.seen(now + 6)
+        child.kill()
 
 
 def test_a_look_names_the_innermost_line_of_this_package_and_counts():

@@ -68,7 +68,16 @@ def test_hostfile(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("node1", "line 1"), ("a slots=1\na slots=2", "line 2"), ("a slots=0", "line 1"), ("#", "no host")],
+    [
+        ("node1", "line 1"),
+        ("a slots=1\na slots=2", "line 2"),
+        ("a slots=0", "line 1"),
+        ("a slots=1025", "line 1"),
+        ("a slots=99999999", "line 1"),
+        ("-oProxyCommand=touch${IFS}here slots=1", "line 1"),
+        ("a\u2028b slots=1", "line 1"),
+        ("#", "no host"),
+    ],
 )
 def test_bad_hostfile(tmp_path, text, message):
     path = tmp_path / "hosts"

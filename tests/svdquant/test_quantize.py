@@ -151,7 +151,7 @@ def test_two_processes_take_turns_and_give_the_bytes_of_one(done, flux, tmp_path
         world = 2
 
         @contextmanager
-        def share(self, task, bar=None, **begun):
+        def share(self, task, bar=None, together=True, **begun):
             child = subprocess.Popen(
                 [sys.executable, "-c", OTHER_RANK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
             )

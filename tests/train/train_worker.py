@@ -170,7 +170,6 @@ def run_ranks(world: int, jobs: list[dict], log: Path, timeout: float = 600) -> 
 def main() -> int:
     """The jobs, as one process or as a rank that is bound to the others as in the product; the exit code."""
     from dcgen_convert.cli.session import Session
-    from dcgen_convert.train import distributed
 
     torch.set_num_threads(1)
     jobs, session = json.loads(sys.argv[1]), Session(["--json"])
@@ -180,7 +179,6 @@ def main() -> int:
         for job in jobs:
             adapt(**job)
         code = crew.serve(lambda *task: None) if crew.rank else 0
-        distributed.leave()
     except BaseException as error:  # noqa: BLE001  as the command-line does
         code = session.fail(error)
     session.leave(code)
