@@ -67,22 +67,30 @@ def run(arguments: list[str], machine: Machine, run_dir: Path, console: Console,
     each = hosts.ranks_of(machine.hostfile, machine.gpus) if machine.hostfile else {"localhost": machine.gpus or 1}
     _say(each, console)
     os.environ[join.JOB] = uuid.uuid4().hex
-    for left in reversed(range(machine.restarts + 1)):
-        os.environ[join.LAUNCHED] = str(left)
-        try:
-            if len(each) == 1 and hosts.is_here(*each):
-                code = _run_here(arguments, hosts.Node(sum(each.values())), run_dir, result)
-            else:
-                code = hosts.run(arguments, each)
-        except RankLost as error:
-            if not left:
-                raise
-            console.warn(error.message)
-            code = join.AGAIN
-        if code != join.AGAIN:
-            return code
-        console.say(f"the ranks start again and go on from the journal of {run_dir}; restarts left: {left - 1}")
-    return RankLost.exit_code
+    try:
+        for left in reversed(range(machine.restarts + 1)):
+            os.environ[join.LAUNCHED] = str(left)
+            code = _once(arguments, each, run_dir, console, result, last=left == 0)
+            if code != join.AGAIN:
+                break
+            console.say(f"the ranks start again and go on from the journal of {run_dir}; restarts left: {left - 1}")
+    finally:
+        del os.environ[join.JOB], os.environ[join.LAUNCHED]
+    return code
+
+
+def _once(
+    arguments: list[str], each: dict[str, int], run_dir: Path, console: Console, result: IO[str], last: bool
+) -> int:
+    try:
+        if len(each) == 1 and hosts.is_here(*each):
+            return _run_here(arguments, hosts.Node(sum(each.values())), run_dir, result)
+        return hosts.run(arguments, each)
+    except RankLost as error:
+        if last:
+            raise
+        console.warn(error.message)
+        return join.AGAIN
 
 
 def _say(each: dict[str, int], console: Console) -> None:

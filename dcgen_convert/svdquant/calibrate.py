@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from dcgen_convert.core import pulse
 from dcgen_convert.core.errors import CheckFailed, InputError
 from dcgen_convert.svdquant import trees
 from dcgen_convert.svdquant.settings import Settings
@@ -131,6 +132,7 @@ class Walker:
     @torch.no_grad()
     def _forward(self, call: int) -> str | None:
         self._call = call
+        pulse.bump()
         try:
             self.model(**read_call(self.calls[call], self.settings.device, self.dtype))
         except _Reached as reached:

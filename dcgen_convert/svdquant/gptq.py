@@ -7,6 +7,7 @@ transposed to (K, N) so that the columns in work are contiguous.
 
 import torch
 
+from dcgen_convert.core import pulse
 from dcgen_convert.svdquant.formats import ROUND
 from dcgen_convert.svdquant.settings import GROUP
 from dcgen_convert.svdquant.weights import GRID, QuantWeight, round_to_nearest
@@ -66,6 +67,7 @@ def gptq(weight: torch.Tensor, lower: torch.Tensor, micro: torch.Tensor, scale: 
     )  # ||e_k||^2 of what was rounded; sum_k D_k ||e_k||^2 is the objective
     group, rounding = GROUP[precision], ROUND[precision]
     for start in range(k - BLOCK, -1, -BLOCK):
+        pulse.bump()
         stop = start + BLOCK
         feedback = (lower[start:, start:stop] / diagonal[start:stop]).T.contiguous()  # (BLOCK, K - start)
         wanted = feedback[:, BLOCK:] @ target[stop:]  # (BLOCK, N): so far the errors of the finished columns

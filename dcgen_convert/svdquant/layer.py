@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from dcgen_convert.core import pulse
 from dcgen_convert.core.errors import CheckFailed
 from dcgen_convert.svdquant.activation import quantize_activation
 from dcgen_convert.svdquant.checks import check_finite, check_svdq_shape
@@ -127,6 +128,7 @@ def _decompose(
     up, inner, _ = low_rank(weight * smooth, settings.rank, generator)
     best, best_error = None, float("inf")
     for refit in range(settings.refits + 1):
+        pulse.bump()
         up, down = up.to(torch.bfloat16), (inner / smooth).to(torch.bfloat16)
         residual = (weight * smooth).sub_(up.float() @ (down.float() * smooth))  # absorbs the rounding of U and D
         scale = tensor_scale(residual, settings.precision)

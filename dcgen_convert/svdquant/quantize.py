@@ -70,7 +70,7 @@ def quantize(
     begun = {"left": left, "walked": job.walked()}
     with console.progress("quantize", len(blocks), "block") as bar:
         bar.advance(len(blocks) - len(left))
-        with crew.share("blocks", bar, together=False, **begun):
+        with crew.share("blocks", bar, **begun):
             work(job, console, bar, (crew.rank, crew.world), **begun)
     records = [record for block in blocks for record in read_json(job.records_file(block))]
     order = {name: number for number, name in enumerate((*targets.svdq, *targets.awq))}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dcgen_convert.core import pulse
 from dcgen_convert.svdquant.activation import quantize_activation
 from dcgen_convert.svdquant.formats import round_bf16
 from dcgen_convert.svdquant.lowrank import low_rank
@@ -46,6 +47,7 @@ def search(
 
     def try_out(alpha: float, beta: float) -> None:
         if (alpha, beta) not in found:
+            pulse.bump()
             factor = candidate(amax, column, tokens, alpha, beta)
             found[alpha, beta] = (scorer.error(factor), factor)
 
