@@ -34,7 +34,7 @@ from dcgen_convert.core.errors import (
 from dcgen_convert.ranks import hosts
 from dcgen_convert.ranks import join as ranks
 from dcgen_convert.ranks.crew import SOLO, Crew
-from dcgen_convert.ranks.link import SILENCE
+from dcgen_convert.ranks.link import SILENCE, parent
 
 ORPHAN_SECONDS = 60.0  # a rank whose parent died may write its checkpoint, as long as it gets on
 
@@ -91,7 +91,7 @@ class Session:
         if ranks.NODE in os.environ and "RANK" not in os.environ:
             hosts.follow_stdin()
         if ranks.AGENT in os.environ:
-            threading.Thread(target=self._follow, args=[os.getppid()], daemon=True, name="parent").start()
+            threading.Thread(target=self._follow, args=[parent()], daemon=True, name="parent").start()
         return self.console
 
     def join(self, silence: float = SILENCE) -> Crew:

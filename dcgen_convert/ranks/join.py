@@ -20,7 +20,7 @@ import psutil
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import DcgenError, InputError, RankLost, ResourceError
 from dcgen_convert.ranks.crew import SOLO, Crew, Leader, Member
-from dcgen_convert.ranks.link import SILENCE
+from dcgen_convert.ranks.link import PARENT, SILENCE
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -97,7 +97,7 @@ def world(env: Mapping[str, str] = os.environ) -> int:
 
 def alone(env: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The environment for a child process that is no rank."""
-    return {key: value for key, value in env.items() if key not in (*PLACE, LAUNCHED, JOB, NODE)}
+    return {key: value for key, value in env.items() if key not in (*PLACE, LAUNCHED, JOB, NODE, AGENT, PARENT)}
 
 
 def starts_again(env: Mapping[str, str] = os.environ) -> bool:

@@ -25,7 +25,7 @@ import psutil
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError, RankLost, ResourceError, Terminated, TerminatedRun
 from dcgen_convert.ranks import hosts, join
-from dcgen_convert.ranks.link import END, FAILURE, failure
+from dcgen_convert.ranks.link import END, FAILURE, PARENT, failure
 from dcgen_convert.ranks.machine import Machine
 
 if TYPE_CHECKING:
@@ -152,6 +152,7 @@ def _prepared(node: hosts.Node, run_dir: Path, result: IO[str]) -> Iterator[None
     handlers = {number: signal.getsignal(number) for number in signals}
     signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # the ranks would not stop, but find that the store is silent
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // node.ranks)))
+    os.environ[PARENT] = str(os.getpid())
     agent = logging.getLogger("torch.distributed.elastic")
     agent.handlers, agent.propagate = [logging.FileHandler(run_dir / LOG)], False
     stdout = os.dup(1)
@@ -159,6 +160,7 @@ def _prepared(node: hosts.Node, run_dir: Path, result: IO[str]) -> Iterator[None
     try:
         yield
     finally:
+        del os.environ[PARENT]
         os.dup2(stdout, 1)
         os.close(stdout)
         for number, handler in handlers.items():

@@ -36,6 +36,7 @@ BEAT = 1.0  # seconds between two signs of life, at most
 COMING = 30.0  # seconds for all ranks to be there, at least: hosts load Python at different speeds
 FAREWELL = 3.0  # longest wait for the others at the end
 FAILURE, END, GONE = "failure", "end", "gone"  # keys of the store
+PARENT = "DCGEN_PARENT"  # set for ranks that this command started: its process number
 
 
 class Link:
@@ -73,7 +74,7 @@ class Link:
         self._closing = False
         self._ring: ProcessGroup | None = None
         self._began = self._talked = time.monotonic()
-        self._parent, self._activity = os.getppid(), pulse.Activity()
+        self._parent, self._activity = parent(), pulse.Activity()
         self._trace = open(log or os.devnull, "a")  # noqa: SIM115  lives as long as the process
         self._pause = min(BEAT, silence / 8) if silence else BEAT
         for work in (self._beat, self._guard):
@@ -242,7 +243,12 @@ class Link:
                 self._talked = now
             before = now
             if now - self._talked > self._silence:
-                self._kill(set() if self._hosted else {0})
+                if self._hosted:
+                    message = (
+                        f"torch's store has been silent for {self._silence:.0f} s: the process that started the ranks"
+                    )
+                    return self._note(RankLost(f"{message} is stopped, or its host hangs"), LOST_GRACE)
+                self._kill({0})
                 return self._note(self._frozen(0), LOST_GRACE)
 
     def _frozen(self, rank: int) -> RankLost:
@@ -276,6 +282,11 @@ class Link:
                 self.report(RankLost(f"{lost}; its log is {self._log_of(left)}"), [left])
         except RuntimeError:
             self._note(RankLost(lost), LOST_GRACE)
+
+
+def parent() -> int:
+    """The process that started this rank, also if it died before this one looked."""
+    return int(os.environ.get(PARENT) or os.getppid())
 
 
 def _kernel() -> str:
