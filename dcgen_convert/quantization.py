@@ -13,7 +13,7 @@ import torch
 
 from dcgen_convert.bundle import manifest
 from dcgen_convert.bundle.card import render
-from dcgen_convert.bundle.layout import check_disk, check_output, write_bundle
+from dcgen_convert.bundle.layout import check_output, require_room, write_bundle
 from dcgen_convert.bundle.sample import check_size
 from dcgen_convert.bundle.verify import verify
 from dcgen_convert.checkpoint.imported import STAGE
@@ -94,7 +94,7 @@ def quantize_source(
     source = load_source(name, identity.where, revision=identity.revision, base=base, loras=loras, home=home)
     check_container(section, source.family)
     folders = list(source.parts.values())
-    check_disk(output, [path for path in folders if path.is_dir()], source.files)
+    require_room(output, [path for path in folders if path.is_dir()], source.files)
     targets = plan_targets(source.family, source.config, section.dense)
     work = _work(output, source, section, drawing)
     try:

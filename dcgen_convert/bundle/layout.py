@@ -23,12 +23,13 @@ from typing import Any
 from dcgen_convert.bundle import manifest as manifests
 from dcgen_convert.bundle.card import render
 from dcgen_convert.checkpoint import licence
-from dcgen_convert.checkpoint.components import copy_component, copy_file, plan_copy
+from dcgen_convert.checkpoint.components import copy_component, plan_copy
 from dcgen_convert.checkpoint.record import hash_files
 from dcgen_convert.checkpoint.trust import is_component
 from dcgen_convert.core.console import Console
-from dcgen_convert.core.errors import InputError, ResourceError
-from dcgen_convert.core.files import atomic_write, read_json, write_json
+from dcgen_convert.core.disk import check_disk
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.files import atomic_write, copy_file, read_json, write_json
 from dcgen_convert.families.base import Family
 
 LAYOUTS = ("stock", "official", "source")
@@ -82,7 +83,7 @@ def write_bundle(
     if layout != "source":
         del copies["scheduler"]
         copies["vae"] = Path(autoencoder)
-    check_disk(output, copies.values(), () if single_file is None else (single_file,))
+    require_room(output, copies.values(), () if single_file is None else (single_file,))
     staging = output.parent / f".{output.name}.partial"
     shutil.rmtree(staging, ignore_errors=True)
     try:
@@ -169,17 +170,11 @@ def check_output(output: Path, force: bool) -> None:
         )
 
 
-def check_disk(output: Path, folders: Iterable[Path], files: Iterable[Path] = ()) -> None:
+def require_room(output: Path, folders: Iterable[Path], files: Iterable[Path] = ()) -> None:
     """ResourceError when the disk under ``output`` cannot hold copies of ``folders`` and ``files``."""
     need = sum((folder / name).stat().st_size for folder in folders for name in plan_copy(folder))
     need += sum(file.stat().st_size for file in files)
-    parent = next(p for p in output.absolute().parents if p.exists())
-    free = shutil.disk_usage(parent).free
-    if need > free:
-        raise ResourceError(
-            f"the bundle needs {need / 1e9:.1f} GB and {parent} has {free / 1e9:.1f} GB free",
-            "free space, or choose another --output",
-        )
+    check_disk([(output, need)], "--output")
 
 
 def add_metrics(bundle: Path, family: Family, stage: str, metrics: dict[str, Any]) -> None:

@@ -1,26 +1,23 @@
-"""Copying one component folder of a diffusers checkpoint: real copies (no links into a cache), hashed on the way,
-safetensors only.
+"""Copies a component folder of a diffusers checkpoint: real copies instead of links, hashed while they are copied.
 
-Hub folders hold duplicates that a bundle must not inherit: pickles beside safetensors, and precision variants
-(`model.fp16.safetensors`) beside the plain files. Where only one variant exists, it gets the plain name, so that the
-bundle loads without a `variant=` argument. A bundle takes no code files from a source, except this program's own.
+Hub folders hold files that a bundle must not take over: pickles beside safetensors, and precision variants
+(`model.fp16.safetensors`) beside the plain files. If a folder holds one variant only, its files get the plain names:
+then the bundle loads without a `variant=` argument. Code files are not copied, except this program's own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from dcgen_convert.checkpoint import trust
 from dcgen_convert.checkpoint.headers import INDEX_VARIANT, VARIANT
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.core.files import read_object
+from dcgen_convert.core.files import copy_file, read_object
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".onnx_data")
-CHUNK = 1 << 22  # bytes
 
 
 def plan_copy(source: Path) -> dict[str, str]:
@@ -54,8 +51,10 @@ def plan_copy(source: Path) -> dict[str, str]:
 
 
 def copy_component(source: Path, target: Path, console: Console, *, label: str) -> dict[str, str]:
-    """Copy the planned files of ``source`` into the new folder ``target``; returns bundle name -> sha256 of what was
-    read.
+    """Copy the planned files of ``source`` into the new folder ``target``.
+
+    Returns:
+        Name in the bundle -> SHA-256 of the bytes that were read.
     """
     plan = plan_copy(source)
     if code := trust.foreign_files(source):
@@ -72,21 +71,6 @@ def copy_component(source: Path, target: Path, console: Console, *, label: str) 
             else:
                 hashes[new_name] = copy_file(source / name, destination, bar.advance)
     return hashes
-
-
-def copy_file(source: Path, target: Path, advance=lambda n: None) -> str:
-    """Copy bytes, fsync, and return the sha256 of what was read; a later read of ``target`` can be checked against
-    it.
-    """
-    digest = hashlib.sha256()
-    with open(source, "rb") as reader, open(target, "wb") as writer:
-        while chunk := reader.read(CHUNK):
-            digest.update(chunk)
-            writer.write(chunk)
-            advance(len(chunk))
-        writer.flush()
-        os.fsync(writer.fileno())
-    return digest.hexdigest()
 
 
 def _hidden(path: Path) -> bool:

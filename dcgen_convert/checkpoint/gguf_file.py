@@ -1,4 +1,4 @@
-"""GGUF files: the header read here within the file's bounds, blocks turned into numbers by the `gguf` package.
+"""GGUF files. This module reads the header, never past the file's end; the `gguf` package turns blocks into numbers.
 
 Format: "GGUF", version, counts, key-value pairs, tensor infos (dimensions innermost first), then aligned data
 (ggml's gguf.md, versions 2 and 3).
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from dcgen_convert.checkpoint.headers import MAX_HEADER, Entry
 from dcgen_convert.core.errors import InputError
@@ -27,7 +27,7 @@ MAX_DIMS = 8
 class _Cursor:
     """A position in the header; ValueError past its end."""
 
-    def __init__(self, file, size: int) -> None:
+    def __init__(self, file: BinaryIO, size: int) -> None:
         self.file, self.size = file, size
 
     def take(self, count: int) -> bytes:
@@ -61,7 +61,7 @@ class _Cursor:
 
 
 def read_gguf(path: Path) -> dict[str, tuple[Entry, str]]:
-    """Name -> (where its bytes lie and its shape, block format) of every tensor, from the header.
+    """Every tensor, from the header: name -> (where its bytes lie and its shape, its block format).
 
     Raises:
         InputError: the gguf package is missing, or the file is damaged or truncated.
@@ -127,7 +127,7 @@ def whole_blocks(kind: str, count: int) -> bool:
 
 
 def dequantise(data: bytearray, kind: str, rows: int) -> Tensor:
-    """Numbers of whole blocks, (rows, ...) float32; InputError for a format that the package cannot undo."""
+    """The numbers in whole blocks, (rows, ...) float32; InputError for a format that the package cannot dequantise."""
     import numpy as np
     import torch
 
@@ -141,7 +141,7 @@ def dequantise(data: bytearray, kind: str, rows: int) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(numbers, np.float32))
 
 
-def _package():
+def _package() -> Any:
     try:
         import gguf
     except ImportError as error:

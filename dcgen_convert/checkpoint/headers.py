@@ -92,8 +92,9 @@ def _entry(path: Path, name: str, value: dict, base: int) -> Entry:
 
 
 def read_weights(folder: Path) -> dict[str, Entry]:
-    """Tensors of a diffusers module folder: a single file or the shards of its index; a precision variant
-    (`model.fp16.safetensors`) where nothing else is there.
+    """Tensors of a diffusers module folder: of its single file, or of the shards that its index names.
+
+    A precision variant (`model.fp16.safetensors`) is read only if there are no plain files.
 
     Raises:
         InputError: no weights, only pickles, a shard missing, or an index that disagrees with its shards.
@@ -119,7 +120,7 @@ def read_weights(folder: Path) -> dict[str, Entry]:
 
 
 def _plain_first(paths: Iterable[Path], variant: re.Pattern) -> list[Path]:
-    """The files without a variant in their name; all, when every one has."""
+    """The files without a variant in their name; all files if each has one."""
     found = sorted(paths)
     return [path for path in found if not variant.search(path.name)] or found
 

@@ -1,7 +1,6 @@
-"""Tensors as a file holds them: plain, 8-bit with or without scales, or GGUF blocks; and the rows of numbers that they
-stand for.
+"""Tensors as a file holds them (plain, 8-bit with or without scales, or GGUF blocks), and their rows as numbers.
 
-Only headers are read until rows are asked for.
+Only headers are read, until somebody asks for rows.
 """
 
 from __future__ import annotations
@@ -19,8 +18,10 @@ from dcgen_convert.checkpoint.stream import CHUNK, Copied, Item, require_finite
 from dcgen_convert.core.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
+Change = Callable[[int, "Tensor"], "Tensor"]  # (number of the first row, float32 rows) -> changed rows
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "unet.")
 # What all-in-one files carry beside the transformer; it comes from the base instead.
 COMPANIONS = (
@@ -70,7 +71,14 @@ PACKED = {
 
 @dataclass(frozen=True)
 class Held:
-    """One tensor. dtype: what its numbers become; gguf: its block format; scale: factor of an 8-bit tensor."""
+    """One tensor in a file.
+
+    Attributes:
+        entry: where its bytes lie.
+        dtype: the dtype in which its numbers are written.
+        scale: the factor of an 8-bit tensor; None: it has none.
+        gguf: its block format; None: it has none.
+    """
 
     entry: Entry
     shape: tuple[int, ...]
@@ -121,9 +129,11 @@ class Held:
 
 @dataclass(frozen=True)
 class Contents:
-    """A transformer's tensors by name, and what was said of the rest.
+    """A transformer's tensors by name.
 
-    aside: tensors of other components, by prefix; formats: block formats and 8-bit kinds, counted.
+    Attributes:
+        aside: prefix of another component -> number of its tensors, which are not used.
+        formats: block format or 8-bit kind -> number of tensors that have it.
     """
 
     path: Path
@@ -145,11 +155,11 @@ class Contents:
 
 @dataclass(frozen=True)
 class Numbers(Item):
-    """Rows of tensors whose bytes are no copy: upcast, dequantised, or changed by ``update``."""
+    """Rows whose bytes cannot be copied as they are: they are upcast, dequantised, or changed by ``update``."""
 
     name: str
     parts: tuple[tuple[Held, int, int], ...]  # tensor, first and last row
-    update: Callable[[int, Tensor], Tensor] | None = None  # (first row, float32 rows) -> rows
+    update: Change | None = None
 
     def chunks(self) -> Iterator[memoryview]:
         import torch
@@ -169,7 +179,7 @@ class Numbers(Item):
 
 
 def item_of(
-    name: str, shape: tuple[int, ...], parts: list[tuple[Held, int, int]], update: Callable | None = None
+    name: str, shape: tuple[int, ...], parts: list[tuple[Held, int, int]], update: Change | None = None
 ) -> Item:
     """What to write for a tensor that is a stack of rows of others."""
     first = parts[0][0]
@@ -194,7 +204,8 @@ def read_contents(path: Path) -> Contents:
 
         blocks = read_gguf(path)
         names, aside = split_names(blocks, path)
-        tensors, formats = {}, Counter()
+        tensors: dict[str, Held] = {}
+        formats: Counter[str] = Counter()
         for short, name in names.items():
             entry, kind = blocks[name]
             if 0 in entry.shape:
@@ -213,13 +224,9 @@ def from_entries(path: Path, entries: Mapping[str, Entry]) -> Contents:
     """`read_contents` of tensors whose header is read."""
     refuse_packed(path, entries)
     names, aside = split_names(entries, path)
-    scales, tensors, formats = {}, {}, Counter()
-    for short, name in names.items():
-        leaf = next((leaf for leaf in SCALES if short.endswith(leaf)), None)
-        if leaf and short.removesuffix(leaf) in scales:
-            raise InputError(f"{path} holds two scales of {short.removesuffix(leaf)}", "is the checkpoint two in one?")
-        if leaf:
-            scales[short.removesuffix(leaf)] = entries[name]
+    scales = _scales(path, {short: entries[name] for short, name in names.items()})
+    tensors: dict[str, Held] = {}
+    formats: Counter[str] = Counter()
     for short, name in names.items():
         if short.endswith((*SCALES, *ACTIVATIONS)) or short in MARKS:
             continue
@@ -244,6 +251,20 @@ def from_entries(path: Path, entries: Mapping[str, Entry]) -> Contents:
             "is the checkpoint complete?",
         )
     return Contents(path, tensors, aside, dict(formats))
+
+
+def _scales(path: Path, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Module -> scale of its 8-bit weight; InputError when a module has two."""
+    scales: dict[str, Entry] = {}
+    for name, entry in entries.items():
+        leaf = next((leaf for leaf in SCALES if name.endswith(leaf)), None)
+        if leaf is None:
+            continue
+        module = name.removesuffix(leaf)
+        if module in scales:
+            raise InputError(f"{path} holds two scales of {module}", "is the checkpoint two in one?")
+        scales[module] = entry
+    return scales
 
 
 def refuse_packed(path: Path, names: Mapping[str, object]) -> None:
@@ -279,7 +300,7 @@ def split_names(names: Mapping[str, object], path: Path) -> tuple[dict[str, str]
     return found, dict(aside)
 
 
-def torch_dtype(name: str):
+def torch_dtype(name: str) -> torch.dtype:
     """torch dtype of a safetensors dtype name."""
     import torch
 

@@ -1,16 +1,18 @@
-"""A base model that is no pipeline folder as it stands: a single file, a transformer alone, precision variants, 8-bit
-or GGUF weights, or a model with LoRAs to be fused. Stage `import` writes it as a pipeline folder, streamed; all else
-works on that.
+"""Base models that must first be written as a pipeline folder; stage `import` does that, tensor by tensor.
 
-    transformer/  (a U-Net: unet/) rewritten: embedder and head in the first shard, so that surgery can link the others
-    the rest      links to the base's components
+They are: a single file, a transformer alone, precision variants, 8-bit or GGUF weights, and a model with LoRAs to be
+fused. All later stages work on the folder:
+
+    transformer/  (of a U-Net: unet/) written anew; embedder and head have the first shard to themselves, so that
+                  stage `surgery` can link the other shards
+    the rest      links to the components of the base
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,23 +48,24 @@ WEIGHTS = "diffusion_pytorch_model"
 FORMAT = 1  # of what this module writes; part of the fingerprint
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Imported(Source):
     """A source whose folder ``root`` is written by `lay_out`.
 
     Attributes:
-        single: the transformer's tensors, wherever they lie.
-        base: pipeline folder of everything else. base_name, base_revision: what it was asked for as.
+        single: the transformer's tensors.
+        base: pipeline folder from which everything else is taken.
+        base_name, base_revision: how the user or the table of published bases names that pipeline.
         loras: LoRA files to fuse.
-        own: config of a transformer that comes with one, else None.
+        own: config that came with the transformer; None: it came without one.
     """
 
-    single: Single | None = None
-    base: Path | None = None
-    base_name: str = ""
+    single: Single
+    base: Path
+    base_name: str
     base_revision: str | None = None
     loras: tuple[Lora, ...] = ()
-    own: dict | None = None
+    own: dict[str, Any] | None = None
     imported = True
 
     @property
@@ -257,7 +260,10 @@ def import_source(
     home: Path | None,
     offline: bool,
 ) -> Imported:
-    """The source at ``path`` (a file or a folder), completed by ``base``, with ``loras``; checked, nothing written."""
+    """The source at ``path`` (a file or a folder), completed by ``base`` and with ``loras``.
+
+    It is checked; nothing is written yet.
+    """
     if home is None:
         raise InputError(f"{path} is no diffusers pipeline folder as it stands", "give the pipeline folder")
     whole = (path / "model_index.json").is_file()
@@ -273,10 +279,11 @@ def import_source(
         )
     own = own if single.layout == "diffusers" else None
     where, rest, rest_revision = (name, path, revision) if whole and base is None else _base(single, base, offline)
-    source = Imported(name, home, revision, single, rest, where, rest_revision, (), own)
+    source = Imported(
+        name, home, revision, single=single, base=rest, base_name=where, base_revision=rest_revision, own=own
+    )
     source.check()
-    fused = tuple(loras_.read(text, single.family.name, single.shapes) for text in loras)
-    return Imported(name, home, revision, single, rest, where, rest_revision, fused, own)
+    return replace(source, loras=tuple(loras_.read(text, single.family.name, single.shapes) for text in loras))
 
 
 def _own_config(path: Path) -> dict[str, Any]:
@@ -338,7 +345,7 @@ def _template(base: Path, family: Family, whole: bool = False) -> dict[str, Any]
 
 
 def _link(folder: Path, target: Path) -> None:
-    """``target`` shows the component ``folder``, precision variants under their plain names."""
+    """Make ``target`` a link to the component ``folder``; precision variants get their plain names."""
     plan = plan_copy(folder)
     if all(name == plain for name, plain in plan.items()):
         _symlink(folder, target)

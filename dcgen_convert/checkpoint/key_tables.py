@@ -8,8 +8,8 @@
     LEFT -                  diffusers has no such tensor: the network does not use it
 
 `#` is a block's number, `$` the highest one, `*` weight and bias; `{a,b}` is both, the same on either side.
-Source: what diffusers 0.42 `from_single_file` does for each class, restated with every size taken from the tensors; the
-norms of SANA-1.5's queries and keys are in its scripts/convert_sana_to_diffusers.py only.
+Source: what `from_single_file` of diffusers 0.42 does for each class. Here every size is taken from the tensors. The
+norms of SANA-1.5's queries and keys are only in scripts/convert_sana_to_diffusers.py of diffusers.
 """
 
 from __future__ import annotations

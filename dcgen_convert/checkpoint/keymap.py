@@ -1,7 +1,7 @@
-"""Reading a table of `key_tables`: original names to diffusers' names and back, as row ranges and without any weights.
+"""Translates original tensor names to diffusers' names and back, with the tables of `key_tables`; needs no weights.
 
-A `Cut` is rows [start, stop) of one tensor. Every tensor of one layout is a stack of cuts of the other, so a file can
-be rewritten by copying byte ranges, and a LoRA on a fused linear falls apart along the same rows.
+A `Cut` is the rows [start, stop) of one tensor. Every tensor of one layout is a stack of cuts of the other layout. So a
+file can be rewritten by copying byte ranges, and a LoRA on a fused linear is split at the same rows.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ class Stack:
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of a table. right: names and their row counts (None: an equal share of what is left, "D": the width)."""
+    """One line of a table.
+
+    right: names with their row counts; None: an equal part of the rows that are left, "D": the model's width.
+    """
 
     left: str
     right: tuple[tuple[str, str | None], ...]
@@ -63,7 +66,8 @@ class KeyMap:
             InputError: names that the table does not know (they are listed), or rows that do not divide.
         """
         found: dict[str, Stack] = {}
-        unused, unknown = [], []
+        unused: list[str] = []
+        unknown: list[str] = []
         for name, shape, rule, number in self._matched(self._left, shapes, unknown):
             if not rule.right:
                 unused.append(name)
@@ -130,16 +134,16 @@ class KeyMap:
             known = [shapes[self.width][0] if size == "D" else None for _, size in rule.right]
         open_ = known.count(None)
         left = rows - sum(size for size in known if size)
-        share = left // open_ if open_ else 0
-        if left < 0 or share * open_ != left or (left == 0) != (open_ == 0) or (rule.swapped and rows % 2):
+        each = left // open_ if open_ else 0
+        if left < 0 or each * open_ != left or (left == 0) != (open_ == 0) or (rule.swapped and rows % 2):
             parts = ", ".join(pattern.rpartition(".")[0] for pattern, _ in rule.right)
             raise InputError(f"{name} has {rows} rows, which do not divide into {parts}", "is the checkpoint damaged?")
-        return [share if size is None else size for size in known]
+        return [each if size is None else size for size in known]
 
 
 @cache
 def find(family: str, layout: str) -> KeyMap | None:
-    """The key map of a family's layout; None when diffusers' own names need none, or when nobody wrote one."""
+    """The key map of a family's layout; None if there is none, as for diffusers' own names."""
     return KeyMap(*TABLES[family, layout]) if (family, layout) in TABLES else None
 
 
@@ -147,6 +151,7 @@ def _rules(table: str) -> Iterator[Rule]:
     for line in filter(None, map(str.strip, table.splitlines())):
         for text in _expanded(line):
             parts = re.fullmatch(r"(\S+)(?: ([=~-])(?: (\S+)(?: \((-?\d+), (-?\d+)\))?)?)?", text)
+            assert parts is not None, f"a key map has the line {text!r}"
             left, sign, right, rows, columns = parts.groups()
             names = () if sign == "-" else tuple(_summed(right or left))
             shape = (int(rows), int(columns)) if rows else None

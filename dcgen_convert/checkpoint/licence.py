@@ -1,6 +1,4 @@
-"""The licence of a bundle is inherited from what it is made of, and never invented: fields that a source states, or
-"unknown".
-"""
+"""The licence of a bundle: the fields that its sources state, or "unknown". It is never invented."""
 
 from __future__ import annotations
 
@@ -35,9 +33,7 @@ def licence_of_source(name: str, folder: Path) -> dict[str, Any]:
 
 
 def front_matter(readme: Path) -> dict[str, Any]:
-    """The YAML block between the two leading `---` lines of a hub README; empty where there is none or it is not a
-    mapping.
-    """
+    """The YAML block between the first two `---` lines of a hub README; empty if there is none or it is no mapping."""
     if not readme.is_file():
         return {}
     lines = readme.read_text(encoding="utf-8").splitlines()

@@ -1,7 +1,7 @@
-"""LoRA files of other tools, matched with a transformer's weights by name: diffusers / PEFT, original names, kohya's
-underscores.
+"""LoRA files of other tools, matched with a transformer's weights by name.
 
-dW = scale (alpha / rank) up @ down. An update of a fused linear falls apart along the rows of its key map.
+Three kinds of names are known: diffusers' and PEFT's, the original layout's, and kohya's with underscores.
+dW = scale (alpha / rank) up @ down. An update of a fused linear is split at the rows of its key map.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dcgen_convert.checkpoint import keymap
 from dcgen_convert.checkpoint.headers import Entry, read_header
-from dcgen_convert.checkpoint.held import FLOATS, PREFIXES, Held
+from dcgen_convert.checkpoint.held import FLOATS, PREFIXES, Change, Held
 from dcgen_convert.checkpoint.key_tables import TABLES
 from dcgen_convert.checkpoint.keymap import LISTED, Cut, Shape
 from dcgen_convert.checkpoint.merge import METADATA, Update
@@ -44,7 +45,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Pair:
-    """One low-rank update of a file. alpha: None where the file names none, which means the rank."""
+    """One low-rank update of a file. alpha: None where the file states none; then alpha is the rank."""
 
     module: str
     down: Held
@@ -55,7 +56,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file, matched. text: tensors for text encoders, which are not converted and stay as they are."""
+    """A LoRA file, matched. text: number of its tensors for text encoders, which are not merged."""
 
     path: Path
     scale: float
@@ -118,7 +119,7 @@ def read(text: str, family: str, shapes: Mapping[str, Shape]) -> Lora:
             f"{', '.join(lost[:LISTED])}{more}",
             "is the LoRA made for this model?",
         )
-    return Lora(path, scale, tuple(_fitted(path, pair, *places[pair.module], shapes) for pair in pairs), aside)
+    return Lora(path, scale, tuple(_fitted(path, pair, *places[pair.module]) for pair in pairs), aside)
 
 
 def _pairs(path: Path, entries: Mapping[str, Entry], alpha: float | None) -> tuple[list[Pair], int]:
@@ -200,7 +201,8 @@ def _spelled(weights: Mapping[str, tuple]) -> dict[str, tuple]:
     return {name.replace(".", "_"): value for name, value in plain.items()} | plain
 
 
-def _fitted(path: Path, pair: Pair, shape: Shape, cuts: tuple[Cut, ...], shapes: Mapping[str, Shape]) -> Pair:
+def _fitted(path: Path, pair: Pair, shape: Shape, cuts: tuple[Cut, ...]) -> Pair:
+    """``pair`` with the rows that it changes; InputError when it does not fit a weight of ``shape``."""
     down, up = pair.down.shape, pair.up.shape
     inputs, wanted = down[1:], shape[1:]
     same = inputs == wanted or (all(n == 1 for n in inputs[1:]) and inputs[:1] == wanted)
@@ -225,10 +227,10 @@ class Merger:
             for name, updates in lora.updates().items():
                 self._updates.setdefault(name, []).extend(updates)
 
-    def of(self, name: str):
+    def of(self, name: str) -> Change | None:
         """What to apply to the rows of that weight, or None."""
         updates = self._updates.get(name)
-        return (lambda first, rows: self._merged(updates, first, rows)) if updates else None
+        return partial(self._merged, updates) if updates else None
 
     def _merged(self, updates: list[tuple[int, Update]], first: int, rows: Tensor) -> Tensor:
         """(n, ...) float32 rows from row ``first`` on, with their part of every update added."""

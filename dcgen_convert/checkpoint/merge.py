@@ -132,7 +132,7 @@ def shards_of(transformer: Path) -> list[Path]:
 
 
 def component_of(transformer: Path) -> str:
-    """What stock pipelines call the network in a folder, and begin the names of its LoRA with."""
+    """What stock pipelines call the network in a folder; the tensor names of its LoRA begin with it."""
     family = families.recognise(read_json(transformer / "config.json"))
     return families.COMPONENTS[0] if family is None else family.component
 
@@ -189,7 +189,7 @@ def _replaced(name: str, old: Tensor, new: Tensor) -> Tensor:
 
 
 def _one_key(metadata: dict[str, str] | None) -> dict[str, str] | None:
-    """diffusers reads "format" only; with two keys the file would not hash alike twice."""
+    """Only the key "format", which diffusers reads: with two keys the file's bytes would differ from run to run."""
     return {"format": metadata["format"]} if metadata and "format" in metadata else None
 
 

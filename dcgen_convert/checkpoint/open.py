@@ -66,9 +66,10 @@ def load_source(
 
 
 def is_plain(root: Path) -> bool:
-    """Whether a folder is a pipeline that diffusers loads as it is, in numbers that can be trained and merged.
+    """Whether diffusers can load a folder as it is, with weights that can be trained and merged.
 
-    A folder without model_index.json counts as one unless it is a transformer's own, so that it is refused as such.
+    A folder without model_index.json counts as plain, unless it is a transformer's own: so the caller refuses it with
+    the right message.
     """
     from dcgen_convert.checkpoint.components import plan_copy
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dcgen_convert import families
 from dcgen_convert.checkpoint import keymap
-from dcgen_convert.checkpoint.held import Contents, Held, item_of, read_contents
+from dcgen_convert.checkpoint.held import Change, Contents, Held, item_of, read_contents
 from dcgen_convert.checkpoint.keymap import Cut, Stack
 from dcgen_convert.checkpoint.sizes import SIZES, config_of
 from dcgen_convert.checkpoint.stream import Item
@@ -63,7 +63,7 @@ class Single:
                 "name another pipeline folder: --base FOLDER",
             ) from error
 
-    def item(self, name: str, update=None) -> Item:
+    def item(self, name: str, update: Change | None = None) -> Item:
         """What to write for the tensor of that diffusers name; ``update`` changes its rows."""
         stack = self.stacks[name]
         parts = [(self.contents.tensors[cut.name], cut.start, cut.stop) for cut in stack.cuts]

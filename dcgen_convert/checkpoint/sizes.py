@@ -9,25 +9,27 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from dcgen_convert.core.errors import InputError
+from dcgen_convert.families import Family
 
 Shape = tuple[int, ...]
 
 
-class Shapes:
-    """Shapes by name, with the questions that the families ask."""
+class TensorShapes:
+    """TensorShapes by name, with the questions that the families ask."""
 
     def __init__(self, shapes: Mapping[str, Shape]) -> None:
         self.shapes = shapes
 
     def rows(self, name: str) -> int:
-        return self._axis(name, 0)
+        return self.axis(name, 0)
 
     def columns(self, name: str) -> int:
-        return self._axis(name, 1)
+        return self.axis(name, 1)
 
-    def _axis(self, name: str, axis: int) -> int:
+    def axis(self, name: str, axis: int) -> int:
         shape = self.shapes.get(name, ())
         if len(shape) <= axis or not shape[axis]:
             raise InputError(f"the checkpoint lacks {name}, which its sizes are read from", "is it complete?")
@@ -42,12 +44,12 @@ class Shapes:
         return 1 + max((int(match[1]) for name in self.shapes if (match := pattern.match(name))), default=-1)
 
 
-def _heads(t: Shapes, width: str, head: str) -> dict:
+def _heads(t: TensorShapes, width: str, head: str) -> dict:
     dim = t.rows(head)
     return {"attention_head_dim": dim, "num_attention_heads": t.rows(width) // dim}
 
 
-def _two_streams(t: Shapes) -> dict:
+def _two_streams(t: TensorShapes) -> dict:
     """What FLUX.1, FLUX.2 and Chroma have in common."""
     return {
         "in_channels": t.columns("x_embedder.weight"),
@@ -59,7 +61,7 @@ def _two_streams(t: Shapes) -> dict:
     }
 
 
-def flux(t: Shapes) -> dict:
+def flux(t: TensorShapes) -> dict:
     return {
         **_two_streams(t),
         "pooled_projection_dim": t.columns("time_text_embed.text_embedder.linear_1.weight"),
@@ -67,7 +69,7 @@ def flux(t: Shapes) -> dict:
     }
 
 
-def chroma(t: Shapes) -> dict:
+def chroma(t: TensorShapes) -> dict:
     return {
         **_two_streams(t),
         "approximator_num_channels": t.columns("distilled_guidance_layer.in_proj.weight"),
@@ -76,7 +78,7 @@ def chroma(t: Shapes) -> dict:
     }
 
 
-def flux2(t: Shapes) -> dict:
+def flux2(t: TensorShapes) -> dict:
     return {
         **_two_streams(t),
         "timestep_guidance_channels": t.columns("time_guidance_embed.timestep_embedder.linear_1.weight"),
@@ -85,11 +87,11 @@ def flux2(t: Shapes) -> dict:
     }
 
 
-def sd3(t: Shapes) -> dict:
+def sd3(t: TensorShapes) -> dict:
     depth, width = t.count("transformer_blocks"), t.rows("pos_embed.proj.weight")
     dual = [i for i in range(depth) if t.has(f"transformer_blocks.{i}.attn2.")]
     normed = t.has("transformer_blocks.0.attn.norm_q.")
-    patch = t._axis("pos_embed.proj.weight", 2)
+    patch = t.axis("pos_embed.proj.weight", 2)
     found = {
         "patch_size": patch,
         "in_channels": t.columns("pos_embed.proj.weight"),
@@ -110,8 +112,8 @@ def sd3(t: Shapes) -> dict:
     }  # SD3 medium: 24 blocks, 24 heads
 
 
-def sana(t: Shapes) -> dict:
-    patch = t._axis("patch_embed.proj.weight", 2)
+def sana(t: TensorShapes) -> dict:
+    patch = t.axis("patch_embed.proj.weight", 2)
     hidden = t.rows("transformer_blocks.0.ff.conv_inverted.weight") / 2
     return {
         "patch_size": patch,
@@ -129,7 +131,7 @@ def sana(t: Shapes) -> dict:
     }
 
 
-def lumina2(t: Shapes) -> dict:
+def lumina2(t: TensorShapes) -> dict:
     width, head = t.rows("x_embedder.weight"), t.rows("layers.0.attn.norm_k.weight")
     return {
         "hidden_size": width,
@@ -141,7 +143,7 @@ def lumina2(t: Shapes) -> dict:
     }
 
 
-def zimage(t: Shapes) -> dict:
+def zimage(t: TensorShapes) -> dict:
     width = t.rows("all_x_embedder.2-1.weight")
     head = t.rows("layers.0.attention.norm_k.weight")
     return {
@@ -155,7 +157,7 @@ def zimage(t: Shapes) -> dict:
     }
 
 
-def qwenimage(t: Shapes) -> dict:
+def qwenimage(t: TensorShapes) -> dict:
     return {
         "in_channels": t.columns("img_in.weight"),
         "num_layers": t.count("transformer_blocks"),
@@ -164,7 +166,7 @@ def qwenimage(t: Shapes) -> dict:
     }
 
 
-def auraflow(t: Shapes) -> dict:
+def auraflow(t: TensorShapes) -> dict:
     width = t.rows("pos_embed.proj.weight")
     return {
         "num_mmdit_layers": t.count("joint_transformer_blocks"),
@@ -176,7 +178,7 @@ def auraflow(t: Shapes) -> dict:
     }
 
 
-def krea2(t: Shapes) -> dict:
+def krea2(t: TensorShapes) -> dict:
     head, text = (
         t.rows("transformer_blocks.0.attn.norm_k.weight"),
         t.rows("text_fusion.refiner_blocks.0.attn.norm_k.weight"),
@@ -199,18 +201,18 @@ def krea2(t: Shapes) -> dict:
 
 
 AXES = ("axes_dims_rope", "axes_dim_rope", "axes_dims")  # rotary axes, which together are as wide as a head
-SIZES: dict[str, Callable[[Shapes], dict]] = {
+SIZES: dict[str, Callable[[TensorShapes], dict]] = {
     f.__name__: f for f in (flux, chroma, flux2, sd3, sana, lumina2, zimage, qwenimage, auraflow, krea2)
 }
 SIZES["sana-sprint"] = sana
 
 
-def config_of(family, shapes: Mapping[str, Shape], template: Mapping[str, object]) -> dict:
+def config_of(family: Family, shapes: Mapping[str, Shape], template: Mapping[str, Any]) -> dict[str, Any]:
     """The config of a transformer of ``family``: ``template`` with every size that the shapes tell.
 
     Rotary axes that do not add up to the head's width cannot be told from shapes: they are left out.
     """
-    found = SIZES[family.name](Shapes(shapes)) if family.name in SIZES else {}
+    found = SIZES[family.name](TensorShapes(shapes)) if family.name in SIZES else {}
     width = found.pop("width", None)
     config = {**template, **found, "_class_name": family.model_class}
     if width is not None:  # heads do not show in any shape: those of the template, if they make up the width
@@ -231,7 +233,7 @@ def config_of(family, shapes: Mapping[str, Shape], template: Mapping[str, object
     return config
 
 
-def _head_width(config: Mapping[str, object]) -> int:
+def _head_width(config: Mapping[str, Any]) -> int:
     if "attention_head_dim" in config:
         return config["attention_head_dim"]
     width, heads = (

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +41,7 @@ ORDER = [
     "BOOL",
 ]
 # dtype -> (the integer of its width, the exponent bits: all ones mean NaN or infinity)
-EXPONENTS = {
+EXPONENTS: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
     "F64": (np.uint64, 0x7FF0_0000_0000_0000),
     "F32": (np.uint32, 0x7F80_0000),
     "BF16": (np.uint16, 0x7F80),
@@ -86,12 +88,12 @@ class Copied(Item):
                 yield from read_range(file, self.entry, start, stop, self.name)
 
 
-def read_range(file, entry: Entry, start: int, stop: int, name: str) -> Iterator[memoryview]:
+def read_range(file: FileIO, entry: Entry, start: int, stop: int, name: str) -> Iterator[memoryview]:
     """Bytes [start, stop) of an open file in chunks, each valid until the next is asked for."""
     buffer = memoryview(bytearray(min(CHUNK, stop - start)))
     file.seek(start)
     while start < stop:
-        count = file.readinto(buffer[: min(CHUNK, stop - start)])
+        count = file.readinto(buffer[: min(CHUNK, stop - start)]) or 0
         if not count:
             raise InputError(f"{entry.file} ends within {name}", "fetch it again")
         while count % BYTES[entry.dtype]:  # a read may end inside a number
@@ -104,7 +106,7 @@ def read_range(file, entry: Entry, start: int, stop: int, name: str) -> Iterator
         start += count
 
 
-def require_finite(data, dtype: str, name: str, file: Path) -> None:
+def require_finite(data: memoryview, dtype: str, name: str, file: Path) -> None:
     """InputError when numbers of ``dtype`` hold a NaN or an infinity."""
     if dtype not in EXPONENTS:
         return
@@ -123,7 +125,10 @@ def whole(name: str, entry: Entry) -> Copied:
 
 
 def write(
-    path: Path, items: Mapping[str, Item], metadata: dict[str, str] | None = None, advance=lambda count: None
+    path: Path,
+    items: Mapping[str, Item],
+    metadata: dict[str, str] | None = None,
+    advance: Callable[[int], object] | None = None,
 ) -> None:
     """Write the file, whole or not at all; ``advance`` is told the bytes."""
     order = sorted(items, key=lambda name: (ORDER.index(items[name].dtype), name))
@@ -142,11 +147,12 @@ def write(
             for chunk in items[name].chunks():
                 _write_all(file, memoryview(chunk).cast("B"))
                 written += len(chunk)
-                advance(len(chunk))
+                if advance:
+                    advance(len(chunk))
             if written != items[name].size:
                 raise ValueError(f"{name}: {written} bytes written, {items[name].size} announced")
 
 
-def _write_all(file, data: memoryview) -> None:
+def _write_all(file: FileIO, data: memoryview) -> None:
     while data:
-        data = data[file.write(data) :]
+        data = data[file.write(data) or 0 :]

@@ -30,6 +30,7 @@ from dcgen_convert.cli.options import (
 from dcgen_convert.cli.session import Session
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.version import __version__
+from dcgen_convert.recipe import shelf
 
 
 class DefaultVerb(click.Group):
@@ -44,7 +45,7 @@ class DefaultVerb(click.Group):
             if args[0].startswith("-") or _may_be_source(args[0]):
                 args = ["convert", *args]
             elif not ctx.resilient_parsing:
-                known = [*self.commands, *completion.recipe_names(), *_source_names()]
+                known = [*self.commands, *shelf.names(), *_source_names()]
                 hits = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
                 raise InputError(
                     f"{word!r} is neither a verb nor a source" + (f". Did you mean {hits[0]!r}?" if hits else ""),
@@ -69,7 +70,7 @@ def _may_be_source(word: str) -> bool:
         or word.count("/") == 1
         or word.startswith(("/", "./", "../", "~"))
     )
-    return looks or word in completion.recipe_names() or word in _source_names() or Path(word).exists()
+    return looks or word in shelf.names() or word in _source_names() or Path(word).exists()
 
 
 @click.group(cls=DefaultVerb, context_settings=CONTEXT, no_args_is_help=True)

@@ -3,10 +3,10 @@ once."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 from click.shell_completion import CompletionItem, get_completion_class
+
+from dcgen_convert.recipe import shelf
 
 SHELLS = ("bash", "zsh", "fish")
 VARIABLE = "_DCGEN_CONVERT_COMPLETE"
@@ -17,25 +17,18 @@ def script(command: click.Command, shell: str) -> str:
     return get_completion_class(shell)(command, {}, "dcgen-convert", VARIABLE).source()
 
 
-def recipe_names() -> list[str]:
-    """Shipped recipes by name, without reading them."""
-    package = Path(__file__).resolve().parents[1]
-    base = package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
-    return sorted(path.relative_to(base).with_suffix("").as_posix() for path in base.rglob("*.yaml"))
-
-
 def _starting(words: list[str], prefix: str) -> list[CompletionItem]:
     return [CompletionItem(word) for word in sorted(set(words)) if word.startswith(prefix)]
 
 
 def recipes(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    return _starting(recipe_names(), incomplete) or [CompletionItem(incomplete, type="file")]
+    return _starting(shelf.names(), incomplete) or [CompletionItem(incomplete, type="file")]
 
 
 def sources(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     from dcgen_convert.families.catalog import SOURCES
 
-    return _starting([*recipe_names(), *SOURCES], incomplete) or [CompletionItem(incomplete, type="file")]
+    return _starting([*shelf.names(), *SOURCES], incomplete) or [CompletionItem(incomplete, type="file")]
 
 
 def autoencoders(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from dcgen_convert.planning.costs import existing, hub_cache
-from dcgen_convert.planning.render import size
+from dcgen_convert.core.disk import existing
+from dcgen_convert.planning.costs import hub_cache
+from dcgen_convert.planning.text import size
 
 PACKAGES = ("diffusers", "transformers", "peft", "safetensors", "huggingface_hub", "accelerate")
 IMPORT_SECONDS = 120

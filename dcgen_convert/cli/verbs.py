@@ -82,7 +82,7 @@ def _on_ranks(session: Session, job: Order, work: Callable[[Crew], Conversion]) 
 def plan(session: Session, source: str, values: dict[str, Any], gpu_memory: float | None) -> int:
     """What a conversion will cost. Exit 4 when no micro-batch of one picture fits."""
     console = session.begin(**output_options(values))
-    from dcgen_convert.planning.render import render
+    from dcgen_convert.planning.text import render
 
     found = calls.plan(source, gpu_memory=gpu_memory, **recipe_options(values))
     document = found.document()

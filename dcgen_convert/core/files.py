@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from dcgen_convert.core.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
+CHUNK = 1 << 22  # bytes that are copied at once
 TEMPORARY = ".tmp-"  # prefix of everything unfinished; safe to delete when no process holds the run's lock
 
 
@@ -95,7 +96,20 @@ def fresh_folder(path: Path) -> Path:
     return path
 
 
-def copy_file(origin: Path, path: Path) -> None:
-    """Copy a file, whole or not at all."""
-    with replacing(path) as temporary:
-        shutil.copyfile(origin, temporary)
+def copy_file(origin: Path, path: Path, advance: Callable[[int], object] | None = None) -> str:
+    """Copy a file, whole or not at all.
+
+    Args:
+        advance: is told the number of bytes after each chunk.
+    Returns:
+        Hex SHA-256 of the bytes that were read, with which a later read of ``path`` can be compared.
+    """
+    digest = hashlib.sha256()
+    with replacing(path) as temporary, open(origin, "rb") as reader, open(temporary, "wb") as writer:
+        while chunk := reader.read(CHUNK):
+            digest.update(chunk)
+            writer.write(chunk)
+            if advance:
+                advance(len(chunk))
+        writer.flush()
+    return digest.hexdigest()

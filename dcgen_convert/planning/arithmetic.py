@@ -1,5 +1,7 @@
-"""Tokens, parameters and FLOPs from structures. Legend: N image tokens, L text tokens, D width; FLOPs count 2 per
-multiply-add."""
+"""Parameters and FLOPs of a structure.
+
+N is the number of image tokens, L the number of text tokens, D the width. A multiply-add counts as 2 FLOPs.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,7 @@ def forward_flops(structure: Structure, image_tokens: int, text_tokens: int) -> 
     """
     n, text = image_tokens, text_tokens
     runs = {"image": n, "text": text, "both": n + text, "once": 1}
-    total = sum(2.0 * layer.weights * layer.share * runs[layer.runs] for layer in structure.layers)
+    total = sum(2.0 * layer.weights * layer.token_fraction * runs[layer.runs] for layer in structure.layers)
     total += structure.quadratic * 4.0 * (n + text) ** 2 * structure.width if structure.quadratic else 0.0
     total += structure.alone * 4.0 * n**2 * structure.width
     total += structure.cross * 4.0 * n * text * structure.width
@@ -56,8 +58,9 @@ def forward_flops(structure: Structure, image_tokens: int, text_tokens: int) -> 
 
 
 def side_passes(adapt: Any, consistency: float = 0.0) -> int:
-    """Forward passes without gradient per training sample: the null prompt of the corrected loss; teacher and target of
-    consistency distillation.
+    """Number of forward passes without gradient per training sample.
+
+    The corrected loss has one, for the null prompt. Consistency distillation has two, of the teacher and of the target.
     """
     return 2 if consistency else int(adapt.objective == "guidance-corrected")
 

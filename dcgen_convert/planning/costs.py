@@ -1,13 +1,11 @@
-"""Disk, downloads, time and price of a recipe: bytes and FLOPs from sizes, each with the basis that it stands on."""
+"""Disk, downloads, time and price of a recipe, from sizes. Each number comes with its basis."""
 
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-from dcgen_convert.core.errors import ResourceError
 from dcgen_convert.families import catalog
 from dcgen_convert.networks import autoencoder_files
 from dcgen_convert.planning.arithmetic import forward_flops, side_passes, train_flops
@@ -96,37 +94,6 @@ def disk(recipe: Recipe, sizes: Shapes) -> dict:
         "peak": sum(kinds.values()),
         "basis": "sizes from parameter counts; pictures at 1.6 B per px assumed",
     }
-
-
-def check_disk(needs: Iterable[tuple[Path, float]]) -> None:
-    """Refuse to start when a file system is too small.
-
-    Args:
-        needs: (folder, bytes still to be written under it); folders on one file system add up.
-
-    Raises:
-        ResourceError: naming the folder, what is needed and what is free.
-    """
-    volumes: dict[int, tuple[Path, float]] = {}
-    for folder, size in needs:
-        place = existing(folder)
-        device = place.stat().st_dev
-        volumes[device] = (place, volumes.get(device, (place, 0.0))[1] + size)
-    for place, size in volumes.values():
-        free = shutil.disk_usage(place).free
-        if size > free:
-            raise ResourceError(
-                f"the disk under {place} is too small: {size / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free",
-                "free space, or choose another disk with --run-dir and --output",
-            )
-
-
-def existing(path: Path) -> Path:
-    """The nearest folder that exists on the way up from `path`."""
-    path = Path(path).absolute()
-    while not path.is_dir():
-        path = path.parent
-    return path
 
 
 def hours(recipe: Recipe, sizes: Shapes) -> dict:

@@ -1,5 +1,4 @@
-"""Which ZeRO stage, offload and micro-batch a training phase runs with on given GPUs, and what to change when none
-fits."""
+"""Which ZeRO stage, offload and micro-batch a training phase runs with on given GPUs; what to change when none fits."""
 
 from __future__ import annotations
 
@@ -12,9 +11,13 @@ from dcgen_convert.recipe.schema import Phase, Recipe
 
 @dataclass(frozen=True)
 class Fit:
-    """The decision for one phase. micro_batch: pictures per GPU and pass; limit: the largest that would fit.
+    """The decision for one phase.
 
-    reason: one line for the console; problem: None, or why it cannot run, with the smallest change that would.
+    Attributes:
+        micro_batch: pictures per GPU and pass.
+        limit: the largest micro-batch that would fit.
+        reason: one line for the console.
+        problem: why the phase cannot run, with the smallest change that helps; None when it can.
     """
 
     zero: int
@@ -27,16 +30,16 @@ class Fit:
     memory: memory.Memory
 
 
-def micro_batch(share: int, limit: int) -> int:
-    """The largest divisor of a GPU's share of the batch that fits, so that accumulation comes out even; at least 1."""
-    return next((size for size in range(min(share, limit), 0, -1) if share % size == 0), 1)
+def micro_batch(part: int, limit: int) -> int:
+    """Pictures per pass: the largest divisor of a GPU's part of the batch that is at most ``limit``, and at least 1."""
+    return next((size for size in range(min(part, limit), 0, -1) if part % size == 0), 1)
 
 
 def head_phase(recipe: Recipe) -> Phase:
-    """What stage align-head trains, as a phase: with a LoRA of rank 0, embedder and head are left.
+    """The training of stage align-head, written as a phase: a LoRA of rank 0 leaves only the embedder and the head.
 
-    The blocks are frozen there, but the gradient of the embedder passes through all of them: activations are those of a
-    phase.
+    The blocks are frozen in that stage. The gradient of the embedder still passes through all of them, so the
+    activations need as much memory as in a phase.
     """
     changes = {"mode": "lora", "rank": 0, "batch": recipe.align_head.batch, "micro_batch": None, "consistency": 0.0}
     return recipe.adapt.phases[0].model_copy(update=changes)
@@ -51,26 +54,26 @@ def training(recipe: Recipe, phase: Phase, sizes: Shapes) -> memory.Training:
     return memory.Training(trained.frozen, trained.trained, sample, element, adapt.ema > 0)
 
 
-def fit(recipe: Recipe, phase: Phase, sizes: Shapes, gpus: int, gpu_bytes: float) -> Fit:
+def decide(recipe: Recipe, phase: Phase, sizes: Shapes, gpus: int, gpu_bytes: float) -> Fit:
     """Decide for one phase.
 
     Args:
         gpu_bytes: memory that training may use on each GPU.
     """
     adapt, what = recipe.adapt, training(recipe, phase, sizes)
-    share = max(1, phase.batch // gpus)
+    part = max(1, phase.batch // gpus)
     if adapt.zero == "auto":
         choice = memory.choose(what, gpus, phase.micro_batch or 1, gpu_bytes)
         zero, offload, reason = 3 if choice.zero is None else choice.zero, choice.offload, choice.reason
     else:
         zero, offload, reason = adapt.zero, adapt.offload, f"ZeRO-{adapt.zero} as set"
     limit = memory.max_micro_batch(what, gpus, zero, offload, gpu_bytes)
-    size = phase.micro_batch or micro_batch(share, limit)
+    size = phase.micro_batch or micro_batch(part, limit)
     problem = None
     if limit < size:
         change = memory.smallest_change(what, gpus, gpu_bytes)
         if limit:
-            change = f"--set adapt.phases.*.micro_batch={micro_batch(share, limit)}"
+            change = f"--set adapt.phases.*.micro_batch={micro_batch(part, limit)}"
         room = f"{gpu_bytes / memory.GIB:.1f} GiB per GPU"
         problem = f"training at {phase.resolution} px does not fit {room} at micro-batch {size}: use {change}"
-    return Fit(zero, offload, gpus, size, limit, reason, problem, memory.memory(what, gpus, zero, offload, size))
+    return Fit(zero, offload, gpus, size, limit, reason, problem, memory.estimate(what, gpus, zero, offload, size))

@@ -1,7 +1,9 @@
 """What each transformer class is made of, from its config alone: every linear by name, and the parameters beside them.
 
-From this one list follow parameter counts, LoRA sizes and FLOPs. It is tested against the diffusers classes on the meta
-device. Legend: D width, L text tokens, N image tokens; `runs` says how often a layer is applied per picture.
+Parameter counts, LoRA sizes and FLOPs are computed from this one list. A test compares it with the diffusers classes on
+the meta device.
+
+D is the width, N the number of image tokens, L the number of text tokens.
 """
 
 from __future__ import annotations
@@ -14,9 +16,13 @@ from dataclasses import dataclass, replace
 class Layer:
     """One linear or convolution: y = W x (+ b).
 
-    weights: entries of W; bias: entries of b; inputs, outputs: features (what a LoRA pair sees);
-    runs: "image" (per image token), "text" (per text token), "both", or "once" (per picture);
-    convolution: an nn.Conv2d, also one that does a linear's work (1 x 1); share: of the image's tokens that it runs on.
+    Attributes:
+        inputs, outputs: number of features; a LoRA pair has the same.
+        weights, bias: number of entries of W and of b.
+        runs: what the layer is applied to: "image" (every image token), "text" (every text token), "both", or "once"
+            (once per picture).
+        convolution: whether it is an nn.Conv2d; a 1 x 1 one does the work of a linear.
+        token_fraction: fraction of the image tokens that the layer is applied to.
     """
 
     name: str
@@ -26,16 +32,24 @@ class Layer:
     bias: int
     runs: str
     convolution: bool = False
-    share: float = 1.0
+    token_fraction: float = 1.0
 
 
 @dataclass(frozen=True)
 class Structure:
-    """A transformer: its layers, parameters that are in no layer, blocks, width, and its attentions per forward.
+    """A transformer, and the number of its attentions in one forward pass.
 
-    quadratic: attentions over image and text tokens together; alone: over image tokens; cross: image to text; linear:
-    linear attentions, with heads of head_dim; text_width: features of a text embedding. Fractions stand for attentions
-    that are narrower than ``width`` or see fewer tokens.
+    An attention that is narrower than ``width``, or that sees fewer tokens, counts as a fraction of one.
+
+    Attributes:
+        loose: parameters that are in no layer.
+        blocks: number of blocks.
+        width: D.
+        text_width: features of one token of the text embedding; 0 for class-conditional models.
+        quadratic: softmax attentions over image and text tokens together.
+        alone: softmax attentions over image tokens only.
+        cross: attentions from image tokens to text tokens.
+        linear: linear attentions, with heads of ``head_dim`` features.
     """
 
     layers: tuple[Layer, ...]
@@ -59,12 +73,12 @@ def linear(name: str, inputs: int, outputs: int, runs: str, bias: bool = True) -
 
 
 def pointwise(name: str, inputs: int, outputs: int, runs: str, bias: bool = True) -> Layer:
-    """A 1 x 1 convolution, or one with kernel = stride."""
+    """A 1 x 1 convolution, or one whose kernel is as large as its stride."""
     return replace(linear(name, inputs, outputs, runs, bias), convolution=True)
 
 
 def _mlp(name: str, inputs: int, width: int, runs: str) -> Iterator[Layer]:
-    """Two linears inputs -> width -> width, as diffusers' timestep and text embedders."""
+    """Two linears inputs -> width -> width, like the timestep and text embedders of diffusers."""
     yield linear(f"{name}.linear_1", inputs, width, runs)
     yield linear(f"{name}.linear_2", width, width, runs)
 

@@ -7,9 +7,9 @@ A step has two moments, and the higher one counts:
     backward pass  gradients and buckets; activations
     update         the gradients of this GPU's partition, again as one flat tensor, and again as fp32
 
-After the backward pass the activations are gone, so that the two do not add up. All of it was checked against a census
-of live tensors (tests/planning/test_census.py); activations against a FakeTensor run of the FLUX graph (2.31 GiB per
-sample at 4096 + 512 tokens); `other` is an assumption.
+The activations are freed in the backward pass, before the update: the two do not add up. The parameter terms were
+checked against a census of live tensors (tests/planning/test_census.py), the activations against a FakeTensor run of
+the FLUX graph (2.31 GiB per sample at 4096 + 512 tokens). `other` is an assumption.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def activations(tokens: int, width: int, blocks: int, checkpointing: bool = True
     return float(tokens * width * 2 * (1.04 * blocks + 28 if checkpointing else 20 * blocks + 12))
 
 
-def memory(training: Training, gpus: int, zero: int, offload: str, micro_batch: int) -> Memory:
+def estimate(training: Training, gpus: int, zero: int, offload: str, micro_batch: int) -> Memory:
     """Bytes per GPU of one configuration.
 
     zero 0: no sharding (the N GPUs hold the same). offload "optimizer": states and fp32 gradients on the host;
@@ -131,7 +131,7 @@ def memory(training: Training, gpus: int, zero: int, offload: str, micro_batch: 
 
 def max_micro_batch(training: Training, gpus: int, zero: int, offload: str, gpu_bytes: float) -> int:
     """The largest micro-batch that fits in `gpu_bytes`; 0 when not even one sample does."""
-    empty = memory(training, gpus, zero, offload, 0)
+    empty = estimate(training, gpus, zero, offload, 0)
     if empty.total > gpu_bytes:
         return 0
     left = gpu_bytes - empty.total + (1 + FRAGMENTATION) * empty.step  # activations may take the update's place
@@ -150,7 +150,7 @@ class Choice:
 def choose(training: Training, gpus: int, micro_batch: int, gpu_bytes: float) -> Choice:
     """The lightest ZeRO stage and offload that fits; never stage 0, whose bf16 training is wrong."""
     for zero, offload in MODES[1:]:
-        need = memory(training, gpus, zero, offload, micro_batch).total
+        need = estimate(training, gpus, zero, offload, micro_batch).total
         if need <= gpu_bytes:
             where = f", {offload} offload" if offload != "none" else ""
             room = f"{need / GIB:.1f} of {gpu_bytes / GIB:.1f} GiB on each of {gpus} GPU(s)"
@@ -176,7 +176,7 @@ def table(training: Training) -> list[dict]:
     rows = []
     for zero, offload in MODES:
         for gpus in (1,) if zero == 0 else GPU_COUNTS:
-            row = memory(training, gpus, zero, offload, 1).gib()
+            row = estimate(training, gpus, zero, offload, 1).gib()
             for card, gib in GPUS.items():
                 row[f"max_micro_batch_{card}"] = max_micro_batch(training, gpus, zero, offload, gib * GIB)
             rows.append(row)

@@ -1,6 +1,7 @@
-"""The structure of a transformer read off its class on the meta device, for families without arithmetic of their own.
+"""The structure of a transformer, read from its class on the meta device: for classes that `layers` does not compute.
 
-Parameters are exact. What a layer runs on follows from its name, so FLOPs are estimates. Needs torch and diffusers.
+Parameter counts are exact. FLOPs are estimates, because only a layer's name tells what the layer is applied to. Needs
+torch and diffusers.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ ONCE = re.compile(
 def measured(config: dict[str, Any], family: Family) -> Structure:
     """The structure of a config that ``family`` claims.
 
-    A block with layers for the text alone runs its others on the image; a block without runs on both.
+    Some blocks have layers for the text alone: their other layers are applied to the image. The layers of all other
+    blocks are applied to both.
     """
     import diffusers
     import torch
@@ -65,13 +67,13 @@ def measured(config: dict[str, Any], family: Family) -> Structure:
     held = sum(layer.weights + layer.bias for layer in layers)
     blocks, text = len(family.block_modules(model)), family.text_width(model.config)
     width = linears[family.embedder].weight.shape[0]
-    if all(layer.share == 1 for layer in layers):
+    if all(layer.token_fraction == 1 for layer in layers):
         return Structure(layers, total - held, blocks, width, text, quadratic=blocks)
     # Several grids: attn1 is over the image's cells alone, attn2 from them to the text.
     queries = [layer for layer in layers if layer.name.endswith(("attn1.to_q", "attn2.to_q"))]
-    alone = sum(layer.share**2 * layer.outputs / width for layer in queries if "attn1" in layer.name)
-    cross = sum(layer.share * layer.outputs / width for layer in queries if "attn2" in layer.name)
+    alone = sum(layer.token_fraction**2 * layer.outputs / width for layer in queries if "attn1" in layer.name)
+    cross = sum(layer.token_fraction * layer.outputs / width for layer in queries if "attn2" in layer.name)
     # For the size of activations: attentions and residual blocks, each by its part of the finest grid at its width.
     parts = [layer for layer in layers if layer.name.endswith(("attn1.to_q", ".conv1"))]
-    blocks = max(1, round(sum(layer.share * layer.outputs / width for layer in parts)))
+    blocks = max(1, round(sum(layer.token_fraction * layer.outputs / width for layer in parts)))
     return Structure(layers, total - held, blocks, width, text, alone=alone, cross=cross)

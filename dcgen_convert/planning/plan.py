@@ -8,12 +8,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from dcgen_convert.core.disk import check_disk, existing
 from dcgen_convert.families import Family
 from dcgen_convert.planning import costs, memory, speed
-from dcgen_convert.planning.fit import Fit, fit, head_phase, training
-from dcgen_convert.planning.quantised import quantised
-from dcgen_convert.planning.render import render
+from dcgen_convert.planning.fit import Fit, decide, head_phase, training
+from dcgen_convert.planning.quantised import quantised_linears
 from dcgen_convert.planning.shapes import Shapes, shapes_of
+from dcgen_convert.planning.text import render
 from dcgen_convert.recipe import geometry
 from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.loading import Resolved
@@ -36,10 +37,10 @@ def plan(resolved: Resolved, gpu_bytes: float = GPU_BYTES) -> dict:
     sizes = shapes_of(recipe, source)
     last = recipe.adapt.phases[-1]
     trained = sizes.trainable(last)
-    fits = [fit(recipe, phase, sizes, gpus, gpu_bytes) for phase in recipe.adapt.phases]
-    trains = [fit(recipe, head_phase(recipe), sizes, gpus, gpu_bytes)] if recipe.align_head.steps else []
+    fits = [decide(recipe, phase, sizes, gpus, gpu_bytes) for phase in recipe.adapt.phases]
+    trains = [decide(recipe, head_phase(recipe), sizes, gpus, gpu_bytes)] if recipe.align_head.steps else []
     problems = list(dict.fromkeys(found.problem for found in [*fits, *trains] if found.problem))
-    quantization, impossible = quantised(recipe.quantize, sizes)
+    quantization, impossible = quantised_linears(recipe.quantize, sizes)
     problems += impossible
     space = costs.disk(recipe, sizes)
     fetch = costs.downloads(recipe, sizes)
@@ -78,7 +79,7 @@ def plan(resolved: Resolved, gpu_bytes: float = GPU_BYTES) -> dict:
 
 def fit_phase(recipe: Recipe, source: Identity, phase: Phase, gpus: int = 1, gpu_bytes: float = GPU_BYTES) -> Fit:
     """ZeRO stage, offload and micro-batch for one phase on `gpus` GPUs, with the reason; `.problem` when none fits."""
-    return fit(recipe, phase, shapes_of(recipe, source), gpus, gpu_bytes)
+    return decide(recipe, phase, shapes_of(recipe, source), gpus, gpu_bytes)
 
 
 def require_disk(resolved: Resolved, run_dir: Path, output: Path) -> None:
@@ -91,9 +92,7 @@ def require_disk(resolved: Resolved, run_dir: Path, output: Path) -> None:
     found = [path.stat() for path in Path(run_dir).rglob("*") if path.is_file()]
     held = sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in found}.values())  # a linked shard counts once
     fetched, bundle = kinds.pop("downloads"), kinds.pop("bundle")
-    costs.check_disk(
-        [(costs.hub_cache(), fetched), (Path(output), bundle), (Path(run_dir), sum(kinds.values()) - held)]
-    )
+    check_disk([(costs.hub_cache(), fetched), (Path(output), bundle), (Path(run_dir), sum(kinds.values()) - held)])
 
 
 def _memory(found: Fit, trained: memory.Training, gpu_bytes: float) -> dict:
@@ -137,7 +136,7 @@ def _notes(fetch: list[dict], space: dict, resolved: Resolved, family: Family) -
     data = resolved.recipe.data
     if data.kind == "folder" and not Path(data.path).expanduser().exists():
         notes.append(f"data.path {data.path} does not exist yet")
-    free = shutil.disk_usage(costs.existing(Path.cwd())).free
+    free = shutil.disk_usage(existing(Path.cwd())).free
     if space["peak"] > free:
         notes.append(f"the disk here is too small: {space['peak'] / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
     return notes

@@ -8,7 +8,7 @@ from dcgen_convert.recipe.schema import Quantize
 from dcgen_convert.svdquant.settings import container_problem
 
 
-def quantised(section: Quantize, sizes: Shapes) -> tuple[dict | None, list[str]]:
+def quantised_linears(section: Quantize, sizes: Shapes) -> tuple[dict | None, list[str]]:
     """(the plan's part `quantization`, problems); (None, []) where nothing is quantised.
 
     w4a4, w4a16: how many linears; dense, impossible: kind of block linear -> why it stays or cannot be.

@@ -1,4 +1,4 @@
-"""The structure of a transformer from its config: by arithmetic where there is one, else read off its class."""
+"""The structure of a transformer from its config: computed for the common classes, else read from the built class."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Sizes before and after the swap: factors, channels, patches, tokens; and the one rule on picture sizes.
+"""The latent space after the swap, and the rules on picture sizes.
 
-Legend: f spatial compression of an autoencoder, c its latent channels, p patch in latent cells, side in px, tokens =
-(side / (f p))^2.
+f is the spatial compression of an autoencoder, c the number of its latent channels, p the patch in latent cells. A
+square picture of ``side`` px has (side / (f p))^2 tokens.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ def new_grid(ae: str, offline: bool = True, channels: int | None = None, reader:
 
 
 def bucket_sizes(family: Family, config: dict, base: Grid, new: Grid, resolution: int) -> list[tuple[int, int]]:
-    """(height, width) in px of the aspect-ratio buckets at ``resolution``: both grids' tokens, and the network's
-    halvings, divide theirs.
+    """(height, width) in px of the aspect-ratio buckets at ``resolution``.
+
+    Every side is a whole number of tokens in both grids, also after the network has halved its grid.
 
     Args:
         config: of the source's transformer.

@@ -1,6 +1,6 @@
-"""What a SOURCE is: where it lies, its config, its family, its latent space. Asked once, then passed on.
+"""What a SOURCE is: where it lies, its config, its family, its latent space. It is asked once, then passed on.
 
-Legend: f spatial compression of an autoencoder, c its latent channels, p patch in latent cells.
+f is the spatial compression of an autoencoder, c the number of its latent channels, p the patch in latent cells.
 """
 
 from __future__ import annotations
@@ -134,16 +134,16 @@ class Identity:
         if self.vae is not None:
             return autoencoder_grid(self.vae)
         if self.base is not None:
-            return self.pipeline._own_latents()
+            return self.pipeline.own_latents()
         if self.path is None:
-            return self._own_latents()
+            return self.own_latents()
         if self.published is None:
             raise InputError(
                 f"{self.name} has no autoencoder beside it", "name the pipeline that it belongs to: --base FOLDER|REPO"
             )
         return self.published.factor, self.published.channels
 
-    def _own_latents(self) -> tuple[int, int]:
+    def own_latents(self) -> tuple[int, int]:
         """(f, c) of a pipeline's own autoencoder."""
         if self.entry:
             return self.entry.vae_factor, self.entry.vae_channels

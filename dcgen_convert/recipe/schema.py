@@ -44,46 +44,52 @@ class Data(Section):
     """Where the training pictures come from."""
 
     kind: Literal["synthetic", "folder"] = Field(
-        "synthetic", description="synthetic: drawn by the base model; folder: your images and captions"
+        default="synthetic", description="synthetic: drawn by the base model; folder: your images and captions"
     )
     path: str | None = Field(
-        None, description="folder of images with .txt captions, or a .jsonl; needed by kind folder"
+        default=None, description="folder of images with .txt captions, or a .jsonl; needed by kind folder"
     )
     prompts: str = Field(
-        "builtin", description="builtin, tiny-world, or a text file with one prompt per line (synthetic only)"
+        default="builtin", description="builtin, tiny-world, or a text file with one prompt per line (synthetic only)"
     )
-    count: PositiveInt = Field(10_000, description="pictures; a folder is read up to this many")
-    steps: PositiveInt = Field(20, description="denoising steps per synthetic picture")
-    guidance: NonNegativeFloat = Field(3.5, description="guidance while drawing; 1 disables classifier-free guidance")
-    batch: PositiveInt = Field(8, description="pictures drawn or encoded at once")
-    resolution: PositiveInt = Field(1024, description="picture side in px")
+    count: PositiveInt = Field(default=10_000, description="pictures; a folder is read up to this many")
+    steps: PositiveInt = Field(default=20, description="denoising steps per synthetic picture")
+    guidance: NonNegativeFloat = Field(
+        default=3.5, description="guidance while drawing; 1 disables classifier-free guidance"
+    )
+    batch: PositiveInt = Field(default=8, description="pictures drawn or encoded at once")
+    resolution: PositiveInt = Field(default=1024, description="picture side in px")
     buckets: bool = Field(
-        False,
+        default=False,
         description="true: pictures of a folder keep their shapes, at sizes of about resolution^2 px; false: centre "
         "squares",
     )
-    max_broken: Fraction = Field(0.01, description="fraction of unreadable pictures tolerated; 0 tolerates none")
+    max_broken: Fraction = Field(
+        default=0.01, description="fraction of unreadable pictures tolerated; 0 tolerates none"
+    )
 
 
 class Latents(Section):
     """The cache of paired latents and text embeddings."""
 
-    batch: PositiveInt = Field(8, description="pictures encoded at once")
+    batch: PositiveInt = Field(default=8, description="pictures encoded at once")
     text: Literal["cache", "encode"] = Field(
-        "cache", description="cache: text embeddings are stored on disk; encode: they are computed in every step"
+        default="cache",
+        description="cache: text embeddings are stored on disk; encode: they are computed in every step",
     )
     text_length: PositiveInt | None = Field(
-        None, description="text tokens that prompts are padded to; null: the family's"
+        default=None, description="text tokens that prompts are padded to; null: the family's"
     )
     scale_tolerance: PositiveFloat = Field(
-        0.10, description="how far the measured scale may lie from the autoencoder's scaling factor, as a fraction"
+        default=0.10,
+        description="how far the measured scale may lie from the autoencoder's scaling factor, as a fraction",
     )
     normalise: Literal["none", "channel"] = Field(
-        "none",
+        default="none",
         description="channel: divide every latent channel by its RMS, inside the autoencoder's weights; none disables",
     )
     scale_override: PositiveFloat | None = Field(
-        None, description="scaling factor to use instead of the autoencoder's; null disables"
+        default=None, description="scaling factor to use instead of the autoencoder's; null disables"
     )
 
 
@@ -91,52 +97,57 @@ class AlignEmbedder(Section):
     """Stage 1: the new patch embedder (arXiv 2509.25180)."""
 
     method: Literal["ridge", "adamw", "none"] = Field(
-        "ridge", description="ridge: closed form; adamw: the paper's; none: Xavier start, no alignment"
+        default="ridge", description="ridge: closed form; adamw: the paper's; none: Xavier start, no alignment"
     )
     pooling: Literal["average", "bilinear"] = Field(
-        "average",
+        default="average",
         description="average: average the base's finer tokens; bilinear: interpolate the new tokens to the base's grid",
     )
-    ridge: NonNegativeFloat = Field(1e-6, description="ridge, relative to the mean of the Gram diagonal; 0 disables")
-    steps: NonNegativeInt = Field(20_000, description="steps (adamw only)")
-    lr: PositiveFloat = Field(1e-4, description="learning rate (adamw only)")
-    batch: PositiveInt = Field(64, description="pictures per step")
+    ridge: NonNegativeFloat = Field(
+        default=1e-6, description="ridge, relative to the mean of the Gram diagonal; 0 disables"
+    )
+    steps: NonNegativeInt = Field(default=20_000, description="steps (adamw only)")
+    lr: PositiveFloat = Field(default=1e-4, description="learning rate (adamw only)")
+    batch: PositiveInt = Field(default=64, description="pictures per step")
 
 
 class AlignHead(Section):
     """Stage 2: start of the new output head, then joint training of embedder and head with the blocks frozen."""
 
     method: Literal["least-squares", "xavier", "zero"] = Field(
-        "least-squares", description="how the head starts; least-squares: closed form"
+        default="least-squares", description="how the head starts; least-squares: closed form"
     )
-    draws: PositiveInt = Field(8, description="noise draws per picture for the least squares")
-    steps: NonNegativeInt = Field(5_000, description="steps with the blocks frozen; 0 disables")
-    lr: PositiveFloat = Field(1e-4, description="learning rate")
-    batch: PositiveInt = Field(512, description="global batch in pictures")
-    warmup: NonNegativeInt = Field(1_000, description="warm-up steps; 0 disables")
-    clip: NonNegativeFloat = Field(0.1, description="largest gradient norm; 0 disables")
+    draws: PositiveInt = Field(default=8, description="noise draws per picture for the least squares")
+    steps: NonNegativeInt = Field(default=5_000, description="steps with the blocks frozen; 0 disables")
+    lr: PositiveFloat = Field(default=1e-4, description="learning rate")
+    batch: PositiveInt = Field(default=512, description="global batch in pictures")
+    warmup: NonNegativeInt = Field(default=1_000, description="warm-up steps; 0 disables")
+    clip: NonNegativeFloat = Field(default=0.1, description="largest gradient norm; 0 disables")
 
 
 class Phase(Section):
     """One phase of stage 3. LoRA weights are merged at its end."""
 
-    mode: Literal["lora", "full"] = Field("lora", description="lora: adapters + embedder + head; full: every weight")
+    mode: Literal["lora", "full"] = Field(
+        default="lora", description="lora: adapters + embedder + head; full: every weight"
+    )
     resolution: PositiveInt = Field(description="picture side in px")
     steps: PositiveInt = Field(description="optimizer steps")
-    rank: PositiveInt = Field(256, description="LoRA rank")
-    alpha: PositiveFloat | None = Field(None, description="LoRA alpha; null: equal to rank")
-    lr: PositiveFloat = Field(1e-4, description="peak learning rate")
-    warmup: NonNegativeInt = Field(1_000, description="warm-up steps; 0 disables")
-    schedule: Literal["constant", "cosine"] = Field("constant", description="learning rate after the warm-up")
-    batch: PositiveInt = Field(256, description="global batch in pictures, whatever the number of GPUs")
+    rank: PositiveInt = Field(default=256, description="LoRA rank")
+    alpha: PositiveFloat | None = Field(default=None, description="LoRA alpha; null: equal to rank")
+    lr: PositiveFloat = Field(default=1e-4, description="peak learning rate")
+    warmup: NonNegativeInt = Field(default=1_000, description="warm-up steps; 0 disables")
+    schedule: Literal["constant", "cosine"] = Field(default="constant", description="learning rate after the warm-up")
+    batch: PositiveInt = Field(default=256, description="global batch in pictures, whatever the number of GPUs")
     micro_batch: PositiveInt | None = Field(
-        None, description="pictures per GPU and pass; null: the largest even share that fits"
+        default=None, description="pictures per GPU and pass; null: the largest even share that fits"
     )
     targets: str | None = Field(
-        None, description="regex of the linears that get LoRA; null: the family's attention and feed-forward linears"
+        default=None,
+        description="regex of the linears that get LoRA; null: the family's attention and feed-forward linears",
     )
     consistency: Fraction = Field(
-        0.0,
+        default=0.0,
         description="for few-step models: consistency distillation (arXiv 2303.01469). The teacher is the model from "
         "the start of the phase, the targets lie at this fraction of t; 0 disables, then adapt.objective is used",
     )
@@ -161,35 +172,43 @@ class Adapt(Section):
     """Stage 3: LoRA phases, and what is common to all training."""
 
     objective: Literal["flow", "guidance-corrected"] = Field(
-        "flow", description="guidance-corrected for guidance-distilled bases (arXiv 2509.25180)"
+        default="flow", description="guidance-corrected for guidance-distilled bases (arXiv 2509.25180)"
     )
     null_branch: Literal["student", "teacher"] = Field(
-        "student",
+        default="student",
         description="which model predicts for the null prompt in the corrected loss; teacher: the frozen one from the "
         "start of the phase",
     )
-    guidance_range: tuple[float, float] = Field((1.0, 14.0), description="guidance is drawn uniformly from [lo, hi]")
+    guidance_range: tuple[float, float] = Field(
+        default=(1.0, 14.0), description="guidance is drawn uniformly from [lo, hi]"
+    )
     data_guidance: PositiveFloat = Field(
-        1.0,
+        default=1.0,
         description="guidance that the training pictures show already (g_d of the corrected loss); 1: none, the "
         "published loss",
     )
     shift: Literal["model", "flux2"] | PositiveFloat = Field(
-        "model", description="timestep shift: model (its scheduler), flux2 (sqrt(CHW/4096)), or a number; 1 disables"
+        default="model",
+        description="timestep shift: model (its scheduler), flux2 (sqrt(CHW/4096)), or a number; 1 disables",
     )
     weighting: Literal["none", "velocity"] = Field(
-        "none",
+        default="none",
         description="weight of the squared error, for networks that predict epsilon; velocity: makes it the error of "
         "v, at most 25 times",
     )
-    text_drop: Fraction = Field(0.1, description="fraction of captions replaced by the null text; 0 disables")
-    ema: Fraction = Field(0.999, description="decay of the moving average of the weights; 0 disables")
-    clip: NonNegativeFloat = Field(0.1, description="largest gradient norm; 0 disables")
+    text_drop: Fraction = Field(default=0.1, description="fraction of captions replaced by the null text; 0 disables")
+    ema: Fraction = Field(default=0.999, description="decay of the moving average of the weights; 0 disables")
+    clip: NonNegativeFloat = Field(default=0.1, description="largest gradient norm; 0 disables")
     checkpointing: bool = Field(
-        True, description="compute activations a second time in the backward pass: less memory, about a third more time"
+        default=True,
+        description="compute activations a second time in the backward pass: less memory, about a third more time",
     )
-    zero: Literal["auto", 0, 1, 2, 3] = Field(2, description="ZeRO stage; auto: the smallest that fits; 0 disables")
-    offload: Literal["none", "optimizer", "all"] = Field("none", description="what moves to host memory; none disables")
+    zero: Literal["auto", 0, 1, 2, 3] = Field(
+        default=2, description="ZeRO stage; auto: the smallest that fits; 0 disables"
+    )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        default="none", description="what moves to host memory; none disables"
+    )
     phases: tuple[Phase, ...] = Field(min_length=1, description="phases in order, usually rising resolutions")
 
     @model_validator(mode="after")
@@ -201,42 +220,45 @@ class Adapt(Section):
 
 
 class Calibration(Section):
-    prompts: PositiveInt = Field(64, description="prompts that are drawn for calibration")
-    steps: PositiveInt | None = Field(None, description="denoising steps per prompt; null: the bundle's steps")
+    prompts: PositiveInt = Field(default=64, description="prompts that are drawn for calibration")
+    steps: PositiveInt | None = Field(default=None, description="denoising steps per prompt; null: the bundle's steps")
     batch: PositiveInt | None = Field(
-        None, description="pictures drawn at once; ranks share the batches; null: data.batch"
+        default=None, description="pictures drawn at once; ranks share the batches; null: data.batch"
     )
 
 
 class Quantize(Section):
     format: Literal["none", "nvfp4", "int4"] = Field(
-        "none", description="4-bit format of the block linears; none disables"
+        default="none", description="4-bit format of the block linears; none disables"
     )
-    rank: int = Field(32, ge=16, le=1024, multiple_of=16, description="rank of the 16-bit branch, a multiple of 16")
+    rank: int = Field(
+        default=32, ge=16, le=1024, multiple_of=16, description="rank of the 16-bit branch, a multiple of 16"
+    )
     calibration: Calibration = Field(default_factory=Calibration)
     dense: str | None = Field(
-        None, description="regex of block linears that stay 16-bit; null: none beyond the family's"
+        default=None, description="regex of block linears that stay 16-bit; null: none beyond the family's"
     )
     container: Literal["diffusers", "nunchaku"] = Field(
-        "diffusers", description="diffusers: a folder; nunchaku: the classic single file too (FLUX.1)"
+        default="diffusers", description="diffusers: a folder; nunchaku: the classic single file too (FLUX.1)"
     )
     fuse_qkv: bool = Field(
-        False, description="quantise q, k and v as one layer with one smoothing; the nunchaku container always does"
+        default=False,
+        description="quantise q, k and v as one layer with one smoothing; the nunchaku container always does",
     )
 
 
 class Bundle(Section):
     layout: Literal["stock", "official"] = Field(
-        "stock", description="stock: stock pipeline class; official: the DC-Gen authors' class"
+        default="stock", description="stock: stock pipeline class; official: the DC-Gen authors' class"
     )
-    steps: PositiveInt = Field(20, description="denoising steps that the model card and verify use")
-    guidance: NonNegativeFloat = Field(3.5, description="guidance that the model card and verify use")
+    steps: PositiveInt = Field(default=20, description="denoising steps that the model card and verify use")
+    guidance: NonNegativeFloat = Field(default=3.5, description="guidance that the model card and verify use")
 
 
 class Evaluate(Section):
-    prompts: NonNegativeInt = Field(16, description="fixed-seed pictures drawn after each stage; 0 disables")
+    prompts: NonNegativeInt = Field(default=16, description="fixed-seed pictures drawn after each stage; 0 disables")
     metrics: Literal["tiny-world", "none"] = Field(
-        "none", description="tiny-world: attribute accuracy and Frechet distance; none disables"
+        default="none", description="tiny-world: attribute accuracy and Frechet distance; none disables"
     )
 
 
@@ -244,13 +266,13 @@ class Watch(Section):
     """What is measured and drawn while a phase trains. It changes nothing in the training."""
 
     evaluate_every: NonNegativeInt = Field(
-        1000, description="steps between held-out losses at fixed noise levels; 0 disables"
+        default=1000, description="steps between held-out losses at fixed noise levels; 0 disables"
     )
     grid_every: NonNegativeInt = Field(
-        1000,
+        default=1000,
         description="steps between grids of pictures with fixed seeds; each is drawn after a checkpoint; 0 disables",
     )
-    pictures: PositiveInt = Field(8, description="held-out captions drawn in a grid")
+    pictures: PositiveInt = Field(default=8, description="held-out captions drawn in a grid")
 
 
 class Recipe(Section):
@@ -259,25 +281,31 @@ class Recipe(Section):
     name: str = Field(description="names the bundle and the run folder; left out: the name of the file")
     source: str = Field(description="catalogue name, hub id, diffusers folder, .safetensors or .gguf of the base model")
     base: str | None = Field(
-        None,
+        default=None,
         description="pipeline with text encoders and autoencoder, for a source that is a transformer alone; null: "
         "the published one",
     )
-    loras: tuple[str, ...] = Field((), description="LoRA files FILE[:scale], fused into the source first; empty: none")
+    loras: tuple[str, ...] = Field(
+        default=(), description="LoRA files FILE[:scale], fused into the source first; empty: none"
+    )
     ae: str = Field(description="autoencoder: alias, hub id, folder, or FILE.safetensors:ALIAS")
     ae_channels: PositiveInt | None = Field(
-        None, description="use the first K latent channels, for structured latents (DC-AE 1.5); null: all"
+        default=None, description="use the first K latent channels, for structured latents (DC-AE 1.5); null: all"
     )
-    revision: str | None = Field(None, description="git revision of the source on the hub; null: the catalogue's")
-    seed: NonNegativeInt = Field(0, description="seed of every random draw")
-    dtype: Literal["fp32", "bf16"] = Field("bf16", description="weights and activations in training")
+    revision: str | None = Field(
+        default=None, description="git revision of the source on the hub; null: the catalogue's"
+    )
+    seed: NonNegativeInt = Field(default=0, description="seed of every random draw")
+    dtype: Literal["fp32", "bf16"] = Field(default="bf16", description="weights and activations in training")
     data: Data = Field(default_factory=Data)
     latents: Latents = Field(default_factory=Latents)
     align_embedder: AlignEmbedder = Field(default_factory=AlignEmbedder)
     align_head: AlignHead = Field(default_factory=AlignHead)
     adapt: Adapt
     quantize: Quantize = Field(default_factory=Quantize)
-    merge_lora: bool = Field(True, description="add the last LoRA to the weights; false: keep it in a file of its own")
+    merge_lora: bool = Field(
+        default=True, description="add the last LoRA to the weights; false: keep it in a file of its own"
+    )
     bundle: Bundle = Field(default_factory=Bundle)
     evaluate: Evaluate = Field(default_factory=Evaluate)
     watch: Watch = Field(default_factory=Watch)

@@ -1,15 +1,19 @@
-"""Layers of settings: nested values, dotted keys, the origin of each, and pydantic's complaints as one sentence."""
+"""Layers of settings: nested values, dotted keys, and the origin of each; pydantic's errors as one sentence."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from dcgen_convert.core.errors import RecipeError
 from dcgen_convert.recipe.schema import Phase, Recipe
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 FLAGS = {
     "ae": "--ae",
@@ -66,8 +70,12 @@ def schema_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
 
 
 class Layers:
-    """Values laid over each other, weakest first. `values` is the nested result, `origins` the layer of each dotted
-    key."""
+    """Settings of several layers, added weakest first.
+
+    Attributes:
+        values: the nested result.
+        origins: dotted key -> the layer that it comes from.
+    """
 
     def __init__(self) -> None:
         self.values: dict = {}
@@ -230,8 +238,8 @@ def one_sentence(exc: ValidationError, layers: Layers) -> str:
     return f"{key} must be {_wanted(same)}, not {first['input']!r}{where}"
 
 
-def _dotted(loc: tuple) -> str:
-    """A location without the branch labels that pydantic adds for unions."""
+def _dotted(loc: tuple[int | str, ...]) -> str:
+    """The dotted key of an error's location, without the labels that pydantic adds for the branches of a union."""
     parts = [str(part) for part in loc]
     known = {segment for key in schema_keys() for segment in key.split(".")}
     while (
@@ -266,7 +274,7 @@ _LIMITS = {
 }
 
 
-def _wanted(errors: list[dict]) -> str:
+def _wanted(errors: list[ErrorDetails]) -> str:
     texts = []
     for error in errors:
         name, ctx = error["type"], error.get("ctx", {})

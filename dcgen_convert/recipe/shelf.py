@@ -36,7 +36,7 @@ def find(name_or_path: str) -> Path | None:
 
 
 def read(name_or_path: str) -> list[tuple[str, dict]]:
-    """The recipe and the recipes it extends, weakest first: [(name, raw mapping), ...].
+    """The recipe and all recipes that it extends, weakest first: [(name, settings as written), ...].
 
     Raises:
         RecipeError: unknown name (with the nearest one), not a mapping, or a circle of `extends`.

@@ -177,11 +177,11 @@ def test_sizes_are_read_from_shapes(family):
 
 def test_unknown_names_are_listed_and_odd_rows_refused():
     table = keymap.find("flux", "bfl")
-    with pytest.raises(InputError, match="2 tensors have no place in the original layout: strange.weight, vae.x"):
+    with pytest.raises(InputError, match=r"2 tensors have no place in the original layout: strange.weight, vae.x"):
         table.forward({"img_in.weight": (8, 4), "strange.weight": (1,), "vae.x": (2,)})
-    with pytest.raises(InputError, match="double_blocks.0.img_attn.qkv.weight has 10 rows"):
+    with pytest.raises(InputError, match=r"double_blocks.0.img_attn.qkv.weight has 10 rows"):
         table.forward({"img_in.weight": (8, 4), "double_blocks.0.img_attn.qkv.weight": (10, 8)})
-    with pytest.raises(InputError, match="single_blocks.0.linear1.weight has 20 rows"):
+    with pytest.raises(InputError, match=r"single_blocks.0.linear1.weight has 20 rows"):
         table.forward({"img_in.weight": (8, 4), "single_blocks.0.linear1.weight": (20, 8)})
-    with pytest.raises(InputError, match="qkv.weight needs transformer_blocks.0.attn.to_k.weight"):
+    with pytest.raises(InputError, match=r"qkv.weight needs transformer_blocks.0.attn.to_k.weight"):
         table.backward({"transformer_blocks.0.attn.to_q.weight": (8, 8)})

@@ -171,10 +171,10 @@ def test_lora_that_does_not_fit_is_refused(folders, change, error, message):
 def test_modules_that_do_not_fit_are_refused(folders):
     path, _ = folders
     edit(path / "modules.safetensors", lambda v: v.update({"x_embedder.bias": torch.ones(31)}))
-    with pytest.raises(CheckFailed, match="x_embedder.bias is"):
+    with pytest.raises(CheckFailed, match=r"x_embedder.bias is"):
         merge.merge(path / "dense", path / "out", modules=path / "modules.safetensors")
     edit(path / "modules.safetensors", lambda v: (v.clear(), v.update({"nowhere": torch.ones(1)})))
-    with pytest.raises(CheckFailed, match="1 of 1 keys have no place in .*module nowhere"):
+    with pytest.raises(CheckFailed, match=r"1 of 1 keys have no place in .*module nowhere"):
         merge.merge(path / "dense", path / "out", modules=path / "modules.safetensors")
 
 
@@ -185,7 +185,7 @@ def test_nothing_to_merge_and_wrong_folders_are_refused(folders):
     with pytest.raises(InputError, match="not a transformer folder"):
         merge.merge(path, path / "out", modules=path / "modules.safetensors")
     merge.shards_of(path / "dense")[0].unlink()
-    with pytest.raises(InputError, match="is named in .* but is not there"):
+    with pytest.raises(InputError, match=r"is named in .* but is not there"):
         merge.merge(path / "dense", path / "out", modules=path / "modules.safetensors")
 
 

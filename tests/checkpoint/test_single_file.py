@@ -340,7 +340,7 @@ def test_loras_that_do_not_fit(tmp_path, weights, changes, says):
 def test_a_file_that_is_no_lora_and_one_that_is_not_there(tmp_path):
     with pytest.raises(InputError, match="no plain LoRA weight"):
         laid_out(BASE, tmp_path, base=None, loras=[str(FILE)])
-    with pytest.raises(InputError, match="none.safetensors is no file"):
+    with pytest.raises(InputError, match=r"none.safetensors is no file"):
         laid_out(BASE, tmp_path, base=None, loras=["none.safetensors:0.5"])
 
 
@@ -377,7 +377,7 @@ def test_files_that_cannot_work(tmp_path, weights, changes, says):
 def test_prefixed_tensors_beside_others_are_asked_about(tmp_path, weights):
     tensors = {f"model.diffusion_model.{name}": value for name, value in to_bfl(weights).items()}
     save_file({**tensors, "loose.weight": torch.ones(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match="holds loose.weight beside the tensors under model.diffusion_model"):
+    with pytest.raises(InputError, match=r"holds loose.weight beside the tensors under model.diffusion_model"):
         laid_out(tmp_path / "model.safetensors", tmp_path)
 
 
@@ -385,7 +385,7 @@ def test_without_a_base_and_without_network_the_repository_is_named(tmp_path, we
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     save_file(to_bfl(weights), tmp_path / "model.safetensors")
     with pytest.raises(
-        AccessError, match="come from black-forest-labs/FLUX.1-dev, which is not in the local cache"
+        AccessError, match=r"come from black-forest-labs/FLUX.1-dev, which is not in the local cache"
     ) as raised:
         load_source("x", str(tmp_path / "model.safetensors"), home=tmp_path, offline=True)
     assert "--base" in raised.value.hint
@@ -394,7 +394,7 @@ def test_without_a_base_and_without_network_the_repository_is_named(tmp_path, we
 
 def test_a_base_of_another_family_is_refused(tmp_path, weights):
     save_file(to_bfl(weights), tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match="the base tiny-sana is a sana, .* is a flux"):
+    with pytest.raises(InputError, match=r"the base tiny-sana is a sana, .* is a flux"):
         laid_out(tmp_path / "model.safetensors", tmp_path, base="tiny-sana")
-    with pytest.raises(InputError, match="has no model_index.json"):
+    with pytest.raises(InputError, match=r"has no model_index.json"):
         laid_out(tmp_path / "model.safetensors", tmp_path, base=tmp_path)

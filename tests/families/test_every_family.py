@@ -28,7 +28,7 @@ from dcgen_convert.core.journal import Stage
 from dcgen_convert.families import grid
 from dcgen_convert.networks import autoencoders, models, pipelines
 from dcgen_convert.planning.arithmetic import matching
-from dcgen_convert.planning.quantised import quantised
+from dcgen_convert.planning.quantised import quantised_linears
 from dcgen_convert.planning.structures import structure
 from dcgen_convert.recipe.schema import Quantize
 from dcgen_convert.stages import surgery
@@ -439,7 +439,7 @@ def test_quantisation_reaches_exactly_the_planned_linears(tiny, source, stock, c
         for pattern in (family.lora_targets, family.awq_pattern, family.dense_pattern)
     )
     sizes = SimpleNamespace(family=family, converted=structure(read_json(tmp_path / "dense" / "config.json")))
-    plan, problems = quantised(Quantize(format="nvfp4"), sizes)
+    plan, problems = quantised_linears(Quantize(format="nvfp4"), sizes)
     assert (plan["w4a4"], plan["w4a16"], plan["impossible"], problems) == (len(adapted - kept), len(awq), {}, [])
 
     pipeline, _ = load(bundle, torch.float32)

@@ -131,8 +131,8 @@ def test_a_step_takes_what_the_plan_says(zero, dtype, full, pictures, changes):
     peak, trained, frozen = measured(recipe.adapt, dtype, zero, full, pictures)
     shape = structure({**CONFIG, "_class_name": "FluxTransformer2DModel"})
     sizes = SimpleNamespace(
-        converted=shape, trainable=lambda phase: Trainable(trained, frozen, 0), tokens=lambda phase: SIDE * SIDE + TEXT
+        converted=shape, trainable=lambda _: Trainable(trained, frozen, 0), tokens=lambda _: SIDE * SIDE + TEXT
     )
     what = replace(training(recipe, recipe.adapt.phases[-1], sizes), overlap=False)
-    plan = memory.memory(what, 1, zero, "none", pictures)
+    plan = memory.estimate(what, 1, zero, "none", pictures)
     assert plan.weights + plan.grads + plan.optimizer + plan.activations + plan.step == pytest.approx(peak, rel=0.10)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcgen_convert.planning import memory as plan
-from dcgen_convert.planning.fit import fit, micro_batch
+from dcgen_convert.planning.fit import decide, micro_batch
 from dcgen_convert.recipe.loading import load
 
 # FLUX 12B for f64c128 at 4096 + 512 tokens, LoRA r256: frozen, trained parameters of the table below
@@ -57,7 +57,7 @@ FULL = [
 @pytest.mark.parametrize("line", TABLE)
 def test_table(line):
     zero, offload, gpus, *sizes, h100, h200 = line.split()
-    found = plan.memory(LORA, int(gpus), int(zero), offload, 1)
+    found = plan.estimate(LORA, int(gpus), int(zero), offload, 1)
     weights, _, _, activations, _, total, host = (float(size) for size in sizes)
     parts = [found.weights, found.activations, found.host]
     assert [part / plan.GIB for part in parts] == pytest.approx([weights, activations, host], abs=0.051)
@@ -70,7 +70,7 @@ def test_table(line):
 @pytest.mark.parametrize("line", FULL)
 def test_full_fine_tune(line):
     gpus, *sizes = line.split()
-    found = plan.memory(plan.Training(0, 11_901_801_600, SAMPLE), int(gpus), 3, "none", 1)
+    found = plan.estimate(plan.Training(0, 11_901_801_600, SAMPLE), int(gpus), 3, "none", 1)
     weights, *_, total = (float(size) for size in sizes)
     assert found.weights / plan.GIB == pytest.approx(weights, abs=0.051)
     assert found.total / plan.GIB == pytest.approx(total, rel=0.11)
@@ -96,8 +96,8 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not(frozen, trained, gpu
     what = plan.Training(frozen, trained, sample)
     most = plan.max_micro_batch(what, gpus, zero, offload, room)
     if most:
-        assert plan.memory(what, gpus, zero, offload, most).total <= room * (1 + 1e-9)
-    assert plan.memory(what, gpus, zero, offload, most + 1).total > room * (1 - 1e-9)
+        assert plan.estimate(what, gpus, zero, offload, most).total <= room * (1 + 1e-9)
+    assert plan.estimate(what, gpus, zero, offload, most + 1).total > room * (1 - 1e-9)
 
 
 def test_the_lightest_machinery_that_fits_is_chosen_and_says_why():
@@ -123,26 +123,26 @@ def test_the_smallest_change_is_named():
 
 
 @pytest.mark.parametrize(
-    "share, limit, size", [(256, 39, 32), (256, 300, 256), (64, 64, 64), (12, 5, 4), (7, 6, 1), (8, 0, 1)]
+    "part, limit, size", [(256, 39, 32), (256, 300, 256), (64, 64, 64), (12, 5, 4), (7, 6, 1), (8, 0, 1)]
 )
-def test_micro_batches_divide_the_share(share, limit, size):
-    assert micro_batch(share, limit) == size
+def test_micro_batches_divide_the_part_of_a_gpu(part, limit, size):
+    assert micro_batch(part, limit) == size
 
 
-def test_fit_obeys_the_user_and_decides_auto(monkeypatch):
+def test_fit_obeys_the_user_and_decides_auto():
     from dcgen_convert.planning.arithmetic import Trainable
     from dcgen_convert.planning.layers import Structure
 
     sizes = SimpleNamespace(
         converted=Structure((), 0, 57, 3072, 4096),
-        trainable=lambda phase: Trainable(TRAINED, FROZEN, 418),
-        tokens=lambda phase: 4608,
+        trainable=lambda _: Trainable(TRAINED, FROZEN, 418),
+        tokens=lambda _: 4608,
     )
     room = 79.1 * plan.GIB
 
     def found(**settings):
         recipe = load("flux-krea", sets=[f"adapt.{key}={value}" for key, value in settings.items()]).recipe
-        return fit(recipe, recipe.adapt.phases[-1], sizes, 1, room)
+        return decide(recipe, recipe.adapt.phases[-1], sizes, 1, room)
 
     auto = found(zero="auto")
     assert (auto.zero, auto.offload, auto.micro_batch, auto.problem) == (1, "none", 8, None)

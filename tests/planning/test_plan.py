@@ -8,6 +8,7 @@ import pytest
 from conftest import WEIGHTS
 
 from dcgen_convert import conversion
+from dcgen_convert.core import disk
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.errors import ResourceError
 from dcgen_convert.planning import costs, plan
@@ -164,9 +165,9 @@ def test_hub_cache_obeys_the_environment():
 
 def test_a_full_disk_is_refused_before_the_first_byte(tmp_path):
     free = shutil.disk_usage(tmp_path).free
-    costs.check_disk([(tmp_path / "not" / "yet" / "there", free / 2)])
+    disk.check_disk([(tmp_path / "not" / "yet" / "there", free / 2)])
     with pytest.raises(ResourceError, match="GB needed") as caught:
-        costs.check_disk([(tmp_path / "run", free * 0.6), (tmp_path / "out", free * 0.6)])  # one disk: they add up
+        disk.check_disk([(tmp_path / "run", free * 0.6), (tmp_path / "out", free * 0.6)])  # one disk: they add up
     assert caught.value.exit_code == 4
 
 

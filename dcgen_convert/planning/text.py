@@ -56,7 +56,7 @@ def render(doc: dict) -> str:
         lines.append(f"download {row['role']}: {row['repo']} {size(row['bytes'])} ({state})")
     lines += ["", *_time(doc["time"]), "", "settings (value, from):"]
     width = max(map(len, doc["settings"]))
-    lines += [f"  {key:<{width}}  {str(item['value']):<20}  {item['origin']}" for key, item in doc["settings"].items()]
+    lines += [f"  {key:<{width}}  {item['value']!s:<20}  {item['origin']}" for key, item in doc["settings"].items()]
     lines += [""] + [f"note: {note}" for note in doc["notes"]] + [f"problem: {problem}" for problem in doc["problems"]]
     return "\n".join([*lines, f"verdict: {doc['status']}"])
 
