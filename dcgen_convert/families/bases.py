@@ -36,7 +36,7 @@ class Base:
         return read_json(CONFIGS / self.template)
 
 
-# The first one that fits is used.
+# family, hub id, template, factor, channels, when. The first one that fits is used.
 BASES = (
     Base("flux", "black-forest-labs/FLUX.1-schnell", "flux-schnell.json", 8, 16, {"guidance_embeds": False}),
     Base("flux", "black-forest-labs/FLUX.1-dev", "flux-dev.json", 8, 16),
