@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,37 +17,40 @@ from dcgen_convert.bundle.card import render
 from dcgen_convert.bundle.layout import check_output, require_room, write_bundle
 from dcgen_convert.bundle.sample import check_size
 from dcgen_convert.bundle.verify import verify
-from dcgen_convert.checkpoint.imported import STAGE
+from dcgen_convert.checkpoint.imported import STAGE, Imported
 from dcgen_convert.checkpoint.licence import licence_of_source
 from dcgen_convert.checkpoint.open import load_source
 from dcgen_convert.checkpoint.source import Source
+from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_json, write_json
 from dcgen_convert.data import prompts
+from dcgen_convert.families import QuantTargets
 from dcgen_convert.families.grid import autoencoder_grid
 from dcgen_convert.networks import models, pipelines
-from dcgen_convert.networks.pipelines import quiet_diffusers, stock_pipeline
 from dcgen_convert.recipe import loading
 from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.schema import Quantize
-from dcgen_convert.stages import pictures
-from dcgen_convert.stages import quantize as stage
-from dcgen_convert.svdquant import record
+from dcgen_convert.stages.pictures import class_names
+from dcgen_convert.stages.quantize import SINGLE_FILE, measured, settings_of
 from dcgen_convert.svdquant.nunchaku import export_nunchaku
 from dcgen_convert.svdquant.quantize import quantize
+from dcgen_convert.svdquant.record import CALLS, DONE, Pictures, read_calls, record_calls
+from dcgen_convert.svdquant.settings import Settings
 from dcgen_convert.svdquant.skeleton import build
 from dcgen_convert.svdquant.targets import check_container, plan_targets
 
 BATCH = 4  # pictures drawn at once
-PIPELINE_SIDE = 1024  # px that pipelines draw whose model states no size (Z-Image)
+PIPELINE_SIDE = 1024  # px of the pictures of a pipeline whose model states no size (Z-Image)
+CALL = "call.json"  # in the work folder: what it belongs to
 
 
 @dataclass(frozen=True)
 class Drawing:
     """How the calibration pictures are drawn.
 
-    None takes what the recipe of a catalogue name draws with, for other sources the pipeline's own default.
-    data_free: draw none, quantise from the weights alone. prompts: a file, "builtin" or "tiny-world".
+    None means: as the recipe of a catalogue name says; for other sources the pipeline's own default.
+    data_free: draw no picture, quantise from the weights alone. prompts: a file, "builtin" or "tiny-world".
     """
 
     data_free: bool = False
@@ -67,149 +71,221 @@ class Drawing:
         return replace(self, **{key: value for key, value in known.items() if getattr(self, key) is None})
 
 
-def quantize_source(
-    name: str,
-    output: Path,
-    section: Quantize,
-    drawing: Drawing,
-    console,
-    base: str | None = None,
-    loras: Sequence[str] = (),
-) -> dict[str, Any]:
-    """``output`` becomes a bundle: the pipeline with a 4-bit transformer, verified. Result: bundle, metrics, checks,
-    layers.
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for.
 
-    Args:
-        name: catalogue name, folder, file or hub id.
-        base, loras: as `load_source` takes them.
-        section: recipe section ``quantize`` (format, rank, calibration.prompts, container, dense).
+    name: catalogue name, folder, file or hub id. section: recipe section ``quantize``; format, rank, container, dense,
+    fuse_qkv and calibration.prompts count. base, loras: as `load_source` takes them.
+    """
 
-    An interrupted call leaves a hidden work folder beside the output; the same call goes on from it.
+    name: str
+    output: Path
+    section: Quantize
+    drawing: Drawing
+    base: str | None = None
+    loras: Sequence[str] = ()
+
+    @property
+    def work_folder(self) -> Path:
+        """The hidden folder beside the output where the work is done."""
+        return self.output.parent / f".{self.output.name}.work"
+
+
+def quantize_source(request: Request, console: Console) -> dict[str, Any]:
+    """The output becomes a bundle: the pipeline with a 4-bit transformer, verified.
+
+    An interrupted call leaves its work folder beside the output, and the same call goes on from it.
+
+    Returns:
+        bundle, metrics, checks, layers.
     """
     began = time.monotonic()
-    check_output(output, force=False)
-    identity = Identity(name, base)
-    drawing = drawing.filled(identity.entry.recipe if identity.entry else None)
-    home = work_folder(output) / STAGE
-    source = load_source(name, identity.where, revision=identity.revision, base=base, loras=loras, home=home)
-    check_container(section, source.family)
-    folders = list(source.parts.values())
-    require_room(output, [path for path in folders if path.is_dir()], source.files)
-    targets = plan_targets(source.family, source.config, section.dense)
-    work = _work(output, source, section, drawing)
+    check_output(request.output, force=False)
+    quantisation = SourceQuantisation.of(request, console)
     try:
-        if source.imported and not (home / "model_index.json").exists():  # written last
-            source.lay_out(console)
-        defaults = defaults_of(source, drawing)
-        vae = read_json(source.vae / "config.json")
-        check_size(source.family, source.config, vae, defaults["height"], defaults["width"])
+        quantisation.prepare()
     except InputError:
-        shutil.rmtree(work)
+        shutil.rmtree(request.work_folder, ignore_errors=True)
         raise
-    calls = work / record.CALLS
-    if not drawing.data_free:
-        _record(calls, source, section.calibration.prompts, drawing, defaults, console)
-    settings = stage.settings_of(section, drawing.seed)
-    if drawing.data_free:
-        settings = replace(settings, calibration="none")
-    transformer, single_file = work / models.TRANSFORMER, None
-    if not transformer.exists():  # whole or absent
-        quantize(source.transformer, transformer, targets, settings, record.read_calls(calls), console)
-    if section.container == "nunchaku":
-        single_file = work / stage.SINGLE_FILE
-        export_nunchaku(transformer, single_file, source.family.patch(source.config, autoencoder_grid(vae)[1]))
-    measured = stage.measured(transformer, targets, settings)
-    facts = manifest.build(
-        recipe={"source": name, "quantize": section.model_dump(mode="json"), "drawing": asdict(drawing)},
-        family=source.family.name,
-        sources={"base": source.record(name)},
-        autoencoder=_autoencoder(vae),
-        defaults=defaults,
-        seed=drawing.seed,
-        licence={"base": licence_of_source(name, source.root)},
-        times={"quantize": time.monotonic() - began},
-        metrics={"quantize": measured},
-    )
-    layout = dict(layout="source", family=source.family)
-    card = render(facts, title=output.name, **layout)
-    parts = dict(source=source.root, transformer=transformer, single_file=single_file)
-    write_bundle(output, manifest=facts, card=card, console=console, **parts, **layout)
+    quantisation.record()
+    figures = quantisation.quantise()
+    quantisation.write_bundle(figures, time.monotonic() - began)
     try:
-        checks = verify(output, console, source.root)["checks"]
+        checks = verify(request.output, console, quantisation.source.root)["checks"]
     finally:  # the bundle is whole, whatever is found
-        shutil.rmtree(work)
-    layers = measured.pop("layers")
-    return {"bundle": str(output), "metrics": measured, "checks": checks, "layers": layers}
+        shutil.rmtree(request.work_folder)
+    layers = figures.pop("layers")
+    return {"bundle": str(request.output), "metrics": figures, "checks": checks, "layers": layers}
 
 
-def work_folder(output: Path) -> Path:
-    """Where the work on ``output`` is done."""
-    return output.parent / f".{output.name}.work"
+@dataclass(frozen=True)
+class SourceQuantisation:
+    """The quantisation of one source, step by step: `prepare`, `record`, `quantise`, `write_bundle`."""
 
+    request: Request
+    console: Console
+    source: Source
+    targets: QuantTargets
 
-def _work(output: Path, source: Source, section: Quantize, drawing: Drawing) -> Path:
-    """The work folder of this very call; one that another source or other settings left is replaced."""
-    folder = work_folder(output)
-    call = {"source": source.fingerprint, "quantize": section.model_dump(mode="json"), "drawing": asdict(drawing)}
-    if folder.exists() and not ((folder / "call.json").is_file() and read_json(folder / "call.json") == call):
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "call.json", call)
-    return folder
+    @classmethod
+    def of(cls, request: Request, console: Console) -> SourceQuantisation:
+        """Find the source, and check what can be checked before anything is written."""
+        identity = Identity(request.name, request.base)
+        drawing = request.drawing.filled(identity.entry.recipe if identity.entry else None)
+        request = replace(request, drawing=drawing)
+        source = load_source(
+            request.name,
+            identity.where,
+            revision=identity.revision,
+            base=request.base,
+            loras=request.loras,
+            home=request.work_folder / STAGE,
+        )
+        check_container(request.section.container, source.family)
+        folders = list(source.parts.values())
+        require_room(request.output, [path for path in folders if path.is_dir()], source.files)
+        targets = plan_targets(source.family, source.config, request.section.dense)
+        return cls(request, console, source, targets)
 
+    @cached_property
+    def vae(self) -> dict[str, Any]:
+        """Config of the autoencoder."""
+        return read_json(self.source.vae / "config.json")
 
-def defaults_of(source: Source, drawing: Drawing) -> dict[str, Any]:
-    """How the bundle is drawn, and its calibration: height, width [px], steps, guidance, text_length."""
-    family, side = source.family, drawing.resolution or default_side(source)
-    return {
-        "height": side,
-        "width": side,
-        "steps": drawing.steps or family.default_steps,
-        "guidance": family.default_guidance if drawing.guidance is None else drawing.guidance,
-        "text_length": drawing.text_length or family.text_length,
-    }
+    @cached_property
+    def defaults(self) -> dict[str, Any]:
+        """How the bundle is drawn, and its calibration: height, width [px], steps, guidance, text_length."""
+        family, drawing = self.source.family, self.request.drawing
+        side = drawing.resolution or default_side(self.source)
+        return {
+            "height": side,
+            "width": side,
+            "steps": drawing.steps or family.default_steps,
+            "guidance": family.default_guidance if drawing.guidance is None else drawing.guidance,
+            "text_length": drawing.text_length or family.text_length,
+        }
 
+    @property
+    def settings(self) -> Settings:
+        settings = settings_of(self.request.section, self.request.drawing.seed)
+        return replace(settings, calibration="none") if self.request.drawing.data_free else settings
 
-def _record(folder: Path, source: Source, count: int, drawing: Drawing, defaults: dict[str, Any], console) -> None:
-    if (folder / record.DONE).exists():
-        return
-    texts = prompts.make(drawing.prompts or "builtin", count, drawing.seed, pictures.class_names(source))
-    call = dict(
-        side=defaults["height"], steps=defaults["steps"], guidance=defaults["guidance"], length=defaults["text_length"]
-    )
-    console.say(
-        f"calibration: {count} pictures of {call['side']} px, {call['steps']} steps, guidance {call['guidance']}"
-    )
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The recipe section and the drawing, as plain data."""
+        return {"quantize": self.request.section.model_dump(mode="json"), "drawing": asdict(self.request.drawing)}
 
-    def pipeline() -> Any:
-        model = models.load(source.transformer, torch.bfloat16, device=pipelines.device())
-        return pipelines.load_pipeline(source, torch.bfloat16, transformer=model)
+    def prepare(self) -> None:
+        """Make the work folder, lay out a source that is no pipeline folder, and check the size of the pictures.
 
-    with console.progress("calibration", count, "prompts") as bar:
-        record.record_calls(folder, source.family, pipeline, texts, drawing.seed, BATCH, bar, **call)
-    write_json(folder / record.DONE, {"calls": len(record.read_calls(folder))})
+        A work folder that another source or other settings left is replaced.
+        """
+        folder, source = self.request.work_folder, self.source
+        call = {"source": source.fingerprint, **self.asked}
+        if folder.exists() and not ((folder / CALL).is_file() and read_json(folder / CALL) == call):
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / CALL, call)
+        if isinstance(source, Imported) and not (source.root / "model_index.json").exists():  # written last
+            source.lay_out(self.console)
+        check_size(source.family, source.config, self.vae, self.defaults["height"], self.defaults["width"])
 
+    def record(self) -> None:
+        """Draw the calibration pictures and keep the calls of the transformer, unless they are there or not wanted."""
+        folder, source, drawing = self.request.work_folder / CALLS, self.source, self.request.drawing
+        if drawing.data_free or (folder / DONE).exists():
+            return
+        count = self.request.section.calibration.prompts
+        pictures = Pictures(
+            texts=prompts.make(drawing.prompts or "builtin", count, drawing.seed, class_names(source)),
+            seed=drawing.seed,
+            batch=BATCH,
+            side=self.defaults["height"],
+            steps=self.defaults["steps"],
+            guidance=self.defaults["guidance"],
+            length=self.defaults["text_length"],
+        )
+        what = f"{count} pictures of {pictures.side} px, {pictures.steps} steps, guidance {pictures.guidance}"
+        self.console.say(f"calibration: {what}")
 
-def _autoencoder(vae: dict[str, Any]) -> dict[str, Any]:
-    factor, channels = autoencoder_grid(vae)
-    return {
-        "name": vae["_class_name"],
-        "factor": factor,
-        "channels": channels,
-        "scaling_factor": vae.get("scaling_factor"),
-    }
+        def pipeline() -> Any:
+            model = models.load(source.transformer, torch.bfloat16, device=pipelines.device())
+            return pipelines.load_pipeline(source, torch.bfloat16, transformer=model)
+
+        with self.console.progress("calibration", count, "prompts") as bar:
+            record_calls(folder, source.family, pipeline, pictures, bar)
+        write_json(folder / DONE, {"calls": len(read_calls(folder))})
+
+    @property
+    def transformer(self) -> Path:
+        """The 4-bit transformer in the work folder."""
+        return self.request.work_folder / models.TRANSFORMER
+
+    @property
+    def single_file(self) -> Path | None:
+        """The classic container in the work folder, where it is asked for."""
+        return self.request.work_folder / SINGLE_FILE if self.request.section.container == "nunchaku" else None
+
+    def quantise(self) -> dict[str, Any]:
+        """Quantise the transformer, and write the classic container where it is asked for: what was measured."""
+        source, transformer = self.source, self.transformer
+        if not transformer.exists():  # it is whole, or it is not there
+            calls = read_calls(self.request.work_folder / CALLS)
+            quantize(source.transformer, transformer, self.targets, self.settings, calls, self.console)
+        if self.single_file is not None:
+            export_nunchaku(transformer, self.single_file, source.family.patch(source.config, self.grid[1]))
+        return measured(transformer, self.targets, self.settings)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(factor, channels) of the latent grid that the transformer works on."""
+        return autoencoder_grid(self.vae)
+
+    def write_bundle(self, figures: dict[str, Any], seconds: float) -> None:
+        """Write the bundle with its manifest and card. ``seconds``: what the work took."""
+        request, source = self.request, self.source
+        factor, channels = self.grid
+        facts = manifest.build(
+            recipe={"source": request.name, **self.asked},
+            family=source.family.name,
+            sources={"base": source.record(request.name)},
+            autoencoder={
+                "name": self.vae["_class_name"],
+                "factor": factor,
+                "channels": channels,
+                "scaling_factor": self.vae.get("scaling_factor"),
+            },
+            defaults=self.defaults,
+            seed=request.drawing.seed,
+            licence={"base": licence_of_source(request.name, source.root)},
+            times={"quantize": seconds},
+            metrics={"quantize": figures},
+        )
+        write_bundle(
+            request.output,
+            family=source.family,
+            source=source.root,
+            transformer=self.transformer,
+            manifest=facts,
+            card=render(facts, family=source.family, layout="source", title=request.output.name),
+            console=self.console,
+            layout="source",
+            single_file=self.single_file,
+        )
 
 
 def default_side(source: Source) -> int:
-    """Picture side in px that the stock pipeline draws when it is not told."""
+    """Side in px of the pictures that the stock pipeline draws when it is not told."""
     vae = read_json(source.vae / "config.json")
     factor = autoencoder_grid(vae)[0]
     only = source.family.only_side(source.config, factor)
     if only:
         return only
     parts = {part: None for part in source.parts if part != "scheduler"}
-    parts |= {models.TRANSFORMER: build(source.config), "vae": build(vae)}  # without their weights
-    with quiet_diffusers():
-        pipeline = stock_pipeline(source).from_pretrained(source.root, trust_remote_code=False, **parts)
+    without_weights = {models.TRANSFORMER: build(source.config), "vae": build(vae)}
+    with pipelines.quiet_diffusers():
+        stock = pipelines.stock_pipeline(source)
+        pipeline = stock.from_pretrained(source.root, trust_remote_code=False, **(parts | without_weights))
     cells = getattr(pipeline, "default_sample_size", None) or source.config.get("sample_size")
     return int(cells * getattr(pipeline, "vae_scale_factor", factor)) if cells else PIPELINE_SIDE

@@ -219,7 +219,7 @@ def quantize(
         InputError: a source or a setting that cannot work, or an output folder that is not empty.
         AccessError, ResourceError, CheckFailed: as in `convert`.
     """
-    from dcgen_convert.quantization import Drawing, quantize_source
+    from dcgen_convert.quantization import Drawing, Request, quantize_source
     from dcgen_convert.recipe.sources import short_name
 
     section = quantisation(format, rank, calibration, dense, container, fuse_qkv)
@@ -227,7 +227,8 @@ def quantize(
         calibration is None, None if prompts is None else str(prompts), resolution, steps, guidance, seed=seed
     )
     target = Path(output or f"{short_name(str(source))}-{section.format}").absolute()
-    done = quantize_source(str(source), target, section, drawing, console or _console(quiet), base=base, loras=loras)
+    request = Request(str(source), target, section, drawing, base, loras)
+    done = quantize_source(request, console or _console(quiet))
     return Quantised(**{**done, "bundle": target})
 
 

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import time
+from typing import Protocol
 
 from dcgen_convert.core import pulse
 
 EVERY_FRACTION = 0.10
 EVERY_SECONDS = 60.0
 QUIET_SECONDS = 3.0  # shorter loops show their closing line only
+
+
+class Bar(Protocol):
+    """What counts the units of a loop: a line or bar on the screen, or a rank that tells rank 0."""
+
+    def advance(self, n: int = 1, **info: object) -> None: ...
 
 
 def duration(seconds: float) -> str:

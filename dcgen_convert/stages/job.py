@@ -182,7 +182,8 @@ def prepare(resolved: Resolved, run: Run, console: Console, crew: Crew = SOLO) -
     doubt = source.family.doubt(identity.name, {} if source.imported else source.scheduler or {})
     if doubt and not recipe.adapt.phases[-1].consistency:
         console.warn(doubt)
-    targets.check_container(recipe.quantize, source.family)
+    if recipe.quantize.format != "none":
+        targets.check_container(recipe.quantize.container, source.family)
     if not recipe.merge_lora and not hasattr(stock_pipeline(source), "load_lora_weights"):
         raise InputError(
             f"the stock {source.family.pipeline_class} cannot load a LoRA apart", "leave out --no-merge-lora"

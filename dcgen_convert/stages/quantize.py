@@ -1,9 +1,9 @@
-"""Stage `quantize`: SVDQuant with calibration on the converted model's own trajectories."""
+"""Stage `quantize`: SVDQuant with calibration on what the converted model itself is given while it draws."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dcgen_convert.core.files import read_json, write_json
 from dcgen_convert.core.journal import Stage
@@ -11,49 +11,71 @@ from dcgen_convert.data import prompts
 from dcgen_convert.families import QuantTargets
 from dcgen_convert.families.base import by_kind
 from dcgen_convert.networks import models, pipelines
-from dcgen_convert.stages import pictures
-from dcgen_convert.stages.job import converted
+from dcgen_convert.recipe.schema import Quantize
+from dcgen_convert.stages.job import Job, converted
+from dcgen_convert.stages.pictures import class_names
 from dcgen_convert.stages.preview import converted_pipeline
 from dcgen_convert.svdquant.assemble import RECORDS
 from dcgen_convert.svdquant.nunchaku import export_nunchaku
-from dcgen_convert.svdquant.quantize import open_job, quantize, work
-from dcgen_convert.svdquant.record import CALLS, DONE, PROMPT_SEED, read_calls, record_calls
+from dcgen_convert.svdquant.quantisation import Quantisation
+from dcgen_convert.svdquant.quantize import quantize, work
+from dcgen_convert.svdquant.record import CALLS, DONE, PROMPT_SEED, Pictures, read_calls, record_calls
 from dcgen_convert.svdquant.settings import Settings
 from dcgen_convert.svdquant.targets import plan_targets
+
+if TYPE_CHECKING:
+    from dcgen_convert.core.progress import Bar
 
 SINGLE_FILE = "nunchaku.safetensors"  # the classic container, beside the folder that it is derived from
 CONVERTED_PATCH = 1
 
 
-def run(job, stage: Stage) -> None:
+def run(job: Job, stage: Stage) -> None:
     """Writes calls/ (inputs of the transformer) and transformer/ (4-bit, with the record of every layer)."""
-    recipe = job.recipe
-    targets = plan_targets(job.family, read_json(converted(job) / "config.json"), recipe.quantize.dense)
-    calls = stage.folder / CALLS
+    section, calls, transformer = job.recipe.quantize, stage.folder / CALLS, stage.folder / models.TRANSFORMER
+    targets, settings = _targets(job), settings_of(section, job.recipe.seed)
     if not (calls / DONE).exists():
-        count = recipe.quantize.calibration.prompts
+        count = section.calibration.prompts
         with (
             job.console.progress("calibration", count, "prompts") as bar,
             job.crew.share("calibration", bar, together=False),
         ):
-            record_share(job, bar)
+            record_part(job, bar)
         write_json(calls / DONE, {"calls": len(read_calls(calls))})
-    settings = settings_of(recipe.quantize, recipe.seed)
-    transformer = stage.folder / models.TRANSFORMER
-    if not transformer.exists():  # whole or absent
+    if not transformer.exists():  # it is whole, or it is not there
         quantize(converted(job), transformer, targets, settings, read_calls(calls), job.console, job.crew)
-    if recipe.quantize.container == "nunchaku":
+    if section.container == "nunchaku":
         export_nunchaku(transformer, stage.folder / SINGLE_FILE, CONVERTED_PATCH)
     stage.metrics.update(measured(transformer, targets, settings))
 
 
-def quantize_share(job, bar, **begun: Any) -> None:
+def quantize_part(job: Job, bar: Bar, **begun: Any) -> None:
     """This rank's part of the blocks, of the quantisation that rank 0 has begun."""
-    section, folder = job.recipe.quantize, job.folder("quantize")
-    targets = plan_targets(job.family, read_json(converted(job) / "config.json"), section.dense)
-    settings = settings_of(section, job.recipe.seed)
-    begun_job = open_job(converted(job), folder / models.TRANSFORMER, targets, settings, read_calls(folder / CALLS))
-    work(begun_job, job.console, bar, (job.crew.rank, job.crew.world), **begun)
+    folder, settings = job.folder("quantize"), settings_of(job.recipe.quantize, job.recipe.seed)
+    inputs = (_targets(job), settings, read_calls(folder / CALLS))
+    quantisation = Quantisation.of_folder(converted(job), folder / models.TRANSFORMER, *inputs)
+    work(quantisation, job.console, bar, (job.crew.rank, job.crew.world), **begun)
+
+
+def record_part(job: Job, bar: Bar) -> None:
+    """Record the calls of this rank's part of the batches, if they are not there yet."""
+    recipe, section = job.recipe, job.recipe.quantize.calibration
+    seed = recipe.seed + PROMPT_SEED
+    pictures = Pictures(
+        texts=prompts.make(recipe.data.prompts, section.prompts, seed, class_names(job.source)),
+        seed=recipe.seed,
+        batch=section.batch or recipe.data.batch,
+        side=job.resolution,
+        steps=section.steps or recipe.bundle.steps,
+        guidance=recipe.bundle.guidance,
+        length=job.text_length,
+    )
+
+    def pipeline() -> Any:
+        return converted_pipeline(job, models.load(converted(job), job.dtype, device=pipelines.device()))
+
+    part = (job.crew.rank, job.crew.world)
+    record_calls(job.folder("quantize") / CALLS, job.family, pipeline, pictures, bar, part)
 
 
 def measured(transformer: Path, targets: QuantTargets, settings: Settings) -> dict[str, Any]:
@@ -68,7 +90,7 @@ def measured(transformer: Path, targets: QuantTargets, settings: Settings) -> di
     }
 
 
-def settings_of(section: Any, seed: int) -> Settings:
+def settings_of(section: Quantize, seed: int) -> Settings:
     """Settings for the recipe section ``quantize``. The classic container stores q, k and v as one layer."""
     return Settings(
         precision=section.format,
@@ -79,21 +101,5 @@ def settings_of(section: Any, seed: int) -> Settings:
     )
 
 
-def record_share(job, bar) -> None:
-    """Record what is missing among this rank's calls. A batch's calls do not depend on who draws it."""
-    recipe, section = job.recipe, job.recipe.quantize.calibration
-    texts = prompts.make(
-        recipe.data.prompts, section.prompts, recipe.seed + PROMPT_SEED, pictures.class_names(job.source)
-    )
-    call = dict(
-        side=job.resolution,
-        steps=section.steps or recipe.bundle.steps,
-        guidance=recipe.bundle.guidance,
-        length=job.text_length,
-    )
-
-    def pipeline() -> Any:
-        return converted_pipeline(job, models.load(converted(job), job.dtype, device=pipelines.device()))
-
-    batch, share = section.batch or recipe.data.batch, (job.crew.rank, job.crew.world)
-    record_calls(job.folder("quantize") / CALLS, job.family, pipeline, texts, recipe.seed, batch, bar, share, **call)
+def _targets(job: Job) -> QuantTargets:
+    return plan_targets(job.family, read_json(converted(job) / "config.json"), job.recipe.quantize.dense)

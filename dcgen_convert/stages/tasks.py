@@ -34,8 +34,8 @@ class Performer:
             "captions": lambda: latents.caption_share(job, self.crew),
             "train-head": lambda: align_head.train(job, **arguments),
             "adapt": lambda: adapt.train_phase(job, **arguments),
-            "calibration": lambda: quantize.record_share(job, self.crew),
-            "blocks": lambda: quantize.quantize_share(job, self.crew, **arguments),
+            "calibration": lambda: quantize.record_part(job, self.crew),
+            "blocks": lambda: quantize.quantize_part(job, self.crew, **arguments),
         }
         perform[task]()
 

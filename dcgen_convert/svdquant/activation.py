@@ -12,9 +12,9 @@ from dcgen_convert.svdquant.formats import E2M1_MAX, E4M3_MAX, round_bf16, round
 def quantize_activation(x: torch.Tensor, smooth: torch.Tensor | None, precision: str) -> torch.Tensor:
     """x (T, K) as the tensor cores see it: half(x / smooth), quantised and dequantised. Half is bfloat16.
 
-    smooth (K,) or None for ones. nvfp4: the codes come from the reciprocal of the *unrounded* scale while the product
-    uses the e4m3 scale, so a group's maximum returns as 6 * e4m3(amax / 6). int4: the same with amax / 7 kept in
-    bfloat16. An all-zero group gives zeros.
+    smooth (K,) or None for ones. nvfp4: the codes are made with the reciprocal of the scale *before* it is rounded, and
+    the product uses the e4m3 scale. So the maximum of a group becomes 6 * e4m3(amax / 6). int4: the same with amax / 7
+    in bfloat16. A group of zeros gives zeros.
     """
     xs = round_bf16(x.float() if smooth is None else round_bf16(x.float()) / smooth)
     return _nvfp4(xs) if precision == "nvfp4" else _int4(xs)

@@ -5,7 +5,10 @@ value[n, k] = code[n, k] * scale[n, k / 64] + zero[n, k / 64]; the zero is alrea
 multiply-add wants it.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -24,7 +27,7 @@ class AwqLinear:
     scales: torch.Tensor
     zeros: torch.Tensor
     bias: torch.Tensor | None
-    record: dict = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
 
     def dense(self) -> torch.Tensor:
         """The bfloat16 weight that the kernel multiplies with, as float32 (N, K)."""
@@ -47,22 +50,23 @@ def quantize_awq(name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     groups = weight.view(n, -1, AWQ_GROUP)  # (N, G, 64)
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     centre, reach = (low + high) / 2, (high - low) / 2
-    best: tuple[torch.Tensor, ...] | None = None
-    for shrink in SHRINK:
-        scale = round_bf16(2 * reach * shrink / 15).clamp(min=2.0**-100)
-        zero = round_bf16(centre - reach * shrink)
-        code = ((groups - zero) / scale).round_().clamp_(0, 15)
-        error = (round_bf16(code * scale + zero) - groups).square_().sum(-1, keepdim=True)
-        if best is None:
-            best = (code, scale, zero, error)
-        else:
-            better = error < best[3]
-            best = tuple(
-                torch.where(better, new, old) for new, old in zip((code, scale, zero, error), best, strict=True)
-            )
+    best = _clipped(groups, centre, reach * SHRINK[0])
+    for shrink in SHRINK[1:]:
+        tried = _clipped(groups, centre, reach * shrink)
+        better = tried[3] < best[3]
+        best = tuple(torch.where(better, new, old) for new, old in zip(tried, best, strict=True))
     code, scale, zero, _ = best
     bias = None if bias is None else bias.to(torch.bfloat16)
     layer = AwqLinear(code.to(torch.uint8).view(n, k), scale.squeeze(-1), zero.squeeze(-1), bias)
     error = ((layer.dense() - weight).norm() / weight.norm().clamp(min=1e-30)).item()
     layer.record = {"module": name, "format": "awq_w4a16", "shape": [n, k], "weight_error": error}
     return layer
+
+
+def _clipped(groups: torch.Tensor, centre: torch.Tensor, reach: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(codes, scales, zeros, squared error per group) of groups (N, G, 64) that are clipped to centre -+ reach."""
+    scale = round_bf16(2 * reach / 15).clamp(min=2.0**-100)
+    zero = round_bf16(centre - reach)
+    code = ((groups - zero) / scale).round_().clamp_(0, 15)
+    error = (round_bf16(code * scale + zero) - groups).square_().sum(-1, keepdim=True)
+    return code, scale, zero, error

@@ -1,8 +1,8 @@
 """GPTQ (arXiv 2210.17323) in its equivalent LDLQ form (arXiv 2307.13304, theorem 6): one Cholesky factor, no inverse.
 
-Minimises tr((W - Q) H (W - Q)^T). With H = (I + M) D (I + M)^T, M strictly lower, the columns are rounded from the
-last to the first: Q_k = round(W_k + sum_{j > k} (W_j - Q_j) M_jk). Shapes: W (N, K), H (K, K); inside, everything is
-transposed to (K, N) so that the columns in work are contiguous.
+It minimises tr((W - Q) H (W - Q)^T). Write H = (I + M) D (I + M)^T with M strictly lower triangular. The columns are
+rounded from the last to the first: Q_k = round(W_k + sum_{j > k} (W_j - Q_j) M_jk). Shapes: W (N, K), H (K, K). The
+code works on the transpose (K, N), so that a column is contiguous.
 """
 
 import torch
@@ -13,16 +13,16 @@ from dcgen_convert.svdquant.settings import GROUP
 from dcgen_convert.svdquant.weights import GRID, QuantWeight, round_to_nearest
 
 BLOCK = 128
-CLEAR = 0.9  # share of the objective without feedback below which rounding to nearest has no chance
+CLEAR = 0.9  # below this fraction of the objective without feedback, rounding to nearest cannot win
 
 
 def shrink(hessian: torch.Tensor, count: int) -> torch.Tensor:
-    """The Hessian with its off-diagonal pulled towards zero as far as sampling noise of `count` tokens explains it. In
-    place.
+    """Pull the Hessian's off-diagonal towards zero, as far as the sampling noise of `count` tokens explains it. Works
+    in place.
 
-    Ledoit and Wolf's intensity (2004) for a diagonal target: sum Var(h_ij) / sum h_ij^2 over i != j, with Var(h_ij) =
-    (h_ii h_jj + h_ij^2) / n as for normal inputs. Without it GPTQ follows correlations that are not there and can lose
-    to rounding when tokens are few.
+    The intensity is Ledoit and Wolf's (2004) for a diagonal target: sum Var(h_ij) / sum h_ij^2 over i != j, with
+    Var(h_ij) = (h_ii h_jj + h_ij^2) / n as for normal inputs. Without it, few tokens show correlations that do not
+    exist; GPTQ would follow them, and could then be worse than rounding to nearest.
     """
     diagonal = hessian.diagonal().clone()
     off = max((hessian.norm().square() - diagonal.square().sum()).item(), 0.0)
@@ -35,8 +35,8 @@ def shrink(hessian: torch.Tensor, count: int) -> torch.Tensor:
 def factor(hessian: torch.Tensor) -> torch.Tensor | None:
     """Lower Cholesky factor L (K, K) of the damped Hessian; None when even that is not positive definite.
 
-    Damping is 1 % of the mean diagonal, or more where float32 rounding of the largest eigenvalue needs it. Works in the
-    Hessian's own memory, which is gone afterwards: at 15360 channels a second copy would be 0.9 GB.
+    Damping is 1 % of the mean diagonal, or more where float32 rounding of the largest eigenvalue needs it. The factor
+    overwrites the Hessian: at 15360 channels a second copy would take 0.9 GB.
     """
     diagonal = hessian.diagonal()
     vector = diagonal.clone()
@@ -51,20 +51,19 @@ def factor(hessian: torch.Tensor) -> torch.Tensor | None:
 
 
 def gptq(weight: torch.Tensor, lower: torch.Tensor, micro: torch.Tensor, scale: float, precision: str) -> QuantWeight:
-    """`weight` (N, K) rounded column by column on fixed scales, feeding each column's error into those still to come.
+    """Round `weight` (N, K) column by column on fixed scales, and feed each column's error into those that follow.
 
-    lower: from `factor`. micro (N, K / g), scale: from `weights.group_scales`, `weights.tensor_scale`. Never worse than
-    rounding to nearest under H = L L^T: where feedback gains little, plain rounding could win by luck; then both are
-    compared and the better one returned.
+    lower: from `factor`. micro (N, K / g), scale: from `weights.group_scales`, `weights.tensor_scale`. The result is
+    never worse than rounding to nearest under H = L L^T. Where feedback gains little, rounding to nearest can win by
+    chance; then both are compared, and the better one is returned.
     """
-    n, k = weight.shape
+    k = weight.shape[1]
     target = weight.T.contiguous()  # (K, N); a finished column is overwritten by its error
     grid = torch.empty_like(target, dtype=GRID)
     scales = (micro * scale).T.contiguous()  # (G, N)
     diagonal = lower.diagonal()  # L / diagonal = I + M, D = diagonal^2
-    rounding_error = torch.empty(
-        k, device=weight.device
-    )  # ||e_k||^2 of what was rounded; sum_k D_k ||e_k||^2 is the objective
+    # ||e_k||^2 of what was rounded; sum_k D_k ||e_k||^2 is the objective
+    rounding_error = torch.empty(k, device=weight.device)
     group, rounding = GROUP[precision], ROUND[precision]
     for start in range(k - BLOCK, -1, -BLOCK):
         pulse.bump()
@@ -84,7 +83,7 @@ def gptq(weight: torch.Tensor, lower: torch.Tensor, micro: torch.Tensor, scale: 
     spent = diagonal.square() @ rounding_error
     without_feedback = torch.linalg.vector_norm(lower, dim=1).square() @ rounding_error  # sum_k H_kk ||e_k||^2
     if spent > CLEAR * without_feedback:
-        del target  # a copy of the layer: no more of them at a time than need be
+        del target  # a copy of the layer; as few of them as possible exist at one time
         plain = round_to_nearest(weight, micro, scale, precision)
         if _objective(plain.dequantise().sub_(weight), lower) < spent:
             return plain
@@ -94,10 +93,5 @@ def gptq(weight: torch.Tensor, lower: torch.Tensor, micro: torch.Tensor, scale: 
 def _objective(error: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
     """tr(E L L^T E^T) for E (N, K), a block of columns of E L at a time."""
     blocks = range(0, error.shape[1], BLOCK)
-    return sum((error[:, start:] @ lower[start:, start : start + BLOCK]).square().sum() for start in blocks)
-
-
-def objective(weight: torch.Tensor, quantised: torch.Tensor, hessian: torch.Tensor) -> float:
-    """tr((W - Q) H (W - Q)^T)."""
-    difference = weight - quantised
-    return ((difference @ hessian) * difference).sum().item()
+    parts = ((error[:, start:] @ lower[start:, start : start + BLOCK]).square().sum() for start in blocks)
+    return sum(parts, start=error.new_zeros(()))

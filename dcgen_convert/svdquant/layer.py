@@ -4,7 +4,10 @@ y = W x + b with W (N, K). The result satisfies W ~= R diag(1/s) + U D, R 4-bit,
 bfloat16 acting on x.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -19,6 +22,8 @@ from dcgen_convert.svdquant.smooth import Smoothing, search
 from dcgen_convert.svdquant.stats import Stats
 from dcgen_convert.svdquant.weights import QuantWeight, group_scales, round_to_nearest, search_factor, tensor_scale
 
+REFITS = 2  # the low-rank branch is fitted again to what the 4-bit weight missed; each refit costs one more GPTQ pass
+
 
 @dataclass
 class SvdqLinear:
@@ -29,9 +34,9 @@ class SvdqLinear:
     up: torch.Tensor  # U (N, R) bfloat16
     down: torch.Tensor  # D (R, K) bfloat16
     bias: torch.Tensor | None  # (N,) bfloat16
-    record: dict = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
 
-    def rows(self, start: int, stop: int, bias: torch.Tensor | None) -> "SvdqLinear":
+    def rows(self, start: int, stop: int, bias: torch.Tensor | None) -> SvdqLinear:
         """Output channels start .. stop as a layer of their own, with their bias."""
         weight, rows = self.quantised, slice(start, stop)
         part = QuantWeight(weight.grid[rows], weight.micro[rows], weight.tensor_scale, weight.precision)
@@ -48,18 +53,6 @@ class SvdqLinear:
         return xq @ self.quantised.dequantise().T + (x @ self.down.float().T) @ self.up.float().T
 
 
-def quantize_linear(
-    name: str,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    stats: Stats | None,
-    settings: Settings,
-    generator: torch.Generator,
-) -> SvdqLinear:
-    """One layer; see `quantize_linears`."""
-    return quantize_linears([name], [weight], [bias], stats, settings, generator)[0]
-
-
 def quantize_linears(
     names: list[str],
     weights: list[torch.Tensor],
@@ -70,9 +63,10 @@ def quantize_linears(
 ) -> list[SvdqLinear]:
     """Quantise layers that read the same input, one or several; several share smoothing and down projection.
 
-    `stats` None means data-free: no smoothing, plain rounding with searched scales. Of the first version and its refits
-    the one with the least error on the choosing tokens is kept. Records give alpha, beta, and relative output errors on
-    tokens that took no part in choosing: of plain round-to-nearest W4A4 and of the result.
+    `stats` None means data-free: no smoothing, and rounding to nearest with searched scales. The first version and its
+    refits are compared on the choosing tokens, and the one with the least error is kept. A record gives alpha, beta,
+    and two relative output errors on tokens that took no part in choosing: that of rounding W4A4 to nearest, and that
+    of the result.
     Errors: InputError by name for shapes that the format cannot hold, and for NaN or infinite values.
     """
     for name, weight, bias in zip(names, weights, biases, strict=True):
@@ -82,7 +76,7 @@ def quantize_linears(
             check_finite(f"{name}.bias", bias)
     together = torch.cat([weight.to(settings.device).float() for weight in weights])
     tokens = None if stats is None else stats.tokens.to(settings.device)
-    smoothing = choose_smoothing(together, stats, tokens, settings, generator)
+    smoothing = _choose_smoothing(together, stats, tokens, settings, generator)
     joint = _decompose(together, stats, tokens, smoothing, settings, generator)
     layers, start = [], 0
     for name, weight, bias in zip(names, weights, biases, strict=True):
@@ -102,7 +96,7 @@ def quantize_linears(
     return layers
 
 
-def choose_smoothing(
+def _choose_smoothing(
     weight: torch.Tensor,
     stats: Stats | None,
     tokens: torch.Tensor | None,
@@ -110,7 +104,7 @@ def choose_smoothing(
     generator: torch.Generator,
 ) -> Smoothing:
     """The searched smoothing, or ones."""
-    if tokens is None or not settings.smoothing or not bool(tokens.any()):
+    if stats is None or tokens is None or not bool(tokens.any()):
         return Smoothing(torch.ones(weight.shape[1], device=weight.device), 0.0, 0.0, float("nan"), 1)
     return search(weight, stats.amax.to(weight.device), _for_choosing(tokens), settings, generator)
 
@@ -124,17 +118,15 @@ def _decompose(
     generator: torch.Generator,
 ) -> SvdqLinear:
     smooth = smoothing.factor  # weight * smooth (N, K) acts on x / s; it is made anew where it is needed, not kept
-    importance, lower = (None, None) if stats is None else input_metric(stats, smooth, settings)
+    importance, lower = (None, None) if stats is None else _input_metric(stats, smooth)
     up, inner, _ = low_rank(weight * smooth, settings.rank, generator)
     best, best_error = None, float("inf")
-    for refit in range(settings.refits + 1):
+    for refit in range(REFITS + 1):
         pulse.bump()
         up, down = up.to(torch.bfloat16), (inner / smooth).to(torch.bfloat16)
         residual = (weight * smooth).sub_(up.float() @ (down.float() * smooth))  # absorbs the rounding of U and D
         scale = tensor_scale(residual, settings.precision)
-        factors = None
-        if settings.scale_search:
-            factors = search_factor(residual, settings.precision, scale, importance)
+        factors = search_factor(residual, settings.precision, scale, importance)
         micro = group_scales(residual, settings.precision, scale, factors)
         if lower is None:
             quantised = round_to_nearest(residual, micro, scale, settings.precision)
@@ -143,23 +135,22 @@ def _decompose(
         del residual
         layer = SvdqLinear(quantised, smooth, up, down, None, {"refits": refit})
         error = _score(weight, tokens, layer)
-        if error < best_error:
+        if best is None or error < best_error:
             best, best_error = layer, error
-        if refit < settings.refits:
+        if refit < REFITS:
             missed = (weight * smooth).sub_(quantised.dequantise())
             up, inner, _ = low_rank(missed, settings.rank, generator, lower=lower)
+    assert best is not None
     return best
 
 
-def input_metric(stats: Stats, smooth: torch.Tensor, settings: Settings) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(mean square of x / smooth per channel (K,), Cholesky factor of its Hessian (K, K) or None without GPTQ)."""
+def _input_metric(stats: Stats, smooth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(mean square of x / smooth per channel (K,), Cholesky factor of its Hessian (K, K))."""
     hessian = shrink(stats.hessian(smooth), stats.count)
     importance = hessian.diagonal().clone()
-    if not settings.gptq:
-        return importance, None
     lower = factor(hessian)
     if lower is None:
-        hint = "Check the calls, or quantise with gptq=False."
+        hint = "Check the calibration pictures, or use --calibration none."
         raise CheckFailed(f"{stats.name}: its Hessian has no Cholesky factor.", hint)
     return importance, lower
 
@@ -172,9 +163,11 @@ def _score(weight: torch.Tensor, tokens: torch.Tensor | None, layer: SvdqLinear)
     return _relative(layer.output(chosen), chosen @ weight.T)
 
 
-def _errors(weight: torch.Tensor, tokens: torch.Tensor | None, layer: SvdqLinear, settings: Settings) -> dict:
-    """Errors before (round to nearest, nothing else) and after: of the weight, and of the output where there are tokens
-    that can be held out.
+def _errors(
+    weight: torch.Tensor, tokens: torch.Tensor | None, layer: SvdqLinear, settings: Settings
+) -> dict[str, float]:
+    """Errors of rounding to nearest alone and of the result: of the weight, and of the output where there are enough
+    tokens to hold some out.
     """
     scale = tensor_scale(weight, settings.precision)
     plain = round_to_nearest(

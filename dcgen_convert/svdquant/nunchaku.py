@@ -1,20 +1,27 @@
 """The classic nunchaku single file for FLUX.1 (nunchaku's file format), derived from a quantised diffusers folder.
 
-Fused q/k/v need one smoothing and one down projection: quantise with `Settings(fuse_qkv=True)`. The single blocks'
-proj_out is cut along its input channels, modulation rows are interleaved with 1 added to their scales' bias, and int4
-folds the kernel's GELU shift into the second MLP bias.
+The file stores q, k and v as one layer, which needs one smoothing and one down projection: quantise with
+`Settings(fuse_qkv=True)`. The proj_out of a single block is cut along its input channels. Modulation rows are
+interleaved, and 1 is added to the bias of the scale rows. In int4 the second bias of an MLP takes in the shift that the
+kernel adds after GELU.
 """
 
+from __future__ import annotations
+
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.files import read_json
 from dcgen_convert.svdquant.awq import AwqLinear
 from dcgen_convert.svdquant.layer import SvdqLinear
-from dcgen_convert.svdquant.runtime import open_layers
+from dcgen_convert.svdquant.runtime import Layer, open_layers
 from dcgen_convert.svdquant.shards import write_tensors
+from dcgen_convert.svdquant.source import read_tensor
 from dcgen_convert.svdquant.tensors import HALF, pack_awq, pack_svdq
 from dcgen_convert.svdquant.weights import QuantWeight
 
@@ -47,8 +54,8 @@ def export_nunchaku(folder: Path, file: Path, patch: int) -> None:
     Errors: InputError for another model class, for a layer that is not quantised, and for q, k and v that were
     quantised apart.
     """
-    model, entries, layers = open_layers(folder)
-    config = json.loads((folder / "config.json").read_text())
+    _, entries, layers = open_layers(folder)
+    config = read_json(folder / "config.json")
     if config["_class_name"] != "FluxTransformer2DModel":
         raise InputError(
             f"The classic container is written for FLUX.1 only, not for {config['_class_name']}.",
@@ -56,20 +63,22 @@ def export_nunchaku(folder: Path, file: Path, patch: int) -> None:
         )
     quantisation = config.pop("quantization_config")
     tensors: dict[str, torch.Tensor] = {}
-    for index in range(len(model.transformer_blocks)):
+    for index in range(config["num_layers"]):
         _block(f"transformer_blocks.{index}", DOUBLE, layers, tensors)
-    for index in range(len(model.single_transformer_blocks)):
+    for index in range(config["num_single_layers"]):
         block = f"single_transformer_blocks.{index}"
         _block(block, SINGLE, layers, tensors)
-        _proj_out(block, _svdq(layers, f"{block}.proj_out"), model.inner_dim, tensors)
-    tensors |= {_dense_name(name): entry.read() for name, entry in entries.items()}
+        _proj_out(block, _svdq(layers, f"{block}.proj_out"), _width(config), tensors)
+    tensors |= {_dense_name(name): read_tensor(entry) for name, entry in entries.items()}
     write_tensors(file, tensors, _metadata(config, quantisation, patch))
 
 
-def _block(block: str, names: dict[str, tuple[str, ...]], layers: dict, tensors: dict[str, torch.Tensor]) -> None:
+def _block(
+    block: str, names: dict[str, tuple[str, ...]], layers: Mapping[str, Layer], tensors: dict[str, torch.Tensor]
+) -> None:
     for classic, parts in names.items():
-        layer = _stack(block, classic, [_svdq(layers, f"{block}.{part}") for part in parts])
-        _add(tensors, f"{block}.{classic}", _fold_shift(layer) if classic.endswith("fc2") else layer)
+        fused = _stack(block, classic, [_svdq(layers, f"{block}.{part}") for part in parts])
+        _add(tensors, f"{block}.{classic}", _fold_shift(fused) if classic.endswith("fc2") else fused)
     for name, splits in MODULATION.items():
         layer = layers.get(f"{block}.{name}")
         if isinstance(layer, AwqLinear):
@@ -77,10 +86,11 @@ def _block(block: str, names: dict[str, tuple[str, ...]], layers: dict, tensors:
             tensors |= {f"{block}.{name}.{part}": tensor for part, tensor in packed.items()}
 
 
-def _svdq(layers: dict, name: str) -> SvdqLinear:
-    if name not in layers or isinstance(layers[name], AwqLinear):
+def _svdq(layers: Mapping[str, Layer], name: str) -> SvdqLinear:
+    layer = layers.get(name)
+    if layer is None or isinstance(layer, AwqLinear):
         raise InputError(f"The classic container needs {name} as W4A4, which it is not.", "Quantise all block linears.")
-    return layers[name][0]
+    return layer[0]
 
 
 def _stack(block: str, classic: str, parts: list[SvdqLinear]) -> SvdqLinear:
@@ -104,7 +114,7 @@ def _stack(block: str, classic: str, parts: list[SvdqLinear]) -> SvdqLinear:
 
 
 def _proj_out(block: str, layer: SvdqLinear, width: int, tensors: dict[str, torch.Tensor]) -> None:
-    """proj_out reads [attention, MLP]: the classic file keeps the two column ranges apart, the bias with the MLP."""
+    """proj_out reads [attention, MLP]. The classic file has one layer for each of the two; the MLP's keeps the bias."""
     weight = layer.quantised
     group = weight.grid.shape[1] // weight.micro.shape[1]
     for classic, columns in (("out_proj", slice(0, width)), ("mlp_fc2", slice(width, None))):
@@ -116,7 +126,7 @@ def _proj_out(block: str, layer: SvdqLinear, width: int, tensors: dict[str, torc
 
 
 def _fold_shift(layer: SvdqLinear) -> SvdqLinear:
-    """int4: bias - R diag(1/s) c, for the same output from the fused kernel's shifted input; nvfp4 has no shift."""
+    """int4: bias - R diag(1/s) c, because the fused kernel shifts the input by c; nvfp4 has no shift."""
     if layer.quantised.precision == "nvfp4":
         return layer
     constant = (layer.quantised.dequantise() / layer.smooth).sum(1) * GELU_SHIFT
@@ -129,14 +139,19 @@ def _interleave(layer: AwqLinear, splits: int) -> AwqLinear:
     def reorder(x: torch.Tensor) -> torch.Tensor:
         return x.view(splits, -1, *x.shape[1:]).transpose(0, 1).reshape(x.shape)
 
-    bias = layer.bias.float().view(splits, -1).clone()
+    bias = (_zeros(layer.codes) if layer.bias is None else layer.bias).float().view(splits, -1).clone()
     for row in {1, splits - 2}:
         bias[row] += 1
     return AwqLinear(reorder(layer.codes), reorder(layer.scales), reorder(layer.zeros), reorder(bias.view(-1)).to(HALF))
 
 
 def _bias(layer: SvdqLinear) -> torch.Tensor:
-    return torch.zeros(layer.up.shape[0], dtype=HALF) if layer.bias is None else layer.bias
+    return _zeros(layer.up) if layer.bias is None else layer.bias
+
+
+def _zeros(weight: torch.Tensor) -> torch.Tensor:
+    """A bias of zeros for a weight (N, ...)."""
+    return torch.zeros(weight.shape[0], dtype=HALF)
 
 
 def _add(tensors: dict[str, torch.Tensor], name: str, layer: SvdqLinear) -> None:
@@ -155,12 +170,15 @@ def _dense_name(name: str) -> str:
     return name
 
 
-def _metadata(config: dict, quantisation: dict, patch: int) -> dict[str, str]:
+def _width(config: Mapping[str, Any]) -> int:
+    return config["num_attention_heads"] * config["attention_head_dim"]
+
+
+def _metadata(config: dict[str, Any], quantisation: dict[str, Any], patch: int) -> dict[str, str]:
     """What nunchaku's and ComfyUI's loaders read from the file's header."""
     svdq = quantisation["svdq_w4a4"]
     fp4 = svdq["precision"] == "nvfp4"
     kind = {"dtype": "fp4_e2m1_all" if fp4 else "int4", "group_size": svdq["group_size"]}
-    width = config["num_attention_heads"] * config["attention_head_dim"]
     comfy = {
         "model_class": "Flux" if config["guidance_embeds"] else "FluxSchnell",
         "model_config": {
@@ -171,7 +189,7 @@ def _metadata(config: dict, quantisation: dict, patch: int) -> dict[str, str]:
             "patch_size": patch,
             "vec_in_dim": config["pooled_projection_dim"],
             "context_in_dim": config["joint_attention_dim"],
-            "hidden_size": width,
+            "hidden_size": _width(config),
             "mlp_ratio": 4.0,
             "num_heads": config["num_attention_heads"],
             "depth": config["num_layers"],

@@ -1,12 +1,15 @@
-"""Quantise a diffusers transformer folder into nunchaku_lite form (nunchaku's file format), block by block, resumable.
+"""Quantise a diffusers transformer folder into nunchaku_lite form (nunchaku's file format), block by block.
 
-Beside the output a hidden work folder grows: a weight file and a JSON neighbour per finished block, the block outputs
-that the next block starts from, and the statistics of blocks in work. When every block is there the output folder is
-put together and renamed.
+A hidden work folder grows beside the output. It holds a weight file and a JSON file per finished block, the block
+outputs that the next block starts from, and the statistics of blocks in work. When every block is there, the output
+folder is put together and renamed. An interrupted run goes on from the work folder.
 
-Blocks run one after the other, on what the dense blocks before them return; what costs the time, quantising them, needs
-their statistics alone. So several ranks take turns at running a block and quantise theirs at the same time.
+A block runs on what the dense blocks before it return, so the blocks run one after the other. Quantising a block takes
+most of the time, and needs only the block's statistics. So several ranks take turns at running a block, and quantise
+their blocks at the same time.
 """
+
+from __future__ import annotations
 
 import ctypes
 import hashlib
@@ -21,15 +24,17 @@ import torch
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import atomic_save, read_json, write_json
+from dcgen_convert.core.progress import Bar
+from dcgen_convert.families import QuantTargets
 from dcgen_convert.ranks.crew import SOLO, Crew
 from dcgen_convert.svdquant.assemble import assemble
 from dcgen_convert.svdquant.awq import AwqLinear, quantize_awq
 from dcgen_convert.svdquant.calibrate import Call, Walker, holding_list, repeated_blocks, run_dtype
-from dcgen_convert.svdquant.job import Job, Targets
 from dcgen_convert.svdquant.layer import SvdqLinear, quantize_linears
+from dcgen_convert.svdquant.quantisation import Quantisation
 from dcgen_convert.svdquant.settings import Settings
 from dcgen_convert.svdquant.skeleton import build, load
-from dcgen_convert.svdquant.source import read_folder
+from dcgen_convert.svdquant.source import read_tensor
 from dcgen_convert.svdquant.spool import Spool
 from dcgen_convert.svdquant.stats import Stats
 from dcgen_convert.svdquant.stats import load as load_stats
@@ -43,98 +48,113 @@ M_MMAP_THRESHOLD = -3  # from glibc's malloc.h
 def quantize(
     source: Path,
     output: Path,
-    targets: Targets,
+    targets: QuantTargets,
     settings: Settings,
     calls: Sequence[Call],
     console: Console,
     crew: Crew = SOLO,
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Write `output`, a diffusers transformer folder with 4-bit targets, from `source`; return one record per layer.
 
     calls: keyword arguments of the transformer's forward, in memory or as safetensors files; empty only with
-    calibration "none". crew: other ranks, which call `work` with the same job and the arguments that they are given.
-    Same inputs, settings and machine give the same bytes, whatever the ranks; an interrupted run goes on at the block
-    where it stopped.
-    Errors: InputError before any work, naming the tensor, for a target that is absent or has a shape that the format
-    cannot hold, and for NaN or infinite values anywhere in the source. An existing `output` is refused.
+    calibration "none". crew: other ranks, which call `work` with the same quantisation and the arguments that they are
+    given. The same inputs, settings and machine give the same bytes, whatever the ranks. An interrupted run goes on at
+    the block where it stopped.
+    Errors: InputError before any work, with the name of the tensor, for a target that is absent or has a shape that the
+    format cannot hold, and for NaN or infinite values anywhere in the source. An existing `output` is refused.
     """
     if output.exists():
         raise InputError(f"{output} exists already.", hint="Remove it or choose another folder.")
-    job = open_job(source, output, targets, settings, calls)
-    job.check()
-    job.open(console)
-    blocks = _targets_by_block(build(job.config), targets)
-    left = [block for block in blocks if not job.records_file(block).is_file()]
+    quantisation = Quantisation.of_folder(source, output, targets, settings, calls)
+    quantisation.check()
+    quantisation.make_work_folder(console)
+    blocks = _targets_by_block(build(quantisation.config), targets)
+    left = [block for block in blocks if not quantisation.records_file(block).is_file()]
     if len(left) < len(blocks):
         console.say(f"quantize: {len(blocks) - len(left)} of {len(blocks)} blocks are already done")
-    begun = {"left": left, "walked": job.walked()}
+    begun = {"left": left, "walked": quantisation.walked()}
     with console.progress("quantize", len(blocks), "block") as bar:
         bar.advance(len(blocks) - len(left))
         with crew.share("blocks", bar, **begun):
-            work(job, console, bar, (crew.rank, crew.world), **begun)
-    records = [record for block in blocks for record in read_json(job.records_file(block))]
+            work(quantisation, console, bar, (crew.rank, crew.world), **begun)
+    records = [record for block in blocks for record in read_json(quantisation.records_file(block))]
     order = {name: number for number, name in enumerate((*targets.svdq, *targets.awq))}
     records.sort(key=lambda record: order[record["module"]])
-    assemble(job, output, records)
+    assemble(quantisation, output, records)
     return records
 
 
 def return_freed_memory() -> None:
-    """Have the C library give memory of 2 MB and more back when it is freed.
+    """Make the C library return memory of 2 MB and more when it is freed.
 
-    glibc raises its threshold with every such block that is freed, up to 32 MB, and keeps what is smaller in its heap:
+    glibc raises its threshold with every such block that is freed, up to 32 MB, and keeps smaller blocks in its heap:
     0.3 GB of holes after one block of FLUX. Other C libraries have no such threshold.
     """
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
         library.mallopt(M_MMAP_THRESHOLD, 2 << 20)
 
 
-def open_job(source: Path, output: Path, targets: Targets, settings: Settings, calls: Sequence[Call]) -> Job:
-    """The job of `quantize` with these arguments; nothing is checked or written."""
-    return Job(*read_folder(source), targets, settings, calls, output.with_name(f".{output.name}.partial"))
-
-
 def work(
-    job: Job, console: Console, bar: Any, share: tuple[int, int], left: Sequence[str], walked: Sequence[str]
+    quantisation: Quantisation,
+    console: Console,
+    bar: Bar,
+    part: tuple[int, int],
+    left: Sequence[str],
+    walked: Sequence[str],
 ) -> None:
     """Finish this rank's part of the blocks.
 
-    share: (rank, ranks); each runs every ``ranks``-th block. left, walked: blocks that are not finished, and those that
-    were run, when the work began.
+    part: (rank, ranks); a rank takes every ``ranks``-th block. left, walked: when the work began, the blocks that were
+    not finished, and those that were run.
     """
     return_freed_memory()
-    rank, ranks = share
-    model = build(job.config)
-    blocks = _targets_by_block(model, job.targets)
-
-    def finish(block: str, stats: dict[str, Stats]) -> None:
-        for record in _finish_block(job, block, blocks[block], stats):
-            console.event("quantized", **record)
-        bar.advance(1, block=block)
-
-    targets, device, rest = job.targets.svdq, job.settings.device, list(left)
-    if job.settings.calibration == "calls" and targets:
+    worker, (rank, ranks) = _Worker(quantisation, console, bar), part
+    rest = list(left)
+    if quantisation.settings.calibration == "calls" and quantisation.targets.svdq:
         for block in [block for block in left if block in walked][rank::ranks]:
-            finish(block, load_stats(job.stats_file(block), device))
-        walker = _walker(job, model, walked)
+            worker.finish(block, load_stats(quantisation.stats_file(block), quantisation.settings.device))
+        worker.walk(part, left, walked)
+        rest = [block for block in left if block not in quantisation.walked()]
+    for block in rest[rank::ranks]:  # they need no data
+        worker.finish(block, {})
+
+
+class _Worker:
+    """Runs and finishes blocks of one quantisation, on one rank."""
+
+    def __init__(self, quantisation: Quantisation, console: Console, bar: Bar) -> None:
+        self.quantisation, self.console, self.bar = quantisation, console, bar
+        self.model = build(quantisation.config)
+        self.blocks = _targets_by_block(self.model, quantisation.targets)
+
+    def finish(self, block: str, stats: dict[str, Stats]) -> None:
+        """Quantise a block, and say so."""
+        for record in _finish_block(self.quantisation, block, self.blocks[block], stats):
+            self.console.event("quantized", **record)
+        self.bar.advance(1, block=block)
+
+    def walk(self, part: tuple[int, int], left: Sequence[str], walked: Sequence[str]) -> None:
+        """Run blocks in turns with the other ranks, and finish those of them that are in ``left``.
+
+        The ranks send each other nothing: the list of blocks that were run, in the work folder, says whose turn it is.
+        """
+        quantisation, targets, (rank, ranks) = self.quantisation, self.quantisation.targets.svdq, part
+        walker = _walker(quantisation, self.model, walked)
         while walker.needed(targets):
-            run = job.walked()
+            run = quantisation.walked()
             walker.catch_up(run)
             if (len(run) - len(walked)) % ranks != rank:
                 time.sleep(TURN)
             elif walker.needed(targets):
                 block, stats = walker.step(targets)
-                save_stats(stats, job.stats_file(block))
-                job.mark_walked(block)
+                save_stats(stats, quantisation.stats_file(block))
+                quantisation.mark_walked(block)
                 walker.finish(block)
                 if block in left:
-                    finish(block, stats)
-        rest = [block for block in left if block not in job.walked()]
-    for block in rest[rank::ranks]:  # they need no data
-        finish(block, {})
+                    self.finish(block, stats)
 
 
-def _targets_by_block(model: torch.nn.Module, targets: Targets) -> dict[str, list[str]]:
+def _targets_by_block(model: torch.nn.Module, targets: QuantTargets) -> dict[str, list[str]]:
     """Block path (for a layer outside every block its own path) -> its targets."""
     blocks: dict[str, list[str]] = {}
     for name in (*targets.svdq, *targets.awq):
@@ -144,57 +164,66 @@ def _targets_by_block(model: torch.nn.Module, targets: Targets) -> dict[str, lis
     return blocks
 
 
-def _walker(job: Job, model: torch.nn.Module, walked: Sequence[str]) -> Walker:
-    blocks = repeated_blocks(model, job.targets.svdq, job.targets.blocks)
-    load(model, "", job.entries, job.settings.device, run_dtype(job.settings.device), skip=tuple(blocks))
-    return Walker(model, blocks, job.entries, job.calls, Spool(job.work / "outputs"), job.settings, walked)
+def _walker(quantisation: Quantisation, model: torch.nn.Module, walked: Sequence[str]) -> Walker:
+    entries, settings = quantisation.entries, quantisation.settings
+    blocks = repeated_blocks(model, quantisation.targets.svdq, quantisation.targets.blocks)
+    load(model, "", entries, settings.device, run_dtype(settings.device), skip=tuple(blocks))
+    return Walker(model, blocks, entries, quantisation.calls, Spool(quantisation.work / "outputs"), settings, walked)
 
 
-def _finish_block(job: Job, block: str, names: list[str], stats: dict[str, Stats]) -> list[dict]:
+def _finish_block(
+    quantisation: Quantisation, block: str, names: list[str], stats: dict[str, Stats]
+) -> list[dict[str, Any]]:
     """Quantise the targets of one block, check them, and keep them: tensors first, records (the marker) last."""
-    tensors, records = {}, []
-    for group in _groups(job, names, stats):
+    tensors: dict[str, torch.Tensor] = {}
+    records: list[dict[str, Any]] = []
+    for group in _groups(quantisation, names, stats):
         began = time.monotonic()
-        layers = _quantize_group(job, group, stats.get(group[0]))
+        layers = _quantize_group(quantisation, group, stats.get(group[0]))
         seconds = round((time.monotonic() - began) / len(group), 2)
         for name, layer in zip(group, layers, strict=True):
-            tensors |= {f"{name}.{part}": tensor for part, tensor in _checked(job, name, layer).items()}
+            tensors |= {f"{name}.{part}": tensor for part, tensor in _checked(quantisation, name, layer).items()}
             records.append(layer.record | {"seconds": seconds})
-    atomic_save(tensors, job.tensors_file(block), {"format": "pt"})
-    write_json(job.records_file(block), records)
-    job.stats_file(block).unlink(missing_ok=True)
+    atomic_save(tensors, quantisation.tensors_file(block), {"format": "pt"})
+    write_json(quantisation.records_file(block), records)
+    quantisation.stats_file(block).unlink(missing_ok=True)
     return records
 
 
-def _groups(job: Job, names: list[str], stats: dict[str, Stats]) -> list[list[str]]:
-    """Layers that are quantised together: under the setting `fuse_qkv` those of one module with one input, such as an
-    attention's q, k and v; else each alone.
+def _groups(quantisation: Quantisation, names: list[str], stats: dict[str, Stats]) -> list[list[str]]:
+    """Layers that are quantised together. With the setting `fuse_qkv` these are the layers of one module with one
+    input, such as an attention's q, k and v; otherwise each layer stands alone.
     """
-    if not job.settings.fuse_qkv or not stats:
+    if not quantisation.settings.fuse_qkv or not stats:
         return [[name] for name in names]
-    groups: dict[tuple, list[str]] = {}
+    groups: dict[tuple[str | int, ...], list[str]] = {}
     for name in names:
         key = (name.rpartition(".")[0], id(stats[name])) if name in stats else (name,)
         groups.setdefault(key, []).append(name)
     return list(groups.values())
 
 
-def _quantize_group(job: Job, names: list[str], stats: Stats | None) -> list[SvdqLinear] | list[AwqLinear]:
-    weights = [job.entries[f"{name}.weight"].read().to(job.settings.device) for name in names]
-    biases = [job.entries[f"{name}.bias"].read() if f"{name}.bias" in job.entries else None for name in names]
-    if names[0] in job.targets.awq:
+def _quantize_group(
+    quantisation: Quantisation, names: list[str], stats: Stats | None
+) -> Sequence[SvdqLinear | AwqLinear]:
+    entries, settings = quantisation.entries, quantisation.settings
+    weights = [read_tensor(entries[f"{name}.weight"]).to(settings.device) for name in names]
+    biases = [read_tensor(entries[f"{name}.bias"]) if f"{name}.bias" in entries else None for name in names]
+    if names[0] in quantisation.targets.awq:
         return [quantize_awq(*layer) for layer in zip(names, weights, biases, strict=True)]
-    seed = int.from_bytes(hashlib.sha256(f"{job.settings.seed}:{names[0]}".encode()).digest()[:6], "little")
-    return quantize_linears(names, weights, biases, stats, job.settings, torch.Generator().manual_seed(seed))
+    seed = int.from_bytes(hashlib.sha256(f"{settings.seed}:{names[0]}".encode()).digest()[:6], "little")
+    return quantize_linears(names, weights, biases, stats, settings, torch.Generator().manual_seed(seed))
 
 
-def _checked(job: Job, name: str, layer: SvdqLinear | AwqLinear) -> dict[str, torch.Tensor]:
+def _checked(quantisation: Quantisation, name: str, layer: SvdqLinear | AwqLinear) -> dict[str, torch.Tensor]:
     """The layer's checkpoint tensors after the self-check on write."""
-    shape, biased = job.entries[f"{name}.weight"].shape, f"{name}.bias" in job.entries
+    entries, settings = quantisation.entries, quantisation.settings
+    n, k = entries[f"{name}.weight"].shape
+    biased = f"{name}.bias" in entries
     if isinstance(layer, AwqLinear):
-        tensors, spec = pack_awq(layer), awq_spec(shape, biased)
+        tensors, spec = pack_awq(layer), awq_spec((n, k), biased)
     else:
-        tensors, spec = pack_svdq(layer), svdq_spec(shape, job.settings.precision, job.settings.rank, biased)
+        tensors, spec = pack_svdq(layer), svdq_spec((n, k), settings.precision, settings.rank, biased)
     check_tensors(name, tensors, spec)
     check_round_trip(name, layer, tensors)
     return tensors

@@ -4,25 +4,36 @@
 numbers. T tokens.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from dcgen_convert.checkpoint.headers import Entry
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.svdquant.activation import quantize_activation
 from dcgen_convert.svdquant.awq import AwqLinear
 from dcgen_convert.svdquant.formats import round_bf16
 from dcgen_convert.svdquant.layer import SvdqLinear
 from dcgen_convert.svdquant.skeleton import build
-from dcgen_convert.svdquant.source import Entry, read_folder
+from dcgen_convert.svdquant.source import read_folder, read_tensor
 from dcgen_convert.svdquant.tensors import awq_spec, check_tensors, svdq_spec, unpack_awq, unpack_svdq
 
+Layer = AwqLinear | tuple[SvdqLinear, torch.Tensor]  # a W4A4 layer comes with its row scales (N,)
 
-class _Emulation(torch.nn.Module):
+
+class _Emulation(nn.Module):
     """Moves with the model but stays float32: its buffers emulate 4-bit arithmetic, they are not weights."""
 
-    def _apply(self, fn, recurse=True):
-        return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), recurse)
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _Emulation:
+        super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), recurse)
+        return self
 
 
 class EmulatedSvdq(_Emulation):
@@ -32,7 +43,12 @@ class EmulatedSvdq(_Emulation):
     Takes and returns any floating dtype; inputs are rounded to bfloat16 first.
     """
 
-    def __init__(self, layer: SvdqLinear, row_scale: torch.Tensor):
+    smooth: torch.Tensor
+    row_scale: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+
+    def __init__(self, layer: SvdqLinear, row_scale: torch.Tensor) -> None:
         super().__init__()
         self.precision = layer.quantised.precision
         self.in_features, self.out_features = layer.down.shape[1], layer.up.shape[0]
@@ -59,7 +75,7 @@ class EmulatedSvdq(_Emulation):
 class EmulatedAwq(_Emulation):
     """A W4A16 linear: the dequantised weight in bfloat16, products summed in float32."""
 
-    def __init__(self, layer: AwqLinear):
+    def __init__(self, layer: AwqLinear) -> None:
         super().__init__()
         self.out_features, self.in_features = layer.codes.shape
         self.register_buffer("weight", layer.dense(), persistent=False)
@@ -70,7 +86,7 @@ class EmulatedAwq(_Emulation):
         return (y if self.bias is None else round_bf16(y + self.bias)).to(x.dtype)
 
 
-def load_dequantised(folder: Path, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
+def load_dequantised(folder: Path, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """The stock diffusers model with every 4-bit weight expanded to dense: R diag(1/s) wcscales wtscale + U D;
     activations are not quantised.
 
@@ -80,17 +96,15 @@ def load_dequantised(folder: Path, dtype: torch.dtype = torch.bfloat16) -> torch
     model, entries, layers = open_layers(folder)
     state = {}
     for name, layer in layers.items():
-        weight, bias = (
-            layer.dense() if isinstance(layer, AwqLinear) else _expand(*layer),
-            (layer if isinstance(layer, AwqLinear) else layer[0]).bias,
-        )
+        weight = layer.dense() if isinstance(layer, AwqLinear) else _expand(*layer)
+        bias = layer.bias if isinstance(layer, AwqLinear) else layer[0].bias
         state[f"{name}.weight"] = weight.to(dtype)
         if bias is not None:
             state[f"{name}.bias"] = bias.to(dtype)
     return _fill(model, entries, state, dtype)
 
 
-def emulate(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+def emulate(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The stock diffusers model whose target linears are replaced by emulations of the W4A4 and W4A16 kernels. Errors
     as `load_dequantised`.
     """
@@ -107,22 +121,23 @@ def _expand(layer: SvdqLinear, row_scale: torch.Tensor) -> torch.Tensor:
     return layer.quantised.dequantise() / layer.smooth * row_scale[:, None] + layer.up.float() @ layer.down.float()
 
 
-def open_layers(
-    folder: Path,
-) -> tuple[torch.nn.Module, dict[str, Entry], dict[str, AwqLinear | tuple[SvdqLinear, torch.Tensor]]]:
-    """(model without weights, dense entries, quantised layers by module path with, for W4A4, their row scales)."""
+def open_layers(folder: Path) -> tuple[nn.Module, dict[str, Entry], dict[str, Layer]]:
+    """(model without weights, dense entries, quantised layers by module path)."""
     config, entries = read_folder(folder)
     quantisation = config.get("quantization_config") or {}
     if quantisation.get("quant_method") != "nunchaku_lite":
         raise InputError(f"{folder} is not quantised in nunchaku_lite form.", hint="Load it with diffusers.")
     model = build(config)
+    modules = dict(model.named_modules())
     svdq, awq = (quantisation.get(section) or {"targets": []} for section in ("svdq_w4a4", "awq_w4a16"))
-    layers = {}
+    layers: dict[str, Layer] = {}
     for name in (*svdq["targets"], *awq["targets"]):
-        linear = model.get_submodule(name)
+        linear = modules.get(name)
+        if not isinstance(linear, nn.Linear):
+            raise InputError(f"{folder / 'config.json'} names {name} as quantised, which is no linear of the model.")
         shape, bias = (linear.out_features, linear.in_features), linear.bias is not None
         mine = [key for key in entries if key.rpartition(".")[0] == name]
-        tensors = {key.rpartition(".")[2]: entries.pop(key).read() for key in mine}
+        tensors = {key.rpartition(".")[2]: read_tensor(entries.pop(key)) for key in mine}
         if name in awq["targets"]:
             check_tensors(name, tensors, awq_spec(shape, bias))
             layers[name] = unpack_awq(tensors)
@@ -132,12 +147,10 @@ def open_layers(
     return model, entries, layers
 
 
-def _fill(
-    model: torch.nn.Module, entries: dict[str, Entry], state: dict[str, torch.Tensor], dtype: torch.dtype
-) -> torch.nn.Module:
+def _fill(model: nn.Module, entries: dict[str, Entry], state: dict[str, torch.Tensor], dtype: torch.dtype) -> nn.Module:
     """Load dense entries (floating ones as `dtype`) and `state`; every parameter must be there, and nothing else."""
     for name, entry in entries.items():
-        tensor = entry.read()
+        tensor = read_tensor(entry)
         state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     wanted = model.state_dict().keys()
     if wanted != state.keys():

@@ -1,6 +1,8 @@
-"""Writing safetensors files without holding their tensors: a header from what is known, then bytes copied through."""
+"""Weight files of a model folder: shards with their index, streamed; and small files from tensors in memory."""
 
-from collections.abc import Iterable, Iterator
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,100 +10,55 @@ import torch
 
 from dcgen_convert.checkpoint import stream
 from dcgen_convert.core.files import write_json
-from dcgen_convert.svdquant.source import INDEX, NAMES, SINGLE, Entry
+from dcgen_convert.svdquant.source import NAMES
+
+SHARD_BYTES = 5 * 1000**3  # a file is closed before it would pass this size: the usual size of shards on the hub
+STEM = "diffusion_pytorch_model"
+METADATA = {"format": "pt"}
 
 
 @dataclass(frozen=True)
-class Item:
-    """One tensor to write: `entry` says where its bytes are now; `cast` is the dtype to write, when it is not the
-    entry's.
-    """
+class Given(stream.Item):
+    """A tensor that is in memory."""
 
-    name: str
-    entry: Entry
-    cast: torch.dtype | None = None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.cast or self.entry.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.entry.shape
-
-    @property
-    def nbytes(self) -> int:
-        return self.entry.nbytes // self.entry.dtype.itemsize * self.dtype.itemsize
-
-    def chunks(self) -> Iterator[bytes]:
-        if self.dtype == self.entry.dtype:
-            yield from self.entry.chunks()
-        else:
-            yield self.entry.read().to(self.dtype).view(torch.uint8).numpy().tobytes()
-
-
-@dataclass(frozen=True)
-class _Held:
-    """An `Item` whose tensor is in memory."""
-
-    name: str
     tensor: torch.Tensor
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.tensor.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.tensor.nbytes
-
     def chunks(self) -> Iterator[memoryview]:
-        yield memoryview(self.tensor.reshape(-1).view(torch.uint8).numpy())
+        yield self.tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-@dataclass(frozen=True)
-class _Streamed(stream.Item):
-    """An item as `stream.write` takes it."""
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """One safetensors file from tensors in memory.
 
-    item: Item | _Held
-
-    def chunks(self) -> Iterator[bytes]:
-        return self.item.chunks()
-
-
-def write_file(path: Path, items: Iterable[Item | _Held], metadata: dict[str, str] | None = None) -> None:
-    """One safetensors file, atomically: the same items give the same bytes. Metadata is by default {"format": "pt"}."""
-    streamed = {item.name: _Streamed(NAMES[item.dtype], tuple(item.shape), item) for item in items}
-    stream.write(path, streamed, metadata or {"format": "pt"})
-
-
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """One safetensors file from tensors in memory; deterministic, also with several metadata keys."""
-    write_file(path, [_Held(name, tensor.contiguous()) for name, tensor in tensors.items()], metadata)
-
-
-def write_folder(folder: Path, items: list[Item], most: int) -> None:
-    """The weight files of a diffusers model folder: one file, or shards of at most `most` bytes with their index.
-    Order as given.
+    The same tensors give the same bytes. safetensors' own writer puts several metadata keys in an order that differs
+    from run to run.
     """
-    shards: list[list[Item]] = [[]]
+    items = {
+        name: Given(NAMES[tensor.dtype], tuple(tensor.shape), tensor.contiguous()) for name, tensor in tensors.items()
+    }
+    stream.write(path, items, metadata)
+
+
+def write_folder(folder: Path, items: Mapping[str, stream.Item]) -> None:
+    """The weight files of a diffusers model folder: one file, or shards of at most `SHARD_BYTES` with their index.
+
+    The tensors are dealt to the shards in the order of ``items``.
+    """
+    shards: list[dict[str, stream.Item]] = [{}]
     filled = 0
-    for item in items:
-        if shards[-1] and filled + item.nbytes > most:
-            shards.append([])
+    for name, item in items.items():
+        if shards[-1] and filled + item.size > SHARD_BYTES:
+            shards.append({})
             filled = 0
-        shards[-1].append(item)
-        filled += item.nbytes
+        shards[-1][name] = item
+        filled += item.size
     if len(shards) == 1:
-        write_file(folder / SINGLE, items)
+        stream.write(folder / f"{STEM}.safetensors", items, METADATA)
         return
-    where = {}
+    where: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
-        name = f"diffusion_pytorch_model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_file(folder / name, shard)
-        where |= {item.name: name for item in shard}
-    write_json(folder / INDEX, {"metadata": {"total_size": sum(item.nbytes for item in items)}, "weight_map": where})
+        file = f"{STEM}-{number:05d}-of-{len(shards):05d}.safetensors"
+        stream.write(folder / file, shard, METADATA)
+        where |= dict.fromkeys(shard, file)
+    total = {"total_size": sum(item.size for item in items.values())}
+    write_json(folder / f"{STEM}.safetensors.index.json", {"metadata": total, "weight_map": where})

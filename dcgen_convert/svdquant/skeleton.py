@@ -1,20 +1,31 @@
 """A stock diffusers model without its weights, and the weights of one part of it when they are needed."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from dcgen_convert.checkpoint.headers import Entry
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.svdquant.source import Entry
+from dcgen_convert.svdquant.source import read_tensor
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """Uninitialised tensors, which is what layers allocate for their parameters, take no memory; computed buffers stay
-    real.
+    """Uninitialised tensors take no memory: they are what layers allocate for their parameters. Buffers that are
+    computed stay real.
     """
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = dict(kwargs or {})
         if func is torch.empty and kwargs.get("device") is None:
             kwargs["device"] = "meta"
@@ -22,13 +33,13 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 
 @contextmanager
-def without_memory():
+def without_memory() -> Iterator[None]:
     """Modules built inside have their parameters on the meta device, and real non-persistent buffers."""
     with _EmptyOnMeta():
         yield
 
 
-def build(config: dict) -> torch.nn.Module:
+def build(config: dict[str, Any]) -> torch.nn.Module:
     """The model that config.json describes, in eval mode. Errors: InputError when diffusers has no such class."""
     import diffusers
 
@@ -52,8 +63,8 @@ def load(
     dtype: torch.dtype,
     skip: tuple[str, ...] = (),
 ) -> None:
-    """Fill `module` (at path `prefix` in the model) from the source, floating tensors as `dtype`; leave out what lies
-    under `skip`.
+    """Fill `module` (at path `prefix` in the model) from the source, floating tensors as `dtype`. What lies under a
+    path of `skip` is left out.
 
     Errors: InputError naming a parameter that the checkpoint lacks.
     """
@@ -67,7 +78,7 @@ def load(
             raise InputError(
                 f"The checkpoint holds no {full}.", hint="Check that config.json belongs to these weights."
             )
-        tensor = entries[full].read()
+        tensor = read_tensor(entries[full])
         state[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
     module.load_state_dict(state, strict=False, assign=True)
     for path, buffer in module.named_buffers():

@@ -1,19 +1,16 @@
-"""A diffusers transformer folder, read tensor by tensor: headers first, bytes only when asked for. Nothing stays in
-memory.
-"""
+"""Tensors of safetensors files, read one by one when they are asked for. Nothing stays in memory."""
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from __future__ import annotations
+
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from dcgen_convert.checkpoint import headers
+from dcgen_convert.checkpoint.headers import Entry, read_weights
 from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.files import read_object
 
-INDEX = "diffusion_pytorch_model.safetensors.index.json"
-SINGLE = "diffusion_pytorch_model.safetensors"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -33,52 +30,23 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-CHUNK = 16 << 20
 
 
-@dataclass(frozen=True)
-class Entry:
-    """Where one tensor's bytes lie."""
+def read_tensor(entry: Entry) -> torch.Tensor:
+    """The tensor that a header entry points to.
 
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    file: Path
-    start: int  # bytes from the beginning of the file
-    nbytes: int
-
-    def read(self) -> torch.Tensor:
-        """The tensor, in memory of its own: aligned by torch, because sums may round differently where memory is
-        aligned differently.
-        """
-        buffer = torch.empty(self.nbytes, dtype=torch.uint8)
-        with open(self.file, "rb") as file:
-            file.seek(self.start)
-            if file.readinto(memoryview(buffer.numpy())) != self.nbytes:
-                raise InputError(f"{self.file} ends inside {self.name}.", hint="Download or copy the checkpoint again.")
-        return buffer.view(self.dtype).view(self.shape)
-
-    def chunks(self) -> Iterator[bytes]:
-        """The tensor's bytes, in pieces."""
-        with open(self.file, "rb") as file:
-            file.seek(self.start)
-            left = self.nbytes
-            while left:
-                piece = file.read(min(left, CHUNK))
-                if not piece:
-                    raise InputError(
-                        f"{self.file} ends inside {self.name}.", hint="Download or copy the checkpoint again."
-                    )
-                left -= len(piece)
-                yield piece
+    torch allocates its memory, and so aligns it: a sum may round differently over memory of another alignment, and the
+    same inputs must give the same bytes.
+    """
+    buffer = torch.empty(entry.end - entry.start, dtype=torch.uint8)
+    with open(entry.file, "rb") as file:
+        file.seek(entry.start)
+        if file.readinto(buffer.numpy().data) != len(buffer):
+            raise InputError(f"{entry.file} ends inside a tensor.", hint="Download or copy the checkpoint again.")
+    return buffer.view(DTYPES[entry.dtype]).view(entry.shape)
 
 
-def read_header(path: Path) -> dict[str, Entry]:
-    """Tensor name -> entry of one safetensors file; InputError when it is cut short or malformed."""
-    return _entries(headers.read_header(path)[0])
-
-
-def read_folder(folder: Path) -> tuple[dict, dict[str, Entry]]:
+def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
     """(config, tensor name -> entry) of a diffusers model folder, sharded or not.
 
     Errors: InputError when config.json, the weights, or a shard that the index names is missing.
@@ -88,11 +56,4 @@ def read_folder(folder: Path) -> tuple[dict, dict[str, Entry]]:
         raise InputError(
             f"{folder} holds no config.json.", hint="Give the transformer folder of a diffusers checkpoint."
         )
-    return json.loads(config.read_text()), _entries(headers.read_weights(folder))
-
-
-def _entries(found: dict[str, headers.Entry]) -> dict[str, Entry]:
-    return {
-        name: Entry(name, DTYPES[entry.dtype], entry.shape, entry.file, entry.start, entry.end - entry.start)
-        for name, entry in found.items()
-    }
+    return read_object(config), read_weights(folder)

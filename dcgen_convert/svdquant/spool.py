@@ -1,5 +1,7 @@
 """Block outputs on disk, one file per call: what the next block starts from, in this run or in a resumed one."""
 
+from __future__ import annotations
+
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from dcgen_convert.svdquant import trees
 class Spool:
     """Outputs of the blocks last run, `folder/<block path>/<call>.safetensors`, as `trees` keeps them."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def put(self, block: str, call: int, output: Any) -> None:

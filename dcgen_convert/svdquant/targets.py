@@ -13,10 +13,9 @@ from dcgen_convert.svdquant.settings import container_problem
 from dcgen_convert.svdquant.skeleton import build
 
 
-def check_container(section: Any, family: Family) -> None:
-    """InputError when ``quantize.container`` is not written for this family."""
-    problem = container_problem(section.container, family)
-    if section.format != "none" and problem:
+def check_container(container: str, family: Family) -> None:
+    """InputError when the ``container`` does not fit the family."""
+    if problem := container_problem(container, family):
         raise InputError(problem, "use the diffusers container (quantize.container=diffusers)")
 
 

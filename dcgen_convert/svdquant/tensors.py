@@ -1,5 +1,5 @@
-"""Between a decomposition and the tensors of a checkpoint (nunchaku's file format), both ways. Names are diffusers
-nunchaku_lite's.
+"""From a decomposition to the tensors of a checkpoint (nunchaku's file format), and back. The names are those of
+diffusers' nunchaku_lite.
 """
 
 import torch
@@ -53,9 +53,8 @@ def pack_svdq(layer: SvdqLinear) -> dict[str, torch.Tensor]:
     }
     if weight.precision == "nvfp4":
         tensors["wscales"] = pack.pack_scales_nvfp4(weight.micro.to(torch.float8_e4m3fn))
-        tensors["wcscales"] = torch.ones(
-            weight.grid.shape[0], dtype=HALF
-        )  # the magnitude lives in wtscale (fp32 multiply)
+        # The kernel multiplies by wtscale in float32, so the magnitude stands there and not in the row scales.
+        tensors["wcscales"] = torch.ones(weight.grid.shape[0], dtype=HALF)
         tensors["wtscale"] = torch.tensor([weight.tensor_scale], dtype=HALF)
     else:
         tensors["wscales"] = pack.pack_scales_int4(weight.micro.to(HALF))
@@ -126,8 +125,7 @@ def check_tensors(name: str, tensors: dict[str, torch.Tensor], spec: Spec) -> No
 def check_round_trip(name: str, layer: SvdqLinear | AwqLinear, tensors: dict[str, torch.Tensor]) -> None:
     """unpack(pack(layer)) is the layer, exactly."""
     if isinstance(layer, AwqLinear):
-        again, weight = unpack_awq(tensors).dense(), layer.dense()
-        same = torch.equal(again, weight.cpu())
+        same = torch.equal(unpack_awq(tensors).dense(), layer.dense().cpu())
     else:
         again, _ = unpack_svdq(tensors, layer.quantised.precision)
         pairs = (

@@ -2,6 +2,8 @@
 returns.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,9 +12,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from dcgen_convert.checkpoint import headers
+from dcgen_convert.checkpoint.headers import read_header
 from dcgen_convert.core.errors import CheckFailed
-from dcgen_convert.svdquant.source import read_header
+from dcgen_convert.svdquant.source import read_tensor
 
 KEY = "tree"  # of the file's metadata
 
@@ -25,8 +27,9 @@ def save(tree: Any, path: Path) -> None:
 
 def load(path: Path, device: str = "cpu") -> Any:
     """The tree that `save` kept, its tensors on ``device``; a file without a tree is a dict of its tensors."""
-    structure = headers.read_header(path)[1].get(KEY)
-    tensors = {name: entry.read().to(device) for name, entry in read_header(path).items()}
+    entries, metadata = read_header(path)
+    structure = metadata.get(KEY)
+    tensors = {name: read_tensor(entry).to(device) for name, entry in entries.items()}
     return tensors if structure is None else _unflatten(json.loads(structure), tensors)
 
 
@@ -64,7 +67,7 @@ def _flatten(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     )
 
 
-def _unflatten(tree: dict, tensors: dict[str, torch.Tensor]) -> Any:
+def _unflatten(tree: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
     ((kind, content),) = tree.items()
     if kind == "tensor":
         return tensors[content]

@@ -12,12 +12,11 @@ from dcgen_convert.svdquant.settings import GROUP
 
 GRID = torch.bfloat16  # holds every e2m1 and int4 value exactly, in half the memory
 GRID_MAX = {"nvfp4": E2M1_MAX, "int4": 7.0}
-CACHED = (
-    1 << 18
-)  # weights that are rounded at once: several copies of 1 MB stay in a core's cache, and no copy is a whole layer
+# Weights that are rounded at once: several copies of 1 MB stay in a core's cache, and no copy is a whole layer.
+CACHED = 1 << 18
 HEADROOM = 1.4  # searched scales may grow past abs-max / 6; keep them below e4m3's largest value
-# candidate scales relative to abs-max / grid maximum. Below 1 clips the largest weights; above 1 moves them off the
-# coarse end of the grid.
+# Candidate scales relative to abs-max / grid maximum. A factor below 1 clips the largest weights; a factor above 1
+# moves them away from the coarse end of the grid.
 FACTORS = {"nvfp4": (0.80, 0.86, 0.92, 1.0, 1.09, 1.17, 1.25, 1.34), "int4": (0.70, 0.76, 0.82, 0.88, 0.94, 1.0, 1.07)}
 
 
@@ -49,7 +48,7 @@ class QuantWeight:
 
 
 def tensor_scale(weight: torch.Tensor, precision: str) -> float:
-    """The scalar that keeps every micro scale inside e4m3: a bfloat16 value, because the runtime casts wtscale to
+    """The scalar that keeps every micro scale inside e4m3. It is a bfloat16 value, because the runtime casts wtscale to
     bfloat16. int4 has none.
     """
     if precision == "int4":
@@ -109,9 +108,7 @@ def round_to_nearest(weight: torch.Tensor, micro: torch.Tensor, scale: float, pr
 
 
 def _stored(micro: torch.Tensor, precision: str) -> torch.Tensor:
-    """Scales as the file keeps them; a group that would get 0 takes the smallest scale instead (its codes are then 0
-    or exact).
-    """
+    """Scales as the file keeps them. The smallest scale replaces 0; the codes of such a group are 0 or exact."""
     if precision == "nvfp4":
         return round_e4m3(micro).clamp_(min=2.0**-9)
     return round_bf16(micro).clamp_(min=2.0**-100)

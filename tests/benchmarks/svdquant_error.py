@@ -16,9 +16,9 @@ import torch
 
 from dcgen_convert.svdquant.activation import quantize_activation
 from dcgen_convert.svdquant.formats import round_bf16
-from dcgen_convert.svdquant.layer import quantize_linear
+from dcgen_convert.svdquant.layer import quantize_linears
 from dcgen_convert.svdquant.settings import Settings
-from dcgen_convert.svdquant.stats import Stats
+from dcgen_convert.svdquant.stats import Gatherer
 from dcgen_convert.svdquant.weights import group_scales, round_to_nearest, tensor_scale
 
 N, K, TRAIN, HELD = 1536, 3072, 8192, 512
@@ -89,8 +89,9 @@ def main(kinds: list[str]) -> None:
     for kind in kinds or ["outlier", "gelu"]:
         weight, tokens, held = suite(kind)
         wanted = held @ weight.T
-        stats = Stats(kind, K, 1, 512, 0, 0)
-        stats.add(tokens, 0)
+        gatherer = Gatherer(kind, K, 1, 0)
+        gatherer.add(tokens, 0)
+        stats = gatherer.stats()
         for precision in ("nvfp4", "int4"):
             plain = relative(quantize_activation(held, None, precision) @ rounded(weight, precision).T, wanted)
             only = relative(quantize_activation(held, None, precision) @ weight.T, wanted)
@@ -103,14 +104,8 @@ def main(kinds: list[str]) -> None:
             )
             for rank in (32, 128) if precision == "nvfp4" else (32,):
                 began = time.monotonic()
-                layer = quantize_linear(
-                    kind,
-                    weight,
-                    None,
-                    stats,
-                    Settings(precision=precision, rank=rank),
-                    torch.Generator().manual_seed(0),
-                )
+                settings, generator = Settings(precision=precision, rank=rank), torch.Generator().manual_seed(0)
+                layer = quantize_linears([kind], [weight], [None], stats, settings, generator)[0]
                 mine = relative(layer.output(held), wanted)
                 seconds, bar, record = time.monotonic() - began, BARS[kind, precision, rank], layer.record
                 verdict = "met" if mine <= bar else "MISSED"

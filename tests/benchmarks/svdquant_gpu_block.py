@@ -8,12 +8,12 @@ import json
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from svdquant_memory import CONFIG, write_source
 
 from dcgen_convert.core.console import Console
+from dcgen_convert.families import QuantTargets
 from dcgen_convert.svdquant import quantize as module
 from dcgen_convert.svdquant.settings import Settings
 from dcgen_convert.svdquant.skeleton import build
@@ -43,7 +43,7 @@ def main(root: Path) -> None:
         if isinstance(layer, torch.nn.Linear) and "transformer_blocks" in name
     ]
     svdq, awq = ([name for name in inside if (".norm" in name) is modulation] for modulation in (False, True))
-    targets = SimpleNamespace(svdq=svdq, awq=awq, blocks=())
+    targets = QuantTargets(svdq, awq)
     marks = [time.monotonic()]
     finish = module._finish_block
 
@@ -54,7 +54,7 @@ def main(root: Path) -> None:
         return records
 
     module._finish_block = timed
-    settings, output = Settings(device="cuda", hessian_tokens=65536), root / f"nvfp4-{int(time.time())}"
+    settings, output = Settings(device="cuda"), root / f"nvfp4-{int(time.time())}"
     records = module.quantize(root / "source", output, targets, settings, [call(seed) for seed in range(16)], Console())
     double, single = marks[1] - marks[0], marks[2] - marks[1]
     minutes = (19 * double + 38 * single) / 60

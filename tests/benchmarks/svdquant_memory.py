@@ -12,19 +12,22 @@ import sys
 import threading
 import time
 import zlib
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import torch
 
+from dcgen_convert.checkpoint.stream import Item
 from dcgen_convert.core.console import NULL
+from dcgen_convert.core.files import write_json
+from dcgen_convert.families import QuantTargets
+from dcgen_convert.svdquant import layer
 from dcgen_convert.svdquant.quantize import quantize
 from dcgen_convert.svdquant.settings import Settings
 from dcgen_convert.svdquant.shards import write_folder
 from dcgen_convert.svdquant.skeleton import build
-from dcgen_convert.svdquant.source import Entry
 
 CONFIG = {
     "_class_name": "FluxTransformer2DModel",
@@ -40,12 +43,15 @@ CONFIG = {
 }
 
 
-class RandomEntry(Entry):
+@dataclass(frozen=True)
+class Noise(Item):
     """A tensor of noise, made while it is written: pieces of one pool of normal numbers, from places of its own."""
+
+    name: str
 
     def chunks(self):
         pool, generator = noise(), torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
-        left = self.nbytes // 2
+        left = self.size // 2
         while left:
             start = int(torch.randint(len(pool) // 2, (1,), generator=generator))
             piece = pool[start : start + min(left, len(pool) // 2)]
@@ -59,16 +65,9 @@ def noise() -> torch.Tensor:
 
 
 def write_source(folder: Path) -> None:
-    from dcgen_convert.core.files import write_json
-    from dcgen_convert.svdquant.shards import Item
-
     folder.mkdir(parents=True)
     shapes = {name: tuple(tensor.shape) for name, tensor in build(CONFIG).state_dict().items()}
-    items = [
-        Item(name, RandomEntry(name, torch.bfloat16, shape, folder, 0, 2 * torch.Size(shape).numel()))
-        for name, shape in shapes.items()
-    ]
-    write_folder(folder, items, 5 * 1000**3)
+    write_folder(folder, {name: Noise("BF16", shape, name) for name, shape in shapes.items()})
     write_json(folder / "config.json", CONFIG)
 
 
@@ -133,13 +132,13 @@ def main(root: Path, wanted: list[str]) -> None:
     linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     inside = [name for name in linears if any(name.startswith(f"{block}.") for block in wanted)]
     svdq, awq = ([name for name in inside if (".norm" in name) is modulation] for modulation in (False, True))
-    targets = SimpleNamespace(svdq=svdq, awq=awq, blocks=("transformer_blocks", "single_transformer_blocks"))
+    targets = QuantTargets(svdq, awq, blocks=("transformer_blocks", "single_transformer_blocks"))
     block, hessians = max(needs(model, path, targets.svdq) for path in wanted)
     baseline = psutil.Process().memory_info().rss / 1e9
     began, calls = time.monotonic(), [call(seed) for seed in range(2)]
-    settings = Settings(refits=1)
+    layer.REFITS = 1
     output = root / f"nvfp4-{int(time.time())}"
-    peak = peak_of(lambda: quantize(source, output, targets, settings, calls, NULL))
+    peak = peak_of(lambda: quantize(source, output, targets, Settings(), calls, NULL))
     size = sum(path.stat().st_size for path in source.iterdir()) / 1e9
     allowed = block + hessians + 1
     print(f"source {size:.2f} GB, {len(inside)} layers quantised in {time.monotonic() - began:.0f} s")

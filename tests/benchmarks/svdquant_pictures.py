@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -24,7 +25,7 @@ from dcgen_convert.evaluate.metrics import psnr
 from dcgen_convert.families.catalog import find_source
 from dcgen_convert.networks import models, pipelines
 from dcgen_convert.recipe import loading
-from dcgen_convert.svdquant import record
+from dcgen_convert.svdquant import layer, record
 from dcgen_convert.svdquant.layer import SvdqLinear
 from dcgen_convert.svdquant.quantize import quantize
 from dcgen_convert.svdquant.runtime import EmulatedSvdq, emulate
@@ -33,10 +34,16 @@ from dcgen_convert.svdquant.targets import plan_targets
 from dcgen_convert.svdquant.weights import group_scales, round_to_nearest, tensor_scale
 
 COUNT, BATCH, SEED, CALIBRATION = 256, 64, 500_000, 16
+# The published recipe: no GPTQ, no search of scales, no refit.
+PUBLISHED = {
+    "gptq": lambda weight, lower, *scales: round_to_nearest(weight, *scales),
+    "search_factor": lambda *args: None,
+    "REFITS": 0,
+}
 VARIANTS = {
-    "smoothing + SVD": dict(gptq=False, scale_search=False, refits=0),
-    "data-free": dict(calibration="none"),
-    "default": {},
+    "smoothing + SVD": (PUBLISHED, Settings()),
+    "data-free": ({}, Settings(calibration="none")),
+    "default": ({}, Settings()),
 }
 
 
@@ -56,14 +63,16 @@ def main(work: Path, names: list[str]) -> None:
             few = prompts.make("tiny-world", CALIBRATION, SEED + 1)
             with NULL.progress("", CALIBRATION, "") as bar:
                 whole = partial(pipelines.load_pipeline, source, torch.float32, transformer=model)
-                record.record_calls(calls, source.family, whole, few, SEED, CALIBRATION, bar, **call)
+                pictures = record.Pictures(few, SEED, CALIBRATION, **call)
+                record.record_calls(calls, source.family, whole, pictures, bar)
             write_json(calls / "done.json", {})
         report(f"{name}: round to nearest", draw(source, rounded(source, targets.svdq), texts, call), wanted, texts)
-        for title, changes in VARIANTS.items():
+        for title, (changes, settings) in VARIANTS.items():
             folder = work / name / title.replace(" ", "")
             if not folder.exists():
-                given = record.read_calls(calls) if changes.get("calibration") != "none" else []
-                quantize(source.transformer, folder, targets, Settings(**changes), given, NULL)
+                given = record.read_calls(calls) if settings.calibration == "calls" else []
+                with patch.multiple(layer, **changes):
+                    quantize(source.transformer, folder, targets, settings, given, NULL)
             report(f"{name}: {title}", draw(source, emulate(folder), texts, call), wanted, texts)
 
 

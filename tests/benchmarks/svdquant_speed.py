@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 
 from dcgen_convert.svdquant import pack
-from dcgen_convert.svdquant.layer import quantize_linear
+from dcgen_convert.svdquant.layer import quantize_linears
 from dcgen_convert.svdquant.settings import Settings
-from dcgen_convert.svdquant.stats import Stats
+from dcgen_convert.svdquant.stats import Gatherer
 
 
 class Taken(NamedTuple):
@@ -57,11 +57,12 @@ def main(n: int, k: int) -> None:
         0.5 * torch.randn(k)
     ).exp()
     gathered = clock()
-    stats = Stats("layer", k, 1, 512, 0, 0)
-    stats.add(tokens, 0)
+    gatherer = Gatherer("layer", k, 1, 0)
+    gatherer.add(tokens, 0)
+    stats = gatherer.stats()
     print(f"statistics of 4096 tokens: {gathered()}")
     mine = clock()
-    layer = quantize_linear("layer", weight, None, stats, Settings(), torch.Generator().manual_seed(0))
+    layer = quantize_linears(["layer"], [weight], [None], stats, Settings(), torch.Generator().manual_seed(0))[0]
     taken = mine()
     record, threads = layer.record, torch.get_num_threads()
     print(f"{n} x {k}, {threads} threads: {taken} with {record['candidates']} smoothing candidates", end=" ")

@@ -34,8 +34,9 @@ from dcgen_convert.recipe.schema import Quantize
 from dcgen_convert.stages import surgery
 from dcgen_convert.stages.align_embedder import Problem, affine, as_module
 from dcgen_convert.stages.job import Autoencoder
+from dcgen_convert.svdquant import layer, smooth
 from dcgen_convert.svdquant.quantize import quantize
-from dcgen_convert.svdquant.record import read_calls, record_calls
+from dcgen_convert.svdquant.record import Pictures, read_calls, record_calls
 from dcgen_convert.svdquant.runtime import load_dequantised, open_layers
 from dcgen_convert.svdquant.settings import Settings
 from dcgen_convert.svdquant.targets import plan_targets
@@ -419,7 +420,9 @@ def test_img2img_and_inpainting_load_where_stock_ones_exist(tiny, source, conver
 
 
 @pytest.mark.parametrize("converted", DEEP[:1], indirect=True)
-def test_quantisation_reaches_exactly_the_planned_linears(tiny, source, stock, converted, bundle, tmp_path):
+def test_quantisation_reaches_exactly_the_planned_linears(
+    tiny, source, stock, converted, bundle, tmp_path, monkeypatch
+):
     """Calibrated on what the pipeline gives the transformer; every block linear is 4-bit or dense on purpose, and the
     dequantised model's output is the dense one's to 30 %: both 4-bit formats err by about 10 % per layer of random
     weights.
@@ -446,12 +449,13 @@ def test_quantisation_reaches_exactly_the_planned_linears(tiny, source, stock, c
     pipeline.transformer = dense.float().requires_grad_(False)
     settings = dict(side=parts.side, steps=STEPS, guidance=GUIDANCE, length=entry.length)
     with NULL.progress("", 1, "") as bar:
-        record_calls(tmp_path / "calls", family, lambda: pipeline, [entry.prompt], SEED, 1, bar, **settings)
+        record_calls(tmp_path / "calls", family, lambda: pipeline, Pictures([entry.prompt], SEED, 1, **settings), bar)
     targets = plan_targets(family, config, None)
-    settings = Settings(
-        rank=16, refits=0, samples=16, smoothing=False
-    )  # in about a second; the search has tests of its own
-    records = quantize(tmp_path / "dense", tmp_path / "4-bit", targets, settings, read_calls(tmp_path / "calls"), NULL)
+    monkeypatch.setattr(layer, "REFITS", 0)  # in about a second: smoothing and refits have tests of their own
+    monkeypatch.setattr(smooth, "COARSE", ())
+    monkeypatch.setattr(smooth, "MIXED", ())
+    calls, settings = read_calls(tmp_path / "calls"), Settings(rank=16)
+    records = quantize(tmp_path / "dense", tmp_path / "4-bit", targets, settings, calls, NULL)
     assert {record["module"] for record in records if "error" in record} == adapted - kept
     written = read_json(tmp_path / "4-bit" / "config.json")["quantization_config"]
     found = [set(written.get(section, {"targets": ()})["targets"]) for section in ("svdq_w4a4", "awq_w4a16")]

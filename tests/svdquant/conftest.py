@@ -6,6 +6,9 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 
+from dcgen_convert.families import QuantTargets
+from dcgen_convert.svdquant import layer
+
 
 def flux_model(seed: int = 0, layers: int = 1, singles: int = 1) -> FluxTransformer2DModel:
     torch.manual_seed(seed)
@@ -26,14 +29,14 @@ def flux_model(seed: int = 0, layers: int = 1, singles: int = 1) -> FluxTransfor
     return model.to(torch.bfloat16).eval().requires_grad_(False)
 
 
-def flux_targets(model) -> SimpleNamespace:
+def flux_targets(model) -> QuantTargets:
     inside = [
         name
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and "transformer_blocks" in name
     ]
     svdq, awq = ([name for name in inside if (".norm" in name) is modulation] for modulation in (False, True))
-    return SimpleNamespace(svdq=svdq, awq=awq, blocks=())
+    return QuantTargets(svdq, awq)
 
 
 def flux_call(seed: int, batch: int = 2) -> dict[str, torch.Tensor]:
@@ -48,6 +51,14 @@ def flux_call(seed: int, batch: int = 2) -> dict[str, torch.Tensor]:
         "img_ids": ids,
         "txt_ids": torch.zeros(8, 3),
     }
+
+
+@pytest.fixture(scope="module")
+def no_refits():
+    """Layers are quantised once instead of three times, to save time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer, "REFITS", 0)
+        yield
 
 
 @pytest.fixture(scope="session")

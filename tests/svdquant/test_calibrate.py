@@ -7,12 +7,17 @@ import torch
 from diffusers import DiTTransformer2DModel, SanaTransformer2DModel
 
 from dcgen_convert.core.errors import InputError
+from dcgen_convert.svdquant import stats as stats_module
 from dcgen_convert.svdquant.calibrate import Walker, repeated_blocks
 from dcgen_convert.svdquant.settings import Settings
 from dcgen_convert.svdquant.skeleton import build, load
 from dcgen_convert.svdquant.source import read_folder
 from dcgen_convert.svdquant.spool import Spool
-from dcgen_convert.svdquant.stats import Stats
+from dcgen_convert.svdquant.stats import Gatherer
+from dcgen_convert.svdquant.stats import load as load_stats
+from dcgen_convert.svdquant.stats import save as save_stats
+
+from .reference import stats_of
 
 
 def sana():
@@ -106,12 +111,11 @@ def walk(walker, targets):
 
 
 def walker(case, spool, done=()):
-    settings = Settings(samples=10**6, hessian_tokens=0)
     config, entries = read_folder(case.folder)
     model = build(config)
     blocks = repeated_blocks(model, case.targets)
     load(model, "", entries, "cpu", torch.float32, skip=tuple(blocks))
-    return Walker(model, blocks, entries, case.calls, spool, settings, done)
+    return Walker(model, blocks, entries, case.calls, spool, Settings(), done)
 
 
 def test_the_stream_sees_what_the_whole_model_sees(case, tmp_path):
@@ -140,14 +144,16 @@ def test_blocks_behind_the_last_target_are_not_run(tmp_path):
 
 
 @pytest.mark.parametrize("calls", [4, 64])
-def test_what_is_kept_does_not_grow_with_the_calls(calls):
-    stats = Stats("m", 128, calls, samples=48, hessian_tokens=256, seed=0)
+def test_what_is_kept_does_not_grow_with_the_calls(calls, monkeypatch):
+    monkeypatch.setattr(stats_module, "SAMPLES", 48)
+    monkeypatch.setattr(stats_module, "HESSIAN_TOKENS", 256)
+    gatherer = Gatherer("m", 128, calls, seed=0)
     for number in range(calls):
-        stats.add(torch.randn(200, 128, generator=torch.Generator().manual_seed(number)), number)
-    held = [value for value in vars(stats).values() if isinstance(value, torch.Tensor)] + stats._drawn
+        gatherer.add(torch.randn(200, 128, generator=torch.Generator().manual_seed(number)), number)
+    held = [value for value in vars(gatherer).values() if isinstance(value, torch.Tensor)] + gatherer.drawn
     assert sum(tensor.nbytes for tensor in held) == 4 * (128 + 128 * 128 + 48 * 128)
     assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in held)  # no view keeps a call alive
-    assert stats.count == 256
+    assert gatherer.count == 256
 
 
 def test_layers_that_read_the_same_tensor_share_statistics(flux, tmp_path):
@@ -162,9 +168,8 @@ def test_layers_that_read_the_same_tensor_share_statistics(flux, tmp_path):
 
 
 def test_the_last_reader_of_a_hessian_takes_it_without_a_copy():
-    stats, one = Stats("m", 8, 1, 16, 0, 0), torch.ones(8)
-    stats.add(torch.randn(40, 8), 0)
-    stats.readers, memory = 2, stats._sum.data_ptr()
+    stats, one = stats_of(torch.randn(40, 8)), torch.ones(8)
+    stats.readers, memory = 2, stats.total.data_ptr()
     first, last = stats.hessian(one), stats.hessian(one)
     assert torch.allclose(first, last) and first.data_ptr() != memory == last.data_ptr()
     with pytest.raises(RuntimeError, match="given away"):
@@ -194,12 +199,13 @@ def test_the_skeleton_takes_no_memory_but_has_its_tables():
     assert torch.equal(with_tables.pos_embed.pos_embed, model.pos_embed.pos_embed)
 
 
-def test_statistics_are_bounded_and_seeded():
+def test_statistics_are_bounded_and_seeded(monkeypatch):
+    monkeypatch.setattr(stats_module, "SAMPLES", 10)
+    monkeypatch.setattr(stats_module, "HESSIAN_TOKENS", 100)
+    inputs = [torch.randn(50, 8, generator=torch.Generator().manual_seed(call)) for call in range(4)]
+
     def gather(seed):
-        stats = Stats("m", 8, 4, 10, 100, seed)
-        for call in range(4):
-            stats.add(torch.randn(50, 8, generator=torch.Generator().manual_seed(call)), call)
-        return stats
+        return stats_of(*inputs, seed=seed)
 
     assert gather(0).tokens.shape == (10, 8)
     assert gather(0).count == 100
@@ -211,7 +217,19 @@ def test_statistics_are_bounded_and_seeded():
 
 def test_the_smoothed_hessian_is_the_hessian_of_the_smoothed_input():
     x, smooth = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)), torch.rand(8).add(0.5)
-    plain, divided = Stats("m", 8, 1, 16, 0, 0), Stats("m", 8, 1, 16, 0, 0)
-    plain.add(x, 0)
-    divided.add(x / smooth, 0)
+    plain, divided = stats_of(x), stats_of(x / smooth)
     assert torch.allclose(plain.hessian(smooth), divided.hessian(torch.ones(8)), atol=1e-5)
+
+
+def test_kept_statistics_are_the_same_and_still_in_common(tmp_path):
+    """In a file between two runs; a Hessian that was given away cannot be kept."""
+    stats, one = stats_of(torch.randn(40, 8), torch.randn(12, 8)), torch.ones(8)
+    stats.readers = 2
+    save_stats({"q": stats, "k": stats}, tmp_path / "block.safetensors")
+    again = load_stats(tmp_path / "block.safetensors", "cpu")
+    assert again["q"] is again["k"] and (again["q"].name, again["q"].count, again["q"].readers) == ("layer", 39, 2)
+    for wanted, got in ((stats.amax, again["q"].amax), (stats.tokens, again["q"].tokens)):
+        assert torch.equal(got, wanted)
+    assert all(torch.equal(again["q"].hessian(one), stats.hessian(one)) for _reader in range(2))
+    with pytest.raises(RuntimeError, match="given away"):
+        save_stats({"q": stats}, tmp_path / "block.safetensors")

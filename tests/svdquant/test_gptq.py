@@ -7,8 +7,10 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from dcgen_convert.svdquant.gptq import factor, gptq, objective, shrink
+from dcgen_convert.svdquant.gptq import factor, gptq, shrink
 from dcgen_convert.svdquant.weights import group_scales, round_to_nearest, search_factor, tensor_scale
+
+from .reference import objective
 
 
 def problem(seed, k=256, correlation=0.7):

@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from dcgen_convert.core.errors import InputError
+from dcgen_convert.svdquant import layer as layer_module
+from dcgen_convert.svdquant import smooth as smooth_module
 from dcgen_convert.svdquant.awq import quantize_awq
-from dcgen_convert.svdquant.layer import quantize_linear
 from dcgen_convert.svdquant.settings import Settings
 from dcgen_convert.svdquant.smooth import candidate, search
-from dcgen_convert.svdquant.stats import Stats
+from dcgen_convert.svdquant.weights import round_to_nearest
+
+from .reference import quantize_linear, stats_of
 
 
 def generator(seed=1):
@@ -31,30 +34,39 @@ def layer_problem(n=256, k=384):
     x = (
         torch.randn(1500, k, generator=g) + 0.3 * torch.randn(1500, 12, generator=g) @ torch.randn(12, k, generator=g)
     ) * channels
-    stats = Stats("layer", k, 1, 512, 0, 0)
-    stats.add(x[:1000], 0)
-    return weight, stats, x[1000:]
+    return weight, stats_of(x[:1000]), x[1000:]
 
 
 def error(layer, weight, x):
     return ((layer.output(x) - x @ weight.T).norm() / (x @ weight.T).norm()).item()
 
 
+STEPS = ("smoothing", "gptq", "scale search", "refits")
+
+
+def leave_out(patch, steps):
+    """Take steps out of the quantisation of a layer."""
+    if "smoothing" in steps:
+        patch.setattr(smooth_module, "COARSE", ())
+        patch.setattr(smooth_module, "MIXED", ())
+    if "gptq" in steps:
+        patch.setattr(layer_module, "gptq", lambda weight, lower, *scales: round_to_nearest(weight, *scales))
+    if "scale search" in steps:
+        patch.setattr(layer_module, "search_factor", lambda *args: None)
+    if "refits" in steps:
+        patch.setattr(layer_module, "REFITS", 0)
+
+
 @pytest.mark.parametrize("precision", ["nvfp4", "int4"])
-def test_every_stage_earns_its_place(precision):
+def test_every_step_earns_its_place(precision):
     weight, stats, held = layer_problem()
-    plain = {"smoothing": False, "gptq": False, "scale_search": False, "refits": 0, "rank": 16, "precision": precision}
-    ladder = [
-        plain,
-        plain | {"smoothing": True},
-        plain | {"smoothing": True, "gptq": True},
-        plain | {"smoothing": True, "gptq": True, "scale_search": True},
-        Settings(rank=16, precision=precision).as_dict(),
-    ]
-    errors = [
-        error(quantize_linear("m", weight, None, stats, Settings(**settings), generator()), weight, held)
-        for settings in ladder
-    ]
+    errors = []
+    for first in range(len(STEPS) + 1):
+        with pytest.MonkeyPatch.context() as patch:
+            leave_out(patch, STEPS[first:])
+            settings = Settings(rank=16, precision=precision)
+            layer = quantize_linear("m", weight, None, stats, settings, generator())
+        errors.append(error(layer, weight, held))
     assert errors[1] < 0.8 * errors[0]
     assert errors[4] < errors[3] < errors[2] < errors[1]
 
@@ -85,8 +97,7 @@ def test_data_free_is_smoothing_free_and_beats_rounding_on_the_weight():
 
 def test_one_calibration_token_is_enough_but_none_is_held_out_for_an_error():
     weight, _, held = layer_problem()
-    stats = Stats("layer", weight.shape[1], 1, 512, 0, 0)
-    stats.add(held[:1], 0)
+    stats = stats_of(held[:1])
     layer = quantize_linear("m", weight, None, stats, Settings(rank=16), generator())
     assert error(layer, weight, held[:1]) < 0.3 and "error" not in layer.record and layer.record["weight_error"] > 0
 
@@ -113,9 +124,7 @@ def test_smoothed_inputs_have_magnitude_one(magnitude):
 def test_dead_inputs_and_zero_weights_stay_finite():
     weight, stats, held = layer_problem()
     weight[:, 5] = 0
-    dead = Stats("dead", 384, 1, 64, 0, 0)
-    dead.add(torch.zeros(100, 384), 0)
-    for statistics in (stats, dead):
+    for statistics in (stats, stats_of(torch.zeros(100, 384))):
         layer = quantize_linear("m", weight, None, statistics, Settings(rank=16), generator())
         assert torch.isfinite(layer.output(held)).all()
     silent = quantize_linear("m", torch.zeros(128, 384), None, stats, Settings(rank=16), generator())
@@ -141,7 +150,7 @@ def test_nan_and_infinity_are_refused_by_name(value, part):
 
 @pytest.mark.parametrize(
     "field, value",
-    [("rank", 24), ("rank", 0), ("rank", 2048), ("precision", "fp8"), ("calibration", "some"), ("samples", 1)],
+    [("rank", 24), ("rank", 0), ("rank", 2048), ("precision", "fp8"), ("calibration", "some")],
 )
 def test_settings_refuse_what_the_format_has_not(field, value):
     with pytest.raises(InputError, match=field):

@@ -19,9 +19,9 @@ from . import emulation
 
 
 @pytest.fixture(scope="module", params=["nvfp4", "int4"])
-def classic(request, flux, tmp_path_factory):
+def classic(request, flux, no_refits, tmp_path_factory):
     root = tmp_path_factory.mktemp("classic")
-    settings = Settings(precision=request.param, refits=0, samples=64, fuse_qkv=True)
+    settings = Settings(precision=request.param, fuse_qkv=True)
     quantize(flux.folder, root / "transformer", flux.targets, settings, flux.calls, NULL)
     export_nunchaku(root / "transformer", root / "one.safetensors", patch=1)
     model = load_dequantised(root / "transformer", torch.float32)
@@ -115,9 +115,8 @@ def test_the_file_is_the_same_every_time(classic):
     assert (classic.root / "again.safetensors").read_bytes() == (classic.root / "one.safetensors").read_bytes()
 
 
-def test_layers_quantised_apart_cannot_be_fused(flux, tmp_path):
-    settings = Settings(refits=0, samples=64)
-    quantize(flux.folder, tmp_path / "transformer", flux.targets, settings, flux.calls, NULL)
+def test_layers_quantised_apart_cannot_be_fused(flux, no_refits, tmp_path):
+    quantize(flux.folder, tmp_path / "transformer", flux.targets, Settings(), flux.calls, NULL)
     with pytest.raises(InputError, match=r"transformer_blocks\.0\.qkv_proj cannot be fused"):
         export_nunchaku(tmp_path / "transformer", tmp_path / "one.safetensors", patch=1)
     assert not (tmp_path / "one.safetensors").exists()

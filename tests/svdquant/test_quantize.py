@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -17,22 +18,26 @@ from safetensors.torch import load_file, save_file
 
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.errors import InputError
+from dcgen_convert.families import QuantTargets
 from dcgen_convert.ranks.crew import Crew
 from dcgen_convert.recipe.schema import Quantize
 from dcgen_convert.stages.quantize import settings_of
 from dcgen_convert.svdquant import quantize as module
+from dcgen_convert.svdquant import shards
 from dcgen_convert.svdquant.quantize import quantize
 from dcgen_convert.svdquant.settings import Settings
 
 from .conftest import flux_call, flux_model, flux_targets
 
-FAST = Settings(refits=0, samples=64)
+pytestmark = pytest.mark.usefixtures("no_refits")
 
 
-@pytest.fixture(scope="session")
-def done(flux, tmp_path_factory):
+@pytest.fixture(scope="module")
+def done(flux, no_refits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("done") / "nvfp4"
-    return SimpleNamespace(folder=folder, records=quantize(flux.folder, folder, flux.targets, FAST, flux.calls, NULL))
+    return SimpleNamespace(
+        folder=folder, records=quantize(flux.folder, folder, flux.targets, Settings(), flux.calls, NULL)
+    )
 
 
 def contents(folder):
@@ -93,9 +98,9 @@ def test_one_record_per_layer_in_target_order(done, flux):
 
 
 def test_same_seed_same_bytes_other_seed_other_bytes(done, flux, tmp_path):
-    quantize(flux.folder, tmp_path / "again", flux.targets, FAST, flux.calls, NULL)
+    quantize(flux.folder, tmp_path / "again", flux.targets, Settings(), flux.calls, NULL)
     assert contents(tmp_path / "again") == contents(done.folder)
-    quantize(flux.folder, tmp_path / "other", flux.targets, Settings(refits=0, samples=64, seed=1), flux.calls, NULL)
+    quantize(flux.folder, tmp_path / "other", flux.targets, Settings(seed=1), flux.calls, NULL)
     assert contents(tmp_path / "other") != contents(done.folder)
 
 
@@ -103,19 +108,19 @@ def test_same_seed_same_bytes_other_seed_other_bytes(done, flux, tmp_path):
 def test_interrupted_runs_resume_with_the_same_bytes(done, flux, tmp_path, monkeypatch, stop_at):
     finish, finished = module._finish_block, []
 
-    def interrupted(job, block, *args):
+    def interrupted(quantisation, block, *args):
         if block == stop_at:
             raise KeyboardInterrupt
-        return finish(job, block, *args)
+        return finish(quantisation, block, *args)
 
     monkeypatch.setattr(module, "_finish_block", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        quantize(flux.folder, tmp_path / "out", flux.targets, FAST, flux.calls, NULL)
+        quantize(flux.folder, tmp_path / "out", flux.targets, Settings(), flux.calls, NULL)
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(
-        module, "_finish_block", lambda job, block, *args: (finished.append(block), finish(job, block, *args))[1]
+        module, "_finish_block", lambda first, block, *args: (finished.append(block), finish(first, block, *args))[1]
     )
-    quantize(flux.folder, tmp_path / "out", flux.targets, FAST, flux.calls, NULL)
+    quantize(flux.folder, tmp_path / "out", flux.targets, Settings(), flux.calls, NULL)
     assert finished[0] == stop_at
     assert contents(tmp_path / "out") == contents(done.folder)
 
@@ -125,16 +130,21 @@ import json, sys
 from pathlib import Path
 from types import SimpleNamespace
 from dcgen_convert.core.console import NULL
+from dcgen_convert.families import QuantTargets
 from dcgen_convert.ranks.crew import Crew
-from dcgen_convert.svdquant.quantize import open_job, work
+from dcgen_convert.families import QuantTargets
+from dcgen_convert.svdquant import layer
+from dcgen_convert.svdquant.quantisation import Quantisation
+from dcgen_convert.svdquant.quantize import work
 from dcgen_convert.svdquant.settings import Settings
+layer.REFITS = 0
 told = json.load(sys.stdin)
 calls = sorted(Path(told["calls"]).glob("*.safetensors"))
-targets, settings = SimpleNamespace(**told["targets"]), Settings(**told["settings"])
-job = open_job(Path(told["source"]), Path(told["output"]), targets, settings, calls)
+targets, settings = QuantTargets(**told["targets"]), Settings(**told["settings"])
+quantisation = Quantisation.of_folder(Path(told["source"]), Path(told["output"]), targets, settings, calls)
 finished = []
 bar = SimpleNamespace(advance=lambda count, block: finished.append(block))
-work(job, NULL, bar, (1, 2), **told["begun"])
+work(quantisation, NULL, bar, (1, 2), **told["begun"])
 print(json.dumps(finished))
 """
 
@@ -144,7 +154,7 @@ def test_two_processes_take_turns_and_give_the_bytes_of_one(done, flux, tmp_path
     for number, call in enumerate(flux.calls):
         save_file(call, tmp_path / f"{number}.safetensors")
     told = {"source": str(flux.folder), "output": str(tmp_path / "out"), "calls": str(tmp_path)}
-    told |= {"targets": vars(flux.targets), "settings": FAST.as_dict()}
+    told |= {"targets": asdict(flux.targets), "settings": asdict(Settings())}
     others, sleep = [], time.sleep
 
     class Two(Crew):
@@ -166,7 +176,9 @@ def test_two_processes_take_turns_and_give_the_bytes_of_one(done, flux, tmp_path
             yield
             others.append((child.stdout.read(), child.wait()))
 
-    quantize(flux.folder, tmp_path / "out", flux.targets, FAST, sorted(tmp_path.glob("*.safetensors")), NULL, Two())
+    quantize(
+        flux.folder, tmp_path / "out", flux.targets, Settings(), sorted(tmp_path.glob("*.safetensors")), NULL, Two()
+    )
     assert [(json.loads(said.splitlines()[-1]), code) for said, code in others] == [
         (["single_transformer_blocks.0"], 0)
     ]
@@ -175,20 +187,20 @@ def test_two_processes_take_turns_and_give_the_bytes_of_one(done, flux, tmp_path
 
 def test_a_half_run_with_other_settings_is_not_believed(flux, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "assemble", lambda *args: None)
-    quantize(flux.folder, tmp_path / "out", flux.targets, FAST, flux.calls, NULL)
+    quantize(flux.folder, tmp_path / "out", flux.targets, Settings(), flux.calls, NULL)
     monkeypatch.undo()
     said = []
     console = SimpleNamespace(say=said.append, progress=NULL.progress, event=NULL.event)
-    quantize(flux.folder, tmp_path / "out", flux.targets, Settings(refits=0, samples=64, rank=16), flux.calls, console)
+    quantize(flux.folder, tmp_path / "out", flux.targets, Settings(rank=16), flux.calls, console)
     assert "discarded" in said[0]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["svdq_w4a4"]["rank"] == 16
 
 
-def test_sharded_source_and_sharded_output_hold_the_same_tensors(done, flux, tmp_path):
+def test_sharded_source_and_sharded_output_hold_the_same_tensors(done, flux, tmp_path, monkeypatch):
     flux_model().save_pretrained(tmp_path / "source", max_shard_size="400KB")
     assert len(list((tmp_path / "source").glob("*.safetensors"))) > 2
-    settings = Settings(refits=0, samples=64, max_shard_bytes=300_000)
-    quantize(tmp_path / "source", tmp_path / "out", flux.targets, settings, flux.calls, NULL)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 300_000)
+    quantize(tmp_path / "source", tmp_path / "out", flux.targets, Settings(), flux.calls, NULL)
     index = json.loads((tmp_path / "out" / "diffusion_pytorch_model.safetensors.index.json").read_text())
     merged = {}
     for path in sorted((tmp_path / "out").glob("*.safetensors")):
@@ -204,18 +216,16 @@ def test_calls_from_files_give_the_same_bytes(done, flux, tmp_path):
     for number, call in enumerate(flux.calls):
         save_file(call, tmp_path / f"{number}.safetensors")
     files = sorted(tmp_path.glob("*.safetensors"))
-    quantize(flux.folder, tmp_path / "out", flux.targets, FAST, files, NULL)
+    quantize(flux.folder, tmp_path / "out", flux.targets, Settings(), files, NULL)
     assert contents(tmp_path / "out") == contents(done.folder)
 
 
-def test_dense_fp32_is_cast_only_when_asked(tmp_path):
+def test_dense_float32_stays_float32(tmp_path):
     model = flux_model().float()
     model.save_pretrained(tmp_path / "source")
-    targets = flux_targets(model)
-    for choice, dtype in (("keep", torch.float32), ("bf16", torch.bfloat16)):
-        settings = Settings(calibration="none", refits=0, dense_dtype=choice)
-        quantize(tmp_path / "source", tmp_path / choice, targets, settings, [], NULL)
-        assert load_file(tmp_path / choice / "diffusion_pytorch_model.safetensors")["x_embedder.weight"].dtype == dtype
+    quantize(tmp_path / "source", tmp_path / "out", flux_targets(model), Settings(calibration="none"), [], NULL)
+    kept = load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors")["x_embedder.weight"]
+    assert torch.equal(kept, model.x_embedder.weight)
 
 
 def broken(flux, tmp_path, change):
@@ -250,21 +260,21 @@ TARGET = "single_transformer_blocks.0.attn.to_k"
 def test_what_cannot_be_held_is_refused_by_name_and_leaves_no_output(flux, tmp_path, change, message):
     folder = broken(flux, tmp_path, change)
     with pytest.raises(InputError, match=message):
-        quantize(folder, tmp_path / "out", flux.targets, FAST, flux.calls, NULL)
+        quantize(folder, tmp_path / "out", flux.targets, Settings(), flux.calls, NULL)
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_jobs_are_refused(flux, tmp_path):
-    empty, out = SimpleNamespace(svdq=[], awq=[], blocks=()), tmp_path / "out"
+def test_impossible_requests_are_refused(flux, tmp_path):
+    empty, out = QuantTargets([], []), tmp_path / "out"
     with pytest.raises(InputError, match="No layer is planned"):
-        quantize(flux.folder, out, empty, FAST, flux.calls, NULL)
+        quantize(flux.folder, out, empty, Settings(), flux.calls, NULL)
     with pytest.raises(InputError, match="at least one call"):
-        quantize(flux.folder, out, flux.targets, FAST, [], NULL)
+        quantize(flux.folder, out, flux.targets, Settings(), [], NULL)
     with pytest.raises(InputError, match="config.json"):
-        quantize(tmp_path, out, flux.targets, FAST, flux.calls, NULL)
+        quantize(tmp_path, out, flux.targets, Settings(), flux.calls, NULL)
     out.mkdir()
     with pytest.raises(InputError, match="exists already"):
-        quantize(flux.folder, out, flux.targets, FAST, flux.calls, NULL)
+        quantize(flux.folder, out, flux.targets, Settings(), flux.calls, NULL)
 
 
 def test_truncated_weights_are_refused(flux, tmp_path):
@@ -273,13 +283,13 @@ def test_truncated_weights_are_refused(flux, tmp_path):
     path = folder / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(InputError, match="truncated"):
-        quantize(folder, tmp_path / "out", flux.targets, FAST, flux.calls, NULL)
+        quantize(folder, tmp_path / "out", flux.targets, Settings(), flux.calls, NULL)
 
 
 def test_calibrated_calls_beat_data_free_in_the_model_s_output(done, flux, tmp_path):
     from dcgen_convert.svdquant.runtime import emulate
 
-    quantize(flux.folder, tmp_path / "free", flux.targets, Settings(calibration="none", refits=0), [], NULL)
+    quantize(flux.folder, tmp_path / "free", flux.targets, Settings(calibration="none"), [], NULL)
     call = flux_call(99)
     wanted = flux.model(**call).sample
 
@@ -291,8 +301,8 @@ def test_calibrated_calls_beat_data_free_in_the_model_s_output(done, flux, tmp_p
 
 def test_modulation_layers_behind_the_last_w4a4_layer_are_quantised_too(flux, tmp_path):
     few = [target for target in flux.targets.svdq if target.startswith("transformer_blocks.0.attn.to_")]
-    targets = SimpleNamespace(svdq=few, awq=flux.targets.awq, blocks=())
-    records = quantize(flux.folder, tmp_path / "out", targets, FAST, flux.calls, NULL)
+    targets = QuantTargets(few, flux.targets.awq)
+    records = quantize(flux.folder, tmp_path / "out", targets, Settings(), flux.calls, NULL)
     assert [record["module"] for record in records] == [*few, *flux.targets.awq]
 
 
@@ -302,7 +312,7 @@ def test_a_known_list_without_a_target_is_walked_block_by_block_too(flux, tmp_pa
     load, skipped = module.load, []
     monkeypatch.setattr(module, "load", lambda *args, skip=(): (skipped.append(skip), load(*args, skip=skip))[1])
     for name, blocks in (("whole", ()), ("walked", ("transformer_blocks", "single_transformer_blocks"))):
-        quantize(flux.folder, tmp_path / name, SimpleNamespace(svdq=few, awq=[], blocks=blocks), FAST, flux.calls, NULL)
+        quantize(flux.folder, tmp_path / name, QuantTargets(few, [], blocks=blocks), Settings(), flux.calls, NULL)
     assert contents(tmp_path / "whole") == contents(tmp_path / "walked")
     assert skipped == [("single_transformer_blocks.0",), ("transformer_blocks.0", "single_transformer_blocks.0")]
 
@@ -313,7 +323,7 @@ def test_fusing_is_an_option_and_what_the_classic_container_needs():
 
 
 def test_fused_layers_have_one_smoothing_and_one_down_projection(flux, tmp_path):
-    settings = Settings(refits=0, samples=64, fuse_qkv=True)
+    settings = Settings(fuse_qkv=True)
     records = quantize(flux.folder, tmp_path / "out", flux.targets, settings, flux.calls, NULL)
     assert [record["module"] for record in records] == [*flux.targets.svdq, *flux.targets.awq]
     tensors = load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors")

@@ -27,11 +27,9 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module", params=["nvfp4", "int4"])
-def bundle(request, flux, tmp_path_factory):
+def bundle(request, flux, no_refits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundle") / request.param
-    quantize(
-        flux.folder, folder, flux.targets, Settings(precision=request.param, refits=0, samples=64), flux.calls, NULL
-    )
+    quantize(flux.folder, folder, flux.targets, Settings(precision=request.param), flux.calls, NULL)
     return SimpleNamespace(folder=folder, precision=request.param)
 
 

@@ -1,48 +1,56 @@
-"""One quantisation job: its inputs, and the hidden work folder that lets it go on after a stop."""
+"""One quantisation: its inputs, and the hidden work folder from which it goes on after a stop."""
+
+from __future__ import annotations
 
 import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 
+from dcgen_convert.checkpoint.headers import Entry
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_json, write_json
+from dcgen_convert.families import QuantTargets
 from dcgen_convert.svdquant import trees
 from dcgen_convert.svdquant.calibrate import Call
 from dcgen_convert.svdquant.checks import check_awq_shape, check_finite, check_svdq_shape
 from dcgen_convert.svdquant.settings import Settings
-from dcgen_convert.svdquant.source import Entry
-
-
-class Targets(Protocol):
-    """Exact module paths: `svdq` become W4A4, `awq` become W4A16. `blocks`: module lists of which one member is loaded
-    at a time; those that hold targets count without being named.
-    """
-
-    svdq: list[str]
-    awq: list[str]
-    blocks: Sequence[str]
+from dcgen_convert.svdquant.source import read_folder, read_tensor
 
 
 @dataclass(frozen=True)
-class Job:
-    """config, entries: the source, from `source.read_folder`. work: `blocks/` finished, `outputs/` of blocks."""
+class Quantisation:
+    """What is quantised, how, and where the work lies.
 
-    config: dict
+    config, entries  the source, from `source.read_folder`
+    targets          exact module paths: `svdq` become W4A4, `awq` become W4A16. `blocks` are the module lists of which
+                     one member is loaded at a time; a list that holds a target counts without being named
+    calls            keyword arguments of the transformer's forward, for the calibration
+    work             the work folder: `blocks/` that are finished, `outputs/` of blocks, `stats/` of blocks in work
+    """
+
+    config: dict[str, Any]
     entries: dict[str, Entry]
-    targets: Targets
+    targets: QuantTargets
     settings: Settings
     calls: Sequence[Call]
     work: Path
 
+    @classmethod
+    def of_folder(
+        cls, source: Path, output: Path, targets: QuantTargets, settings: Settings, calls: Sequence[Call]
+    ) -> Quantisation:
+        """The quantisation of the folder ``source`` into ``output``. Nothing is checked or written."""
+        return cls(*read_folder(source), targets, settings, calls, output.with_name(f".{output.name}.partial"))
+
     def check(self) -> None:
-        """Refuse by name every target that cannot be quantised, from headers alone, then NaN or infinity anywhere."""
+        """Refuse, by its name, a target that cannot be quantised, from headers alone; then NaN or infinity anywhere."""
         targets = self.targets
         if not targets.svdq and not targets.awq:
             hint = "Check the family's targets with `dcgen-convert plan`."
@@ -60,10 +68,10 @@ class Job:
                     raise InputError(f"The checkpoint holds no {name}.weight.", hint)
                 check_shape(name, self.entries[f"{name}.weight"].shape)
         for name, entry in self.entries.items():
-            check_finite(name, entry.read())
+            check_finite(name, read_tensor(entry))
 
-    def open(self, console: Console) -> None:
-        """Make the work folder, or keep one that belongs to this very job."""
+    def make_work_folder(self, console: Console) -> None:
+        """Make the work folder, or keep one that belongs to this very quantisation."""
         plan, fingerprint = self.work / "plan.json", self.fingerprint()
         if self.work.exists() and not (plan.is_file() and read_json(plan) == fingerprint):
             console.say("quantize: an unfinished run with other inputs or settings lies here; it is discarded")
@@ -72,18 +80,18 @@ class Job:
             (self.work / name).mkdir(parents=True, exist_ok=True)
         write_json(plan, fingerprint)
 
-    def fingerprint(self) -> dict:
+    def fingerprint(self) -> dict[str, Any]:
         """What decides the output's bytes, short enough to compare."""
         weights = hashlib.sha256()
-        for entry in self.entries.values():
+        for name, entry in self.entries.items():
             stat = entry.file.stat()
-            place = f"{entry.name} {entry.dtype} {entry.shape} {entry.start} {stat.st_size} {stat.st_mtime_ns}\n"
+            place = f"{name} {entry.dtype} {entry.shape} {entry.start} {stat.st_size} {stat.st_mtime_ns}\n"
             weights.update(place.encode())
         return {
             "config": hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest(),
             "weights": weights.hexdigest(),
             "targets": {"svdq": list(self.targets.svdq), "awq": list(self.targets.awq)},
-            "settings": self.settings.as_dict(),
+            "settings": asdict(self.settings),
             "calls": _hash_calls(self.calls),
         }
 
@@ -92,7 +100,7 @@ class Job:
         return self.work / "blocks" / f"{block}.safetensors"
 
     def records_file(self, block: str) -> Path:
-        """The records of a finished block; its presence marks the block as finished."""
+        """The records of a finished block. The block is finished when this file is there."""
         return self.work / "blocks" / f"{block}.json"
 
     def stats_file(self, block: str) -> Path:
@@ -100,14 +108,14 @@ class Job:
         return self.work / "stats" / f"{block}.safetensors"
 
     def walked(self) -> list[str]:
-        """Blocks that were run, in the order in which the forward reached them: each is finished, or its statistics
-        are kept.
+        """Blocks that were run, in the order in which the forward reached them. Each is finished, or its statistics are
+        kept.
         """
         path = self.work / "walked.json"
         return read_json(path) if path.is_file() else []
 
     def mark_walked(self, block: str) -> None:
-        """Remember that a block was run on every call; its outputs and statistics are kept."""
+        """Remember that a block was run on every call. Its outputs and statistics are kept by then."""
         write_json(self.work / "walked.json", [*self.walked(), block])
 
 
