@@ -1,8 +1,8 @@
 """AWQ-layout W4A16 linears for modulation layers (nunchaku's file format): unsigned 4-bit codes, an affine scale and
 zero per 64 channels.
 
-value[n, k] = code[n, k] * scale[n, k / 64] + zero[n, k / 64]; the zero is already scaled, as the kernel's fused
-multiply-add wants it.
+value[n, k] = code[n, k] * scale[n, k / 64] + zero[n, k / 64]. The zero is a weight and no code, because the kernel uses
+one fused multiply-add.
 """
 
 from __future__ import annotations

@@ -20,9 +20,10 @@ def low_rank(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(U, A, basis) with U A the near-optimal rank-`rank` approximation of `matrix` (N, K).
 
-    Near-optimal in the Frobenius norm, or, with `lower` (K, K), in ||(matrix - U A) lower||_F; the product matrix lower
-    is never formed. U (N, R) and A (R, K) share the singular values evenly, which keeps both in bfloat16's best range.
-    `start`, the `basis` (K, R + 16) of an earlier call on a similar matrix, replaces the random start; one iteration is
+    Near-optimal means in the Frobenius norm or, with `lower` (K, K), in ||(matrix - U A) lower||_F; the product of
+    matrix and lower is never formed. U (N, R) and A (R, K) each take the square roots of the singular values, so that
+    their numbers have similar magnitudes.
+    start: the `basis` (K, R + 16) of an earlier call on a similar matrix, instead of a random one; one iteration is
     then enough.
     """
     n, k = matrix.shape

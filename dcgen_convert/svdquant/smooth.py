@@ -38,8 +38,8 @@ def search(
 ) -> Smoothing:
     """The candidate with the least relative error of the layer's output on `tokens` (T, K), low-rank branch included.
 
-    Order: identity; beta = 0; beta = 1 - alpha; then half steps round the winner. Each candidate warm-starts the
-    subspace of the next.
+    Order: identity; beta = 0; beta = 1 - alpha; then half steps on both sides of the best one. The search for the
+    low-rank subspace of a candidate starts from that of the candidate before.
     """
     scorer = _Scorer(weight, tokens, settings, generator)
     column = weight.abs().amax(0)
@@ -67,9 +67,9 @@ def candidate(
 ) -> torch.Tensor:
     """s (K,) in bfloat16 values, scaled by a power of two to rms(tokens / s) in [0.7, 1.4].
 
-    There is no per-tensor activation scale in the format: the magnitude of x / s has to sit inside e4m3's range by
-    itself (nunchaku's file format). A power of two leaves identity an exact scaling. Channels that never fire keep the
-    mean exponent.
+    The format has no scale for a whole activation tensor, so x / s itself must lie inside the range of e4m3 (nunchaku's
+    file format). Because the factor is a power of two, s of alpha = beta = 0 scales exactly. A channel that is always
+    zero gets the mean of the other channels' logarithms.
     """
     log = alpha * _safe_log(amax) - beta * _safe_log(column)
     factor = (log - log.mean()).exp()
@@ -78,8 +78,8 @@ def candidate(
 
 
 def _safe_log(x: torch.Tensor) -> torch.Tensor:
-    """log x with zeros replaced by the mean log of the rest, floored so that no channel is stretched by more than
-    1e5.
+    """log x, with the mean of the other logarithms where x is zero. Limits keep every channel within a factor of 1e5
+    of that mean.
     """
     alive = x > 0
     if not bool(alive.any()):
