@@ -1,16 +1,17 @@
 """The walk of one conversion, stage by stage. Read this first.
 
-    (import ->) surgery -> data -> latents -> align-embedder -> align-head -> (adapt-1 -> merge-1 -> adapt-2 -> merge-2
-    ...)
-            -> quantize -> bundle -> verify
+    (import ->) surgery -> data -> latents -> align-embedder -> align-head
+            -> adapt-1 -> merge-1 (-> adapt-2 -> merge-2 ...) (-> quantize) -> bundle -> verify
 
-import writes a source that is no plain pipeline folder (a single file, LoRAs to fuse) as one. It or surgery comes first
-because they read every byte of the inputs: a damaged checkpoint is found before hours of synthesis.
+Some sources are no plain pipeline folder: a single file, or a source with LoRAs to fuse. Stage import writes such a
+source as a pipeline folder. Import and surgery read every byte of the inputs. They come first, so that a damaged
+checkpoint is found before hours of synthesis.
 
-Every stage reads artefacts of the run folder and writes its own; journal.py decides which stages still hold. `inputs`
-below lists what a stage depends on: a change there, or in a stage that it builds on, makes it run again. Pictures do
-not depend on the autoencoder, so another --ae keeps them. Layout settings (schema.LAYOUT) are left out: a smaller
-micro-batch after an out-of-memory error continues the training.
+Each stage reads files of the run folder and writes its own folder there. core/journal.py decides whether the result of
+a stage still holds. The dictionaries below list what a stage depends on: when one of these values changes, or an
+earlier stage that it builds on, the stage runs again. Pictures do not depend on the autoencoder, so a run keeps them
+when --ae changes. The layout settings (LAYOUT in recipe/schema.py) are left out: after an out-of-memory error the
+training continues with a smaller micro-batch.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dcgen_convert.bundle.layout import check_output
 from dcgen_convert.bundle.manifest import FILE as MANIFEST
+from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_object, write_json
 from dcgen_convert.core.journal import MARKER, Run, Stage, fingerprint
+from dcgen_convert.core.names import RECIPE
 from dcgen_convert.core.version import __version__
 from dcgen_convert.planning.plan import require_disk
 from dcgen_convert.ranks import join
@@ -33,19 +37,22 @@ from dcgen_convert.ranks.crew import SOLO, Crew
 from dcgen_convert.ranks.machine import Machine
 from dcgen_convert.recipe.loading import Resolved, revive
 from dcgen_convert.recipe.schema import result_settings
-from dcgen_convert.stages.imported import run
+from dcgen_convert.stages import folders
 from dcgen_convert.stages.job import Job, prepare
 
-RECIPE = "recipe.json"
 NEW_RUN = "start a new run with another --run-dir"
 ASKED = "asked.json"  # the stages that --from asked for and that are still to be done, and the job that asked
 
 
 @dataclass(frozen=True)
 class Step:
-    """One stage: its name, the function that does it, what it depends on, and the stages that it builds on.
+    """One stage of the walk.
 
-    ``after`` is None for all stages before it, which is what most build on.
+    Attributes:
+        name: of the stage, and of its folder in the run.
+        function: does the work.
+        inputs: what the result depends on, besides the stages before it.
+        after: the stages that it builds on; None: all stages before it.
     """
 
     name: str
@@ -56,49 +63,51 @@ class Step:
 
 def walk(job: Job, output: Path, force: bool) -> Iterator[Step]:
     """The stages of ``job`` in order."""
-    from dcgen_convert.checkpoint import imported
-    from dcgen_convert.stages import adapt as train
-    from dcgen_convert.stages import align_embedder, align_head, bundle, latents, pictures, surgery
-    from dcgen_convert.stages import quantize as svdquant
+    from dcgen_convert.checkpoint.imported import STAGE as IMPORT
+    from dcgen_convert.stages import (
+        adapt,
+        align_embedder,
+        align_head,
+        bundle,
+        imported,
+        latents,
+        pictures,
+        quantize,
+        surgery,
+    )
 
     recipe = result_settings(job.recipe)
     phases = recipe["adapt"].pop("phases")
     common = {"source": job.source.fingerprint, "dtype": recipe["dtype"], "seed": recipe["seed"]}
     if job.source.imported:
-        yield Step(imported.STAGE, run, {"source": job.source.fingerprint})
-    yield Step("surgery", surgery.run, {**common, "autoencoder": job.ae.fingerprint, "resolution": job.resolution})
-    yield Step("data", pictures.run, {**common, **pictures.inputs(job)}, after=())
+        yield Step(IMPORT, imported.run, {"source": job.source.fingerprint})
+    geometry = {"autoencoder": job.ae.fingerprint, "resolution": job.resolution}
+    yield Step(folders.SURGERY, surgery.run, {**common, **geometry})
+    yield Step(folders.DATA, pictures.run, {**common, **pictures.inputs(job)}, after=())
     resolutions = sorted({phase["resolution"] for phase in phases})
     shapes = {"buckets": True} if job.recipe.data.buckets else {}
-    yield Step("latents", latents.run, {"latents": recipe["latents"], "resolutions": resolutions, **shapes})
-    yield Step(
-        "align-embedder",
-        align_embedder.run,
-        {"align_embedder": recipe["align_embedder"], "shift": recipe["adapt"]["shift"]},
-    )
-    yield Step("align-head", align_head.run, {"align_head": recipe["align_head"], "adapt": recipe["adapt"]})
+    yield Step(folders.LATENTS, latents.run, {"latents": recipe["latents"], "resolutions": resolutions, **shapes})
+    embedder = {"align_embedder": recipe["align_embedder"], "shift": recipe["adapt"]["shift"]}
+    yield Step(folders.ALIGN_EMBEDDER, align_embedder.run, embedder)
+    head = {"align_head": recipe["align_head"], "adapt": recipe["adapt"]}
+    yield Step(folders.ALIGN_HEAD, align_head.run, head)
     for number, phase in enumerate(phases, 1):
-        yield Step(f"adapt-{number}", lambda job, stage, n=number: train.adapt_phase(job, stage, n), {"phase": phase})
-        yield Step(
-            f"merge-{number}",
-            lambda job, stage, n=number: train.merge_phase(job, stage, n),
-            {"merge_lora": recipe["merge_lora"]},
-        )
+        yield Step(folders.adapt_stage(number), partial(adapt.adapt_phase, number=number), {"phase": phase})
+        merging = {"merge_lora": recipe["merge_lora"]}
+        yield Step(folders.merge_stage(number), partial(adapt.merge_phase, number=number), merging)
     if job.recipe.quantize.format != "none":
-        yield Step("quantize", svdquant.run, {"quantize": recipe["quantize"], "bundle": recipe["bundle"]})
-    yield Step(
-        "bundle",
-        lambda job, stage: bundle.write(job, stage, output, force),
-        {"bundle": recipe["bundle"], "output": str(output), "recipe": recipe},
-    )
-    yield Step("verify", lambda job, stage: bundle.check(job, stage, output), {"evaluate": recipe["evaluate"]})
+        quantising = {"quantize": recipe["quantize"], "bundle": recipe["bundle"]}
+        yield Step(folders.QUANTIZE, quantize.run, quantising)
+    told = {"bundle": recipe["bundle"], "output": str(output), "recipe": recipe}
+    yield Step(folders.BUNDLE, partial(bundle.write, output=output, force=force), told)
+    yield Step(folders.VERIFY, partial(bundle.check, output=output), {"evaluate": recipe["evaluate"]})
 
 
 def convert(
     resolved: Resolved,
     run_dir: Path,
     output: Path,
-    console,
+    console: Console,
     *,
     crew: Crew = SOLO,
     start: str | None = None,
@@ -108,8 +117,8 @@ def convert(
     """Convert; returns the result document (bundle, run folder, stages with seconds and metrics).
 
     Args:
-        crew: the other ranks, which help with the stages that can be shared. They do nothing but what rank 0 asks for.
-        start: run this stage and all after it again, even where they hold.
+        crew: the other ranks. They help with the stages that can be shared, and do only what rank 0 asks for.
+        start: run this stage and all stages after it again, even those whose results hold.
         until: stop after this stage.
         force: replace an output folder that is not empty.
     """
@@ -136,7 +145,7 @@ def convert(
 
 
 def with_inputs(steps: list[Step]) -> Iterator[tuple[Step, dict[str, Any]]]:
-    """Every step with all that it depends on: its own inputs, the program, and the stages that it builds on."""
+    """Every step with all that it depends on: its own inputs, the version, and the stages that it builds on."""
     prints: dict[str, str] = {}
     for step in steps:
         before = prints if step.after is None else {name: prints[name] for name in step.after}
@@ -164,16 +173,17 @@ def _answered(run: Run, name: str) -> None:
 
 
 def _run_steps(job: Job, steps: list[Step], output: Path, until: str | None, asked: list[str]) -> dict[str, Any]:
-    records = []
+    records: list[dict[str, Any]] = []
     again = False
     for step, inputs in with_inputs(steps):
-        lost = step.name == "bundle" and not (output / MANIFEST).exists()
+        lost = step.name == folders.BUNDLE and not (output / MANIFEST).exists()
         again = again or lost
         record = None if again or step.name in asked else job.run.done(step.name, inputs)
         if record is None:
             with job.run.stage(step.name, inputs) as stage:
                 step.function(job, stage)
             record = job.run.done(step.name, inputs)
+            assert record is not None, f"stage {step.name} left no marker"
             _answered(job.run, step.name)
         else:
             job.console.say(f"{step.name}: holds, skipped")
@@ -181,15 +191,13 @@ def _run_steps(job: Job, steps: list[Step], output: Path, until: str | None, ask
         records.append({"name": step.name, "seconds": record["seconds"], "metrics": record["metrics"]})
         if step.name == until:
             return {"status": "stopped", "run": str(job.run.path), "stages": records}
-    metrics = {
-        key: value for record in records for key, value in record["metrics"].items() if record["name"] == "verify"
-    }
-    return {"status": "done", "bundle": str(output), "run": str(job.run.path), "stages": records, "metrics": metrics}
+    verified = records[-1]["metrics"]
+    return {"status": "done", "bundle": str(output), "run": str(job.run.path), "stages": records, "metrics": verified}
 
 
 def _bundled(output: Path, run: Run) -> bool:
     """Whether ``output`` holds the bundle that this very run wrote."""
-    return (run.path / "bundle" / MARKER).exists() and (output / MANIFEST).exists()
+    return (run.path / folders.BUNDLE / MARKER).exists() and (output / MANIFEST).exists()
 
 
 def recorded(run_dir: Path) -> tuple[Resolved, Path]:

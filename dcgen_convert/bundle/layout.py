@@ -26,6 +26,7 @@ from dcgen_convert.checkpoint import licence
 from dcgen_convert.checkpoint.components import copy_component, plan_copy
 from dcgen_convert.checkpoint.record import hash_files
 from dcgen_convert.checkpoint.trust import is_component
+from dcgen_convert.core import names
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.disk import check_disk
 from dcgen_convert.core.errors import InputError
@@ -33,7 +34,6 @@ from dcgen_convert.core.files import atomic_write, copy_file, read_json, write_j
 from dcgen_convert.families.base import Family
 
 LAYOUTS = ("stock", "official", "source")
-LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights(folder) looks for
 
 
 def write_bundle(
@@ -98,13 +98,13 @@ def write_bundle(
             (staging / "scheduler").mkdir()
             write_json(staging / "scheduler" / "scheduler_config.json", scheduler_config)
         if lora is not None:
-            files[LORA_FILE] = copy_file(Path(lora), staging / LORA_FILE)
+            files[names.LORA] = copy_file(Path(lora), staging / names.LORA)
         if single_file is not None:
             files[single_file.name] = copy_file(single_file, staging / single_file.name)
         _copy_licences({"": source, "-autoencoder": autoencoder}, staging)
         atomic_write(staging / "README.md", card)
         write_json(staging / "model_index.json", index)
-        record = {**manifest, "layout": layout, "lora": None if lora is None else LORA_FILE}
+        record = {**manifest, "layout": layout, "lora": None if lora is None else names.LORA}
         # The hash of a copy is the hash of what was read from its origin, so that a bad copy is found by `verify`.
         written = hash_files(staging, skip=files)
         record["files"] = manifests.file_table(staging, files | written)

@@ -18,10 +18,11 @@ from types import ModuleType
 from typing import Any
 
 from dcgen_convert import families
-from dcgen_convert.bundle.layout import LORA_FILE, read_index
+from dcgen_convert.bundle.layout import read_index
 from dcgen_convert.bundle.manifest import quantised_formats
 from dcgen_convert.checkpoint import trust
 from dcgen_convert.checkpoint.components import plan_copy
+from dcgen_convert.core import names
 from dcgen_convert.core.errors import InputError, ResourceError
 from dcgen_convert.core.files import read_json
 from dcgen_convert.families.base import Family
@@ -82,8 +83,8 @@ def load(
         else:
             pipeline = _official(bundle, family, parts, options)
     pipeline.vae.eval()  # "in" and "mix" decoders hold BatchNorm
-    if (bundle / LORA_FILE).is_file():
-        pipeline.load_lora_weights(bundle, weight_name=LORA_FILE, use_safetensors=True, local_files_only=True)
+    if (bundle / names.LORA).is_file():
+        pipeline.load_lora_weights(bundle, weight_name=names.LORA, use_safetensors=True, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device), runtime
 

@@ -1,12 +1,12 @@
-"""Aspect-ratio buckets: the picture sizes that a folder of mixed shapes is brought to, and which rows have which size.
+"""Aspect-ratio buckets: the sizes that pictures of mixed shapes are cropped to, and which rows have which size.
 
-Construction: for every width that is a multiple of `step` the tallest height, and for every height the widest width,
-whose area does not exceed resolution^2 (NovelAI's "aspect ratio bucketing", 2022; SDXL's table in arXiv 2307.01952,
-appendix I, has the same form and ends at 1:4 and 4:1). So no bucket has more tokens than the square: what fits for it
-fits for all.
+Construction: all sides are multiples of `step`. Every width gets the tallest height, and every height gets the widest
+width, with which the area does not exceed resolution^2 (NovelAI's "aspect ratio bucketing", 2022). SDXL's table in
+arXiv 2307.01952, appendix I, has the same form and ends at 1:4 and 4:1. So no bucket has more tokens than the square:
+if the square fits into memory, all buckets fit.
 
-Sizes are (height, width) in px. Rows are sorted by the shape of their picture, so that at every resolution a bucket is
-a span of rows, and nothing is held per row.
+Sizes are (height, width) in px. Rows are sorted by the shape of their picture. So at every resolution a bucket is a
+span of rows, and no memory is needed per row.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from fractions import Fraction
 from itertools import groupby, zip_longest
 from typing import NamedTuple
 
-WIDEST = 4  # most of a bucket's sides' ratio
+WIDEST = 4  # largest ratio of a bucket's sides
 
 Size = tuple[int, int]
 
 
 class Span(NamedTuple):
-    """Rows ``start`` .. ``stop`` - 1 have one size, and follow one another in the tables base-TABLE and
-    target-TABLE.
+    """Rows ``start`` to ``stop`` - 1, which have one size.
+
+    Their latents follow one another in the tables base-TABLE and target-TABLE.
     """
 
     table: str
@@ -54,9 +55,9 @@ def sizes(resolution: int, step: int, longest: int | None = None) -> list[Size]:
 
 
 def nearest(buckets: Sequence[Size], width: int, height: int) -> Size:
-    """The bucket whose aspect ratio is the nearest: of a picture cropped to it the largest part is left. Exact.
+    """The bucket with the nearest aspect ratio: cropping the picture to it keeps the largest part. Exact arithmetic.
 
-    Two that are equally near: the one of more px.
+    When two buckets are equally near, it is the one with more px.
     """
 
     def lost(size: Size) -> tuple[Fraction, int]:
@@ -67,8 +68,9 @@ def nearest(buckets: Sequence[Size], width: int, height: int) -> Size:
 
 
 def by_shape(shapes: Sequence[Size], held_out: int) -> list[int]:
-    """Order of pictures of ``shapes`` (width, height): by aspect ratio, the last ``held_out`` apart and after the
-    others.
+    """Order of pictures of ``shapes`` (width, height): by aspect ratio.
+
+    The last ``held_out`` pictures are sorted apart, and stay behind the others.
     """
     cut = len(shapes) - held_out
 
@@ -79,7 +81,7 @@ def by_shape(shapes: Sequence[Size], held_out: int) -> list[int]:
 
 
 def spans(shapes: Iterable[Size], buckets: Sequence[Size], resolution: int) -> list[Span]:
-    """Rows of one bucket, one span after the other; ``shapes`` (width, height) as `by_shape` orders them."""
+    """The spans of rows of one bucket each; ``shapes`` (width, height) are in the order of `by_shape`."""
     found, start = [], 0
     known: dict[Size, Size] = {}
 
@@ -109,18 +111,18 @@ def tables(spans: Iterable[Span]) -> dict[str, list[Span]]:
 
 
 def overlap(rows: range, others: range) -> range:
-    """The rows of step 1 that both have; empty where there are none."""
+    """The rows that are in both ranges (of step 1); an empty range when there are none."""
     start = max(rows.start, others.start)
     return range(start, max(start, min(rows.stop, others.stop)))
 
 
 def batches(parts: Iterable[range], size: int) -> list[range]:
-    """Every row once, at most ``size`` at a time, none of two spans."""
+    """Every row once, at most ``size`` at a time; no batch has rows of two spans."""
     return [part[start : start + size] for part in parts for start in range(0, len(part), size)]
 
 
 def first_of_each(parts: Sequence[range], count: int) -> list[list[int]]:
-    """``count`` rows to look at, one of each span in turn; those of a span together."""
+    """``count`` rows to look at, taken from each span in turn. The result has one list for each span."""
     turns = (row for turn in zip_longest(*parts) for row in turn if row is not None)
     chosen = {row for _, row in zip(range(count), turns, strict=False)}
     return [rows for part in parts if (rows := [row for row in part if row in chosen])]

@@ -1,15 +1,14 @@
 """Paired latents and conditions on disk: safetensors shards, memory-mapped, one row per picture.
 
 index.json                    {"key", "count", "rows_per_shard", "tables": {name: {tensor: shape of one row}}}
-<table>-00000.safetensors     table "target-<px>" {"z"}, "base-<px>" {"z"}, "text" {forward() keywords}, "null" (one
-row)
+<table>-00000.safetensors     tables "target-<px>" {"z"}, "base-<px>" {"z"}, "text" {forward() keywords}, "null" (1 row)
 captions.safetensors          {"text": UTF-8 of all captions, "ends": (N,) where each ends}
 
-With aspect-ratio buckets there is a table per size, "target-<px>-<height>x<width>", and the index has "spans": for
-every px a list of `buckets.Span`, which says what rows are in which table.
+With aspect-ratio buckets there is one table for each size, "target-<px>-<height>x<width>". The index then has "spans":
+for every px a list of `buckets.Span`, which says which rows are in which table.
 
-Nothing is held per row: shards and captions are memory-mapped, and a bounded number of shards is open. "key" says what
-the rows were made from; a cache of something else is refused.
+No memory is needed per row: shards and captions are memory-mapped, and the number of open shards is limited. "key" says
+what the rows were made from. A cache that was made from something else is refused.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class LatentCache:
     """Rows of (z_0, text) for training, read from shards without loading them.
 
     Attributes:
-        spans: rows of one shape, one span after the other: rows that are read together must be of one.
+        spans: rows of one shape each, one span after the other. Rows that are read together must be of one span.
         shapes: (C, h, w) of the target's latents in each span.
     """
 
@@ -131,26 +130,27 @@ class LatentCache:
         if name in self._open:
             self._open.move_to_end(name)
             return self._open[name]
-        with safe_open(self.folder / name, framework="pt") as file:  # memory-mapped: rows are paged in when read
-            self._open[name] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        # Memory-mapped: a row is read from the disk when it is used.
+        with safe_open(self.folder / name, framework="pt") as file:
+            self._open[name] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping
         if len(self._open) > OPEN_SHARDS:
             self._open.popitem(last=False)
         return self._open[name]
 
 
 def held_out(count: int) -> int:
-    """How many of ``count`` rows, the last ones, no training sees."""
+    """How many of ``count`` rows are held out: the last ones, which no training sees."""
     return min(max(1, count // 20), 512)
 
 
 def _within(rows: range, view: range) -> range:
-    """Places in ``view`` (of step 1) of those of ``rows`` that it shows."""
+    """Positions in ``view`` (of step 1) of those ``rows`` that the view shows."""
     shown = buckets.overlap(rows, view)
     return range(shown.start - view.start, shown.stop - view.start)
 
 
 def _rows_before(spans: list[Span]) -> list[int]:
-    """Rows that the table of each span holds before it."""
+    """For each span, the number of rows that its table holds before it."""
     held: dict[str, int] = {}
     before = []
     for span in spans:
@@ -176,6 +176,7 @@ class Captions:
 
 
 def write_captions(folder: Path, captions: Iterable[str]) -> None:
+    """Write the captions of all rows, in order."""
     parts = [caption.encode() for caption in captions]
     text = torch.frombuffer(bytearray(b"".join(parts)) or bytearray(1), dtype=torch.uint8)
     ends = torch.tensor(list(itertools.accumulate(map(len, parts))), dtype=torch.int64)
@@ -196,6 +197,7 @@ def _require_key(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, An
 
 
 def shard_name(table: str, number: int) -> str:
+    """File name of shard ``number`` of a table."""
     return f"{table}-{number:05d}.safetensors"
 
 
@@ -210,11 +212,11 @@ def write_index(
     key: Mapping[str, Any] | None = None,
     spans: Mapping[int, list[Span]] | None = None,
 ) -> None:
-    """Write the index last: from every table's first shard, so that a cache without an index is unfinished.
+    """Write the index, from the first shard of every table. Call it last: a cache without an index is unfinished.
 
     Args:
         key: what the rows were made from, by name.
-        spans: of the rows at every px, for a cache with buckets.
+        spans: the spans of rows at every px, for a cache with buckets.
     """
     tables = {}
     for path in sorted(folder.glob("*-00000.safetensors")):

@@ -75,9 +75,9 @@ def _read_jsonl(path: Path) -> list[Picture]:
 
 
 def listing(path: Path) -> str | None:
-    """Hash of the names, sizes and modification times of what `read_folder` reads and lists; None where nothing is.
+    """Hash of the names, sizes and modification times of what `read_folder` reads; None for a missing path.
 
-    Cheap: no picture is opened. A caption or a picture that was changed, added or taken away changes it.
+    It is cheap: no picture is opened. It changes when a caption or a picture is changed, added or taken away.
     """
     path = Path(path).expanduser()
     if path.suffix == ".jsonl" and path.is_file():
@@ -115,8 +115,9 @@ def size_of(file: Path) -> tuple[int, int]:
 
 
 def read_pixels(file: Path, height: int, width: int | None = None) -> Tensor:
-    """(3, height, width) float32 in [-1, 1]: the largest centred part of that shape (from a whole pixel on), resized
-    with Lanczos.
+    """(3, height, width) float32 in [-1, 1]: the largest centred part of that shape, resized with Lanczos.
+
+    The part begins at a whole pixel.
 
     Args:
         width: None: a square of ``height``.
@@ -124,8 +125,8 @@ def read_pixels(file: Path, height: int, width: int | None = None) -> Tensor:
         InputError: the file is missing, no image, or cut off.
     """
     width = width or height
-    with _reading(file), Image.open(file) as image:
-        image = image.convert("RGB")
+    with _reading(file), Image.open(file) as opened:
+        image = opened.convert("RGB")
         across, down = min(image.width, image.height * width / height), min(image.height, image.width * height / width)
         left, top = (image.width - across) // 2, (image.height - down) // 2
         if image.size != (width, height):
@@ -136,7 +137,7 @@ def read_pixels(file: Path, height: int, width: int | None = None) -> Tensor:
 
 @contextmanager
 def _reading(file: Path) -> Iterator[None]:
-    """What goes wrong with a damaged file, as an InputError that names it."""
+    """Turn the exceptions for a damaged file into an InputError that names it."""
     try:
         yield
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:

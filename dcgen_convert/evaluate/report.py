@@ -18,14 +18,14 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from dcgen_convert.core import names
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import atomic_write, read_json
+from dcgen_convert.core.journal import MARKER
 from dcgen_convert.evaluate.charts import line_chart
 from dcgen_convert.evaluate.layers import layer_section
 
-MARKER = "stage.json"
 REPORT = "report.html"
-QUANTISED = "quantization.json"  # beside 4-bit weights: the record of every layer (svdquant.assemble.RECORDS)
 PICTURES = 8  # per stage; grids first
 Series = dict[str, list[tuple[float, float]]]  # name of a line in a chart -> its points (x, y)
 CURVES = ("loss", "grad_norm", "lr")  # columns drawn, in this order, where a step file has them
@@ -51,7 +51,7 @@ def write_report(run: Path, output: Path | None = None) -> Path:
     """
     run = Path(run)
     stages = finished_stages(run)
-    layers = run / "transformer" / QUANTISED
+    layers = run / "transformer" / names.RECORDS
     if not stages and layers.is_file():
         output = Path(output) if output else run / REPORT
         parts = [f"<h1>{escape(run.name)}</h1>", *layer_section(read_json(layers)["layers"])]
@@ -62,7 +62,7 @@ def write_report(run: Path, output: Path | None = None) -> Path:
     parts = [f"<h1>{escape(run.name)}</h1>", _timings(stages), *_compared(stages)]
     for folder, record in stages:
         parts += _stage(folder, record)
-    recipe = run / "recipe.json"
+    recipe = run / names.RECIPE
     if recipe.is_file():
         parts.append(f"<h2>recipe</h2><pre>{escape(json.dumps(read_json(recipe), indent=2))}</pre>")
     output = Path(output) if output else run / REPORT

@@ -12,7 +12,6 @@ from dcgen_convert.core.errors import InputError
 from dcgen_convert.families.base import Network
 from dcgen_convert.networks.folder import load_folder
 
-MODULES = "modules.safetensors"  # all tensors of the embedder and the head, with the transformer's names, in float32
 TRANSFORMER = "transformer"
 
 

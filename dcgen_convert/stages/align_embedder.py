@@ -1,8 +1,8 @@
 """Stage `align-embedder`: the new patch embedder, fitted to the base model's patch embeddings of the same pictures.
 
-Loss (stage 1 of arXiv 2509.25180): L = || e_new(z_dc) - AvgPool_s(e_base(z_base)) ||^2. Both sides are
-linear in the latents, so the optimum is one ridge regression, over pictures of all shapes. C C0 channels, N N0 tokens
-(new, base), D width.
+Loss (stage 1 of arXiv 2509.25180): L = || e_new(z_dc) - AvgPool_s(e_base(z_base)) ||^2. Both sides are linear in the
+latents, so one ridge regression over pictures of all shapes gives the optimum. C and C0 are the channels, N and N0 the
+tokens (new, base), D is the width.
 """
 
 from __future__ import annotations
@@ -15,36 +15,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dcgen_convert.core import names
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.files import atomic_save
 from dcgen_convert.core.journal import Stage
 from dcgen_convert.data import buckets
 from dcgen_convert.data.cache import LatentCache
+from dcgen_convert.families.base import Network
 from dcgen_convert.networks import models
+from dcgen_convert.stages.job import Job
 from dcgen_convert.train.ridge import NormalEquations
 
-OVERFIT = 2.0  # held-out over seen MSE from which a closed form is called one of too few rows
+OVERFIT = 2.0  # warn above this ratio of held-out MSE to training MSE: the fit has too few rows
+READ_ONCE = 1_000_000  # tokens of a cache that is small enough to be kept in memory
 
 
-def run(job, stage: Stage) -> None:
-    """Writes modules.safetensors (the embedder) and reports the MSE before, after, at the optimum, and on rows held
-    out.
-    """
+def run(job: Job, stage: Stage) -> None:
+    """Writes modules.safetensors (the embedder); reports the MSE before, after, at the optimum and on held-out rows."""
     settings = job.recipe.align_embedder
     resolution = job.recipe.adapt.phases[0].resolution
     cache = job.rows(resolution)
     teacher = models.load(job.source.transformer, torch.float32)
-    student = models.load(job.folder("surgery") / models.TRANSFORMER, torch.float32)
+    student = models.load(job.folders.surgery / models.TRANSFORMER, torch.float32)
     problem = Problem(job, teacher, student, cache, settings.pooling)
 
     cut = len(cache.split()[0])
-    seen, unseen = (
-        problem.equations(settings.batch, range(cut)),
-        problem.equations(settings.batch, range(cut, len(cache))),
-    )
+    seen = problem.equations(settings.batch, range(cut))
+    unseen = problem.equations(settings.batch, range(cut, len(cache)))
     equations = seen + unseen
     started = time.perf_counter()
-    module = student.get_submodule(job.family.embedder)
+    module = linear(student, job.family.embedder)
     start = xavier(module, job.recipe.seed)
     best = equations.solve(0.0, bias=problem.biased)
     weight, bias = start
@@ -64,23 +64,22 @@ def run(job, stage: Stage) -> None:
         f"align embedder: {settings.method}, MSE {before:.5g} (Xavier) -> {after:.5g}, optimum {optimum:.5g}, "
         f"{seconds:.2f} s"
     )
-    atomic_save(as_module(module, job.family.embedder, weight, bias), stage.folder / models.MODULES)
+    atomic_save(as_module(module, job.family.embedder, weight, bias), stage.folder / names.MODULES)
 
 
 def check_heldout(
     seen: NormalEquations, unseen: NormalEquations, solved: tuple[Tensor, Tensor], console: Console
 ) -> dict[str, float]:
-    """MSE of a solution of ``seen`` on its own rows and on others; a warning where it has learned its own by heart.
+    """MSE of a solution of ``seen`` on its own rows and on ``unseen``; a warning when it is overfitted.
 
-    That happens at f128 with few pictures: a picture of the tiny world is one token there, of 512 channels. A weight
-    that fits so closely also enlarges the noise that is added to the latents in training.
+    That happens at f128 with few pictures: there a picture of the tiny world is one token of 512 channels. Overfitted
+    weights also enlarge the noise that training adds to the latents.
     """
     own, other = seen.mse(*solved), unseen.mse(*solved)
     if other > OVERFIT * own:
         console.warn(
             f"align embedder: {seen.count:.0f} tokens are few for {len(seen.x)} latent channels: MSE {other:.3g} on "
-            "pictures held out, "
-            f"{own:.3g} on the others; draw more (data.count), or --set align_embedder.ridge=0.01"
+            f"held-out pictures, {own:.3g} on the others; draw more (data.count), or --set align_embedder.ridge=0.01"
         )
     return {"mse_seen": own, "mse_heldout": other}
 
@@ -88,9 +87,9 @@ def check_heldout(
 class Problem:
     """Rows (x, y) of the regression: deep-latent tokens against the base model's embedded tokens."""
 
-    def __init__(self, job, teacher: nn.Module, student: nn.Module, cache: LatentCache, pooling: str) -> None:
+    def __init__(self, job: Job, teacher: Network, student: Network, cache: LatentCache, pooling: str) -> None:
         self.family, self.cache, self.pooling = job.family, cache, pooling
-        self.teacher = teacher.get_submodule(job.family.embedder)
+        self.teacher = linear(teacher, job.family.embedder)
         self.biased = self.teacher.bias is not None
         z_base, z = cache.pairs([0])
         self.patch_base = job.family.patch(teacher.config, z_base.shape[1])
@@ -100,8 +99,9 @@ class Problem:
 
     @torch.no_grad()
     def rows(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """x (B, N', C p p) and y (B, N', D) of rows of one span; N' is the coarse grid (average) or the base's
-        (bilinear).
+        """x (B, N', C p p) and y (B, N', D) of rows of one span.
+
+        N' is the number of tokens of the new grid (pooling "average") or of the base's grid ("bilinear").
         """
         z_base, z = self.cache.pairs(indices)
         grid_base = (z_base.shape[2] // self.patch_base, z_base.shape[3] // self.patch_base)
@@ -119,7 +119,7 @@ class Problem:
         return x, goal if own is None else goal - own
 
     def equations(self, batch: int, pictures: range | None = None) -> NormalEquations:
-        """Of ``pictures`` (default: all), read ``batch`` at a time."""
+        """The equations of ``pictures`` (None: all), read ``batch`` at a time."""
         spans = self.cache.spans
         if pictures is not None:
             spans = [buckets.overlap(span, pictures) for span in spans]
@@ -137,19 +137,26 @@ def resize(tokens: Tensor, grid: tuple[int, int], to: tuple[int, int], mode: str
     return F.interpolate(maps, size=to, mode=mode, **kwargs).movedim(1, -1).flatten(1, 2)
 
 
-def affine(module: nn.Module, tokens: Tensor) -> Tensor:
-    """The embedder on tokens, whatever its type: a Conv2d is a linear on the flattened windows that it reads."""
+def linear(model: nn.Module, path: str) -> nn.Linear | nn.Conv2d:
+    """The linear or convolution at ``path``, which an embedder or a head is."""
+    module = model.get_submodule(path)
+    assert isinstance(module, nn.Linear | nn.Conv2d), f"{path} is a {type(module).__name__}"
+    return module
+
+
+def affine(module: nn.Linear | nn.Conv2d, tokens: Tensor) -> Tensor:
+    """The embedder on tokens. A Conv2d is a linear on the flattened windows that it reads."""
     return F.linear(tokens, module.weight.flatten(1), module.bias)
 
 
-def xavier(module: nn.Module, seed: int) -> tuple[Tensor, Tensor]:
-    """Xavier-uniform weight and zero bias, as the authors start from."""
+def xavier(module: nn.Linear | nn.Conv2d, seed: int) -> tuple[Tensor, Tensor]:
+    """Xavier-uniform weight and zero bias: what the authors start from."""
     weight = torch.empty(module.weight.flatten(1).shape, dtype=torch.float32)
     nn.init.xavier_uniform_(weight, generator=torch.Generator().manual_seed(seed))
     return weight, torch.zeros(len(weight))
 
 
-def as_module(module: nn.Module, name: str, weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
+def as_module(module: nn.Linear | nn.Conv2d, name: str, weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
     """State-dict entries of the embedder in its own shape (Linear or Conv2d), float32."""
     state = {f"{name}.weight": weight.float().reshape(module.weight.shape)}
     return state if module.bias is None else {**state, f"{name}.bias": bias.float()}
@@ -163,12 +170,10 @@ def descend(
     bias.requires_grad_(problem.biased)
     optimizer = torch.optim.AdamW([weight, bias], lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
-    spans, known = problem.cache.spans, {}
-    if (
-        sum(len(span) * math.prod(shape[1:]) for span, shape in zip(spans, problem.cache.shapes, strict=True))
-        < 1_000_000
-    ):
-        known = {span.start: problem.rows(list(span)) for span in spans}  # small caches: read once
+    spans, shapes = problem.cache.spans, problem.cache.shapes
+    known: dict[int, tuple[Tensor, Tensor]] = {}
+    if sum(len(span) * math.prod(shape[1:]) for span, shape in zip(spans, shapes, strict=True)) < READ_ONCE:
+        known = {span.start: problem.rows(list(span)) for span in spans}
     for _ in range(steps):
         drawn, parts = torch.randint(len(problem.cache), (batch,), generator=generator), []
         for span in spans:

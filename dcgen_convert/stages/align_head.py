@@ -1,14 +1,15 @@
 """Stage `align-head`: a start for the new output head, then embedder + head trained with the blocks frozen.
 
-The head is linear in the features that reach it, so with the blocks frozen its optimum over sampled (t, noise, text) is
-one least-squares problem. For guidance-distilled bases the corrected velocity v_hat = v(null) + (g_d / g) [v_g(c) -
-v(null)] (`train.objective`) is the same head on the features h(null) + (g_d / g) [h_g(c) - h(null)]: still linear, bias
-unchanged. B batch, N tokens, D width, C channels.
+The head is linear in the features that reach it. So with frozen blocks its optimum over sampled (t, noise, text) is the
+solution of one least-squares problem. This holds for guidance-distilled bases too. Their corrected velocity v_hat =
+v(null) + (g_d / g) [v_g(c) - v(null)] (`train.objective`) is what the same head, with the same bias, makes from the
+features h(null) + (g_d / g) [h_g(c) - h(null)]. B batch, N tokens, D width, C channels.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +17,34 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dcgen_convert.core import names
 from dcgen_convert.core.files import atomic_save
 from dcgen_convert.core.journal import Stage
 from dcgen_convert.data import buckets
 from dcgen_convert.data.cache import LatentCache
+from dcgen_convert.families import Text
 from dcgen_convert.networks import models, pipelines
 from dcgen_convert.planning.fit import head_phase
-from dcgen_convert.stages.align_embedder import xavier
-from dcgen_convert.train import adapt, objective
-from dcgen_convert.train.layout import first_device, fitted
+from dcgen_convert.stages.align_embedder import linear, xavier
+from dcgen_convert.stages.job import Job
+from dcgen_convert.stages.layout import first_device, fitted
+from dcgen_convert.train import objective, phases
+from dcgen_convert.train.loop import Place
 from dcgen_convert.train.ridge import NormalEquations
 
-RIDGE = 1e-6  # relative; features of a finite sample are nearly collinear
+RIDGE = 1e-6  # relative: the features of a finite sample are nearly collinear
 START = "start.safetensors"  # embedder and head before training, for the other ranks
-DRAW_STREAM = 1 << 30  # steps no training run reaches: the closed form sees draws of its own
+DRAW_STREAM = 1 << 30  # first step of the closed form's draws: no training run reaches it, so no draw comes twice
 
 
-def run(job, stage: Stage) -> None:
-    """Writes modules.safetensors (embedder and head) and reports the flow loss before, after the start, after
-    training.
-    """
+def run(job: Job, stage: Stage) -> None:
+    """Writes modules.safetensors (embedder and head); reports the held-out loss after the start and after training."""
     settings = job.recipe.align_head
     resolution = job.recipe.adapt.phases[0].resolution
     train_rows, held_out = job.rows(resolution).split()
-    embedder = job.folder("align-embedder") / models.MODULES
+    embedder = job.folders.align_embedder / names.MODULES
     model = surgical(job, embedder, pipelines.device())
-    task = adapt.Task(model, job.family, job.recipe.adapt, train_rows, job.scheduler)
+    task = phases.Task(model, job.family, job.recipe.adapt, train_rows, job.scheduler)
     started = time.perf_counter()
     start_head(job, task)
     stage.metrics.update(method=settings.method, start_seconds=round(time.perf_counter() - started, 2))
@@ -50,7 +53,7 @@ def run(job, stage: Stage) -> None:
     job.console.say(
         f"align head: {settings.method} start, held-out loss {loss:.4f}, {stage.metrics['start_seconds']} s"
     )
-    output = stage.folder / models.MODULES
+    output = stage.folder / names.MODULES
     if not settings.steps:
         atomic_save(module_state(job, model), output)
         return
@@ -61,7 +64,7 @@ def run(job, stage: Stage) -> None:
         record = train(job, layout, model)
     atomic_save(load_file(record["exports"]["modules"]), output)
     if layout["zero"] == 3:  # this model's weights stay partitioned
-        task.model = surgical(job, output, pipelines.device())
+        task = replace(task, model=surgical(job, output, pipelines.device()))
     else:
         models.load_modules(model, output)
     loss = heldout_loss(job, task, held_out)
@@ -69,50 +72,43 @@ def run(job, stage: Stage) -> None:
     job.console.say(f"align head: after {settings.steps} steps with frozen blocks, held-out loss {loss:.4f}")
 
 
-def surgical(job, modules: Path, device: str) -> nn.Module:
+def surgical(job: Job, modules: Path, device: str) -> nn.Module:
     """The transformer of stage `surgery` with the embedder, or embedder and head, of the file ``modules``."""
-    return models.load(job.folder("surgery") / models.TRANSFORMER, job.dtype, modules, device)
+    return models.load(job.folders.surgery / models.TRANSFORMER, job.dtype, modules, device)
 
 
-def train(job, layout: dict[str, Any], model: nn.Module | None = None) -> dict:
+def train(job: Job, layout: dict[str, Any], model: nn.Module | None = None) -> dict[str, Any]:
     """Embedder and head with the blocks frozen, on every rank; without ``model``, from what rank 0 started with.
 
     Args:
         layout: zero, offload and micro_batch, as rank 0 chose them.
     """
     device = first_device(layout)
-    model = surgical(job, job.folder("align-head") / START, device) if model is None else model.to(device)
-    return adapt.train_head(
-        model,
-        job.family,
-        job.recipe.align_head,
-        job.recipe.adapt.model_copy(update={"zero": layout["zero"], "offload": layout["offload"]}),
-        job.rows(job.recipe.adapt.phases[0].resolution).split()[0],
-        job.folder("align-head") / "training",
-        scheduler=job.scheduler,
-        dtype=job.recipe.dtype,
-        micro_batch=layout["micro_batch"],
-        console=job.console,
-        seed=job.recipe.seed,
-    )
+    model = surgical(job, job.folders.align_head / START, device) if model is None else model.to(device)
+    recipe = job.recipe
+    adapt = recipe.adapt.model_copy(update={"zero": layout["zero"], "offload": layout["offload"]})
+    rows = job.rows(recipe.adapt.phases[0].resolution).split()[0]
+    task = phases.Task(model, job.family, adapt, rows, job.scheduler)
+    place = Place(job.folders.align_head / "training", job.console, recipe.seed)
+    return phases.train_head(task, recipe.align_head, recipe.dtype, layout["micro_batch"], place)
 
 
-def module_state(job, model: nn.Module) -> dict[str, Tensor]:
+def module_state(job: Job, model: nn.Module) -> dict[str, Tensor]:
     """Embedder and head under the model's own names, float32 on the CPU."""
     wanted = (job.family.embedder, job.family.head)
     return {name: p.detach().float().cpu() for name, p in model.named_parameters() if name.rpartition(".")[0] in wanted}
 
 
-def heldout_loss(job, task: adapt.Task, rows: LatentCache) -> float:
+def heldout_loss(job: Job, task: phases.Task, rows: LatentCache) -> float:
     """Loss of the recipe's objective on held-out rows, mean over fixed quantiles of t."""
     batches = [(list(part), *rows.batch(list(part))) for part in buckets.batches(rows.spans, job.recipe.latents.batch)]
     return objective.evaluate_loss(task.loss(), batches, job.recipe.seed, task.sampling, pipelines.device())["mean"]
 
 
-def start_head(job, task: adapt.Task) -> None:
+def start_head(job: Job, task: phases.Task) -> None:
     """Fill the head in place: least squares, Xavier or zero."""
     settings = job.recipe.align_head
-    head = task.model.get_submodule(job.family.head)
+    head = linear(task.model, job.family.head)
     with torch.no_grad():
         head.weight.zero_()
         if head.bias is not None:
@@ -127,38 +123,39 @@ def start_head(job, task: adapt.Task) -> None:
                 head.bias[: len(bias)].copy_(bias)
 
 
-def head_equations(job, task: adapt.Task, draws: int) -> NormalEquations:
+def head_equations(job: Job, task: phases.Task, draws: int) -> NormalEquations:
     """Features before the head against the native target of every token, over ``draws`` noise draws per picture."""
-    rows = task.cache
+    rows, family, adapt, device = task.rows, job.family, job.recipe.adapt, pipelines.device()
     captured: list[Tensor] = []
-    head = task.model.get_submodule(job.family.head)
-    handle = head.register_forward_pre_hook(lambda module, args: captured.append(args[0].detach()))
-    corrected = job.recipe.adapt.objective == "guidance-corrected"
-    device = pipelines.device()
+    head = linear(task.model, family.head)
+    handle = head.register_forward_pre_hook(lambda _, args: captured.append(args[0].detach()))
     equations = NormalEquations(head.weight[0].numel(), rows.shapes[0][0])
 
-    def features(z: Tensor, t: Tensor, text: dict[str, Tensor], guidance: Tensor) -> Tensor:
+    def features(z: Tensor, t: Tensor, text: Text, guidance: Tensor) -> Tensor:
         captured.clear()
-        objective.predict(job.family, task.model, z, t, text, guidance)
-        return job.family.head_inputs(torch.cat(captured), z.shape[2] * z.shape[3], text).float()  # (B, N, K), patch 1
+        objective.predict(family, task.model, z, t, text, guidance)
+        return family.head_inputs(torch.cat(captured), z.shape[2] * z.shape[3], text).float()  # (B, N, K), patch 1
+
+    def add(number: int, part: list[int]) -> None:
+        z0, text = rows.batch(part)
+        sampling = task.sampling(z0.shape[1:])
+        drawn = objective.draw(job.recipe.seed, DRAW_STREAM + number, part, z0.shape[1:], sampling)
+        z0, text, drawn = objective.to_device((z0, text, drawn), device)
+        z = objective.noised(z0, drawn.eps, drawn.t)
+        x = features(z, drawn.t, objective.drop_text(text, rows.null, drawn.dropped), drawn.guidance)
+        if adapt.objective == "guidance-corrected":
+            nothing = objective.drop_text(text, rows.null, torch.ones_like(drawn.dropped))
+            h_null = features(z, drawn.t, nothing, torch.ones_like(drawn.guidance))
+            x = objective.corrected(x, h_null, drawn.guidance, adapt.data_guidance)
+        goal = family.target(z0, drawn.eps).flatten(2).transpose(1, 2)  # (B, N, C), patch 1
+        weight = objective.error_weight(family, drawn.t, adapt.weighting)  # (B,)
+        equations.add(x, goal, weight[:, None].expand(goal.shape[:2]))
 
     try:
         with torch.no_grad(), job.console.progress("least squares for the head", draws * len(rows), "samples") as bar:
             for number in range(draws):
                 for part in buckets.batches(rows.spans, job.recipe.latents.batch):
-                    z0, text = rows.batch(list(part))
-                    sampling = task.sampling(z0.shape[1:])
-                    drawn = objective.draw(job.recipe.seed, DRAW_STREAM + number, list(part), z0.shape[1:], sampling)
-                    z0, text, drawn = objective.to_device((z0, text, drawn), device)
-                    z = objective.noised(z0, drawn.eps, drawn.t)
-                    x = features(z, drawn.t, objective.drop_text(text, rows.null, drawn.dropped), drawn.guidance)
-                    if corrected:
-                        nothing = objective.drop_text(text, rows.null, torch.ones_like(drawn.dropped))
-                        h_null = features(z, drawn.t, nothing, torch.ones_like(drawn.guidance))
-                        x = objective.corrected(x, h_null, drawn.guidance, job.recipe.adapt.data_guidance)
-                    goal = job.family.target(z0, drawn.eps).flatten(2).transpose(1, 2)  # (B, N, C), patch 1
-                    weight = objective.error_weight(job.family, drawn.t, job.recipe.adapt.weighting)  # (B,)
-                    equations.add(x, goal, weight[:, None].expand(goal.shape[:2]))
+                    add(number, list(part))
                     bar.advance(len(part))
     finally:
         handle.remove()

@@ -9,21 +9,22 @@ from dcgen_convert.bundle import card, layout, manifest
 from dcgen_convert.bundle.verify import verify
 from dcgen_convert.checkpoint.licence import licence_of, licence_of_source
 from dcgen_convert.checkpoint.record import source_record
+from dcgen_convert.core import names
 from dcgen_convert.core.files import copy_file, read_json
 from dcgen_convert.core.journal import MARKER, Stage
 from dcgen_convert.networks import models
 from dcgen_convert.stages import compare
-from dcgen_convert.stages.job import converted
+from dcgen_convert.stages.job import Job
 from dcgen_convert.stages.quantize import SINGLE_FILE
 
 
-def write(job, stage: Stage, output: Path, force: bool) -> None:
+def write(job: Job, stage: Stage, output: Path, force: bool) -> None:
     """Writes the bundle to ``output`` and keeps a copy of its manifest in the run."""
     quantised = job.recipe.quantize.format != "none"
-    transformer = job.folder("quantize") / models.TRANSFORMER if quantised else converted(job)
-    lora = None if job.recipe.merge_lora else converted(job).parent / layout.LORA_FILE
+    transformer = job.folders.quantize / models.TRANSFORMER if quantised else job.folders.converted
+    lora = None if job.recipe.merge_lora else job.folders.converted.parent / names.LORA
     single_file = (
-        job.folder("quantize") / SINGLE_FILE if job.recipe.quantize.container == "nunchaku" and quantised else None
+        job.folders.quantize / SINGLE_FILE if job.recipe.quantize.container == "nunchaku" and quantised else None
     )
     facts = describe(job)
     layout.write_bundle(
@@ -42,13 +43,13 @@ def write(job, stage: Stage, output: Path, force: bool) -> None:
         lora=lora,
         single_file=single_file,
         scaling_factor=job.recipe.latents.scale_override,
-        force=force
-        or (output / manifest.FILE).exists(),  # `convert` has checked that an existing bundle is this run's own
+        # `convert` has checked that an existing bundle is this run's own
+        force=force or (output / manifest.FILE).exists(),
     )
     copy_file(output / manifest.FILE, stage.folder / manifest.FILE)
 
 
-def describe(job) -> dict[str, Any]:
+def describe(job: Job) -> dict[str, Any]:
     """The manifest's facts: recipe, sources with hashes, defaults, and what every stage measured."""
     records = [read_json(path) for path in sorted(job.run.path.glob(f"*/{MARKER}"))]
     config = read_json(job.target / "config.json")
@@ -79,9 +80,9 @@ def describe(job) -> dict[str, Any]:
     )
 
 
-def check(job, stage: Stage, output: Path) -> None:
+def check(job: Job, stage: Stage, output: Path) -> None:
     """Verify the bundle against its source, in a fresh process too, then compare it with the source on fixed seeds."""
-    layout.add_metrics(output, job.family, stage.folder.name, {})  # a run cut off between card and manifest heals here
+    layout.add_metrics(output, job.family, stage.folder.name, {})  # repairs a run that ended between card and manifest
     result = verify(output, job.console, job.source.root)
     stage.metrics["checks"] = result["checks"]
     if job.recipe.evaluate.prompts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +16,14 @@ from dcgen_convert.evaluate.grids import grid
 from dcgen_convert.evaluate.metrics import psnr
 from dcgen_convert.networks import autoencoders, models, pipelines
 from dcgen_convert.stages import pictures as make
-from dcgen_convert.stages.job import converted
+from dcgen_convert.stages.job import Job
 from dcgen_convert.stages.preview import converted_pipeline
 
 SEED = 104_729  # prompts and noise that no training picture used
 ROWS = 8  # of the grid
 
 
-def run(job, stage: Stage, bundle: Path) -> None:
+def run(job: Job, stage: Stage, bundle: Path) -> None:
     """Writes grid.png (source | converted | round trip of the source, the ceiling) and fills stage.metrics."""
     count = job.recipe.evaluate.prompts
     texts = prompts.make(job.recipe.data.prompts, count, job.recipe.seed + SEED, make.class_names(job.source))
@@ -39,7 +40,7 @@ def run(job, stage: Stage, bundle: Path) -> None:
     }
     steps, guidance = job.recipe.bundle.steps, job.recipe.bundle.guidance
     if job.recipe.quantize.format != "none":
-        twin = models.load(converted(job), job.dtype, device=pipelines.device())
+        twin = models.load(job.folders.converted, job.dtype, device=pipelines.device())
         drawn["converted"] = _draw(job, converted_pipeline(job, twin), texts, seeds, steps, guidance)
     name = "converted" if job.recipe.quantize.format == "none" else job.recipe.quantize.format
     runtime = loading.choose_runtime(bundle, "auto", job.dtype)
@@ -63,7 +64,7 @@ def run(job, stage: Stage, bundle: Path) -> None:
         sheet.save(temporary, format="PNG")
 
 
-def figures(job, stage: Stage, drawn: dict[str, Tensor], texts: list[str]) -> None:
+def figures(job: Job, stage: Stage, drawn: dict[str, Tensor], texts: list[str]) -> None:
     """Attribute accuracy and Frechet distance of every column."""
     from dcgen_convert.evaluate import tiny_world
 
@@ -75,7 +76,7 @@ def figures(job, stage: Stage, drawn: dict[str, Tensor], texts: list[str]) -> No
     job.console.say(f"evaluate: attribute accuracy {shown} on {len(texts)} prompts")
 
 
-def _draw(job, pipeline, texts: list[str], seeds: list[int], steps: int, guidance: float) -> Tensor:
+def _draw(job: Job, pipeline: Any, texts: list[str], seeds: list[int], steps: int, guidance: float) -> Tensor:
     parts = []
     for start in range(0, len(texts), job.recipe.data.batch):
         part = slice(start, start + job.recipe.data.batch)

@@ -1,14 +1,14 @@
-"""The fixed-seed sample grid of a phase: the same captions and noise at every look, beside what the autoencoder can
-show.
+"""The sample grid of a phase: the same captions and the same noise every time, beside the autoencoder's round trip.
 
-It draws from the latent cache: conditions are those of held-out rows, so no text encoder is loaded while a model
-trains.
+The conditions come from held-out rows of the latent cache, so no text encoder is loaded while a model trains.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,14 +18,15 @@ from dcgen_convert.data import buckets
 from dcgen_convert.data.cache import LatentCache
 from dcgen_convert.data.images import to_image
 from dcgen_convert.evaluate.grids import grid
-from dcgen_convert.families import Family
+from dcgen_convert.families import Family, Text
 from dcgen_convert.networks import autoencoders, pipelines
+from dcgen_convert.stages.job import Job
 from dcgen_convert.train.objective import Velocity, shift_t
 
 SAMPLES = "samples"  # folder beside the checkpoints
 
 
-def noise_levels(family: Family, steps: int, tokens: int, scheduler: dict) -> Tensor:
+def noise_levels(family: Family, steps: int, tokens: int, scheduler: dict[str, Any]) -> Tensor:
     """(steps + 1,) descending levels t, the last 0: spaced as the bundle samples, or over a DDPM schedule."""
     if family.prediction == "epsilon":
         times = family.noise_times()
@@ -35,14 +36,14 @@ def noise_levels(family: Family, steps: int, tokens: int, scheduler: dict) -> Te
 
 
 def sample(
-    velocity: Velocity, z: Tensor, levels: Tensor, text: dict, null: dict, guidance: float, combine: bool
+    velocity: Velocity, z: Tensor, levels: Tensor, text: Text, null: Text, guidance: float, combine: bool
 ) -> Tensor:
     """Euler steps of dz/dt = v from noise z (B, C, h, w) at levels[0] down to levels[-1].
 
     Args:
         combine: classifier-free guidance v_0 + g (v_c - v_0) of two passes; else g goes into the network.
     """
-    for t, following in zip(levels[:-1], levels[1:], strict=True):
+    for t, following in pairwise(levels):
         times = t.expand(len(z)).to(z.device)
         g = torch.full_like(times, 1.0 if combine else guidance)
         v = velocity(z, times, text, g)
@@ -53,11 +54,10 @@ def sample(
     return z
 
 
-def drawing(job, rows: LatentCache, folder: Path) -> Callable[[Velocity, int], None]:
-    """What draws the grid of a phase: (velocity, step) -> ``folder``/samples/step-%06d.png, and to the console's
-    tracker.
+def drawing(job: Job, rows: LatentCache, folder: Path) -> Callable[[Velocity, int], None]:
+    """A function (velocity, step) that draws the grid to ``folder``/samples/step-%06d.png and the console's tracker.
 
-    Every rank samples, because a partitioned network needs all of them; rank 0 decodes and writes.
+    Every rank samples, because a partitioned network needs all ranks. Rank 0 decodes and writes.
     """
     settings = job.recipe.bundle
 

@@ -1,4 +1,4 @@
-"""What every stage is given: the recipe, the base model, the autoencoder, the run folder, and where to speak."""
+"""What every stage is given: the recipe, the base model, the autoencoder, the run folder, and the console."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dcgen_convert.core.journal import MARKER, Run
 from dcgen_convert.core.version import __version__
 from dcgen_convert.families import Family, Text, catalog
 from dcgen_convert.families.grid import Grid, autoencoder_grid
-from dcgen_convert.networks import autoencoder_files, models
+from dcgen_convert.networks import autoencoder_files
 from dcgen_convert.networks.pipelines import stock_pipeline
 from dcgen_convert.ranks.crew import SOLO, Crew
 from dcgen_convert.recipe import sources
@@ -26,9 +26,12 @@ from dcgen_convert.recipe.geometry import bucket_sizes
 from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.loading import Resolved
 from dcgen_convert.recipe.schema import Recipe
+from dcgen_convert.stages.folders import ALIGN_HEAD, Folders, adapt_stage
 from dcgen_convert.svdquant import targets
 
 if TYPE_CHECKING:
+    import torch
+
     from dcgen_convert.data.cache import LatentCache
 
 AE_PATTERNS = ["config.json", "*.safetensors", "*.safetensors.index.json", "README.md", "LICENSE*"]
@@ -67,8 +70,12 @@ class Job:
     def family(self) -> Family:
         return self.source.family
 
+    @cached_property
+    def folders(self) -> Folders:
+        return Folders(self.run.path, len(self.recipe.adapt.phases))
+
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         from dcgen_convert.networks.pipelines import DTYPES
 
         return DTYPES[self.recipe.dtype]
@@ -94,13 +101,13 @@ class Job:
 
     @cached_property
     def scheduler(self) -> dict[str, Any]:
-        """Scheduler config of the bundle: training draws t with the shift that it samples with."""
+        """Scheduler config of the bundle. Training draws t with the same shift as the bundle samples with."""
         base = read_json(self.source.root / "scheduler" / "scheduler_config.json")
         return scheduler_config(base, self.recipe.adapt.shift, channels=self.ae.channels, tokens=self.tokens)
 
     @property
     def latents_key(self) -> dict[str, Any]:
-        """What latents and text embeddings depend on: models and their hashes, sizes, settings, and this program."""
+        """What latents and text embeddings are made from: the models' hashes, the sizes, the settings, the version."""
         latents = self.recipe.latents
         key = {
             "model": self.family.name,
@@ -114,9 +121,8 @@ class Job:
             "dtype": self.recipe.dtype,
             "version": __version__,
         }
-        sizes = {
-            str(px): [[*size] for size in found] for px, found in self.buckets.items()
-        }  # as the index's JSON gives them back
+        # as they look when they were written to JSON and read again
+        sizes = {str(px): [[*size] for size in found] for px, found in self.buckets.items()}
         return {**key, "buckets": sizes} if sizes else key
 
     @cached_property
@@ -134,7 +140,7 @@ class Job:
         return {px: bucket_sizes(self.family, config, base, new, px) for px in resolutions}
 
     def rows(self, resolution: int) -> LatentCache:
-        """The latent cache of this run; where the recipe encodes on the fly, the first caption loads the encoders."""
+        """The latent cache of this run. Where the recipe encodes on the fly, the first caption loads the encoders."""
         from dcgen_convert.data.cache import LatentCache
         from dcgen_convert.networks import pipelines
 
@@ -143,19 +149,17 @@ class Job:
         def encode(captions: list[str]) -> Text:
             return pipelines.encode_text(self.family, encoders(), captions, self.text_length)
 
-        on_the_fly = self.recipe.latents.text == "encode"
-        encode = encode if on_the_fly else None
-        return LatentCache(self.folder("latents"), resolution, encode=encode, key=self.latents_key)
+        on_the_fly = encode if self.recipe.latents.text == "encode" else None
+        return LatentCache(self.folders.latents, resolution, encode=on_the_fly, key=self.latents_key)
 
     @property
     def target(self) -> Path:
-        """Folder of the autoencoder that the bundle gets: stage `latents` rewrites the one given where the recipe
-        says so.
-        """
+        """Folder of the autoencoder that the bundle gets: the given one, or the one that stage `latents` rewrote."""
         normalised = self.recipe.latents.normalise == "channel"
-        return self.folder("latents") / autoencoder_files.NORMALISED if normalised else self.ae.folder
+        return self.folders.latents / autoencoder_files.NORMALISED if normalised else self.ae.folder
 
     def folder(self, stage: str) -> Path:
+        """Folder of a stage by its name."""
         return self.run.path / stage
 
 
@@ -197,15 +201,15 @@ def prepare(resolved: Resolved, run: Run, console: Console, crew: Crew = SOLO) -
 
 
 def _require_even(recipe: Recipe, run: Run, world: int) -> None:
-    """RecipeError when the ranks cannot share a batch evenly: found now, not after hours of synthesis.
+    """RecipeError when a batch cannot be divided evenly among the ranks. It comes now, not after hours of synthesis.
 
-    Stages that were done with another number of ranks do not count.
+    Stages that are done already do not count: another number of ranks may have done them.
     """
     batches = {
-        f"adapt-{n}": (f"adapt.phases.{n - 1}.batch", phase.batch) for n, phase in enumerate(recipe.adapt.phases, 1)
+        adapt_stage(n): (f"adapt.phases.{n - 1}.batch", phase.batch) for n, phase in enumerate(recipe.adapt.phases, 1)
     }
     if recipe.align_head.steps:
-        batches = {"align-head": ("align_head.batch", recipe.align_head.batch), **batches}
+        batches = {ALIGN_HEAD: ("align_head.batch", recipe.align_head.batch), **batches}
     uneven = [pair for stage, pair in batches.items() if pair[1] % world and not (run.path / stage / MARKER).exists()]
     if uneven:
         named = ", ".join(f"{key} = {batch}" for key, batch in uneven)
@@ -238,13 +242,3 @@ def find_autoencoder(name: str, work: Path, *, channels: int | None = None, offl
         folder = autoencoder_files.prefix_of_folder(folder, channels, work)
     factor, found = autoencoder_grid(config)
     return Autoencoder(name, folder, revision, factor, channels or found)
-
-
-def dense_before(job, number: int) -> Path:
-    """Dense transformer that phase ``number`` starts from."""
-    return job.folder("surgery" if number == 1 else f"merge-{number - 1}") / models.TRANSFORMER
-
-
-def converted(job) -> Path:
-    """Dense transformer after the last phase."""
-    return job.folder(f"merge-{len(job.recipe.adapt.phases)}") / models.TRANSFORMER

@@ -1,7 +1,8 @@
 """Stage `latents`: the same pixels through both autoencoders, and the prompts through the text encoders.
 
-Writes a LatentCache, statistics-<px>.json (mean, std, RMS per channel), and roundtrip.png. A broken picture is reported
-by name and left out, up to `data.max_broken` of them. rows.jsonl lists the pictures in the order of the rows.
+Writes a LatentCache, statistics-<px>.json (mean, std, RMS per channel), and roundtrip.png. A broken picture is named
+and left out. More of them than `data.max_broken` allows are an error. rows.jsonl lists the pictures in the order of the
+rows.
 """
 
 from __future__ import annotations
@@ -9,30 +10,35 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
+from typing import Any
 
 import torch
+from PIL.Image import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import replacing, write_json
 from dcgen_convert.core.journal import Stage
+from dcgen_convert.core.progress import Bar
 from dcgen_convert.data import buckets, cache, images
 from dcgen_convert.data.buckets import Span
 from dcgen_convert.data.images import Picture
 from dcgen_convert.evaluate.grids import grid
 from dcgen_convert.networks import autoencoder_files, autoencoders, pipelines
 from dcgen_convert.networks.autoencoders import Codec
+from dcgen_convert.stages.job import Job
 
 SHARD_ROWS = (32, 512)  # fewest and most pictures in one file
-SHARDS = 256  # files that small data sets are cut into: what the ranks share is whole files
-ROUNDTRIP = 8  # pictures
-STATISTICS = 1024  # pictures that the scale of a channel is taken from
+SHARDS = 256  # files that a small data set is divided into, so that each rank gets some: ranks share whole files
+ROUNDTRIP = 8  # pictures in roundtrip.png
+STATISTICS = 1024  # pictures that the scale of a channel is measured on
 ROWS = "rows.jsonl"
 
 
-def run(job, stage: Stage) -> None:
+def run(job: Job, stage: Stage) -> None:
     """Encode every readable picture at every resolution of the recipe's phases."""
-    every = images.read_folder(job.folder("data") / images.INDEX)
+    every = images.read_folder(job.folders.data / images.INDEX)
     resolutions = sorted({phase.resolution for phase in job.recipe.adapt.phases})
     pictures, spans = arranged(job, stage, readable(job, every), resolutions)
     images.write_index(stage.folder, pictures, ROWS)
@@ -52,9 +58,9 @@ def run(job, stage: Stage) -> None:
 
 
 def arranged(
-    job, stage: Stage, pictures: list[Picture], resolutions: list[int]
+    job: Job, stage: Stage, pictures: list[Picture], resolutions: list[int]
 ) -> tuple[list[Picture], dict[int, list[Span]]]:
-    """Pictures in the order of the cache's rows, and the spans of rows of one size by resolution."""
+    """The pictures in the order of the cache's rows, and for each resolution the spans of rows of one size."""
     count = len(pictures)
     if not job.recipe.data.buckets:
         return pictures, {px: buckets.whole(count, px) for px in resolutions}
@@ -73,20 +79,21 @@ def arranged(
 
 
 def stacked(pictures: list[Picture], rows: Iterable[int], span: Span) -> Tensor:
-    """Pixels of ``rows``, (B, 3, height, width) of the span."""
+    """Pixels of ``rows``, (B, 3, height, width); the size is that of the span."""
     return torch.stack([images.read_pixels(pictures[row].file, span.height, span.width) for row in rows])
 
 
 def looked_at(spans: list[Span], count: int) -> list[tuple[Span, list[int]]]:
-    """``count`` rows, of each span in turn."""
+    """``count`` rows to look at, taken from each span in turn; by span."""
     chosen = buckets.first_of_each([span.rows for span in spans], count)
     return [(next(span for span in spans if rows[0] in span.rows), rows) for rows in chosen]
 
 
-def normalise(job, pictures: list[Picture], spans: list[Span]) -> None:
-    """Write the autoencoder whose latent channels have an RMS of one on (up to STATISTICS of) these pictures.
+def normalise(job: Job, pictures: list[Picture], spans: list[Span]) -> None:
+    """Write the autoencoder with the scale of every latent channel changed: on these pictures its RMS is then 1.
 
-    No shift: decoders pad their latent with zeros, so that zero has to stay zero.
+    Up to STATISTICS pictures are measured. The channels are not shifted: decoders pad their latent with zeros, so zero
+    must stay zero.
     """
     if (job.target / "config.json").exists():
         return
@@ -109,21 +116,21 @@ def normalise(job, pictures: list[Picture], spans: list[Span]) -> None:
     )
 
 
-def load_codecs(job) -> dict[str, Codec]:
+def load_codecs(job: Job) -> dict[str, Codec]:
     """Both autoencoders: "base" and "target"."""
     base = autoencoders.load(job.source.vae, device=pipelines.device())
     target = autoencoders.load(job.target, device=pipelines.device(), scale=job.recipe.latents.scale_override)
     return {"base": base, "target": target}
 
 
-def encode_share(job, bar, spans: list[list]) -> None:
-    """Another rank's part of `encode_pictures`; ``spans`` came as JSON."""
-    pictures = images.read_folder(job.folder("latents") / ROWS)
+def encode_share(job: Job, bar: Bar, spans: list[list[Any]]) -> None:
+    """What the other ranks do of `encode_pictures`; ``spans`` came as JSON."""
+    pictures = images.read_folder(job.folders.latents / ROWS)
     encode_pictures(job, pictures, load_codecs(job), [Span(*span) for span in spans], bar)
 
 
-def readable(job, pictures: list[Picture]) -> list[Picture]:
-    """The pictures that can be read; InputError when more than the tolerated fraction cannot."""
+def readable(job: Job, pictures: list[Picture]) -> list[Picture]:
+    """The pictures that can be read. InputError when too many cannot (see `data.max_broken`)."""
     broken: dict[str, str] = {}
     for picture in pictures:
         try:
@@ -142,15 +149,15 @@ def readable(job, pictures: list[Picture]) -> list[Picture]:
     return [picture for picture in pictures if str(picture.file) not in broken]
 
 
-def roundtrip(job, stage: Stage, pictures: list[Picture], codec: Codec, spans: list[Span]) -> float:
-    """Original beside reconstruction for a few pictures; PSNR in dB over them (peak-to-peak 2)."""
-    columns: dict[str, list] = {"picture": [], "round trip": []}
+def roundtrip(job: Job, stage: Stage, pictures: list[Picture], codec: Codec, spans: list[Span]) -> float:
+    """Draw a few pictures beside their reconstructions; PSNR in dB over them (peak-to-peak 2)."""
+    columns: dict[str, list[Image]] = {"picture": [], "round trip": []}
     captions, square, count = [], 0.0, 0
     for span, rows in looked_at(spans, ROUNDTRIP):
         pixels = stacked(pictures, rows, span)
         again = codec.decode(codec.encode(pixels)).cpu()
-        for column, part in zip(columns.values(), (pixels, again), strict=True):
-            column += map(images.to_image, part)
+        columns["picture"] += map(images.to_image, pixels)
+        columns["round trip"] += map(images.to_image, again)
         captions += [pictures[row].caption for row in rows]
         square, count = square + (again - pixels).square().sum(dtype=torch.float64).item(), count + pixels.numel()
     with replacing(stage.folder / "roundtrip.png") as temporary:
@@ -163,13 +170,13 @@ def roundtrip(job, stage: Stage, pictures: list[Picture], codec: Codec, spans: l
 
 
 def shard_rows(count: int) -> int:
-    """Rows per shard for ``count`` pictures, whatever the number of ranks: a run may go on with another."""
+    """Rows per shard for ``count`` pictures. It does not depend on the number of ranks, which may change in a run."""
     fewest, most = SHARD_ROWS
     return min(most, max(fewest, math.ceil(count / SHARDS)))
 
 
-def own_shards(job, tables: Iterable[list[range]], count: int) -> Iterator[tuple[int, int, list[int]]]:
-    """(table, number in the table, rows) of the shards that this rank makes: every `world`-th of all.
+def own_shards(job: Job, tables: Iterable[list[range]], count: int) -> Iterator[tuple[int, int, list[int]]]:
+    """(table, number in the table, rows) of the shards that this rank makes: every `world`-th shard of all.
 
     Args:
         tables: the rows of each table, in order.
@@ -180,15 +187,15 @@ def own_shards(job, tables: Iterable[list[range]], count: int) -> Iterator[tuple
     def shards() -> Iterator[tuple[int, int, list[int]]]:
         for table, parts in enumerate(tables):
             rows = chain(*parts)
-            for number, shard in enumerate(iter(lambda: list(islice(rows, size)), [])):  # noqa: B023  used up here
+            for number, shard in enumerate(iter(lambda: list(islice(rows, size)), [])):  # noqa: B023  rows are used up before the next table
                 yield table, number, shard
 
     return islice(shards(), job.crew.rank, None, job.crew.world)
 
 
-def encode_pictures(job, pictures: list[Picture], codecs: dict[str, Codec], spans: list[Span], bar) -> None:
-    """This rank's shards base-TABLE and target-TABLE; a shard that is already there is kept."""
-    folder, batch, tables = job.folder("latents"), job.recipe.latents.batch, list(buckets.tables(spans).values())
+def encode_pictures(job: Job, pictures: list[Picture], codecs: dict[str, Codec], spans: list[Span], bar: Bar) -> None:
+    """Write this rank\'s shards base-TABLE and target-TABLE; a shard that is already there is kept."""
+    folder, batch, tables = job.folders.latents, job.recipe.latents.batch, list(buckets.tables(spans).values())
     for table, number, rows in own_shards(job, [[span.rows for span in part] for part in tables], len(pictures)):
         span = tables[table][0]
         if all((folder / cache.shard_name(f"{name}-{span.table}", number)).exists() for name in codecs):
@@ -204,25 +211,21 @@ def encode_pictures(job, pictures: list[Picture], codecs: dict[str, Codec], span
             cache.write_shard(folder, f"{name}-{span.table}", number, {"z": torch.cat(tensors)})
 
 
-def check_scale(job, stage: Stage, codec: Codec, resolution: int) -> None:
+def check_scale(job: Job, stage: Stage, codec: Codec, resolution: int) -> None:
     """Measure the latents; InputError when 1/RMS disagrees with the scaling factor by more than the tolerance."""
-    total, square, count = (
-        torch.zeros(codec.channels, dtype=torch.float64),
-        torch.zeros(codec.channels, dtype=torch.float64),
-        0,
-    )
+    total, square = torch.zeros(2, codec.channels, dtype=torch.float64).unbind()
+    count = 0
     for path in sorted(stage.folder.glob(f"target-{resolution}-*.safetensors")):
-        from safetensors.torch import load_file
-
         z = load_file(path)["z"].double().movedim(1, 0).flatten(1)  # (C, samples)
         total, square, count = total + z.sum(1), square + z.square().sum(1), count + z.shape[1]
     mean, power = total / count, square / count
     rms = power.mean().sqrt().item()
-    measured = codec.scale / rms
+    scale = float(codec.scale)
+    measured = scale / rms
     write_json(
         stage.folder / f"statistics-{resolution}.json",
         {
-            "scaling_factor": codec.scale,
+            "scaling_factor": scale,
             "measured_factor": measured,
             "rms": rms,
             "mean": mean.tolist(),
@@ -232,21 +235,22 @@ def check_scale(job, stage: Stage, codec: Codec, resolution: int) -> None:
     )
     stage.metrics[f"latent_rms_{resolution}"] = round(rms, 4)
     job.console.say(
-        f"latents: {resolution} px, scaling factor {codec.scale:.4g} in the config, {measured:.4g} measured (1/RMS)"
+        f"latents: {resolution} px, scaling factor {scale:.4g} in the config, {measured:.4g} measured (1/RMS)"
     )
     tolerance = job.recipe.latents.scale_tolerance
-    if abs(measured / codec.scale - 1) > tolerance and job.recipe.latents.scale_override is None:
+    if abs(measured / scale - 1) > tolerance and job.recipe.latents.scale_override is None:
         raise InputError(
-            f"the autoencoder's scaling factor {codec.scale:.4g} disagrees with the measured {measured:.4g} (1/RMS) "
+            f"the autoencoder's scaling factor {scale:.4g} disagrees with the measured {measured:.4g} (1/RMS) "
             f"beyond {tolerance:.0%}",
             f"--set latents.scale_override={measured:.4f} uses the measured one, --set "
-            f"latents.scale_override={codec.scale:.4f} insists",
+            f"latents.scale_override={scale:.4f} insists",
         )
 
 
-def encode_captions(job, stage: Stage, pictures: list[Picture]) -> None:
-    """captions.safetensors, shards text (unless the recipe encodes on the fly), and null with the condition of the
-    empty prompt.
+def encode_captions(job: Job, stage: Stage, pictures: list[Picture]) -> None:
+    """Write captions.safetensors, the tables "text" (unless the recipe encodes on the fly) and "null".
+
+    "null" has one row: the condition of the empty prompt.
     """
     cache.write_captions(stage.folder, (picture.caption for picture in pictures))
     if (stage.folder / cache.shard_name("null", 0)).exists():
@@ -262,9 +266,9 @@ def encode_captions(job, stage: Stage, pictures: list[Picture]) -> None:
     cache.write_shard(stage.folder, "null", 0, pipelines.encode_text(job.family, encoders, [""], job.text_length))
 
 
-def caption_share(job, bar, encoders=None) -> None:
-    """This rank's shards text; a shard that is already there is kept."""
-    folder, batch = job.folder("latents"), job.recipe.latents.batch
+def caption_share(job: Job, bar: Bar, encoders: Any = None) -> None:
+    """Write this rank's shards of the table "text"; a shard that is already there is kept."""
+    folder, batch = job.folders.latents, job.recipe.latents.batch
     captions = cache.Captions(folder)
     for _, number, rows in own_shards(job, [[range(len(captions))]], len(captions)):
         texts = captions.read(rows)

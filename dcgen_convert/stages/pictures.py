@@ -1,55 +1,57 @@
-"""Stage `data`: captioned pictures, drawn by the base model from prompts (the paper's way) or taken from the user's
-folder.
-"""
+"""Stage `data`: captioned pictures. The base model draws them from prompts, as in the paper, or the user gives them."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from dcgen_convert.checkpoint.source import Source
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_json, replacing, sha256
 from dcgen_convert.core.journal import MARKER, Stage
+from dcgen_convert.core.progress import Bar
 from dcgen_convert.data import images, prompts
 from dcgen_convert.data.images import Picture
 from dcgen_convert.networks import pipelines
 from dcgen_convert.recipe.schema import result_settings
+from dcgen_convert.stages.job import Job
 
 
-def inputs(job) -> dict[str, Any]:
+def inputs(job: Job) -> dict[str, Any]:
     """What the stage depends on besides the source: the settings, and the contents of the files that they name.
 
-    Files that are no longer there count as unchanged: a run that has its latents goes on without them.
+    Files that are no longer there count as unchanged: a run that has its latents continues without them.
     """
     settings, drawn = job.recipe.data, result_settings(job.recipe)["data"]
     del drawn["buckets"]  # pictures do not depend on how they are cut
     found: dict[str, Any] = {"data": drawn, "text_length": job.text_length}
-    if settings.kind == "folder":
+    if settings.path and settings.kind == "folder":
         files = images.listing(Path(settings.path))
     elif settings.prompts not in prompts.KINDS:
         files = sha256(Path(settings.prompts)) if Path(settings.prompts).is_file() else None
     else:
         return found
-    marker = job.folder("data") / MARKER
+    marker = job.folders.data / MARKER
     before = read_json(marker)["inputs"].get("files") if marker.exists() else None
     return {**found, "files": files or before}
 
 
-def run(job, stage: Stage) -> None:
+def run(job: Job, stage: Stage) -> None:
     """Writes index.jsonl, and pictures/ when they are drawn."""
-    if job.recipe.data.kind == "folder":
-        pictures = images.read_folder(job.recipe.data.path)[: job.recipe.data.count]
+    settings = job.recipe.data
+    if settings.path and settings.kind == "folder":
+        pictures = images.read_folder(Path(settings.path))[: settings.count]
     else:
-        pictures = synthesise(job, stage)
+        pictures = synthesise(job)
     images.write_index(stage.folder, pictures)
     stage.metrics.update(pictures=len(pictures), captions=len({picture.caption for picture in pictures}))
     job.console.say(f"data: {len(pictures)} pictures, {stage.metrics['captions']} distinct captions")
 
 
-def synthesise(job, stage: Stage) -> list[Picture]:
-    """Draw the pictures that are not there yet; each is written whole, so a run that was cut off goes on with the
-    next.
+def synthesise(job: Job) -> list[Picture]:
+    """Draw the pictures that are not there yet.
+
+    Each picture is written whole or not at all, so a run that was cut off continues with the next one.
     """
     pictures = intended(job)
     pictures[0].file.parent.mkdir(exist_ok=True)
@@ -62,18 +64,18 @@ def synthesise(job, stage: Stage) -> list[Picture]:
     return pictures
 
 
-def intended(job) -> list[Picture]:
+def intended(job: Job) -> list[Picture]:
     """Every picture of the recipe with its caption and seed, drawn or not."""
     settings = job.recipe.data
     texts = prompts.make(settings.prompts, settings.count, job.recipe.seed, class_names(job.source))
-    folder = job.folder("data") / "pictures"
+    folder = job.folders.data / "pictures"
     return [Picture(folder / f"{i:07d}.png", text, job.recipe.seed * 1_000_003 + i) for i, text in enumerate(texts)]
 
 
-def draw_share(job, bar) -> None:
-    """Draw what is missing among this rank's pictures: every `world`-th.
+def draw_share(job: Job, bar: Bar) -> None:
+    """Draw what is missing among this rank's pictures. Each rank has every `world`-th picture.
 
-    A batch in which one is missing is drawn as a whole: with others beside it, a picture would round differently.
+    A batch in which one picture is missing is drawn as a whole: in another batch a picture would be rounded otherwise.
     """
     settings = job.recipe.data
     own = intended(job)[job.crew.rank :: job.crew.world]
@@ -87,7 +89,7 @@ def draw_share(job, bar) -> None:
             job.family,
             pipeline,
             [picture.caption for picture in batch],
-            [picture.seed for picture in batch],
+            [cast(int, picture.seed) for picture in batch],  # what is drawn has a seed
             side=settings.resolution,
             steps=settings.steps,
             guidance=settings.guidance,
@@ -101,7 +103,7 @@ def draw_share(job, bar) -> None:
 
 
 def class_names(source: Source) -> list[str] | None:
-    """Labels of a class-conditional source, None for text-conditional ones."""
+    """Labels of a class-conditional source; None for a text-conditional one."""
     if source.family.text_keys != ("class_labels",):
         return None
     table = source.index.get("id2label")

@@ -1,19 +1,22 @@
-"""Drawing with a converted transformer before it is a bundle: the stock pipeline with its parts exchanged in memory."""
+"""Drawing with a converted transformer before there is a bundle: the stock pipeline with other parts, in memory."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import diffusers
 from diffusers import AutoencoderDC
-from torch import nn
 
 from dcgen_convert.bundle.autoencoder_dc_adapter import AutoencoderDCAdapter
 from dcgen_convert.bundle.layout import has_adapter
 from dcgen_convert.core.files import read_json
+from dcgen_convert.families.base import Network
 from dcgen_convert.networks import pipelines
 from dcgen_convert.networks.pipelines import quiet_diffusers
+from dcgen_convert.stages.job import Job
 
 
-def converted_pipeline(job, transformer: nn.Module):
+def converted_pipeline(job: Job, transformer: Network) -> Any:
     """The source's stock pipeline around ``transformer``, with the new autoencoder and the bundle's scheduler."""
     keys = job.family.vae_config(read_json(job.target / "config.json"))
     options = {"scaling_factor": job.recipe.latents.scale_override} if job.recipe.latents.scale_override else {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dcgen_convert.core import names
 from dcgen_convert.core.files import read_json, write_json
 from dcgen_convert.core.journal import Stage
 from dcgen_convert.data import prompts
@@ -12,10 +13,9 @@ from dcgen_convert.families import QuantTargets
 from dcgen_convert.families.base import by_kind
 from dcgen_convert.networks import models, pipelines
 from dcgen_convert.recipe.schema import Quantize
-from dcgen_convert.stages.job import Job, converted
+from dcgen_convert.stages.job import Job
 from dcgen_convert.stages.pictures import class_names
 from dcgen_convert.stages.preview import converted_pipeline
-from dcgen_convert.svdquant.assemble import RECORDS
 from dcgen_convert.svdquant.nunchaku import export_nunchaku
 from dcgen_convert.svdquant.quantisation import Quantisation
 from dcgen_convert.svdquant.quantize import quantize, work
@@ -43,7 +43,7 @@ def run(job: Job, stage: Stage) -> None:
             record_part(job, bar)
         write_json(calls / DONE, {"calls": len(read_calls(calls))})
     if not transformer.exists():  # it is whole, or it is not there
-        quantize(converted(job), transformer, targets, settings, read_calls(calls), job.console, job.crew)
+        quantize(job.folders.converted, transformer, targets, settings, read_calls(calls), job.console, job.crew)
     if section.container == "nunchaku":
         export_nunchaku(transformer, stage.folder / SINGLE_FILE, CONVERTED_PATCH)
     stage.metrics.update(measured(transformer, targets, settings))
@@ -51,9 +51,9 @@ def run(job: Job, stage: Stage) -> None:
 
 def quantize_part(job: Job, bar: Bar, **begun: Any) -> None:
     """This rank's part of the blocks, of the quantisation that rank 0 has begun."""
-    folder, settings = job.folder("quantize"), settings_of(job.recipe.quantize, job.recipe.seed)
+    folder, settings = job.folders.quantize, settings_of(job.recipe.quantize, job.recipe.seed)
     inputs = (_targets(job), settings, read_calls(folder / CALLS))
-    quantisation = Quantisation.of_folder(converted(job), folder / models.TRANSFORMER, *inputs)
+    quantisation = Quantisation.of_folder(job.folders.converted, folder / models.TRANSFORMER, *inputs)
     work(quantisation, job.console, bar, (job.crew.rank, job.crew.world), **begun)
 
 
@@ -72,10 +72,10 @@ def record_part(job: Job, bar: Bar) -> None:
     )
 
     def pipeline() -> Any:
-        return converted_pipeline(job, models.load(converted(job), job.dtype, device=pipelines.device()))
+        return converted_pipeline(job, models.load(job.folders.converted, job.dtype, device=pipelines.device()))
 
     part = (job.crew.rank, job.crew.world)
-    record_calls(job.folder("quantize") / CALLS, job.family, pipeline, pictures, bar, part)
+    record_calls(job.folders.quantize / CALLS, job.family, pipeline, pictures, bar, part)
 
 
 def measured(transformer: Path, targets: QuantTargets, settings: Settings) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def measured(transformer: Path, targets: QuantTargets, settings: Settings) -> di
         "svdq": len(targets.svdq),
         "awq": len(targets.awq),
         "skipped": by_kind(targets.skipped),
-        "layers": read_json(transformer / RECORDS)["layers"],
+        "layers": read_json(transformer / names.RECORDS)["layers"],
     }
 
 
@@ -102,4 +102,4 @@ def settings_of(section: Quantize, seed: int) -> Settings:
 
 
 def _targets(job: Job) -> QuantTargets:
-    return plan_targets(job.family, read_json(converted(job) / "config.json"), job.recipe.quantize.dense)
+    return plan_targets(job.family, read_json(job.folders.converted / "config.json"), job.recipe.quantize.dense)

@@ -1,7 +1,7 @@
 """Stage `surgery`: the source's transformer with the shapes that the new autoencoder asks for.
 
-Only the embedder and the head, listed by module name, are re-made (their values come from the align stages); every
-other tensor keeps its bytes.
+Only the embedder and the head are made anew, with zeros; their values come from the align stages. Every other tensor
+keeps its bytes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,9 +20,10 @@ from dcgen_convert.core.files import copy_file, write_json
 from dcgen_convert.core.journal import Stage
 from dcgen_convert.networks import autoencoders
 from dcgen_convert.networks.models import TRANSFORMER
+from dcgen_convert.stages.job import Job
 
 
-def run(job, stage: Stage) -> None:
+def run(job: Job, stage: Stage) -> None:
     """Writes transformer/ and surgery.json (module names, old and new shapes)."""
     autoencoders.load(job.source.vae)  # both autoencoders must work before anything is drawn
     autoencoders.load(job.ae.folder)
@@ -35,9 +37,9 @@ def run(job, stage: Stage) -> None:
     with job.console.progress("surgery", len(files), "shards") as bar:
         for file, entries in sorted(files.items()):
             if job.source.imported and not entries.keys() & replaced.keys():
-                share(file, output / file.name)  # written and checked by stage import, in this run folder
+                link(file, output / file.name)  # written and checked by stage import, in this run folder
             else:
-                rewrite(file, output / file.name, entries, replaced)
+                rewrite(output / file.name, entries, replaced)
             bar.advance(1)
     for index in job.source.transformer.glob("*.safetensors.index.json"):
         shutil.copyfile(index, output / index.name)
@@ -56,8 +58,8 @@ def run(job, stage: Stage) -> None:
     )
 
 
-def new_shapes(job, config: dict) -> dict[str, tuple[int, ...]]:
-    """Tensor name -> shape of the re-made modules, read off the model class itself on the meta device."""
+def new_shapes(job: Job, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape of the new modules. The model class itself tells them, on the meta device."""
     import diffusers
 
     with torch.device("meta"):
@@ -79,8 +81,8 @@ def new_shapes(job, config: dict) -> dict[str, tuple[int, ...]]:
     return replaced
 
 
-def rewrite(source: Path, output: Path, entries: dict[str, Entry], replaced: dict[str, tuple[int, ...]]) -> None:
-    """Copy one safetensors file, zeros in place of the re-made tensors; InputError for NaN or infinite weights."""
+def rewrite(output: Path, entries: dict[str, Entry], replaced: dict[str, tuple[int, ...]]) -> None:
+    """Copy one safetensors file, with zeros for the ``replaced`` tensors; InputError for NaN or infinite weights."""
     items = {
         name: stream.Zeros(entry.dtype, replaced[name]) if name in replaced else stream.whole(name, entry)
         for name, entry in entries.items()
@@ -88,10 +90,11 @@ def rewrite(source: Path, output: Path, entries: dict[str, Entry], replaced: dic
     stream.write(output, items, {"format": "pt"})
 
 
-def share(source: Path, output: Path) -> None:
-    """``output`` is the file ``source`` itself where the file system allows a second name, else a copy. Weight files
-    are
-    replaced, never written into."""
+def link(source: Path, output: Path) -> None:
+    """Make ``output`` a hard link to ``source``, or a copy where the file system has no hard links.
+
+    A link is safe: weight files are replaced, never written into.
+    """
     output.unlink(missing_ok=True)
     try:
         os.link(source, output)

@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from dcgen_convert.core import names
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.journal import Run
@@ -41,7 +42,7 @@ class Performer:
 
     def _prepare(self, document: dict[str, Any]) -> Job:
         path = Path(document["run"])
-        if not (path / "recipe.json").is_file():
+        if not (path / names.RECIPE).is_file():
             raise InputError(
                 f"{socket.gethostname()} does not see the run folder {path}",
                 "put --run-dir on a file system that all hosts share",

@@ -9,14 +9,13 @@ from typing import Any
 
 from dcgen_convert.checkpoint.headers import read_header
 from dcgen_convert.checkpoint.stream import Item, whole
+from dcgen_convert.core import names
 from dcgen_convert.core.errors import CheckFailed
 from dcgen_convert.core.files import fsync, write_json
 from dcgen_convert.families import QuantTargets
 from dcgen_convert.svdquant.quantisation import Quantisation
 from dcgen_convert.svdquant.settings import AWQ_GROUP, Settings
 from dcgen_convert.svdquant.shards import write_folder
-
-RECORDS = "quantization.json"  # records of all layers; written last, so a folder that has it is whole
 
 
 def assemble(quantisation: Quantisation, output: Path, records: list[dict[str, Any]]) -> None:
@@ -33,7 +32,7 @@ def assemble(quantisation: Quantisation, output: Path, records: list[dict[str, A
     write_json(building / "config.json", quantisation.config | section)
     chosen = {key: value for key, value in asdict(settings).items() if key != "device"}
     layers = [timeless(record) for record in records]
-    write_json(building / RECORDS, {"schema": "dcgen.quantization/1", "settings": chosen, "layers": layers})
+    write_json(building / names.RECORDS, {"schema": "dcgen.quantization/1", "settings": chosen, "layers": layers})
     building.rename(output)
     fsync(output.parent)
     shutil.rmtree(quantisation.work)

@@ -4,14 +4,13 @@
         state-00001.safetensors ...   "param/<name>", "exp_avg/<name>", "exp_avg_sq/<name>", "ema/<name>", all full fp32
         checkpoint.json               step, files with sizes, shapes, and what the caller adds ("extra")
 
-Rank 0 gathers and writes, except when every weight trains on several ranks: then nothing is gathered and each rank
-writes what it holds, as files state-r003-00001.safetensors of flat parts "<key>/<name>@<offset>". Such a checkpoint is
-as
-portable: parts of one tensor follow one another by their offsets, however many ranks wrote them.
+Rank 0 gathers and writes. When every weight trains on several ranks, nothing is gathered: each rank writes what it
+holds, as files state-r003-00001.safetensors of flat parts "<key>/<name>@<offset>". Such a checkpoint can be read by any
+number of ranks too: the offsets put the parts of a tensor in order, however many ranks wrote them.
 
-Written under a temporary name, flushed, then renamed: a folder called step-... is whole. The newest whole one wins;
-two are kept. Nothing about random numbers is stored: the draws of a step depend on (seed, step, sample) alone (see
-`objective.draw`).
+A checkpoint is written under a temporary name, flushed, then renamed. So a folder called step-... is whole. The newest
+whole one is loaded, and two are kept. Nothing about random numbers is stored: the draws of a step depend on (seed,
+step, sample) alone (see `objective.draw`).
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import os
 import secrets
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,23 +58,10 @@ def save(engine: Engine, folder: str | Path, extra: dict[str, Any]) -> Path:
     final = step_folder(folder, engine.step_count)
     tag = distributed.of_rank_0(secrets.randbits(31), engine.device)
     temporary = folder / f"{TEMPORARY}{tag:08x}-{final.name}"
-    writer = None
-    if engine.sharded:
-        writer = _Writer(temporary, f"r{engine.rank:03d}-")
-    elif speaks:
-        writer = _Writer(temporary)
-    for key in engine.state.keys:
-        for name, tensor in engine.pieces(key) if engine.sharded else engine.tensors(key):
-            if writer:
-                writer.add(f"{key}/{name}", tensor)
-    files = writer.flush() if writer else {}
-    if engine.sharded:  # the name that says "whole" may be given only when every rank's files are on the disk
-        found = distributed.of_all([files, str(writer.error) if writer.error else None], engine.device)
-        files = {name: size for part, _ in found for name, size in part.items()}
-        failed = next((f"rank {rank}: {error}" for rank, (_, error) in enumerate(found) if error), None)
-        if failed and writer.error is None:
-            writer.error = OSError(None, failed)
-    if speaks:
+    writes = speaks or engine.sharded
+    writer = _Writer(temporary, f"r{engine.rank:03d}-" if engine.sharded else "") if writes else None
+    files = _write_tensors(engine, writer)
+    if speaks and writer:
         document = {"schema": SCHEMA, "step": engine.step_count, "ema": engine.settings.ema > 0, "extra": extra}
         writer.finish({**document, "files": files, "shapes": _shapes(engine)}, final)
     error = writer.error if writer else None
@@ -92,6 +78,26 @@ def save(engine: Engine, folder: str | Path, extra: dict[str, Any]) -> Path:
     return final
 
 
+def _write_tensors(engine: Engine, writer: _Writer | None) -> dict[str, int]:
+    """Write what this rank has to write (nothing without a writer); name -> size of the files of all ranks.
+
+    When a rank failed, every writer holds an error afterwards: only if all files of all ranks are on the disk, the
+    folder may get the name that says "whole".
+    """
+    for key in engine.state.keys:
+        for name, tensor in engine.pieces(key) if engine.sharded else engine.tensors(key):
+            if writer:
+                writer.add(f"{key}/{name}", tensor)
+    files = writer.flush() if writer else {}
+    if not engine.sharded or writer is None:
+        return files
+    found = distributed.of_all([files, str(writer.error) if writer.error else None], engine.device)
+    failed = next((f"rank {rank}: {error}" for rank, (_, error) in enumerate(found) if error), None)
+    if failed and writer.error is None:
+        writer.error = OSError(None, failed)
+    return {name: size for part, _ in found for name, size in part.items()}
+
+
 def _shapes(engine: Engine) -> dict[str, list[int]]:
     """Shape of every tensor of a checkpoint of ``engine``."""
     return {f"{key}/{name}": list(true_shape(p)) for key in engine.state.keys for name, p in engine.named.items()}
@@ -103,8 +109,9 @@ class _Writer:
     After a failed write it only remembers the error: the other ranks are still gathering.
     """
 
-    def __init__(self, folder: Path, label: str = ""):
-        self.folder, self.label, self.error = folder, label, None
+    def __init__(self, folder: Path, label: str = "") -> None:
+        self.folder, self.label = folder, label
+        self.error: OSError | None = None
         self._files: dict[str, int] = {}
         self._shard: dict[str, Tensor] = {}
         self._bytes = 0
@@ -134,7 +141,7 @@ class _Writer:
             self._shard, self._bytes = {}, 0
         return self._files
 
-    def _guarded(self, action, *args, **kwargs) -> None:
+    def _guarded(self, action: Callable[..., object], *args: object, **kwargs: object) -> None:
         if self.error is not None:
             return
         try:
@@ -165,9 +172,8 @@ def _is_whole(path: Path) -> bool:
 def prune(folder: Path) -> None:
     """Delete all but the last ``KEPT`` checkpoints, and whatever unfinished save a kill left behind."""
     for path in whole(folder)[:-KEPT]:
-        os.replace(
-            path, path.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")
-        )  # a half-deleted one must not look whole
+        # Rename before deleting: a half-deleted one must not look whole.
+        os.replace(path, path.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}"))
     for path in folder.glob(f"{TEMPORARY}*"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -225,7 +231,7 @@ def _tensors(path: Path, document: dict[str, Any]) -> Iterator[tuple[str, str, T
         files = [stack.enter_context(safe_open(path / name, framework="pt")) for name in document["files"]]
         places: dict[str, list[tuple[int, Any, str]]] = {}
         for file in files:  # memory-mapped: what is opened is not read
-            for stored in file.keys():  # noqa: SIM118
+            for stored in file.keys():  # noqa: SIM118  a safetensors file is no mapping
                 full_name, _, offset = stored.partition("@")
                 places.setdefault(full_name, []).append((int(offset or 0), file, stored))
         for full_name, shape in document["shapes"].items():

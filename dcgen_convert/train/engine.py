@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from dcgen_convert.core import pulse
 from dcgen_convert.core.errors import CheckFailed, InternalError
+from dcgen_convert.families.base import Network
 from dcgen_convert.planning.memory import BUCKET
 from dcgen_convert.train import distributed
 from dcgen_convert.train.settings import EngineSettings
@@ -52,7 +53,7 @@ class _Pass(nn.Module):
     DeepSpeed prepares the backward pass in its own forward; without that ZeRO 3 loses accumulated gradients.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
@@ -69,7 +70,9 @@ class Engine:
         rank, world: this process among all.
     """
 
-    def __init__(self, model: nn.Module, parameters: Iterable[tuple[str, nn.Parameter]], settings: EngineSettings):
+    def __init__(
+        self, model: Network, parameters: Iterable[tuple[str, nn.Parameter]], settings: EngineSettings
+    ) -> None:
         """Freeze the rest of the model, shard what ZeRO shards, make the optimizer.
 
         Args:
@@ -243,8 +246,7 @@ class Engine:
         """Take DeepSpeed's hooks off the model and free the optimizer."""
         self._engine.destroy()
         nn.functional.linear = self._linear  # ZeRO 3 replaced it for the whole process, with another rounding
-        self._engine = None
-        self.state = None
+        del self._engine, self.state
         if self.settings.checkpointing:
             self.model.disable_gradient_checkpointing()
 

@@ -1,8 +1,8 @@
 """The training loop that every stage shares: batches in, steps, watching, checkpoints, a clean stop.
 
-One step line per step on the console's progress and to its tracker, one JSON line per step in metrics.jsonl. A NaN or a
-spike stops the run and keeps the last good checkpoint; SIGINT and SIGTERM let the step finish, write a checkpoint, and
-raise. The next step's micro-batches are read while the device works on this one.
+Every step is shown on the console's progress bar, sent to its tracker, and written as one JSON line to metrics.jsonl. A
+NaN or a spike stops the run; the last good checkpoint is kept. After SIGINT or SIGTERM the loop finishes its step,
+writes a checkpoint, and raises. The micro-batches of the next step are read while the device works on the present one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,25 +23,40 @@ from torch import Tensor
 
 from dcgen_convert.core.console import NULL, Console
 from dcgen_convert.core.errors import CheckFailed, InputError, Terminated
+from dcgen_convert.core.progress import Bar
 from dcgen_convert.families import Text
 from dcgen_convert.train import distributed
 from dcgen_convert.train.checkpoints import latest, load, save, whole
 from dcgen_convert.train.engine import Engine, StepRecord
-from dcgen_convert.train.objective import Draws, SamplingOf, draw, to_device
+from dcgen_convert.train.objective import Draws, LossOf, SamplingOf, draw, to_device
 from dcgen_convert.train.order import Order
 from dcgen_convert.train.prefetch import Prefetch
-from dcgen_convert.train.watch import NONE, Watch, kept_lines
+from dcgen_convert.train.watch import NONE, Intervals, Watch, kept_lines
 
 SPIKE = 10.0  # a loss this many times the recent median stops the run
 WINDOW = 50  # steps that the median looks back on
 WARM = 20  # steps before it is trusted
 METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"  # folder
 
 
 class Samples(Protocol):
-    """What the loop needs of a latent cache; rows of one span have one shape, and batches are of one span."""
+    """What training needs of a latent cache. Rows of one span have one shape, and a batch is read from one span.
 
-    spans: Sequence[range]
+    Attributes:
+        spans: rows of one shape each, one span after the other.
+        shapes: (C, h, w) of the latents of each span.
+        null: the condition of the empty prompt, a batch of one.
+    """
+
+    @property
+    def spans(self) -> Sequence[range]: ...
+
+    @property
+    def shapes(self) -> Sequence[Sequence[int]]: ...
+
+    @property
+    def null(self) -> Text: ...
 
     def __len__(self) -> int: ...
 
@@ -56,6 +71,46 @@ class Saving:
     minutes: float
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a run writes and what it tells on the way.
+
+    Attributes:
+        folder: takes ``checkpoints/``, ``metrics.jsonl``, ``evaluations.jsonl`` and ``export/``.
+        console: shows the steps.
+        seed: of the order of the rows and of every random draw.
+        saving: when to write a checkpoint.
+        held_out: rows for the evaluation before, after and at intervals; None: no evaluation.
+        intervals: when to evaluate and to draw on the way.
+    """
+
+    folder: Path
+    console: Console = NULL
+    seed: int = 0
+    saving: Saving = Saving(steps=0, minutes=10)  # a kill costs ten minutes at most
+    held_out: Samples | None = None
+    intervals: Intervals = NONE
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a run minimises, over which rows.
+
+    Attributes:
+        label: what the console and the tracker call the run.
+        samples: the training rows.
+        loss_of: (z0, text, draws) -> mean loss over the samples.
+        sampling: shape (C, h, w) of a batch -> how its draws are distributed.
+        identity: what must be equal for a checkpoint to be continued (objective, data, phase).
+    """
+
+    label: str
+    samples: Samples
+    loss_of: LossOf
+    sampling: SamplingOf
+    identity: dict[str, Any]
+
+
 @dataclass
 class Curve:
     """Losses seen by this process, with the guard against spikes."""
@@ -64,7 +119,7 @@ class Curve:
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
 
     def add(self, loss: float) -> float | None:
-        """Note a loss; the recent median when the loss is a spike, else None."""
+        """Note a loss. When the loss is a spike, return the recent median, else None."""
         median = statistics.median(self.recent) if len(self.recent) >= WARM else None
         if median is not None and loss > SPIKE * median:
             return median
@@ -73,104 +128,136 @@ class Curve:
         return None
 
 
-def run(
-    engine: Engine,
-    samples: Samples,
-    loss_of: Callable[[Tensor, Text, Draws], Tensor],
-    sampling: SamplingOf,
-    folder: Path,
-    *,
-    label: str,
-    identity: dict[str, Any],
-    saving: Saving,
-    console: Console,
-    seed: int,
-    watch: Watch | None = None,
-) -> dict[str, Any]:
-    """Train to ``engine.settings.steps``, from the newest checkpoint in ``folder`` if there is one.
+class Loop:
+    """One training run.
 
     Args:
-        loss_of: (z0, text, draws) -> mean loss over the samples.
-        sampling: shape (C, h, w) of a batch -> how its draws are distributed.
-        identity: what must be equal for a checkpoint to be continued (objective, data, phase).
         watch: figures, evaluations and grids on the way; None: none.
-    Returns:
-        steps, seconds, samples_per_second, data_wait_seconds, loss_first and loss_last (means of the first / last 20
-        steps of this process), resumed_from.
-    Raises:
-        CheckFailed: NaN or a loss spike; the message names the step, the hint the checkpoint that was kept.
-        InputError: the checkpoint belongs to other settings.
-        KeyboardInterrupt, Terminated: a signal came; a checkpoint was written first.
     """
-    checkpoints, settings = folder / "checkpoints", engine.settings
-    if len(samples) == 0:
-        raise InputError(f"{label}: there are no samples to train on")
-    speaks = engine.rank == 0
-    console = console if speaks else NULL
-    watch = watch or Watch(folder, NONE)
-    resumed = _resume(engine, checkpoints, identity, console)
-    metrics = _Metrics(folder / METRICS, engine.step_count) if speaks else None
-    if speaks:
-        watch.forget(engine.step_count)
-    curve = Curve()
-    start = last_save = time.monotonic()
-    first_step = engine.step_count
-    order = Order(samples.spans, settings.batch, seed)
-    feed = _feed(engine, samples, sampling, seed)
-    with closing(feed), _signals() as signals, console.progress(label, settings.steps - first_step, "step") as bar:
-        while engine.step_count < settings.steps:
-            waited = feed.waited
-            record = _guarded_step(engine, order, feed, loss_of, curve, signals.pending, checkpoints)
-            rate = settings.batch / record.seconds
-            meter = watch.meters[order.span_of(record.step)] if watch.meters else None
-            read = meter.read(settings.batch, record.seconds, engine.world) if meter else {}
-            shown = {"loss": record.loss, "grad_norm": record.grad_norm, "lr": record.lr, "samples_per_s": rate, **read}
-            if metrics:
-                metrics.add(record, rate, {**read, "data_wait_seconds": feed.waited - waited})
-            bar.advance(1, **shown)
-            console.scalars(label, record.step, shown)
-            due = saving.minutes and _any_rank(time.monotonic() - last_save > 60 * saving.minutes, engine)
-            if (
-                record.stop
-                or due
-                or (saving.steps and engine.step_count % saving.steps == 0)
-                or watch.wants_grid(engine.step_count)
-                or engine.step_count == settings.steps
-            ):
-                if metrics:
-                    metrics.flush()
-                save(engine, checkpoints, {"identity": identity})
-                last_save = time.monotonic()
-            if record.stop:
-                console.say(
-                    f"{label}: stopped after step {engine.step_count} of {settings.steps}; a checkpoint is written"
-                )
-                raise signals.exception()
-            watch.after_save(engine.step_count)
-            losses = watch.after_step(engine.step_count, speaks)
-            if losses:
-                console.scalars(label, record.step, {f"held_out_{key}": value for key, value in losses.items()})
-                console.say(f"{label}: held-out loss {losses['mean']:.4f} after step {engine.step_count}")
-    done = engine.step_count - first_step
-    seconds = time.monotonic() - start
-    if metrics:
-        metrics.flush()
-    return {
-        "steps": engine.step_count,
-        "resumed_from": resumed,
-        "seconds": round(seconds, 3),
-        "samples_per_second": round(done * settings.batch / seconds, 3) if done else None,
-        "data_wait_seconds": round(feed.waited, 3),
-        "loss_first": _mean(curve.losses[:20]),
-        "loss_last": _mean(curve.losses[-20:]),
-    }
+
+    def __init__(self, engine: Engine, goal: Goal, place: Place, watch: Watch | None = None) -> None:
+        self.engine, self.goal, self.place = engine, goal, place
+        self.console = place.console if engine.rank == 0 else NULL
+        self.watch = watch or Watch(place.folder, NONE)
+        self.checkpoints = place.folder / CHECKPOINTS
+        self.order = Order(goal.samples.spans, engine.settings.batch, place.seed)
+        self.curve = Curve()
+        self._metrics: _Metrics | None = None
+        self._saved = time.monotonic()
+
+    def run(self) -> dict[str, Any]:
+        """Train to ``engine.settings.steps``, from the newest checkpoint if there is one. Collective.
+
+        Returns:
+            steps, seconds, samples_per_second, data_wait_seconds, loss_first and loss_last (means of the first / last
+            20 steps of this process), resumed_from.
+        Raises:
+            CheckFailed: NaN or a loss spike; the message names the step, the hint the checkpoint that was kept.
+            InputError: there are no samples, or the checkpoint belongs to other settings.
+            KeyboardInterrupt, Terminated: a signal came; a checkpoint was written first.
+        """
+        engine, label = self.engine, self.goal.label
+        if len(self.goal.samples) == 0:
+            raise InputError(f"{label}: there are no samples to train on")
+        resumed = _resume(engine, self.checkpoints, self.goal.identity, self.console)
+        if engine.rank == 0:
+            self._metrics = _Metrics(self.place.folder / METRICS, engine.step_count)
+            self.watch.forget(engine.step_count)
+        first, start = engine.step_count, time.monotonic()
+        self._saved = start
+        feed = _feed(engine, self.goal.samples, self.goal.sampling, self.place.seed)
+        left = engine.settings.steps - first
+        with closing(feed), _signals() as signals, self.console.progress(label, left, "step") as bar:
+            while engine.step_count < engine.settings.steps:
+                waited = feed.waited
+                record = self._step(feed, signals.pending)
+                self._report(record, feed.waited - waited, bar)
+                if self._must_save(record):
+                    self._save()
+                if record.stop:
+                    self._tell_of_stop()
+                    raise signals.exception()
+                self._look(record)
+        seconds = time.monotonic() - start
+        if self._metrics:
+            self._metrics.flush()
+        done = engine.step_count - first
+        return {
+            "steps": engine.step_count,
+            "resumed_from": resumed,
+            "seconds": round(seconds, 3),
+            "samples_per_second": round(done * engine.settings.batch / seconds, 3) if done else None,
+            "data_wait_seconds": round(feed.waited, 3),
+            "loss_first": _mean(self.curve.losses[:20]),
+            "loss_last": _mean(self.curve.losses[-20:]),
+        }
+
+    def _step(self, feed: Prefetch, stop: bool) -> StepRecord:
+        """One step of the engine; CheckFailed with the step, the rows and the kept checkpoint when it went wrong."""
+        engine, step = self.engine, self.engine.step_count
+
+        def micro_loss(positions: Sequence[int]) -> Tensor:
+            return self.goal.loss_of(*to_device(feed.take((step, positions)), engine.device))
+
+        try:
+            record = engine.step(micro_loss, positions_of(engine), stop)
+            median = self.curve.add(record.loss)
+            if median is not None:
+                raise CheckFailed(f"the loss of step {step} jumped to {record.loss:.4g} from a median of {median:.4g}")
+        except CheckFailed as error:
+            kept = whole(self.checkpoints)
+            cure = "lower lr or clip"
+            raise CheckFailed(
+                f"{error.message} (rows {_short(self.order.rows_of(step))})",
+                hint=f"the last good checkpoint is {kept[-1]}; {cure}, or look at those rows" if kept else cure,
+            ) from error
+        return record
+
+    def _report(self, record: StepRecord, waited: float, bar: Bar) -> None:
+        """Show the figures of a step, and write them down."""
+        batch, watch = self.engine.settings.batch, self.watch
+        rate = batch / record.seconds
+        meter = watch.meters[self.order.span_of(record.step)] if watch.meters else None
+        read = meter.read(batch, record.seconds, self.engine.world) if meter else {}
+        shown = {"loss": record.loss, "grad_norm": record.grad_norm, "lr": record.lr, "samples_per_s": rate, **read}
+        if self._metrics:
+            self._metrics.add(record, rate, {**read, "data_wait_seconds": waited})
+        bar.advance(1, **shown)
+        self.console.scalars(self.goal.label, record.step, shown)
+
+    def _must_save(self, record: StepRecord) -> bool:
+        """Whether a checkpoint follows this step; the same answer on every rank."""
+        saving, step = self.place.saving, self.engine.step_count
+        late = bool(saving.minutes) and self._any_rank(time.monotonic() - self._saved > 60 * saving.minutes)
+        due = bool(saving.steps) and step % saving.steps == 0
+        return record.stop or late or due or self.watch.wants_grid(step) or step == self.engine.settings.steps
+
+    def _save(self) -> None:
+        if self._metrics:
+            self._metrics.flush()
+        save(self.engine, self.checkpoints, {"identity": self.goal.identity})
+        self._saved = time.monotonic()
+
+    def _tell_of_stop(self) -> None:
+        step, steps = self.engine.step_count, self.engine.settings.steps
+        self.console.say(f"{self.goal.label}: stopped after step {step} of {steps}; a checkpoint is written")
+
+    def _look(self, record: StepRecord) -> None:
+        """Draw and evaluate where it is due."""
+        label, step = self.goal.label, self.engine.step_count
+        self.watch.after_save(step)
+        losses = self.watch.after_step(step, self.engine.rank == 0)
+        if losses:
+            self.console.scalars(label, record.step, {f"held_out_{key}": value for key, value in losses.items()})
+            self.console.say(f"{label}: held-out loss {losses['mean']:.4f} after step {step}")
+
+    def _any_rank(self, condition: bool) -> bool:
+        return not distributed.agree(not condition, self.engine.device)
 
 
 def _feed(engine: Engine, samples: Samples, sampling: SamplingOf, seed: int) -> Prefetch:
-    """This rank's micro-batches (z0, text, draws) from the present step on, by (step, positions in the global
-    batch).
-    """
-    order = Order(samples.spans, engine.settings.batch, seed)  # of the reading thread alone
+    """This rank's micro-batches (z0, text, draws) from the present step on; key: (step, positions in the batch)."""
+    order = Order(samples.spans, engine.settings.batch, seed)  # only the reading thread uses this one
 
     def read(key: tuple[int, range]) -> tuple[Tensor, Text, Draws]:
         step, positions = key
@@ -184,6 +271,7 @@ def _feed(engine: Engine, samples: Samples, sampling: SamplingOf, seed: int) -> 
 
 
 def _resume(engine: Engine, checkpoints: Path, identity: dict[str, Any], console: Console) -> int | None:
+    """Load the newest checkpoint; its step, or None when there is none. InputError when its identity is another."""
     found = latest(checkpoints)
     if found is not None:
         written = found[1]["extra"]["identity"]
@@ -201,39 +289,12 @@ def _resume(engine: Engine, checkpoints: Path, identity: dict[str, Any], console
     return engine.step_count
 
 
-def _guarded_step(engine, order, feed, loss_of, curve, stop, checkpoints) -> StepRecord:
-    """One step of the engine; CheckFailed with the step, the batch and the kept checkpoint when it went wrong."""
-    step = engine.step_count
-
-    def micro_loss(positions: Sequence[int]) -> Tensor:
-        return loss_of(*to_device(feed.take((step, positions)), engine.device))
-
-    try:
-        record = engine.step(micro_loss, positions_of(engine), stop)
-        median = curve.add(record.loss)
-        if median is not None:
-            raise CheckFailed(f"the loss of step {step} jumped to {record.loss:.4g} from a median of {median:.4g}")
-    except CheckFailed as error:
-        kept = whole(checkpoints)
-        raise CheckFailed(
-            f"{error.message} (rows {_short(order.rows_of(step))})",
-            hint=f"the last good checkpoint is {kept[-1]}; lower lr or clip, or look at those rows"
-            if kept
-            else "lower lr or clip",
-        ) from error
-    return record
-
-
 def positions_of(engine: Engine) -> list[range]:
     """Positions in the global batch of each micro-batch of this rank."""
     start = engine.rank * engine.micro_batch * engine.accumulation
     return [
         range(start + i * engine.micro_batch, start + (i + 1) * engine.micro_batch) for i in range(engine.accumulation)
     ]
-
-
-def _any_rank(condition: bool, engine: Engine) -> bool:
-    return not distributed.agree(not condition, engine.device)
 
 
 def _short(rows: Sequence[int]) -> str:
@@ -247,8 +308,9 @@ def _mean(values: Sequence[float]) -> float | None:
 class _Metrics:
     """metrics.jsonl: one line per step. After a resume the lines of steps that will be repeated are dropped."""
 
-    def __init__(self, path: Path, step: int):
-        self.path, self._lines = path, []
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        self._lines: list[str] = []
         path.parent.mkdir(parents=True, exist_ok=True)
         kept_lines(path, lambda line: line["step"] < step)
 
@@ -275,13 +337,14 @@ class _Signals:
     def pending(self) -> bool:
         return self.received is not None
 
-    def __call__(self, number: int, frame: object) -> None:
+    def __call__(self, number: int, _frame: object) -> None:
         if self.pending:
             raise self.exception()
         self.received = number
 
     def exception(self) -> BaseException:
-        return KeyboardInterrupt() if self.received == signal.SIGINT else Terminated()  # None: another rank got it
+        """What to raise. A rank that received no signal itself (None) stops because another rank did."""
+        return KeyboardInterrupt() if self.received == signal.SIGINT else Terminated()
 
 
 @contextmanager

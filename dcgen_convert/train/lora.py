@@ -12,17 +12,18 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from dcgen_convert.checkpoint.merge import METADATA
+from dcgen_convert.core import names
 from dcgen_convert.core.errors import RecipeError
 from dcgen_convert.core.files import atomic_save
+from dcgen_convert.families.base import Network
 
 ADAPTER = "default"
-METADATA = "lora_adapter_metadata"
-LORA_FILE = "pytorch_lora_weights.safetensors"
-MODULES_FILE = "modules.safetensors"
 
 
 def add_lora(model: nn.Module, targets: str, rank: int, alpha: float, seed: int) -> list[str]:
@@ -49,7 +50,9 @@ def add_lora(model: nn.Module, targets: str, rank: int, alpha: float, seed: int)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # What diffusers' add_adapter does, for every model: DiTTransformer2DModel lacks that method.
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), model, ADAPTER)
+        # alpha: PEFT says int, and works with any number.
+        config = LoraConfig(r=rank, lora_alpha=cast(int, alpha), target_modules=targets)
+        inject_adapter_in_model(config, model, ADAPTER)
     return paths
 
 
@@ -69,10 +72,11 @@ def trainable(model: nn.Module, modules: list[str], everything: bool = False) ->
     ]
 
 
-def frozen_teacher(model: nn.Module, modules: list[str]) -> Callable[[], AbstractContextManager[None]]:
-    """A context in which the model is what it is now: adapter off, and ``modules`` (which train on) as frozen copies.
+def frozen_teacher(model: Network, modules: list[str]) -> Callable[[], AbstractContextManager[None]]:
+    """A context in which the model is what it was when this function was called.
 
-    Costs the memory of the copies only, not a second model.
+    Inside it the adapter is off, and frozen copies stand in the place of ``modules``, which train on. It costs the
+    memory of these copies only, not of a second model.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -82,7 +86,7 @@ def frozen_teacher(model: nn.Module, modules: list[str]) -> Callable[[], Abstrac
     @contextmanager
     def teacher() -> Iterator[None]:
         students = {path: model.get_submodule(path) for path in modules}
-        device, dtype = next(iter(students.values())).weight.device, model.dtype
+        device, dtype = next(next(iter(students.values())).parameters()).device, model.dtype
         try:
             for path, original in originals.items():
                 model.set_submodule(path, original.to(device, dtype))
@@ -112,7 +116,7 @@ def split_export(weights: Mapping[str, Tensor], component: str) -> tuple[dict[st
     return lora, {name: value for name, value in weights.items() if ".lora_" not in name}
 
 
-def adapter_metadata(model: nn.Module, component: str) -> dict[str, str]:
+def adapter_metadata(model: Network, component: str) -> dict[str, str]:
     """Rank, alpha and targets as diffusers' `_collate_lora_metadata` writes them.
 
     One key: two would not hash alike twice.
@@ -129,15 +133,12 @@ def adapter_metadata(model: nn.Module, component: str) -> dict[str, str]:
 def save_export(
     weights: Mapping[str, Tensor], folder: Path, metadata: dict[str, str] | None, component: str
 ) -> dict[str, Path]:
-    """Write `pytorch_lora_weights.safetensors` (when there is LoRA) and `modules.safetensors`.
-
-    Returns their paths by kind.
-    """
+    """Write the LoRA (when there is one) and the whole modules; returns their paths by kind: "lora", "modules"."""
     folder.mkdir(parents=True, exist_ok=True)
     lora, modules = split_export(weights, component)
-    paths = {"modules": folder / MODULES_FILE}
+    paths = {"modules": folder / names.MODULES}
     if lora:
-        paths["lora"] = folder / LORA_FILE
+        paths["lora"] = folder / names.LORA
         atomic_save(lora, paths["lora"], metadata)
     atomic_save(modules, paths["modules"])  # last: its presence says that the export is complete
     return paths

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
-from torch import nn
 
 from dcgen_convert.families import Family, Text
+from dcgen_convert.families.base import Network
 from dcgen_convert.planning.arithmetic import forward_flops, side_passes, train_flops
 from dcgen_convert.planning.structures import structure
+
+if TYPE_CHECKING:
+    from dcgen_convert.recipe.schema import Adapt
 
 PEAKS = {
     "B200": 2250e12,
@@ -63,13 +66,21 @@ def memory_gib() -> float:
 
 
 def meter_of(
-    family: Family, model: nn.Module, shape: Sequence[int], text: Text, adapt: Any, full: bool, consistency: float = 0.0
+    family: Family,
+    model: Network,
+    shape: Sequence[int],
+    text: Text,
+    adapt: Adapt,
+    full: bool,
+    consistency: float = 0.0,
 ) -> Meter:
     """The meter of one training task at one size.
 
     Args:
-        shape: (C, h, w) of a latent; text: as the cache gives it, one row.
-        adapt: objective (recipe section ``adapt``); consistency: of the phase.
+        shape: (C, h, w) of a latent.
+        text: the condition of one row, as the cache gives it.
+        adapt: objective (recipe section ``adapt``).
+        consistency: of the phase.
         full: whether every weight trains.
     """
     image = shape[1] * shape[2] // family.patch(model.config, shape[0]) ** 2
@@ -77,9 +88,7 @@ def meter_of(
     peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     if peak is None:
         return Meter(image + words, None, None)
-    shape = structure({**model.config, "_class_name": type(model).__name__})
-    once = forward_flops(shape, image, words)
+    once = forward_flops(structure({**model.config, "_class_name": type(model).__name__}), image, words)
     # MFU counts the work that the loss asks for: recomputed activations are overhead
-    return Meter(
-        image + words, train_flops(once, full=full, checkpointing=False, passes=side_passes(adapt, consistency)), peak
-    )
+    flops = train_flops(once, full=full, checkpointing=False, passes=side_passes(adapt, consistency))
+    return Meter(image + words, flops, peak)

@@ -3,27 +3,28 @@
 B batch, C latent channels, h w latent grid. Flow convention (arXiv 2509.25180): z_t = (1 - t) z_0 + t eps, v = eps -
 z_0, t in [0, 1].
 
-A guidance-distilled network outputs v_g = v_0 + g (v_c - v_0) for its guidance input g. With the null text guidance
-collapses, v_g(null) = v_0, so the raw velocity is v_hat = [v_g(c) - (1 - g) v(null)] / g, and v_hat is what the
-corrected loss compares with v.
+A guidance-distilled network outputs v_g = v_0 + g (v_c - v_0) for its guidance input g. With the null text the guidance
+has no effect: v_g(null) = v_0. So the velocity without guidance is v_hat = [v_g(c) - (1 - g) v(null)] / g. The
+corrected loss compares v_hat with v.
 
-Pictures that the base model drew with guidance g_d show it already: their v is v_0 + g_d (v_c - v_0), not v_c. The
-published loss takes it for v_c, so that the converted model is guided twice. With g_d > 1, v_hat = v(null) + (g_d / g)
-(v_g(c) - v(null)), the formula above for g_d = 1, and guidance keeps the meaning that it has in the base model.
+The base model drew the training pictures with some guidance g_d, and the pictures show it: their v is v_0 + g_d (v_c -
+v_0), not v_c. The published loss takes this v for v_c. The converted model is then guided twice. With g_d > 1 the loss
+uses v_hat = v(null) + (g_d / g) (v_g(c) - v(null)) instead, which for g_d = 1 is the formula above. Guidance then has
+the same meaning as in the base model.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dcgen_convert.families import Family, Text
+from dcgen_convert.families.base import Network
 
 TRAINING, EVALUATION = 0, 1  # streams of random numbers that never meet
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -48,10 +49,10 @@ class Sampling:
     times: Tensor | None = None
 
 
-Velocity = Callable[
-    [Tensor, Tensor, Text, Tensor], Tensor
-]  # (z (B, C, h, w), t (B,), text, guidance (B,)) -> v (B, C, h, w)
-SamplingOf = Callable[[Sequence[int]], Sampling]  # by the shape (C, h, w) of a latent: the shift may lean on its tokens
+# (z (B, C, h, w), t (B,), text, guidance (B,)) -> v (B, C, h, w)
+Velocity = Callable[[Tensor, Tensor, Text, Tensor], Tensor]
+# shape (C, h, w) of a latent -> how its draws are distributed: the shift may depend on the number of tokens
+SamplingOf = Callable[[Sequence[int]], Sampling]
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,9 @@ class Draws:
     t: Tensor
     guidance: Tensor
     dropped: Tensor
+
+
+LossOf = Callable[[Tensor, Text, Draws], Tensor]  # (z0 (B, C, h, w), text, draws) -> mean loss over the samples, scalar
 
 
 def draw(
@@ -92,6 +96,7 @@ def draw(
 def t_of_normal(normal: Tensor, sampling: Sampling) -> Tensor:
     """Noise level of a standard normal draw: shifted sigmoid, or the DDPM step at the same quantile; float32."""
     if sampling.kind == "ddpm":
+        assert sampling.times is not None, "a DDPM schedule has its noise levels"
         steps = len(sampling.times)
         index = (torch.special.ndtr(normal) * steps).long().clamp(0, steps - 1)
         return sampling.times.to(torch.float32)[index]
@@ -101,11 +106,6 @@ def t_of_normal(normal: Tensor, sampling: Sampling) -> Tensor:
 def shift_t(t: Tensor, shift: float) -> Tensor:
     """t' = r t / (1 + (r - 1) t) (arXiv 2509.25180)."""
     return shift * t / (1 + (shift - 1) * t)
-
-
-def flux2_shift(shape: Sequence[int]) -> float:
-    """r = sqrt(C h w / 4096) over latent elements, the "Flux2" convention of the official code (arXiv 2509.25180)."""
-    return math.sqrt(math.prod(shape) / 4096)
 
 
 def noised(z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -122,12 +122,12 @@ def drop_text(text: Text, null: Text, dropped: Tensor) -> Text:
     }
 
 
-def predict(family: Family, model: nn.Module, z: Tensor, t: Tensor, text: Text, guidance: Tensor) -> Tensor:
+def predict(family: Family, model: Network, z: Tensor, t: Tensor, text: Text, guidance: Tensor) -> Tensor:
     """The network's native prediction in its own dtype's arithmetic, (B, C, h, w) float32."""
     return family.predict(model, z.to(model.dtype), t, in_dtype(text, model.dtype), guidance).float()
 
 
-def velocity(family: Family, model: nn.Module, z: Tensor, t: Tensor, text: Text, guidance: Tensor) -> Tensor:
+def velocity(family: Family, model: Network, z: Tensor, t: Tensor, text: Text, guidance: Tensor) -> Tensor:
     """The network's v = eps - z_0 in its own dtype's arithmetic, (B, C, h, w) float32."""
     return family.velocity(model, z.to(model.dtype), t, in_dtype(text, model.dtype), guidance).float()
 
@@ -137,7 +137,7 @@ def in_dtype(text: Text, dtype: torch.dtype) -> Text:
 
 
 def flow_loss(
-    family: Family, model: nn.Module, z0: Tensor, text: Text, draws: Draws, null: Text, weighting: str = "none"
+    family: Family, model: Network, z0: Tensor, text: Text, draws: Draws, null: Text, weighting: str = "none"
 ) -> Tensor:
     """Mean squared error of the family's native prediction: w || e(z_t, t, c) - target ||^2; scalar. w:
     `error_weight`.
@@ -163,12 +163,12 @@ def error_weight(family: Family, t: Tensor, weighting: str) -> Tensor:
 
 def guidance_corrected_loss(
     family: Family,
-    model: nn.Module,
+    model: Network,
     z0: Tensor,
     text: Text,
     draws: Draws,
     null: Text,
-    null_branch: Callable[[], AbstractContextManager] = nullcontext,
+    null_branch: Callable[[], AbstractContextManager[None]] = nullcontext,
     data_guidance: float = 1.0,
 ) -> Tensor:
     """|| v(null) + (g_d / g) [v_g(c) - v(null)] - v ||^2 for guidance-distilled networks; scalar.
@@ -200,7 +200,7 @@ def corrected(guided: Tensor, null: Tensor, guidance: Tensor, data_guidance: flo
 
 
 def consistency_loss(
-    family: Family, model: nn.Module, z0: Tensor, text: Text, draws: Draws, null: Text, teacher: Velocity, ratio: float
+    family: Family, model: Network, z0: Tensor, text: Text, draws: Draws, null: Text, teacher: Velocity, ratio: float
 ) -> Tensor:
     """|| v(z_t, t) - [z_t - f(z_r, r)] / t ||^2 with the guess of the picture f(z, t) = z - t v(z, t), r = ``ratio`` t;
     scalar.
@@ -222,7 +222,7 @@ def consistency_loss(
 
 @torch.no_grad()
 def evaluate_loss(
-    loss_of: Callable[[Tensor, Text, Draws], Tensor],
+    loss_of: LossOf,
     batches: Sequence[tuple[Sequence[int], Tensor, Text]],
     seed: int,
     sampling: SamplingOf,
@@ -239,9 +239,9 @@ def evaluate_loss(
         {"t0.12": loss at t = 0.12 (the mean over the samples), ..., "mean": their mean}.
     """
     normals = torch.special.ndtri(torch.tensor(QUANTILES, dtype=torch.float64))
-    result = {}
+    result: dict[str, float] = {}
     for number, normal in enumerate(normals):
-        total = level = count = 0
+        total, level, count = 0.0, 0.0, 0
         for positions, z0, text in batches:
             distribution = sampling(z0.shape[1:])
             t = t_of_normal(normal, distribution)

@@ -1,4 +1,7 @@
-"""Which rows each step sees: by (seed, step) alone, so that any number of ranks and a resumed run see the same."""
+"""Which rows each step sees.
+
+This depends on the seed and the step alone. So a resumed run, or another number of ranks, sees the same rows.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,20 @@ MIXING = -1  # stream of random numbers that no span has
 class Order:
     """Batches of rows of one span each.
 
-    The rows of a span come in one random permutation after the other, cut into batches; a batch goes on into the next
-    permutation where one ends. Span b of n_b rows is due ceil((e + 1) n_b / batch) - ceil(e n_b / batch) times in epoch
-    e, in a random order of the spans that is drawn per epoch. So every row is seen in the first epoch, all are seen
-    equally often in the long run, and a span of fewer rows than a batch repeats them, but is due the less often.
+    Each span has its own endless sequence of rows: one random permutation of the span after the other. Its batches are
+    cut from this sequence, so a batch may end one permutation and begin the next.
+
+    In epoch e (the first is 0), span b with n_b rows gives ceil((e + 1) n_b / batch) - ceil(e n_b / batch) batches. The
+    order of all batches of an epoch is drawn at random. So every row is seen in the first epoch, and in the long run
+    all rows are seen equally often. A span with fewer rows than a batch repeats rows inside a batch, but its batches
+    come less often.
 
     Args:
         spans: rows by span.
         batch: rows of a step.
     """
 
-    def __init__(self, spans: Sequence[range], batch: int, seed: int):
+    def __init__(self, spans: Sequence[range], batch: int, seed: int) -> None:
         self.spans, self.batch, self.seed = list(spans), batch, seed
         self._epoch, self._due, self._first = -1, torch.empty(0, dtype=torch.int64), 0
         self._permutations: dict[int, tuple[int, Tensor]] = {}
@@ -34,18 +40,18 @@ class Order:
         return [self._row(number, turn * self.batch + position) for position in range(self.batch)]
 
     def span_of(self, step: int) -> int:
-        """Number of the span that the rows of ``step`` are of."""
+        """Number of the span that the rows of ``step`` belong to."""
         return self._turn(step)[0]
 
     def _turn(self, step: int) -> tuple[int, int]:
-        """(span, batches of it before) at ``step``."""
+        """(span of ``step``, number of batches of that span before it)."""
         self._enter(step)
         place = step - self._first
         number = int(self._due[place])
         return number, self._batches(number, self._epoch) + int((self._due[:place] == number).sum())
 
     def _batches(self, number: int, epochs: int) -> int:
-        """Batches of a span in the first ``epochs``."""
+        """Number of batches of a span in the first ``epochs`` epochs."""
         return -(-epochs * len(self.spans[number]) // self.batch)
 
     def _total(self, epochs: int) -> int:
@@ -69,18 +75,15 @@ class Order:
     def _row(self, number: int, place: int) -> int:
         rows = self.spans[number]
         turn, offset = divmod(place, len(rows))
-        known, permutation = self._permutations.get(number, (-1, None))
-        if turn != known:
+        if self._permutations.get(number, (-1, rows))[0] != turn:
             permutation = torch.randperm(len(rows), generator=self._generator(number, turn))
             small = torch.int32 if len(rows) < 2**31 else torch.int64  # 4 bytes for each of many millions of rows
-            permutation = permutation.to(small)
-            self._permutations[number] = turn, permutation
-        return rows[int(permutation[offset])]
+            self._permutations[number] = turn, permutation.to(small)
+        return rows[int(self._permutations[number][1][offset])]
 
     def _generator(self, stream: int, turn: int) -> torch.Generator:
-        """Random numbers of the ``turn``-th permutation of a span, or of epoch ``turn`` for MIXING.
+        """Random numbers for permutation ``turn`` of a span, or for epoch ``turn`` when the stream is MIXING.
 
-        A generator's state follows from the low 32 bits of its seed; the odd multiplier (of Fibonacci hashing) spreads
-        over these.
+        torch uses only the low 32 bits of a seed. The odd multiplier (Fibonacci hashing) spreads the streams over them.
         """
         return torch.Generator().manual_seed((self.seed * 1_000_003 + turn + stream * 0x9E3779B1) % 2**63)

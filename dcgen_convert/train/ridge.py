@@ -1,5 +1,6 @@
-"""Ridge regression from streamed normal equations in float64: exact, one pass, memory K x (K + D) for any number of
-rows.
+"""Ridge regression from streamed normal equations in float64: exact, in one pass.
+
+The memory is K x (K + D) numbers, whatever the number of rows.
 
 Model y ~ W x + b with x (K,), y (D,). Minimises E|W x + b - y|^2 + ridge * tr(Cov x)/K * |W|^2.
 """
@@ -26,7 +27,7 @@ class NormalEquations:
     def add(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
         """Rows x (R, K) and y (R, D), any float dtype, each counted ``weight`` (R,) times; summed in float64."""
         x, y = x.reshape(-1, x.shape[-1]).double().cpu(), y.reshape(-1, y.shape[-1]).double().cpu()
-        count, wx, wy = len(x), x, y
+        count, wx, wy = float(len(x)), x, y
         if weight is not None:
             weight = weight.reshape(-1, 1).double().cpu()
             count, wx, wy = weight.sum().item(), weight * x, weight * y

@@ -1,5 +1,4 @@
-"""The trained state behind a DeepSpeed engine: fp32 weights, Adam moments and the moving average, whatever ZeRO
-stage shards them.
+"""The trained state behind a DeepSpeed engine, for every ZeRO stage: fp32 weights, Adam moments, moving average.
 
 Each rank owns flat fp32 *partitions* of the trained parameters. The moving average is kept as one more Adam state of
 each partition ("ema"): it is sharded and offloaded with the moments, one in-place operation updates it, and
@@ -13,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,9 @@ class TrainedState:
     Every method is collective: all ranks call it alike.
     """
 
-    def __init__(self, optimizer, stage: int, parameters: list[nn.Parameter], rank: int, world: int, ema: bool):
+    def __init__(
+        self, optimizer: Any, stage: int, parameters: list[nn.Parameter], rank: int, world: int, ema: bool
+    ) -> None:
         """``optimizer`` is what `deepspeed.initialize` returned; call before the first step."""
         self.stage, self.rank, self.world = stage, rank, world
         self._access = distributed.deepspeed().utils
@@ -49,7 +51,8 @@ class TrainedState:
             step = torch.zeros((), dtype=torch.float32, device=partition.device if fused else "cpu")
             self.adam.state[partition] = {"step": step, **zeros, **average}
         if stage in (1, 2):
-            optimizer._lazy_init_hp_params_optimizer_state()  # names each parameter's slice of the states just made
+            # DeepSpeed has no public name for this: it tells each parameter its slice of the states just made.
+            optimizer._lazy_init_hp_params_optimizer_state()  # noqa: SLF001
 
     @torch.no_grad()
     def update_average(self, decay: float) -> None:
@@ -78,7 +81,7 @@ class TrainedState:
         value = value.to(device=parameter.device, dtype=torch.float32)
         if self.stage == 3:
             # DeepSpeed's setters of whole tensors fail on the last rank when the ranks do not divide the size.
-            local = local_slice(value, parameter.ds_tensor.numel(), self.rank)
+            local = local_slice(value, _of_deepspeed(parameter).ds_tensor.numel(), self.rank)
             if key == WEIGHT:
                 self._access.safe_set_local_fp32_param(parameter, local)
             else:
@@ -104,9 +107,10 @@ class TrainedState:
                 if key == WEIGHT
                 else self._access.safe_get_local_optimizer_state(parameter, key)
             ).flatten()
-            offset = self.rank * parameter.ds_tensor.numel()
-            return offset, local[: max(0, parameter.ds_numel - offset)]  # the last ranks' parts end in padding
-        mapping = parameter._hp_mapping
+            partitioned = _of_deepspeed(parameter)
+            offset = self.rank * partitioned.ds_tensor.numel()
+            return offset, local[: max(0, partitioned.ds_numel - offset)]  # the last ranks' parts end in padding
+        mapping = _of_deepspeed(parameter)._hp_mapping  # noqa: SLF001  DeepSpeed has no public name for a rank's own part
         if mapping is None:
             return 0, torch.empty(0)
         return mapping.lp_fragment_address.start, mapping.get_hp_fragment(None if key == WEIGHT else key).flatten()
@@ -128,10 +132,16 @@ class TrainedState:
     def _show(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Set what the forward pass reads."""
         if self.stage == 3:
-            shard = parameter.ds_tensor.data
+            shard = _of_deepspeed(parameter).ds_tensor.data
             shard.copy_(local_slice(value, shard.numel(), self.rank))
-        if self.stage != 3 or parameter.ds_status.name == "AVAILABLE":  # ZeRO 3 keeps small parameters gathered
+        # ZeRO 3 keeps small parameters gathered.
+        if self.stage != 3 or _of_deepspeed(parameter).ds_status.name == "AVAILABLE":
             parameter.data.copy_(value)
+
+
+def _of_deepspeed(parameter: nn.Parameter) -> Any:
+    """The parameter with the attributes that DeepSpeed adds: ds_tensor, ds_numel, ds_status, _hp_mapping."""
+    return parameter
 
 
 def true_shape(parameter: nn.Parameter) -> torch.Size:

@@ -1,4 +1,4 @@
-"""What is looked at while a run trains, beside the step line: evaluations and sample grids at intervals."""
+"""What a run shows on the way, besides the figures of each step: evaluations and sample grids at intervals."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from typing import Any
 
 from dcgen_convert.core.files import atomic_write
 from dcgen_convert.train.meter import Meter
+from dcgen_convert.train.objective import Velocity
 
 EVALUATIONS = "evaluations.jsonl"
 
 
 @dataclass(frozen=True)
 class Intervals:
-    """Steps between two looks; 0 disables each.
+    """When to evaluate and to draw, in steps; 0 disables each.
 
     Attributes:
-        evaluate: of the held-out loss at fixed noise levels.
-        grid: of the sample grid.
-        draw: (velocity, step) -> None draws the grid; called on every rank, after the checkpoint of that step was
-            written.
-            velocity is the network with its averaged weights: (z, t, text, guidance) -> (B, C, h, w).
+        evaluate: steps between two evaluations of the held-out loss at fixed noise levels.
+        grid: steps between two sample grids.
+        draw: (velocity, step) -> None draws the grid. Called on every rank, after the checkpoint of that step was
+            written. velocity is the network with its averaged weights: (z, t, text, guidance) -> (B, C, h, w).
     """
 
     evaluate: int = 0
     grid: int = 0
-    draw: Callable[[Callable, int], None] | None = None
+    draw: Callable[[Velocity, int], None] | None = None
 
 
 class Watch:
-    """The looks of one run.
+    """The evaluations and grids of one run.
 
     Args:
-        meters: of a step of each span of the rows, see `meter`; none leaves its figures out.
+        meters: one for each span of the rows (see `meter`); empty: no such figures.
         evaluate: () -> losses by noise level with the averaged weights; collective.
         draw: step -> None; collective.
     """
@@ -47,13 +47,14 @@ class Watch:
         meters: Sequence[Meter] = (),
         evaluate: Callable[[], dict[str, float] | None] | None = None,
         draw: Callable[[int], None] | None = None,
-    ):
+    ) -> None:
         self.folder, self.intervals, self.meters = folder, intervals, meters
         self._evaluate, self._draw = evaluate, draw
 
     def wants_grid(self, step: int) -> bool:
-        """Whether a grid follows the checkpoint of ``step``, which therefore must be written."""
-        return bool(self._draw and self.intervals.draw and self.intervals.grid and step % self.intervals.grid == 0)
+        """Whether a grid is drawn after ``step``. A checkpoint must be written before."""
+        every = self.intervals.grid
+        return self._draw is not None and self.intervals.draw is not None and every > 0 and step % every == 0
 
     def after_step(self, step: int, speaks: bool) -> dict[str, float]:
         """Evaluate when it is due; the losses, or an empty dict."""
@@ -68,7 +69,7 @@ class Watch:
 
     def after_save(self, step: int) -> None:
         """Draw the grid when it is due. A failure here costs no work: the checkpoint is on the disk."""
-        if self.wants_grid(step):
+        if self._draw and self.wants_grid(step):
             self._draw(step)
 
     def forget(self, step: int) -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from dcgen_convert.conversion import RECIPE
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.files import read_json
 from dcgen_convert.core.journal import Run
+from dcgen_convert.core.names import RECIPE
 from dcgen_convert.networks import models
 from dcgen_convert.recipe.loading import Resolved
 from dcgen_convert.recipe.schema import Recipe
@@ -28,7 +28,7 @@ def main(folder: Path) -> None:
     run = Run(folder, NULL)
     job = prepare(Resolved(Recipe.model_validate(read_json(folder / RECIPE)["recipe"]), {}), run, NULL)
     teacher = models.load(job.source.transformer, torch.float32)
-    student = models.load(job.folder("surgery") / models.TRANSFORMER, torch.float32)
+    student = models.load(job.folders.surgery / models.TRANSFORMER, torch.float32)
     problem = Problem(job, teacher, student, job.rows(job.resolution), "average")
     started = time.perf_counter()
     equations = problem.equations(BATCH)

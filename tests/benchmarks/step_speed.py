@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 
-from dcgen_convert.conversion import RECIPE
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.files import read_json
 from dcgen_convert.core.journal import Run
+from dcgen_convert.core.names import RECIPE
 from dcgen_convert.networks import models
 from dcgen_convert.recipe.loading import Resolved
 from dcgen_convert.recipe.schema import Recipe
-from dcgen_convert.stages.job import converted, prepare
+from dcgen_convert.stages.job import prepare
 
 ROUNDS = 30
 
@@ -35,7 +35,7 @@ def measured(folder: Path, batch: int) -> tuple[float, float, list[int], int]:
     rows = job.rows(job.resolution)
     indices = list(range(batch))
     latents, text = rows.pairs(indices), rows.batch(indices)[1]
-    pair = [models.load(job.source.transformer, job.dtype), models.load(converted(job), job.dtype)]
+    pair = [models.load(job.source.transformer, job.dtype), models.load(job.folders.converted, job.dtype)]
     times: list[list[float]] = [[], []]
     tokens = [
         z.shape[2] * z.shape[3] // job.family.patch(m.config, z.shape[1]) ** 2

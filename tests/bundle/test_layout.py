@@ -26,6 +26,7 @@ from dcgen_convert.bundle import layout
 from dcgen_convert.bundle.loading import load
 from dcgen_convert.bundle.manifest import FILE
 from dcgen_convert.bundle.verify import verify
+from dcgen_convert.core import names
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.errors import InputError, ResourceError
 from dcgen_convert.core.files import sha256
@@ -188,7 +189,7 @@ def test_lora_beside_the_weights_loads_with_stock_diffusers(parts, tmp_path):
     model = FluxTransformer2DModel.from_pretrained(flux.transformer)
     model.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"], init_lora_weights=False))
     FluxPipeline.save_lora_weights(tmp_path / "lora", convert_state_dict_to_diffusers(get_peft_model_state_dict(model)))
-    bundle = make_bundle(flux, tmp_path / "out", lora=tmp_path / "lora" / layout.LORA_FILE)
+    bundle = make_bundle(flux, tmp_path / "out", lora=tmp_path / "lora" / names.LORA)
     pipe = DiffusionPipeline.from_pretrained(bundle, trust_remote_code=True)
     before = pipe(**flux_call(flux)).images
     pipe.load_lora_weights(bundle)

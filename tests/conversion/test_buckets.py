@@ -9,6 +9,7 @@ import torch
 from conftest import WEIGHTS, run_cli, short_settings
 from PIL import Image, ImageOps
 
+from dcgen_convert.core import names
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.journal import Run
@@ -20,7 +21,7 @@ from dcgen_convert.stages.align_embedder import Problem, affine, descend, xavier
 from dcgen_convert.stages.align_head import head_equations
 from dcgen_convert.stages.job import prepare
 from dcgen_convert.tiny import world
-from dcgen_convert.train.adapt import Task
+from dcgen_convert.train.phases import Task
 
 SHAPES = {(160, 240): 10, (240, 160): 9, (128, 128): 8, (64, 248): 2}  # height, width: pictures
 ASSIGNED = {(160, 240): (96, 160), (240, 160): (160, 96), (128, 128): (128, 128), (64, 248): (64, 256)}
@@ -130,7 +131,7 @@ def test_index_holds_spans_and_the_key_names_the_buckets(folder, job):
 def test_embedder_is_fitted_to_all_shapes(folder, job):
     """Moments of the regression against those of single pictures through average pooling by hand; rel. 1e-5."""
     teacher = models.load(job.source.transformer, torch.float32)
-    student = models.load(job.folder("surgery") / models.TRANSFORMER, torch.float32)
+    student = models.load(job.folders.surgery / models.TRANSFORMER, torch.float32)
     rows = job.rows(128)
     problem = Problem(job, teacher, student, rows, "average")
     equations = problem.equations(4)
@@ -167,7 +168,7 @@ def inputs_of(rows, table):
 def test_head_is_fitted_to_every_token_of_the_training_rows(folder, job):
     training = job.rows(128).split()[0]
     model = models.load(
-        job.folder("surgery") / models.TRANSFORMER, torch.float32, job.folder("align-embedder") / models.MODULES
+        job.folders.surgery / models.TRANSFORMER, torch.float32, job.folders.align_embedder / names.MODULES
     )
     task = Task(model, job.family, job.recipe.adapt, training, job.scheduler)
     tokens = sum(len(span) * shape[1] * shape[2] for span, shape in zip(training.spans, training.shapes, strict=True))

@@ -11,6 +11,7 @@ from diffusers import AutoencoderDC
 from PIL import Image
 
 from dcgen_convert import conversion
+from dcgen_convert.core import names
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.journal import Run
 from dcgen_convert.data.images import to_image
@@ -18,7 +19,6 @@ from dcgen_convert.evaluate.grids import grid
 from dcgen_convert.networks import models
 from dcgen_convert.stages.job import prepare
 from dcgen_convert.stages.preview import converted_pipeline
-from dcgen_convert.train.lora import LORA_FILE, MODULES_FILE
 
 PICTURES, STEPS = 3, 4  # of the short LoRA phase
 
@@ -43,8 +43,8 @@ def test_the_grid_follows_its_checkpoint_and_shows_what_the_stock_pipeline_draws
     z0, _ = held_out.batch(list(range(PICTURES)))
     captions = held_out.captions(list(range(PICTURES)))
     dense, export = tmp_path / "run" / "surgery" / "transformer", folder / "export"
-    pipeline = converted_pipeline(job, models.load(dense, job.dtype, export / MODULES_FILE))
-    pipeline.load_lora_weights(export, weight_name=LORA_FILE)
+    pipeline = converted_pipeline(job, models.load(dense, job.dtype, export / names.MODULES))
+    pipeline.load_lora_weights(export, weight_name=names.LORA)
     call = job.family.pipeline_call(
         pipeline, captions, height=128, width=128, steps=bundle.steps, guidance=bundle.guidance, length=job.text_length
     )

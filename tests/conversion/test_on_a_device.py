@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from dcgen_convert import conversion
+from dcgen_convert.core import names
 from dcgen_convert.core.console import NULL, Console
 from dcgen_convert.core.journal import Run, Stage
 from dcgen_convert.networks import models, pipelines
 from dcgen_convert.planning.memory import GIB
-from dcgen_convert.stages import adapt as stages
-from dcgen_convert.stages import align_head, gap, grid
+from dcgen_convert.stages import adapt, align_head, gap, grid, layout
 from dcgen_convert.stages.job import prepare
-from dcgen_convert.train import adapt, layout, objective
+from dcgen_convert.train import objective, phases
 from dcgen_convert.train.engine import Engine, move_buffers
 
 
@@ -38,7 +38,7 @@ def handed_over(monkeypatch):
         seen.update(devices={p.device.type for p in model.parameters()}, settings=settings)
         raise Stopped
 
-    monkeypatch.setattr(adapt, "Engine", engine)
+    monkeypatch.setattr(phases, "Engine", engine)
     return seen
 
 
@@ -57,27 +57,27 @@ def test_the_pretend_device_refuses_tensors_of_the_cpu(device):
 
 
 def test_the_gap_is_the_same_on_a_device(job, device):
-    model = models.load(job.folder("merge-1") / models.TRANSFORMER, job.dtype, device=device)
+    model = models.load(job.folders.converted, job.dtype, device=device)
     found = gap.measure(job, model, job.rows(job.resolution).split()[1])
-    recorded = json.loads((job.folder("merge-1") / "stage.json").read_text())["metrics"]["gap"]
+    recorded = json.loads((job.folders.merge(1) / "stage.json").read_text())["metrics"]["gap"]
     assert found == pytest.approx(recorded, rel=1e-4)
 
 
 def test_the_head_starts_the_same_on_a_device(job, device):
     rows, held_out = job.rows(job.resolution).split()
-    embedder = job.folder("align-embedder") / models.MODULES
-    model = models.load(job.folder("surgery") / models.TRANSFORMER, job.dtype, embedder, device)
-    task = adapt.Task(model, job.family, job.recipe.adapt, rows, job.scheduler)
+    embedder = job.folders.align_embedder / names.MODULES
+    model = models.load(job.folders.surgery / models.TRANSFORMER, job.dtype, embedder, device)
+    task = phases.Task(model, job.family, job.recipe.adapt, rows, job.scheduler)
     align_head.start_head(job, task)
-    recorded = json.loads((job.folder("align-head") / "stage.json").read_text())["metrics"]
+    recorded = json.loads((job.folders.align_head / "stage.json").read_text())["metrics"]
     assert align_head.heldout_loss(job, task, held_out) == pytest.approx(recorded["loss_start"], rel=1e-3)
-    models.load_modules(model, job.folder("align-head") / models.MODULES)
+    models.load_modules(model, job.folders.align_head / names.MODULES)
     assert align_head.heldout_loss(job, task, held_out) == pytest.approx(recorded["loss_trained"], rel=1e-3)
 
 
 def test_the_grid_is_drawn_on_a_device(job, device, tmp_path):
     _, held_out = job.rows(job.resolution).split()
-    model = models.load(job.folder("merge-1") / models.TRANSFORMER, job.dtype, device=device)
+    model = models.load(job.folders.converted, job.dtype, device=device)
     grid.drawing(job, held_out, tmp_path)(lambda *at: objective.velocity(job.family, model, *at), 4)
     assert (tmp_path / "samples" / "step-000004.png").stat().st_size > 1000
 
@@ -87,9 +87,9 @@ def test_zero_3_starts_from_the_cpu(zero, place, job, device, handed_over):
     """So that no rank needs the whole model on its device: the engine moves a rank's own shards. Phases and head."""
     chosen = {"zero": zero, "offload": "none", "micro_batch": 2}
     with pytest.raises(Stopped):
-        stages.train_phase(job, 1, chosen)
+        adapt.train_phase(job, 1, chosen)
     assert handed_over["devices"] == {place}
-    model = align_head.surgical(job, job.folder("align-embedder") / models.MODULES, device)
+    model = align_head.surgical(job, job.folders.align_embedder / names.MODULES, device)
     with pytest.raises(Stopped):
         align_head.train(job, chosen, model)
     assert handed_over["devices"] == {place}
@@ -111,7 +111,7 @@ def test_the_micro_batch_comes_from_the_memory(stage, job, handed_over, monkeypa
     batch = job.recipe.align_head.batch if stage == "head" else job.recipe.adapt.phases[0].batch
     monkeypatch.setattr(layout.psutil, "virtual_memory", lambda: SimpleNamespace(available=1.6 * GIB))
     with pytest.raises(Stopped):
-        (align_head.run if stage == "head" else lambda *at: stages.adapt_phase(*at, 1))(job, Stage(tmp_path))
+        (align_head.run if stage == "head" else lambda *at: adapt.adapt_phase(*at, 1))(job, Stage(tmp_path))
     settings = handed_over["settings"]
     assert 1 < settings.micro_batch < batch == settings.batch and batch % settings.micro_batch == 0
     said = capsys.readouterr().err
@@ -130,12 +130,12 @@ def test_the_head_can_be_trained_with_zero_3(job, tmp_path, monkeypatch):
         return made
 
     monkeypatch.setattr(Engine, "_config", small_too)
-    recorded = json.loads((job.folder("align-head") / "stage.json").read_text())["metrics"]
+    recorded = json.loads((job.folders.align_head / "stage.json").read_text())["metrics"]
     for name in ("surgery", "latents", "align-embedder"):
         (tmp_path / name).symlink_to(job.folder(name))
     recipe = job.recipe.model_copy(update={"adapt": job.recipe.adapt.model_copy(update={"zero": 3})})
     job = replace(job, recipe=recipe, run=Run(tmp_path, NULL))
-    stage = Stage(job.folder("align-head"))
+    stage = Stage(job.folders.align_head)
     stage.folder.mkdir()
     align_head.run(job, stage)
     assert stage.metrics["loss_trained"] == pytest.approx(recorded["loss_trained"], rel=1e-4)

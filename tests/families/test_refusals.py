@@ -15,7 +15,7 @@ from dcgen_convert.planning import plan
 from dcgen_convert.recipe.loading import load
 from dcgen_convert.recipe.schema import Adapt
 from dcgen_convert.stages.job import prepare
-from dcgen_convert.train.adapt import sampling_of
+from dcgen_convert.train.phases import sampling_of
 
 from .tiny_models import TINY
 

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import threading
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,11 +12,11 @@ from safetensors.torch import load_file
 from dcgen_convert import families
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.errors import CheckFailed, InputError, RecipeError, Terminated
-from dcgen_convert.recipe.schema import Phase
+from dcgen_convert.recipe.schema import AlignHead, Phase
 from dcgen_convert.train import loop, lora
-from dcgen_convert.train.adapt import adapt_phase, train_head
 from dcgen_convert.train.checkpoints import whole
-from dcgen_convert.train.loop import Curve, Saving
+from dcgen_convert.train.loop import Curve, Place, Saving
+from dcgen_convert.train.phases import Task, adapt_phase, train_head
 from dcgen_convert.train.watch import Intervals
 
 from .train_worker import FLUX, SCHEDULER, Rows, adapt, adapt_section, losses, phase_section, tiny_flux
@@ -100,12 +99,10 @@ def test_the_last_phase_of_a_finished_run_is_not_trained_again(tmp_path):
 
 
 def train_tiny_head(folder, micro_batch, **shared):
-    align = SimpleNamespace(steps=5, lr=1e-2, batch=6, warmup=0, clip=0.5)
-    model, settings = (
-        tiny_flux(),
-        {"scheduler": SCHEDULER, "dtype": "fp32", "micro_batch": micro_batch, "saving": Saving(0, 0.0)},
-    )
-    return train_head(model, FLUX, align, adapt_section(**shared), Rows(), folder, **settings), model
+    align = AlignHead(steps=5, lr=1e-2, batch=6, warmup=0, clip=0.5)
+    model = tiny_flux()
+    task = Task(model, FLUX, adapt_section(**shared), Rows(), SCHEDULER)
+    return train_head(task, align, "fp32", micro_batch, Place(folder, saving=Saving(0, 0.0))), model
 
 
 def test_head_stage_trains_embedder_and_head_only(tmp_path):
@@ -170,9 +167,8 @@ def test_consistency_needs_a_frozen_teacher_and_a_guess_in_full_noise(tmp_path):
         Phase(mode="full", resolution=64, steps=1, consistency=0.9)
     dit = families.get("dit")
     with pytest.raises(RecipeError, match="predicts epsilon"):
-        adapt_phase(
-            None, dit, phase_section(consistency=0.9), adapt_section(), Rows(), tmp_path, scheduler={}, dtype="fp32"
-        )
+        task = Task(None, dit, adapt_section(), Rows(), {})
+        adapt_phase(task, phase_section(consistency=0.9), "fp32", Place(tmp_path))
 
 
 def test_partitioned_weights_have_the_same_frozen_teacher(tmp_path):
@@ -229,7 +225,7 @@ def test_signal_finishes_the_step_saves_and_resumes(tmp_path, number, kind):
 
 def test_saves_by_the_clock(tmp_path, monkeypatch):
     written = []
-    monkeypatch.setattr(loop.Engine, "save", lambda self, folder, extra: written.append(self.step_count))
+    monkeypatch.setattr(loop, "save", lambda engine, folder, extra: written.append(engine.step_count))
     adapt(tmp_path, saving=(0, 1e-9), phase={"steps": 3})
     assert written == [1, 2, 3]
 

@@ -7,6 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from dcgen_convert.core import names
 from dcgen_convert.core.errors import RecipeError
 from dcgen_convert.core.files import sha256
 from dcgen_convert.train import lora
@@ -84,9 +85,9 @@ def test_export_is_what_stock_diffusers_writes_and_reads(tmp_path):
     FluxPipeline.save_lora_weights(
         tmp_path / "stock", transformer_lora_layers=layers, **_collate_lora_metadata({"transformer": trained})
     )
-    stock = load_file(tmp_path / "stock" / lora.LORA_FILE)
+    stock = load_file(tmp_path / "stock" / names.LORA)
     assert stock.keys() == ours.keys() and all(torch.equal(stock[name], ours[name]) for name in ours)
-    assert rank_and_alpha(tmp_path / "stock" / lora.LORA_FILE) == rank_and_alpha(metrics["exports"]["lora"]) == (4, 8.0)
+    assert rank_and_alpha(tmp_path / "stock" / names.LORA) == rank_and_alpha(metrics["exports"]["lora"]) == (4, 8.0)
 
     fresh = tiny_flux().eval()
     fresh.load_state_dict({**fresh.state_dict(), **modules})

@@ -129,7 +129,7 @@ def mixed(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("mixed")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dcgen_convert.train.adapt.flow_loss", watched)
+        patch.setattr("dcgen_convert.train.phases.flow_loss", watched)
         metrics, _ = adapt(folder, mixed=True, scheduler=DYNAMIC, held_out=MixedRows((4, 1, 3), seed=9))
     return losses(folder), seen, metrics
 

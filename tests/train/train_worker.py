@@ -13,13 +13,13 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
 from dcgen_convert import families
-from dcgen_convert.train.adapt import adapt_phase
-from dcgen_convert.train.loop import METRICS, Saving
+from dcgen_convert.recipe.schema import Adapt, Phase
+from dcgen_convert.train.loop import METRICS, Place, Saving
+from dcgen_convert.train.phases import Task, adapt_phase
 from dcgen_convert.train.settings import EngineSettings
 
 CHANNELS, SIDE, TEXT, WIDTH = 8, 4, 3, 16
@@ -95,7 +95,7 @@ def engine_settings(**changes) -> EngineSettings:
     return EngineSettings(**{**values, **changes})
 
 
-def adapt_section(**changes) -> SimpleNamespace:
+def adapt_section(**changes) -> Adapt:
     values = dict(
         objective="flow",
         null_branch="student",
@@ -105,13 +105,13 @@ def adapt_section(**changes) -> SimpleNamespace:
         ema=0.99,
     )
     values |= dict(clip=1.0, checkpointing=False, zero=2, offload="none", data_guidance=1.0, weighting="none")
-    return SimpleNamespace(**{**values, **changes})
+    return Adapt(**{**values, **changes}, phases=(phase_section(),))
 
 
-def phase_section(**changes) -> SimpleNamespace:
+def phase_section(**changes) -> Phase:
     values = dict(mode="lora", resolution=64, steps=12, rank=4, alpha=8.0, lr=3e-3, warmup=3, schedule="cosine")
     values |= dict(batch=6, micro_batch=6, targets=None, consistency=0.0)
-    return SimpleNamespace(**{**values, **changes})
+    return Phase(**{**values, **changes})
 
 
 def adapt(folder, *, phase=None, adapt=None, dtype="fp32", saving=(0, 0.0), mixed=False, scheduler=SCHEDULER, **more):
@@ -119,19 +119,9 @@ def adapt(folder, *, phase=None, adapt=None, dtype="fp32", saving=(0, 0.0), mixe
     model).
     """
     model = tiny_flux()
-    metrics = adapt_phase(
-        model,
-        FLUX,
-        phase_section(**(phase or {})),
-        adapt_section(**(adapt or {})),
-        MixedRows() if mixed else Rows(),
-        Path(folder),
-        scheduler=scheduler,
-        dtype=dtype,
-        saving=Saving(*saving),
-        **more,
-    )
-    return metrics, model
+    task = Task(model, FLUX, adapt_section(**(adapt or {})), MixedRows() if mixed else Rows(), scheduler)
+    place = Place(Path(folder), saving=Saving(*saving), **more)
+    return adapt_phase(task, phase_section(**(phase or {})), dtype, place), model
 
 
 def losses(folder) -> list[float]:

@@ -1,6 +1,4 @@
-"""How training is laid out on the devices at hand: ZeRO stage, offload and micro-batch, from the plan's memory
-arithmetic.
-"""
+"""How training is laid out on the devices: ZeRO stage, offload and micro-batch, by the memory arithmetic of `plan`."""
 
 from __future__ import annotations
 
@@ -14,12 +12,13 @@ from dcgen_convert.networks import pipelines
 from dcgen_convert.planning import plan
 from dcgen_convert.planning.memory import GIB
 from dcgen_convert.recipe.schema import Phase
+from dcgen_convert.stages.job import Job
 
 
-def fitted(job, phase: Phase, label: str) -> dict[str, Any]:
-    """{"zero", "offload", "micro_batch"} of a phase, said to the console; ResourceError when nothing fits.
+def fitted(job: Job, phase: Phase, label: str) -> dict[str, Any]:
+    """Choose {"zero", "offload", "micro_batch"} for a phase, and tell the console; ResourceError when nothing fits.
 
-    Without a GPU the machine's available memory takes the place of the GPU's, shared by the ranks.
+    Without a GPU each rank counts with its part of the machine's free memory.
     """
     has_gpu, world = torch.cuda.is_available(), job.crew.world
     memory = torch.cuda.get_device_properties(0).total_memory if has_gpu else psutil.virtual_memory().available / world
@@ -35,7 +34,8 @@ def fitted(job, phase: Phase, label: str) -> dict[str, Any]:
 
 
 def first_device(layout: dict[str, Any]) -> str:
-    """Where a model is loaded before the engine gets it: for ZeRO 3 the CPU, since the engine moves only this rank's
-    shards.
+    """Device to load a model on before the engine gets it.
+
+    With ZeRO 3 that is the CPU: the engine then moves only the shards of this rank.
     """
     return "cpu" if layout["zero"] == 3 else pipelines.device()

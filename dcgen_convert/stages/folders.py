@@ -1,0 +1,74 @@
+"""The folders of a run. Each stage writes one folder, which has the name of the stage; no other module spells them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dcgen_convert.networks.models import TRANSFORMER
+
+SURGERY, DATA, LATENTS = "surgery", "data", "latents"
+ALIGN_EMBEDDER, ALIGN_HEAD = "align-embedder", "align-head"
+QUANTIZE, BUNDLE, VERIFY = "quantize", "bundle", "verify"
+
+
+def adapt_stage(number: int) -> str:
+    """Name of the stage that trains phase ``number`` (the first is 1)."""
+    return f"adapt-{number}"
+
+
+def merge_stage(number: int) -> str:
+    """Name of the stage that merges phase ``number`` (the first is 1)."""
+    return f"merge-{number}"
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where the stages of one run write.
+
+    Attributes:
+        run: the run folder.
+        phases: number of phases of adaptation.
+    """
+
+    run: Path
+    phases: int
+
+    @property
+    def surgery(self) -> Path:
+        return self.run / SURGERY
+
+    @property
+    def data(self) -> Path:
+        return self.run / DATA
+
+    @property
+    def latents(self) -> Path:
+        return self.run / LATENTS
+
+    @property
+    def align_embedder(self) -> Path:
+        return self.run / ALIGN_EMBEDDER
+
+    @property
+    def align_head(self) -> Path:
+        return self.run / ALIGN_HEAD
+
+    @property
+    def quantize(self) -> Path:
+        return self.run / QUANTIZE
+
+    def adapt(self, number: int) -> Path:
+        return self.run / adapt_stage(number)
+
+    def merge(self, number: int) -> Path:
+        return self.run / merge_stage(number)
+
+    def dense_before(self, number: int) -> Path:
+        """The dense transformer that phase ``number`` starts from."""
+        return (self.surgery if number == 1 else self.merge(number - 1)) / TRANSFORMER
+
+    @property
+    def converted(self) -> Path:
+        """The dense transformer after the last phase."""
+        return self.merge(self.phases) / TRANSFORMER
