@@ -37,8 +37,8 @@ def plan_copy(source: Path) -> dict[str, str]:
             f"{source / pickles[0]} is a pickle and there is no safetensors file beside it",
             "convert it to safetensors first",
         )
-    variants = {n: VARIANT.search(n)["variant"] for n in weights if VARIANT.search(n)}
-    variants |= {n: INDEX_VARIANT.search(n)["variant"] for n in names if INDEX_VARIANT.search(n)}
+    variants = {n: match["variant"] for n in weights if (match := VARIANT.search(n))}
+    variants |= {n: match["variant"] for n in names if (match := INDEX_VARIANT.search(n))}
     keep = [n for n in names if n not in pickles and not n.endswith(tuple(f"{p}.index.json" for p in PICKLES))]
     if any(n not in variants for n in weights):
         return {n: n for n in keep if n not in variants}

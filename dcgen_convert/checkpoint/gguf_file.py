@@ -75,14 +75,14 @@ def read_gguf(path: Path) -> dict[str, tuple[Entry, str]]:
             raise InputError(f"{path} has a damaged GGUF header: {error}", "fetch it again") from error
 
 
-def _read(path: Path, cursor: _Cursor, size: int, sizes: dict) -> dict[str, tuple[Entry, str]]:
+def _read(path: Path, cursor: _Cursor, size: int, sizes: dict[Any, tuple[int, int]]) -> dict[str, tuple[Entry, str]]:
     kinds = {int(kind): kind.name for kind in sizes}
     blocks = {kind.name: pair for kind, pair in sizes.items()}
     magic, version = cursor.take(4), cursor.number("<I")
     if magic != b"GGUF" or version not in (2, 3):
         raise ValueError(f"it begins with {magic!r}, version {version}")
     tensors, pairs = cursor.number("<Q"), cursor.number("<Q")
-    facts = {}
+    facts: dict[str, Any] = {}
     for _ in range(pairs):
         key = cursor.text()
         facts[key] = cursor.value(cursor.number("<I"))

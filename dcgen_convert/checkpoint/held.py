@@ -105,7 +105,7 @@ class Held:
 
         shape = (stop - start, *self.shape[1:])
         if self.gguf is not None:
-            return self._dequantised(start, stop).reshape(shape)
+            return self._dequantised(self.gguf, start, stop).reshape(shape)
         data = bytearray(_bytes_of(self.entry, start * self.row_bytes, stop * self.row_bytes))
         stored = torch.frombuffer(data, dtype=torch_dtype(self.entry.dtype)).reshape(shape)
         if self.plain:
@@ -117,13 +117,13 @@ class Held:
             numbers = numbers * factors.reshape(-1, *[1] * (len(shape) - 1))
         return numbers
 
-    def _dequantised(self, start: int, stop: int) -> Tensor:
+    def _dequantised(self, kind: str, start: int, stop: int) -> Tensor:
         from dcgen_convert.checkpoint.gguf_file import dequantise, whole_blocks
 
-        if whole_blocks(self.gguf, math.prod(self.shape[1:])):
+        if whole_blocks(kind, math.prod(self.shape[1:])):
             data = bytearray(_bytes_of(self.entry, start * self.row_bytes, stop * self.row_bytes))
-            return dequantise(data, self.gguf, stop - start)
-        whole = dequantise(bytearray(_bytes_of(self.entry)), self.gguf, 1)  # a block reaches over the end of a row
+            return dequantise(data, kind, stop - start)
+        whole = dequantise(bytearray(_bytes_of(self.entry)), kind, 1)  # a block reaches over the end of a row
         return whole.reshape(self.rows, -1)[start:stop]
 
 
@@ -173,7 +173,7 @@ class Numbers(Item):
                     rows = self.update(done, rows.float())
                 done += len(rows)
                 rows = rows.to(torch_dtype(self.dtype)).contiguous()
-                data = memoryview(rows.view(-1).view(torch.uint8).numpy())
+                data = rows.view(-1).view(torch.uint8).numpy().data
                 require_finite(data, self.dtype, self.name, held.entry.file)
                 yield data
 

@@ -188,7 +188,9 @@ def _places(family: str, shapes: Mapping[str, Shape], modules: list[str]) -> dic
     names = _spelled(known)
     if any(module not in names for module in modules):
         for layout in (layout for owner, layout in TABLES if owner == family):
-            original = keymap.find(family, layout).backward(shapes)
+            table = keymap.find(family, layout)
+            assert table is not None, f"{family} has no key map for {layout}"
+            original = table.backward(shapes)
             names = (
                 _spelled({name: (s.shape, s.cuts) for name, s in original.items() if name.endswith(".weight")}) | names
             )

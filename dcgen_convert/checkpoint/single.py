@@ -81,7 +81,7 @@ def read_single(path: Path) -> Single:
     """
     contents = read_contents(path)
     name, layout = recognise_keys(contents.tensors)
-    if name is None:
+    if name is None or layout is None:
         raise InputError(f"{path} is no transformer of a supported family", f"dcgen-convert inspect {path}")
     stacks, unused = mapped(contents.tensors, name, layout, path)
     return Single(contents, families.get(name), layout, stacks, unused)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from dcgen_convert.core.disk import check_disk, existing
 from dcgen_convert.families import Family
@@ -102,23 +103,23 @@ def _memory(found: Fit, trained: memory.Training, gpu_bytes: float) -> dict:
         "gpu_gib": round(gpu_bytes / memory.GIB, 1),
         "chosen": {**found.memory.gib(), **decided},
         "table": memory.table(trained),
-        "basis": "parameter terms measured by tensor census (the moving average is in optim, step is what the update "
-        "needs beyond "
-        "what gradients and activations have given back); activations scaled from FLUX (2.31 GiB per 4,608-token "
-        "sample); "
-        "1.5 GiB + 8 % for context and fragmentation assumed",
+        "basis": "parameter terms measured by tensor census (the moving average is in optim; step is what the update "
+        "needs beyond what gradients and activations have given back); activations scaled from FLUX (2.31 GiB per "
+        "4,608-token sample); 1.5 GiB + 8 % for context and fragmentation assumed",
     }
 
 
 def _tokens(resolved: Resolved, sizes: Shapes) -> list[dict]:
     """Image tokens before and after the swap at every resolution, and of every bucket where the recipe has any."""
-    recipe, rows = resolved.recipe, []
+    recipe = resolved.recipe
+    rows = []
     for side in sorted({phase.resolution for phase in recipe.adapt.phases}):
         before, after = sizes.old.tokens(side), sizes.new.tokens(side)
-        rows.append({"resolution": side, "before": before, "after": after, "ratio": before / after})
+        row: dict[str, Any] = {"resolution": side, "before": before, "after": after, "ratio": before / after}
+        rows.append(row)
         if recipe.data.buckets:
             found = geometry.bucket_sizes(sizes.family, sizes.source.config, sizes.old, sizes.new, side)
-            rows[-1]["buckets"] = [
+            row["buckets"] = [
                 {"height": h, "width": w, "before": sizes.old.tokens(h, w), "after": sizes.new.tokens(h, w)}
                 for h, w in found
             ]
@@ -134,7 +135,7 @@ def _notes(fetch: list[dict], space: dict, resolved: Resolved, family: Family) -
         if resolved.machine.offline:
             notes.append(f"offline, and {row['repo']} is not in the cache: fetch it before converting")
     data = resolved.recipe.data
-    if data.kind == "folder" and not Path(data.path).expanduser().exists():
+    if data.kind == "folder" and data.path and not Path(data.path).expanduser().exists():
         notes.append(f"data.path {data.path} does not exist yet")
     free = shutil.disk_usage(existing(Path.cwd())).free
     if space["peak"] > free:

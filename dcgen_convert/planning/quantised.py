@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from dcgen_convert.families.base import by_kind
 from dcgen_convert.planning.shapes import Shapes
 from dcgen_convert.recipe.schema import Quantize
 from dcgen_convert.svdquant.settings import container_problem
 
 
-def quantised_linears(section: Quantize, sizes: Shapes) -> tuple[dict | None, list[str]]:
-    """(the plan's part `quantization`, problems); (None, []) where nothing is quantised.
+def quantised_linears(section: Quantize, sizes: Shapes) -> tuple[dict[str, Any] | None, list[str]]:
+    """(the part `quantization` of the plan, problems); (None, []) where nothing is quantised.
 
-    w4a4, w4a16: how many linears; dense, impossible: kind of block linear -> why it stays or cannot be.
+    In that part, w4a4 and w4a16 are numbers of linears. dense: kind of block linear -> why it stays 16-bit.
+    impossible: kind of block linear -> why no 4-bit format can hold it.
     """
     if section.format == "none":
         return None, []
     linears = {layer.name: (layer.outputs, layer.inputs) for layer in sizes.converted.layers if not layer.convolution}
     targets = sizes.family.quant_targets(linears, section.dense)
     dense = {path: reason for path, reason in targets.skipped.items() if path not in targets.impossible}
+    impossible = by_kind(targets.impossible)
     part = {
         "format": section.format,
         "rank": section.rank,
@@ -25,9 +29,9 @@ def quantised_linears(section: Quantize, sizes: Shapes) -> tuple[dict | None, li
         "w4a4": len(targets.svdq),
         "w4a16": len(targets.awq),
         "dense": by_kind(dense),
-        "impossible": by_kind(targets.impossible),
+        "impossible": impossible,
     }
-    problems = [f"{name} cannot be quantised: {reason}" for name, reason in part["impossible"].items()]
+    problems = [f"{name} cannot be quantised: {reason}" for name, reason in impossible.items()]
     if problems:
         problems.append("keep what cannot be quantised 16-bit with --set quantize.dense=REGEX, or --quantize none")
     elif not targets.svdq:
