@@ -62,7 +62,6 @@ def merge(
         CheckFailed: nothing to merge, a key that the transformer lacks, a shape that does not fit, or no effect at all.
         InputError: the transformer folder is not one, or the LoRA file lacks rank or alpha.
     """
-    from safetensors import safe_open
     from safetensors.torch import load_file
 
     transformer, output = Path(transformer), Path(output)
@@ -76,22 +75,9 @@ def merge(
     temporary = fresh_folder(output.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{output.name}"))
     try:
         for shard in shards:
-            with safe_open(shard, framework="pt") as file:
-                metadata = file.metadata()
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            changed = {name for name in tensors if left.pop(name, None)}
-            untouched += len(tensors) - len(changed)
-            for name in changed & replacements.keys():
-                tensors[name] = _replaced(name, tensors[name], replacements[name])
-            for name in changed & updates.keys():
-                tensors[name], delta = _merged(name, tensors[name], updates[name])
-                largest = max(largest, delta)
-            if changed:
-                atomic_save(tensors, temporary / shard.name, _one_key(metadata))
-            else:
-                shutil.copyfile(shard, temporary / shard.name)
-                fsync(temporary / shard.name)
-            del tensors
+            changed, others, delta = _rewrite(shard, temporary / shard.name, updates, replacements)
+            left = {name: kind for name, kind in left.items() if name not in changed}
+            largest, untouched = max(largest, delta), untouched + others
         if left:
             name, kind = next(iter(left.items()))
             total = len(updates) + len(replacements)
@@ -169,6 +155,33 @@ def read_lora(path: Path, component: str) -> dict[str, Update]:
         if match[2] == "A":
             updates[f"{match[1]}.weight"] = Update(tensors[name], tensors[partner], scale)
     return updates
+
+
+def _rewrite(
+    shard: Path, target: Path, updates: dict[str, Update], replacements: dict[str, Tensor]
+) -> tuple[set[str], int, float]:
+    """Write a shard with its part of the changes; one without any is copied byte for byte.
+
+    Returns:
+        Names of the changed tensors, number of the others, largest |dW|.
+    """
+    from safetensors import safe_open
+
+    with safe_open(shard, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    changed, largest = tensors.keys() & (updates.keys() | replacements.keys()), 0.0
+    for name in changed & replacements.keys():
+        tensors[name] = _replaced(name, tensors[name], replacements[name])
+    for name in changed & updates.keys():
+        tensors[name], delta = _merged(name, tensors[name], updates[name])
+        largest = max(largest, delta)
+    if changed:
+        atomic_save(tensors, target, _one_key(metadata))
+    else:
+        shutil.copyfile(shard, target)
+        fsync(target)
+    return changed, len(tensors) - len(changed), largest
 
 
 def _merged(name: str, weight: Tensor, update: Update) -> tuple[Tensor, float]:
