@@ -28,7 +28,7 @@ SSH = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-o", "ServerAli
 LINE = re.compile(r"([A-Za-z0-9_][\w.@:%-]*)\s+slots=(\d{1,4})")  # a host that began with - would be an option of ssh
 MOST = 1024  # ranks of one host
 SSH_FAILED = 255  # its exit code when not the command, but the connection failed
-GRACE = 20.0  # seconds for the agents to end by themselves after one has ended
+GRACE = 20.0  # seconds for the other agents to end by themselves after the one of rank 0
 PORTS = range(20_000, 32_000)  # below those that systems give to outgoing connections
 PASSED = ("PATH", "LD_LIBRARY_PATH", "LANG", "CI")
 PASSED_FAMILIES = ("HF_", "DCGEN_", "PYTHON", "NCCL_", "GLOO_", "TORCH_", "OMP_", "CUDA_", "DS_")
@@ -139,13 +139,11 @@ def _write(agent: subprocess.Popen, line: str) -> None:
 
 
 def _wait(agents: dict[str, subprocess.Popen], first: str) -> int:
-    deadline = float("inf")
+    code = agents[first].wait()
+    deadline = time.monotonic() + GRACE
     while any(agent.poll() is None for agent in agents.values()) and time.monotonic() < deadline:
-        if any(agent.returncode is not None for agent in agents.values()):
-            deadline = min(deadline, time.monotonic() + GRACE)
         time.sleep(0.1)
-    code = agents[first].returncode
-    if code is None or code < 0 or code == SSH_FAILED:
+    if code < 0 or code == SSH_FAILED:
         raise RankLost(f"{first}, the host of rank 0, was lost")
     return code
 
