@@ -80,7 +80,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.is_file() and not name.startswith(tuple(f"run/{part}" for part in STATE)):
-            found[name] = equal_part(path)
+            found[name] = equal_part(path).replace(str(folder).encode(), b"")
     return found
 
 
