@@ -1,0 +1,46 @@
+"""--from after a crash: what was asked for is done once, however often the ranks start again."""
+
+import pytest
+
+from dcgen_convert import conversion
+from dcgen_convert.core.console import NULL
+from dcgen_convert.core.journal import Run
+from dcgen_convert.ranks import join
+
+NAMES = ["surgery", "data", "latents", "bundle"]
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    return Run(tmp_path / "run", NULL)
+
+
+def asked(run: Run, start: str | None, until: str | None = None) -> list[str]:
+    return conversion._asked(run, NAMES, start, until)
+
+
+def test_nothing_is_asked_for_without_from(run):
+    assert asked(run, None) == []
+    conversion._answered(run, "data")
+    assert asked(run, None) == []
+
+
+def test_from_asks_for_the_stage_and_those_after_it(run):
+    assert asked(run, "data") == ["data", "latents", "bundle"]
+    assert asked(run, "data", until="latents") == ["data", "latents"]
+
+
+def test_a_job_that_starts_again_asks_for_what_is_left(run, monkeypatch):
+    monkeypatch.setenv(join.JOB, "one")
+    assert asked(run, "data") == ["data", "latents", "bundle"]
+    conversion._answered(run, "data")
+    assert asked(run, "data") == ["latents", "bundle"]  # the same job, after a crash
+    assert asked(run, None) == ["latents", "bundle"]  # resume
+    monkeypatch.setenv(join.JOB, "two")
+    assert asked(run, "data") == ["data", "latents", "bundle"]
+
+
+def test_each_command_without_ranks_asks_anew(run):
+    asked(run, "data")
+    conversion._answered(run, "data")
+    assert asked(run, "data") == ["data", "latents", "bundle"]
