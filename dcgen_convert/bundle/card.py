@@ -110,8 +110,10 @@ def _usage(manifest: Mapping[str, Any], family: Family, layout: str, lora: bool)
     if manifest["recipe"].get("quantize", {}).get("container") == "nunchaku":
         text += (
             "\n\n`nunchaku.safetensors` is the same 4-bit transformer in nunchaku's classic container, "
-            "for `NunchakuFluxTransformer2dModel.from_pretrained` and ComfyUI-nunchaku."
+            "for `NunchakuFluxTransformer2dModel.from_pretrained`"
         )
+        # ComfyUI's FLUX latents have 16 channels at 1/8 of the size: those of the source, not those of a conversion.
+        text += " and ComfyUI-nunchaku." if layout == "source" else ". ComfyUI cannot draw with these latents."
     return text
 
 

@@ -60,3 +60,11 @@ def test_card_says_what_runs_where(parts):
     assert "class_labels=" in render(manifest_of(parts("dit")), family=parts("dit").family, title="t")
     assert "DCGen_FluxPipeline" in render(manifest_of(flux), family=flux.family, layout="official", title="t")
     assert "| flow_loss.after | 0.5 |" in card
+
+
+def test_card_promises_comfyui_only_what_its_latents_allow(parts):
+    flux = parts("flux")
+    single = manifest_of(flux, recipe={"quantize": {"format": "nvfp4", "container": "nunchaku"}})
+    assert "and ComfyUI-nunchaku." in render(single, family=flux.family, title="t", layout="source")
+    converted = render(single, family=flux.family, title="t", layout="stock")
+    assert "ComfyUI cannot draw" in converted and "ComfyUI-nunchaku" not in converted
