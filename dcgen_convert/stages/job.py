@@ -158,10 +158,6 @@ class Job:
         normalised = self.recipe.latents.normalise == "channel"
         return self.folders.latents / autoencoder_files.NORMALISED if normalised else self.ae.folder
 
-    def folder(self, stage: str) -> Path:
-        """Folder of a stage by its name."""
-        return self.run.path / stage
-
 
 def prepare(resolved: Resolved, run: Run, console: Console, crew: Crew = SOLO) -> Job:
     """Find and check everything that the job needs, before anything is written."""

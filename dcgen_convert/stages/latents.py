@@ -123,7 +123,7 @@ def load_codecs(job: Job) -> dict[str, Codec]:
     return {"base": base, "target": target}
 
 
-def encode_share(job: Job, bar: Bar, spans: list[list[Any]]) -> None:
+def encode_part(job: Job, bar: Bar, spans: list[list[Any]]) -> None:
     """What the other ranks do of `encode_pictures`; ``spans`` came as JSON."""
     pictures = images.read_folder(job.folders.latents / ROWS)
     encode_pictures(job, pictures, load_codecs(job), [Span(*span) for span in spans], bar)
@@ -262,11 +262,11 @@ def encode_captions(job: Job, stage: Stage, pictures: list[Picture]) -> None:
             job.console.progress("text embeddings", cached, "captions") as bar,
             job.crew.share("captions", bar, together=False),
         ):
-            caption_share(job, bar, encoders)
+            caption_part(job, bar, encoders)
     cache.write_shard(stage.folder, "null", 0, pipelines.encode_text(job.family, encoders, [""], job.text_length))
 
 
-def caption_share(job: Job, bar: Bar, encoders: Any = None) -> None:
+def caption_part(job: Job, bar: Bar, encoders: Any = None) -> None:
     """Write this rank's shards of the table "text"; a shard that is already there is kept."""
     folder, batch = job.folders.latents, job.recipe.latents.batch
     captions = cache.Captions(folder)

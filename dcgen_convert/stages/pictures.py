@@ -60,7 +60,7 @@ def synthesise(job: Job) -> list[Picture]:
         with job.console.progress("synthesis by the base model", len(pictures), "pictures") as bar:
             bar.advance(len(pictures) - missing)
             with job.crew.share("pictures", bar, together=False):
-                draw_share(job, bar)
+                draw_part(job, bar)
     return pictures
 
 
@@ -72,7 +72,7 @@ def intended(job: Job) -> list[Picture]:
     return [Picture(folder / f"{i:07d}.png", text, job.recipe.seed * 1_000_003 + i) for i, text in enumerate(texts)]
 
 
-def draw_share(job: Job, bar: Bar) -> None:
+def draw_part(job: Job, bar: Bar) -> None:
     """Draw what is missing among this rank's pictures. Each rank has every `world`-th picture.
 
     A batch in which one picture is missing is drawn as a whole: in another batch a picture would be rounded otherwise.

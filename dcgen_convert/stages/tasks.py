@@ -30,9 +30,9 @@ class Performer:
         self.console.say(f"task {task}")
         job = self._job = self._job or self._prepare(document)
         perform = {
-            "pictures": lambda: pictures.draw_share(job, self.crew),
-            "latents": lambda: latents.encode_share(job, self.crew, **arguments),
-            "captions": lambda: latents.caption_share(job, self.crew),
+            "pictures": lambda: pictures.draw_part(job, self.crew),
+            "latents": lambda: latents.encode_part(job, self.crew, **arguments),
+            "captions": lambda: latents.caption_part(job, self.crew),
             "train-head": lambda: align_head.train(job, **arguments),
             "adapt": lambda: adapt.train_phase(job, **arguments),
             "calibration": lambda: quantize.record_part(job, self.crew),

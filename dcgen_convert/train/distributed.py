@@ -15,11 +15,15 @@ import warnings
 from collections.abc import Iterator
 from functools import cache
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from dcgen_convert.core.errors import ResourceError
 from dcgen_convert.ranks.join import TIMEOUT, free_port
 from dcgen_convert.ranks.join import rank as rank
 from dcgen_convert.ranks.join import world as world_size
+
+if TYPE_CHECKING:
+    import torch
 
 
 @cache
@@ -100,7 +104,7 @@ def barrier() -> None:
         torch.distributed.barrier()
 
 
-def mean_over_ranks(values: list[float], device) -> list[float]:
+def mean_over_ranks(values: list[float], device: torch.device) -> list[float]:
     """Mean of each value over the ranks (one small collective); the values themselves with one rank."""
     import torch
 
@@ -111,7 +115,7 @@ def mean_over_ranks(values: list[float], device) -> list[float]:
     return (tensor / world_size()).tolist()
 
 
-def of_rank_0(value: int, device) -> int:
+def of_rank_0(value: int, device: torch.device) -> int:
     """Rank 0's ``value`` on every rank."""
     import torch
 
@@ -122,7 +126,7 @@ def of_rank_0(value: int, device) -> int:
     return int(tensor.item())
 
 
-def of_all(value: object, device) -> list:
+def of_all(value: object, device: torch.device) -> list[Any]:
     """Every rank's ``value`` (small, of JSON's types), by rank, on every rank."""
     import torch
 
@@ -139,7 +143,7 @@ def of_all(value: object, device) -> list:
     ]
 
 
-def agree(ok: bool, device) -> bool:
+def agree(ok: bool, device: torch.device) -> bool:
     """Whether ``ok`` holds on every rank. Ranks that would wait for a failed one learn of it here."""
     import torch
 

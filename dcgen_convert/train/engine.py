@@ -5,9 +5,9 @@
     weights = engine.export()
     engine.close()
 
-Engines can follow one another in one process (head alignment, then LoRA phases). After a ZeRO 3 engine the model's
-weights stay partitioned: load the model again. The step with ZeRO 2, fp32 and one process is bitwise that of a plain
-PyTorch loop.
+One process can use several engines, one after the other (head alignment, then LoRA phases). After a ZeRO 3 engine the
+model's weights stay partitioned, so the model must be loaded again. With ZeRO 2, fp32 and one process a step is bitwise
+equal to that of a plain PyTorch loop.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """LoRA on a diffusers network through PEFT, and its export in the format that stock `load_lora_weights` reads.
 
-W' = W + (alpha / rank) B A. The model keeps its diffusers class; embedder and head are trained whole beside the
-adapters.
+W' = W + (alpha / rank) B A. The model keeps its diffusers class. The embedder and the head have no adapter: all their
+weights train.
 """
 
 from __future__ import annotations

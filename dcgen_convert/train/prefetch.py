@@ -21,7 +21,7 @@ class Prefetch:
         ahead: micro-batches kept ready.
         device: where they will go; pinned for a GPU, so that the copy does not wait.
     Attributes:
-        waited: seconds that `take` had to wait so far; what stays near zero keeps the device busy.
+        waited: seconds that `take` had to wait so far. Near zero: reading does not hold up the device.
     """
 
     def __init__(self, read: Callable[[Any], Any], keys: Iterable[Any], ahead: int, device: torch.device):

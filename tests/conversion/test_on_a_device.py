@@ -132,7 +132,7 @@ def test_the_head_can_be_trained_with_zero_3(job, tmp_path, monkeypatch):
     monkeypatch.setattr(Engine, "_config", small_too)
     recorded = json.loads((job.folders.align_head / "stage.json").read_text())["metrics"]
     for name in ("surgery", "latents", "align-embedder"):
-        (tmp_path / name).symlink_to(job.folder(name))
+        (tmp_path / name).symlink_to(job.run.path / name)
     recipe = job.recipe.model_copy(update={"adapt": job.recipe.adapt.model_copy(update={"zero": 3})})
     job = replace(job, recipe=recipe, run=Run(tmp_path, NULL))
     stage = Stage(job.folders.align_head)
