@@ -35,8 +35,8 @@ from dcgen_convert.stages.pictures import class_names
 from dcgen_convert.stages.quantize import SINGLE_FILE, measured, settings_of
 from dcgen_convert.svdquant.nunchaku import export_nunchaku
 from dcgen_convert.svdquant.quantize import quantize
-from dcgen_convert.svdquant.record import CALLS, DONE, Pictures, read_calls, record_calls
-from dcgen_convert.svdquant.settings import Settings
+from dcgen_convert.svdquant.record import CALLS, DONE, CalibrationSet, read_calls, record_calls
+from dcgen_convert.svdquant.settings import QuantSettings
 from dcgen_convert.svdquant.skeleton import build
 from dcgen_convert.svdquant.targets import check_container, plan_targets
 
@@ -167,7 +167,7 @@ class SourceQuantisation:
         }
 
     @property
-    def settings(self) -> Settings:
+    def settings(self) -> QuantSettings:
         settings = settings_of(self.request.section, self.request.drawing.seed)
         return replace(settings, calibration="none") if self.request.drawing.data_free else settings
 
@@ -197,7 +197,7 @@ class SourceQuantisation:
         if drawing.data_free or (folder / DONE).exists():
             return
         count = self.request.section.calibration.prompts
-        pictures = Pictures(
+        pictures = CalibrationSet(
             texts=prompts.make(drawing.prompts or "builtin", count, drawing.seed, class_names(source)),
             seed=drawing.seed,
             batch=BATCH,

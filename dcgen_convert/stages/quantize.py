@@ -19,8 +19,8 @@ from dcgen_convert.stages.preview import converted_pipeline
 from dcgen_convert.svdquant.nunchaku import export_nunchaku
 from dcgen_convert.svdquant.quantisation import Quantisation
 from dcgen_convert.svdquant.quantize import quantize, work
-from dcgen_convert.svdquant.record import CALLS, DONE, PROMPT_SEED, Pictures, read_calls, record_calls
-from dcgen_convert.svdquant.settings import Settings
+from dcgen_convert.svdquant.record import CALLS, DONE, PROMPT_SEED, CalibrationSet, read_calls, record_calls
+from dcgen_convert.svdquant.settings import QuantSettings
 from dcgen_convert.svdquant.targets import plan_targets
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def record_part(job: Job, bar: Bar) -> None:
     """Record the calls of this rank's part of the batches, if they are not there yet."""
     recipe, section = job.recipe, job.recipe.quantize.calibration
     seed = recipe.seed + PROMPT_SEED
-    pictures = Pictures(
+    pictures = CalibrationSet(
         texts=prompts.make(recipe.data.prompts, section.prompts, seed, class_names(job.source)),
         seed=recipe.seed,
         batch=section.batch or recipe.data.batch,
@@ -78,7 +78,7 @@ def record_part(job: Job, bar: Bar) -> None:
     record_calls(job.folders.quantize / CALLS, job.family, pipeline, pictures, bar, part)
 
 
-def measured(transformer: Path, targets: QuantTargets, settings: Settings) -> dict[str, Any]:
+def measured(transformer: Path, targets: QuantTargets, settings: QuantSettings) -> dict[str, Any]:
     """What manifest and report say of a finished 4-bit folder: settings, counts, and the record of every layer."""
     return {
         "format": settings.precision,
@@ -90,9 +90,9 @@ def measured(transformer: Path, targets: QuantTargets, settings: Settings) -> di
     }
 
 
-def settings_of(section: Quantize, seed: int) -> Settings:
+def settings_of(section: Quantize, seed: int) -> QuantSettings:
     """Settings for the recipe section ``quantize``. The classic container stores q, k and v as one layer."""
-    return Settings(
+    return QuantSettings(
         precision=section.format,
         rank=section.rank,
         seed=seed,

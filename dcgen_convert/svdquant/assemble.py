@@ -14,7 +14,7 @@ from dcgen_convert.core.errors import CheckFailed
 from dcgen_convert.core.files import fsync, write_json
 from dcgen_convert.families import QuantTargets
 from dcgen_convert.svdquant.quantisation import Quantisation
-from dcgen_convert.svdquant.settings import AWQ_GROUP, Settings
+from dcgen_convert.svdquant.settings import AWQ_GROUP, QuantSettings
 from dcgen_convert.svdquant.shards import write_folder
 
 
@@ -62,7 +62,7 @@ def _items(quantisation: Quantisation) -> dict[str, Item]:
     return items
 
 
-def quantization_config(targets: QuantTargets, settings: Settings) -> dict[str, Any]:
+def quantization_config(targets: QuantTargets, settings: QuantSettings) -> dict[str, Any]:
     """The `quantization_config` of config.json (nunchaku's file format); a section without targets is left out."""
     document: dict[str, Any] = {"quant_method": "nunchaku_lite", "compute_dtype": "bfloat16"}
     if targets.svdq:

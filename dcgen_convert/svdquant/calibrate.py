@@ -18,7 +18,7 @@ from dcgen_convert.checkpoint.headers import Entry
 from dcgen_convert.core import pulse
 from dcgen_convert.core.errors import CheckFailed, InputError
 from dcgen_convert.svdquant import trees
-from dcgen_convert.svdquant.settings import Settings
+from dcgen_convert.svdquant.settings import QuantSettings
 from dcgen_convert.svdquant.skeleton import load
 from dcgen_convert.svdquant.spool import Spool
 from dcgen_convert.svdquant.stats import Gatherer, Stats
@@ -76,7 +76,7 @@ class Walker:
         entries: dict[str, Entry],
         calls: Sequence[Call],
         spool: Spool,
-        settings: Settings,
+        settings: QuantSettings,
         done: Sequence[str] = (),
     ) -> None:
         self.model, self.entries, self.calls, self.spool, self.settings = model, entries, calls, spool, settings
@@ -170,7 +170,9 @@ class _Collector:
     owns the statistics of all.
     """
 
-    def __init__(self, module: nn.Module, block: str, targets: Sequence[str], calls: int, settings: Settings) -> None:
+    def __init__(
+        self, module: nn.Module, block: str, targets: Sequence[str], calls: int, settings: QuantSettings
+    ) -> None:
         self.calls, self.settings, self.call = calls, settings, 0
         self.owner: dict[str, str] = {}
         self.owned: dict[str, Gatherer] = {}

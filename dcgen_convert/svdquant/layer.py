@@ -17,7 +17,7 @@ from dcgen_convert.svdquant.activation import quantize_activation
 from dcgen_convert.svdquant.checks import check_finite, check_svdq_shape
 from dcgen_convert.svdquant.gptq import factor, gptq, shrink
 from dcgen_convert.svdquant.lowrank import low_rank
-from dcgen_convert.svdquant.settings import Settings
+from dcgen_convert.svdquant.settings import QuantSettings
 from dcgen_convert.svdquant.smooth import Smoothing, search
 from dcgen_convert.svdquant.stats import Stats
 from dcgen_convert.svdquant.weights import QuantWeight, group_scales, round_to_nearest, search_factor, tensor_scale
@@ -58,7 +58,7 @@ def quantize_linears(
     weights: list[torch.Tensor],
     biases: list[torch.Tensor | None],
     stats: Stats | None,
-    settings: Settings,
+    settings: QuantSettings,
     generator: torch.Generator,
 ) -> list[SvdqLinear]:
     """Quantise layers that read the same input, one or several; several share smoothing and down projection.
@@ -100,7 +100,7 @@ def _choose_smoothing(
     weight: torch.Tensor,
     stats: Stats | None,
     tokens: torch.Tensor | None,
-    settings: Settings,
+    settings: QuantSettings,
     generator: torch.Generator,
 ) -> Smoothing:
     """The searched smoothing, or ones."""
@@ -114,7 +114,7 @@ def _decompose(
     stats: Stats | None,
     tokens: torch.Tensor | None,
     smoothing: Smoothing,
-    settings: Settings,
+    settings: QuantSettings,
     generator: torch.Generator,
 ) -> SvdqLinear:
     smooth = smoothing.factor  # weight * smooth (N, K) acts on x / s; it is made anew where it is needed, not kept
@@ -164,7 +164,7 @@ def _score(weight: torch.Tensor, tokens: torch.Tensor | None, layer: SvdqLinear)
 
 
 def _errors(
-    weight: torch.Tensor, tokens: torch.Tensor | None, layer: SvdqLinear, settings: Settings
+    weight: torch.Tensor, tokens: torch.Tensor | None, layer: SvdqLinear, settings: QuantSettings
 ) -> dict[str, float]:
     """Errors of rounding to nearest alone and of the result: of the weight, and of the output where there are enough
     tokens to hold some out.

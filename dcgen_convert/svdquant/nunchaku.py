@@ -1,7 +1,7 @@
 """The classic nunchaku single file for FLUX.1 (nunchaku's file format), derived from a quantised diffusers folder.
 
 The file stores q, k and v as one layer, which needs one smoothing and one down projection: quantise with
-`Settings(fuse_qkv=True)`. The proj_out of a single block is cut along its input channels. Modulation rows are
+`QuantSettings(fuse_qkv=True)`. The proj_out of a single block is cut along its input channels. Modulation rows are
 interleaved, and 1 is added to the bias of the scale rows. In int4 the second bias of an MLP takes in the shift that the
 kernel adds after GELU.
 """
@@ -19,7 +19,7 @@ from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_json
 from dcgen_convert.svdquant.awq import AwqLinear
 from dcgen_convert.svdquant.layer import SvdqLinear
-from dcgen_convert.svdquant.runtime import Layer, open_layers
+from dcgen_convert.svdquant.runtime import UnpackedLayer, open_layers
 from dcgen_convert.svdquant.shards import write_tensors
 from dcgen_convert.svdquant.source import read_tensor
 from dcgen_convert.svdquant.tensors import HALF, pack_awq, pack_svdq
@@ -74,7 +74,7 @@ def export_nunchaku(folder: Path, file: Path, patch: int) -> None:
 
 
 def _block(
-    block: str, names: dict[str, tuple[str, ...]], layers: Mapping[str, Layer], tensors: dict[str, torch.Tensor]
+    block: str, names: dict[str, tuple[str, ...]], layers: Mapping[str, UnpackedLayer], tensors: dict[str, torch.Tensor]
 ) -> None:
     for classic, parts in names.items():
         fused = _stack(block, classic, [_svdq(layers, f"{block}.{part}") for part in parts])
@@ -86,7 +86,7 @@ def _block(
             tensors |= {f"{block}.{name}.{part}": tensor for part, tensor in packed.items()}
 
 
-def _svdq(layers: Mapping[str, Layer], name: str) -> SvdqLinear:
+def _svdq(layers: Mapping[str, UnpackedLayer], name: str) -> SvdqLinear:
     layer = layers.get(name)
     if layer is None or isinstance(layer, AwqLinear):
         raise InputError(f"The classic container needs {name} as W4A4, which it is not.", "Quantise all block linears.")

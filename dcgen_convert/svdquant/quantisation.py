@@ -20,7 +20,7 @@ from dcgen_convert.families import QuantTargets
 from dcgen_convert.svdquant import trees
 from dcgen_convert.svdquant.calibrate import Call
 from dcgen_convert.svdquant.checks import check_awq_shape, check_finite, check_svdq_shape
-from dcgen_convert.svdquant.settings import Settings
+from dcgen_convert.svdquant.settings import QuantSettings
 from dcgen_convert.svdquant.source import read_folder, read_tensor
 
 
@@ -38,13 +38,13 @@ class Quantisation:
     config: dict[str, Any]
     entries: dict[str, Entry]
     targets: QuantTargets
-    settings: Settings
+    settings: QuantSettings
     calls: Sequence[Call]
     work: Path
 
     @classmethod
     def of_folder(
-        cls, source: Path, output: Path, targets: QuantTargets, settings: Settings, calls: Sequence[Call]
+        cls, source: Path, output: Path, targets: QuantTargets, settings: QuantSettings, calls: Sequence[Call]
     ) -> Quantisation:
         """The quantisation of the folder ``source`` into ``output``. Nothing is checked or written."""
         return cls(*read_folder(source), targets, settings, calls, output.with_name(f".{output.name}.partial"))

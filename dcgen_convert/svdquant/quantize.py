@@ -32,7 +32,7 @@ from dcgen_convert.svdquant.awq import AwqLinear, quantize_awq
 from dcgen_convert.svdquant.calibrate import Call, Walker, holding_list, repeated_blocks, run_dtype
 from dcgen_convert.svdquant.layer import SvdqLinear, quantize_linears
 from dcgen_convert.svdquant.quantisation import Quantisation
-from dcgen_convert.svdquant.settings import Settings
+from dcgen_convert.svdquant.settings import QuantSettings
 from dcgen_convert.svdquant.skeleton import build, load
 from dcgen_convert.svdquant.source import read_tensor
 from dcgen_convert.svdquant.spool import Spool
@@ -49,7 +49,7 @@ def quantize(
     source: Path,
     output: Path,
     targets: QuantTargets,
-    settings: Settings,
+    settings: QuantSettings,
     calls: Sequence[Call],
     console: Console,
     crew: Crew = SOLO,
@@ -72,7 +72,7 @@ def quantize(
     left = [block for block in blocks if not quantisation.records_file(block).is_file()]
     if len(left) < len(blocks):
         console.say(f"quantize: {len(blocks) - len(left)} of {len(blocks)} blocks are already done")
-    begun = {"left": left, "walked": quantisation.walked()}
+    begun: dict[str, Any] = {"left": left, "walked": quantisation.walked()}
     with console.progress("quantize", len(blocks), "block") as bar:
         bar.advance(len(blocks) - len(left))
         with crew.share("blocks", bar, **begun):

@@ -22,7 +22,7 @@ DONE = "done.json"  # in that folder, once every picture is drawn
 
 
 @dataclass(frozen=True)
-class Pictures:
+class CalibrationSet:
     """The pictures that are drawn for a calibration.
 
     texts: one prompt or label per picture. batch: pictures that are drawn at once. side: px. length: text tokens.
@@ -65,7 +65,7 @@ def record_calls(
     folder: Path,
     family: Family,
     pipeline: Callable[[], Any],
-    pictures: Pictures,
+    pictures: CalibrationSet,
     bar: Bar,
     part: tuple[int, int] = (0, 1),
 ) -> None:

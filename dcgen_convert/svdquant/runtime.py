@@ -22,7 +22,7 @@ from dcgen_convert.svdquant.skeleton import build
 from dcgen_convert.svdquant.source import read_folder, read_tensor
 from dcgen_convert.svdquant.tensors import awq_spec, check_tensors, svdq_spec, unpack_awq, unpack_svdq
 
-Layer = AwqLinear | tuple[SvdqLinear, torch.Tensor]  # a W4A4 layer comes with its row scales (N,)
+UnpackedLayer = AwqLinear | tuple[SvdqLinear, torch.Tensor]  # a W4A4 layer comes with its row scales (N,)
 
 
 class _Emulation(nn.Module):
@@ -121,7 +121,7 @@ def _expand(layer: SvdqLinear, row_scale: torch.Tensor) -> torch.Tensor:
     return layer.quantised.dequantise() / layer.smooth * row_scale[:, None] + layer.up.float() @ layer.down.float()
 
 
-def open_layers(folder: Path) -> tuple[nn.Module, dict[str, Entry], dict[str, Layer]]:
+def open_layers(folder: Path) -> tuple[nn.Module, dict[str, Entry], dict[str, UnpackedLayer]]:
     """(model without weights, dense entries, quantised layers by module path)."""
     config, entries = read_folder(folder)
     quantisation = config.get("quantization_config") or {}
@@ -130,7 +130,7 @@ def open_layers(folder: Path) -> tuple[nn.Module, dict[str, Entry], dict[str, La
     model = build(config)
     modules = dict(model.named_modules())
     svdq, awq = (quantisation.get(section) or {"targets": []} for section in ("svdq_w4a4", "awq_w4a16"))
-    layers: dict[str, Layer] = {}
+    layers: dict[str, UnpackedLayer] = {}
     for name in (*svdq["targets"], *awq["targets"]):
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear):

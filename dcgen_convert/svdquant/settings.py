@@ -22,7 +22,7 @@ def container_problem(container: str, family: Family) -> str:
 
 
 @dataclass(frozen=True)
-class Settings:
+class QuantSettings:
     """Settings of one quantisation run.
 
     precision    "nvfp4" (e2m1, group 16) or "int4" (group 64): the W4A4 format

@@ -12,7 +12,7 @@ from dcgen_convert.core import pulse
 from dcgen_convert.svdquant.activation import quantize_activation
 from dcgen_convert.svdquant.formats import round_bf16
 from dcgen_convert.svdquant.lowrank import low_rank
-from dcgen_convert.svdquant.settings import Settings
+from dcgen_convert.svdquant.settings import QuantSettings
 from dcgen_convert.svdquant.weights import group_scales, round_to_nearest, tensor_scale
 
 COARSE = tuple((a / 10, 0.0) for a in range(1, 10))  # the half of the grid that wins almost always
@@ -34,7 +34,7 @@ class Smoothing:
 
 
 def search(
-    weight: torch.Tensor, amax: torch.Tensor, tokens: torch.Tensor, settings: Settings, generator: torch.Generator
+    weight: torch.Tensor, amax: torch.Tensor, tokens: torch.Tensor, settings: QuantSettings, generator: torch.Generator
 ) -> Smoothing:
     """The candidate with the least relative error of the layer's output on `tokens` (T, K), low-rank branch included.
 
@@ -92,7 +92,7 @@ def _safe_log(x: torch.Tensor) -> torch.Tensor:
 class _Scorer:
     """Relative output error of smooth + low rank + round-to-nearest for one layer, on fixed tokens and output rows."""
 
-    def __init__(self, weight: torch.Tensor, tokens: torch.Tensor, settings: Settings, generator: torch.Generator):
+    def __init__(self, weight: torch.Tensor, tokens: torch.Tensor, settings: QuantSettings, generator: torch.Generator):
         self.weight, self.tokens, self.settings, self.generator = weight, tokens, settings, generator
         rows = torch.randperm(weight.shape[0], generator=generator)[:SCORE_ROWS].sort().values.to(weight.device)
         self.rows = rows

@@ -17,7 +17,7 @@ import torch
 from dcgen_convert.svdquant.activation import quantize_activation
 from dcgen_convert.svdquant.formats import round_bf16
 from dcgen_convert.svdquant.layer import quantize_linears
-from dcgen_convert.svdquant.settings import Settings
+from dcgen_convert.svdquant.settings import QuantSettings
 from dcgen_convert.svdquant.stats import Gatherer
 from dcgen_convert.svdquant.weights import group_scales, round_to_nearest, tensor_scale
 
@@ -104,7 +104,7 @@ def main(kinds: list[str]) -> None:
             )
             for rank in (32, 128) if precision == "nvfp4" else (32,):
                 began = time.monotonic()
-                settings, generator = Settings(precision=precision, rank=rank), torch.Generator().manual_seed(0)
+                settings, generator = QuantSettings(precision=precision, rank=rank), torch.Generator().manual_seed(0)
                 layer = quantize_linears([kind], [weight], [None], stats, settings, generator)[0]
                 mine = relative(layer.output(held), wanted)
                 seconds, bar, record = time.monotonic() - began, BARS[kind, precision, rank], layer.record

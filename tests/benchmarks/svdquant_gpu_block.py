@@ -15,7 +15,7 @@ from svdquant_memory import CONFIG, write_source
 from dcgen_convert.core.console import Console
 from dcgen_convert.families import QuantTargets
 from dcgen_convert.svdquant import quantize as module
-from dcgen_convert.svdquant.settings import Settings
+from dcgen_convert.svdquant.settings import QuantSettings
 from dcgen_convert.svdquant.skeleton import build
 
 
@@ -54,7 +54,7 @@ def main(root: Path) -> None:
         return records
 
     module._finish_block = timed
-    settings, output = Settings(device="cuda"), root / f"nvfp4-{int(time.time())}"
+    settings, output = QuantSettings(device="cuda"), root / f"nvfp4-{int(time.time())}"
     records = module.quantize(root / "source", output, targets, settings, [call(seed) for seed in range(16)], Console())
     double, single = marks[1] - marks[0], marks[2] - marks[1]
     minutes = (19 * double + 38 * single) / 60

@@ -25,7 +25,7 @@ from dcgen_convert.core.files import write_json
 from dcgen_convert.families import QuantTargets
 from dcgen_convert.svdquant import layer
 from dcgen_convert.svdquant.quantize import quantize
-from dcgen_convert.svdquant.settings import Settings
+from dcgen_convert.svdquant.settings import QuantSettings
 from dcgen_convert.svdquant.shards import write_folder
 from dcgen_convert.svdquant.skeleton import build
 
@@ -138,7 +138,7 @@ def main(root: Path, wanted: list[str]) -> None:
     began, calls = time.monotonic(), [call(seed) for seed in range(2)]
     layer.REFITS = 1
     output = root / f"nvfp4-{int(time.time())}"
-    peak = peak_of(lambda: quantize(source, output, targets, Settings(), calls, NULL))
+    peak = peak_of(lambda: quantize(source, output, targets, QuantSettings(), calls, NULL))
     size = sum(path.stat().st_size for path in source.iterdir()) / 1e9
     allowed = block + hessians + 1
     print(f"source {size:.2f} GB, {len(inside)} layers quantised in {time.monotonic() - began:.0f} s")

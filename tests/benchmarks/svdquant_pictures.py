@@ -29,7 +29,7 @@ from dcgen_convert.svdquant import layer, record
 from dcgen_convert.svdquant.layer import SvdqLinear
 from dcgen_convert.svdquant.quantize import quantize
 from dcgen_convert.svdquant.runtime import EmulatedSvdq, emulate
-from dcgen_convert.svdquant.settings import Settings
+from dcgen_convert.svdquant.settings import QuantSettings
 from dcgen_convert.svdquant.targets import plan_targets
 from dcgen_convert.svdquant.weights import group_scales, round_to_nearest, tensor_scale
 
@@ -41,9 +41,9 @@ PUBLISHED = {
     "REFITS": 0,
 }
 VARIANTS = {
-    "smoothing + SVD": (PUBLISHED, Settings()),
-    "data-free": ({}, Settings(calibration="none")),
-    "default": ({}, Settings()),
+    "smoothing + SVD": (PUBLISHED, QuantSettings()),
+    "data-free": ({}, QuantSettings(calibration="none")),
+    "default": ({}, QuantSettings()),
 }
 
 
@@ -63,7 +63,7 @@ def main(work: Path, names: list[str]) -> None:
             few = prompts.make("tiny-world", CALIBRATION, SEED + 1)
             with NULL.progress("", CALIBRATION, "") as bar:
                 whole = partial(pipelines.load_pipeline, source, torch.float32, transformer=model)
-                pictures = record.Pictures(few, SEED, CALIBRATION, **call)
+                pictures = record.CalibrationSet(few, SEED, CALIBRATION, **call)
                 record.record_calls(calls, source.family, whole, pictures, bar)
             write_json(calls / "done.json", {})
         report(f"{name}: round to nearest", draw(source, rounded(source, targets.svdq), texts, call), wanted, texts)

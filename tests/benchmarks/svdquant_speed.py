@@ -15,7 +15,7 @@ import torch
 
 from dcgen_convert.svdquant import pack
 from dcgen_convert.svdquant.layer import quantize_linears
-from dcgen_convert.svdquant.settings import Settings
+from dcgen_convert.svdquant.settings import QuantSettings
 from dcgen_convert.svdquant.stats import Gatherer
 
 
@@ -62,7 +62,7 @@ def main(n: int, k: int) -> None:
     stats = gatherer.stats()
     print(f"statistics of 4096 tokens: {gathered()}")
     mine = clock()
-    layer = quantize_linears(["layer"], [weight], [None], stats, Settings(), torch.Generator().manual_seed(0))[0]
+    layer = quantize_linears(["layer"], [weight], [None], stats, QuantSettings(), torch.Generator().manual_seed(0))[0]
     taken = mine()
     record, threads = layer.record, torch.get_num_threads()
     print(f"{n} x {k}, {threads} threads: {taken} with {record['candidates']} smoothing candidates", end=" ")

@@ -321,7 +321,7 @@ def own_bundle(bundles, tmp_path):
 def quantised(parts, tmp_path_factory):
     """`quantised(precision)`: (bundle, its dense twin) of a FLUX of width 128 whose block linears are 4-bit."""
     from dcgen_convert.svdquant.quantize import quantize
-    from dcgen_convert.svdquant.settings import Settings
+    from dcgen_convert.svdquant.settings import QuantSettings
 
     cache: dict[str, tuple[Path, Path]] = {}
 
@@ -336,7 +336,7 @@ def quantised(parts, tmp_path_factory):
                 if isinstance(module, torch.nn.Linear)
             }
             targets = flux.family.quant_targets(linears)
-            quantize(root / "dense", root / "4-bit", targets, Settings(precision, calibration="none"), [], NULL)
+            quantize(root / "dense", root / "4-bit", targets, QuantSettings(precision, calibration="none"), [], NULL)
             cache[precision] = (
                 make_bundle(flux, root / "bundle", transformer=root / "4-bit"),
                 make_bundle(flux, root / "twin", transformer=root / "dense"),

@@ -36,9 +36,9 @@ from dcgen_convert.stages.align_embedder import Problem, affine, as_module
 from dcgen_convert.stages.job import Autoencoder
 from dcgen_convert.svdquant import layer, smooth
 from dcgen_convert.svdquant.quantize import quantize
-from dcgen_convert.svdquant.record import Pictures, read_calls, record_calls
+from dcgen_convert.svdquant.record import CalibrationSet, read_calls, record_calls
 from dcgen_convert.svdquant.runtime import load_dequantised, open_layers
-from dcgen_convert.svdquant.settings import Settings
+from dcgen_convert.svdquant.settings import QuantSettings
 from dcgen_convert.svdquant.targets import plan_targets
 from dcgen_convert.train import lora
 from dcgen_convert.train.objective import Sampling, draw, drop_text, flow_loss
@@ -449,12 +449,14 @@ def test_quantisation_reaches_exactly_the_planned_linears(
     pipeline.transformer = dense.float().requires_grad_(False)
     settings = dict(side=parts.side, steps=STEPS, guidance=GUIDANCE, length=entry.length)
     with NULL.progress("", 1, "") as bar:
-        record_calls(tmp_path / "calls", family, lambda: pipeline, Pictures([entry.prompt], SEED, 1, **settings), bar)
+        record_calls(
+            tmp_path / "calls", family, lambda: pipeline, CalibrationSet([entry.prompt], SEED, 1, **settings), bar
+        )
     targets = plan_targets(family, config, None)
     monkeypatch.setattr(layer, "REFITS", 0)  # in about a second: smoothing and refits have tests of their own
     monkeypatch.setattr(smooth, "COARSE", ())
     monkeypatch.setattr(smooth, "MIXED", ())
-    calls, settings = read_calls(tmp_path / "calls"), Settings(rank=16)
+    calls, settings = read_calls(tmp_path / "calls"), QuantSettings(rank=16)
     records = quantize(tmp_path / "dense", tmp_path / "4-bit", targets, settings, calls, NULL)
     assert {record["module"] for record in records if "error" in record} == adapted - kept
     written = read_json(tmp_path / "4-bit" / "config.json")["quantization_config"]

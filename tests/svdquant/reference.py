@@ -3,7 +3,7 @@
 import torch
 
 from dcgen_convert.svdquant.layer import SvdqLinear, quantize_linears
-from dcgen_convert.svdquant.settings import Settings
+from dcgen_convert.svdquant.settings import QuantSettings
 from dcgen_convert.svdquant.stats import Gatherer, Stats
 
 
@@ -20,7 +20,7 @@ def quantize_linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     stats: Stats | None,
-    settings: Settings,
+    settings: QuantSettings,
     generator: torch.Generator,
 ) -> SvdqLinear:
     """One layer alone."""

@@ -9,7 +9,7 @@ from diffusers import DiTTransformer2DModel, SanaTransformer2DModel
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.svdquant import stats as stats_module
 from dcgen_convert.svdquant.calibrate import Walker, repeated_blocks
-from dcgen_convert.svdquant.settings import Settings
+from dcgen_convert.svdquant.settings import QuantSettings
 from dcgen_convert.svdquant.skeleton import build, load
 from dcgen_convert.svdquant.source import read_folder
 from dcgen_convert.svdquant.spool import Spool
@@ -115,7 +115,7 @@ def walker(case, spool, done=()):
     model = build(config)
     blocks = repeated_blocks(model, case.targets)
     load(model, "", entries, "cpu", torch.float32, skip=tuple(blocks))
-    return Walker(model, blocks, entries, case.calls, spool, Settings(), done)
+    return Walker(model, blocks, entries, case.calls, spool, QuantSettings(), done)
 
 
 def test_the_stream_sees_what_the_whole_model_sees(case, tmp_path):

@@ -9,7 +9,7 @@ from dcgen_convert.core.errors import InputError
 from dcgen_convert.svdquant import layer as layer_module
 from dcgen_convert.svdquant import smooth as smooth_module
 from dcgen_convert.svdquant.awq import quantize_awq
-from dcgen_convert.svdquant.settings import Settings
+from dcgen_convert.svdquant.settings import QuantSettings
 from dcgen_convert.svdquant.smooth import candidate, search
 from dcgen_convert.svdquant.weights import round_to_nearest
 
@@ -64,7 +64,7 @@ def test_every_step_earns_its_place(precision):
     for first in range(len(STEPS) + 1):
         with pytest.MonkeyPatch.context() as patch:
             leave_out(patch, STEPS[first:])
-            settings = Settings(rank=16, precision=precision)
+            settings = QuantSettings(rank=16, precision=precision)
             layer = quantize_linear("m", weight, None, stats, settings, generator())
         errors.append(error(layer, weight, held))
     assert errors[1] < 0.8 * errors[0]
@@ -73,7 +73,7 @@ def test_every_step_earns_its_place(precision):
 
 def test_the_record_tells_the_truth():
     weight, stats, held = layer_problem()
-    layer = quantize_linear("m", weight, None, stats, Settings(rank=16), generator())
+    layer = quantize_linear("m", weight, None, stats, QuantSettings(rank=16), generator())
     assert layer.record["error"] == pytest.approx(error(layer, weight, held), rel=0.1)
     assert layer.record["error"] < 0.6 * layer.record["error_rtn"]
     assert layer.record["shape"] == [256, 384] and layer.record["candidates"] >= 20
@@ -83,14 +83,14 @@ def test_the_record_tells_the_truth():
 
 def test_what_is_kept_is_what_the_file_can_hold():
     weight, stats, _ = layer_problem()
-    layer = quantize_linear("m", weight, torch.randn(256), stats, Settings(rank=16), generator())
+    layer = quantize_linear("m", weight, torch.randn(256), stats, QuantSettings(rank=16), generator())
     assert layer.up.dtype == layer.down.dtype == layer.bias.dtype == torch.bfloat16
     assert torch.equal(layer.smooth.to(torch.bfloat16).float(), layer.smooth)
 
 
 def test_data_free_is_smoothing_free_and_beats_rounding_on_the_weight():
     weight, _, _ = layer_problem()
-    layer = quantize_linear("m", weight, None, None, Settings(calibration="none", rank=16), generator())
+    layer = quantize_linear("m", weight, None, None, QuantSettings(calibration="none", rank=16), generator())
     assert bool((layer.smooth == 1).all()) and "error" not in layer.record
     assert layer.record["weight_error"] < 0.85 * layer.record["weight_error_rtn"]
 
@@ -98,7 +98,7 @@ def test_data_free_is_smoothing_free_and_beats_rounding_on_the_weight():
 def test_one_calibration_token_is_enough_but_none_is_held_out_for_an_error():
     weight, _, held = layer_problem()
     stats = stats_of(held[:1])
-    layer = quantize_linear("m", weight, None, stats, Settings(rank=16), generator())
+    layer = quantize_linear("m", weight, None, stats, QuantSettings(rank=16), generator())
     assert error(layer, weight, held[:1]) < 0.3 and "error" not in layer.record and layer.record["weight_error"] > 0
 
 
@@ -106,7 +106,7 @@ def test_identity_is_always_a_candidate_and_wins_where_it_should():
     g = generator(2)
     weight = torch.randn(128, 128, generator=g)
     tokens = torch.randn(128, 128, generator=g).sign()  # constant magnitude: nothing to smooth, and nothing lost
-    found = search(weight, tokens.abs().amax(0), tokens, Settings(rank=16), generator())
+    found = search(weight, tokens.abs().amax(0), tokens, QuantSettings(rank=16), generator())
     assert found.tried >= 19
     assert found.error <= 1.0 and torch.isfinite(found.factor).all()
     assert torch.equal(candidate(tokens.abs().amax(0), weight.abs().amax(0), tokens, 0.0, 0.0), torch.ones(128))
@@ -125,16 +125,16 @@ def test_dead_inputs_and_zero_weights_stay_finite():
     weight, stats, held = layer_problem()
     weight[:, 5] = 0
     for statistics in (stats, stats_of(torch.zeros(100, 384))):
-        layer = quantize_linear("m", weight, None, statistics, Settings(rank=16), generator())
+        layer = quantize_linear("m", weight, None, statistics, QuantSettings(rank=16), generator())
         assert torch.isfinite(layer.output(held)).all()
-    silent = quantize_linear("m", torch.zeros(128, 384), None, stats, Settings(rank=16), generator())
+    silent = quantize_linear("m", torch.zeros(128, 384), None, stats, QuantSettings(rank=16), generator())
     assert silent.dense().abs().max() == 0
 
 
 @pytest.mark.parametrize("shape, word", [((127, 256), "127 out"), ((256, 129), "129 in"), ((64, 128), "64 out")])
 def test_sides_off_128_are_refused_by_name(shape, word):
     with pytest.raises(InputError, match=rf"blocks\.0\.to_q\.weight.*{word} channels"):
-        quantize_linear("blocks.0.to_q", torch.zeros(shape), None, None, Settings(), generator())
+        quantize_linear("blocks.0.to_q", torch.zeros(shape), None, None, QuantSettings(), generator())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -143,7 +143,7 @@ def test_nan_and_infinity_are_refused_by_name(value, part):
     weight, bias = torch.zeros(128, 128), torch.zeros(128)
     (weight if part == "weight" else bias).view(-1)[3] = value
     with pytest.raises(InputError, match=rf"blocks\.0\.to_q\.{part} holds 1 NaN"):
-        quantize_linear("blocks.0.to_q", weight, bias, None, Settings(), generator())
+        quantize_linear("blocks.0.to_q", weight, bias, None, QuantSettings(), generator())
     with pytest.raises(InputError, match=rf"mod\.{part} holds 1 NaN"):
         quantize_awq("mod", weight, bias)
 
@@ -154,4 +154,4 @@ def test_nan_and_infinity_are_refused_by_name(value, part):
 )
 def test_settings_refuse_what_the_format_has_not(field, value):
     with pytest.raises(InputError, match=field):
-        Settings(**{field: value})
+        QuantSettings(**{field: value})

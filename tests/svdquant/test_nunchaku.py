@@ -13,7 +13,7 @@ from dcgen_convert.core.errors import InputError
 from dcgen_convert.svdquant.nunchaku import GELU_SHIFT, export_nunchaku
 from dcgen_convert.svdquant.quantize import quantize
 from dcgen_convert.svdquant.runtime import load_dequantised
-from dcgen_convert.svdquant.settings import Settings
+from dcgen_convert.svdquant.settings import QuantSettings
 
 from . import emulation
 
@@ -21,7 +21,7 @@ from . import emulation
 @pytest.fixture(scope="module", params=["nvfp4", "int4"])
 def classic(request, flux, no_refits, tmp_path_factory):
     root = tmp_path_factory.mktemp("classic")
-    settings = Settings(precision=request.param, fuse_qkv=True)
+    settings = QuantSettings(precision=request.param, fuse_qkv=True)
     quantize(flux.folder, root / "transformer", flux.targets, settings, flux.calls, NULL)
     export_nunchaku(root / "transformer", root / "one.safetensors", patch=1)
     model = load_dequantised(root / "transformer", torch.float32)
@@ -116,7 +116,7 @@ def test_the_file_is_the_same_every_time(classic):
 
 
 def test_layers_quantised_apart_cannot_be_fused(flux, no_refits, tmp_path):
-    quantize(flux.folder, tmp_path / "transformer", flux.targets, Settings(), flux.calls, NULL)
+    quantize(flux.folder, tmp_path / "transformer", flux.targets, QuantSettings(), flux.calls, NULL)
     with pytest.raises(InputError, match=r"transformer_blocks\.0\.qkv_proj cannot be fused"):
         export_nunchaku(tmp_path / "transformer", tmp_path / "one.safetensors", patch=1)
     assert not (tmp_path / "one.safetensors").exists()

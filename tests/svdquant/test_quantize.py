@@ -25,7 +25,7 @@ from dcgen_convert.stages.quantize import settings_of
 from dcgen_convert.svdquant import quantize as module
 from dcgen_convert.svdquant import shards
 from dcgen_convert.svdquant.quantize import quantize
-from dcgen_convert.svdquant.settings import Settings
+from dcgen_convert.svdquant.settings import QuantSettings
 
 from .conftest import flux_call, flux_model, flux_targets
 
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("no_refits")
 def done(flux, no_refits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("done") / "nvfp4"
     return SimpleNamespace(
-        folder=folder, records=quantize(flux.folder, folder, flux.targets, Settings(), flux.calls, NULL)
+        folder=folder, records=quantize(flux.folder, folder, flux.targets, QuantSettings(), flux.calls, NULL)
     )
 
 
@@ -98,9 +98,9 @@ def test_one_record_per_layer_in_target_order(done, flux):
 
 
 def test_same_seed_same_bytes_other_seed_other_bytes(done, flux, tmp_path):
-    quantize(flux.folder, tmp_path / "again", flux.targets, Settings(), flux.calls, NULL)
+    quantize(flux.folder, tmp_path / "again", flux.targets, QuantSettings(), flux.calls, NULL)
     assert contents(tmp_path / "again") == contents(done.folder)
-    quantize(flux.folder, tmp_path / "other", flux.targets, Settings(seed=1), flux.calls, NULL)
+    quantize(flux.folder, tmp_path / "other", flux.targets, QuantSettings(seed=1), flux.calls, NULL)
     assert contents(tmp_path / "other") != contents(done.folder)
 
 
@@ -115,12 +115,12 @@ def test_interrupted_runs_resume_with_the_same_bytes(done, flux, tmp_path, monke
 
     monkeypatch.setattr(module, "_finish_block", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        quantize(flux.folder, tmp_path / "out", flux.targets, Settings(), flux.calls, NULL)
+        quantize(flux.folder, tmp_path / "out", flux.targets, QuantSettings(), flux.calls, NULL)
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(
         module, "_finish_block", lambda first, block, *args: (finished.append(block), finish(first, block, *args))[1]
     )
-    quantize(flux.folder, tmp_path / "out", flux.targets, Settings(), flux.calls, NULL)
+    quantize(flux.folder, tmp_path / "out", flux.targets, QuantSettings(), flux.calls, NULL)
     assert finished[0] == stop_at
     assert contents(tmp_path / "out") == contents(done.folder)
 
@@ -136,11 +136,11 @@ from dcgen_convert.families import QuantTargets
 from dcgen_convert.svdquant import layer
 from dcgen_convert.svdquant.quantisation import Quantisation
 from dcgen_convert.svdquant.quantize import work
-from dcgen_convert.svdquant.settings import Settings
+from dcgen_convert.svdquant.settings import QuantSettings
 layer.REFITS = 0
 told = json.load(sys.stdin)
 calls = sorted(Path(told["calls"]).glob("*.safetensors"))
-targets, settings = QuantTargets(**told["targets"]), Settings(**told["settings"])
+targets, settings = QuantTargets(**told["targets"]), QuantSettings(**told["settings"])
 quantisation = Quantisation.of_folder(Path(told["source"]), Path(told["output"]), targets, settings, calls)
 finished = []
 bar = SimpleNamespace(advance=lambda count, block: finished.append(block))
@@ -154,7 +154,7 @@ def test_two_processes_take_turns_and_give_the_bytes_of_one(done, flux, tmp_path
     for number, call in enumerate(flux.calls):
         save_file(call, tmp_path / f"{number}.safetensors")
     told = {"source": str(flux.folder), "output": str(tmp_path / "out"), "calls": str(tmp_path)}
-    told |= {"targets": asdict(flux.targets), "settings": asdict(Settings())}
+    told |= {"targets": asdict(flux.targets), "settings": asdict(QuantSettings())}
     others, sleep = [], time.sleep
 
     class Two(Crew):
@@ -177,7 +177,13 @@ def test_two_processes_take_turns_and_give_the_bytes_of_one(done, flux, tmp_path
             others.append((child.stdout.read(), child.wait()))
 
     quantize(
-        flux.folder, tmp_path / "out", flux.targets, Settings(), sorted(tmp_path.glob("*.safetensors")), NULL, Two()
+        flux.folder,
+        tmp_path / "out",
+        flux.targets,
+        QuantSettings(),
+        sorted(tmp_path.glob("*.safetensors")),
+        NULL,
+        Two(),
     )
     assert [(json.loads(said.splitlines()[-1]), code) for said, code in others] == [
         (["single_transformer_blocks.0"], 0)
@@ -187,11 +193,11 @@ def test_two_processes_take_turns_and_give_the_bytes_of_one(done, flux, tmp_path
 
 def test_a_half_run_with_other_settings_is_not_believed(flux, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "assemble", lambda *args: None)
-    quantize(flux.folder, tmp_path / "out", flux.targets, Settings(), flux.calls, NULL)
+    quantize(flux.folder, tmp_path / "out", flux.targets, QuantSettings(), flux.calls, NULL)
     monkeypatch.undo()
     said = []
     console = SimpleNamespace(say=said.append, progress=NULL.progress, event=NULL.event)
-    quantize(flux.folder, tmp_path / "out", flux.targets, Settings(rank=16), flux.calls, console)
+    quantize(flux.folder, tmp_path / "out", flux.targets, QuantSettings(rank=16), flux.calls, console)
     assert "discarded" in said[0]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["svdq_w4a4"]["rank"] == 16
 
@@ -200,7 +206,7 @@ def test_sharded_source_and_sharded_output_hold_the_same_tensors(done, flux, tmp
     flux_model().save_pretrained(tmp_path / "source", max_shard_size="400KB")
     assert len(list((tmp_path / "source").glob("*.safetensors"))) > 2
     monkeypatch.setattr(shards, "SHARD_BYTES", 300_000)
-    quantize(tmp_path / "source", tmp_path / "out", flux.targets, Settings(), flux.calls, NULL)
+    quantize(tmp_path / "source", tmp_path / "out", flux.targets, QuantSettings(), flux.calls, NULL)
     index = json.loads((tmp_path / "out" / "diffusion_pytorch_model.safetensors.index.json").read_text())
     merged = {}
     for path in sorted((tmp_path / "out").glob("*.safetensors")):
@@ -216,14 +222,14 @@ def test_calls_from_files_give_the_same_bytes(done, flux, tmp_path):
     for number, call in enumerate(flux.calls):
         save_file(call, tmp_path / f"{number}.safetensors")
     files = sorted(tmp_path.glob("*.safetensors"))
-    quantize(flux.folder, tmp_path / "out", flux.targets, Settings(), files, NULL)
+    quantize(flux.folder, tmp_path / "out", flux.targets, QuantSettings(), files, NULL)
     assert contents(tmp_path / "out") == contents(done.folder)
 
 
 def test_dense_float32_stays_float32(tmp_path):
     model = flux_model().float()
     model.save_pretrained(tmp_path / "source")
-    quantize(tmp_path / "source", tmp_path / "out", flux_targets(model), Settings(calibration="none"), [], NULL)
+    quantize(tmp_path / "source", tmp_path / "out", flux_targets(model), QuantSettings(calibration="none"), [], NULL)
     kept = load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors")["x_embedder.weight"]
     assert torch.equal(kept, model.x_embedder.weight)
 
@@ -260,21 +266,21 @@ TARGET = "single_transformer_blocks.0.attn.to_k"
 def test_what_cannot_be_held_is_refused_by_name_and_leaves_no_output(flux, tmp_path, change, message):
     folder = broken(flux, tmp_path, change)
     with pytest.raises(InputError, match=message):
-        quantize(folder, tmp_path / "out", flux.targets, Settings(), flux.calls, NULL)
+        quantize(folder, tmp_path / "out", flux.targets, QuantSettings(), flux.calls, NULL)
     assert not (tmp_path / "out").exists()
 
 
 def test_impossible_requests_are_refused(flux, tmp_path):
     empty, out = QuantTargets([], []), tmp_path / "out"
     with pytest.raises(InputError, match="No layer is planned"):
-        quantize(flux.folder, out, empty, Settings(), flux.calls, NULL)
+        quantize(flux.folder, out, empty, QuantSettings(), flux.calls, NULL)
     with pytest.raises(InputError, match="at least one call"):
-        quantize(flux.folder, out, flux.targets, Settings(), [], NULL)
+        quantize(flux.folder, out, flux.targets, QuantSettings(), [], NULL)
     with pytest.raises(InputError, match="config.json"):
-        quantize(tmp_path, out, flux.targets, Settings(), flux.calls, NULL)
+        quantize(tmp_path, out, flux.targets, QuantSettings(), flux.calls, NULL)
     out.mkdir()
     with pytest.raises(InputError, match="exists already"):
-        quantize(flux.folder, out, flux.targets, Settings(), flux.calls, NULL)
+        quantize(flux.folder, out, flux.targets, QuantSettings(), flux.calls, NULL)
 
 
 def test_truncated_weights_are_refused(flux, tmp_path):
@@ -283,13 +289,13 @@ def test_truncated_weights_are_refused(flux, tmp_path):
     path = folder / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(InputError, match="truncated"):
-        quantize(folder, tmp_path / "out", flux.targets, Settings(), flux.calls, NULL)
+        quantize(folder, tmp_path / "out", flux.targets, QuantSettings(), flux.calls, NULL)
 
 
 def test_calibrated_calls_beat_data_free_in_the_model_s_output(done, flux, tmp_path):
     from dcgen_convert.svdquant.runtime import emulate
 
-    quantize(flux.folder, tmp_path / "free", flux.targets, Settings(calibration="none"), [], NULL)
+    quantize(flux.folder, tmp_path / "free", flux.targets, QuantSettings(calibration="none"), [], NULL)
     call = flux_call(99)
     wanted = flux.model(**call).sample
 
@@ -302,7 +308,7 @@ def test_calibrated_calls_beat_data_free_in_the_model_s_output(done, flux, tmp_p
 def test_modulation_layers_behind_the_last_w4a4_layer_are_quantised_too(flux, tmp_path):
     few = [target for target in flux.targets.svdq if target.startswith("transformer_blocks.0.attn.to_")]
     targets = QuantTargets(few, flux.targets.awq)
-    records = quantize(flux.folder, tmp_path / "out", targets, Settings(), flux.calls, NULL)
+    records = quantize(flux.folder, tmp_path / "out", targets, QuantSettings(), flux.calls, NULL)
     assert [record["module"] for record in records] == [*few, *flux.targets.awq]
 
 
@@ -312,7 +318,7 @@ def test_a_known_list_without_a_target_is_walked_block_by_block_too(flux, tmp_pa
     load, skipped = module.load, []
     monkeypatch.setattr(module, "load", lambda *args, skip=(): (skipped.append(skip), load(*args, skip=skip))[1])
     for name, blocks in (("whole", ()), ("walked", ("transformer_blocks", "single_transformer_blocks"))):
-        quantize(flux.folder, tmp_path / name, QuantTargets(few, [], blocks=blocks), Settings(), flux.calls, NULL)
+        quantize(flux.folder, tmp_path / name, QuantTargets(few, [], blocks=blocks), QuantSettings(), flux.calls, NULL)
     assert contents(tmp_path / "whole") == contents(tmp_path / "walked")
     assert skipped == [("single_transformer_blocks.0",), ("transformer_blocks.0", "single_transformer_blocks.0")]
 
@@ -323,7 +329,7 @@ def test_fusing_is_an_option_and_what_the_classic_container_needs():
 
 
 def test_fused_layers_have_one_smoothing_and_one_down_projection(flux, tmp_path):
-    settings = Settings(fuse_qkv=True)
+    settings = QuantSettings(fuse_qkv=True)
     records = quantize(flux.folder, tmp_path / "out", flux.targets, settings, flux.calls, NULL)
     assert [record["module"] for record in records] == [*flux.targets.svdq, *flux.targets.awq]
     tensors = load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors")

@@ -18,7 +18,7 @@ from dcgen_convert.core.console import NULL
 from dcgen_convert.core.errors import CheckFailed, InputError
 from dcgen_convert.svdquant.quantize import quantize
 from dcgen_convert.svdquant.runtime import emulate, load_dequantised
-from dcgen_convert.svdquant.settings import Settings
+from dcgen_convert.svdquant.settings import QuantSettings
 
 from . import emulation
 from .conftest import flux_call
@@ -29,7 +29,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 @pytest.fixture(scope="module", params=["nvfp4", "int4"])
 def bundle(request, flux, no_refits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundle") / request.param
-    quantize(flux.folder, folder, flux.targets, Settings(precision=request.param), flux.calls, NULL)
+    quantize(flux.folder, folder, flux.targets, QuantSettings(precision=request.param), flux.calls, NULL)
     return SimpleNamespace(folder=folder, precision=request.param)
 
 
@@ -179,4 +179,4 @@ def test_a_dense_folder_is_refused(flux, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"_class_name": "NoSuchModel"}))
     with pytest.raises(InputError, match="NoSuchModel"):
-        quantize(folder, tmp_path / "out", flux.targets, Settings(), flux.calls, NULL)
+        quantize(folder, tmp_path / "out", flux.targets, QuantSettings(), flux.calls, NULL)
