@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from dcgen_convert.bundle import manifest
-from dcgen_convert.bundle.card import render
-from dcgen_convert.bundle.layout import check_output, require_room, write_bundle
+from dcgen_convert.bundle.layout import BundleParts, check_output, require_room, write_bundle
 from dcgen_convert.bundle.sample import check_size
 from dcgen_convert.bundle.verify import verify
 from dcgen_convert.checkpoint.imported import STAGE, Imported
@@ -262,17 +261,8 @@ class SourceQuantisation:
             times={"quantize": seconds},
             metrics={"quantize": figures},
         )
-        write_bundle(
-            request.output,
-            family=source.family,
-            source=source.root,
-            transformer=self.transformer,
-            manifest=facts,
-            card=render(facts, family=source.family, layout="source", title=request.output.name),
-            console=self.console,
-            layout="source",
-            single_file=self.single_file,
-        )
+        parts = BundleParts(source.family, source.root, self.transformer, layout="source", single_file=self.single_file)
+        write_bundle(request.output, parts, facts, self.console)
 
 
 def default_side(source: Source) -> int:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from dcgen_convert import families
 from dcgen_convert.bundle.manifest import FILE as MANIFEST
@@ -30,7 +31,7 @@ SIZES = (
 )
 
 
-def inspect(path: Path) -> dict:
+def inspect(path: Path) -> dict[str, Any]:
     """What `path` is: kind, family, sizes, autoencoder, LoRA, quantisation per layer, licences, GPUs that can run it.
 
     Raises:
@@ -49,7 +50,7 @@ def inspect(path: Path) -> dict:
     return {"path": str(path), **found}
 
 
-def _file(path: Path) -> dict:
+def _file(path: Path) -> dict[str, Any]:
     """A transformer in one file, a LoRA, an autoencoder, or a packed checkpoint."""
     if path.suffix == ".gguf":
         return {"kind": "checkpoint", **_transformer(path), "licences": {}}
@@ -71,7 +72,7 @@ def _file(path: Path) -> dict:
     return {**facts, "licences": {}, **weights}
 
 
-def _transformer(path: Path) -> dict:
+def _transformer(path: Path) -> dict[str, Any]:
     """Family, layout and sizes of a transformer alone, what it is completed with, and what its format has lost."""
     single = read_single(path)
     notes = single.contents.losses()
@@ -92,7 +93,7 @@ def _transformer(path: Path) -> dict:
     return found
 
 
-def _folder(path: Path) -> dict:
+def _folder(path: Path) -> dict[str, Any]:
     """A pipeline folder (model_index.json), a bundle (with its manifest), or one component's folder (config.json)."""
     source, manifest = Identity(str(path.absolute())), path / MANIFEST
     home = path if source.index is None else families.network_folder(path)
@@ -100,7 +101,7 @@ def _folder(path: Path) -> dict:
     if not isinstance(config.get("quantization_config") or {}, dict):
         raise InputError(f"{home / 'config.json'} has a damaged quantization_config", "fetch the checkpoint again")
     known = families.recognise(config)
-    found: dict = {
+    found: dict[str, Any] = {
         "kind": "bundle" if manifest.is_file() else "component" if source.index is None else "pipeline",
         "family": known.name if known else None,
         "class": config.get("_class_name"),
@@ -128,9 +129,9 @@ def _folder(path: Path) -> dict:
     return found
 
 
-def _weights(tensors: dict[str, Entry], config: dict) -> dict:
+def _weights(tensors: dict[str, Entry], config: dict[str, Any]) -> dict[str, Any]:
     """Tensors, bytes by dtype, and the format of every quantised linear: as the config says, else by its tensors."""
-    sizes: Counter = Counter()
+    sizes: Counter[str] = Counter()
     for item in tensors.values():
         sizes[item.dtype] += item.end - item.start
     layers = quantised_formats(config) or packed_layers(tensors)
@@ -170,7 +171,7 @@ def _licences(path: Path) -> dict[str, str]:
     return found
 
 
-def _runs_on(found: dict) -> str:
+def _runs_on(found: dict[str, Any]) -> str:
     """Which GPUs run it natively (nunchaku's file format: what the kernels are compiled for)."""
     counts = (found.get("quantisation") or {}).get("counts", {})
     elsewhere = "; elsewhere `dcgen-convert sample` draws through the dequantised reference"
@@ -181,7 +182,7 @@ def _runs_on(found: dict) -> str:
     return "any device that diffusers runs on"
 
 
-def render(found: dict) -> str:
+def render(found: dict[str, Any]) -> str:
     """The document of `inspect` as lines of text; layers are counted, not listed."""
     lines = []
     for key, value in found.items():

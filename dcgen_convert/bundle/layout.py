@@ -16,6 +16,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,94 +37,124 @@ from dcgen_convert.families.base import Family
 LAYOUTS = ("stock", "official", "source")
 
 
+@dataclass(frozen=True)
+class BundleParts:
+    """What a bundle is put together from.
+
+    family: facts of the model's family.
+    source: diffusers folder of the base pipeline; text encoders, tokenizers and licences are copied from it.
+    transformer: folder of the converted transformer, dense or quantised (`nunchaku_lite`).
+    layout: "stock", "official" or "source".
+    autoencoder: AutoencoderDC folder. scheduler: config from `bundle.scheduler.scheduler_config`. The layout "source"
+        has neither.
+    lora: adapter file in the form that `load_lora_weights` takes, for bundles that keep it apart; None when merged.
+    single_file: the transformer once more, in the classic nunchaku container; None: the bundle has none.
+    scaling_factor: replaces the autoencoder's own, when it was measured anew.
+    """
+
+    family: Family
+    source: Path
+    transformer: Path
+    layout: str = "stock"
+    autoencoder: Path | None = None
+    scheduler: dict[str, Any] | None = None
+    lora: Path | None = None
+    single_file: Path | None = None
+    scaling_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        own = (self.autoencoder is None, self.scheduler is None)
+        if own != (self.layout == "source",) * 2:
+            raise ValueError("every layout but `source` needs an autoencoder and a scheduler config")
+
+
 def write_bundle(
-    output: Path,
-    *,
-    family: Family,
-    source: Path,
-    transformer: Path,
-    manifest: dict[str, Any],
-    card: str,
-    console: Console,
-    autoencoder: Path | None = None,
-    scheduler_config: dict[str, Any] | None = None,
-    layout: str = "stock",
-    lora: Path | None = None,
-    single_file: Path | None = None,
-    scaling_factor: float | None = None,
-    force: bool = False,
+    output: Path, parts: BundleParts, manifest: dict[str, Any], console: Console, *, force: bool = False
 ) -> Path:
-    """Write the bundle folder ``output`` and return it.
+    """Write the bundle folder ``output``, its model card included, and return it.
 
     Args:
         output: folder to create. It must not exist, or be empty, or with ``force`` be a bundle, which is then replaced.
-        family: facts of the model's family.
-        source: diffusers folder of the base pipeline; text encoders, tokenizers and licences are copied from it.
-        transformer: folder of the converted transformer, dense or quantised (`nunchaku_lite`).
         manifest: from `bundle.manifest.build`; hashes of files and the table of tensors are added here.
-        card: text of README.md.
-        autoencoder: AutoencoderDC folder; None in the layout "source".
-        scheduler_config: from `bundle.scheduler.scheduler_config`; None in the layout "source".
-        layout: "stock", "official" or "source".
-        lora: adapter file in the form that `load_lora_weights` takes, for bundles that keep it apart; None when merged.
-        single_file: the transformer once more, in the classic nunchaku container; None: the bundle has none.
-        scaling_factor: replaces the autoencoder's own, when it was measured anew.
 
     Raises:
         InputError: the output is taken or not writable, a folder lacks what it must have, the layout does not exist
             for the family.
         ResourceError: the disk is too small.
     """
-    output, source = Path(output), Path(source)
-    index = model_index(read_json(source / "model_index.json"), family, layout, scheduler_config)
+    index = model_index(parts)
     check_output(output, force)
-    copies = {name: source / name for name in index if is_component(index[name])} | {
-        family.component: Path(transformer)
-    }
-    if layout != "source":
-        del copies["scheduler"]
-        copies["vae"] = Path(autoencoder)
-    require_room(output, copies.values(), () if single_file is None else (single_file,))
+    copies = _components(parts, index)
+    require_room(output, copies.values(), () if parts.single_file is None else (parts.single_file,))
     staging = output.parent / f".{output.name}.partial"
     shutil.rmtree(staging, ignore_errors=True)
     try:
         staging.mkdir(parents=True)
-        files = {}
-        for name, folder in copies.items():
-            hashes = copy_component(folder, staging / name, console, label=name)
-            files |= {f"{name}/{file}": digest for file, digest in hashes.items()}
-        if layout != "source":
-            _write_vae(staging / "vae", family, layout, scaling_factor, read_json(Path(transformer) / "config.json"))
-            del files["vae/config.json"]  # no longer a copy
-            (staging / "scheduler").mkdir()
-            write_json(staging / "scheduler" / "scheduler_config.json", scheduler_config)
-        if lora is not None:
-            files[names.LORA] = copy_file(Path(lora), staging / names.LORA)
-        if single_file is not None:
-            files[single_file.name] = copy_file(single_file, staging / single_file.name)
-        _copy_licences({"": source, "-autoencoder": autoencoder}, staging)
-        atomic_write(staging / "README.md", card)
-        write_json(staging / "model_index.json", index)
-        record = {**manifest, "layout": layout, "lora": None if lora is None else names.LORA}
         # The hash of a copy is the hash of what was read from its origin, so that a bad copy is found by `verify`.
-        written = hash_files(staging, skip=files)
-        record["files"] = manifests.file_table(staging, files | written)
-        record["tensors"] = manifests.tensor_table(staging / family.component, source / family.component, console)
+        hashes = _copy_all(parts, copies, staging, console)
+        _write_own(parts, index, render_card(manifest, parts, output.name), staging)
+        hashes |= hash_files(staging, skip=hashes)
+        network = parts.family.component
+        record = {**manifest, "layout": parts.layout, "lora": None if parts.lora is None else names.LORA}
+        record["files"] = manifests.file_table(staging, hashes)
+        record["tensors"] = manifests.tensor_table(staging / network, parts.source / network, console)
         write_json(staging / manifests.FILE, record)
         _swap(staging, output)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    console.say(f"bundle: {output} ({layout} layout, {len(record['files'])} files)")
+    console.say(f"bundle: {output} ({parts.layout} layout, {len(record['files'])} files)")
     return output
 
 
-def model_index(
-    source: dict[str, Any], family: Family, layout: str, scheduler: dict[str, Any] | None
-) -> dict[str, Any]:
-    """model_index.json of the bundle, from the source pipeline's own; ``scheduler``: its config, unless it is the
-    source's.
+def render_card(manifest: dict[str, Any], parts: BundleParts, title: str) -> str:
+    """README.md of a bundle of ``parts``."""
+    return render(manifest, family=parts.family, layout=parts.layout, lora=parts.lora is not None, title=title)
+
+
+def _components(parts: BundleParts, index: dict[str, Any]) -> dict[str, Path]:
+    """Folders that are copied into the bundle: name there -> where it comes from."""
+    copies = {name: parts.source / name for name in index if is_component(index[name])}
+    copies[parts.family.component] = parts.transformer
+    if parts.autoencoder is not None:
+        del copies["scheduler"]
+        copies["vae"] = parts.autoencoder
+    return copies
+
+
+def _copy_all(parts: BundleParts, copies: dict[str, Path], staging: Path, console: Console) -> dict[str, str]:
+    """Copy components and single files; relative path -> SHA-256 of what stays as it was copied."""
+    hashes: dict[str, str] = {}
+    for name, folder in copies.items():
+        found = copy_component(folder, staging / name, console, label=name)
+        hashes |= {f"{name}/{file}": digest for file, digest in found.items()}
+    if parts.lora is not None:
+        hashes[names.LORA] = copy_file(parts.lora, staging / names.LORA)
+    if parts.single_file is not None:
+        hashes[parts.single_file.name] = copy_file(parts.single_file, staging / parts.single_file.name)
+    _copy_licences({"": parts.source, "-autoencoder": parts.autoencoder}, staging)
+    if parts.autoencoder is not None:
+        del hashes["vae/config.json"]  # `_write_own` changes it
+    return hashes
+
+
+def _write_own(parts: BundleParts, index: dict[str, Any], card: str, staging: Path) -> None:
+    """The files that are written anew."""
+    if parts.autoencoder is not None:
+        _write_vae(staging / "vae", parts)
+        (staging / "scheduler").mkdir()
+        write_json(staging / "scheduler" / "scheduler_config.json", parts.scheduler)
+    atomic_write(staging / "README.md", card)
+    write_json(staging / "model_index.json", index)
+
+
+def model_index(parts: BundleParts) -> dict[str, Any]:
+    """model_index.json of the bundle, from the source pipeline's own.
+
+    Raises:
+        InputError: the layout does not exist, or not for this family.
     """
+    family, layout = parts.family, parts.layout
     if layout not in LAYOUTS:
         raise InputError(f"layout {layout!r} does not exist", f"choose one of {', '.join(LAYOUTS)}")
     if layout == "official" and not family.official_layout:
@@ -133,6 +164,7 @@ def model_index(
         )
     from dcgen_convert.bundle.autoencoder_dc_adapter import MODULE_NAME
 
+    source = read_json(parts.source / "model_index.json")
     adapted = layout == "stock" and has_adapter(family)
     index = {
         **{key: value for key, value in source.items() if not key.startswith("_")},
@@ -140,8 +172,8 @@ def model_index(
         "_diffusers_version": version("diffusers"),
         family.component: ["diffusers", family.model_class],
     }
-    if layout != "source":
-        index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+    if parts.scheduler is not None:
+        index["scheduler"] = ["diffusers", parts.scheduler["_class_name"]]
         index["vae"] = [MODULE_NAME, "AutoencoderDCAdapter"] if adapted else ["diffusers", "AutoencoderDC"]
     return index
 
@@ -192,17 +224,16 @@ def add_metrics(bundle: Path, family: Family, stage: str, metrics: dict[str, Any
     write_json(bundle / manifests.FILE, record)
 
 
-def _write_vae(
-    folder: Path, family: Family, layout: str, scaling_factor: float | None, transformer: dict[str, Any]
-) -> None:
-    config = read_json(folder / "config.json")
-    if scaling_factor is not None:
-        config["scaling_factor"] = scaling_factor
-    if layout == "stock" and has_adapter(family):
+def _write_vae(folder: Path, parts: BundleParts) -> None:
+    """The autoencoder's config in the bundle's words, and the adapter's code beside it where the bundle needs it."""
+    config, family = read_json(folder / "config.json"), parts.family
+    if parts.scaling_factor is not None:
+        config["scaling_factor"] = parts.scaling_factor
+    if parts.layout == "stock" and has_adapter(family):
         from dcgen_convert.bundle import autoencoder_dc_adapter as adapter
 
         widths = config["encoder_block_out_channels"]
-        pack = family.pack(transformer)
+        pack = family.pack(read_json(parts.transformer / "config.json"))
         config |= {
             "_class_name": "AutoencoderDCAdapter",
             "latent_pack": pack,

@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dcgen_convert import families
 from dcgen_convert.bundle.layout import read_index
@@ -28,12 +28,20 @@ from dcgen_convert.core.files import read_json
 from dcgen_convert.families.base import Family
 from dcgen_convert.networks.pipelines import quiet_diffusers
 
+if TYPE_CHECKING:
+    import torch
+
 RUNTIMES = ("auto", "stock", "dequantised", "emulated")
 LARGE = 8 << 30  # bytes of transformer weights from which a CPU keeps them in bfloat16
 
 
 def load(
-    bundle: Path, dtype=None, runtime: str = "auto", device: str | None = None, *, trust_remote_code: bool = False
+    bundle: Path,
+    dtype: torch.dtype | None = None,
+    runtime: str = "auto",
+    device: str | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, str]:
     """(pipeline, runtime used).
 
@@ -123,7 +131,8 @@ def transformer_config(bundle: Path) -> dict[str, Any]:
     path = families.network_folder(bundle) / "config.json"
     if not path.is_file():
         raise InputError(f"{path} does not exist", "give a bundle folder")
-    return read_json(path)
+    config: dict[str, Any] = read_json(path)
+    return config
 
 
 def is_quantised(bundle: Path) -> bool:
@@ -131,7 +140,7 @@ def is_quantised(bundle: Path) -> bool:
     return bool(quantised_formats(transformer_config(bundle)))
 
 
-def choose_runtime(bundle: Path, runtime: str, dtype) -> str:
+def choose_runtime(bundle: Path, runtime: str, dtype: torch.dtype) -> str:
     """One of "stock", "dequantised", "emulated"."""
     if runtime not in RUNTIMES:
         raise InputError(f"runtime {runtime!r} does not exist", f"choose one of {', '.join(RUNTIMES)}")
@@ -149,7 +158,7 @@ def choose_runtime(bundle: Path, runtime: str, dtype) -> str:
     return runtime if runtime != "auto" else "dequantised" if reason else "stock"
 
 
-def why_no_kernels(bundle: Path, dtype) -> str:
+def why_no_kernels(bundle: Path, dtype: torch.dtype) -> str:
     """Why diffusers cannot run the bundle's 4-bit kernels on this machine; empty when it can."""
     import torch
 
@@ -171,7 +180,7 @@ def why_no_kernels(bundle: Path, dtype) -> str:
     return ""
 
 
-def default_dtype(bundle: Path, device: str):
+def default_dtype(bundle: Path, device: str) -> torch.dtype:
     """bfloat16 on a GPU, and on a CPU where float32 copies would be large; else float32, which is exact and faster
     there.
     """

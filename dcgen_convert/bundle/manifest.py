@@ -81,7 +81,8 @@ def build(
 
 def split_timing(metrics: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
     """(nested metrics without times and rates, these as flat "stage.name" -> value)."""
-    steady, timing = {}, {}
+    steady: dict[str, Any] = {}
+    timing: dict[str, Any] = {}
     for key, value in metrics.items():
         if isinstance(value, Mapping):
             steady[key], inner = split_timing(value, f"{prefix}{key}.")

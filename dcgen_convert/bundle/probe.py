@@ -11,13 +11,14 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 PROMPTS = {"class_labels": "0"}
 TOKENS_PER_SIDE = 4
 STEPS = 2
 
 
-def probe(bundle: Path, trust_remote_code: bool = False) -> dict:
+def probe(bundle: Path, trust_remote_code: bool = False) -> dict[str, Any]:
     """{"runtime", "height", "width", "mean", "std"} of a small picture; exceptions of loading and drawing pass
     through. trust_remote_code: as `loading.load` takes it.
     """
@@ -50,7 +51,7 @@ def main() -> None:
     os.dup2(2, 1)
     try:
         document = probe(Path(sys.argv[1]), "--trust-remote-code" in sys.argv[2:])
-    except Exception as error:  # the parent reports it: a child has no other reader
+    except Exception as error:  # noqa: BLE001  the parent reports it: a child has no other reader
         document = {"error": f"{type(error).__name__}: {error}"}
     print(json.dumps(document), file=result_stream, flush=True)
 

@@ -6,7 +6,7 @@ import io
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dcgen_convert.bundle.loading import family_of, is_quantised, load, transformer_config
 from dcgen_convert.bundle.manifest import read as read_manifest
@@ -15,6 +15,10 @@ from dcgen_convert.core.errors import CheckFailed, InputError
 from dcgen_convert.core.files import atomic_write, read_json
 from dcgen_convert.families.base import Family
 from dcgen_convert.families.grid import autoencoder_grid
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
 
 
 def sample(
@@ -29,7 +33,7 @@ def sample(
     guidance: float | None = None,
     seed: int = 0,
     count: int = 1,
-    dtype=None,
+    dtype: torch.dtype | None = None,
     runtime: str = "auto",
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
@@ -87,7 +91,7 @@ def sample(
 
 
 def draw(
-    pipeline,
+    pipeline: Any,
     family: Family,
     prompts: list[str],
     seeds: list[int],
@@ -97,7 +101,7 @@ def draw(
     steps: int,
     guidance: float,
     length: int,
-) -> list:
+) -> list[Image]:
     """One batch from a loaded stock pipeline: PIL images, one CPU generator per picture.
 
     CheckFailed when a decoded picture is not finite; stock pipelines would paint it black.
@@ -116,11 +120,11 @@ def draw(
     return [to_pil(picture) for picture in pixels]
 
 
-def to_pil(picture):
+def to_pil(picture: torch.Tensor) -> Image:
     """(3, H, W) in [0, 1] -> PIL image, rounded to 8 bit."""
-    from PIL import Image
+    from PIL import Image as images
 
-    return Image.fromarray((picture.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+    return images.fromarray((picture.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
 def check_size(family: Family, config: dict[str, Any], vae: dict[str, Any], height: int, width: int) -> None:
@@ -163,7 +167,7 @@ def describe(bundle: Path, runtime: str) -> str:
     }[runtime]
 
 
-def write_png(picture, path: Path) -> None:
+def write_png(picture: Image, path: Path) -> None:
     """PIL image -> PNG file, whole or absent."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")

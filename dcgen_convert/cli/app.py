@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from dcgen_convert.cli import completion
 from dcgen_convert.cli.options import (
@@ -41,19 +42,18 @@ class DefaultVerb(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] not in ("-h", "--help", "--version"):
-            word = next((arg for arg in args if not arg.startswith("-")), None)
             if args[0].startswith("-") or _may_be_source(args[0]):
                 args = ["convert", *args]
             elif not ctx.resilient_parsing:
                 known = [*self.commands, *shelf.names(), *_source_names()]
-                hits = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+                hits = difflib.get_close_matches(args[0], known, n=1, cutoff=0.5)
                 raise InputError(
-                    f"{word!r} is neither a verb nor a source" + (f". Did you mean {hits[0]!r}?" if hits else ""),
+                    f"{args[0]!r} is neither a verb nor a source" + (f". Did you mean {hits[0]!r}?" if hits else ""),
                     "dcgen-convert --help lists the verbs, dcgen-convert recipes list the sources",
                 )
         return super().parse_args(ctx, args)
 
-    def shell_complete(self, ctx: click.Context, incomplete: str) -> list:
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         return super().shell_complete(ctx, incomplete) + completion.sources(ctx, None, incomplete)
 
 
@@ -301,7 +301,7 @@ def main(argv: list[str] | None = None) -> None:
     except SystemExit as exc:
         # Without standalone mode click exits by itself only after EPIPE, and then it has replaced both streams.
         code = 0 if sys.stdout is not stdout else session.fail(exc)
-    except BaseException as exc:  # every failure leaves through the one table
+    except BaseException as exc:  # noqa: BLE001  every failure leaves through the one table
         code = session.fail(exc)
     code = code if isinstance(code, int) else 0
     session.leave(code)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from dcgen_convert.core.disk import existing
 from dcgen_convert.planning.costs import hub_cache
@@ -19,9 +20,9 @@ PACKAGES = ("diffusers", "transformers", "peft", "safetensors", "huggingface_hub
 IMPORT_SECONDS = 120
 
 
-def examine() -> dict[str, dict]:
+def examine() -> dict[str, dict[str, Any]]:
     """Every check by name: {"state": "ok" | "limited" | "missing", "text": one line, ...facts}."""
-    checks: dict[str, Callable[[], dict]] = {
+    checks: dict[str, Callable[[], dict[str, Any]]] = {
         "python": _python,
         "torch": _torch,
         "gpus": _gpus,
@@ -36,22 +37,22 @@ def examine() -> dict[str, dict]:
     return {name: check() for name, check in checks.items()}
 
 
-def render(found: dict[str, dict]) -> str:
+def render(found: dict[str, dict[str, Any]]) -> str:
     """One line per check."""
     width = max(map(len, found))
     return "\n".join(f"{name:<{width}}  {check['state']:<8}  {check['text']}" for name, check in found.items())
 
 
-def _answer(state: str, text: str, **facts: object) -> dict:
+def _answer(state: str, text: str, **facts: object) -> dict[str, Any]:
     return {"state": state, "text": text, **facts}
 
 
-def _python() -> dict:
+def _python() -> dict[str, Any]:
     text = f"{sys.version.split()[0]} on {sys.platform}"
     return _answer("ok" if sys.version_info >= (3, 11) else "missing", text)
 
 
-def _torch() -> dict:
+def _torch() -> dict[str, Any]:
     if importlib.util.find_spec("torch") is None:
         return _answer("missing", "not installed: pip install torch")
     import torch
@@ -60,22 +61,20 @@ def _torch() -> dict:
     return _answer("ok", f"{torch.__version__} ({build}, {torch.get_num_threads()} threads)", version=torch.__version__)
 
 
-def _gpus() -> dict:
+def _gpus() -> dict[str, Any]:
     import torch
 
     if not torch.cuda.is_available():
         return _answer("limited", "none: tiny recipes and `plan` run, large conversions do not", gpus=[])
-    gpus = []
-    for i in range(torch.cuda.device_count()):
-        card = torch.cuda.get_device_properties(i)
-        gpus.append({"name": card.name, "bytes": card.total_memory, "capability": [card.major, card.minor]})
+    cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    gpus = [{"name": card.name, "bytes": card.total_memory, "capability": [card.major, card.minor]} for card in cards]
     text = "; ".join(
-        f"{g['name']} {g['bytes'] / 2**30:.0f} GiB (capability {g['capability'][0]}.{g['capability'][1]})" for g in gpus
+        f"{card.name} {card.total_memory / 2**30:.0f} GiB (capability {card.major}.{card.minor})" for card in cards
     )
     return _answer("ok", text, gpus=gpus)
 
 
-def _training() -> dict:
+def _training() -> dict[str, Any]:
     """bf16 on the device that training would use."""
     import torch
 
@@ -84,7 +83,7 @@ def _training() -> dict:
     return _answer("limited", f"CPU only, {os.cpu_count()} cores: fp32, tiny recipes")
 
 
-def _kernels() -> dict:
+def _kernels() -> dict[str, Any]:
     """NVFP4 kernels need the package `kernels`, its opt-in, and a GPU of capability 12.x; INT4 7.5, 8.x or 12.x."""
     import torch
 
@@ -119,14 +118,18 @@ print(deepspeed.__version__ + ";" + ",".join(able))
 """
 
 
-def _deepspeed() -> dict:
+def _deepspeed() -> dict[str, Any]:
     """Import in a fresh process, because a broken install can take the whole process down; ops that could be
     compiled."""
     if importlib.util.find_spec("deepspeed") is None:
         return _answer("missing", "not installed (Linux only): pip install 'deepspeed>=0.19.3,<0.20'")
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _DEEPSPEED_PROBE], capture_output=True, text=True, timeout=IMPORT_SECONDS
+            [sys.executable, "-c", _DEEPSPEED_PROBE],
+            capture_output=True,
+            text=True,
+            timeout=IMPORT_SECONDS,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return _answer("missing", f"import did not end within {IMPORT_SECONDS} s")
@@ -142,7 +145,7 @@ def _deepspeed() -> dict:
     )
 
 
-def _packages() -> dict:
+def _packages() -> dict[str, Any]:
     found: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
@@ -156,7 +159,7 @@ def _packages() -> dict:
     return _answer("missing" if missing else "ok", text, versions=found)
 
 
-def _memory() -> dict:
+def _memory() -> dict[str, Any]:
     import psutil
 
     memory = psutil.virtual_memory()
@@ -165,14 +168,14 @@ def _memory() -> dict:
     )
 
 
-def _disk() -> dict:
+def _disk() -> dict[str, Any]:
     here, cache = shutil.disk_usage(Path.cwd()), existing(hub_cache())
     there = shutil.disk_usage(cache)
     text = f"{size(here.free)} free here, {size(there.free)} free for the hub cache ({hub_cache()})"
     return _answer("ok" if here.free > 2e9 else "limited", text, free=here.free, cache_free=there.free)
 
 
-def _hub() -> dict:
+def _hub() -> dict[str, Any]:
     """Token, cache and offline mode; the network is not touched, and the token is never shown."""
     from huggingface_hub import constants, get_token
 

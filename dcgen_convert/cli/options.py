@@ -5,24 +5,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from dcgen_convert.api import settings
 from dcgen_convert.cli import completion
 
+F = TypeVar("F", bound=Callable[..., Any])
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
-def option(*names: str, help: str, **settings: object) -> Callable:
+def option(*names: str, help: str, **settings: Any) -> Callable[[F], F]:
     return click.option(*names, help=help, **settings)
 
 
-def stack(decorators: list[Callable]) -> Callable:
+def stack(decorators: list[Callable[[F], F]]) -> Callable[[F], F]:
     """Several click options as one decorator, shown in the given order."""
 
-    def apply(function: Callable) -> Callable:
+    def apply(function: F) -> F:
         for decorate in reversed(decorators):
             function = decorate(function)
         return function
@@ -96,7 +97,7 @@ class CountOrNone(click.ParamType):
 class Rank(click.IntRange):
     """A rank that the 4-bit kernels take."""
 
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         rank = super().convert(value, param, ctx)
         if rank % 16:
             self.fail(f"{rank} is not a multiple of 16", param, ctx)
@@ -164,7 +165,7 @@ OUTPUT = [
 ]  # fmt: skip
 
 
-def output_options(values: dict) -> dict:
+def output_options(values: dict[str, Any]) -> dict[str, Any]:
     """Take the OUTPUT options out of a verb's arguments, named as `Session.begin` wants them."""
     return {
         "json": values.pop("as_json"),

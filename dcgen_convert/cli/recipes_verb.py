@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -23,19 +24,12 @@ def recipes() -> None:
 @recipes.command("list", context_settings=CONTEXT)
 @stack(OUTPUT)
 @click.pass_obj
-def list_recipes(session: Session, **values: object) -> int:
+def list_recipes(session: Session, **values: Any) -> int:
     """List every shipped recipe with its source, its autoencoder and its first comment line."""
     console = session.begin(**output_options(values))
 
-    rows = []
-    for name in shelf.names():
-        merged: dict = {}
-        for _, raw in shelf.read(name):
-            merged |= raw
-        rows.append(
-            {"name": name, "source": merged.get("source"), "ae": merged.get("ae"), "about": _about(shelf.find(name))}
-        )
-    width = max(len(row["name"]) for row in rows)
+    rows = [_row(name) for name in shelf.names()]
+    width = max(map(len, shelf.names()))
     text = "\n".join(f"{row['name']:<{width}}  {row['source']} -> {row['ae']}: {row['about']}" for row in rows)
     console.result({"schema": "dcgen.recipes/1", "status": "done", "recipes": rows}, text)
     return 0
@@ -45,7 +39,7 @@ def list_recipes(session: Session, **values: object) -> int:
 @NAME
 @stack(OUTPUT)
 @click.pass_obj
-def show(session: Session, name: str, **values: object) -> int:
+def show(session: Session, name: str, **values: Any) -> int:
     """Show every key of recipe NAME with its value and where it comes from."""
     console = session.begin(**output_options(values))
     from dcgen_convert.recipe import loading
@@ -71,7 +65,7 @@ def show(session: Session, name: str, **values: object) -> int:
 @option("--force", is_flag=True, help="Overwrite FILE. Default: off.")
 @stack(OUTPUT)
 @click.pass_obj
-def copy(session: Session, name: str, file: str, force: bool, **values: object) -> int:
+def copy(session: Session, name: str, file: str, force: bool, **values: Any) -> int:
     """Write recipe NAME, with everything that it extends, to FILE, as a start for your own recipe."""
     console = session.begin(**output_options(values))
     import yaml
@@ -96,7 +90,7 @@ def copy(session: Session, name: str, file: str, force: bool, **values: object) 
 @NAME
 @stack(OUTPUT)
 @click.pass_obj
-def validate(session: Session, name: str, **values: object) -> int:
+def validate(session: Session, name: str, **values: Any) -> int:
     """Check recipe NAME (or a file): keys, types, combinations, autoencoder, sizes. Exit 2 when it cannot work."""
     console = session.begin(**output_options(values))
     from dcgen_convert.recipe import loading
@@ -107,15 +101,23 @@ def validate(session: Session, name: str, **values: object) -> int:
 
 
 def _known(name: str) -> str:
-    """NAME when it is a recipe at all; catalogue sources are not."""
-
+    """NAME, if it is a recipe. A source of the catalogue is none."""
     if shelf.find(name) is None:
         raise RecipeError(f"unknown recipe {name!r}{shelf.nearest(name, shelf.names())}", "dcgen-convert recipes list")
     return name
 
 
-def _about(path: Path) -> str:
-    first = path.read_text(encoding="utf-8").splitlines()[0]
+def _row(name: str) -> dict[str, Any]:
+    """What the list shows of a recipe: its source and autoencoder, and its first line when that is a comment."""
+    merged: dict[str, Any] = {}
+    for _, raw in shelf.read(name):
+        merged |= raw
+    return {"name": name, "source": merged.get("source"), "ae": merged.get("ae"), "about": _about(name)}
+
+
+def _about(name: str) -> str:
+    path = shelf.find(name)
+    first = path.read_text(encoding="utf-8").splitlines()[0] if path else ""
     return first.removeprefix("#").strip() if first.startswith("#") else ""
 
 

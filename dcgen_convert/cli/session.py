@@ -114,13 +114,13 @@ class Session:
             time.sleep(ORPHAN_SECONDS)
         os._exit(TerminatedRun.exit_code)
 
-    def _on_sigterm(self, signum: int, frame: object) -> None:
+    def _on_sigterm(self, _signum: int, _frame: object) -> None:
         if not self._failing.locked():  # else this process is ending
             raise Terminated
 
     def _force(self, error: DcgenError) -> None:
         """End the process from another thread: the main one waits for a rank that is gone, or hangs."""
-        frames = sys._current_frames()
+        frames = sys._current_frames()  # noqa: SLF001  Python's documented way to see other threads
         stacks = {
             thread.name: traceback.format_stack(frames[thread.ident])
             for thread in threading.enumerate()

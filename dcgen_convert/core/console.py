@@ -7,6 +7,7 @@ the events file. Two decisions are kept apart: *colour* (NO_COLOR, FORCE_COLOR, 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -14,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from dcgen_convert.core.progress import LineProgress, LiveProgress, SilentProgress
 
@@ -62,14 +63,14 @@ class Console:
     def __init__(
         self,
         mode: str = "human",
-        events: Path | None = None,
-        log_file: Path | None = None,
+        events: str | Path | None = None,
+        log_file: str | Path | None = None,
         *,
         verbose: bool = False,
         quiet: bool = False,
         stdout: IO[str] | None = None,
         stderr: IO[str] | None = None,
-    ):
+    ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode must be one of {MODES}, not {mode!r}")
         self.mode = mode
@@ -133,7 +134,7 @@ class Console:
         A redrawn bar on a live terminal; elsewhere a line per 10 % or 60 s with the time left; nothing when quiet.
         """
         if self.quiet:
-            bar = SilentProgress(self, label, total, unit)
+            bar: LineProgress = SilentProgress(self, label, total, unit)
         elif wants_live(self.stderr, os.environ):
             bar = LiveProgress(self, label, total, unit)
         else:
@@ -157,7 +158,7 @@ class Console:
         if self.tracker is not None:
             self.tracker.picture(label, step, image)
 
-    def result(self, doc: dict, text: str) -> None:
+    def result(self, doc: dict[str, Any], text: str) -> None:
         """The result, once, on stdout: `doc` as JSON in mode "json", else `text` (usually a path)."""
         stream = self._stdout or sys.stdout
         try:
@@ -184,17 +185,11 @@ class Console:
             _append(self.log_file, f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {level:<9} {text}")
 
 
-class _Nowhere:
+class _Nowhere(io.StringIO):
     """A stream that takes everything and shows nothing."""
 
-    def write(self, text: str) -> int:
+    def write(self, text: str, /) -> int:
         return len(text)
-
-    def flush(self) -> None:
-        return None
-
-    def isatty(self) -> bool:
-        return False
 
 
 def _append(path: Path, line: str) -> None:

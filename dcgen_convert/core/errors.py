@@ -27,7 +27,7 @@ class DcgenError(Exception):
         self.message = message
         self.hint = hint
 
-    def document(self) -> dict:
+    def document(self) -> dict[str, Any]:
         """The error as the one JSON document that `--json` prints."""
         return {"error": {"code": self.code, "message": self.message, "hint": self.hint}}
 
@@ -127,18 +127,19 @@ def _first_line(exc: BaseException) -> str:
     return text.splitlines()[0][:300] if text else "(no message)"
 
 
-def _terminated(exc: BaseException) -> DcgenError:
+def _terminated(_: BaseException) -> DcgenError:
     return TerminatedRun("terminated; the work done so far is kept")
 
 
-def _interrupted(exc: BaseException) -> DcgenError:
+def _interrupted(_: BaseException) -> DcgenError:
     return InterruptedRun("interrupted; the work done so far is kept")
 
 
 def _usage(exc: BaseException) -> DcgenError:
     """Click's complaints about the arguments; their context knows which verb's help to show."""
     context = getattr(exc, "ctx", None)
-    return InputError(exc.format_message(), f"{context.command_path} --help" if context else "dcgen-convert --help")
+    tell: Callable[[], str] = getattr(exc, "format_message", exc.__str__)
+    return InputError(tell(), f"{context.command_path} --help" if context else "dcgen-convert --help")
 
 
 def _gated(exc: BaseException) -> DcgenError:
@@ -176,7 +177,9 @@ def _no_memory(exc: BaseException) -> DcgenError:
 
 
 def _os_error(exc: BaseException) -> DcgenError | None:
-    where = f" ({exc.filename})" if getattr(exc, "filename", None) else ""
+    if not isinstance(exc, OSError):
+        return None
+    where = f" ({exc.filename})" if exc.filename else ""
     if exc.errno in (errno.ENOSPC, errno.EDQUOT):
         return ResourceError(f"the disk is full{where}", "free space, then resume the run")
     if exc.errno == errno.ENOMEM:
@@ -187,13 +190,13 @@ def _os_error(exc: BaseException) -> DcgenError | None:
 
 
 def _permission(exc: BaseException) -> DcgenError:
-    return InputError(
-        f"no permission to use {exc.filename or 'a file'}", "choose another folder, or change its permissions"
-    )
+    where = getattr(exc, "filename", None) or "a file"
+    return InputError(f"no permission to use {where}", "choose another folder, or change its permissions")
 
 
 def _not_found(exc: BaseException) -> DcgenError | None:
-    return InputError(f"file not found: {exc.filename}", "check the path") if exc.filename else None
+    where = getattr(exc, "filename", None)
+    return InputError(f"file not found: {where}", "check the path") if where else None
 
 
 def _safetensors(exc: BaseException) -> DcgenError:

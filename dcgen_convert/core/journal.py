@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError, ResourceError
 from dcgen_convert.core.files import TEMPORARY, fresh_folder, read_json, write_json
 
@@ -37,7 +38,7 @@ def fingerprint(document: Any) -> str:
 class Run:
     """One run folder, held by one process at a time."""
 
-    def __init__(self, path: Path, console) -> None:
+    def __init__(self, path: Path, console: Console) -> None:
         self.path = path.resolve()
         self.console = console
         try:
@@ -63,7 +64,7 @@ class Run:
         marker = folder / MARKER
         if not marker.exists():
             return None
-        record = read_json(marker)
+        record: dict[str, Any] = read_json(marker)
         if record["fingerprint"] != fingerprint(inputs):
             self.console.say(f"{name}: runs again, changed: {_changed(inputs, record['inputs'])}")
             return None

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import Protocol
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, Self
 
 from dcgen_convert.core import pulse
+
+if TYPE_CHECKING:
+    from dcgen_convert.core.console import Console
 
 EVERY_FRACTION = 0.10
 EVERY_SECONDS = 60.0
@@ -44,7 +49,14 @@ class LineProgress:
 
     live = False
 
-    def __init__(self, console, label: str, total: int | None, unit: str, clock=time.monotonic):
+    def __init__(
+        self,
+        console: Console,
+        label: str,
+        total: int | None,
+        unit: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.console, self.label, self.total, self.unit = console, label, total, unit
         self.done = 0
         self.info: dict[str, object] = {}
@@ -52,12 +64,14 @@ class LineProgress:
         self._start = self._last_time = clock()
         self._last_fraction = 0.0
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         self._start = self._last_time = self._clock()
         self._open()
         return self
 
-    def __exit__(self, kind, value, trace) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._close()
         elapsed = self._clock() - self._start
         state = "done" if kind is None else "stopped"
@@ -95,9 +109,9 @@ class LineProgress:
             **self.info,
         )
         if not self.live:
-            share = f"{100 * fraction:.0f} %  {self.done}/{self.total}" if self.total else f"{self.done}"
+            count = f"{100 * fraction:.0f} %  {self.done}/{self.total}" if self.total else f"{self.done}"
             eta = f"  ETA {duration(left)}" if left is not None else ""
-            self.console.say(f"{self.label}: {share} {self.unit}  {rate:.3g} s each{eta}{self._tail()}")
+            self.console.say(f"{self.label}: {count} {self.unit}  {rate:.3g} s each{eta}{self._tail()}")
 
     def _tail(self) -> str:
         return f"  {describe(self.info)}" if self.info else ""

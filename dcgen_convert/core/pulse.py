@@ -32,7 +32,7 @@ count = 0  # pieces of work that this process has done
 
 def bump(*_: object) -> None:
     """One more piece of work is done. Takes and ignores everything, so that it can be a hook of a network."""
-    global count
+    global count  # noqa: PLW0603  one number per process, bumped in hot loops
     count += 1
 
 
@@ -57,7 +57,8 @@ class Sign:
 
 def sign(busy: bool = False) -> Sign:
     """How this process's main thread stands; may be called in any thread."""
-    innermost = frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    frames = sys._current_frames()  # noqa: SLF001  Python's documented way to see other threads
+    innermost = frame = frames.get(threading.main_thread().ident or 0)
     own, waits = None, False
     while frame is not None:
         waits = waits or COLLECTIVE in frame.f_code.co_filename

@@ -14,6 +14,8 @@ from dcgen_convert.core.errors import InputError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from dcgen_convert.core.console import Console
+
 FOLDER = "tensorboard"  # in the run folder
 
 
@@ -36,7 +38,7 @@ def require(kind: str | None) -> None:
 
 
 @contextmanager
-def tracking(console, kind: str | None, run_dir: Path, recipe: dict[str, Any]) -> Iterator[None]:
+def tracking(console: Console, kind: str | None, run_dir: Path, recipe: dict[str, Any]) -> Iterator[None]:
     """Let ``console`` pass figures and pictures on while the body runs.
 
     Args:
@@ -67,7 +69,7 @@ def tracking(console, kind: str | None, run_dir: Path, recipe: dict[str, Any]) -
 class TensorBoard:
     """Event files under ``run_dir``/tensorboard; `tensorboard --logdir` shows them."""
 
-    def __init__(self, run_dir: Path, recipe: dict[str, Any]):
+    def __init__(self, run_dir: Path, recipe: dict[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(run_dir / FOLDER))
@@ -82,22 +84,29 @@ class TensorBoard:
 
         self._writer.add_image(label, numpy.asarray(image.convert("RGB")), step, dataformats="HWC")
 
-    def close(self, failed: bool) -> None:
+    def close(self, failed: bool) -> None:  # noqa: ARG002  event files hold no outcome
         self._writer.close()
 
 
 class WeightsAndBiases:
     """One W&B run per run folder; quiet: without W&B's own lines on stderr."""
 
-    def __init__(self, run_dir: Path, recipe: dict[str, Any], quiet: bool):
+    def __init__(self, run_dir: Path, recipe: dict[str, Any], quiet: bool) -> None:
         import wandb
 
         self._image = wandb.Image
         identity = hashlib.sha256(str(run_dir).encode()).hexdigest()[:16]
-        options = {"project": "dcgen-convert", "name": run_dir.name, "id": identity, "resume": "allow"}
         settings = wandb.Settings(console="off", silent=quiet)  # the run folder has its own log
         try:
-            self._run = wandb.init(dir=str(run_dir), config=recipe, settings=settings, **options)
+            self._run = wandb.init(
+                project="dcgen-convert",
+                name=run_dir.name,
+                id=identity,
+                resume="allow",
+                dir=str(run_dir),
+                config=recipe,
+                settings=settings,
+            )
         except wandb.errors.Error as error:
             raise InputError(
                 f"Weights & Biases does not start: {str(error).splitlines()[0]}",

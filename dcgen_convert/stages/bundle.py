@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dcgen_convert.bundle import card, layout, manifest
+from dcgen_convert.bundle import layout, manifest
 from dcgen_convert.bundle.verify import verify
 from dcgen_convert.checkpoint.licence import licence_of, licence_of_source
 from dcgen_convert.checkpoint.record import source_record
@@ -26,26 +26,20 @@ def write(job: Job, stage: Stage, output: Path, force: bool) -> None:
     single_file = (
         job.folders.quantize / SINGLE_FILE if job.recipe.quantize.container == "nunchaku" and quantised else None
     )
-    facts = describe(job)
-    layout.write_bundle(
-        output,
+    parts = layout.BundleParts(
         family=job.family,
         source=job.source.root,
         transformer=transformer,
-        autoencoder=job.target,
-        scheduler_config=job.scheduler,
-        manifest=facts,
-        card=card.render(
-            facts, family=job.family, layout=job.recipe.bundle.layout, lora=lora is not None, title=output.name
-        ),
-        console=job.console,
         layout=job.recipe.bundle.layout,
+        autoencoder=job.target,
+        scheduler=job.scheduler,
         lora=lora,
         single_file=single_file,
         scaling_factor=job.recipe.latents.scale_override,
-        # `convert` has checked that an existing bundle is this run's own
-        force=force or (output / manifest.FILE).exists(),
     )
+    # `convert` has checked that an existing bundle is this run's own.
+    replace = force or (output / manifest.FILE).exists()
+    layout.write_bundle(output, parts, describe(job), job.console, force=replace)
     copy_file(output / manifest.FILE, stage.folder / manifest.FILE)
 
 

@@ -38,8 +38,7 @@ from transformers import (
 
 from dcgen_convert import families
 from dcgen_convert.bundle import manifest as manifests
-from dcgen_convert.bundle.card import render
-from dcgen_convert.bundle.layout import write_bundle
+from dcgen_convert.bundle.layout import BundleParts, write_bundle
 from dcgen_convert.bundle.scheduler import scheduler_config
 from dcgen_convert.checkpoint.licence import licence_of
 from dcgen_convert.checkpoint.record import source_record
@@ -280,22 +279,17 @@ def make_bundle(
     base = json.loads((parts.source / "scheduler" / "scheduler_config.json").read_text())
     manifest = manifest_of(parts)
     manifest["defaults"]["text_length"] = length
-    layout = options.get("layout", "stock")
-    card = render(manifest, family=parts.family, layout=layout, lora=options.get("lora") is not None, title=output.name)
-    return write_bundle(
-        output,
+    tokens = ((parts.side // parts.factor) ** 2,)
+    force = options.pop("force", False)
+    whole = BundleParts(
         family=parts.family,
         source=parts.source,
         transformer=transformer or parts.transformer,
         autoencoder=parts.autoencoder,
-        scheduler_config=scheduler_config(
-            base, shift, channels=parts.channels, tokens=((parts.side // parts.factor) ** 2,)
-        ),
-        manifest=manifest,
-        card=card,
-        console=NULL,
+        scheduler=scheduler_config(base, shift, channels=parts.channels, tokens=tokens),
         **options,
     )
+    return write_bundle(output, whole, manifest, NULL, force=force)
 
 
 @pytest.fixture(scope="session")
