@@ -122,9 +122,7 @@ def check_tensors(bundle: Path, index: Mapping[str, Any], console: Console) -> l
 
 
 def check_values(tensors: Mapping[str, Entry], console: Console) -> list[str]:
-    """Names of tensors with NaN or infinity, and of NVFP4 scales that the kernel, which reads them unsigned, cannot
-    take.
-    """
+    """Names of tensors with NaN or infinity, and of NVFP4 scales that are negative: the kernel reads them unsigned."""
     import torch
     from safetensors import safe_open
 

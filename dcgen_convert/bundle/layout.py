@@ -179,8 +179,9 @@ def model_index(parts: BundleParts) -> dict[str, Any]:
 
 
 def has_adapter(family: Family) -> bool:
-    """Whether the family's stock pipeline packs latents or calls what an AutoencoderDC has not, so that a patch-1 model
-    needs the in-bundle adapter (tier 2).
+    """Whether a bundle of the family needs the in-bundle adapter (tier 2).
+
+    It does when the stock pipeline packs latents, or calls something that an AutoencoderDC does not have.
     """
     return family.bundle_tier == 2
 

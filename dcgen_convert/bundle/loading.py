@@ -181,9 +181,7 @@ def why_no_kernels(bundle: Path, dtype: torch.dtype) -> str:
 
 
 def default_dtype(bundle: Path, device: str) -> torch.dtype:
-    """bfloat16 on a GPU, and on a CPU where float32 copies would be large; else float32, which is exact and faster
-    there.
-    """
+    """bfloat16 on a GPU, and on a CPU for large models. Else float32, which is exact and faster on a CPU."""
     import torch
 
     size = sum(path.stat().st_size for path in families.network_folder(bundle).glob("*.safetensors"))

@@ -30,15 +30,15 @@ def scheduler_config(
         shift: "model" keeps the base's rule; "flux2" is the latent-size rule at the given sizes; a number is a static
             r.
         channels: latent channels C, for "flux2".
-        tokens: latent grid points H W of every size the bundle is trained for, for "flux2": one size gives a static
-            shift, two give the line of mu through both, which is exact at these two and must not be extrapolated
+        tokens: latent grid points H W of every size that the bundle is trained for, for "flux2". One size gives a
+            static shift. Two sizes give the line of mu through both. It is exact at these two sizes; do not use it
             beyond them.
 
     Raises:
         InputError: the scheduler has no shift, or the rule cannot be expressed in its config.
     """
-    # A live scheduler's config lists here what was left at its default, and from_config ignores those keys: a shift
-    # that is set now would be among them.
+    # diffusers lists here the keys that were left at their default, and from_config ignores them. The shift that is
+    # set below may be one of them.
     base = {key: value for key, value in base.items() if key != "_use_default_values"}
     if shift == "model":
         return base

@@ -99,7 +99,7 @@ def run_probe(bundle: Path, trust_remote_code: bool = False) -> dict[str, Any]:
     """What `bundle.probe` printed, or {"error": why it printed nothing}."""
     flags = ["--trust-remote-code"] if trust_remote_code else []
     with tempfile.TemporaryDirectory() as modules:
-        # Its own cache of in-bundle code: a file that another bundle left behind must not answer for this one.
+        # The child gets its own cache of in-bundle code, so that it cannot load a file that another bundle left there.
         child = subprocess.run(
             [sys.executable, "-m", "dcgen_convert.bundle.probe", str(bundle.absolute()), *flags],
             stdin=subprocess.DEVNULL,  # no library may ask a question there

@@ -21,7 +21,7 @@ from dcgen_convert.core.journal import Run
 from dcgen_convert.core.progress import duration
 from dcgen_convert.core.track import require
 from dcgen_convert.ranks import join
-from dcgen_convert.ranks.crew import Crew
+from dcgen_convert.ranks.crew import Crew, Member
 
 ASK_ABOVE_HOURS = 1.0
 
@@ -72,7 +72,7 @@ def _on_ranks(session: Session, job: Order, work: Callable[[Crew], Conversion]) 
         assert session.result is not None  # `begin` was called
         return launch.run(session.argv, machine, run_dir, console, session.result)
     crew = session.join(machine.rank_timeout)
-    if crew.rank:
+    if isinstance(crew, Member):
         from dcgen_convert.stages import tasks
 
         return crew.serve(tasks.Performer(crew, console))

@@ -4,10 +4,9 @@
     run/<stage>/...              artefacts, written by the stage
     run/<stage>/stage.json       written last: fingerprint, inputs, metrics, outputs, seconds
 
-A stage is done when its marker carries the fingerprint of the inputs that it has now and every output still has its
-size. Otherwise it runs again, and the user is told which input changed. A stage that was cut off with the same
-fingerprint finds its partial artefacts where it left them; with another fingerprint they are deleted, and the user is
-told.
+A stage is done when its marker has the fingerprint of today's inputs, and every output still has its size. Otherwise it
+runs again, and one line says which input changed. A stage that was interrupted continues from its partial files if its
+fingerprint is the same. If not, they are deleted, and one line says so.
 """
 
 from __future__ import annotations
