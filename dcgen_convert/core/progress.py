@@ -5,16 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import IO, Protocol, Self
 
 from dcgen_convert.core import pulse
-
-if TYPE_CHECKING:
-    from dcgen_convert.core.console import Console
 
 EVERY_FRACTION = 0.10
 EVERY_SECONDS = 60.0
 QUIET_SECONDS = 3.0  # shorter loops show their closing line only
+
+
+class Speaker(Protocol):
+    """What a bar needs of the console that made it."""
+
+    @property
+    def stderr(self) -> IO[str]: ...
+
+    def say(self, text: str) -> None: ...
+
+    def event(self, kind: str, **data: object) -> None: ...
+
+    def colour(self) -> bool: ...
 
 
 class Bar(Protocol):
@@ -51,7 +61,7 @@ class LineProgress:
 
     def __init__(
         self,
-        console: Console,
+        console: Speaker,
         label: str,
         total: int | None,
         unit: str,

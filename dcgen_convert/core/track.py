@@ -14,8 +14,6 @@ from dcgen_convert.core.errors import InputError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from dcgen_convert.core.console import Console
-
 FOLDER = "tensorboard"  # in the run folder
 
 
@@ -29,6 +27,13 @@ class Tracker(Protocol):
     def close(self, failed: bool) -> None: ...
 
 
+class Tracked(Protocol):
+    """The console, as far as a tracker concerns it."""
+
+    tracker: Tracker | None
+    quiet: bool
+
+
 def require(kind: str | None) -> None:
     """InputError when the package of a tracker is not installed; None needs nothing."""
     if kind is not None and importlib.util.find_spec(kind) is None:
@@ -38,7 +43,7 @@ def require(kind: str | None) -> None:
 
 
 @contextmanager
-def tracking(console: Console, kind: str | None, run_dir: Path, recipe: dict[str, Any]) -> Iterator[None]:
+def tracking(console: Tracked, kind: str | None, run_dir: Path, recipe: dict[str, Any]) -> Iterator[None]:
     """Let ``console`` pass figures and pictures on while the body runs.
 
     Args:
@@ -62,7 +67,8 @@ def tracking(console: Console, kind: str | None, run_dir: Path, recipe: dict[str
         yield
         failed = False
     finally:
-        console.tracker.close(failed)
+        if console.tracker is not None:
+            console.tracker.close(failed)
         console.tracker = None
 
 
