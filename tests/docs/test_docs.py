@@ -149,6 +149,12 @@ def test_files_of_the_repository_exist(name):
             assert (ROOT / path).exists() or (ROOT / "dcgen_convert" / path).exists(), path
 
 
+def test_the_lines_of_code_on_the_code_page_are_lines_of_the_package():
+    lines = {line.strip() for path in (ROOT / "dcgen_convert").rglob("*.py") for line in path.read_text().splitlines()}
+    shown = "".join(re.findall(r"^```python\n(.*?)^```", TEXTS["code.md"], re.DOTALL | re.MULTILINE)).splitlines()
+    assert shown and {line.strip() for line in shown} <= lines
+
+
 def templates() -> list[str]:
     """Every text of the package, with … where a value is filled in."""
     found = []
