@@ -36,7 +36,7 @@ def meta_model(folder: Path) -> Any:
     model_class = getattr(diffusers, str(config.get("_class_name")).removesuffix("Adapter"), None)
     if not isinstance(model_class, type):
         raise InputError(f"{folder / 'config.json'} names {config.get('_class_name')}, which is no class of diffusers")
-    accepted = inspect.signature(model_class.__init__).parameters
+    accepted = inspect.signature(model_class).parameters
     with torch.device("meta"):
         return model_class(**{key: value for key, value in config.items() if key in accepted})
 
@@ -58,7 +58,7 @@ def expected_tensors(folder: Path) -> tuple[dict[str, Expected], list[str]]:
     modules = dict(model.named_modules())
     for section in ("svdq_w4a4", "awq_w4a16"):
         settings = quantisation.get(section) or {}
-        wanted = AWQ_GROUP if section == "awq_w4a16" else GROUP.get(settings.get("precision"))
+        wanted = AWQ_GROUP if section == "awq_w4a16" else GROUP.get(str(settings.get("precision")))
         if settings and settings.get("group_size") != wanted:
             problems.append(f"{section} has group_size {settings.get('group_size')}, the kernels take {wanted}")
         for path in settings.get("targets", ()):

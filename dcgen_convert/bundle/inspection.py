@@ -63,7 +63,13 @@ def _file(path: Path) -> dict[str, Any]:
     deep = any(".op_list" in name or "to_qkv_multiscale" in name for name in tensors)
     weights = _weights(tensors, {})
     kind = "lora" if updates else "checkpoint" if family else "autoencoder" if deep else "unknown"
-    facts = {"kind": kind, "family": family, "layout": layout, "metadata": metadata, "lora_linears": updates}
+    facts: dict[str, Any] = {
+        "kind": kind,
+        "family": family,
+        "layout": layout,
+        "metadata": metadata,
+        "lora_linears": updates,
+    }
     if kind == "checkpoint":
         try:
             facts |= _transformer(path)

@@ -109,7 +109,7 @@ def own_adapter(name: str) -> Iterator[None]:
     from dcgen_convert.bundle.autoencoder_dc_adapter import AutoencoderDCAdapter
 
     module = ModuleType(name)
-    module.AutoencoderDCAdapter, module.ModelMixin = AutoencoderDCAdapter, ModelMixin
+    vars(module).update(AutoencoderDCAdapter=AutoencoderDCAdapter, ModelMixin=ModelMixin)
     former = sys.modules.get(name)
     sys.modules[name] = module
     try:

@@ -90,7 +90,7 @@ def ranks_of(hostfile: str, most: int | None) -> dict[str, int]:
             f"other hosts of {hostfile} cannot reach {first}", "write the name that they know this host by"
         )
     for host in far:
-        if subprocess.run([*SSH, host, "true"], stdin=subprocess.DEVNULL, capture_output=True).returncode:
+        if subprocess.run([*SSH, host, "true"], stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode:
             raise InputError(f"{host} of the hostfile is not reachable by ssh without a password", f"ssh {host} true")
     return each
 
@@ -110,7 +110,7 @@ def run(arguments: list[str], each: dict[str, int]) -> int:
     env = {key: value for key, value in os.environ.items() if key in PASSED or key.startswith(PASSED_FAMILIES)}
     agents: dict[str, subprocess.Popen] = {}
 
-    def send(number: int, frame: object) -> None:
+    def send(number: int, _frame: object) -> None:
         for agent in agents.values():
             _write(agent, str(number))
 

@@ -138,7 +138,7 @@ def join(log: str, give_up: Callable[[DcgenError], None], console: Console, sile
     import torch.distributed as dist
 
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    prefix = f"dcgen/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    prefix = f"dcgen/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     stores = [_store(prefix, host=rank() == 0 and not hosted and first) for first in (True, False)]
     crew = (Member if rank() else Leader)(rank(), count, stores[1], hosted, log, give_up, silence)
     crew.meet()
