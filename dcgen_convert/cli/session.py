@@ -150,6 +150,8 @@ class Session:
         """Say what went wrong, once, in the right place; return the exit code."""
         if isinstance(exc, click.Abort) and exc.__cause__ is not None:
             exc = exc.__cause__  # click's wrapping of KeyboardInterrupt, which hides SIGTERM
+        if isinstance(exc, Terminated) and ranks.is_launched() and self.crew is SOLO:
+            os._exit(TerminatedRun.exit_code)  # before the ranks have met; the command that started them says why
         error = self.crew.settle(explain(exc), pulse.broke_collective(exc))
         if not self._failing.acquire(blocking=False):
             threading.Event().wait()  # the other thread is saying it, and ends the process

@@ -100,6 +100,11 @@ def alone(env: Mapping[str, str] = os.environ) -> dict[str, str]:
     return {key: value for key, value in env.items() if key not in (*PLACE, LAUNCHED, JOB, NODE, AGENT, PARENT)}
 
 
+def is_launched(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is one of several ranks that this command started."""
+    return world(env) > 1 and LAUNCHED in env
+
+
 def starts_again(env: Mapping[str, str] = os.environ) -> bool:
     """Whether the command that started this process will start it again after a crash."""
     return int(env.get(LAUNCHED, 0)) > 0

@@ -109,8 +109,6 @@ class Link:
                 self.changed.wait_for(lambda: self.failure is not None, BROKEN_GRACE if broken else LOST_GRACE)
             if isinstance(self.failure, RankLost) or (self.failure and follows):
                 return self.failure
-        if terminated and self._ring is None:
-            return RankLost("the ranks were stopped before all of them had met; the logs in the run folder say more")
         if self.rank and self.failure is None:
             self.report(error, [self.rank])
         return error
