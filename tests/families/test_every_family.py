@@ -20,20 +20,16 @@ from bundle.conftest import Parts, autoencoder_dc, make_bundle, modules_cache  #
 from dcgen_convert.bundle.inspection import inspect
 from dcgen_convert.bundle.loading import load
 from dcgen_convert.checkpoint.merge import merge
-from dcgen_convert.checkpoint.open import load_source
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_json
-from dcgen_convert.core.journal import Stage
 from dcgen_convert.families import grid
 from dcgen_convert.networks import autoencoders, models, pipelines
 from dcgen_convert.planning.arithmetic import matching
 from dcgen_convert.planning.quantised import quantised_linears
 from dcgen_convert.planning.structures import structure
 from dcgen_convert.recipe.schema import Quantize
-from dcgen_convert.stages import surgery
 from dcgen_convert.stages.align_embedder import Problem, affine, as_module
-from dcgen_convert.stages.job import Autoencoder
 from dcgen_convert.svdquant import layer, smooth
 from dcgen_convert.svdquant.quantize import quantize
 from dcgen_convert.svdquant.record import CalibrationSet, read_calls, record_calls
@@ -43,43 +39,10 @@ from dcgen_convert.svdquant.targets import plan_targets
 from dcgen_convert.train import lora
 from dcgen_convert.train.objective import Sampling, draw, drop_text, flow_loss
 
-from .tiny_models import TINY
+from .conftest import DEEP, GUIDANCE, SEED, STEPS
 from .tiny_parts import Pairs, alive, keep_states, network_of, trigflow
 
-GUIDANCE, SEED, STEPS = 2.5, 3, 2
 LEARNED_SIGMA = ("dit", "pixart")
-DEEP = [(32, 32), (64, 128), (128, 512), (32, 128)]  # the last is DC-AE 1.5 at f32
-
-
-@pytest.fixture(scope="module", params=TINY)
-def tiny(request):
-    return request.param, TINY[request.param]
-
-
-@pytest.fixture(scope="module")
-def source(tiny, tmp_path_factory):
-    """The family's tiny source, resolved from its folder as `convert` does."""
-    name, entry = tiny
-    folder = tmp_path_factory.mktemp(name) / "source"
-    entry.build(folder)
-    return load_source(name, str(folder))
-
-
-@pytest.fixture(scope="module")
-def stock(tiny, source):
-    """(pipeline, what scheduler.step receives at every step, what the embedder makes of it, (last state, picture)) of a
-    stock drawing."""
-    _, entry = tiny
-    family, pipeline = source.family, pipelines.load_pipeline(source, torch.float32)
-    steps, embedded, states = [], [], []
-    keep_states(pipeline, states, steps)
-    embedder = network_of(pipeline).get_submodule(family.embedder)
-    hook = embedder.register_forward_hook(lambda module, args, output: embedded.append(output))
-    settings = dict(side=entry.side, steps=STEPS, guidance=GUIDANCE, length=entry.length)
-    picture = pipelines.draw(family, pipeline, [entry.prompt], [SEED], **settings)
-    hook.remove()
-    assert len(steps) == STEPS
-    return pipeline, steps, embedded, (states[-1], picture)
 
 
 def latent_of(entry, family, sample):
@@ -209,29 +172,6 @@ def test_every_block_linear_is_lora_target_modulation_or_dense(source):
     assert lora and lora | awq | dense == blocks and not lora & awq
 
 
-@pytest.fixture(scope="module", params=DEEP, ids=lambda deep: f"f{deep[0]}c{deep[1]}")
-def converted(request, tiny, source, tmp_path_factory):
-    """(Parts of the bundle, converted model) after surgery, embedder and head random: they are aligned elsewhere."""
-    factor, channels = request.param
-    folder = tmp_path_factory.mktemp(f"{tiny[0]}-f{factor}")
-    autoencoder_dc(factor, channels).save_pretrained(folder / "ae")
-    ae = Autoencoder("tiny", folder / "ae", None, factor, channels)
-    side = tiny[1].deep_side or 2 * factor
-    config = source.family.convert_config(source.config, factor, channels, side)
-    job = SimpleNamespace(
-        source=source, family=source.family, ae=ae, resolution=side, converted_config=config, console=NULL
-    )
-    surgery.run(job, Stage(folder))
-    model = models.load(folder / models.TRANSFORMER, torch.float32)
-    generator = torch.Generator().manual_seed(5)
-    for name in (source.family.embedder, source.family.head):
-        for value in model.get_submodule(name).parameters():
-            value.copy_(0.2 * torch.randn(value.shape, generator=generator))
-    model.save_pretrained(folder / models.TRANSFORMER)
-    parts = Parts(source.family, source.root, folder / models.TRANSFORMER, folder / "ae", channels, factor, side)
-    return parts, model
-
-
 def test_surgery_remakes_embedder_and_head_and_nothing_else(source, converted):
     parts, model = converted
     family, base = source.family, models.load(source.transformer, torch.float32).state_dict()
@@ -285,12 +225,6 @@ def test_head_rows_are_latent_channels_and_its_inputs_image_tokens(tiny, source,
     torch.testing.assert_close(written, prediction.flatten(2).transpose(1, 2), atol=1e-5, rtol=1e-5)
     features = family.head_inputs(seen["features"], n, text)
     torch.testing.assert_close(affine(head, features)[..., : parts.channels], written, atol=1e-5, rtol=1e-5)
-
-
-@pytest.fixture(scope="module")
-def bundle(tiny, converted, tmp_path_factory):
-    """The bundle's folder, written as a conversion writes it."""
-    return make_bundle(converted[0], tmp_path_factory.mktemp("bundle") / tiny[0], length=tiny[1].length)
 
 
 def test_bundle_loads_in_the_stock_pipeline_and_draws_two_sizes(tiny, converted, bundle):
