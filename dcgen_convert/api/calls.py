@@ -178,7 +178,7 @@ def _console(quiet: bool, run_dir: Path | None = None) -> Console:
 
 
 @_explained()
-def quantize(
+def quantize(  # noqa: PLR0913  every option of the verb by its name
     source: str | Path,
     *,
     output: str | Path | None = None,
@@ -261,7 +261,7 @@ def verify(
 
 
 @_explained()
-def sample(
+def sample(  # noqa: PLR0913  every option of the verb by its name
     bundle: str | Path,
     prompts: str | Sequence[str],
     *,

@@ -37,7 +37,7 @@ PACKAGES = (
 TIMING = ("seconds", "per_second")  # endings of metrics that differ from run to run
 
 
-def build(
+def build(  # noqa: PLR0913  one argument for each section of the manifest
     *,
     recipe: Mapping[str, Any],
     family: str,

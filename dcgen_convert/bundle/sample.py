@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def sample(
+def sample(  # noqa: PLR0913  every option of the verb by its name
     bundle: Path,
     prompts: Sequence[str],
     output: Path,
@@ -90,7 +90,7 @@ def sample(
     }
 
 
-def draw(
+def draw(  # noqa: PLR0913  what a pipeline is called with
     pipeline: Any,
     family: Family,
     prompts: list[str],

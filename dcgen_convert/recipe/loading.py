@@ -17,40 +17,9 @@ from dcgen_convert.families import Family
 from dcgen_convert.ranks.machine import Machine
 from dcgen_convert.recipe import geometry, sources
 from dcgen_convert.recipe.identity import Identity
-from dcgen_convert.recipe.schema import (
-    Adapt,
-    AlignEmbedder,
-    AlignHead,
-    Bundle,
-    Calibration,
-    Data,
-    Evaluate,
-    Latents,
-    Phase,
-    Quantize,
-    Recipe,
-    Watch,
-)
+from dcgen_convert.recipe.schema import Recipe
 from dcgen_convert.recipe.settings import Layers, one_sentence
 from dcgen_convert.recipe.shelf import read
-
-__all__ = [
-    "Adapt",
-    "AlignEmbedder",
-    "AlignHead",
-    "Bundle",
-    "Calibration",
-    "Data",
-    "Evaluate",
-    "Latents",
-    "Phase",
-    "Quantize",
-    "Recipe",
-    "Resolved",
-    "Watch",
-    "load",
-    "revive",
-]
 
 ENV_PREFIX = "DCGEN_CONVERT_"
 

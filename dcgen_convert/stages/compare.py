@@ -15,8 +15,8 @@ from dcgen_convert.data import images, prompts
 from dcgen_convert.evaluate.grids import grid
 from dcgen_convert.evaluate.metrics import psnr
 from dcgen_convert.networks import autoencoders, models, pipelines
-from dcgen_convert.stages import pictures as make
 from dcgen_convert.stages.job import Job
+from dcgen_convert.stages.pictures import class_names
 from dcgen_convert.stages.preview import converted_pipeline
 
 SEED = 104_729  # prompts and noise that no training picture used
@@ -26,7 +26,7 @@ ROWS = 8  # of the grid
 def run(job: Job, stage: Stage, bundle: Path) -> None:
     """Writes grid.png (source | converted | round trip of the source, the ceiling) and fills stage.metrics."""
     count = job.recipe.evaluate.prompts
-    texts = prompts.make(job.recipe.data.prompts, count, job.recipe.seed + SEED, make.class_names(job.source))
+    texts = prompts.make(job.recipe.data.prompts, count, job.recipe.seed + SEED, class_names(job.source))
     seeds = [job.recipe.seed + SEED + i for i in range(count)]
     drawn = {
         "source": _draw(

@@ -29,9 +29,9 @@ from dcgen_convert.train import distributed
 from dcgen_convert.train.checkpoints import latest, load, save, whole
 from dcgen_convert.train.engine import Engine, StepRecord
 from dcgen_convert.train.objective import Draws, LossOf, SamplingOf, draw, to_device
-from dcgen_convert.train.order import Order
+from dcgen_convert.train.order import BatchOrder
 from dcgen_convert.train.prefetch import Prefetch
-from dcgen_convert.train.watch import NONE, Intervals, Watch, kept_lines
+from dcgen_convert.train.watch import NONE, Intervals, TrainingWatch, kept_lines
 
 SPIKE = 10.0  # a loss this many times the recent median stops the run
 WINDOW = 50  # steps that the median looks back on
@@ -135,12 +135,12 @@ class Loop:
         watch: figures, evaluations and grids on the way; None: none.
     """
 
-    def __init__(self, engine: Engine, goal: Goal, place: Place, watch: Watch | None = None) -> None:
+    def __init__(self, engine: Engine, goal: Goal, place: Place, watch: TrainingWatch | None = None) -> None:
         self.engine, self.goal, self.place = engine, goal, place
         self.console = place.console if engine.rank == 0 else NULL
-        self.watch = watch or Watch(place.folder, NONE)
+        self.watch = watch or TrainingWatch(place.folder, NONE)
         self.checkpoints = place.folder / CHECKPOINTS
-        self.order = Order(goal.samples.spans, engine.settings.batch, place.seed)
+        self.order = BatchOrder(goal.samples.spans, engine.settings.batch, place.seed)
         self.curve = Curve()
         self._metrics: _Metrics | None = None
         self._saved = time.monotonic()
@@ -257,7 +257,7 @@ class Loop:
 
 def _feed(engine: Engine, samples: Samples, sampling: SamplingOf, seed: int) -> Prefetch:
     """This rank's micro-batches (z0, text, draws) from the present step on; key: (step, positions in the batch)."""
-    order = Order(samples.spans, engine.settings.batch, seed)  # only the reading thread uses this one
+    order = BatchOrder(samples.spans, engine.settings.batch, seed)  # only the reading thread uses this one
 
     def read(key: tuple[int, range]) -> tuple[Tensor, Text, Draws]:
         step, positions = key

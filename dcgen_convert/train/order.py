@@ -13,7 +13,7 @@ from torch import Tensor
 MIXING = -1  # stream of random numbers that no span has
 
 
-class Order:
+class BatchOrder:
     """Batches of rows of one span each.
 
     Each span has its own endless sequence of rows: one random permutation of the span after the other. Its batches are

@@ -35,7 +35,7 @@ from dcgen_convert.train.objective import (
     velocity,
 )
 from dcgen_convert.train.settings import EngineSettings
-from dcgen_convert.train.watch import Watch
+from dcgen_convert.train.watch import TrainingWatch
 
 if TYPE_CHECKING:
     from dcgen_convert.recipe.schema import Adapt, AlignHead, Phase, Section
@@ -284,7 +284,7 @@ def _evaluate_once(engine: Engine, goal: Goal, place: Place) -> dict[str, float]
     return result
 
 
-def _watch(engine: Engine, task: Task, goal: Goal, place: Place, full: bool) -> Watch:
+def _watch(engine: Engine, task: Task, goal: Goal, place: Place, full: bool) -> TrainingWatch:
     """What is looked at on the way, always with the averaged weights."""
     family, model, (_, words) = task.family, task.model, task.rows.batch([0])
 
@@ -301,7 +301,7 @@ def _watch(engine: Engine, task: Task, goal: Goal, place: Place, full: bool) -> 
                 place.intervals.draw(through_engine, step)
 
     meters = [meter_of(family, model, shape, words, task.adapt, full, task.consistency) for shape in task.rows.shapes]
-    return Watch(place.folder, place.intervals, meters, evaluate, draw)
+    return TrainingWatch(place.folder, place.intervals, meters, evaluate, draw)
 
 
 def _keep(model: nn.Module, weights: dict[str, Tensor]) -> None:

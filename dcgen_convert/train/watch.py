@@ -31,7 +31,7 @@ class Intervals:
     draw: Callable[[Velocity, int], None] | None = None
 
 
-class Watch:
+class TrainingWatch:
     """The evaluations and grids of one run.
 
     Args:

@@ -9,7 +9,7 @@ from PIL import Image
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.data import cache, images, prompts
 from dcgen_convert.data.buckets import Span
-from dcgen_convert.train.order import Order
+from dcgen_convert.train.order import BatchOrder
 
 
 def test_builtin_prompts_have_millions_of_combinations_and_a_seed():
@@ -179,7 +179,7 @@ def test_ten_million_rows_cost_their_index_only(tmp_path):
     assert (tmp_path / cache.INDEX).stat().st_size < 1000
     before = anonymous_bytes()
     rows, _ = cache.LatentCache(tmp_path, 64).split()
-    order = Order(rows.spans, 16, seed=0)
+    order = BatchOrder(rows.spans, 16, seed=0)
     shards, shapes = set(), set()
     for step in range(300):
         indices = order.rows_of(step)

@@ -11,7 +11,7 @@ from dcgen_convert.evaluate import tiny_world
 from dcgen_convert.families.catalog import find_source
 from dcgen_convert.networks import pipelines
 from dcgen_convert.recipe import loading
-from dcgen_convert.stages import pictures as make
+from dcgen_convert.stages.pictures import class_names
 
 COUNT = 48
 
@@ -20,7 +20,7 @@ COUNT = 48
 def test_nine_attributes_of_ten_are_right(name):
     source = load_source(name, str(find_source(name).folder))
     data = loading.load(name).recipe.data
-    texts = prompts.make("tiny-world", COUNT, 77, make.class_names(source))
+    texts = prompts.make("tiny-world", COUNT, 77, class_names(source))
     pictures = pipelines.draw(
         source.family,
         pipelines.load_pipeline(source, torch.float32),

@@ -110,6 +110,16 @@ def _documentation(tree: ast.AST) -> Iterator[ast.AST]:
             yield first.value
 
 
+def classes() -> dict[str, list[str]]:
+    """Name of a class -> the modules that define one of that name."""
+    found: dict[str, list[str]] = {}
+    for module, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, []).append(module)
+    return found
+
+
 def circles() -> list[list[str]]:
     """Groups of modules that import one another, at the top or later."""
     graph: dict[str, set[str]] = {name: set() for name in modules()}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from .rooms import EXCEPTIONS, FLOORS, PACKAGE, arrows, circles, floor, modules, room
+from .rooms import EXCEPTIONS, FLOORS, PACKAGE, arrows, circles, classes, floor, modules, room
 
 MOST_ROOMS = 19  # 16 folders, and the files conversion.py, quantization.py and __init__.py
 
@@ -36,6 +36,10 @@ def test_exceptions_are_still_needed():
 
 def test_no_import_circles():
     assert circles() == []
+
+
+def test_no_class_name_stands_twice():
+    assert {name: places for name, places in classes().items() if len(places) > 1} == {}
 
 
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/code.md"])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dcgen_convert.train import objective
 from dcgen_convert.train.loop import _feed, positions_of
 from dcgen_convert.train.objective import Sampling, t_of_normal
-from dcgen_convert.train.order import Order
+from dcgen_convert.train.order import BatchOrder
 
 from .train_worker import FLUX, MixedRows, Rows, adapt, losses, run_ranks
 
@@ -25,11 +25,11 @@ def spans_of(lengths):
 
 
 def test_order_is_a_permutation_of_each_epoch():
-    order = Order([range(10)], 4, seed=3)
+    order = BatchOrder([range(10)], 4, seed=3)
     rows = [row for step in range(5) for row in order.rows_of(step)]
     assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10)) and rows[:10] != rows[10:]
-    assert Order([range(10)], 4, seed=3).rows_of(3) == rows[12:16]  # by step alone, without the steps before
-    assert [row for step in range(5) for row in Order([range(10)], 4, seed=4).rows_of(step)] != rows
+    assert BatchOrder([range(10)], 4, seed=3).rows_of(3) == rows[12:16]  # by step alone, without the steps before
+    assert [row for step in range(5) for row in BatchOrder([range(10)], 4, seed=4).rows_of(step)] != rows
     # the order of rows of one shape is older than buckets: runs must go on as they began
     first = torch.randperm(10, generator=torch.Generator().manual_seed(3 * 1_000_003)).tolist()
     assert rows[:10] == first
@@ -37,7 +37,7 @@ def test_order_is_a_permutation_of_each_epoch():
 
 def test_spans_are_shuffled_apart():
     spans = spans_of([30, 30, 30])
-    order = Order(spans, 10, seed=1)
+    order = BatchOrder(spans, 10, seed=1)
     steps = [order.rows_of(step) for step in range(18)]
     passes = [[row - span.start for rows in steps[:9] for row in rows if row in span] for span in spans]
     assert passes[0] != passes[1] != passes[2] != passes[0]
@@ -50,7 +50,7 @@ def test_spans_are_shuffled_apart():
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(1, 12), st.integers(0, 5))
 def test_batches_are_of_one_span_and_no_row_waits_or_is_lost(lengths, batch, seed):
     spans = spans_of(lengths)
-    order, total = Order(spans, batch, seed), sum(lengths)
+    order, total = BatchOrder(spans, batch, seed), sum(lengths)
     for epochs in (1, 3):
         steps = sum(-(-epochs * length // batch) for length in lengths)
         seen = [order.rows_of(step) for step in range(steps)]
@@ -65,7 +65,7 @@ def test_batches_are_of_one_span_and_no_row_waits_or_is_lost(lengths, batch, see
         assert all(sorted(part) == list(span) for part in passes)
     if all(length % batch == 0 for length in lengths):
         assert sorted(row for rows in seen[: total // batch] for row in rows) == list(range(total))
-    assert Order(spans, batch, seed).rows_of(len(seen) - 1) == seen[-1]
+    assert BatchOrder(spans, batch, seed).rows_of(len(seen) - 1) == seen[-1]
 
 
 class Seen(MixedRows):
@@ -102,7 +102,7 @@ def test_ranks_and_a_resumed_run_read_the_same_rows():
     too.
     """
     alone = read_by(1, 0, 0)
-    assert [row for row, _ in alone[5]] == Order(MixedRows().spans, 6, 5).rows_of(5)
+    assert [row for row, _ in alone[5]] == BatchOrder(MixedRows().spans, 6, 5).rows_of(5)
     for world, start in ((2, 0), (3, 0), (3, 7)):
         parts = [read_by(world, rank, start) for rank in range(world)]
         joined = {step: [pair for part in parts for pair in part[step]] for step in parts[0]}
@@ -175,7 +175,7 @@ def test_tokens_per_second_are_those_of_the_shape(mixed, tmp_path):
     console.say = console.scalars = lambda *args, **more: None
     adapt(tmp_path, mixed=True, scheduler=DYNAMIC, phase={"steps": 8}, console=console)
     tokens = [round(info["tokens_per_s"] / info["samples_per_s"]) for info in seen]
-    order, rows = Order(MixedRows().spans, 6, 0), MixedRows()
+    order, rows = BatchOrder(MixedRows().spans, 6, 0), MixedRows()
     shapes = [rows.shapes[order.span_of(step)] for step in range(8)]
     assert tokens == [shape[1] * shape[2] + 3 for shape in shapes] and len(set(tokens)) > 1
     assert len(Rows(1).spans) == 1
