@@ -20,6 +20,7 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO, Any
 
 from dcgen_convert.core.errors import InputError, RankLost
 from dcgen_convert.ranks.join import NODE
@@ -100,8 +101,8 @@ def is_here(host: str) -> bool:
     return host in ("localhost", "127.0.0.1", socket.gethostname())
 
 
-def run(arguments: list[str], each: dict[str, int]) -> int:
-    """Run `dcgen-convert ARGUMENTS` on all hosts; the exit code of the first, which has rank 0.
+def run(arguments: list[str], each: dict[str, int], result: IO[str]) -> int:
+    """Run `dcgen-convert ARGUMENTS` on all hosts; the exit code of the first, which has rank 0 and writes ``result``.
 
     Raises:
         RankLost: the agent of the first host was lost.
@@ -120,7 +121,8 @@ def run(arguments: list[str], each: dict[str, int]) -> int:
             node = Node(count, number, len(each), first, port, world - count)
             command = [sys.executable, "-m", "dcgen_convert.ranks.hosts"]
             command = command if is_here(host) else [*SSH, host, " ".join(command)]
-            agents[host] = subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0, start_new_session=True)
+            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL if number else result}
+            agents[host] = subprocess.Popen(command, bufsize=0, start_new_session=True, **pipes)
             document = {"arguments": arguments, "folder": os.getcwd(), "env": {**env, NODE: json.dumps(asdict(node))}}
             _write(agents[host], json.dumps(document))
         return _wait(agents, first)

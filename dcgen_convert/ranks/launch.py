@@ -85,7 +85,7 @@ def _once(
     try:
         if len(each) == 1 and hosts.is_here(*each):
             return _run_here(arguments, hosts.Node(sum(each.values())), run_dir, result)
-        return hosts.run(arguments, each)
+        return hosts.run(arguments, each, result)
     except RankLost as error:
         if last:
             raise
