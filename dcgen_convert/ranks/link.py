@@ -246,8 +246,8 @@ class Link:
                         f"torch's store has been silent for {self._silence:.0f} s: the process that started the ranks"
                     )
                     return self._note(RankLost(f"{message} is stopped, or its host hangs"), LOST_GRACE)
-                self._kill({0})
-                return self._note(self._frozen(0), LOST_GRACE)
+                self._note(self._frozen(0), LOST_GRACE)
+                return self._kill({0})
 
     def _frozen(self, rank: int) -> RankLost:
         said = self.peers.get(rank)
@@ -262,8 +262,17 @@ class Link:
     def _store_lost(self) -> None:
         time.sleep(self._pause)
         if not self._alone():
-            who = "the process that started rank 0" if self._hosted else "rank 0"
-            self._note(RankLost(f"{who} was lost: it was killed or it crashed"), LOST_GRACE)
+            lost = RankLost("the process that started rank 0 was lost: it was killed or it crashed")
+            self._note(lost if self._hosted else self._broken(0), LOST_GRACE)
+
+    def _broken(self, rank: int) -> RankLost:
+        """The error of a rank whose connections broke.
+
+        Whoever finds rank 0 frozen kills it, so that the others see its end: it was silent for long before that.
+        """
+        if rank == 0 and not self._hosted and 0 < 0.75 * self._silence < time.monotonic() - self._talked:
+            return self._frozen(0)
+        return RankLost(f"rank {rank} was lost: it was killed or it crashed")
 
     def _wait_for_left(self) -> None:
         import torch
@@ -274,12 +283,12 @@ class Link:
             return
         if self._closing or self.failure is not None or self._alone():
             return
-        lost = f"rank {left} was lost: it was killed or it crashed"
+        lost = self._broken(left)
         try:
             if not self._store.check([END]):
-                self.report(RankLost(f"{lost}; its log is {self._log_of(left)}"), [left])
+                self.report(RankLost(f"{lost.message}; its log is {self._log_of(left)}"), [left])
         except RuntimeError:
-            self._note(RankLost(lost), LOST_GRACE)
+            self._note(lost, LOST_GRACE)
 
 
 def parent() -> int:
