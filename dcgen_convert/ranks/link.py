@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dcgen_convert.core import pulse
@@ -75,6 +76,7 @@ class Link:
         self._ring: ProcessGroup | None = None
         self._began = self._talked = time.monotonic()
         self._parent, self._activity = parent(), pulse.Activity()
+        Path(log or os.devnull).parent.mkdir(parents=True, exist_ok=True)  # rank 0 may not have logged a line yet
         self._trace = open(log or os.devnull, "a")  # noqa: SIM115  lives as long as the process
         self._pause = min(BEAT, silence / 8) if silence else BEAT
         for work in (self._beat, self._guard):
