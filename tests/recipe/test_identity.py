@@ -13,6 +13,7 @@ import pytest
 from conftest import WEIGHTS
 
 from dcgen_convert.core.errors import AccessError, InputError
+from dcgen_convert.families import catalog
 from dcgen_convert.planning.plan import plan
 from dcgen_convert.recipe import loading, shelf
 from dcgen_convert.recipe.identity import Identity
@@ -84,7 +85,8 @@ def test_without_the_network_a_hub_id_is_left_to_later(monkeypatch, tmp_path):
 
 def test_where_a_source_lies(tmp_path):
     shipped, krea = Identity("tiny-flux"), Identity("flux-krea")
-    assert (shipped.where, shipped.hub_id, shipped.is_alone) == (str(FLUX), None, False)
+    installed = catalog.find_source("tiny-flux").folder  # of the package, wherever it is installed
+    assert (shipped.where, shipped.hub_id, shipped.is_alone) == (str(installed), None, False)
     assert krea.where == krea.hub_id == "black-forest-labs/FLUX.1-Krea-dev"
     assert (Identity(str(FLUX)).path, Identity(str(FILE)).is_alone) == (FLUX, True)
     assert Identity(str(FILE), base="flux-krea").pipeline.hub_id == krea.hub_id
