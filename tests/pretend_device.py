@@ -88,6 +88,8 @@ def _refuse_strangers(operation, tensors: list[torch.Tensor]) -> None:
 @cache
 def _register() -> None:
     torch.utils.backend_registration._setup_privateuseone_for_python_backend(NAME)
+    # The registration lasts as long as the process, and recomputed activations of later tests ask the device for it.
+    getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16]
 
 
 @contextmanager
