@@ -23,6 +23,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from dcgen_convert.core import pulse
 from dcgen_convert.core.errors import DcgenError, InternalError, InterruptedRun, RankLost, TerminatedRun
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 LOST_GRACE = 2.0  # seconds that the main thread has to end by itself after a rank was lost ...
 FAILED_GRACE = 5.0  # ... and after a rank said why it failed: the others mostly fail of the same
+TOLD_GRACE = 5.0  # seconds that a rank with an error of its own waits to hear that another rank is the cause
 BROKEN_GRACE = 20.0  # seconds that a rank whose collective broke waits to hear which rank broke it
 SILENCE = 120.0  # seconds without a sign of life or of progress: longer than any piece of work
 BEAT = 1.0  # seconds between two signs of life, at most
@@ -104,11 +107,11 @@ class Link:
         A lost rank explains everything; a broken collective is explained by whoever broke it. An elastic agent sends
         SIGTERM to all ranks of its host when one of them ends: that is no wish of the user.
         """
-        terminated = self._hosted and isinstance(error, TerminatedRun)
+        terminated = self._hosted and isinstance(error, TerminatedRun) and not self._alone()
         follows = isinstance(error, InternalError) or terminated
         with self.changed:
             if follows:
-                self.changed.wait_for(lambda: self.failure is not None, BROKEN_GRACE if broken else LOST_GRACE)
+                self.changed.wait_for(lambda: self.failure is not None, BROKEN_GRACE if broken else TOLD_GRACE)
             if isinstance(self.failure, RankLost) or (self.failure and follows):
                 return self.failure
         if self.rank and self.failure is None:
@@ -157,7 +160,7 @@ class Link:
         """Called once a second: whether the others are still there."""
         for rank in self._watched:
             if rank not in self._heard and now - self._began > max(COMING, self._silence):
-                self.report(RankLost(f"rank {rank} of {self.world} did not come; look at its log"), [rank])
+                self.report(RankLost(f"rank {rank} of {self.world} did not come; look at its log"), [rank], frozen=True)
             elif now - self._heard.get(rank, now) > self._silence:
                 self.report(self._frozen(rank), [rank], frozen=True)
 
@@ -193,6 +196,11 @@ class Link:
             if peer["kernel"] == self._me["kernel"]:
                 with suppress(OSError):
                     os.kill(peer["pid"], signal.SIGKILL)
+        if ranks - self.peers.keys() and PARENT in os.environ:  # one that stopped before it told its number
+            with suppress(psutil.Error):
+                for sibling in psutil.Process(parent()).children():
+                    if sibling.status() == psutil.STATUS_STOPPED:
+                        sibling.kill()
 
     def _log_of(self, rank: int) -> str:
         key = f"beat/{rank}"

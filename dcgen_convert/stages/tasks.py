@@ -25,9 +25,9 @@ class Performer:
         self._job: Job | None = None
 
     def __call__(self, document: dict[str, Any], task: str, arguments: dict[str, Any]) -> None:
+        self.console.say(f"task {task}")
         from dcgen_convert.stages import adapt, align_head, latents, pictures, quantize
 
-        self.console.say(f"task {task}")
         job = self._job = self._job or self._prepare(document)
         perform = {
             "pictures": lambda: pictures.draw_part(job, self.crew),
