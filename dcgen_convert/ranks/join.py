@@ -25,7 +25,7 @@ from dcgen_convert.ranks.link import PARENT, SILENCE
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-JOIN_SECONDS = 300.0  # longest wait for all ranks to be there: hosts load Python at very different speeds
+JOIN_SECONDS = 300  # longest wait for all ranks, or hosts, to be there: they load Python at very different speeds
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 MPI = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),

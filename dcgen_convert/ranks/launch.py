@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 LOG = "log-launcher.txt"
-JOIN_SECONDS = 300  # longest wait of the hosts for one another
 SAVE_SECONDS = 1800  # longest wait for the ranks after SIGINT or SIGTERM: they write a checkpoint first
 
 
@@ -113,7 +112,7 @@ def _run_here(arguments: list[str], node: hosts.Node, run_dir: Path, result: IO[
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    patience, first = timedelta(seconds=JOIN_SECONDS), node.number == 0
+    patience, first = timedelta(seconds=join.JOIN_SECONDS), node.number == 0
     store = TCPStore(node.address, node.port, None, first, patience, wait_for_workers=False, multi_tenant=True)
     config = LaunchConfig(
         min_nodes=node.nodes,
@@ -121,7 +120,7 @@ def _run_here(arguments: list[str], node: hosts.Node, run_dir: Path, result: IO[
         nproc_per_node=node.ranks,
         rdzv_backend="static",
         rdzv_endpoint=f"{node.address}:{store.port}",
-        rdzv_configs={"rank": node.number, "timeout": JOIN_SECONDS},
+        rdzv_configs={"rank": node.number, "timeout": join.JOIN_SECONDS},
         run_id="dcgen",
         max_restarts=0,  # `run` starts again: with a new store, and only after a crash
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),

@@ -26,9 +26,8 @@ def fitted(job: Job, phase: Phase, label: str) -> dict[str, Any]:
     if fit.problem:
         raise ResourceError(f"{label}: {fit.problem}", "dcgen-convert plan shows what fits")
     job.console.say(
-        f"{label}: {fit.reason}; micro-batch {fit.micro_batch} of the {phase.batch // world} pictures per rank and "
-        "step, "
-        f"{fit.limit} would fit in {memory / GIB:.1f} GiB"
+        f"{label}: {fit.reason}; micro-batch {fit.micro_batch} of the {phase.batch // world} pictures "
+        f"per rank and step, {fit.limit} would fit in {memory / GIB:.1f} GiB"
     )
     return {"zero": fit.zero, "offload": fit.offload, "micro_batch": fit.micro_batch}
 

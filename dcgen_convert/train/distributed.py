@@ -96,14 +96,6 @@ def leave() -> None:
         torch.distributed.destroy_process_group()
 
 
-def barrier() -> None:
-    """Wait for every rank; nothing with one."""
-    import torch
-
-    if world_size() > 1:
-        torch.distributed.barrier()
-
-
 def mean_over_ranks(values: list[float], device: torch.device) -> list[float]:
     """Mean of each value over the ranks (one small collective); the values themselves with one rank."""
     import torch

@@ -12,11 +12,11 @@ from .conftest import environment
 WAIT = """
 import sys, time
 from pathlib import Path
-from dcgen_convert import cli
+from dcgen_convert.cli import app
 from dcgen_convert.cli.options import OUTPUT, output_options, stack
 import click
 
-@cli.cli.command("wait")
+@app.cli.command("wait")
 @click.argument("run")
 @stack(OUTPUT)
 @click.pass_obj
@@ -25,7 +25,7 @@ def wait(session, run, **values):
     console.say("waiting")
     time.sleep(60)
 
-cli.main(sys.argv[1:])
+app.main(sys.argv[1:])
 """
 
 

@@ -10,11 +10,11 @@ from .conftest import environment
 
 NOISY = """
 import os, subprocess, sys
-from dcgen_convert import cli
+from dcgen_convert.cli import app
 from dcgen_convert.cli.options import OUTPUT, output_options, stack
 import click
 
-@cli.cli.command("noisy")
+@app.cli.command("noisy")
 @click.option("--fail", is_flag=True)
 @stack(OUTPUT)
 @click.pass_obj
@@ -28,7 +28,7 @@ def noisy(session, fail, **values):
         raise RuntimeError("boom")
     console.result({"status": "done"}, "the result")
 
-cli.main(sys.argv[1:])
+app.main(sys.argv[1:])
 """
 
 

@@ -43,20 +43,18 @@ def part(kind: str, run: Path, rank: int, bar) -> None:  # noqa: C901  one branc
     elif kind == "crash":
         raise ZeroDivisionError("a fault of this program")
     elif kind == "collective":
-        from dcgen_convert.train import distributed
+        import torch
 
-        with distributed.launch_environment():
-            distributed.join()
+        meet()
         while True:
-            distributed.barrier()
+            torch.distributed.barrier()
             time.sleep(0 if rank else 600)  # rank 0 is the one that keeps the others waiting
     elif kind == "wait-in-collective":
-        from dcgen_convert.train import distributed
+        import torch
 
-        with distributed.launch_environment():
-            distributed.join()
+        meet()
         for _ in range(1 if rank else 2):
-            distributed.barrier()
+            torch.distributed.barrier()
         work(120)
     elif kind.startswith("steps-then-"):
         steps(rank, int(kind.rpartition("-")[2]))
@@ -79,22 +77,30 @@ def work(seconds: float) -> None:
         time.sleep(0.1)
 
 
-def steps(rank: int, guilty: int) -> None:
-    """Steps in lockstep; then rank 0 has much to do while the others wait for it; then one rank hangs."""
-    from dcgen_convert.core import pulse
+def meet() -> None:
+    """The ranks' process group, as training makes it."""
     from dcgen_convert.train import distributed
 
     with distributed.launch_environment():
         distributed.join()
+
+
+def steps(rank: int, guilty: int) -> None:
+    """Steps in lockstep; then rank 0 has much to do while the others wait for it; then one rank hangs."""
+    import torch
+
+    from dcgen_convert.core import pulse
+
+    meet()
     for _ in range(10):
-        distributed.barrier()
+        torch.distributed.barrier()
         pulse.bump()
         time.sleep(0.05)
     work(0 if rank else 2 * LONG)
-    distributed.barrier()
+    torch.distributed.barrier()
     if rank == guilty:
         hang()
-    distributed.barrier()
+    torch.distributed.barrier()
 
 
 def hang() -> None:

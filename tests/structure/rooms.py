@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 PACKAGE = "dcgen_convert"
@@ -59,6 +60,11 @@ def floor(name: str) -> int:
     return next(number for number, rooms in enumerate(FLOORS) if name in rooms)
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def modules() -> dict[str, Path]:
     """Dotted name inside the package -> file."""
     found = {}
@@ -72,7 +78,7 @@ def arrows() -> Iterator[Arrow]:
     """Every import inside the package: at the top, in functions, under TYPE_CHECKING, and modules named in texts."""
     known = modules()
     for name, path in known.items():
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = parsed(path)
         documentation = {id(node) for node in _documentation(tree)}
         for node in ast.walk(tree):
             if id(node) not in documentation:
@@ -114,7 +120,7 @@ def classes() -> dict[str, list[str]]:
     """Name of a class -> the modules that define one of that name."""
     found: dict[str, list[str]] = {}
     for module, path in modules().items():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.ClassDef):
                 found.setdefault(node.name, []).append(module)
     return found
