@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
+from click.utils import PacifyFlushWrapper
 
 from dcgen_convert.cli import completion
 from dcgen_convert.cli.options import (
@@ -28,7 +29,7 @@ from dcgen_convert.cli.options import (
     output_options,
     stack,
 )
-from dcgen_convert.cli.session import Session
+from dcgen_convert.cli.session import Session, drain
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.version import __version__
 from dcgen_convert.recipe import shelf
@@ -291,7 +292,18 @@ _register()
 def main(argv: list[str] | None = None) -> None:
     """Entry point: run the verb and leave with the right exit code."""
     arguments = sys.argv[1:] if argv is None else argv
-    session, stdout = Session(arguments), sys.stdout
+    session = Session(arguments)
+    try:
+        code = _run(session, arguments)
+    except BaseException as exc:  # noqa: BLE001  a second Ctrl-C while the first was being explained
+        code = session.fail(exc)
+    session.leave(code)
+    drain()
+    sys.exit(code)
+
+
+def _run(session: Session, arguments: list[str]) -> int:
+    """The exit code of a verb, whatever happens in it."""
     try:
         code = cli.main(arguments, prog_name="dcgen-convert", standalone_mode=False, obj=session)
         sys.stdout.flush()
@@ -300,9 +312,7 @@ def main(argv: list[str] | None = None) -> None:
         code = exc.exit_code
     except SystemExit as exc:
         # Without standalone mode click exits by itself only after EPIPE, and then it has replaced both streams.
-        code = 0 if sys.stdout is not stdout else session.fail(exc)
+        code = 0 if isinstance(sys.stdout, PacifyFlushWrapper) else session.fail(exc)
     except BaseException as exc:  # noqa: BLE001  every failure leaves through the one table
         code = session.fail(exc)
-    code = code if isinstance(code, int) else 0
-    session.leave(code)
-    sys.exit(code)
+    return code if isinstance(code, int) else 0

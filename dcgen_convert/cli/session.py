@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -15,13 +16,14 @@ import threading
 import time
 import traceback
 import warnings
+from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, TextIO, cast
 
 import click
 
 from dcgen_convert.core import pulse
-from dcgen_convert.core.console import Console
+from dcgen_convert.core.console import Console, Lasting, leave_reader
 from dcgen_convert.core.errors import (
     DcgenError,
     InternalError,
@@ -67,19 +69,20 @@ class Session:
         log_file: str | None = None,
         run_dir: Path | None = None,
     ) -> Console:
-        """Take stdout away from everyone but the result, listen for SIGTERM, and make the console.
+        """Take stdout away from everyone but the result, listen for signals, and make the console.
 
         run_dir: the resumable run folder of this verb, if it has one; the log goes there unless `log_file` says
             otherwise.
         """
         self.json = json
         self.run_dir = run_dir
-        signal.signal(signal.SIGTERM, self._on_sigterm)
+        self._listen()
         if not verbose:
             _hush()
         if run_dir is not None and (log_file is None or self.rank):
             log_file = str(run_dir / ranks.log_name(self.rank))
         mode, self.result = "json" if json else "human", _result_stream()
+        _outlive_readers()
         if self.rank:  # only rank 0 speaks; the others log into the run folder
             nowhere = open(os.devnull, "w")  # noqa: SIM115  lives as long as the process
             _divert(log_file)
@@ -114,9 +117,14 @@ class Session:
             time.sleep(ORPHAN_SECONDS)
         os._exit(TerminatedRun.exit_code)
 
-    def _on_sigterm(self, _signum: int, _frame: object) -> None:
+    def _listen(self) -> None:
+        signal.signal(signal.SIGTERM, self._on_signal)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a background job of a shell
+            signal.signal(signal.SIGINT, self._on_signal)
+
+    def _on_signal(self, number: int, _frame: object) -> None:
         if not self._failing.locked():  # else this process is ending
-            raise Terminated
+            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
     def _force(self, error: DcgenError) -> None:
         """End the process from another thread: the main one waits for a rank that is gone, or hangs."""
@@ -148,8 +156,7 @@ class Session:
 
     def fail(self, exc: BaseException) -> int:
         """Say what went wrong, once, in the right place; return the exit code."""
-        if isinstance(exc, click.Abort) and exc.__cause__ is not None:
-            exc = exc.__cause__  # click's wrapping of KeyboardInterrupt, which hides SIGTERM
+        exc = unwrapped(exc)
         if isinstance(exc, Terminated) and ranks.is_launched() and self.crew is SOLO:
             os._exit(TerminatedRun.exit_code)  # before the ranks have met; the command that started them says why
         error = self.crew.settle(explain(exc), pulse.broke_collective(exc))
@@ -167,23 +174,40 @@ class Session:
         if isinstance(error, InterruptedRun):
             self.console.last_line(error.hint)
         if self.json:
-            self.console.result(error.document(), "")
+            with suppress(OSError, ValueError):  # stdout is what failed
+                self.console.result(error.document(), "")
         return error.exit_code
 
     def _again(self) -> str:
         """The command that continues: resume when there is a run folder, else the same command."""
         if self.run_dir is not None and self.run_dir.is_dir():
-            return f"dcgen-convert resume {self.run_dir}"
-        return "dcgen-convert " + " ".join(self.argv)
+            return shlex.join(["dcgen-convert", "resume", str(self.run_dir)])
+        return shlex.join(["dcgen-convert", *self.argv])
 
     def _keep_traceback(self, exc: BaseException, error: DcgenError) -> None:
-        trace = "".join(traceback.format_exception(exc))
         if isinstance(error, InternalError) and self.console.log_file is None:
-            folder = Path(tempfile.gettempdir())
-            self.console.log_file = folder / f"dcgen-convert-{os.getpid()}.log"
-        if isinstance(error, InternalError):
-            error.hint = f"the traceback is in {self.console.log_file}; -v shows it here"
-        self.console.traceback(trace)
+            with suppress(OSError):  # a name that nobody can foresee, and only this user may read it
+                descriptor, name = tempfile.mkstemp(prefix="dcgen-convert-", suffix=".log")
+                os.close(descriptor)
+                self.console.log_file = Path(name)
+        self.console.traceback("".join(traceback.format_exception(exc)))
+        log = self.console.log_file
+        if isinstance(error, InternalError) and log is not None and log not in self.console.unwritten:
+            error.hint = f"the traceback is in {log}; -v shows it here"
+
+
+def unwrapped(exc: BaseException) -> BaseException:
+    """The exception that ended the work, behind what was raised because of it.
+
+    That is the interrupt, when click wrapped it, or when it hit code that could not be stopped in order. An error that
+    we can explain stays: a checkpoint that did not fit on the disk is told, though the user interrupted.
+    """
+    if not isinstance(exc, click.Abort | BrokenPipeError) and not isinstance(explain(exc), InternalError):
+        return exc
+    behind: BaseException | None = exc
+    while behind is not None and not isinstance(behind, KeyboardInterrupt):
+        behind = behind.__cause__ or behind.__context__
+    return exc if behind is None else behind
 
 
 def _hush() -> None:
@@ -203,7 +227,24 @@ def _result_stream() -> IO[str]:
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
-    return os.fdopen(kept, "w", encoding="utf-8")
+    return os.fdopen(kept, "w", encoding="utf-8", errors="surrogateescape")  # any path comes out as its own bytes
+
+
+def _outlive_readers() -> None:
+    """`tool 2>&1 | tee log`, and tee is gone: nothing that writes to these streams shall end the job."""
+    sys.stdout, sys.stderr = (
+        stream if isinstance(stream, Lasting) else cast("TextIO", Lasting(stream))
+        for stream in (sys.stdout, sys.stderr)
+    )
+
+
+def drain() -> None:
+    """Flush the streams; what cannot be written is dropped, or Python would change the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            leave_reader(stream)
 
 
 def _divert(log_file: str | None) -> None:

@@ -3,6 +3,10 @@
 stdout carries the result only (`Console.result`); everything else goes to stderr, to the log file and, as NDJSON, to
 the events file. Two decisions are kept apart: *colour* (NO_COLOR, FORCE_COLOR, TERM=dumb, terminal) and *liveness*
 (a real terminal outside CI): FORCE_COLOR must never make a pipe receive a redrawn bar.
+
+Texts may hold what a stranger has written: names, captions, licences, metadata of files. `plain` makes them harmless,
+here and for everything that is shown. And a job must not end because nobody reads its lines: a stream, a log or an
+events file that cannot be written to is given up with a warning at most.
 """
 
 from __future__ import annotations
@@ -13,11 +17,12 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from dcgen_convert.core.progress import LineProgress, LiveProgress, SilentProgress
+from dcgen_convert.core.spelling import plain
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -81,6 +86,7 @@ class Console:
         self._stdout = stdout
         self._stderr = stderr
         self.tracker: Tracker | None = None
+        self.unwritten: set[Path] = set()  # logs and events files that could not be written
 
     @property
     def stderr(self) -> IO[str]:
@@ -94,38 +100,38 @@ class Console:
         """One line about what is decided or done."""
         self._log("info", text)
         if not self.quiet:
-            self._write(text)
+            self._line("", text)
 
     def warn(self, text: str) -> None:
         """One line that the user should not miss; shown in every mode, recorded as an event."""
         self._log("warning", text)
-        self._write(f"{self._paint('warning:', 33)} {text}")
+        self._line(f"{self._paint('warning:', 33)} ", text)
         self.event("warning", text=text)
 
     def error(self, text: str, hint: str = "") -> None:
         """The sentence that explains why the command failed, and the next command."""
         self._log("error", f"{text} | hint: {hint}" if hint else text)
-        self._write(f"{self._paint('error:', 31)} {text}")
+        self._line(f"{self._paint('error:', 31)} ", text)
         if hint:
-            self._write(f"{self._paint('hint:', 36)} {hint}")
+            self._line(f"{self._paint('hint:', 36)} ", hint)
         self.event("error", text=text, hint=hint)
 
     def last_line(self, text: str) -> None:
         """A command to copy, alone on its line and without colour; shown in every mode."""
         self._log("info", text)
-        self._write(text)
+        self._line("", text)
 
     def detail(self, text: str) -> None:
         """A line for -v and the log file."""
         self._log("detail", text)
         if self.verbose and not self.quiet:
-            self._write(text)
+            self._line("", text)
 
     def traceback(self, text: str) -> None:
         """A traceback: to the log file, and to stderr only with -v."""
         self._log("traceback", text)
         if self.verbose:
-            self._write(text.rstrip())
+            self._write(plain(text.rstrip()))
 
     @contextmanager
     def progress(self, label: str, total: int | None, unit: str = "") -> Iterator[LineProgress]:
@@ -146,7 +152,7 @@ class Console:
         """Append one NDJSON object to the events file; values that JSON does not know become strings."""
         if self.events is not None:
             line = {"schema": "dcgen.event/1", "time": round(time.time(), 3), "kind": kind, **data}
-            _append(self.events, json.dumps(line, default=str))
+            self._append(self.events, json.dumps(line, default=str))
 
     def scalars(self, label: str, step: int, values: Mapping[str, float]) -> None:
         """Figures of one step, to the tracker that was asked for."""
@@ -159,13 +165,13 @@ class Console:
             self.tracker.picture(label, step, image)
 
     def result(self, doc: dict[str, Any], text: str) -> None:
-        """The result, once, on stdout: `doc` as JSON in mode "json", else `text` (usually a path)."""
-        stream = self._stdout or sys.stdout
-        try:
-            stream.write((json.dumps(doc, indent=2, default=str) if self.mode == "json" else text).rstrip("\n") + "\n")
-            stream.flush()
-        except BrokenPipeError:  # the reader has read enough; what is still buffered goes nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        """The result, once, on stdout: `doc` as JSON in mode "json", else `text` (usually a path).
+
+        Raises:
+            OSError: it cannot be written (a full disk). A reader that has gone away has read enough.
+        """
+        shown = json.dumps(doc, indent=2, default=str) if self.mode == "json" else plain(text, bytes_kept=True)
+        write_lasting(self._stdout or sys.stdout, shown.rstrip("\n") + "\n")
 
     def colour(self) -> bool:
         return wants_colour(self.stderr, os.environ)
@@ -173,16 +179,81 @@ class Console:
     def _paint(self, text: str, code: int) -> str:
         return f"\x1b[{code}m{text}\x1b[0m" if self.colour() else text
 
+    def _line(self, mark: str, text: str) -> None:
+        """One line, after a mark of our own; a second line of a text is indented, so that it passes for no other."""
+        self._write(mark + plain(text).replace("\n", "\n  "))
+
     def _write(self, text: str) -> None:
         try:
-            self.stderr.write(text + "\n")
-            self.stderr.flush()
-        except (BrokenPipeError, ValueError):
-            self._stderr = _Nowhere()  # the reader went away or the stream is closed: a long job must not die of it
+            write_lasting(self.stderr, text + "\n")
+        except ValueError:
+            self._stderr = _Nowhere()  # the stream is closed
+        except OSError:  # a full disk, a terminal that is gone
+            return
 
     def _log(self, level: str, text: str) -> None:
         if self.log_file is not None:
-            _append(self.log_file, f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {level:<9} {text}")
+            shown = plain(text).replace("\n", "\n  ")
+            self._append(self.log_file, f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {level:<9} {shown}")
+
+    def _append(self, path: Path, line: str) -> None:
+        """Add a line to a file of lines; a file that cannot be written is told once, and tried again next time."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            if path not in self.unwritten:
+                self.unwritten.add(path)
+                self._line(f"{self._paint('warning:', 33)} ", f"{path} cannot be written: {error.strerror}")
+
+
+def write_lasting(stream: IO[str], text: str) -> None:
+    """Write to a stream that others may have closed: what nobody reads any more goes nowhere, from now on.
+
+    Raises:
+        OSError: for another reason than a reader that went away, such as a full disk. ValueError: the stream is closed.
+    """
+    try:
+        try:
+            stream.write(text)
+        except UnicodeEncodeError:  # an ASCII locale
+            encoding = stream.encoding or "ascii"
+            stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        stream.flush()
+    except BrokenPipeError:
+        leave_reader(stream)
+
+
+class Lasting:
+    """A stream of the process, for everything that writes to it: it outlives its reader, as `write_lasting` does."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except BrokenPipeError:
+            leave_reader(self.stream)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except BrokenPipeError:
+            leave_reader(self.stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def leave_reader(stream: IO[str]) -> None:
+    """Lead the file of ``stream``, which cannot be written any more, to nowhere: also what it has in its buffer."""
+    with suppress(OSError, ValueError):  # a stream without a file
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 class _Nowhere(io.StringIO):
@@ -190,12 +261,6 @@ class _Nowhere(io.StringIO):
 
     def write(self, text: str, /) -> int:
         return len(text)
-
-
-def _append(path: Path, line: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as f:
-        f.write(line + "\n")
 
 
 NULL = Console("quiet", stdout=_Nowhere(), stderr=_Nowhere())

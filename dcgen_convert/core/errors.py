@@ -11,6 +11,7 @@ line calls `explain` on whatever reaches it; nothing else in the package maps ex
 from __future__ import annotations
 
 import errno
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -177,6 +178,7 @@ def _no_memory(exc: BaseException) -> DcgenError:
 
 
 def _os_error(exc: BaseException) -> DcgenError | None:
+    """What the operating system refused. Without a number it comes from a library that could not use a file."""
     if not isinstance(exc, OSError):
         return None
     where = f" ({exc.filename})" if exc.filename else ""
@@ -186,7 +188,24 @@ def _os_error(exc: BaseException) -> DcgenError | None:
         return _no_memory(exc)
     if exc.errno == errno.EROFS:
         return InputError(f"the file system is read-only{where}", "choose another folder with --output and --run-dir")
-    return None
+    if exc.errno in _WRONG_PATH:
+        return InputError(f"{os.strerror(exc.errno)}{where}", "check the path, or choose another folder")
+    if exc.errno is None:
+        return InputError(f"a file cannot be used: {_first_line(exc)}", "check that it is whole, or fetch it again")
+    return ResourceError(
+        f"the system refused a file or a device: {os.strerror(exc.errno)}{where}",
+        "check the disk and its file system, then resume the run",
+    )
+
+
+_WRONG_PATH = (
+    errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.EINVAL, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR,
+    errno.ENOTEMPTY, errno.ENXIO, errno.EPERM,
+)  # fmt: skip
+
+
+def _broken_pipe(exc: BaseException) -> DcgenError:
+    return ResourceError(f"a process that this one talks to is gone: {_first_line(exc)}", "run the command again")
 
 
 def _permission(exc: BaseException) -> DcgenError:
@@ -232,6 +251,7 @@ _TABLE: dict[str, Callable[[BaseException], DcgenError | None]] = {
     "LocalEntryNotFoundError": _offline,
     "OfflineModeIsEnabled": _offline,
     "HfHubHTTPError": _network,
+    "BrokenPipeError": _broken_pipe,
     "ConnectionError": _network,
     "TransportError": _network,
     "OutOfMemoryError": _no_memory,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -18,19 +19,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK = 1 << 22  # bytes that are copied at once
+os.umask(UMASK := os.umask(0))  # there is no other way to ask for it
 TEMPORARY = ".tmp-"  # prefix of everything unfinished; safe to delete when no process holds the run's lock
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success it is fsynced, made readable (0644) and renamed to
+    """Yield a temporary path beside ``path``; on success it is fsynced, given the rights of a new file, and renamed to
     ``path``.
     """
     temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")
     try:
         yield temporary
         fsync(temporary)
-        temporary.chmod(0o644)  # safetensors writes 0600
+        temporary.chmod(0o666 & ~UMASK)  # safetensors writes 0600
         os.replace(temporary, path)
         fsync(path.parent)
     finally:
@@ -42,6 +44,9 @@ def fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         os.close(descriptor)
 
@@ -62,7 +67,9 @@ def atomic_save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]
 
 
 def write_json(path: Path, document: Any) -> None:
-    atomic_write(path, json.dumps(document, indent=2, ensure_ascii=False, sort_keys=False) + "\n")
+    text = json.dumps(document, indent=2, ensure_ascii=False, sort_keys=False)
+    # A path whose bytes are no UTF-8 holds surrogates, which UTF-8 cannot: they are written as JSON's escapes.
+    atomic_write(path, re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
 
 
 def read_json(path: Path) -> Any:

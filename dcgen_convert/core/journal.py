@@ -55,6 +55,10 @@ class Run:
                 raise ResourceError(
                     f"another process works in {self.path}", "wait for it, or choose another --run-dir"
                 ) from None
+            except OSError as error:  # some network file systems know no locks
+                raise ResourceError(
+                    f"{lock.name} cannot be locked: {error.strerror}", "choose a --run-dir on a local disk"
+                ) from error
             yield
 
     def done(self, name: str, inputs: dict[str, Any]) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import IO, Protocol, Self
 
 from dcgen_convert.core import pulse
+from dcgen_convert.core.spelling import one_line
 
 EVERY_FRACTION = 0.10
 EVERY_SECONDS = 60.0
@@ -150,19 +151,19 @@ class LiveProgress(LineProgress):
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
-            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.completed}/{task.total}", markup=False),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[info]}"),
+            TextColumn("{task.fields[info]}", markup=False),
         )
         stream = RichConsole(file=self.console.stderr, no_color=not self.console.colour(), stderr=True)
         self._bar = Progress(*columns, console=stream, transient=True, redirect_stdout=False, redirect_stderr=False)
-        self._task = self._bar.add_task(self.label, total=self.total, info="")
+        self._task = self._bar.add_task(one_line(self.label), total=self.total, info="")
         self._bar.start()
 
     def _redraw(self) -> None:
-        self._bar.update(self._task, completed=self.done, info=describe(self.info))
+        self._bar.update(self._task, completed=self.done, info=one_line(describe(self.info)))
 
     def _close(self) -> None:
         self._bar.stop()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.spelling import one_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -79,7 +80,9 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(run_dir / FOLDER))
-        self._writer.add_text("recipe", "\n".join(f"    {key}: {value}" for key, value in recipe.items()))
+        self._writer.add_text(
+            "recipe", "\n".join(f"    {key}: {one_line(str(value))}" for key, value in recipe.items())
+        )
 
     def scalars(self, label: str, step: int, values: Mapping[str, float]) -> None:
         for key, value in values.items():

@@ -65,7 +65,12 @@ CASES = {
     "missing file": (lambda p: raised(open, p / "none"), 2, "input"),
     "folder instead of file": (lambda p: PermissionError(errno.EACCES, "denied", str(p)), 2, "input"),
     "a fault of ours": (lambda p: raised(lambda: 1 / 0), 70, "internal"),
-    "a bare OSError": (lambda p: OSError(errno.EIO, "I/O error"), 70, "internal"),
+    "a broken disk": (lambda p: OSError(errno.EIO, "I/O error"), 4, "resources"),
+    "no locks": (lambda p: OSError(errno.ENOLCK, "No locks available"), 4, "resources"),
+    "a folder for a file": (lambda p: raised(open, p), 2, "input"),
+    "a long name": (lambda p: raised(open, p / ("x" * 300)), 2, "input"),
+    "a library's OSError": (lambda p: OSError("Can't load the tokenizer"), 2, "input"),
+    "a pipe without reader": (lambda p: BrokenPipeError(errno.EPIPE, "Broken pipe"), 4, "resources"),
 }
 
 
