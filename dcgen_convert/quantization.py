@@ -207,6 +207,8 @@ class SourceQuantisation:
         )
         what = f"{count} pictures of {pictures.side} px, {pictures.steps} steps, guidance {pictures.guidance}"
         self.console.say(f"calibration: {what}")
+        if note := prompts.told(drawing.prompts or "builtin", count):
+            self.console.say(f"calibration: {note}")
 
         def pipeline() -> Any:
             model = models.load(source.transformer, torch.bfloat16, device=pipelines.device())

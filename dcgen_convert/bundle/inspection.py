@@ -165,8 +165,9 @@ def _licences(path: Path) -> dict[str, str]:
     """Licence fields that the folder itself declares: model card front matter, and licence files by first line."""
     found = {}
     card = path / "README.md"
-    if card.is_file() and card.read_text(encoding="utf-8").startswith("---"):
-        front = card.read_text(encoding="utf-8").split("---")[1]
+    text = card.read_text(encoding="utf-8-sig", errors="replace") if card.is_file() else ""
+    if text.startswith("---"):
+        front = text.split("---")[1]
         for key, value in re.findall(r"^(license\w*):\s*(.+)$", front, re.MULTILINE):
             found[key] = value.strip()
     for file in sorted(path.glob("LICENSE*")):

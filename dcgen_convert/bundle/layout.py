@@ -13,7 +13,6 @@ whole bundle.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from dcgen_convert.core import names
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.disk import check_disk
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.core.files import atomic_write, copy_file, read_json, write_json
+from dcgen_convert.core.files import atomic_write, copy_file, read_json, read_object, write_json
 from dcgen_convert.families.base import Family
 
 LAYOUTS = ("stock", "official", "source")
@@ -272,4 +271,4 @@ def read_index(bundle: Path) -> dict[str, Any]:
         raise InputError(
             f"{bundle} holds no model_index.json, so it is not a bundle", "give the folder that `convert` printed"
         )
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_object(path)

@@ -36,12 +36,12 @@ def front_matter(readme: Path) -> dict[str, Any]:
     """The YAML block between the first two `---` lines of a hub README; empty if there is none or it is no mapping."""
     if not readme.is_file():
         return {}
-    lines = readme.read_text(encoding="utf-8").splitlines()
+    lines = readme.read_text(encoding="utf-8-sig", errors="replace").split("\n")
     if not lines or lines[0].strip() != "---" or "---" not in (line.strip() for line in lines[1:]):
         return {}
     end = next(i for i, line in enumerate(lines[1:], 1) if line.strip() == "---")
     try:
         block = yaml.safe_load("\n".join(lines[1:end]))
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return {}  # a README that the hub cannot read either states nothing
     return block if isinstance(block, dict) else {}

@@ -11,6 +11,7 @@ from dcgen_convert.cli import completion
 from dcgen_convert.cli.options import CONTEXT, OUTPUT, option, output_options, stack
 from dcgen_convert.cli.session import Session
 from dcgen_convert.core.errors import InputError, RecipeError
+from dcgen_convert.core.files import read_lines
 from dcgen_convert.recipe import shelf
 
 NAME = click.argument("name", shell_complete=completion.recipes)
@@ -117,7 +118,7 @@ def _row(name: str) -> dict[str, Any]:
 
 def _about(name: str) -> str:
     path = shelf.find(name)
-    first = path.read_text(encoding="utf-8").splitlines()[0] if path else ""
+    first = next(iter(read_lines(path)), "") if path else ""
     return first.removeprefix("#").strip() if first.startswith("#") else ""
 
 

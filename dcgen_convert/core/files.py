@@ -72,16 +72,41 @@ def write_json(path: Path, document: Any) -> None:
     atomic_write(path, re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
 
 
+def read_text(path: Path) -> str:
+    """Text of a file in UTF-8, with or without a byte order mark. Lines end with a line feed, also those of Windows.
+
+    Raises:
+        InputError: another encoding, or no regular file: a pipe would be waited for without end.
+    """
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is no regular file", "give the path of a text file")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        found = f"byte {error.start} is 0x{error.object[error.start]:02x}"
+        raise InputError(f"{path} is not UTF-8 text: {found}", "save the file as UTF-8") from error
+    if "\0" in text:
+        raise InputError(f"{path} is not UTF-8 text: it holds a zero byte", "save the file as UTF-8")
+    return text.replace("\r\n", "\n")
+
+
+def read_lines(path: Path) -> list[str]:
+    """Lines of a text file, without their ends. Only line feeds end a line: U+2028 and the like are part of it."""
+    lines = read_text(path).split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
 def read_json(path: Path) -> Any:
-    return json.loads(Path(path).read_text())
+    """What a JSON file holds; InputError when it is damaged."""
+    try:
+        return json.loads(read_text(Path(path)))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}", "fetch the file again") from error
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON file that must hold an object; InputError when it does not."""
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}", "fetch the file again") from error
+    document = read_json(path)
     if not isinstance(document, dict):
         raise InputError(f"{path} holds no JSON object", "fetch the file again")
     return document

@@ -19,10 +19,11 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.core.files import atomic_write
+from dcgen_convert.core.files import atomic_write, read_lines, read_text
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 INDEX = "index.jsonl"
+EXAMPLE = '{"file": "images/fox.png", "caption": "a red fox"}'
 
 
 @dataclass(frozen=True)
@@ -56,22 +57,37 @@ def read_folder(path: Path) -> list[Picture]:
             f"{len(bare)} of {len(files)} images have no caption, first {bare[0]}",
             f"write {bare[0].with_suffix('.txt').name} beside it",
         )
-    return [Picture(file, file.with_suffix(".txt").read_text(encoding="utf-8").strip()) for file in files]
+    return [Picture(file, read_text(file.with_suffix(".txt")).strip()) for file in files]
 
 
 def _read_jsonl(path: Path) -> list[Picture]:
     pictures = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-            pictures.append(Picture(path.parent / record["file"], str(record["caption"]), record.get("seed")))
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} line {number} needs an object with file and caption: {error}") from error
+            pictures.append(_picture(json.loads(line), path.parent))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path} line {number} cannot be used: {error}", f"write {EXAMPLE}") from error
     if not pictures:
-        raise InputError(f"{path} lists no images")
+        raise InputError(f"{path} lists no images", f"write one line per picture: {EXAMPLE}")
     return pictures
+
+
+def _picture(record: object, folder: Path) -> Picture:
+    """The picture of one line of a .jsonl in ``folder``; ValueError says what is wrong with the line."""
+    if not isinstance(record, dict):
+        raise ValueError("it is no object with file and caption")
+    file, caption, seed = (record.get(key) for key in ("file", "caption", "seed"))
+    for key, text in (("file", file), ("caption", caption)):
+        if not isinstance(text, str):
+            raise ValueError(
+                f"{key} must be a text, not {json.dumps(text)[:60]}" if key in record else f"it has no {key}"
+            )
+    if not isinstance(seed, int | None) or isinstance(seed, bool):
+        raise ValueError(f"seed must be a whole number, not {json.dumps(seed)[:60]}")
+    caption.encode()  # half of a surrogate pair is no text
+    return Picture(folder / file, caption, seed)
 
 
 def listing(path: Path) -> str | None:

@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 
 from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.files import read_lines
 
 SUBJECTS = (
     "a lighthouse", "an old fisherman", "a red fox", "a violin maker", "a city tram", "a bowl of ramen",
@@ -56,10 +57,11 @@ def make(kind: str, count: int, seed: int, classes: list[str] | None = None) -> 
         kind: "builtin", "tiny-world", or a text file with one prompt per line (repeated in order when it is shorter).
         classes: labels of a class-conditional model; then every kind but a file draws labels uniformly.
     Raises:
-        InputError: the file is missing or empty.
+        InputError: the file is missing, empty or no text.
     """
     if kind not in KINDS:
-        return _from_file(Path(kind), count)
+        lines = read_file(Path(kind))
+        return [lines[i % len(lines)] for i in range(count)]
     generator = random.Random(seed)
     if classes:
         return [generator.choice(classes) for _ in range(count)]
@@ -71,12 +73,22 @@ def make(kind: str, count: int, seed: int, classes: list[str] | None = None) -> 
     return [f"{style()} {subject()} {place()} {light()}, {detail()}" for _ in range(count)]
 
 
-def _from_file(path: Path, count: int) -> list[str]:
+def told(kind: str, count: int) -> str:
+    """What the user should know of a prompts file that has another number of prompts than ``count``; mostly empty."""
+    if kind in KINDS or (found := len(read_file(Path(kind)))) == count:
+        return ""
+    if found < count:
+        return f"{kind} has {found} prompts for {count} pictures: they are used again from the start"
+    return f"{kind} has {found} prompts: the first {count} are used, {found - count} are left out"
+
+
+def read_file(path: Path) -> list[str]:
+    """The prompts of a text file, one per line; InputError when it is missing, empty or no text."""
     if not path.is_file():
         raise InputError(
             f"prompts file {path} does not exist", "give --prompts FILE with one prompt per line, or builtin"
         )
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [text for line in read_lines(path) if (text := line.strip())]
     if not lines:
         raise InputError(f"prompts file {path} is empty", "write one prompt per line")
-    return [lines[i % len(lines)] for i in range(count)]
+    return lines

@@ -20,7 +20,7 @@ from typing import Any
 
 from dcgen_convert.core import names
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.core.files import atomic_write, read_json
+from dcgen_convert.core.files import atomic_write, read_json, read_lines
 from dcgen_convert.core.journal import MARKER
 from dcgen_convert.evaluate.charts import line_chart
 from dcgen_convert.evaluate.layers import layer_section
@@ -132,7 +132,7 @@ def _stage(folder: Path, record: Mapping[str, Any]) -> list[str]:
 
 def _curves(path: Path, name: str) -> list[str]:
     """Charts of a step file, or nothing for another kind of jsonl. A last line that a crash cut off is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = read_lines(path)
     records = []
     for i, line in enumerate(lines):
         try:

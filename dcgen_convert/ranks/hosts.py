@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dcgen_convert.core.errors import InputError, RankLost
+from dcgen_convert.core.files import read_lines
 from dcgen_convert.ranks.join import NODE
 
 SSH = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=5"]
@@ -65,7 +66,7 @@ def slots(path: str) -> dict[str, int]:
     if not Path(path).is_file():
         raise InputError(f"the hostfile {path} does not exist", "give a file with lines like: node1 slots=8")
     found: dict[str, int] = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
+    for number, line in enumerate(read_lines(Path(path)), 1):
         text = line.partition("#")[0].strip()
         match = LINE.fullmatch(text)
         if text and (match is None or match[1] in found or not 0 < int(match[2]) <= MOST):

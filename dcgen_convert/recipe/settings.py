@@ -6,9 +6,9 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from dcgen_convert.core import yaml_text
 from dcgen_convert.core.errors import RecipeError
 from dcgen_convert.recipe.schema import Phase, Recipe
 
@@ -107,7 +107,7 @@ class Layers:
         for name in sorted(env):
             if name.startswith(prefix):
                 key = name[len(prefix) :].lower().replace("__", ".")
-                self.add_dotted(key, yaml.safe_load(env[name]), f"env {name}")
+                self.add_dotted(key, yaml_text.parse(env[name], f"env {name}"), f"env {name}")
 
     def add_sets(self, sets: Iterable[str]) -> None:
         """`--set key=value`; the value is read as YAML (numbers, true, null, [1, 14])."""
@@ -115,13 +115,7 @@ class Layers:
             key, equals, value = text.partition("=")
             if not equals or not key.strip():
                 raise RecipeError(f"--set takes KEY=VALUE, not {text!r}", "for example --set adapt.ema=0.99")
-            try:
-                parsed = yaml.safe_load(value)
-            except yaml.YAMLError as exc:
-                raise RecipeError(
-                    f"--set {key.strip()}: {value!r} is not a YAML value", "quote texts that hold : or ["
-                ) from exc
-            self.add_dotted(key.strip(), parsed, "--set")
+            self.add_dotted(key.strip(), yaml_text.parse(value, f"--set {key.strip()}: {value!r}"), "--set")
 
     def add_flag(self, key: str, value: object) -> None:
         """One command-line option. `resolution` is the final picture side: earlier phases keep theirs up to it."""

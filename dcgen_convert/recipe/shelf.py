@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-import yaml
-
+from dcgen_convert.core import yaml_text
 from dcgen_convert.core.errors import RecipeError
+from dcgen_convert.core.files import read_text
 
 
 def root() -> Path:
@@ -24,13 +25,17 @@ def names() -> list[str]:
     return sorted(path.relative_to(base).with_suffix("").as_posix() for path in base.rglob("*.yaml"))
 
 
-def find(name_or_path: str) -> Path | None:
-    """The file of a shipped recipe's name or of a .yaml path; None when it is neither."""
+def find(name_or_path: str, beside: Path | None = None) -> Path | None:
+    """The file of a shipped recipe's name or of a .yaml path; None when it is neither.
+
+    Args:
+        beside: folder that a relative path starts from; None: the working directory.
+    """
     text = str(name_or_path)
     if text.endswith((".yaml", ".yml")):
-        path = Path(text).expanduser()
+        path = (beside or Path()) / Path(text).expanduser()
         if not path.is_file():
-            raise RecipeError(f"recipe file not found: {text}", "dcgen-convert recipes list")
+            raise RecipeError(f"recipe file not found: {path}", "dcgen-convert recipes list")
         return path
     return root() / f"{text}.yaml" if text in names() else None
 
@@ -44,23 +49,29 @@ def read(name_or_path: str) -> list[tuple[str, dict]]:
     chain: list[tuple[str, dict]] = []
     name: str | None = str(name_or_path)
     seen: set[Path] = set()
+    beside = None
     while name is not None:
-        path = find(name)
+        path = find(name, beside)
         if path is None:
             raise RecipeError(f"unknown recipe {name!r}{nearest(name, names())}", "dcgen-convert recipes list")
         if path.resolve() in seen:
             raise RecipeError(f"recipe {name!r} extends itself", "remove one `extends`")
         seen.add(path.resolve())
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise RecipeError(f"{path} is not a mapping of settings", "dcgen-convert recipes show tiny-flux")
-        values.setdefault("name", path.stem)
-        name = values.pop("extends", None)
-        chain.insert(
-            0,
-            (path.relative_to(root()).with_suffix("").as_posix() if path.is_relative_to(root()) else str(path), values),
-        )
+        values = _settings(path)
+        name, beside = values.pop("extends", None), path.parent
+        shipped = path.is_relative_to(root())
+        chain.insert(0, (path.relative_to(root()).with_suffix("").as_posix() if shipped else str(path), values))
     return chain
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """What a recipe file says, with a name."""
+    values = yaml_text.parse(read_text(path), str(path))
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path} is not a mapping of settings", "dcgen-convert recipes show tiny-flux")
+    if not isinstance(values.get("extends"), str | None):
+        raise RecipeError(f"extends of {path} must be the name of one recipe", "dcgen-convert recipes list")
+    return {"name": path.stem, **values}
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -42,6 +42,8 @@ def run(job: Job, stage: Stage) -> None:
     if settings.path and settings.kind == "folder":
         pictures = images.read_folder(Path(settings.path))[: settings.count]
     else:
+        if note := prompts.told(settings.prompts, settings.count):
+            job.console.say(f"data: {note}")
         pictures = synthesise(job)
     images.write_index(stage.folder, pictures)
     stage.metrics.update(pictures=len(pictures), captions=len({picture.caption for picture in pictures}))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dcgen_convert.core.files import atomic_write
+from dcgen_convert.core.files import atomic_write, read_lines
 from dcgen_convert.train.meter import Meter
 from dcgen_convert.train.objective import Velocity
 
@@ -81,7 +81,7 @@ class TrainingWatch:
 
 def kept_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Rewrite a file of JSON lines with those that ``keep`` accepts; a line that was cut short is dropped."""
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = read_lines(path) if path.exists() else []
     kept = [line for line in lines if line.endswith("}") and keep(json.loads(line))]
     atomic_write(path, "".join(line + "\n" for line in kept))
 
