@@ -37,7 +37,7 @@ from dcgen_convert.ranks.crew import SOLO, Crew
 from dcgen_convert.ranks.machine import Machine
 from dcgen_convert.recipe.loading import Resolved, revive
 from dcgen_convert.recipe.schema import result_settings
-from dcgen_convert.stages import folders
+from dcgen_convert.stages import folders, pictures
 from dcgen_convert.stages.job import Job, prepare
 
 NEW_RUN = "start a new run with another --run-dir"
@@ -71,7 +71,6 @@ def walk(job: Job, output: Path, force: bool) -> Iterator[Step]:
         bundle,
         imported,
         latents,
-        pictures,
         quantize,
         surgery,
     )
@@ -126,6 +125,7 @@ def convert(
     with run.locked():
         recorded = _read_record(run.path / RECIPE) if (run.path / RECIPE).exists() else {}
         job = prepare(resolved, run, console, crew)
+        pictures.require(job)
         if recorded.get("output") != str(output) or not _bundled(output, run):
             check_output(output, force)
         require_disk(resolved, run.path, output)

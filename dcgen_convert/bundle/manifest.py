@@ -17,11 +17,12 @@ from typing import Any
 
 from dcgen_convert.checkpoint.headers import read_weights
 from dcgen_convert.checkpoint.tensors import tensor_sha256
+from dcgen_convert.core import names
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import CheckFailed
 from dcgen_convert.core.files import read_json
 
-FILE = "dcgen_manifest.json"
+FILE = names.MANIFEST
 SCHEMA = "dcgen.manifest/1"
 PACKAGES = (
     "dcgen-convert",

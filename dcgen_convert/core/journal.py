@@ -24,6 +24,7 @@ from typing import Any
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError, ResourceError
 from dcgen_convert.core.files import TEMPORARY, fresh_folder, read_json, write_json
+from dcgen_convert.core.names import LOCK
 
 MARKER = "stage.json"
 STARTED = "started.json"
@@ -48,7 +49,7 @@ class Run:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run; a second process gets a ResourceError. The lock dies with its process, so it is never stale."""
-        with open(self.path / "lock", "w") as lock:
+        with open(self.path / LOCK, "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

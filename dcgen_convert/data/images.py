@@ -8,20 +8,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import atomic_write, read_lines, read_text
+from dcgen_convert.data import decoding, gathering
+from dcgen_convert.data.tally import Tally
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 INDEX = "index.jsonl"
 EXAMPLE = '{"file": "images/fox.png", "caption": "a red fox"}'
 
@@ -34,7 +33,28 @@ class Picture:
 
 
 def read_folder(path: Path) -> list[Picture]:
-    """Pictures of a folder with a .txt caption beside each, or of a .jsonl with "file" and "caption".
+    """The pictures of `gather`, all of them."""
+    return gather(path)[0]
+
+
+def take(path: Path, count: int) -> tuple[list[Picture], str]:
+    """At most ``count`` pictures of `gather`, and a sentence that says what is taken, and what is left out and why."""
+    every, left_out = gather(path)
+    root = path.expanduser().absolute()
+    root = root if root.is_dir() else root.parent
+    pictures = chosen(every, count, root)
+    kept = set(pictures)
+    for picture in every:
+        if picture not in kept:
+            left_out.add(f"because data.count is {count}", os.path.relpath(picture.file, root))
+    told = f"{len(pictures)} {f'of {len(every)} ' if len(every) > count else ''}pictures taken"
+    if left_out.total:
+        told += f", {left_out.total} left out {left_out.reasons()}"
+    return pictures, told
+
+
+def gather(path: Path) -> tuple[list[Picture], Tally]:
+    """Pictures of a folder with a .txt caption beside each, or of a .jsonl with "file" and "caption"; what is left out.
 
     Raises:
         InputError: nothing there, no pictures, or pictures without captions (named).
@@ -43,21 +63,25 @@ def read_folder(path: Path) -> list[Picture]:
     if path.suffix == ".jsonl":
         if not path.is_file():
             raise InputError(f"{path} does not exist", "give a folder of images with .txt captions, or a .jsonl")
-        return _read_jsonl(path)
+        return _read_jsonl(path), Tally()
     if not path.is_dir():
         raise InputError(f"{path} is not a folder", "give a folder of images with .txt captions, or a .jsonl")
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    files, left_out = gathering.gather(path)
     if not files:
+        why = f"; {left_out.total} left out {left_out.reasons()}" if left_out.total else ""
         raise InputError(
-            f"{path} holds no images ({', '.join(sorted(SUFFIXES))})", "give a folder of images with .txt captions"
+            f"{path} holds no images ({', '.join(sorted(decoding.suffixes()))}){why}",
+            "give a folder of images with .txt captions",
         )
-    bare = [file for file in files if not file.with_suffix(".txt").is_file()]
+    captions = [gathering.caption_file(file) for file in files]
+    bare = [file for file, caption in zip(files, captions, strict=True) if caption is None]
     if bare:
         raise InputError(
             f"{len(bare)} of {len(files)} images have no caption, first {bare[0]}",
             f"write {bare[0].with_suffix('.txt').name} beside it",
         )
-    return [Picture(file, read_text(file.with_suffix(".txt")).strip()) for file in files]
+    pictures = [Picture(file, read_text(text).strip()) for file, text in zip(files, captions, strict=True) if text]
+    return pictures, left_out
 
 
 def _read_jsonl(path: Path) -> list[Picture]:
@@ -99,7 +123,8 @@ def listing(path: Path) -> str | None:
     if path.suffix == ".jsonl" and path.is_file():
         files = [path, *(picture.file for picture in _read_jsonl(path))]
     elif path.is_dir():
-        files = [file for file in path.rglob("*") if file.suffix.lower() in {*SUFFIXES, ".txt"}]
+        found = gathering.gather(path)[0]
+        files = [*found, *(text for file in found if (text := gathering.caption_file(file)))]
     else:
         return None
     digest = hashlib.sha256()
@@ -114,20 +139,34 @@ def write_index(folder: Path, pictures: list[Picture], name: str = INDEX) -> Non
     rows = []
     for picture in pictures:
         file = picture.file.relative_to(folder) if picture.file.is_relative_to(folder) else picture.file
-        rows.append(
-            json.dumps({"file": str(file), "caption": picture.caption, "seed": picture.seed}, ensure_ascii=False)
-        )
+        row = {"file": str(file), "caption": picture.caption, "seed": picture.seed}
+        plain = str(file).isprintable()  # a name that is no UTF-8 is written with JSON's escapes
+        rows.append(json.dumps(row, ensure_ascii=not plain))
     atomic_write(folder / name, "\n".join(rows) + "\n")
 
 
+def chosen(pictures: list[Picture], count: int, root: Path) -> list[Picture]:
+    """``count`` of the pictures, in their order, from everywhere in the data: those of the smallest hashes of names.
+
+    A larger count chooses the same ones and more. Names are relative to ``root``, so the data may be moved.
+    """
+    if len(pictures) <= count:
+        return pictures
+
+    def key(number: int) -> bytes:
+        return hashlib.sha256(os.fsencode(os.path.relpath(pictures[number].file, root))).digest()
+
+    return [pictures[number] for number in sorted(sorted(range(len(pictures)), key=key)[:count])]
+
+
 def size_of(file: Path) -> tuple[int, int]:
-    """(width, height) in px, from the file's header.
+    """(width, height) in px of the picture as it is shown, from the file's header where that is enough.
 
     Raises:
         InputError: the file is missing or no image.
     """
-    with _reading(file), Image.open(file) as image:
-        return image.size
+    with decoding.opened(file) as image:
+        return decoding.shown_size(image)
 
 
 def read_pixels(file: Path, height: int, width: int | None = None) -> Tensor:
@@ -141,23 +180,13 @@ def read_pixels(file: Path, height: int, width: int | None = None) -> Tensor:
         InputError: the file is missing, no image, or cut off.
     """
     width = width or height
-    with _reading(file), Image.open(file) as opened:
-        image = opened.convert("RGB")
-        across, down = min(image.width, image.height * width / height), min(image.height, image.width * height / width)
-        left, top = (image.width - across) // 2, (image.height - down) // 2
-        if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + across, top + down))
-        array = numpy.asarray(image, dtype=numpy.float32)
+    image, _ = decoding.decode(file)
+    across, down = min(image.width, image.height * width / height), min(image.height, image.width * height / width)
+    left, top = (image.width - across) // 2, (image.height - down) // 2
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + across, top + down))
+    array = numpy.asarray(image, dtype=numpy.float32)
     return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1)
-
-
-@contextmanager
-def _reading(file: Path) -> Iterator[None]:
-    """Turn the exceptions for a damaged file into an InputError that names it."""
-    try:
-        yield
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise InputError(f"the image {file} cannot be read: {error}", "replace or remove it") from error
 
 
 def to_image(pixels: Tensor) -> Image.Image:

@@ -21,13 +21,15 @@ from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import replacing, write_json
 from dcgen_convert.core.journal import Stage
 from dcgen_convert.core.progress import Bar
-from dcgen_convert.data import buckets, cache, images
+from dcgen_convert.data import buckets, cache, decoding, images
 from dcgen_convert.data.buckets import Span
 from dcgen_convert.data.images import Picture
+from dcgen_convert.data.tally import Tally
 from dcgen_convert.evaluate.grids import grid
 from dcgen_convert.networks import autoencoder_files, autoencoders, pipelines
 from dcgen_convert.networks.autoencoders import Codec
 from dcgen_convert.stages.job import Job
+from dcgen_convert.stages.pictures import UNREADABLE, require_few, require_two
 
 SHARD_ROWS = (32, 512)  # fewest and most pictures in one file
 SHARDS = 256  # files that a small data set is divided into, so that each rank gets some: ranks share whole files
@@ -130,23 +132,32 @@ def encode_part(job: Job, bar: Bar, spans: list[list[Any]]) -> None:
 
 
 def readable(job: Job, pictures: list[Picture]) -> list[Picture]:
-    """The pictures that can be read. InputError when too many cannot (see `data.max_broken`)."""
-    broken: dict[str, str] = {}
+    """The pictures that can be read. InputError when too many cannot (see `data.max_broken`).
+
+    Says what had to be done about some of the others.
+    """
+    broken, seen, side = Tally(), Tally(), max(phase.resolution for phase in job.recipe.adapt.phases)
+    kept = []
     for picture in pictures:
         try:
-            images.read_pixels(picture.file, 8)
+            image, notes = decoding.decode(picture.file)
         except InputError as error:
-            broken[str(picture.file)] = error.message
-    for message in broken.values():
-        job.console.warn(message)
-    limit = math.floor(job.recipe.data.max_broken * len(pictures))
-    if len(broken) > limit:
-        raise InputError(
-            f"{len(broken)} of {len(pictures)} pictures cannot be read, {limit} are tolerated; first "
-            f"{next(iter(broken))}",
-            "repair them, or raise data.max_broken",
-        )
-    return [picture for picture in pictures if str(picture.file) not in broken]
+            job.console.warn(error.message)
+            broken.add(UNREADABLE, str(picture.file))
+            continue
+        height, width = buckets.nearest(job.buckets[side], *image.size) if job.buckets else (side, side)
+        if image.width < width or image.height < height:
+            notes = [*notes, f"smaller than {side} px, enlarged"]
+        for note in notes:
+            seen.add(note, picture.file.name)
+        kept.append(picture)
+    require_few(job, broken, len(pictures))
+    require_two(len(kept))
+    if broken.total:
+        job.console.say(f"latents: {len(kept)} pictures taken, {broken.total} left out {broken.reasons()}")
+    for note in seen.counts:
+        job.console.say(f"latents: pictures {note} ({seen.of(note)})")
+    return kept
 
 
 def roundtrip(job: Job, stage: Stage, pictures: list[Picture], codec: Codec, spans: list[Span]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,11 +11,14 @@ from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_json, replacing, sha256
 from dcgen_convert.core.journal import MARKER, Stage
 from dcgen_convert.core.progress import Bar
-from dcgen_convert.data import images, prompts
+from dcgen_convert.data import decoding, images, prompts
 from dcgen_convert.data.images import Picture
-from dcgen_convert.networks import pipelines
+from dcgen_convert.data.tally import Tally
+from dcgen_convert.networks import pipelines, text_lengths
 from dcgen_convert.recipe.schema import result_settings
 from dcgen_convert.stages.job import Job
+
+UNREADABLE = "because they cannot be read"
 
 
 def inputs(job: Job) -> dict[str, Any]:
@@ -36,11 +40,52 @@ def inputs(job: Job) -> dict[str, Any]:
     return {**found, "files": files or before}
 
 
+def require(job: Job) -> None:
+    """Look at the data before any work is done: the folder, the captions, the heads of the pictures, the prompts.
+
+    Raises:
+        InputError: one of them cannot be used, or there are too few pictures.
+    """
+    settings = job.recipe.data
+    if (job.folders.data / MARKER).exists():
+        return
+    count = settings.count
+    if settings.path and settings.kind == "folder":
+        pictures, _ = images.take(Path(settings.path), settings.count)
+        broken = Tally()
+        for picture in pictures:
+            if not decoding.is_picture(picture.file):
+                broken.add(UNREADABLE, str(picture.file))
+        require_few(job, broken, len(pictures))
+        count = len(pictures) - broken.total
+    elif settings.prompts not in prompts.KINDS:
+        prompts.read_file(Path(settings.prompts))
+    require_two(count)
+
+
+def require_few(job: Job, broken: Tally, count: int) -> None:
+    """InputError when more of ``count`` pictures are broken than `data.max_broken` allows."""
+    limit = math.floor(job.recipe.data.max_broken * count)
+    if broken.total > limit:
+        raise InputError(
+            f"{broken.total} of {count} pictures cannot be read, {limit} are tolerated; first "
+            f"{broken.examples[UNREADABLE][0]}",
+            "repair them, or raise data.max_broken",
+        )
+
+
+def require_two(count: int) -> None:
+    """InputError for a single picture: one is held out, so that nothing would be left to train on."""
+    if count < 2:
+        raise InputError("a conversion needs at least 2 pictures: one of them is held out", "give more pictures")
+
+
 def run(job: Job, stage: Stage) -> None:
     """Writes index.jsonl, and pictures/ when they are drawn."""
     settings = job.recipe.data
     if settings.path and settings.kind == "folder":
-        pictures = images.read_folder(Path(settings.path))[: settings.count]
+        pictures, told = images.take(Path(settings.path), settings.count)
+        job.console.say(f"data: {told}")
     else:
         if note := prompts.told(settings.prompts, settings.count):
             job.console.say(f"data: {note}")
@@ -48,6 +93,18 @@ def run(job: Job, stage: Stage) -> None:
     images.write_index(stage.folder, pictures)
     stage.metrics.update(pictures=len(pictures), captions=len({picture.caption for picture in pictures}))
     job.console.say(f"data: {len(pictures)} pictures, {stage.metrics['captions']} distinct captions")
+    tell_captions(job, [picture.caption for picture in pictures])
+
+
+def tell_captions(job: Job, captions: list[str]) -> None:
+    """Say how many captions are empty, and how many are longer than the text encoders read."""
+    if empty := sum(not caption for caption in captions):
+        job.console.warn(f"{empty} of {len(captions)} captions are empty")
+    if longer := text_lengths.cut(job.source, captions, job.text_length):
+        job.console.warn(
+            f"{len(longer)} of {len(captions)} captions are longer than {job.text_length} tokens and are cut, first "
+            f"{captions[longer[0]][:60]!r}; latents.text_length sets the length"
+        )
 
 
 def synthesise(job: Job) -> list[Picture]:

@@ -1,0 +1,99 @@
+"""Finding the pictures of a folder: what is taken, and what is left out and why."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from PIL import Image
+
+from dcgen_convert.core.names import LOCK, MANIFEST, RECIPE
+from dcgen_convert.data import decoding
+from dcgen_convert.data.tally import Tally
+
+FORMAT = "because of their format"
+FOREIGN = "because they are hidden or belong to another program"
+OWN = "because this program wrote them"
+AGAIN = "because they are links to a folder that is read already"
+ALONE = "because no picture belongs to these captions"
+CAPTION = ".txt"
+SYSTEM = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found", "thumbs.db", "desktop.ini"}
+UNREAD = {
+    *(".heic", ".heif", ".hif", ".jxl", ".svg", ".pdf", ".exr", ".hdr", ".xcf", ".ai"),
+    *(".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2", ".pef", ".srw"),
+}
+"""Suffixes of pictures that Pillow does not know."""
+
+
+def gather(root: Path) -> tuple[list[Path], Tally]:
+    """The picture files below ``root``, sorted, and what was left out."""
+    left_out, found = Tally(), []
+    for folder, names in _folders(root, left_out):
+        pictures = [name for name in names if Path(name).suffix.lower() in decoding.suffixes()]
+        found += [folder / name for name in pictures]
+        stems = {Path(name).stem for name in pictures}
+        for name in sorted(set(names) - set(pictures)):
+            suffix, shown = Path(name).suffix.lower(), str((folder / name).relative_to(root))
+            if suffix in _unread():
+                left_out.add(FORMAT, shown)
+                stems.add(Path(name).stem)
+        for name in names:
+            if Path(name).suffix.lower() == CAPTION and Path(name).stem not in stems:
+                left_out.add(ALONE, str((folder / name).relative_to(root)))
+    return sorted(found), left_out
+
+
+def caption_file(picture: Path) -> Path | None:
+    """The caption beside a picture; its suffix may be in capitals."""
+    for suffix in (CAPTION, CAPTION.upper()):
+        if (file := picture.with_suffix(suffix)).is_file():
+            return file
+    return None
+
+
+@cache
+def _unread() -> frozenset[str]:
+    """Suffixes of pictures that are left out."""
+    Image.init()
+    return frozenset({*UNREAD, *Image.registered_extensions()} - decoding.suffixes())
+
+
+def _folders(root: Path, left_out: Tally) -> Iterator[tuple[Path, list[str]]]:
+    """Every folder below ``root`` with the sorted names of its files. Links are followed, each folder is met once."""
+    waiting, seen = [root], set()
+    while waiting:
+        folder = waiting.pop()
+        status = folder.stat()
+        if (status.st_dev, status.st_ino) in seen:
+            left_out.add(AGAIN, f"{folder.relative_to(root)}{os.sep}")
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        files, folders = [], []
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                (folders if entry.is_dir() else files).append(entry.name)
+        kept = [name for name in files if not _is_foreign(name)]
+        for name in sorted(set(files) - set(kept)):
+            if Path(name).suffix.lower() in decoding.suffixes():
+                left_out.add(FOREIGN, str((folder / name).relative_to(root)))
+        yield folder, kept
+        for name in reversed(folders):
+            inner = folder / name
+            shown = f"{inner.relative_to(root)}{os.sep}"
+            if _is_foreign(name):
+                left_out.add(FOREIGN, shown)
+            elif is_own(inner):
+                left_out.add(OWN, shown)
+            else:
+                waiting.append(inner)
+
+
+def _is_foreign(name: str) -> bool:
+    return name.startswith(".") or name.lower() in SYSTEM
+
+
+def is_own(folder: Path) -> bool:
+    """Whether this program wrote ``folder``: a run folder or a bundle."""
+    return (folder / MANIFEST).is_file() or all((folder / name).is_file() for name in (RECIPE, LOCK))

@@ -1,0 +1,82 @@
+"""What the stages `data` and `latents` say of the user's pictures, and what is refused before any work is done."""
+
+import io
+
+import pytest
+from PIL import Image
+
+from dcgen_convert.core.console import Console
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.journal import Run
+from dcgen_convert.data import images
+from dcgen_convert.recipe.loading import load
+from dcgen_convert.stages import latents, pictures
+from dcgen_convert.stages.job import prepare
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Nine pictures of 160 px, and one of 64 px with a transparent part."""
+    folder = tmp_path_factory.mktemp("data")
+    for number in range(9):
+        Image.new("RGB", (160, 160), (20 * number, 90, 40)).save(folder / f"{number}.png")
+    Image.new("RGBA", (64, 160), (0, 0, 0, 0)).save(folder / "small.png")
+    for file in list(folder.glob("*.png")):
+        file.with_suffix(".txt").write_text("" if file.stem == "0" else "a disc " * (60 if file.stem == "1" else 1))
+    return folder
+
+
+def job_of(run, *sets, **flags):
+    """A job with what it says."""
+    said = io.StringIO()
+    console = Console("human", stderr=said)
+    return prepare(load("tiny-flux", sets=sets, flags=flags), Run(run, console), console), said
+
+
+def given(path, run, *sets):
+    return job_of(run, *sets, **{"data.path": str(path), "data.kind": "folder"})
+
+
+def test_what_was_done_about_pictures_and_captions_is_told(data, tmp_path):
+    job, said = given(data, tmp_path / "run", "data.max_broken=0.2")
+    taken, told = images.take(data, 100)
+    assert told == "10 pictures taken"
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    kept = latents.readable(job, [*taken, images.Picture(tmp_path / "broken.png", "x")])
+    assert kept == taken
+    pictures.tell_captions(job, [picture.caption for picture in taken])
+    text = said.getvalue()
+    assert "10 pictures taken, 1 left out because they cannot be read (1: " in text
+    assert "pictures transparent, shown on white (1: small.png)" in text
+    assert "pictures smaller than 128 px, enlarged (1: small.png)" in text
+    assert "1 of 10 captions are empty" in text
+    assert f"1 of 10 captions are longer than {job.text_length} tokens and are cut" in text
+
+
+def test_more_pictures_than_the_count(data):
+    taken, told = images.take(data, 4)
+    assert len(taken) == 4 and told.startswith("4 of 10 pictures taken, 6 left out because data.count is 4 (6: ")
+
+
+@pytest.mark.parametrize("kept", [0, 1, 8])
+def test_unusable_data_are_refused_before_any_work(kept, data, tmp_path):
+    """No picture, one picture, and two broken ones of ten."""
+    for number in range(kept):
+        for suffix in ("png", "txt"):
+            (tmp_path / f"{number}.{suffix}").write_bytes((data / f"{number}.{suffix}").read_bytes())
+    for number in range(2 if kept == 8 else 0):
+        (tmp_path / f"broken{number}.png").write_bytes(b"no picture")
+        (tmp_path / f"broken{number}.txt").touch()
+    job, _ = given(tmp_path, tmp_path / ".run")
+    message = {0: "holds no images", 1: "at least 2 pictures", 8: "2 of 10 pictures cannot be read, 0 are tolerated"}
+    with pytest.raises(InputError, match=message[kept]):
+        pictures.require(job)
+    pictures.require(given(data, tmp_path / ".run")[0])
+
+
+@pytest.mark.parametrize(
+    "settings, message", [(["data.prompts=gone.txt"], "does not exist"), (["data.count=1"], "at least 2 pictures")]
+)
+def test_unusable_prompts_are_refused_before_any_work(settings, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        pictures.require(job_of(tmp_path / "run", *settings)[0])
