@@ -77,9 +77,9 @@ def walk(job: Job, output: Path, force: bool) -> Iterator[Step]:
 
     recipe = result_settings(job.recipe)
     phases = recipe["adapt"].pop("phases")
-    common = {"source": job.source.fingerprint, "dtype": recipe["dtype"], "seed": recipe["seed"]}
+    common = {"source": job.source.contents(), "dtype": recipe["dtype"], "seed": recipe["seed"]}
     if job.source.imported:
-        yield Step(IMPORT, imported.run, {"source": job.source.fingerprint})
+        yield Step(IMPORT, imported.run, {"source": job.source.contents()})
     geometry = {"autoencoder": job.ae.fingerprint, "resolution": job.resolution}
     yield Step(folders.SURGERY, surgery.run, {**common, **geometry})
     yield Step(folders.DATA, pictures.run, {**common, **pictures.inputs(job)}, after=())
@@ -128,14 +128,16 @@ def convert(
         pictures.require(job)
         if recorded.get("output") != str(output) or not _bundled(output, run):
             check_output(output, force)
-        require_disk(resolved, run.path, output)
+        require_disk(resolved, run.path, output, until)
         record = {
             "recipe": resolved.recipe.model_dump(mode="json"),
             "machine": asdict(resolved.machine),
             "output": str(output),
         }
         write_json(run.path / RECIPE, {**record, "version": __version__})
-        crew.introduce({"run": str(run.path), **record})
+        with console.progress("hash the source", job.source.size, "B") as bar:
+            contents = job.source.contents(bar.advance)
+        crew.introduce({"run": str(run.path), **record, "contents": contents})
         steps = list(walk(job, output, force))
         names = [step.name for step in steps]
         for name in (start, until):

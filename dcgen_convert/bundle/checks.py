@@ -16,6 +16,7 @@ from dcgen_convert.checkpoint.tensors import tensor_sha256
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import DcgenError, InputError
 from dcgen_convert.core.files import read_json, sha256
+from dcgen_convert.networks import parts
 
 
 def check_files(bundle: Path, manifest: Mapping[str, Any], console: Console) -> list[str]:
@@ -119,6 +120,15 @@ def check_tensors(bundle: Path, index: Mapping[str, Any], console: Console) -> l
                 )
         found += [f"{component}: {problem}" for problem in check_values(tensors, console)]
     return found
+
+
+def check_parts(bundle: Path, index: Mapping[str, Any]) -> list[str]:
+    """Every text encoder loads with all its tensors and no others, and every tokenizer knows words."""
+    try:
+        parts.check(bundle, index)
+    except DcgenError as error:
+        return [error.message]
+    return []
 
 
 def check_values(tensors: Mapping[str, Entry], console: Console) -> list[str]:

@@ -30,6 +30,17 @@ SIZES = (
     "attention_head_dim",
 )
 
+FOREIGN = "comfyui"  # quantised by ComfyUI's own tools
+# What only other kinds of low-rank updates have in their tensors' names -> what they are.
+OTHER_UPDATES = {
+    "lokr_w": "LoKr (LyCORIS)",
+    "hada_w": "LoHa (LyCORIS)",
+    "oft_blocks": "OFT (LyCORIS)",
+    "oft_diag": "OFT (LyCORIS)",
+    ".processor.proj_lora": "a LoRA in the names of XLabs",
+    ".processor.qkv_lora": "a LoRA in the names of XLabs",
+}
+
 
 def inspect(path: Path) -> dict[str, Any]:
     """What `path` is: kind, family, sizes, autoencoder, LoRA, quantisation per layer, licences, GPUs that can run it.
@@ -62,7 +73,8 @@ def _file(path: Path) -> dict[str, Any]:
     family, layout = recognise_keys(bare)
     deep = any(".op_list" in name or "to_qkv_multiscale" in name for name in tensors)
     weights = _weights(tensors, {})
-    kind = "lora" if updates else "checkpoint" if family else "autoencoder" if deep else "unknown"
+    other = next((words for part, words in OTHER_UPDATES.items() if any(part in name for name in tensors)), None)
+    kind = "lora" if updates or other else "checkpoint" if family else "autoencoder" if deep else "unknown"
     facts: dict[str, Any] = {
         "kind": kind,
         "family": family,
@@ -75,6 +87,8 @@ def _file(path: Path) -> dict[str, Any]:
             facts |= _transformer(path)
         except InputError as error:
             facts["notes"] = [f"convert refuses it: {error.message}"]
+    if other:
+        facts["notes"] = [f"{other}: convert cannot fuse it, only plain LoRA"]
     return {**facts, "licences": {}, **weights}
 
 
@@ -141,7 +155,10 @@ def _weights(tensors: dict[str, Entry], config: dict[str, Any]) -> dict[str, Any
     for item in tensors.values():
         sizes[item.dtype] += item.end - item.start
     layers = quantised_formats(config) or packed_layers(tensors)
-    method = (config.get("quantization_config") or {}).get("quant_method") or ("svdquant" if layers else None)
+    foreign = {} if layers else foreign_layers(tensors)
+    stated = (config.get("quantization_config") or {}).get("quant_method")
+    method = stated or ("svdquant" if layers else FOREIGN if foreign else None)
+    layers = layers or foreign
     counts = dict(Counter(layers.values()))
     quantisation = {"method": method, "counts": counts, "layers": layers} if method else None
     return {"tensors": len(tensors), "bytes": sum(sizes.values()), "dtypes": dict(sizes), "quantisation": quantisation}
@@ -158,6 +175,18 @@ def packed_layers(tensors: dict[str, Entry]) -> dict[str, str]:
             scales = tensors.get(f"{module}.wscales")
             nvfp4 = scales is not None and scales.dtype == "F8_E4M3"
             found[module] = "awq" if f"{module}.wzeros" in tensors else "nvfp4" if nvfp4 else "int4"
+    return found
+
+
+def foreign_layers(tensors: dict[str, Entry]) -> dict[str, str]:
+    """Module -> format, of linears that ComfyUI has packed: NVFP4 has a second scale, int8 a scale beside integers."""
+    found = {}
+    for name, entry in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight_scale_2":
+            found[module] = "nvfp4"
+        elif leaf == "weight" and entry.dtype == "I8":
+            found[module] = "int8"
     return found
 
 
@@ -180,7 +209,11 @@ def _licences(path: Path) -> dict[str, str]:
 
 def _runs_on(found: dict[str, Any]) -> str:
     """Which GPUs run it natively (nunchaku's file format: what the kernels are compiled for)."""
-    counts = (found.get("quantisation") or {}).get("counts", {})
+    quantisation = found.get("quantisation") or {}
+    counts = quantisation.get("counts", {})
+    if quantisation.get("method") == FOREIGN:
+        formats = " and ".join(sorted(counts))
+        return f"ComfyUI, on a GPU with {formats} kernels; diffusers and dcgen-convert need the dense model"
     elsewhere = "; elsewhere `dcgen-convert sample` draws through the dequantised reference"
     if "nvfp4" in counts:
         return "NVFP4 kernels: RTX 50 / RTX PRO Blackwell and GB10 (compute capability 12.x)" + elsewhere

@@ -53,6 +53,7 @@ def verify(
         "structure": lambda: checks.check_structure(bundle, index),
         "tensors": lambda: checks.check_tensors(bundle, index, console),
         "table": lambda: checks.check_table(bundle, manifest),
+        "parts": lambda: checks.check_parts(bundle, index),
     }
     if against is not None:
         source = source_folder(str(against), manifest["sources"]["base"]["revision"])

@@ -7,15 +7,17 @@ then the bundle loads without a `variant=` argument. Code files are not copied, 
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
-from dcgen_convert.checkpoint import trust
-from dcgen_convert.checkpoint.headers import INDEX_VARIANT, VARIANT
+from dcgen_convert.checkpoint import trust, variants
+from dcgen_convert.checkpoint.headers import LFS, read_weights, require_content
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.core.files import copy_file, read_object
+from dcgen_convert.core.files import copy_file, read_object, sha256, write_json
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".onnx_data")
 
@@ -37,17 +39,28 @@ def plan_copy(source: Path) -> dict[str, str]:
             f"{source / pickles[0]} is a pickle and there is no safetensors file beside it",
             "convert it to safetensors first",
         )
-    variants = {n: match["variant"] for n in weights if (match := VARIANT.search(n))}
-    variants |= {n: match["variant"] for n in names if (match := INDEX_VARIANT.search(n))}
+    taken: set[str] = set()
+    for place in {Path(n).parent for n in weights}:
+        inside = [Path(n).name for n in names if Path(n).parent == place]
+        taken |= {(place / n).as_posix() for n in variants.chosen(inside, source / place)}
     keep = [n for n in names if n not in pickles and not n.endswith(tuple(f"{p}.index.json" for p in PICKLES))]
-    if any(n not in variants for n in weights):
-        return {n: n for n in keep if n not in variants}
-    if len(set(variants.values())) > 1:
-        raise InputError(
-            f"{source} holds the variants {', '.join(sorted(set(variants.values())))} and no plain weights",
-            "keep one of them",
-        )
-    return {n: _plain(n) if n in variants else n for n in keep}
+    other = [n for n in keep if not n.endswith(variants.SUFFIX) and not variants.is_index(n)]
+    for n in other:
+        with open(source / n, "rb") as file:
+            start = file.read(len(LFS))
+        require_content(source / n, start)
+        if n.endswith(".json") and start.startswith(codecs.BOM_UTF8):
+            raise InputError(
+                f"{source / n} begins with a byte order mark, which diffusers and transformers do not read",
+                "save it as UTF-8 without BOM",
+            )
+    return {n: variants.plain(n) if n in taken else n for n in sorted({*other, *taken})}
+
+
+def check_component(folder: Path) -> None:
+    """InputError when a component cannot be read as its files say: a pointer of Git LFS, a damaged header or index."""
+    for place in sorted({(folder / name).parent for name in plan_copy(folder) if name.endswith(variants.SUFFIX)}):
+        read_weights(place)
 
 
 def copy_component(source: Path, target: Path, console: Console, *, label: str) -> dict[str, str]:
@@ -68,27 +81,29 @@ def copy_component(source: Path, target: Path, console: Console, *, label: str) 
             destination.parent.mkdir(parents=True, exist_ok=True)
             if name != new_name and name.endswith(".json"):
                 hashes[new_name] = write_index(source / name, destination)
+            elif name.endswith("config.json") and (public := _public(config := read_object(source / name))) != config:
+                write_json(destination, public)
+                hashes[new_name] = sha256(destination)
             else:
                 hashes[new_name] = copy_file(source / name, destination, bar.advance)
     return hashes
+
+
+def _public(config: Any) -> Any:
+    """``config`` without the names of folders on the machine where it was saved, in its inner configs too."""
+    if not isinstance(config, dict):
+        return config
+    return {key: _public(value) for key, value in config.items() if key not in ("_name_or_path", "name_or_path")}
 
 
 def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _plain(name: str) -> str:
-    name = INDEX_VARIANT.sub(".index.json", name)
-    return VARIANT.sub(lambda m: f"{m['shard'] or ''}.safetensors", name)
-
-
 def write_index(source: Path, target: Path) -> str:
-    index = read_object(source)
-    if not isinstance(index.get("weight_map"), dict) or not all(
-        isinstance(name, str) for name in index["weight_map"].values()
-    ):
-        raise InputError(f"{source} is no index of shards", "fetch the checkpoint again")
-    index["weight_map"] = {key: _plain(name) for key, name in index["weight_map"].items()}
+    """Write an index with the plain names of its shards; returns its SHA-256."""
+    named = {key: variants.plain(name) for key, name in variants.weight_map(source).items()}
+    index = {**read_object(source), "weight_map": named}
     data = json.dumps(index, indent=2, sort_keys=True).encode() + b"\n"
     target.write_bytes(data)
     return hashlib.sha256(data).hexdigest()

@@ -1,19 +1,19 @@
 """Safetensors headers without torch: names, dtypes, shapes and byte ranges, checked against the file's size.
 
-Format: 8 bytes little-endian header length, JSON header, tensor bytes (safetensors format document).
+Format: 8 bytes little-endian header length, JSON header, tensor bytes (safetensors format document). The tensors must
+cover the bytes after the header exactly: no byte belongs to two tensors, and none to no tensor.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from dcgen_convert.checkpoint import variants
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.core.files import read_json
 
 BYTES = {
     "F64": 8,
@@ -33,9 +33,8 @@ BYTES = {
 BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 FLOAT8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-VARIANT = re.compile(r"\.(?P<variant>[a-z0-9_]+)(?P<shard>-\d{5}-of-\d{5})?\.safetensors$")  # model.fp16.safetensors
-INDEX_VARIANT = re.compile(r"\.index\.(?P<variant>[a-z0-9_]+)\.json$")
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
+LFS = b"version https://git-lfs"  # how a pointer begins that stands for a large file
 
 
 @dataclass(frozen=True)
@@ -59,22 +58,63 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         )
     size = path.stat().st_size
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        start = file.read(8)
+        require_content(path, start + file.read(len(LFS) - 8))
+        file.seek(8)
+        length = int.from_bytes(start, "little")
         if size < 8 or length > min(size - 8, MAX_HEADER):
             raise InputError(
                 f"{path} is truncated or no safetensors file: header of {length} bytes in a file of {size}",
                 "fetch it again",
             )
-        try:
-            header = json.loads(file.read(length))
-            metadata = header.pop("__metadata__", {})
-            entries = {name: _entry(path, name, value, 8 + length) for name, value in header.items()}
-        except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
-            raise InputError(f"{path} has a damaged safetensors header: {error}", "fetch it again") from error
-    end = max((entry.end for entry in entries.values()), default=8 + length)
-    if end != size:
-        raise InputError(f"{path} is truncated: {size} bytes, its header asks for {end}", "fetch it again")
+        text = file.read(length)
+    try:
+        header = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
+        metadata = header.pop("__metadata__", None) or {}
+        entries = {name: _entry(path, name, value, 8 + length) for name, value in header.items()}
+        if not isinstance(metadata, dict):
+            raise ValueError("its __metadata__ is no object")
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path} has a damaged safetensors header: {error}", "fetch it again") from error
+    _require_layout(path, entries, 8 + length, size)
     return entries, metadata
+
+
+def require_content(path: Path, start: bytes) -> None:
+    """InputError when a file is only a pointer of Git LFS; ``start``: its first bytes, at least as many as `LFS`."""
+    if start.startswith(LFS):
+        raise InputError(
+            f"{path} is a pointer of Git LFS, and not the file itself",
+            "run `git lfs pull` in its repository, or fetch the checkpoint again",
+        )
+
+
+def _require_layout(path: Path, entries: dict[str, Entry], start: int, size: int) -> None:
+    """InputError unless the tensors lie one after the other from ``start`` to the end of the file."""
+    before = "the header"
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+        if entry.start < start:
+            raise InputError(f"{path} is damaged: {name} lies on bytes of {before}", "fetch it again")
+        if entry.start > start:
+            raise InputError(
+                f"{path} is damaged: {entry.start - start} bytes between {before} and {name} belong to no tensor",
+                "fetch it again",
+            )
+        start, before = entry.end, name
+    if start > size:
+        raise InputError(f"{path} is truncated: {size} bytes, its header asks for {start}", "fetch it again")
+    if start < size:
+        raise InputError(
+            f"{path} is damaged: {size - start} bytes after {before} belong to no tensor", "fetch it again"
+        )
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it names {next(name for name in names if names.count(name) > 1)} twice")
+    return found
 
 
 def _entry(path: Path, name: str, value: dict, base: int) -> Entry:
@@ -100,18 +140,20 @@ def read_weights(folder: Path) -> dict[str, Entry]:
         InputError: no weights, only pickles, a shard missing, or an index that disagrees with its shards.
     """
     folder = Path(folder)
-    indexes = _plain_first(folder.glob("*.safetensors.index*.json"), INDEX_VARIANT)
-    if indexes:
-        return _read_shards(folder, indexes[0])
-    files = _plain_first((path for path in folder.glob("*.safetensors") if not path.name.startswith(".")), VARIANT)
+    names = [path.name for path in folder.glob("*")] if folder.is_dir() else []
+    chosen = variants.chosen(names, folder)
+    index = next((name for name in chosen if name.endswith(".json")), None)
+    if index is not None:
+        return _read_shards(folder, folder / index)
+    files = [name for name in chosen if name.endswith(".safetensors")]
     if len(files) == 1:
-        return read_header(files[0])[0]
+        return read_header(folder / files[0])[0]
     if files:
         raise InputError(
             f"{folder} holds {len(files)} safetensors files and no index",
             "keep one, or add the .safetensors.index.json",
         )
-    pickles = [path.name for path in folder.glob("*") if path.suffix in PICKLES] if folder.is_dir() else []
+    pickles = [name for name in names if name.endswith(PICKLES)]
     if pickles:
         raise InputError(
             f"{folder} holds only pickle weights ({pickles[0]}), which are refused", "save them as .safetensors first"
@@ -119,25 +161,18 @@ def read_weights(folder: Path) -> dict[str, Entry]:
     raise InputError(f"{folder} holds no safetensors weights", "give a diffusers folder, a hub id or a recipe name")
 
 
-def _plain_first(paths: Iterable[Path], variant: re.Pattern) -> list[Path]:
-    """The files without a variant in their name; all files if each has one."""
-    found = sorted(paths)
-    return [path for path in found if not variant.search(path.name)] or found
-
-
 def _read_shards(folder: Path, index: Path) -> dict[str, Entry]:
-    try:
-        weight_map: dict[str, str] = dict(read_json(index)["weight_map"])
-        shards = sorted(set(weight_map.values()))
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise InputError(
-            f"{index} is no index of shards: {type(error).__name__}: {error}", "fetch the checkpoint again"
-        ) from error
+    weight_map = variants.weight_map(index)
     entries: dict[str, Entry] = {}
-    for shard in shards:
-        if not isinstance(shard, str) or Path(shard).name != shard or not (folder / shard).is_file():
+    for shard in sorted(set(weight_map.values())):
+        if not (folder / shard).is_file():
             raise InputError(f"{index} names the shard {shard}, which is missing", "fetch the checkpoint again")
-        entries.update(read_header(folder / shard)[0])
+        for name, entry in read_header(folder / shard)[0].items():
+            if name in entries:
+                raise InputError(
+                    f"{folder} holds {name} in {entries[name].file.name} and in {shard}", "fetch the checkpoint again"
+                )
+            entries[name] = entry
     lost = sorted(set(weight_map) ^ set(entries))
     if lost:
         raise InputError(

@@ -43,6 +43,7 @@ SCALES = (".scale_weight", ".weight_scale")
 ACTIVATIONS = (".scale_input", ".input_scale", ".comfy_quant")
 MARKS = ("scaled_fp8",)
 FLOATS = ("F64", "F32", "F16", "BF16", *FLOAT8)
+INTEGERS = {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
 UPCAST = "BF16"
 LOSSLESS = {"F32": "F32", "F16": "F16", "BF16": "BF16"}  # GGUF formats whose numbers fit a dtype as they are
 LOSSES = {
@@ -306,6 +307,14 @@ def torch_dtype(name: str) -> torch.dtype:
 
     plain = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", **FLOAT8}
     return getattr(torch, plain[name])
+
+
+def number_of(entry: Entry) -> float:
+    """The one number in a tensor of whatever dtype."""
+    import torch
+
+    dtype = getattr(torch, INTEGERS[entry.dtype]) if entry.dtype in INTEGERS else torch_dtype(entry.dtype)
+    return float(torch.frombuffer(bytearray(_bytes_of(entry)), dtype=dtype).item())
 
 
 def _checked_scale(scale: Entry | None, entry: Entry, name: str, path: Path) -> Entry | None:

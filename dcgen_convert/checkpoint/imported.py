@@ -11,7 +11,7 @@ fused. All later stages work on the folder:
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +20,8 @@ from typing import Any
 from dcgen_convert import families
 from dcgen_convert.checkpoint import lora as loras_
 from dcgen_convert.checkpoint import stream
-from dcgen_convert.checkpoint.components import plan_copy, write_index
-from dcgen_convert.checkpoint.keymap import LISTED
+from dcgen_convert.checkpoint.agreement import require_agreement
+from dcgen_convert.checkpoint.components import check_component, plan_copy, write_index
 from dcgen_convert.checkpoint.licence import FILES as LICENCES
 from dcgen_convert.checkpoint.lora import Lora, Merger
 from dcgen_convert.checkpoint.record import source_record
@@ -32,15 +32,13 @@ from dcgen_convert.checkpoint.source import (
     Source,
     check_scheduler,
     check_variant,
-    fingerprint_of,
-    require_possible,
     resolve_folder,
 )
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import AccessError, InputError
 from dcgen_convert.core.files import read_object, sha256, write_json
 from dcgen_convert.core.journal import fingerprint
-from dcgen_convert.families import Family, bases, catalog
+from dcgen_convert.families import Family, bases, catalog, legacy
 
 STAGE = "import"
 SHARD = 4 << 30  # bytes per shard; the embedder and the head have one of their own
@@ -84,11 +82,16 @@ class Imported(Source):
     def config(self) -> dict[str, Any]:
         return self.own or self.single.config(_template(self.base, self.family))
 
-    @cached_property
-    def fingerprint(self) -> str:
-        fused = [[sha256(lora.path), lora.scale] for lora in self.loras]
-        weights = fingerprint_of([self.single.path, self.base / "vae"])
-        return fingerprint([FORMAT, weights, self.config, self.index, fused])
+    @property
+    def content_files(self) -> dict[str, Path]:
+        fused = {f"LoRA {number}": lora.path for number, lora in enumerate(self.loras, 1)}
+        return (
+            super().content_files | dict.fromkeys([self.family.component] * len(self.files), self.single.path) | fused
+        )
+
+    def contents(self, advance: Callable[[int], object] | None = None) -> dict[str, str]:
+        scales = [lora.scale for lora in self.loras]
+        return {**super().contents(advance), "import": fingerprint([FORMAT, self.config, self.index, scales])}
 
     @property
     def parts(self) -> dict[str, Path]:
@@ -126,7 +129,14 @@ class Imported(Source):
                 "tells its rotary axes",
                 "name a pipeline with the same heads: --base FOLDER",
             )
-        self._check_tensors()
+        require_agreement(
+            self.config,
+            self.single.shapes,
+            self.family.model_class,
+            self.single.path,
+            "is the checkpoint complete, and is --base of the same kind?",
+            "name the pipeline folder that it belongs to: --base FOLDER",
+        )
         old, new = (config.get("in_channels") for config in (whole, self.config))
         if old is not None and old != new:
             raise InputError(
@@ -137,40 +147,7 @@ class Imported(Source):
             )
         for part, folder in Source(self.name, self.base).parts.items():
             if part != self.family.component:
-                plan_copy(folder)
-
-    def _check_tensors(self) -> None:
-        import diffusers
-        import torch
-
-        require_possible(self.config, self.single.shapes, self.single.path)
-        try:
-            with torch.device("meta"):
-                model = getattr(diffusers, self.family.model_class).from_config(self.config)
-        except Exception as error:  # the class trusts its config: whatever it stumbles over is a config that cannot be
-            first = next(iter(str(error).strip().splitlines()), "")
-            raise InputError(
-                f"the config of {self.single.path} describes no {self.family.model_class}: {type(error).__name__}: "
-                f"{first}",
-                "name the pipeline folder that it belongs to: --base FOLDER",
-            ) from error
-        wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-        shapes = self.single.shapes
-        for what, names in (("lacks", wanted.keys() - shapes.keys()), ("has too many:", shapes.keys() - wanted.keys())):
-            if names:
-                some, more = sorted(names)[:LISTED], len(names) - LISTED
-                rest = f" and {more} more" if more > 0 else ""
-                raise InputError(
-                    f"{self.single.path} {what} {len(names)} tensors for a {self.family.model_class} of its sizes: "
-                    f"{', '.join(some)}{rest}",
-                    "is the checkpoint complete, and is --base of the same kind?",
-                )
-        odd = next((name for name, shape in wanted.items() if shapes[name] != shape), None)
-        if odd:
-            raise InputError(
-                f"{odd} is {list(shapes[odd])} in {self.single.path}, its config asks for {list(wanted[odd])}",
-                "is --base of the same kind?",
-            )
+                check_component(folder)
 
     def lay_out(self, console: Console) -> dict[str, Any]:
         """Write the pipeline folder; returns what was done, for the manifest."""
@@ -287,7 +264,7 @@ def import_source(
 
 
 def _own_config(path: Path) -> dict[str, Any]:
-    config = read_object(path / "config.json")
+    config = legacy.current(read_object(path / "config.json"))
     if "quantization_config" in config:
         raise InputError(f"{path} is already quantised", "give the dense model")
     return config
@@ -340,7 +317,7 @@ def _template(base: Path, family: Family, whole: bool = False) -> dict[str, Any]
         )
     path = families.network_folder(base) / "config.json"
     if path.is_file():
-        return read_object(path)
+        return legacy.current(read_object(path))
     return {"_class_name": family.model_class} if whole else bases.template_of(family.name)
 
 

@@ -1,12 +1,12 @@
 """LoRA files of other tools, matched with a transformer's weights by name.
 
 Three kinds of names are known: diffusers' and PEFT's, the original layout's, and kohya's with underscores.
-dW = scale (alpha / rank) up @ down. An update of a fused linear is split at the rows of its key map.
+dW = scale (alpha / rank) up @ down; `lora_strength` finds alpha. An update of a fused linear is split at the rows of
+its key map. Some files hold an update twice, for fused and for split linears: it is applied once.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING
 
 from dcgen_convert.checkpoint import keymap
 from dcgen_convert.checkpoint.headers import Entry, read_header
-from dcgen_convert.checkpoint.held import FLOATS, PREFIXES, Change, Held
+from dcgen_convert.checkpoint.held import FLOATS, PREFIXES, Change, Held, number_of
 from dcgen_convert.checkpoint.key_tables import TABLES
 from dcgen_convert.checkpoint.keymap import LISTED, Cut, Shape
-from dcgen_convert.checkpoint.merge import METADATA, Update
+from dcgen_convert.checkpoint.lora_strength import Stated, stated
+from dcgen_convert.checkpoint.merge import Update
 from dcgen_convert.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,53 +33,92 @@ ALPHA = ".alpha"
 WRAPPER = "base_model.model."
 KOHYA = ("lora_unet_", "lora_transformer_")
 TEXT = ("text_encoder", "lora_te", "te.", "te1.", "te2.", "text_encoders.")
-PATTERNS = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
+SAME = 0.05  # |difference| / |update| up to which two updates of the same rows are one update that was written twice
 
 
 @dataclass(frozen=True)
 class Target:
-    """Rows ``cut`` of a weight, which take rows [first, ...) of the update's ``up``."""
+    """Rows ``cut`` of a weight, which take rows [first, ...) of the update's ``up``.
+
+    repeats: whether another update of the same file has these rows already.
+    """
 
     cut: Cut
     first: int
+    repeats: bool = False
+
+    @property
+    def rows(self) -> slice:
+        """Of the update's ``up``."""
+        return slice(self.first, self.first + self.cut.stop - self.cut.start)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One low-rank update of a file. alpha: None where the file states none; then alpha is the rank."""
+    """One low-rank update of a file.
+
+    Attributes:
+        alpha: a number, or the tensor that holds it; None where the file states none: then alpha is the rank.
+        rslora: whether alpha is divided by the root of the rank.
+    """
 
     module: str
     down: Held
     up: Held
-    alpha: float | Held | None  # a number, or the tensor that holds it
+    alpha: float | Entry | None
+    rslora: bool = False
     targets: tuple[Target, ...] = ()
+
+    def strength(self, rank: int) -> float:
+        """The factor of up @ down."""
+        if self.alpha is None:
+            return 1.0
+        alpha = number_of(self.alpha) if isinstance(self.alpha, Entry) else self.alpha
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file, matched. text: number of its tensors for text encoders, which are not merged."""
+    """A LoRA file, matched.
+
+    Attributes:
+        text: number of its tensors for text encoders, which are not merged.
+        config: the adapter_config.json beside it, if that says how strong it is.
+    """
 
     path: Path
     scale: float
     pairs: tuple[Pair, ...]
     text: int
+    config: Path | None = None
 
     def updates(self) -> dict[str, list[tuple[int, Update]]]:
         """Weight -> (first row, update of the rows from there on), read from the file."""
         found: dict[str, list[tuple[int, Update]]] = {}
         for pair in self.pairs:
             down, up = (held.read(0, held.rows).float() for held in (pair.down, pair.up))
-            alpha = pair.alpha.read(0, 1).item() if isinstance(pair.alpha, Held) else pair.alpha
-            rank = len(down)
-            scale = self.scale * (rank if alpha is None else alpha) / rank
+            scale = self.scale * pair.strength(len(down))
             if not (down.isfinite().all() and up.isfinite().all() and math.isfinite(scale)):
                 raise InputError(f"{self.path} holds NaN or infinite values in {pair.module}", "fetch it again")
-            update = Update(down, up, scale)
             for target in pair.targets:
-                rows = target.cut.stop - target.cut.start
-                part = replace(update, up=up[target.first : target.first + rows])
-                found.setdefault(target.cut.name, []).append((target.cut.start, part))
+                part = Update(down, up[target.rows], scale)
+                if target.repeats:
+                    self._require_same(pair, target, part, found[target.cut.name])
+                else:
+                    found.setdefault(target.cut.name, []).append((target.cut.start, part))
         return found
+
+    def _require_same(self, pair: Pair, target: Target, part: Update, others: list[tuple[int, Update]]) -> None:
+        """InputError unless ``part`` is what ``others`` do with the same rows."""
+        wanted = next(
+            update for start, update in others if start == target.cut.start and len(update.up) == len(part.up)
+        )
+        first, second = (update.up.flatten(1) @ update.down.flatten(1) * update.scale for update in (wanted, part))
+        if (first - second).norm() > SAME * first.norm():
+            raise InputError(
+                f"{self.path} holds two different updates of {target.cut.name}, one of them as {pair.module}",
+                "keep one of the two in the file",
+            )
 
 
 def parse(text: str) -> tuple[Path, float]:
@@ -107,7 +147,8 @@ def read(text: str, family: str, shapes: Mapping[str, Shape]) -> Lora:
     """
     path, scale = parse(text)
     entries, metadata = read_header(path)
-    pairs, aside = _pairs(path, entries, _alpha(path, metadata))
+    strengths = stated(path, metadata, entries)
+    pairs, aside = _pairs(path, entries, strengths)
     if not pairs:
         raise InputError(f"{path} holds no LoRA of a transformer", f"dcgen-convert inspect {path}")
     places = _places(family, shapes, [pair.module for pair in pairs])
@@ -119,10 +160,11 @@ def read(text: str, family: str, shapes: Mapping[str, Shape]) -> Lora:
             f"{', '.join(lost[:LISTED])}{more}",
             "is the LoRA made for this model?",
         )
-    return Lora(path, scale, tuple(_fitted(path, pair, *places[pair.module]) for pair in pairs), aside)
+    fitted = _once(path, [_fitted(path, pair, *places[pair.module]) for pair in pairs])
+    return Lora(path, scale, tuple(fitted), aside, strengths.config)
 
 
-def _pairs(path: Path, entries: Mapping[str, Entry], alpha: float | None) -> tuple[list[Pair], int]:
+def _pairs(path: Path, entries: Mapping[str, Entry], strengths: Stated) -> tuple[list[Pair], int]:
     """(the updates of a file in name order, number of tensors for text encoders)."""
     mine = {name: entry for name, entry in entries.items() if not name.removeprefix(WRAPPER).startswith(TEXT)}
     downs = {DOWN.sub("", name): name for name in mine if DOWN.search(name)}
@@ -139,13 +181,34 @@ def _pairs(path: Path, entries: Mapping[str, Entry], alpha: float | None) -> tup
         low, high = entries[down].shape, entries[ups[module]].shape
         if any(len(shape) < 2 or 0 in shape for shape in (low, high)) or low[0] != high[1]:
             raise InputError(f"{path}: down and up of {module} are {list(low)} and {list(high)}, which do not multiply")
-        own = _held(path, f"{module}{ALPHA}", entries) if module in alphas else alpha
-        if isinstance(own, Held) and math.prod(own.shape) != 1:
+        name = _plain(module)
+        own = entries[f"{module}{ALPHA}"] if module in alphas else strengths.alpha_of(name, low[0], path)
+        if isinstance(own, Entry) and math.prod(own.shape) != 1:
             raise InputError(f"{path}: {module}{ALPHA} is {list(own.shape)}, one number is wanted", "fetch it again")
-        pairs.append(Pair(_plain(module), _held(path, down, entries), _held(path, ups[module], entries), own))
-    if len({pair.module for pair in pairs}) < len(pairs):
-        raise InputError(f"{path} holds two updates of one weight under different prefixes")
+        rslora = strengths.rslora and not isinstance(own, Entry)
+        pairs.append(Pair(name, _held(path, down, entries), _held(path, ups[module], entries), own, rslora))
     return pairs, len(entries) - len(mine)
+
+
+def _once(path: Path, pairs: list[Pair]) -> list[Pair]:
+    """``pairs`` with the targets marked that an earlier pair has; pairs of split linears come first.
+
+    Raises:
+        InputError: two updates meet in some of their rows only.
+    """
+    taken: dict[str, list[Cut]] = {}
+    found = []
+    for pair in sorted(pairs, key=lambda pair: (len(pair.targets), pair.module)):
+        targets = []
+        for target in pair.targets:
+            cuts, cut = taken.setdefault(target.cut.name, []), target.cut
+            met = [other for other in cuts if other.start < cut.stop and cut.start < other.stop]
+            if any((other.start, other.stop) != (cut.start, cut.stop) for other in met):
+                raise InputError(f"{path} holds two updates that meet in some rows of {cut.name}, one is {pair.module}")
+            targets.append(replace(target, repeats=bool(met)))
+            cuts.append(cut)
+        found.append(replace(pair, targets=tuple(targets)))
+    return found
 
 
 def _held(path: Path, name: str, entries: Mapping[str, Entry]) -> Held:
@@ -159,25 +222,6 @@ def _plain(module: str) -> str:
     """A module's name without the prefixes that tools put before it."""
     module = module.removeprefix(WRAPPER)
     return next((module.removeprefix(prefix) for prefix in (*PREFIXES, *KOHYA) if module.startswith(prefix)), module)
-
-
-def _alpha(path: Path, metadata: Mapping[str, str]) -> float | None:
-    """alpha of all updates, as diffusers writes it into the metadata (there as alpha and rank); None: not stated."""
-    if not isinstance(metadata, Mapping) or METADATA not in metadata:
-        return None
-    try:
-        config = {
-            key.rpartition(".")[2]: value
-            for key, value in json.loads(metadata[METADATA]).items()
-            if "text_encoder" not in key
-        }
-        odd = [key for key in PATTERNS if config.get(key)]
-        alpha = float(config["lora_alpha"]) if "lora_alpha" in config else None
-    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-        raise InputError(f"{path} has damaged LoRA metadata: {error}", "fetch it again") from error
-    if odd:
-        raise InputError(f"{path} uses {odd[0]}: only plain LoRA can be merged")
-    return alpha
 
 
 def _places(family: str, shapes: Mapping[str, Shape], modules: list[str]) -> dict[str, tuple[Shape, tuple[Cut, ...]]]:

@@ -7,17 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dcgen_convert import families
-from dcgen_convert.checkpoint.headers import FLOAT8
+from dcgen_convert.checkpoint.agreement import require_agreement
+from dcgen_convert.checkpoint.components import check_component, plan_copy
+from dcgen_convert.checkpoint.held import PACKED, SCALES
 from dcgen_convert.checkpoint.source import (
     WHOLE,
     Source,
     check_scheduler,
     check_variant,
-    require_possible,
     resolve_folder,
 )
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_object
+
+DENSE = ("F64", "F32", "F16", "BF16")  # dtypes of weights that can be trained and merged as they are
 
 
 def load_source(
@@ -45,7 +48,6 @@ def load_source(
     if root is not None and base is None and not loras and is_plain(root):
         source = Source(name, root, revision)
         _ = source.index, source.family
-        require_possible(source.config, source.tensors, root)
         check_variant(source.index, source.family, root)
         check_scheduler(root, source.family)
         lost = next((part for part, folder in source.parts.items() if not folder.is_dir()), None)
@@ -53,12 +55,23 @@ def load_source(
             raise InputError(
                 f"{root} has no folder {lost}, which its model_index.json names", "fetch the whole checkpoint again"
             )
+        for part, folder in source.parts.items():
+            if part != source.family.component:
+                check_component(folder)
         for module in (source.family.embedder, source.family.head):
             if f"{module}.weight" not in source.tensors:
                 raise InputError(
                     f"{source.transformer} lacks {module}.weight, which every {source.family.name} model has",
                     "is the checkpoint complete?",
                 )
+        require_agreement(
+            source.config,
+            {name: entry.shape for name, entry in source.tensors.items()},
+            source.family.model_class,
+            source.transformer,
+            "is the checkpoint complete, and is its config the right one?",
+            "fetch the checkpoint again",
+        )
         return source
     from dcgen_convert.checkpoint.imported import import_source
 
@@ -71,12 +84,19 @@ def is_plain(root: Path) -> bool:
     A folder without model_index.json counts as plain, unless it is a transformer's own: so the caller refuses it with
     the right message.
     """
-    from dcgen_convert.checkpoint.components import plan_copy
-
     source = Source(str(root), root)
     if not (root / "model_index.json").is_file():
         config = root / "config.json"
         return not config.is_file() or families.recognise(read_object(config)) is None
     folders = [folder for folder in source.parts.values() if folder.is_dir()]
-    named = all(name == copied for folder in folders for name, copied in plan_copy(folder).items())
-    return named and not any(entry.dtype in FLOAT8 for entry in source.tensors.values())
+    named = all(_is_named_plainly(folder) for folder in folders)
+    unused = families.family_of(source.config, root).unused
+    odd = any(name.endswith((*SCALES, *PACKED)) or name in unused for name in source.tensors)
+    return named and not odd and all(entry.dtype in DENSE for entry in source.tensors.values())
+
+
+def _is_named_plainly(folder: Path) -> bool:
+    """Whether no file that counts is a precision variant, and no index of lost shards lies beside the weights."""
+    plan = plan_copy(folder)
+    stray = {path.name for path in folder.glob("*.safetensors.index.json")} - plan.keys()
+    return not stray and all(name == copied for name, copied in plan.items())

@@ -91,7 +91,9 @@ def mapped(tensors: Mapping[str, Held], family: str, layout: str, path: Path) ->
     """(tensors under diffusers' names, unused tensors)."""
     shapes = {name: held.shape for name, held in tensors.items()}
     if layout == "diffusers":
-        return {name: Stack(shape, (Cut(name, 0, tensors[name].rows),)) for name, shape in shapes.items()}, []
+        unused = [name for name in shapes if name in families.get(family).unused]
+        stacks = {name: Stack(shape, (Cut(name, 0, tensors[name].rows),)) for name, shape in shapes.items()}
+        return {name: stack for name, stack in stacks.items() if name not in unused}, unused
     table = keymap.find(family, layout)
     if table is None:
         raise InputError(

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 from dcgen_convert import families
 from dcgen_convert.checkpoint import trust
+from dcgen_convert.checkpoint.components import plan_copy
 from dcgen_convert.checkpoint.headers import Entry, read_weights
+from dcgen_convert.checkpoint.licence import FILES as LICENCES
 from dcgen_convert.checkpoint.record import source_record
 from dcgen_convert.checkpoint.trust import is_component
 from dcgen_convert.core.errors import AccessError, InputError
 from dcgen_convert.core.files import read_object, sha256
-from dcgen_convert.families import Family
+from dcgen_convert.core.journal import fingerprint
+from dcgen_convert.families import Family, legacy
 
 # What a conversion takes of a hub repository, the base model's and that of a base which only completes a transformer.
-_REST = ["*.json", "*.txt", "*.model", "*.md", "LICENSE*"]
+_REST = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", *LICENCES]
 _REST += [f"{part}/*.safetensors" for part in ("vae", "text_encoder*", "safety_checker")]
 WHOLE, COMPLETING = [*_REST, *(f"{name}/*.safetensors" for name in families.COMPONENTS)], _REST
-HASH_WHOLE = 1 << 30  # bytes; larger weights are fingerprinted by headers and sizes, their full hash is in the manifest
+CONTENT = (".json", ".safetensors", ".txt", ".model", ".jinja", ".tiktoken")  # files that change what is computed
+READERS = 4  # files that are hashed at the same time
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,13 @@ class Source:
         name: what the user asked for.
         root: folder with model_index.json.
         revision: commit of a hub snapshot, None for local folders.
+        known: what `contents` has found already.
     """
 
     name: str
     root: Path
     revision: str | None = None
+    known: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     imported: ClassVar[bool] = False  # whether stage `import` writes the folder
 
@@ -78,7 +84,7 @@ class Source:
             raise InputError(
                 f"{self.root} has no {path.parent.name}/config.json", "give a diffusers folder or a hub id"
             )
-        config = read_object(path)
+        config = legacy.current(read_object(path))
         if "quantization_config" in config:
             raise InputError(
                 f"{self.root} is already quantised ({_method(config['quantization_config'])})",
@@ -101,10 +107,45 @@ class Source:
         """Every tensor of the transformer, from headers alone."""
         return read_weights(self.transformer)
 
-    @cached_property
+    @property
+    def content_files(self) -> dict[str, Path]:
+        """Name -> file, of all files that a conversion's result depends on: weights, configs, tokenizers, scheduler.
+
+        The names do not tell where the source lies, so a folder that was moved is the same source.
+        """
+        index = {"model_index.json": self.root / "model_index.json"} if not self.imported else {}
+        return index | {
+            f"{part}/{plain}": folder / name
+            for part, folder in sorted(self.parts.items())
+            if folder.is_dir()
+            for name, plain in plan_copy(folder).items()
+            if Path(name).suffix.lower() in CONTENT
+        }
+
+    @property
+    def size(self) -> int:
+        """Bytes of all `content_files`."""
+        return sum(path.stat().st_size for path in self.content_files.values())
+
+    def contents(self, advance: Callable[[int], object] | None = None) -> dict[str, str]:
+        """Name -> SHA-256 of every file of `content_files`. The files are read once, at the disk's speed.
+
+        Args:
+            advance: is told the number of bytes of each file that was read.
+        """
+        if not self.known:
+            files = self.content_files
+            with ThreadPoolExecutor(READERS) as pool:
+                for name, digest in zip(files, pool.map(sha256, files.values()), strict=True):
+                    self.known[name] = digest
+                    if advance:
+                        advance(files[name].stat().st_size)
+        return dict(self.known)
+
+    @property
     def fingerprint(self) -> str:
-        """Hash of the transformer and VAE: of all bytes below 1 GiB, else of headers, sizes and modification times."""
-        return fingerprint_of([self.transformer, self.vae])
+        """One hash of `contents`."""
+        return fingerprint(self.contents())
 
     @property
     def parts(self) -> dict[str, Path]:
@@ -123,21 +164,6 @@ class Source:
 
 def _method(quantisation: Any) -> str:
     return str(quantisation.get("quant_method")) if isinstance(quantisation, dict) else "unknown method"
-
-
-def fingerprint_of(places: Iterable[Path]) -> str:
-    """Hash of files and of the JSON and weight files of folders: of all bytes below 1 GiB, else of size and time."""
-    digest = hashlib.sha256()
-    for place in places:
-        inside = (
-            [place] if place.is_file() else sorted(p for p in place.glob("*") if p.suffix in (".json", ".safetensors"))
-        )
-        for path in inside:
-            stat = path.stat()
-            digest.update(f"{place.name}/{path.name} {stat.st_size} ".encode())
-            whole = stat.st_size <= HASH_WHOLE
-            digest.update((sha256(path) if whole else str(stat.st_mtime_ns)).encode())
-    return digest.hexdigest()
 
 
 def resolve_folder(
@@ -166,15 +192,6 @@ def resolve_folder(
             "connect to the network, or give a folder",
         ) from error
     return folder, folder.name
-
-
-def require_possible(config: Mapping[str, Any], tensors: Mapping[str, object], where: Path) -> None:
-    """InputError for a config of more blocks than there are tensors: its class would be built for ever."""
-    for key, value in config.items():
-        if ("layers" in key or "blocks" in key) and isinstance(value, int) and value > len(tensors):
-            raise InputError(
-                f"{where}: {key} is {value} where {len(tensors)} tensors are", "is the config the right one?"
-            )
 
 
 def check_scheduler(root: Path, family: Family) -> None:

@@ -76,6 +76,7 @@ class Family:
     guidance: ClassVar[str]  # "embedded" (distilled into the network) | "cfg" | "none"
     # what the network predicts: "flow" (eps - z_0) | "reversed" (z_0 - eps, at the time 1 - t) | "epsilon"
     prediction: ClassVar[str] = "flow"
+    unused: ClassVar[tuple[str, ...]] = ()  # tensors of published checkpoints that the network has no use for
     text_keys: ClassVar[tuple[str, ...]]  # keywords of forward() that carry the condition
     blocks: ClassVar[tuple[str, ...]]  # ModuleLists of repeated blocks, or single blocks, in forward order
     lora_targets: ClassVar[str]  # regex that matches whole module names, as PEFT's target_modules takes it

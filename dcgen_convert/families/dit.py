@@ -31,6 +31,7 @@ class DiT(Family):
         "original": ("y_embedder.embedding_table",),
     }
     text_keys = ("class_labels",)
+    unused = ("pos_embed.pos_embed",)
     blocks = ("transformer_blocks",)
     lora_targets = r"transformer_blocks\.\d+\.(attn1\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))"
     awq_pattern = r"transformer_blocks\.\d+\.norm1\.linear"

@@ -34,6 +34,7 @@ class PixArt(Family):
         "original": ("t_block.1.", "y_embedder.y_proj."),
     }
     text_keys = ("encoder_hidden_states", "encoder_attention_mask")
+    unused = ("pos_embed.pos_embed", "caption_projection.y_embedding")
     blocks = ("transformer_blocks",)
     lora_targets = r"transformer_blocks\.\d+\.((attn1|attn2)\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))"
     dense_pattern = r"transformer_blocks\.\d+\.attn2\.to_[kv]"  # keys and values of the cross-attention, as in SANA

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.core.files import read_json
+from dcgen_convert.core.files import read_object
 from dcgen_convert.families.base import Network
 from dcgen_convert.families.grid import autoencoder_grid, tile_sizes
 from dcgen_convert.networks.folder import load_folder
@@ -28,6 +28,7 @@ CLASSES = (
     "AutoencoderKLFlux2",
     "AutoencoderKLHunyuanImage",
 )
+SCALES = {"AutoencoderKL": 0.18215, "AutoencoderDC": 1.0}  # scaling factors of configs that state none (diffusers 0.42)
 
 
 @dataclass
@@ -114,19 +115,23 @@ def normalisation(model: Network, config: dict[str, Any], scale: float | None) -
     if config["_class_name"] == "AutoencoderKLFlux2":  # statistics of 2 x 2 patches, channel first
         std = (model.bn.running_var.float() + model.config.batch_norm_eps).sqrt()
         return (1 / std).view(-1, 1, 2, 1, 2), model.bn.running_mean.float().view(-1, 1, 2, 1, 2)
-    return scale or config["scaling_factor"], config.get("shift_factor") or 0.0
+    return scale or config["scaling_factor"], config.get("shift_factor") or 0.0  # `describe` fills in the class's own
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """Config of the autoencoder in ``folder``; InputError when the tool does not know its class."""
+    """Config of the autoencoder in ``folder``; InputError when the tool does not know its class.
+
+    Configs of older versions of diffusers do not state the scaling factor: they get the one of the class.
+    """
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise InputError(
             f"no config.json in {folder}: not an autoencoder folder", "give a folder, a hub id or an alias with --ae"
         )
-    config = read_json(path)
+    config = read_object(path)
     if config.get("_class_name") not in CLASSES:
         raise InputError(
             f"{folder} holds a {config.get('_class_name')}, an autoencoder must be one of {', '.join(CLASSES)}"
         )
-    return config
+    scale = SCALES.get(config["_class_name"])
+    return config if scale is None else {"scaling_factor": scale, **config}

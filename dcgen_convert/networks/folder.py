@@ -18,7 +18,8 @@ def load_folder(folder: Path, what: str, dtype: torch.dtype) -> Network:
         what: kind of network for the messages, such as "transformer".
 
     Raises:
-        InputError: the weights do not load, or some that the config asks for are missing or have another shape.
+        InputError: the weights do not load, some that the config asks for are missing or have another shape, or there
+            are more than it asks for.
     """
     import diffusers
 
@@ -33,4 +34,9 @@ def load_folder(folder: Path, what: str, dtype: torch.dtype) -> Network:
     problems = [*info["missing_keys"], *(str(entry) for entry in info["mismatched_keys"])]
     if problems:
         raise InputError(f"the {what} {folder} lacks weights that its config asks for: {', '.join(problems[:3])}")
+    if surplus := sorted(info["unexpected_keys"]):
+        raise InputError(
+            f"the {what} {folder} has weights that its config does not ask for: {', '.join(surplus[:3])}",
+            "is the config the right one?",
+        )
     return model

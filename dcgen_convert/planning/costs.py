@@ -25,6 +25,20 @@ DEVICES = {
 QUANTISED_BYTES = 0.65
 """Bytes per weight of a W4A4 linear: 4 bits, one FP8 scale per 16, and a rank-32 branch on widths near 3072."""
 
+# Stage -> kinds of `disk` that it writes, in order. The downloads are there before the first.
+WRITTEN = (
+    ("import", ("import",)),
+    ("surgery", ("surgery",)),
+    ("data", ("pictures",)),
+    ("latents", ("latents", "text")),
+    ("align-embedder", ()),
+    ("align-head", ("checkpoints",)),
+    ("adapt", ()),
+    ("merge", ("merged",)),
+    ("quantize", ("quantised",)),
+    ("bundle", ("bundle",)),
+)
+
 
 def downloads(recipe: Recipe, sizes: Shapes) -> list[dict]:
     """What must come from the hub: repository, bytes (from parameter counts at bf16), gated, already cached."""
@@ -94,6 +108,14 @@ def disk(recipe: Recipe, sizes: Shapes) -> dict:
         "peak": sum(kinds.values()),
         "basis": "sizes from parameter counts; pictures at 1.6 B per px assumed",
     }
+
+
+def until(kinds: dict[str, float], stage: str | None) -> dict[str, float]:
+    """Bytes by kind, as `disk` counts them, with 0 for what only comes after ``stage``; None: nothing comes after."""
+    names = [name for name, _ in WRITTEN]
+    last = names.index(name) if stage and (name := stage.rstrip("-0123456789")) in names else len(names)
+    later = {kind for _, written in WRITTEN[last + 1 :] for kind in written}
+    return {kind: 0 if kind in later else size for kind, size in kinds.items()}
 
 
 def hours(recipe: Recipe, sizes: Shapes) -> dict:

@@ -83,13 +83,17 @@ def fit_phase(recipe: Recipe, source: Identity, phase: Phase, gpus: int = 1, gpu
     return decide(recipe, phase, shapes_of(recipe, source), gpus, gpu_bytes)
 
 
-def require_disk(resolved: Resolved, run_dir: Path, output: Path) -> None:
+def require_disk(resolved: Resolved, run_dir: Path, output: Path, until: str | None = None) -> None:
     """Refuse a conversion whose downloads, run folder and bundle would not fit; what the run holds already counts.
 
+    Args:
+        until: the last stage that will run; None: all.
     Raises:
         ResourceError: naming the disk, what is needed and what is free.
     """
-    kinds = dict(costs.disk(resolved.recipe, shapes_of(resolved.recipe, resolved.identity))["bytes"])
+    kinds = costs.until(
+        dict(costs.disk(resolved.recipe, shapes_of(resolved.recipe, resolved.identity))["bytes"]), until
+    )
     found = [path.stat() for path in Path(run_dir).rglob("*") if path.is_file()]
     held = sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in found}.values())  # a linked shard counts once
     fetched, bundle = kinds.pop("downloads"), kinds.pop("bundle")

@@ -12,7 +12,7 @@ from typing import Any
 
 from dcgen_convert import families
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.families import Family, bases, catalog
+from dcgen_convert.families import Family, bases, catalog, legacy
 from dcgen_convert.families.bases import Base
 from dcgen_convert.families.catalog import SourceEntry
 from dcgen_convert.families.grid import MOST, Grid, autoencoder_grid
@@ -92,12 +92,15 @@ class Identity:
         Raises:
             InputError: there is none, or it is damaged. AccessError: it is on the hub and cannot be had.
         """
+        if self.path is not None and self.path.is_file():
+            return self.reader.single(self.path).config(None if self.base is None else self.pipeline.config)
+        return legacy.current(self._network_config())
+
+    def _network_config(self) -> dict[str, Any]:
         if self.entry:
             return self.reader.document(self.entry.config_path)
         if self.path is None:
             return self.reader.hub_network(self.name, self.offline)
-        if self.path.is_file():
-            return self.reader.single(self.path).config(None if self.base is None else self.pipeline.config)
         return self.reader.first(families.network_folder(self.path) / "config.json", self.path / "config.json")
 
     @cached_property

@@ -12,7 +12,7 @@ from dcgen_convert.checkpoint.record import source_record
 from dcgen_convert.core import names
 from dcgen_convert.core.files import copy_file, read_json
 from dcgen_convert.core.journal import MARKER, Stage
-from dcgen_convert.networks import models
+from dcgen_convert.networks import autoencoders, models
 from dcgen_convert.stages import compare
 from dcgen_convert.stages.job import Job
 from dcgen_convert.stages.quantize import SINGLE_FILE
@@ -46,7 +46,7 @@ def write(job: Job, stage: Stage, output: Path, force: bool) -> None:
 def describe(job: Job) -> dict[str, Any]:
     """The manifest's facts: recipe, sources with hashes, defaults, and what every stage measured."""
     records = [read_json(path) for path in sorted(job.run.path.glob(f"*/{MARKER}"))]
-    config = read_json(job.target / "config.json")
+    config = autoencoders.describe(job.target)
     return manifest.build(
         recipe=job.recipe.model_dump(mode="json"),
         family=job.family.name,

@@ -13,12 +13,12 @@ from dcgen_convert.checkpoint.open import load_source
 from dcgen_convert.checkpoint.source import Source, resolve_folder
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError, RecipeError
-from dcgen_convert.core.files import read_json, sha256
+from dcgen_convert.core.files import read_json, read_object, sha256
 from dcgen_convert.core.journal import MARKER, Run
 from dcgen_convert.core.version import __version__
-from dcgen_convert.families import Family, Text, catalog
+from dcgen_convert.families import Family, Text, catalog, legacy
 from dcgen_convert.families.grid import Grid, autoencoder_grid
-from dcgen_convert.networks import autoencoder_files
+from dcgen_convert.networks import autoencoder_files, parts
 from dcgen_convert.networks.pipelines import stock_pipeline
 from dcgen_convert.ranks.crew import SOLO, Crew
 from dcgen_convert.recipe import sources
@@ -102,7 +102,7 @@ class Job:
     @cached_property
     def scheduler(self) -> dict[str, Any]:
         """Scheduler config of the bundle. Training draws t with the same shift as the bundle samples with."""
-        base = read_json(self.source.root / "scheduler" / "scheduler_config.json")
+        base = legacy.current(read_object(self.source.root / "scheduler" / "scheduler_config.json"))
         return scheduler_config(base, self.recipe.adapt.shift, channels=self.ae.channels, tokens=self.tokens)
 
     @property
@@ -161,7 +161,7 @@ class Job:
 
 def prepare(resolved: Resolved, run: Run, console: Console, crew: Crew = SOLO) -> Job:
     """Find and check everything that the job needs, before anything is written."""
-    from dcgen_convert.checkpoint.imported import STAGE
+    from dcgen_convert.checkpoint.imported import STAGE, Imported
 
     recipe = resolved.recipe
     _require_even(recipe, run, crew.world)
@@ -188,6 +188,7 @@ def prepare(resolved: Resolved, run: Run, console: Console, crew: Crew = SOLO) -
         raise InputError(
             f"the stock {source.family.pipeline_class} cannot load a LoRA apart", "leave out --no-merge-lora"
         )
+    parts.check(source.base if isinstance(source, Imported) else source.root, source.index)
     ae = find_autoencoder(recipe.ae, run.path, channels=recipe.ae_channels, offline=offline)
     job = Job(recipe, identity, source, ae, run, console, crew)
     _ = job.buckets  # refuses what cannot have any

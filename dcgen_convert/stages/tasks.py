@@ -48,4 +48,6 @@ class Performer:
                 "put --run-dir on a file system that all hosts share",
             )
         resolved = Resolved(Recipe.model_validate(document["recipe"]), {}, Machine(**document["machine"]))
-        return prepare(resolved, Run(path, self.console), self.console, self.crew)
+        job = prepare(resolved, Run(path, self.console), self.console, self.crew)
+        job.source.known.update(document["contents"])  # rank 0 has read every byte of the source; once is enough
+        return job

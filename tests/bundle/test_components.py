@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dcgen_convert.checkpoint.components import copy_component, plan_copy
+from dcgen_convert.checkpoint.components import check_component, copy_component, plan_copy
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import sha256
@@ -50,6 +50,51 @@ def test_a_lone_variant_gets_the_plain_name_and_a_true_index(tmp_path):
         "model-00002-of-00002.safetensors",
     }
     assert all(sha256(tmp_path / "out" / name) == digest for name, digest in hashes.items())
+
+
+@pytest.mark.parametrize(
+    "shards, index",
+    [
+        ("model-0000{}-of-00002.fp16.safetensors", "model.safetensors.index.fp16.json"),
+        ("model.fp16-0000{}-of-00002.safetensors", "model.fp16.safetensors.index.json"),
+    ],
+)
+def test_variants_as_older_versions_named_them(tmp_path, shards, index):
+    for number in (1, 2):
+        weights(tmp_path / "in" / shards.format(number))
+    document = {"weight_map": {"a": shards.format(1), "b": shards.format(2)}}
+    (tmp_path / "in" / index).write_text(json.dumps(document))
+    copy_component(tmp_path / "in", tmp_path / "out", NULL, label="vae")
+    plain = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [*plain, "model.safetensors.index.json"]
+    written = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert list(written["weight_map"].values()) == plain
+
+
+def test_paths_of_the_machine_where_it_was_saved_stay_behind(tmp_path):
+    weights(tmp_path / "in" / "model.safetensors")
+    config = {"_name_or_path": "/home/me/model", "text_config": {"_name_or_path": "/home/me", "size": 2}, "size": 3}
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config))
+    hashes = copy_component(tmp_path / "in", tmp_path / "out", NULL, label="text_encoder")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written == {"text_config": {"size": 2}, "size": 3}
+    assert hashes["config.json"] == sha256(tmp_path / "out" / "config.json")
+
+
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
+        ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\n", r"tokenizer.json is a pointer of Git LFS"),
+        ("config.json", b"\xef\xbb\xbf{}", r"config.json begins with a byte order mark"),
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n", r"safetensors is a pointer of Git LFS"),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": "../../b.safetensors"}}', "no file of its folder"),
+    ],
+)
+def test_components_that_cannot_be_read(tmp_path, name, content, says):
+    weights(tmp_path / "model.safetensors")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=says):
+        check_component(tmp_path)
 
 
 def test_links_are_followed(tmp_path):

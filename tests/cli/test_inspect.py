@@ -100,3 +100,25 @@ def test_flux2_and_chroma_are_not_taken_for_flux(tmp_path):
         }
         save_file(names, tmp_path / "x.safetensors")
         assert inspect(tmp_path / "x.safetensors")["family"] == family
+
+
+@pytest.mark.parametrize(
+    "tensors, says",
+    [
+        (
+            {"blocks.0.x.weight": torch.zeros(4, 8, dtype=torch.uint8), "blocks.0.x.weight_scale_2": torch.ones(1)},
+            "ComfyUI, on a GPU with nvfp4 kernels",
+        ),
+        (
+            {"blocks.0.x.weight": torch.zeros(4, 8, dtype=torch.int8), "blocks.0.x.weight_scale": torch.ones(4, 1)},
+            "ComfyUI, on a GPU with int8 kernels",
+        ),
+        ({"lora_unet_x.lokr_w1": torch.ones(2, 2), "lora_unet_x.lokr_w2": torch.ones(2, 2)}, "LoKr"),
+        ({"double_blocks.0.processor.qkv_lora1.down.weight": torch.ones(2, 2)}, "a LoRA in the names of XLabs"),
+    ],
+)
+def test_files_of_other_tools_are_called_by_their_names(tmp_path, tensors, says):
+    save_file(tensors, tmp_path / "x.safetensors")
+    found = inspect(tmp_path / "x.safetensors")
+    assert says in render(found)
+    assert (found["kind"] == "lora") == ("LoR" in says or "LoK" in says)

@@ -157,6 +157,16 @@ def test_surgery_takes_the_disk_that_the_plan_says(alone, tmp_path):
     )
 
 
+def test_a_job_that_stops_early_needs_only_the_disk_until_there():
+    resolved = loading.load("tiny-flux")
+    kinds = costs.disk(resolved.recipe, shapes_of(resolved.recipe, resolved.identity))["bytes"]
+    assert {kind for _, written in costs.WRITTEN for kind in written} == kinds.keys() - {"downloads"}
+    assert costs.until(kinds, None) == costs.until(kinds, "verify") == costs.until(kinds, "bundle") == kinds
+    sums = [sum(costs.until(kinds, stage).values()) for stage in ("import", "surgery", "data", "latents", "adapt-1")]
+    assert sums == sorted(sums) and len({*sums}) == len(sums)
+    assert costs.until(kinds, "import") == dict.fromkeys(kinds, 0) | {k: kinds[k] for k in ("downloads", "import")}
+
+
 def test_hub_cache_obeys_the_environment():
     assert str(costs.hub_cache({"HF_HUB_CACHE": "/a"})) == "/a"
     assert str(costs.hub_cache({"HF_HOME": "/b"})) == "/b/hub"
