@@ -20,16 +20,19 @@ with different adapters apart. When you change its code, change MODULE_NAME too.
 import functools
 import inspect
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from diffusers import ModelMixin
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers.models.autoencoders.vae import DecoderOutput, EncoderOutput
 
-MODULE_NAME = "autoencoder_dc_adapter_v2"
+MODULE_NAME = "autoencoder_dc_adapter_v3"
+CLASS_NAME = "AutoencoderDCAdapter"
 ORDERS = ("c_first", "c_last")
 
 
@@ -97,6 +100,7 @@ class AutoencoderDCAdapter(AutoencoderDC):
             and are normalised by latents_mean and latents_std instead of scaling_factor (Qwen-Image).
         latent_batch_norm: whether the pipeline normalises packed latents by the statistics of `bn` (FLUX.2).
         z_dim, latents_mean, latents_std, batch_norm_eps: derived for these two, whatever is passed.
+        auto_map: derived, whatever is passed. `AutoModel` finds this class through it.
 
     Raises ValueError for an order that does not exist and channels or a factor that p does not divide.
     """
@@ -117,6 +121,7 @@ class AutoencoderDCAdapter(AutoencoderDC):
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
         batch_norm_eps: float | None = None,
+        auto_map: dict[str, str] | None = None,
         **stock,
     ):
         super().__init__(*args, **stock)
@@ -135,6 +140,7 @@ class AutoencoderDCAdapter(AutoencoderDC):
             block_out_channels=tuple(self.config.encoder_block_out_channels)[: int(levels)],
         )
         self.register_to_config(latent_frames=latent_frames, latent_batch_norm=latent_batch_norm)
+        self.register_to_config(auto_map={"AutoModel": f"{MODULE_NAME}.{CLASS_NAME}"})
         exposed, std = self.config.latent_channels // latent_pack**2, 1 / self.config.scaling_factor
         if latent_frames:
             self.temperal_downsample = (False,) * (int(levels) - 1)  # pipelines take 2 ** its length as their factor
@@ -146,9 +152,8 @@ class AutoencoderDCAdapter(AutoencoderDC):
             self.register_to_config(batch_norm_eps=0.0)
         if self.tile_sample_stride_height % self.spatial_compression_ratio:
             # The stock tiles (512, stride 448) break f128: 448 is not a multiple of it. These fit every f up to 128.
-            self.tile_sample_min_height = self.tile_sample_min_width = 1024
-            self.tile_sample_stride_height = self.tile_sample_stride_width = 896
-            self.tile_latent_min_height = self.tile_latent_min_width = 1024 // self.spatial_compression_ratio
+            self.enable_tiling(1024, 1024, 896, 896)
+            self.disable_tiling()
 
     # diffusers reads the accepted config keys from this signature.
     _stock = inspect.signature(AutoencoderDC.__init__)
@@ -182,6 +187,32 @@ class AutoencoderDCAdapter(AutoencoderDC):
             )
         return super().decode(z, return_dict=return_dict)
 
+    def enable_tiling(
+        self,
+        tile_sample_min_height: int | None = None,
+        tile_sample_min_width: int | None = None,
+        tile_sample_stride_height: float | None = None,
+        tile_sample_stride_width: float | None = None,
+    ) -> None:
+        """As in diffusers, all in px. A tile becomes a multiple of f, and at least 2 f. A stride that is not given, or
+        not smaller than the tile, becomes 7/8 of it, as those of diffusers are: strides that are larger would leave
+        out a part of the picture.
+        """
+        f = self.spatial_compression_ratio
+        asked = {
+            "height": (tile_sample_min_height, tile_sample_stride_height),
+            "width": (tile_sample_min_width, tile_sample_stride_width),
+        }
+        for axis, sizes in asked.items():
+            tile = max(2 * f, int(sizes[0] or getattr(self, f"tile_sample_min_{axis}")) // f * f)
+            stride = int(sizes[1] or getattr(self, f"tile_sample_stride_{axis}")) // f * f
+            if not 0 < stride < tile:
+                stride = max(f, tile * 7 // 8 // f * f)
+            setattr(self, f"tile_sample_min_{axis}", tile)
+            setattr(self, f"tile_sample_stride_{axis}", stride)
+            setattr(self, f"tile_latent_min_{axis}", tile // f)
+        self.use_tiling = True
+
     @functools.wraps(AutoencoderDC.save_pretrained)
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in diffusers, and this file with it: without it the saved folder could not be loaded again."""
@@ -189,3 +220,20 @@ class AutoencoderDCAdapter(AutoencoderDC):
         Path(save_directory, f"{MODULE_NAME}.py").write_text(
             Path(__file__).read_text(encoding="utf-8"), encoding="utf-8"
         )
+
+
+def _first(kind: type) -> type:
+    """`kind`, or the class that an earlier run of this very file has made: diffusers runs the file at each load.
+
+    Pickle, and a pipeline that is given an autoencoder, look for the class in the module of this name. ModelMixin is
+    there too, because a pipeline compares the class with it.
+    """
+    code = Path(__file__).read_bytes()
+    module = sys.modules.get(MODULE_NAME)
+    if module is None or vars(module).get("code") != code:
+        module = sys.modules[MODULE_NAME] = ModuleType(MODULE_NAME)
+        vars(module).update({CLASS_NAME: kind, "ModelMixin": ModelMixin, "code": code})
+    return vars(module)[CLASS_NAME]
+
+
+AutoencoderDCAdapter = _first(AutoencoderDCAdapter)

@@ -161,7 +161,7 @@ def model_index(parts: BundleParts) -> dict[str, Any]:
             f"the DC-Gen authors published no pipeline class for {family.name}",
             "use the stock layout, which needs none",
         )
-    from dcgen_convert.bundle.autoencoder_dc_adapter import MODULE_NAME
+    from dcgen_convert.bundle.autoencoder_dc_adapter import CLASS_NAME, MODULE_NAME
 
     source = read_json(parts.source / "model_index.json")
     adapted = layout == "stock" and has_adapter(family)
@@ -173,7 +173,7 @@ def model_index(parts: BundleParts) -> dict[str, Any]:
     }
     if parts.scheduler is not None:
         index["scheduler"] = ["diffusers", parts.scheduler["_class_name"]]
-        index["vae"] = [MODULE_NAME, "AutoencoderDCAdapter"] if adapted else ["diffusers", "AutoencoderDC"]
+        index["vae"] = [MODULE_NAME, CLASS_NAME] if adapted else ["diffusers", "AutoencoderDC"]
     return index
 
 
@@ -235,7 +235,8 @@ def _write_vae(folder: Path, parts: BundleParts) -> None:
         widths = config["encoder_block_out_channels"]
         pack = family.pack(read_json(parts.transformer / "config.json"))
         config |= {
-            "_class_name": "AutoencoderDCAdapter",
+            "_class_name": adapter.CLASS_NAME,
+            "auto_map": {"AutoModel": f"{adapter.MODULE_NAME}.{adapter.CLASS_NAME}"},
             "latent_pack": pack,
             "latent_order": family.adapter_order,
             "shift_factor": 0.0,

@@ -26,6 +26,7 @@ ADAPTERS = {
         "3875d957b43d3f585b3fda60b8b1e3a85416641f17eed907fb07b23a96292a34",
         "8954b76bca7e4ba51146b5a99df67646a08764ed1a7dc397054412680e676b75",  # with the licence's line
     ),
+    "autoencoder_dc_adapter_v3": ("7a1e401a45df3677b51c6325346c8a0fa286194d1f27a029824ed8981dfaabfc",),
 }
 CODE = (".py", ".pyc", ".pyd", ".so")
 FOLLOWS_AUTO_MAP = re.compile(r"Auto(?!encoder)|\w*Processor$")  # classes that look for another class in a JSON file

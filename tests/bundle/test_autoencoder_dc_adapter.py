@@ -24,9 +24,10 @@ def adapted(factor: int, channels: int, **options) -> AutoencoderDCAdapter:
 
 
 def test_name_changes_with_the_code():
-    """Bundles share one module cache under this name. The file that 0.1.0 wrote has the same code, other comments."""
-    old = Path(__file__).parents[1] / "project" / "version_0_1_0" / "bundle" / "vae" / f"{adapter.MODULE_NAME}.py"
-    assert code_of(Path(adapter.__file__)) == code_of(old)
+    """Bundles share one module cache under this name, so two files of one name must have the same code."""
+    written = Path(__file__).parents[1] / "project" / "version_0_1_0" / "bundle" / "vae"
+    for old in written.glob("*.py"):
+        assert (code_of(Path(adapter.__file__)) == code_of(old)) == (old.stem == adapter.MODULE_NAME)
 
 
 def code_of(file: Path) -> str:
@@ -119,3 +120,22 @@ def test_f128_tiles_keep_the_size():
     deep.enable_tiling()
     with torch.no_grad():
         assert deep.decode(torch.zeros(1, 128, 9, 9)).sample.shape[-2:] == (9 * 128, 9 * 128)
+
+
+@pytest.mark.parametrize("sizes", [(96, 96), (100, 130), (128, 64, 448, 448), (1, 1, 1, 1)])
+def test_tiles_of_any_size_keep_the_picture_s(sizes):
+    """diffusers keeps a stride of 448 px for a tile of 256 px, and returns a smaller picture."""
+    model = adapted(32, 32)
+    model.enable_tiling(*sizes)
+    with torch.no_grad():
+        assert model.decode(torch.zeros(1, 8, 10, 14)).sample.shape[-2:] == (5 * 32, 7 * 32)
+        assert model.encode(torch.zeros(1, 3, 5 * 32, 7 * 32)).latent.shape == (1, 8, 10, 14)
+
+
+def test_tiles_that_fit_are_those_of_diffusers():
+    model, stock = adapted(32, 32), autoencoder_dc(32, 32)
+    for sizes in ((), (256, 320, 192, 256)):
+        for autoencoder in (model, stock):
+            autoencoder.enable_tiling(*sizes)
+        names = [f"tile_{kind}_{axis}" for kind in ("sample_min", "sample_stride") for axis in ("height", "width")]
+        assert [getattr(model, name) for name in names] == [getattr(stock, name) for name in names]
