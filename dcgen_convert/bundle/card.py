@@ -1,120 +1,207 @@
-"""The model card of a bundle: what it is, the exact lines that run it, how it was made and what was measured."""
+"""The model card of a bundle: pictures, the exact lines that run it, what it cannot do, what was measured, its origin.
+
+Words that come from elsewhere (names, licences, captions) are escaped: they cannot format the page.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
+from dcgen_convert.bundle import lineage, measured
+from dcgen_convert.bundle.markdown import block, code, one_line, plain, table
 from dcgen_convert.checkpoint.licence import FIELDS
 from dcgen_convert.families.base import Family
 from dcgen_convert.families.grid import tile_sizes
 
 STOCK_TILES = (512, 448)  # px, of diffusers' AutoencoderDC
+PICTURES = "pictures.png"  # in the bundle: the grid that the card shows
+AUTHORS = "https://github.com/dc-ai-projects/DC-Gen"
+PACKAGES = ("diffusers", "transformers", "torch", "dcgen-convert")  # whose versions the card names
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the card is written from.
+
+    manifest: from `manifest.build`. Nothing that differs between two equal runs (times, hardware) goes into the card.
+    layout: "stock", "official" or "source". lora: whether the bundle keeps its LoRA apart.
+    title: heading, usually the bundle's name. place: what the code lines load, a folder or a hub repository.
+    """
+
+    manifest: Mapping[str, Any]
+    family: Family
+    layout: str
+    lora: bool
+    title: str
+    place: str
+
+    @property
+    def converted(self) -> bool:
+        """Whether the model works in another latent space than its base."""
+        return self.layout != "source"
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the bundle has the in-bundle adapter."""
+        return self.layout == "stock" and self.family.bundle_tier == 2
+
+    @property
+    def quantise(self) -> Mapping[str, Any]:
+        """The recipe's section."""
+        return self.manifest["recipe"].get("quantize", {})
+
+    @property
+    def format(self) -> str:
+        """The 4-bit format, or "none"."""
+        return str(self.quantise.get("format", "none"))
+
+    @property
+    def factor(self) -> int:
+        """px per side of a latent cell."""
+        return int(self.manifest["autoencoder"]["factor"])
 
 
 def render(
-    manifest: Mapping[str, Any], *, family: Family, layout: str = "stock", lora: bool = False, title: str
+    manifest: Mapping[str, Any],
+    *,
+    family: Family,
+    layout: str = "stock",
+    lora: bool = False,
+    title: str,
+    place: str | None = None,
 ) -> str:
-    """README.md of a bundle.
-
-    Args:
-        manifest: from `manifest.build`. Nothing that differs between two equal runs (times, hardware) goes into the
-            card.
-        family: facts of the model's family.
-        layout: "stock", "official" or "source".
-        lora: whether the bundle keeps its LoRA apart.
-        title: heading, usually the bundle's name.
-    """
+    """README.md of a bundle. The arguments are those of `Card`; place None: the folder ``title``."""
+    card = Card(manifest, family, layout, lora, title, place or title)
     parts = [
-        _front_matter(manifest, family, lora),
-        f"# {title}",
-        _summary(manifest, layout),
+        _front_matter(card),
+        f"# {plain(title)}",
+        _summary(card),
         *([f"Note: {family.experimental}."] if family.experimental else []),
+        *_pictures(manifest),
         "## Use",
-        _usage(manifest, family, layout, lora),
+        _usage(card),
+        "## Limits",
+        _limits(card),
     ]
-    if manifest["metrics"]:
-        parts += ["## Measured", _table(_numbers(manifest["metrics"]))]
+    if figures := measured.rows(manifest):
+        parts += ["## Measured", table(figures)]
     parts += ["## Made from", _sources(manifest), "## Licence", _licence(manifest), "## Recipe", _recipe(manifest)]
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(manifest: Mapping[str, Any], family: Family, lora: bool) -> str:
+def _front_matter(card: Card) -> str:
+    manifest, family = card.manifest, card.family
     base = manifest["licence"].get("base", {})
     header: dict[str, Any] = {key: base[key] for key in FIELDS if key in base and base[key] != "unknown"}
-    quantised = manifest["recipe"].get("quantize", {}).get("format", "none") != "none"
-    # The hub takes repository ids only, and a local path would tell where the converting machine keeps its files.
-    models = [record["name"] for record in manifest["sources"].values() if record.get("revision")]
-    if models:
+    # The hub takes the ids of repositories only. The autoencoder is not what the model was made of.
+    if models := lineage.repositories(manifest["sources"]["base"]):
         header |= {
             "base_model": models,
-            "base_model_relation": "quantized" if quantised else "adapter" if lora else "finetune",
+            "base_model_relation": "quantized" if card.format != "none" else "adapter" if card.lora else "finetune",
         }
     if "encoder_hidden_states" in family.text_keys:
         header["pipeline_tag"] = "text-to-image"
-    header |= {"library_name": "diffusers", "tags": ["dcgen-convert", "dc-ae", family.name]}
-    return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---"
+    tags = ["dcgen-convert", *(["dc-ae"] if card.converted else []), family.name]
+    header |= {"library_name": "diffusers", "tags": [*tags, *(["svdquant"] if card.format != "none" else [])]}
+    return f"---\n{_yaml(header)}---"
 
 
-def _summary(manifest: Mapping[str, Any], layout: str) -> str:
-    ae, base = manifest["autoencoder"], manifest["sources"]["base"]["name"]
-    quantised = manifest["recipe"].get("quantize", {}).get("format", "none")
-    text = (
-        f"`{base}` converted to the deep-compression autoencoder `{ae['name']}` "
-        f"(f{ae['factor']}, {ae['channels']} channels, one token per {ae['factor']} x {ae['factor']} px) "
-        "with the DC-Gen method (arXiv 2509.25180)."
-    )
-    if layout == "source":
-        text = f"`{base}` in its own latent space; all but the transformer's block linears is as it was."
-    if quantised != "none":
+def _summary(card: Card) -> str:
+    ae, record = card.manifest["autoencoder"], card.manifest["sources"]["base"]
+    base = code(record.get("repo") or lineage.last_name(str(record["name"])))
+    if card.converted:
+        text = (
+            f"{base} converted to the deep-compression autoencoder {code(lineage.last_name(str(ae['name'])))} "
+            f"(f{ae['factor']}, {ae['channels']} channels, one token per {ae['factor']} x {ae['factor']} px) "
+            "with the DC-Gen method (arXiv 2509.25180)."
+        )
+    else:
+        text = f"{base} in its own latent space; all but the transformer's block linears is as it was."
+    if card.format != "none":
         text += (
-            f" Its block linears are SVDQuant W4A4 {quantised.upper()} (arXiv 2411.05007), in the "
+            f" Its block linears are SVDQuant W4A4 {card.format.upper()} (arXiv 2411.05007), in the "
             "`nunchaku_lite` format of diffusers."
         )
     return text
 
 
-def _usage(manifest: Mapping[str, Any], family: Family, layout: str, lora: bool) -> str:
-    defaults = manifest["defaults"]
-    kind = f"DCGen_{family.pipeline_class}" if layout == "official" else "DiffusionPipeline"
-    trust = ", trust_remote_code=True" if layout == "stock" and family.bundle_tier == 2 else ""
-    lines = [
-        f"# {kind} is the DC-Gen authors' class: import it from their repository"
-        if layout == "official"
-        else f"from diffusers import {kind}"
+def _pictures(manifest: Mapping[str, Any]) -> list[str]:
+    """The grid, with what its columns and rows show."""
+    shown = manifest.get("pictures")
+    if not shown:
+        return []
+    rows = "\n".join(f"{number}. {plain(prompt)}" for number, prompt in enumerate(shown["prompts"], 1))
+    columns = ", ".join(plain(column) for column in shown["columns"])
+    return [
+        f"![Pictures of the base model and of this one]({PICTURES})",
+        f"Columns: {columns}. The same noise in each row; no picture was chosen. Rows:\n\n{rows}",
     ]
-    lines += ["import torch", "", f'pipe = {kind}.from_pretrained("PATH", dtype=torch.bfloat16{trust}).to("cuda")']
-    if lora:
-        lines.append('pipe.load_lora_weights("PATH")')
-    lines.append(f"image = pipe({_arguments(defaults, family)}).images[0]")
-    text = "```python\n" + "\n".join(lines) + "\n```"
-    if trust:
-        text += (
-            "\n\nThe flag runs `vae/autoencoder_dc_adapter_v*.py` of this repository: about a hundred lines that show "
+
+
+def _usage(card: Card) -> str:
+    text = [_versions(card), block("\n".join(_lines(card)), "python")]
+    if card.adapted:
+        text.append(
+            "The flag runs `vae/autoencoder_dc_adapter_v*.py` of this repository: about two hundred lines that show "
             "the deep latent to the stock pipeline in the shape that it packs. "
-            f"The pipeline, the {family.component} and the scheduler are stock."
+            f'The pipeline, the {card.family.component} and the scheduler are stock. With `device_map="balanced"` give '
+            "`from_pretrained` the autoencoder too (`vae=`), loaded by `AutoModel.from_pretrained` from the folder "
+            "`vae`."
         )
-    elif tile_sizes(manifest["autoencoder"]["factor"]) != STOCK_TILES:
-        tile, stride = tile_sizes(manifest["autoencoder"]["factor"])
-        text += (
-            f"\n\nTiled decoding needs its sizes here: `pipe.vae.enable_tiling({tile}, {tile}, {stride}, {stride})`."
+    elif card.converted and tile_sizes(card.factor) != STOCK_TILES:
+        tile, stride = tile_sizes(card.factor)
+        text.append(
+            f"Tiled decoding needs its sizes here: `pipe.vae.enable_tiling({tile}, {tile}, {stride}, {stride})`."
         )
-    if manifest["recipe"].get("quantize", {}).get("format", "none") == "nvfp4":
-        text += (
-            "\n\nThe NVFP4 kernels need an RTX 50 / RTX PRO Blackwell GPU, `pip install kernels` and "
+    if card.format == "nvfp4":
+        text.append(
+            "The NVFP4 kernels need an RTX 50 / RTX PRO Blackwell GPU, `pip install kernels` and "
             "`DIFFUSERS_TRUST_REMOTE_KERNELS=true`. "
             "`dcgen-convert sample` draws on any machine, from dequantised weights."
         )
-    if manifest["recipe"].get("quantize", {}).get("container") == "nunchaku":
-        text += (
-            "\n\n`nunchaku.safetensors` is the same 4-bit transformer in nunchaku's classic container, "
-            "for `NunchakuFluxTransformer2dModel.from_pretrained`"
+    if card.quantise.get("container") == "nunchaku":
+        text.append(
+            "`nunchaku.safetensors` is the same 4-bit transformer in nunchaku's classic container, "
+            "for `NunchakuFluxTransformer2dModel.from_pretrained`."
         )
-        # ComfyUI's FLUX latents have 16 channels at 1/8 of the size: those of the source, not those of a conversion.
-        text += " and ComfyUI-nunchaku." if layout == "source" else ". ComfyUI cannot draw with these latents."
-    return text
+    return "\n\n".join(text)
+
+
+def _versions(card: Card) -> str:
+    found = card.manifest["versions"]
+    made = ", ".join(f"{package} {found[package]}" for package in PACKAGES if found.get(package))
+    return (
+        f'`pip install -U "diffusers>=0.42" "transformers>=5.8" accelerate`. Older versions of diffusers ignore '
+        f"`dtype=` and cannot read 4-bit bundles. Made with {made}."
+    )
+
+
+def _lines(card: Card) -> list[str]:
+    """The code that draws a picture with the bundle."""
+    kind = f"DCGen_{card.family.pipeline_class}" if card.layout == "official" else "DiffusionPipeline"
+    place, trust = one_line(card.place), ", trust_remote_code=True" if card.adapted else ""
+    lines = ["import torch", f"from diffusers import {kind}", ""]
+    if card.layout == "official":
+        lines = [
+            f"# The class is part of the DC-Gen authors' code: git clone {AUTHORS}",
+            f"# and import {kind} from the module of that code which defines it.",
+            "import torch",
+            "",
+        ]
+    if place == one_line(card.title):
+        lines.append("# The name of the folder: run it beside the folder, or give the path.")
+    lines.append(f'pipe = {kind}.from_pretrained({_quoted(place)}, dtype=torch.bfloat16{trust}).to("cuda")')
+    if card.lora:
+        lines.append(f"pipe.load_lora_weights({_quoted(place)})")
+    return [*lines, f"image = pipe({_arguments(card.manifest['defaults'], card.family)}).images[0]"]
+
+
+def _quoted(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _arguments(defaults: Mapping[str, Any], family: Family) -> str:
@@ -127,35 +214,63 @@ def _arguments(defaults: Mapping[str, Any], family: Family) -> str:
     return ", ".join(f"{key}={value!r}" for key, value in call.items())  # by name: FLUX.2's first argument is an image
 
 
-def _numbers(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, int | float]]:
-    """Numbers of nested metrics as (dotted name, value); lists and texts are in the manifest."""
-    rows: list[tuple[str, int | float]] = []
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            rows += _numbers(value, f"{prefix}{key}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            rows.append((prefix + key, value))
-    return rows
-
-
-def _table(rows: list[tuple[str, int | float]]) -> str:
-    cells = [f"| {name} | {f'{value:.5g}' if isinstance(value, float) else value} |" for name, value in rows]
-    return "\n".join(["| | |", "|---|---|", *cells])
+def _limits(card: Card) -> str:
+    if not card.converted:
+        lines = ["It was not tried on every GPU that its 4-bit format has kernels for."]
+        if card.quantise.get("container") == "nunchaku":
+            lines.append(
+                "ComfyUI: `nunchaku.safetensors` has the metadata that the FLUX loader of ComfyUI-nunchaku reads, and "
+                "works with ComfyUI's latent format for FLUX (16 channels) only. It was not tried there."
+            )
+        return "\n".join(f"- {line}" for line in lines)
+    f, defaults = card.factor, card.manifest["defaults"]
+    phases = (card.manifest["recipe"].get("adapt") or {}).get("phases") or []
+    sides = sorted({phase["resolution"] for phase in phases} or {defaults["height"]})
+    buckets = (card.manifest["recipe"].get("data") or {}).get("buckets")
+    shapes = "pictures of several shapes with the area of these squares" if buckets else "squares"
+    lines = [
+        f"Trained at {', '.join(f'{side} x {side}' for side in sides)} px ({shapes}). Other sizes were not tested.",
+        f"Height and width must be multiples of {f} px. Some stock pipelines check less and then draw a smaller "
+        "picture than they were asked for, without a word.",
+        f"Inpainting: put the edges of a mask on multiples of {f} px, the side of a token. A token that is half inside "
+        "of a mask mixes both pictures and blurs.",
+        "LoRAs of the base model: those of its blocks fit. The keys of the embedder and the head "
+        f"({code(card.family.embedder)}, {code(card.family.head)}) have other sizes here, and must be deleted from the "
+        "file first.",
+        "ComfyUI cannot draw with these latents: it has no latent format and no decoder for them.",
+    ]
+    if card.adapted:
+        lines.insert(
+            1,
+            "Give height and width in each call, as above. Without them the stock pipeline takes a size that follows "
+            "from the autoencoder's factor and not from the training.",
+        )
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _sources(manifest: Mapping[str, Any]) -> str:
-    lines = []
-    for role, record in sorted(manifest["sources"].items()):
-        revision = f", revision `{record['revision']}`" if record.get("revision") else ""
-        lines.append(f"- {role}: `{record['name']}`{revision}")
-    return "\n".join([*lines, "", "Hashes of every file, versions and seeds: `dcgen_manifest.json`."])
+    lines = [line for role, record in sorted(manifest["sources"].items()) for line in _source(role, record)]
+    return "\n".join([*lines, "", "Hashes of every file, all figures, versions and seeds: `dcgen_manifest.json`."])
+
+
+def _source(role: str, record: Mapping[str, Any]) -> list[str]:
+    repo = lineage.repositories({key: value for key, value in record.items() if key != "base"})
+    where = (
+        f"[{plain(repo[0])}](https://huggingface.co/{repo[0]})"
+        if repo
+        else code(lineage.last_name(str(record["name"])))
+    )
+    revision = f", revision {code(record['revision'])}" if record.get("revision") else ""
+    fused = [f"  - LoRA fused: {code(lora['file'])}, strength {lora['scale']}" for lora in record.get("loras", ())]
+    rest = _source("completed by", record["base"]) if isinstance(record.get("base"), Mapping) else []
+    return [f"- {role}: {where}{revision}", *fused, *rest]
 
 
 def _licence(manifest: Mapping[str, Any]) -> str:
     lines = []
     for role, stated in sorted(manifest["licence"].items()):
-        name = " ".join(str(stated[key]) for key in FIELDS if key in stated)
-        files = f" (files: {', '.join(stated['files'])})" if stated.get("files") else ""
+        name = " ".join(plain(stated[key]) for key in FIELDS if key in stated)
+        files = f" (files: {', '.join(map(plain, stated['files']))})" if stated.get("files") else ""
         lines.append(f"- {role}: {name}{files}")
     unknown = any(stated.get("license") == "unknown" for stated in manifest["licence"].values())
     note = "Inherited from the sources." + (
@@ -165,4 +280,12 @@ def _licence(manifest: Mapping[str, Any]) -> str:
 
 
 def _recipe(manifest: Mapping[str, Any]) -> str:
-    return "```yaml\n" + yaml.safe_dump(dict(manifest["recipe"]), sort_keys=False, allow_unicode=True) + "```"
+    recipe = lineage.without_places(dict(manifest["recipe"]))
+    return block(_yaml(recipe), "yaml")
+
+
+def _yaml(document: Mapping[str, Any]) -> str:
+    """``document`` as YAML, with an escape for each character that would not be seen."""
+    text = str(yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
+    seen = all(char.isprintable() for char in text.replace("\n", ""))
+    return text if seen else str(yaml.safe_dump(document, sort_keys=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,23 @@ from dcgen_convert.core.errors import DcgenError, InputError
 from dcgen_convert.core.files import read_json, sha256
 from dcgen_convert.networks import parts
 
+# Names that systems and tools give to their own files: macOS, Windows, KDE, NFS, editors, notebooks.
+STRAY = re.compile(
+    r"\.DS_Store|\._.*|__MACOSX|\.AppleDouble|\.Spotlight-V100|\.Trash.*|\.fseventsd|Thumbs\.db|desktop\.ini|\.directory"
+    r"|\.nfs[0-9a-f]+|\.ipynb_checkpoints|__pycache__|\.\w+\.sw[a-p]|.*~|\.git.*|\.idea|\.vscode",
+    re.IGNORECASE,
+)
+
 
 def check_files(bundle: Path, manifest: Mapping[str, Any], console: Console) -> list[str]:
     """Every file listed is there with its size and hash; every file there is listed."""
+    present = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
+    extra = sorted(name for name in present - {*manifest["files"], manifests.FILE} if not is_stray(name))
+    return check_listed(bundle, manifest, console) + [f"{name} is not in the manifest" for name in extra]
+
+
+def check_listed(bundle: Path, manifest: Mapping[str, Any], console: Console) -> list[str]:
+    """Every file listed is there with its size and hash."""
     listed, found = manifest["files"], []
     with console.progress("hash files", len(listed), "file") as bar:
         for name, record in listed.items():
@@ -32,9 +47,13 @@ def check_files(bundle: Path, manifest: Mapping[str, Any], console: Console) -> 
             elif sha256(path) != record["sha256"]:
                 found.append(f"{name} has another hash than when it was written{_damaged_tensors(path, manifest)}")
             bar.advance()
-    present = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
-    extra = sorted(name for name in present - set(listed) if name != manifests.FILE and not is_hub_file(name))
-    return found + [f"{name} is not in the manifest" for name in extra]
+    return found
+
+
+def is_stray(name: str) -> bool:
+    """Whether a relative path is what the hub client, git, a file manager or an editor leaves in a folder."""
+    parts = name.split("/")
+    return is_hub_file(name) or any(STRAY.fullmatch(part) for part in parts)
 
 
 def _damaged_tensors(path: Path, manifest: Mapping[str, Any]) -> str:

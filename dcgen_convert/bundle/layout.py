@@ -12,16 +12,17 @@ whole bundle.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from dcgen_convert import families
+from dcgen_convert.bundle import lineage
 from dcgen_convert.bundle import manifest as manifests
-from dcgen_convert.bundle.card import render
+from dcgen_convert.bundle.card import PICTURES, render
 from dcgen_convert.checkpoint import licence
 from dcgen_convert.checkpoint.components import copy_component, plan_copy
 from dcgen_convert.checkpoint.record import hash_files
@@ -30,7 +31,7 @@ from dcgen_convert.core import names
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.disk import check_disk
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.core.files import atomic_write, copy_file, read_json, read_object, write_json
+from dcgen_convert.core.files import atomic_write, copy_file, read_json, read_object, sha256, write_json
 from dcgen_convert.families.base import Family
 
 LAYOUTS = ("stock", "official", "source")
@@ -132,9 +133,22 @@ def _copy_all(parts: BundleParts, copies: dict[str, Path], staging: Path, consol
     if parts.single_file is not None:
         hashes[parts.single_file.name] = copy_file(parts.single_file, staging / parts.single_file.name)
     _copy_licences({"": parts.source, "-autoencoder": parts.autoencoder}, staging)
+    for file in _forget_places(staging):
+        del hashes[file]
     if parts.autoencoder is not None:
-        del hashes["vae/config.json"]  # `_write_own` changes it
+        hashes.pop("vae/config.json", None)  # `_write_own` changes it
     return hashes
+
+
+def _forget_places(staging: Path) -> list[str]:
+    """Rewrite the configs that say where on this machine a part was loaded from; their relative paths."""
+    changed = []
+    for path in sorted(staging.glob("*/*config.json")):
+        config = read_json(path)
+        if isinstance(config, dict) and lineage.forget_places(config):
+            write_json(path, config)
+            changed.append(path.relative_to(staging).as_posix())
+    return changed
 
 
 def _write_own(parts: BundleParts, index: dict[str, Any], card: str, staging: Path) -> None:
@@ -209,19 +223,41 @@ def require_room(output: Path, folders: Iterable[Path], files: Iterable[Path] = 
     check_disk([(output, need)], "--output")
 
 
-def add_metrics(bundle: Path, family: Family, stage: str, metrics: dict[str, Any]) -> None:
-    """Put what was measured on the finished bundle into its manifest and model card."""
+@dataclass(frozen=True)
+class PictureGrid:
+    """The grid that the card shows: a PNG file, the titles of its columns, and the captions of its rows."""
+
+    file: Path
+    columns: list[str]
+    prompts: list[str]
+
+
+def add_metrics(
+    bundle: Path, family: Family, stage: str, metrics: dict[str, Any], pictures: PictureGrid | None = None
+) -> None:
+    """Put what was measured on the finished bundle into its manifest and model card, and pictures of it into both."""
     record = manifests.read(bundle)
     steady, timing = manifests.split_timing({stage: metrics})
     record["metrics"] |= steady
     record["times"] |= timing
-    card = render(record, family=family, layout=record["layout"], lora=record["lora"] is not None, title=bundle.name)
-    record["files"]["README.md"] = {
-        "sha256": hashlib.sha256(card.encode()).hexdigest(),
-        "bytes": len(card.encode()),
-    }
+    if pictures is not None:
+        copy_file(pictures.file, bundle / PICTURES)
+        record["pictures"] = {"columns": pictures.columns, "prompts": pictures.prompts}
+        record["files"] |= manifests.file_table(bundle, {PICTURES: sha256(bundle / PICTURES)})
+    elif PICTURES not in record["files"]:
+        (bundle / PICTURES).unlink(missing_ok=True)  # of a run that ended before the manifest was written
+    card = card_of(record, title=bundle.name, family=family)
     atomic_write(bundle / "README.md", card)
+    record["files"] |= manifests.file_table(bundle, {"README.md": sha256(bundle / "README.md")})
     write_json(bundle / manifests.FILE, record)
+
+
+def card_of(record: Mapping[str, Any], *, title: str, place: str | None = None, family: Family | None = None) -> str:
+    """README.md of a finished bundle with the manifest ``record``. place: what its code loads; None: the title."""
+    family = family or families.get(record["family"])
+    return render(
+        record, family=family, layout=record["layout"], lora=record["lora"] is not None, title=title, place=place
+    )
 
 
 def _write_vae(folder: Path, parts: BundleParts) -> None:

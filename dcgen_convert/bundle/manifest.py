@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from dcgen_convert.bundle import lineage
 from dcgen_convert.checkpoint.headers import read_weights
 from dcgen_convert.checkpoint.tensors import tensor_sha256
 from dcgen_convert.core import names
@@ -53,9 +54,9 @@ def build(  # noqa: PLR0913  one argument for each section of the manifest
     """The manifest before the bundle is written; `layout.write_bundle` adds files, tensors and the layout.
 
     Args:
-        recipe: the resolved recipe as plain data.
+        recipe: the resolved recipe as plain data; paths of this machine are cut to their last names.
         family: family name.
-        sources: role ("base", "autoencoder", ...) -> `source_record`.
+        sources: role ("base", "autoencoder", ...) -> `source_record`; the hub repository is added as "repo".
         autoencoder: name, factor, channels, scaling_factor.
         defaults: how to draw: height, width [px], steps, guidance, text_length [tokens].
         seed: the recipe's seed.
@@ -67,9 +68,9 @@ def build(  # noqa: PLR0913  one argument for each section of the manifest
     return {
         "schema": SCHEMA,
         "family": family,
-        "recipe": dict(recipe),
-        "sources": {role: dict(record) for role, record in sources.items()},
-        "autoencoder": dict(autoencoder),
+        "recipe": lineage.without_places(recipe),
+        "sources": {role: lineage.published(record) for role, record in sources.items()},
+        "autoencoder": lineage.without_places(autoencoder),
         "defaults": dict(defaults),
         "seed": seed,
         "licence": dict(licence),

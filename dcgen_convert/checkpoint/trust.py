@@ -102,7 +102,7 @@ def _of_component(root: Path, name: str, library: str, class_name: str) -> Itera
         yield describe(root, file)
     elif "Pipeline" in class_name:
         yield f"model_index.json names the pipeline {class_name} as its part {name}"
-    for path in sorted(folder.glob("*config.json")):
+    for path in sorted(path for path in folder.glob("*config.json") if not path.name.startswith(".")):
         for key in _calls(read_object(path), bool(FOLLOWS_AUTO_MAP.match(class_name))):
             yield f"{name}/{path.name} names code under {key}"
 

@@ -80,5 +80,5 @@ def check(job: Job, stage: Stage, output: Path) -> None:
     result = verify(output, job.console, job.source.root)
     stage.metrics["checks"] = result["checks"]
     if job.recipe.evaluate.prompts:
-        compare.run(job, stage, output)
-        layout.add_metrics(output, job.family, stage.folder.name, stage.metrics)
+        pictures = compare.run(job, stage, output)
+        layout.add_metrics(output, job.family, stage.folder.name, stage.metrics, pictures)

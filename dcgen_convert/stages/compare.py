@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dcgen_convert.bundle import loading
+from dcgen_convert.bundle.layout import PictureGrid
 from dcgen_convert.core.files import replacing
 from dcgen_convert.core.journal import Stage
 from dcgen_convert.data import images, prompts
@@ -21,10 +22,16 @@ from dcgen_convert.stages.preview import converted_pipeline
 
 SEED = 104_729  # prompts and noise that no training picture used
 ROWS = 8  # of the grid
+TITLES = {"source": "the base model", "converted": "this model in 16 bits", "nvfp4": "this bundle (NVFP4)"}
+TITLES |= {"int4": "this bundle (INT4)", "round trip": "the base model's picture through the new autoencoder"}
 
 
-def run(job: Job, stage: Stage, bundle: Path) -> None:
-    """Writes grid.png (source | converted | round trip of the source, the ceiling) and fills stage.metrics."""
+def run(job: Job, stage: Stage, bundle: Path) -> PictureGrid:
+    """Writes grid.png (source | converted | round trip of the source, the ceiling) and fills stage.metrics.
+
+    Returns:
+        The grid, for the model card.
+    """
     count = job.recipe.evaluate.prompts
     texts = prompts.make(job.recipe.data.prompts, count, job.recipe.seed + SEED, class_names(job.source))
     seeds = [job.recipe.seed + SEED + i for i in range(count)]
@@ -60,8 +67,10 @@ def run(job: Job, stage: Stage, bundle: Path) -> None:
     sheet = grid(
         {title: [images.to_image(picture) for picture in part[:ROWS]] for title, part in drawn.items()}, texts[:ROWS]
     )
-    with replacing(stage.folder / "grid.png") as temporary:
+    file = stage.folder / "grid.png"
+    with replacing(file) as temporary:
         sheet.save(temporary, format="PNG")
+    return PictureGrid(file, [TITLES.get(title, title) for title in drawn], texts[:ROWS])
 
 
 def figures(job: Job, stage: Stage, drawn: dict[str, Tensor], texts: list[str]) -> None:

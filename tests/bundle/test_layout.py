@@ -89,11 +89,12 @@ def test_loads_as_the_stock_pipeline_with_one_line(parts, bundles, name):
     assert type(pipe.vae).__name__ == ("AutoencoderDCAdapter" if name == "flux" else "AutoencoderDC")
 
 
-def test_the_readme_line_is_the_line_that_runs(parts, bundles):
+def test_the_readme_line_is_the_line_that_runs(parts, bundles, monkeypatch):
     bundle = bundles("flux")
     code = re.search(r"```python\n(.*?)```", (bundle / "README.md").read_text(), re.S)[1]
     scope: dict = {}
-    exec(code.replace("PATH", str(bundle)).replace('"cuda"', '"cpu"'), scope)
+    monkeypatch.chdir(bundle.parent)
+    exec(code.replace('"cuda"', '"cpu"'), scope)
     assert scope["image"].size == (parts("flux").side,) * 2
 
 
@@ -196,7 +197,7 @@ def test_lora_beside_the_weights_loads_with_stock_diffusers(parts, tmp_path):
     after = pipe(**flux_call(flux)).images
     assert not torch.equal(after, before)
     assert torch.equal(load(bundle)[0](**flux_call(flux)).images, after)
-    assert 'pipe.load_lora_weights("PATH")' in (bundle / "README.md").read_text()
+    assert 'pipe.load_lora_weights("out")' in (bundle / "README.md").read_text()
 
 
 def test_a_taken_output_is_refused_or_replaced(parts, bundles, own_bundle, tmp_path):
@@ -250,16 +251,16 @@ def test_two_bundles_of_one_run_are_equal_but_for_times(parts, tmp_path):
 def test_later_measurements_enter_manifest_and_card(parts, own_bundle):
     bundle = own_bundle("dit")
     layout.add_metrics(
-        bundle, parts("dit").family, "verify", {"accuracy": 0.975, "draw_seconds": 3.0, "gap": [1.0, 2.0]}
+        bundle, parts("dit").family, "verify", {"accuracy_source": 0.975, "draw_seconds": 3.0, "gap": [1.0, 2.0]}
     )
     record = json.loads((bundle / FILE).read_text())
-    assert record["metrics"]["verify"] == {"accuracy": 0.975, "gap": [1.0, 2.0]}
+    assert record["metrics"]["verify"] == {"accuracy_source": 0.975, "gap": [1.0, 2.0]}
     assert record["times"]["verify.draw_seconds"] == 3.0 and record["metrics"]["flow_loss"] == {
         "before": 1.25,
         "after": 0.5,
     }
     card = (bundle / "README.md").read_text()
-    assert "| verify.accuracy | 0.975 |" in card and "seconds" not in card and "gap" not in card
+    assert "base model 97.5% |" in card and "seconds" not in card and "gap" not in card
     assert verify(bundle, NULL, probe=False)["ok"]
 
 

@@ -184,3 +184,17 @@ def test_expected_tensors_of_4_bit_linears(parts, tmp_path):
     assert table["transformer_blocks.0.norm1.linear.qweight"] == (("I32",), (768 // 4, 64))
     assert table["transformer_blocks.0.norm1.linear.wzeros"].shape == (2, 768)
     assert problems == ["awq_w4a16 names transformer_blocks.0.attn, which is not a linear of the model"]
+
+
+@pytest.mark.parametrize(
+    "name", [".DS_Store", "vae/._config.json", "vae/Thumbs.db", "__MACOSX/x", "tokenizer/.ipynb_checkpoints/a.json"]
+)
+def test_what_a_file_manager_leaves_is_no_difference(own_bundle, name):
+    bundle = own_bundle("dit")
+    (bundle / name).parent.mkdir(parents=True, exist_ok=True)
+    (bundle / name).write_bytes(b"x")
+    assert verify(bundle, NULL, probe=False)["ok"]
+    (bundle / name).with_name("other.json").write_bytes(b"x")
+    if not name.startswith(("__", "tokenizer")):
+        with pytest.raises(CheckFailed, match="other.json is not in the manifest"):
+            verify(bundle, NULL, probe=False)

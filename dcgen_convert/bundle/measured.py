@@ -1,0 +1,87 @@
+"""What the stages measured, in words: the table of the model card. The manifest holds every figure by its name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+COLUMNS = {"source": "base model", "converted": "this model", "round_trip": "autoencoder alone", "nvfp4": "NVFP4",
+           "int4": "INT4"}  # fmt: skip
+
+
+def rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(what, value) of every figure that a reader of the card can use; only what was measured."""
+    metrics, recipe = manifest["metrics"], manifest["recipe"]
+    return [
+        *_autoencoder(metrics.get("latents", {})),
+        *_training(metrics, recipe),
+        *_quantised(metrics.get("quantize", {}), metrics.get("verify", {})),
+        *_compared(metrics.get("verify", {})),
+    ]
+
+
+def _autoencoder(latents: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    value = _mean(latents.get("roundtrip_psnr_db"))
+    if value is not None:
+        yield "The autoencoder alone: pictures encoded and decoded again (PSNR; higher is better)", f"{value:.1f} dB"
+
+
+def _training(metrics: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    phases = (recipe.get("adapt") or {}).get("phases") or []
+    for stage, record in metrics.items():
+        found = re.fullmatch(r"(adapt|merge)-(\d+)", stage)
+        if found is None or not isinstance(record, Mapping):
+            continue
+        number = int(found[2])
+        side = f", {phases[number - 1]['resolution']} px" if number <= len(phases) else ""
+        before, after = (_mean((record.get("evaluation") or {}).get(when)) for when in ("before", "after"))
+        if before is not None and after is not None:
+            yield (
+                f"Training, phase {number}{side}: loss on pictures that were kept apart, before and after",
+                f"{before:.4g} and {after:.4g}",
+            )
+        gap = record.get("gap")
+        if isinstance(gap, list) and gap:
+            yield (
+                f"After phase {number}: distance of the last block's tokens from the base model's (0 % is equal)",
+                f"{gap[-1]:.1%}",
+            )
+
+
+def _quantised(quantize: Mapping[str, Any], verify: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if "svdq" in quantize:
+        yield (
+            "Linear layers in 4 bits, of them AWQ",
+            f"{quantize['svdq'] + quantize.get('awq', 0)}, {quantize.get('awq', 0)}",
+        )
+    layers = [record for record in quantize.get("layers", []) if isinstance(record, Mapping)]
+    for key, what in (("error", "output"), ("weight_error", "weight")):
+        errors = sorted(record[key] for record in layers if isinstance(record.get(key), int | float))
+        if errors:
+            yield (
+                f"Relative error of a 4-bit layer's {what}: median and worst",
+                f"{errors[len(errors) // 2]:.2%} and {errors[-1]:.2%}",
+            )
+            break
+    value = _mean(verify.get("psnr_quantised_db"))
+    if value is not None:
+        yield "4-bit pictures against 16-bit ones from the same noise (PSNR; higher is better)", f"{value:.1f} dB"
+
+
+def _compared(verify: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    kinds = {
+        "accuracy_": ("Asked-for attributes that the pictures show", "{:.1%}"),
+        "frechet_": ("Frechet distance to reference pictures (lower is better)", "{:.4g}"),
+    }
+    for prefix, (what, form) in kinds.items():
+        found = {key.removeprefix(prefix): value for key, value in verify.items() if key.startswith(prefix)}
+        if found:
+            yield what, ", ".join(f"{COLUMNS.get(key, key)} {form.format(value)}" for key, value in found.items())
+
+
+def _mean(value: Any) -> float | None:
+    """A number, or the mean that a record of figures holds."""
+    if isinstance(value, Mapping):
+        value = value.get("mean")
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
