@@ -131,7 +131,7 @@ def _present(api: HfApi, repo: str) -> dict[str, Any] | None:
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
     try:
-        info = api.repo_info(repo, token=True)
+        info = api.model_info(repo, token=True)
     except RepositoryNotFoundError:
         return None
     except HfHubHTTPError as error:
