@@ -72,15 +72,6 @@ def opened(file: Path) -> Iterator[Image.Image]:
         raise InputError(f"the image {file} cannot be read: {reason}", "replace or remove it") from error
 
 
-def is_picture(file: Path) -> bool:
-    """Whether the head of the file is that of a picture; cheap."""
-    try:
-        with opened(file):
-            return True
-    except InputError:
-        return False
-
-
 def shown_size(image: Image.Image) -> tuple[int, int]:
     """(width, height) in px of an opened picture, upright."""
     if image.format == "TIFF":

@@ -70,10 +70,11 @@ def _folders(root: Path, left_out: Tally) -> Iterator[tuple[Path, list[str]]]:
             left_out.add(AGAIN, f"{folder.relative_to(root)}{os.sep}")
             continue
         seen.add((status.st_dev, status.st_ino))
-        files, folders = [], []
+        files: list[str] = []
+        folders: list[str] = []
         with os.scandir(folder) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
-                (folders if entry.is_dir() else files).append(entry.name)
+                (folders if _is_folder(entry) else files).append(entry.name)
         kept = [name for name in files if not _is_foreign(name)]
         for name in sorted(set(files) - set(kept)):
             if Path(name).suffix.lower() in decoding.suffixes():
@@ -88,6 +89,11 @@ def _folders(root: Path, left_out: Tally) -> Iterator[tuple[Path, list[str]]]:
                 left_out.add(OWN, shown)
             else:
                 waiting.append(inner)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Also for a link to a folder; a link that leads to itself is none."""
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
 def _is_foreign(name: str) -> bool:

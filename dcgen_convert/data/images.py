@@ -102,12 +102,12 @@ def _picture(record: object, folder: Path) -> Picture:
     """The picture of one line of a .jsonl in ``folder``; ValueError says what is wrong with the line."""
     if not isinstance(record, dict):
         raise ValueError("it is no object with file and caption")
-    file, caption, seed = (record.get(key) for key in ("file", "caption", "seed"))
-    for key, text in (("file", file), ("caption", caption)):
-        if not isinstance(text, str):
-            raise ValueError(
-                f"{key} must be a text, not {json.dumps(text)[:60]}" if key in record else f"it has no {key}"
-            )
+    for key in ("file", "caption"):
+        if key not in record:
+            raise ValueError(f"it has no {key}")
+        if not isinstance(record[key], str):
+            raise ValueError(f"{key} must be a text, not {json.dumps(record[key])[:60]}")
+    file, caption, seed = record["file"], record["caption"], record.get("seed")
     if not isinstance(seed, int | None) or isinstance(seed, bool):
         raise ValueError(f"seed must be a whole number, not {json.dumps(seed)[:60]}")
     caption.encode()  # half of a surrogate pair is no text

@@ -63,7 +63,10 @@ def draw(
     guidance: float,
     length: int,
 ) -> Tensor:
-    """Pictures of ``prompts``, (B, 3, side, side) in [-1, 1]; a picture depends on its seed, not on its batch."""
+    """Pictures of ``prompts``, (B, 3, side, side) in [-1, 1].
+
+    The noise of a picture follows from its seed. In another batch its pixels are the same but for rounding.
+    """
     call = family.pipeline_call(
         pipeline, list(prompts), height=side, width=side, steps=steps, guidance=guidance, length=length
     )

@@ -29,7 +29,7 @@ from dcgen_convert.evaluate.grids import grid
 from dcgen_convert.networks import autoencoder_files, autoencoders, pipelines
 from dcgen_convert.networks.autoencoders import Codec
 from dcgen_convert.stages.job import Job
-from dcgen_convert.stages.pictures import UNREADABLE, require_few, require_two
+from dcgen_convert.stages.pictures import require_few, require_two
 
 SHARD_ROWS = (32, 512)  # fewest and most pictures in one file
 SHARDS = 256  # files that a small data set is divided into, so that each rank gets some: ranks share whole files
@@ -136,14 +136,16 @@ def readable(job: Job, pictures: list[Picture]) -> list[Picture]:
 
     Says what had to be done about some of the others.
     """
-    broken, seen, side = Tally(), Tally(), max(phase.resolution for phase in job.recipe.adapt.phases)
-    kept = []
+    side = max(phase.resolution for phase in job.recipe.adapt.phases)
+    broken: list[str] = []
+    left_out, seen, kept = Tally(), Tally(), []
     for picture in pictures:
         try:
             image, notes = decoding.decode(picture.file)
         except InputError as error:
             job.console.warn(error.message)
-            broken.add(UNREADABLE, str(picture.file))
+            broken.append(error.message)
+            left_out.add("because they cannot be read", picture.file.name)
             continue
         height, width = buckets.nearest(job.buckets[side], *image.size) if job.buckets else (side, side)
         if image.width < width or image.height < height:
@@ -153,8 +155,8 @@ def readable(job: Job, pictures: list[Picture]) -> list[Picture]:
         kept.append(picture)
     require_few(job, broken, len(pictures))
     require_two(len(kept))
-    if broken.total:
-        job.console.say(f"latents: {len(kept)} pictures taken, {broken.total} left out {broken.reasons()}")
+    if broken:
+        job.console.say(f"latents: {len(kept)} pictures taken, {len(broken)} left out {left_out.reasons()}")
     for note in seen.counts:
         job.console.say(f"latents: pictures {note} ({seen.of(note)})")
     return kept

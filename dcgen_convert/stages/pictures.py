@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,12 +14,9 @@ from dcgen_convert.core.journal import MARKER, Stage
 from dcgen_convert.core.progress import Bar
 from dcgen_convert.data import decoding, images, prompts
 from dcgen_convert.data.images import Picture
-from dcgen_convert.data.tally import Tally
 from dcgen_convert.networks import pipelines, text_lengths
 from dcgen_convert.recipe.schema import result_settings
 from dcgen_convert.stages.job import Job
-
-UNREADABLE = "because they cannot be read"
 
 
 def inputs(job: Job) -> dict[str, Any]:
@@ -52,26 +50,44 @@ def require(job: Job) -> None:
     count = settings.count
     if settings.path and settings.kind == "folder":
         pictures, _ = images.take(Path(settings.path), settings.count)
-        broken = Tally()
+        broken: list[str] = []
         for picture in pictures:
-            if not decoding.is_picture(picture.file):
-                broken.add(UNREADABLE, str(picture.file))
+            try:
+                with decoding.opened(picture.file):  # the head alone
+                    pass
+            except InputError as error:
+                broken.append(error.message)
         require_few(job, broken, len(pictures))
-        count = len(pictures) - broken.total
+        count = len(pictures) - len(broken)
+        require_classes(job, (picture.caption for picture in pictures))
     elif settings.prompts not in prompts.KINDS:
-        prompts.read_file(Path(settings.prompts))
+        require_classes(job, prompts.read_file(Path(settings.prompts)))
     require_two(count)
 
 
-def require_few(job: Job, broken: Tally, count: int) -> None:
-    """InputError when more of ``count`` pictures are broken than `data.max_broken` allows."""
+def require_few(job: Job, broken: list[str], count: int) -> None:
+    """InputError when more of ``count`` pictures are ``broken`` (a sentence each) than `data.max_broken` allows."""
     limit = math.floor(job.recipe.data.max_broken * count)
-    if broken.total > limit:
+    if len(broken) > limit:
         raise InputError(
-            f"{broken.total} of {count} pictures cannot be read, {limit} are tolerated; first "
-            f"{broken.examples[UNREADABLE][0]}",
+            f"{len(broken)} of {count} pictures cannot be read, {limit} are tolerated; first: {broken[0]}",
             "repair them, or raise data.max_broken",
         )
+
+
+def require_classes(job: Job, captions: Iterable[str]) -> None:
+    """InputError for a caption that a class-conditional source does not know; any caption is right for the others."""
+    if job.source.family.text_keys != ("class_labels",):
+        return
+    table: dict[str, str] = job.source.index.get("id2label") or {}
+    known = {label.strip() for labels in table.values() for label in labels.split(",")}
+    count = job.source.config.get("num_embeds_ada_norm", len(table))
+    for caption in captions:
+        if caption and caption not in known and not (caption.isdecimal() and int(caption) <= count):
+            raise InputError(
+                f"the caption {caption[:60]!r} is no class of {job.source.root.name}",
+                "captions of a class-conditional model are numbers or labels of its model_index.json",
+            )
 
 
 def require_two(count: int) -> None:

@@ -67,6 +67,7 @@ def test_links_to_folders_are_followed_once(tmp_path):
     (data / "more").symlink_to(put(tmp_path / "elsewhere", "b.png"))
     (data / "again").symlink_to(tmp_path / "elsewhere")
     (data / "self").symlink_to(data)
+    (data / "loop").symlink_to("loop")
     (data / "c.png").symlink_to(tmp_path / "elsewhere" / "b.png")
     (data / "c.txt").write_text("linked")
     assert taken(data) == ["a.png", "again/b.png", "c.png"]

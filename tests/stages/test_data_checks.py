@@ -5,7 +5,7 @@ import io
 import pytest
 from PIL import Image
 
-from dcgen_convert.core.console import Console
+from dcgen_convert.core.console import NULL, Console
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.journal import Run
 from dcgen_convert.data import images
@@ -68,7 +68,11 @@ def test_unusable_data_are_refused_before_any_work(kept, data, tmp_path):
         (tmp_path / f"broken{number}.png").write_bytes(b"no picture")
         (tmp_path / f"broken{number}.txt").touch()
     job, _ = given(tmp_path, tmp_path / ".run")
-    message = {0: "holds no images", 1: "at least 2 pictures", 8: "2 of 10 pictures cannot be read, 0 are tolerated"}
+    message = {
+        0: "holds no images",
+        1: "at least 2 pictures",
+        8: r"2 of 10 .* 0 are tolerated; first: the image .*broken0.png cannot",
+    }
     with pytest.raises(InputError, match=message[kept]):
         pictures.require(job)
     pictures.require(given(data, tmp_path / ".run")[0])
@@ -80,3 +84,14 @@ def test_unusable_data_are_refused_before_any_work(kept, data, tmp_path):
 def test_unusable_prompts_are_refused_before_any_work(settings, message, tmp_path):
     with pytest.raises(InputError, match=message):
         pictures.require(job_of(tmp_path / "run", *settings)[0])
+
+
+def test_a_caption_that_is_no_class_is_refused_before_any_work(tmp_path):
+    run, prompts = Run(tmp_path / "run", NULL), tmp_path / "p.txt"
+    job = prepare(load("tiny-dit", flags={"data.prompts": str(prompts)}), run, NULL)
+    prompts.write_text("red circle\n0\n1000\n")
+    pictures.require(job)
+    for strange in ("a fox", "1001", "\u00b2"):
+        prompts.write_text(f"red circle\n{strange}\n", encoding="utf-8")
+        with pytest.raises(InputError, match=f"the caption '{strange}' is no class"):
+            pictures.require(job)
