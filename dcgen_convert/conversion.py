@@ -23,11 +23,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from dcgen_convert.bundle.layout import check_output
 from dcgen_convert.bundle.manifest import FILE as MANIFEST
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.core.files import read_object, write_json
+from dcgen_convert.core.files import read_object, understood, write_json
 from dcgen_convert.core.journal import MARKER, Run, Stage, fingerprint
 from dcgen_convert.core.names import RECIPE
 from dcgen_convert.core.version import __version__
@@ -219,7 +221,8 @@ def recorded(run_dir: Path) -> tuple[Resolved, Path]:
         raise InputError(f"{path} is not what a run writes: recipe, machine or output is missing", NEW_RUN)
     if strange := sorted(machine.keys() - known):
         raise InputError(f"{path} has the unknown machine setting {strange[0]!r}", NEW_RUN)
-    return Resolved(revive(recipe, str(path)), {}, Machine(**machine)), Path(output)
+    with understood(path, NEW_RUN):
+        return Resolved(revive(recipe, str(path)), {}, TypeAdapter(Machine).validate_python(machine)), Path(output)
 
 
 def _read_record(path: Path) -> dict[str, Any]:

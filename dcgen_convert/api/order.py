@@ -17,6 +17,7 @@ from dcgen_convert.recipe import loading
 from dcgen_convert.recipe.loading import Resolved
 from dcgen_convert.recipe.schema import Quantize
 from dcgen_convert.recipe.settings import Layers, one_sentence
+from dcgen_convert.recipe.sources import require_access
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,13 @@ def _machine(given: Mapping[str, Any]) -> Machine:
 def order(
     source: str | Path, settings: Mapping[str, Any], output: str | Path | None, run_dir: str | Path | None
 ) -> Order:
-    """The order for a new conversion. The folders are named after the recipe unless they are given."""
+    """The order for a new conversion. The folders are named after the recipe unless they are given.
+
+    Raises:
+        AccessError: a model is neither here nor reachable; nothing has been written then, and nothing heavy imported.
+    """
     resolved = resolve(source, settings)
+    require_access(resolved.recipe, resolved.identity)
     name = default_name(resolved)
     return Order(resolved, Path(run_dir or Path("runs") / name).absolute(), Path(output or name).absolute())
 

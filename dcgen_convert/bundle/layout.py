@@ -12,6 +12,7 @@ whole bundle.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from dcgen_convert.checkpoint.record import hash_files
 from dcgen_convert.checkpoint.trust import is_component
 from dcgen_convert.core import names
 from dcgen_convert.core.console import Console
-from dcgen_convert.core.disk import check_disk
+from dcgen_convert.core.disk import check_disk, existing
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import atomic_write, copy_file, read_json, read_object, sha256, write_json
 from dcgen_convert.families.base import Family
@@ -203,6 +204,9 @@ def check_output(output: Path, force: bool) -> None:
     """Refuse an output that would destroy something; also called before a long job starts."""
     if output.exists() and not output.is_dir():
         raise InputError(f"the output {output} is a file", "choose another folder with --output")
+    place = existing(output.parent)  # where the bundle is put together, and renamed
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"nothing can be written into {place}", "choose another folder with --output")
     if not output.exists() or not any(output.iterdir()):
         return
     if not force:

@@ -21,7 +21,7 @@ from dcgen_convert.checkpoint.tensors import tensor_sha256
 from dcgen_convert.core import names
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import CheckFailed
-from dcgen_convert.core.files import read_json
+from dcgen_convert.core.files import read_json, read_object, understood
 
 FILE = names.MANIFEST
 SCHEMA = "dcgen.manifest/1"
@@ -103,12 +103,28 @@ def read(bundle: Path) -> dict[str, Any]:
         raise CheckFailed(
             f"{bundle} has no {FILE}: it is not a finished bundle", "run the conversion again, or resume it"
         )
-    manifest = read_json(path)
+    manifest = read_object(path)
     if manifest.get("schema") != SCHEMA:
         raise CheckFailed(
             f"{path} has schema {manifest.get('schema')!r}, this version reads {SCHEMA!r}", "update dcgen-convert"
         )
+    _require_form(path, manifest)
     return manifest
+
+
+def _require_form(path: Path, manifest: Mapping[str, Any]) -> None:
+    """InputError when a manifest lacks what every one has, or has it in another form."""
+    with understood(path, "copy or convert the bundle again"):
+        for table in ("sources", "defaults", "metrics", "times", "recipe", "versions"):
+            dict(manifest[table])
+        for name, record in manifest["files"].items():
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(f"{name} is no file of the bundle")
+            _ = str(record["sha256"]), int(record["bytes"])
+        for record in manifest["tensors"].values():
+            _ = str(record["dtype"]), tuple(record["shape"]), str(record["format"]), str(record["origin"])
+        for record in manifest["sources"].values():
+            dict(record)
 
 
 def file_table(root: Path, hashes: Mapping[str, str]) -> dict[str, dict[str, Any]]:

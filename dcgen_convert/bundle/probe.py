@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dcgen_convert.core.errors import InterruptedRun
+
 PROMPTS = {"class_labels": "0"}
 TOKENS_PER_SIDE = 4
 STEPS = 2
@@ -51,6 +53,8 @@ def main() -> None:
     os.dup2(2, 1)
     try:
         document = probe(Path(sys.argv[1]), "--trust-remote-code" in sys.argv[2:])
+    except KeyboardInterrupt:  # Ctrl-C reaches both: the parent says it
+        sys.exit(InterruptedRun.exit_code)
     except Exception as error:  # noqa: BLE001  the parent reports it: a child has no other reader
         document = {"error": f"{type(error).__name__}: {error}"}
     print(json.dumps(document), file=result_stream, flush=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from dcgen_convert.checkpoint.headers import MAX_HEADER, Entry
 from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.files import require_regular
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,6 +69,7 @@ def read_gguf(path: Path) -> dict[str, tuple[Entry, str]]:
     """
     sizes = _package().GGML_QUANT_SIZES
     size = path.stat().st_size
+    require_regular(path)
     with open(path, "rb") as file:
         try:
             return _read(path, _Cursor(file, size), size, sizes)

@@ -14,6 +14,7 @@ from typing import Any
 
 from dcgen_convert.checkpoint import variants
 from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.files import require_regular
 
 BYTES = {
     "F64": 8,
@@ -56,6 +57,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             f"{path} is a pickle checkpoint, which is refused because loading it runs code",
             "save it as .safetensors first",
         )
+    require_regular(path)
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(8)

@@ -12,7 +12,6 @@ from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
-from click.utils import PacifyFlushWrapper
 
 from dcgen_convert.cli import completion
 from dcgen_convert.cli.options import (
@@ -311,8 +310,8 @@ def _run(session: Session, arguments: list[str]) -> int:
         click.echo(exc.ctx.get_help(), err=True)
         code = exc.exit_code
     except SystemExit as exc:
-        # Without standalone mode click exits by itself only after EPIPE, and then it has replaced both streams.
-        code = 0 if isinstance(sys.stdout, PacifyFlushWrapper) else session.fail(exc)
+        # Without standalone mode click exits by itself only after EPIPE: the reader of the help has read enough.
+        code = 0 if isinstance(exc.__context__, BrokenPipeError) else session.fail(exc)
     except BaseException as exc:  # noqa: BLE001  every failure leaves through the one table
         code = session.fail(exc)
     return code if isinstance(code, int) else 0

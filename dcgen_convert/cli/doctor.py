@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,6 +21,7 @@ from dcgen_convert.planning.text import size
 
 PACKAGES = ("diffusers", "transformers", "peft", "safetensors", "huggingface_hub", "accelerate")
 IMPORT_SECONDS = 120
+ANSWER_SECONDS = 5.0
 
 
 def examine() -> dict[str, dict[str, Any]]:
@@ -176,13 +180,25 @@ def _disk() -> dict[str, Any]:
 
 
 def _hub() -> dict[str, Any]:
-    """Token, cache and offline mode; the network is not touched, and the token is never shown."""
+    """Whether the hub answers (asked once, not under HF_HUB_OFFLINE), token, cache; no token is shown."""
     from huggingface_hub import constants, get_token
 
-    token, cache = bool(get_token()), hub_cache()
+    token, cache, offline = bool(get_token()), hub_cache(), bool(constants.HF_HUB_OFFLINE)
     repos = len(list(cache.glob("models--*"))) if cache.is_dir() else 0
-    mode = "offline (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "online"
+    fault = None if offline else _unreachable(constants.ENDPOINT)
+    mode = "offline (HF_HUB_OFFLINE)" if offline else f"not reachable ({fault})" if fault else "online"
     text = f"{mode}; token {'present' if token else 'absent: gated models need HF_TOKEN'}; {repos} models in the cache"
-    return _answer(
-        "ok" if token else "limited", text, token=token, offline=bool(constants.HF_HUB_OFFLINE), cached_models=repos
-    )
+    state = "ok" if token and not fault else "limited"
+    return _answer(state, text, token=token, offline=offline, reachable=not (offline or fault), cached_models=repos)
+
+
+def _unreachable(address: str) -> str | None:
+    """Why a server does not answer within `ANSWER_SECONDS`; None when it does, whatever it says."""
+    request = urllib.request.Request(address, method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=ANSWER_SECONDS):
+            return None
+    except urllib.error.HTTPError:
+        return None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return str(getattr(error, "reason", None) or error)

@@ -67,9 +67,19 @@ def atomic_save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]
 
 
 def write_json(path: Path, document: Any) -> None:
-    text = json.dumps(document, indent=2, ensure_ascii=False, sort_keys=False)
-    # A path whose bytes are no UTF-8 holds surrogates, which UTF-8 cannot: they are written as JSON's escapes.
-    atomic_write(path, re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
+    atomic_write(path, json_text(document, indent=2) + "\n")
+
+
+def json_text(document: Any, indent: int | None = None) -> str:
+    """A document as JSON in UTF-8. A path whose bytes are no UTF-8 holds surrogates: they become JSON's escapes."""
+    text = json.dumps(document, indent=indent, ensure_ascii=False)
+    return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def require_regular(path: Path) -> None:
+    """InputError for a pipe, a device or a folder: opening a pipe would wait without end."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is no regular file", "put a file in its place")
 
 
 def read_text(path: Path) -> str:
@@ -78,8 +88,7 @@ def read_text(path: Path) -> str:
     Raises:
         InputError: another encoding, or no regular file: a pipe would be waited for without end.
     """
-    if path.exists() and not path.is_file():
-        raise InputError(f"{path} is no regular file", "give the path of a text file")
+    require_regular(path)
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -112,8 +121,22 @@ def read_object(path: Path) -> dict[str, Any]:
     return document
 
 
+_DAMAGE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
+@contextmanager
+def understood(path: Path, hint: str = "fetch the file again") -> Iterator[None]:
+    """Taking a document apart that ``path`` held: InputError with the file's name where it is not what it should be."""
+    try:
+        yield
+    except _DAMAGE as error:
+        what = str(error).partition("\n")[0][:200]
+        raise InputError(f"{path} is damaged: {type(error).__name__}: {what}", hint) from error
+
+
 def sha256(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
+    require_regular(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -136,6 +159,7 @@ def copy_file(origin: Path, path: Path, advance: Callable[[int], object] | None 
     Returns:
         Hex SHA-256 of the bytes that were read, with which a later read of ``path`` can be compared.
     """
+    require_regular(origin)
     digest = hashlib.sha256()
     with replacing(path) as temporary, open(origin, "rb") as reader, open(temporary, "wb") as writer:
         while chunk := reader.read(CHUNK):

@@ -26,12 +26,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.core.files import atomic_save, read_json, write_json
+from dcgen_convert.core.files import atomic_save, read_object, understood, write_json
 from dcgen_convert.data import buckets
 from dcgen_convert.data.buckets import Span
 
 INDEX = "index.json"
 CAPTIONS = "captions.safetensors"
+AGAIN = "make the latents again with --from latents"
 OPEN_SHARDS = 4096  # mapped at once; the kernel allows a process 65,530 mappings
 
 
@@ -61,12 +62,12 @@ class LatentCache:
             InputError: the cache is of something else, or holds no latents at that resolution.
         """
         self.folder = Path(folder)
-        index = read_json(self.folder / INDEX)
+        index = _read_index(self.folder)
         _require_key(self.folder, index.get("key") or {}, key)
         self.shard_rows: int = index["rows_per_shard"]
         self.rows = rows if rows is not None else range(index["count"])
         self.resolution = resolution
-        bucketed = index.get("spans", {}).get(str(resolution))
+        bucketed = index["spans"].get(str(resolution))
         self._spans = [Span(*span) for span in bucketed] if bucketed else buckets.whole(index["count"], resolution)
         if f"target-{self._spans[0].table}" not in index["tables"]:
             raise InputError(f"{folder} holds no latents at {resolution} px, only {', '.join(index['tables'])}")
@@ -111,10 +112,11 @@ class LatentCache:
     def read(self, name: str, indices: list[int] | Tensor) -> dict[str, Tensor]:
         """Rows of every tensor of the tables called ``name`` ("base", "target", "text"), in the order asked for."""
         parts = []
-        for i in indices:
-            table, place = self._place(name, self.rows[int(i)])
-            shard = self._shard(table, place // self.shard_rows)
-            parts.append({key: tensor[place % self.shard_rows] for key, tensor in shard.items()})
+        with understood(self.folder / INDEX, AGAIN):  # its shards hold fewer rows than it says
+            for i in indices:
+                table, place = self._place(name, self.rows[int(i)])
+                shard = self._shard(table, place // self.shard_rows)
+                parts.append({key: tensor[place % self.shard_rows] for key, tensor in shard.items()})
         return {key: torch.stack([part[key] for part in parts]) for key in parts[0]}
 
     def _place(self, name: str, row: int) -> tuple[str, int]:
@@ -136,6 +138,38 @@ class LatentCache:
         if len(self._open) > OPEN_SHARDS:
             self._open.popitem(last=False)
         return self._open[name]
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    """The index, with every value in its form.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    path = folder / INDEX
+    with understood(path, AGAIN):
+        index = {
+            "key": {},
+            "spans": {},
+            **{key: value for key, value in read_object(path).items() if value is not None},
+        }
+        dict(index["key"])
+        _require_counts(index["count"], index["rows_per_shard"])
+        for spans in dict(index["spans"]).values():
+            ends = [0, *(Span(*span).stop for span in spans)]
+            if [Span(*span).start for span in spans] != ends[:-1] or ends[-1] != index["count"]:
+                raise ValueError("the spans do not follow one another")
+        for name, tensors in dict(index["tables"]).items():
+            if Path(name).name != name:
+                raise ValueError(f"{name!r} is no name of a table")
+            for shape in dict(tensors).values():
+                _require_counts(*shape)
+    return index
+
+
+def _require_counts(*numbers: Any) -> None:
+    if not all(type(number) is int and 0 < number < 1 << 40 for number in numbers):
+        raise ValueError(f"{numbers} are no numbers of rows, or no shape")
 
 
 def held_out(count: int) -> int:

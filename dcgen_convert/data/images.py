@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.core.files import atomic_write, read_lines, read_text
+from dcgen_convert.core.files import atomic_write, json_text, read_lines, read_text
 from dcgen_convert.data import decoding, gathering
 from dcgen_convert.data.tally import Tally
 
@@ -139,9 +139,7 @@ def write_index(folder: Path, pictures: list[Picture], name: str = INDEX) -> Non
     rows = []
     for picture in pictures:
         file = picture.file.relative_to(folder) if picture.file.is_relative_to(folder) else picture.file
-        row = {"file": str(file), "caption": picture.caption, "seed": picture.seed}
-        plain = str(file).isprintable()  # a name that is no UTF-8 is written with JSON's escapes
-        rows.append(json.dumps(row, ensure_ascii=not plain))
+        rows.append(json_text({"file": str(file), "caption": picture.caption, "seed": picture.seed}))
     atomic_write(folder / name, "\n".join(rows) + "\n")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.core.files import atomic_save, fresh_folder, read_json, sha256, write_json
+from dcgen_convert.core.files import atomic_save, fresh_folder, read_json, read_object, sha256, write_json
 from dcgen_convert.families import catalog
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def file_and_config(name: str) -> tuple[Path, dict[str, Any]]:
             else f"{which} is neither an alias nor a folder with a config.json",
             f"give it as {path.name}:dc-ae-f32-in, another alias, or {path.name}:FOLDER with a config.json",
         )
-    return path, read_json(folder / "config.json")
+    return path, read_object(folder / "config.json")
 
 
 def published_config(alias: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -20,6 +21,16 @@ from pydantic import (
 )
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _folder_name(name: str) -> str:
+    """A name that is one folder, and stays where it is put."""
+    if name in ("", ".", "..") or not name.isprintable() or "/" in name or "\\" in name or len(name.encode()) > 150:
+        raise ValueError(f"name is {name[:60]!r}, which is no name of a folder; write a short one without / and \\")
+    return name
+
+
+FolderName = Annotated[str, AfterValidator(_folder_name)]
 
 # Layout settings: they decide how the work is done (memory, speed, what is tolerated, what is looked at on the way),
 # and the result is the same but for the order of float sums. No fingerprint and no checkpoint holds them, so a change
@@ -286,7 +297,7 @@ class Watch(Section):
 class Recipe(Section):
     """One conversion, completely. `alpha` of each phase is filled (= rank) when the recipe leaves it out."""
 
-    name: str = Field(description="names the bundle and the run folder; left out: the name of the file")
+    name: FolderName = Field(description="names the bundle and the run folder; left out: the name of the file")
     source: str = Field(description="catalogue name, hub id, diffusers folder, .safetensors or .gguf of the base model")
     base: str | None = Field(
         default=None,

@@ -124,9 +124,10 @@ class Layers:
             self.add_dotted(key, value, origin)
             return
         self.add_dotted("data.resolution", value, origin)
-        phases = (self.values.get("adapt") or {}).get("phases") or []
+        phases = self._phases()
         for i, phase in enumerate(phases):
-            if i == len(phases) - 1 or phase.get("resolution", value) > value:
+            own = phase.get("resolution", value)
+            if i == len(phases) - 1 or not isinstance(own, int) or own > value:
                 self.add_dotted(f"adapt.phases.{i}.resolution", value, origin)
 
     def add_dotted(self, key: str, value: object, origin: str) -> None:
@@ -135,9 +136,15 @@ class Layers:
         for path in self._expand(key):
             self._set(path, value, origin, key)
 
+    def _phases(self) -> list[dict]:
+        """The phases as far as they are written down; a value of another form is refused by the schema, later."""
+        adapt = self.values.get("adapt")
+        phases = adapt.get("phases") if isinstance(adapt, dict) else None
+        return [phase if isinstance(phase, dict) else {} for phase in phases] if isinstance(phases, list) else []
+
     def _expand(self, key: str) -> list[list[str]]:
         parts = key.split(".")
-        phases = (self.values.get("adapt") or {}).get("phases") or []
+        phases = self._phases()
         if parts[0] == "lora" and len(parts) == 2:
             chosen = [str(i) for i, phase in enumerate(phases) if phase.get("mode", "lora") == "lora"]
             if not chosen:

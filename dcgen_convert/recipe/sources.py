@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.errors import AccessError, InputError
 from dcgen_convert.families import Family, catalog
 from dcgen_convert.recipe import shelf
 from dcgen_convert.recipe.identity import Identity
@@ -69,6 +69,43 @@ def check_few_steps(recipe: Recipe, family: Family, index: Mapping[str, Any] | N
             f"adapt.phases.{len(recipe.adapt.phases) - 1}.consistency=0.9; "
             "or give the undistilled model",
         )
+
+
+def require_access(recipe: Recipe, source: Identity) -> None:
+    """Ask the hub for one small file of every repository that the recipe names, before anything else is begun.
+
+    Args:
+        source: what the recipe's source is.
+    Raises:
+        AccessError, or an error of the hub's client that says the same: gated, private, unknown, not reachable, or not
+            in the cache while the network is off.
+    """
+    ae = catalog.find_autoencoder(recipe.ae)
+    _ask(source.where, recipe.revision or source.revision, "model_index.json", source.offline)
+    _ask(recipe.base or "", None, "model_index.json", source.offline)
+    _ask(ae.where if ae else recipe.ae, None, "config.json", source.offline)
+
+
+def _ask(repo: str, revision: str | None, name: str, offline: bool) -> None:
+    if not HUB_ID.match(repo) or Path(repo).expanduser().exists():
+        return  # it is on this machine
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    if isinstance(try_to_load_from_cache(repo, name, revision=revision), str):
+        return
+    if offline or constants.HF_HUB_OFFLINE:
+        if not (Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots").is_dir():
+            raise AccessError(
+                f"{repo} is not in the local cache and cannot be fetched", "connect to the network, or give a folder"
+            )
+        return
+    try:
+        hf_hub_download(repo, name, revision=revision)
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError:
+        return  # the repository is there, in another form
 
 
 def _require_source(source: Identity) -> None:

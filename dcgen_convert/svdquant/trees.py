@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from dcgen_convert.checkpoint.headers import read_header
 from dcgen_convert.core.errors import CheckFailed
+from dcgen_convert.core.files import understood
 from dcgen_convert.svdquant.source import read_tensor
 
 KEY = "tree"  # of the file's metadata
@@ -26,11 +27,16 @@ def save(tree: Any, path: Path) -> None:
 
 
 def load(path: Path, device: str = "cpu") -> Any:
-    """The tree that `save` kept, its tensors on ``device``; a file without a tree is a dict of its tensors."""
+    """The tree that `save` kept, its tensors on ``device``; a file without a tree is a dict of its tensors.
+
+    Raises:
+        InputError: a damaged file.
+    """
     entries, metadata = read_header(path)
-    structure = metadata.get(KEY)
-    tensors = {name: read_tensor(entry).to(device) for name, entry in entries.items()}
-    return tensors if structure is None else _unflatten(json.loads(structure), tensors)
+    with understood(path, "delete its folder: it is made again"):
+        structure = metadata.get(KEY)
+        tensors = {name: read_tensor(entry).to(device) for name, entry in entries.items()}
+        return tensors if structure is None else _unflatten(json.loads(structure), tensors)
 
 
 def flatten(tree: Any) -> tuple[str, dict[str, torch.Tensor]]:
@@ -76,4 +82,6 @@ def _unflatten(tree: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
         return tuple(items) if kind == "tuple" else items
     if kind == "dict":
         return {key: _unflatten(item, tensors) for key, item in content.items()}
+    if kind != "value":
+        raise ValueError(f"a tree has no {kind!r}")
     return content

@@ -15,7 +15,6 @@ step, sample) alone (see `objective.draw`).
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import secrets
@@ -31,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 
 from dcgen_convert.core import pulse
 from dcgen_convert.core.errors import CheckFailed, InputError, ResourceError
-from dcgen_convert.core.files import TEMPORARY, atomic_save, fsync, read_json, write_json
+from dcgen_convert.core.files import TEMPORARY, atomic_save, fsync, read_object, understood, write_json
 from dcgen_convert.train import distributed
 from dcgen_convert.train.state import WEIGHT, true_shape
 
@@ -163,10 +162,23 @@ def whole(folder: str | Path) -> list[Path]:
 
 def _is_whole(path: Path) -> bool:
     try:
-        files = json.loads((path / INDEX).read_text())["files"]
-        return all((path / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
+        document = _document(path)
+        return all((path / name).stat().st_size == size for name, size in document["files"].items())
+    except (InputError, OSError):
         return False
+
+
+def _document(path: Path) -> dict[str, Any]:
+    """The index of the checkpoint in ``path``; InputError when it is damaged."""
+    with understood(path / INDEX, f"delete {path}: the checkpoint before it is used then"):
+        document = read_object(path / INDEX)
+        for key, kind in (("step", int), ("files", dict), ("shapes", dict), ("extra", dict)):
+            if type(document[key]) is not kind:
+                raise ValueError(f"{key} is {document[key]!r}"[:80])
+        outside = [name for name in document["files"] if Path(name).name != name]
+        if outside or any(math.prod(shape) < 0 for shape in document["shapes"].values()):
+            raise ValueError(f"{outside[0]} is no file of the folder" if outside else "a shape is negative")
+        return document
 
 
 def prune(folder: Path) -> None:
@@ -181,7 +193,7 @@ def prune(folder: Path) -> None:
 def latest(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
     """(path, index document) of the newest whole checkpoint, or None."""
     found = whole(folder)
-    return (found[-1], read_json(found[-1] / INDEX)) if found else None
+    return (found[-1], _document(found[-1])) if found else None
 
 
 def load(engine: Engine, folder: str | Path) -> dict[str, Any] | None:
@@ -197,7 +209,7 @@ def load(engine: Engine, folder: str | Path) -> dict[str, Any] | None:
     if step < 0:
         return None
     path = step_folder(Path(folder), step)
-    document = read_json(path / INDEX)
+    document = _document(path)
     wanted = _shapes(engine)
     if document.get("schema") != SCHEMA or document["shapes"] != wanted:
         different = next(
