@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dcgen_convert.checkpoint import trust
 from dcgen_convert.checkpoint.source import Source
 from dcgen_convert.core import pulse
+from dcgen_convert.core.errors import InputError
 from dcgen_convert.families import Family, Text
 from dcgen_convert.families.base import Pipeline
 
@@ -29,6 +31,7 @@ def load_pipeline(source: Source, dtype: torch.dtype, **components: Any) -> Pipe
     """
     if "safety_checker" in source.index:
         components = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False, **components}
+    require_parts(source, components)
     with quiet_diffusers():
         pipeline = stock_pipeline(source).from_pretrained(
             source.root, dtype=dtype, use_safetensors=True, trust_remote_code=False, **components
@@ -88,6 +91,22 @@ def quiet_diffusers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def require_parts(source: Source, given: Container[str] = ()) -> None:
+    """InputError when the source's model_index.json lacks a part that its pipeline cannot draw without.
+
+    Args:
+        given: parts that come from elsewhere.
+    """
+    cls = stock_pipeline(source)
+    wanted, _ = cls._get_signature_keys(cls)
+    missing = set(wanted) - set(cls._optional_components) - trust.components(source.index).keys()
+    if lost := sorted(part for part in missing if part not in given):
+        raise InputError(
+            f"{source.name} has no {' and no '.join(lost)}, which a {cls.__name__} draws with",
+            "give the whole checkpoint: the text encoders are needed to train with captions",
+        )
 
 
 def stock_pipeline(source: Source) -> Any:

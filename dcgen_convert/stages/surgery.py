@@ -20,11 +20,13 @@ from dcgen_convert.core.files import copy_file, write_json
 from dcgen_convert.core.journal import Stage
 from dcgen_convert.networks import autoencoders
 from dcgen_convert.networks.models import TRANSFORMER
+from dcgen_convert.networks.pipelines import require_parts
 from dcgen_convert.stages.job import Job
 
 
 def run(job: Job, stage: Stage) -> None:
     """Writes transformer/ and surgery.json (module names, old and new shapes)."""
+    require_parts(job.source)
     autoencoders.load(job.source.vae)  # both autoencoders must work before anything is drawn
     autoencoders.load(job.ae.folder)
     config = job.converted_config

@@ -4,12 +4,14 @@ import json
 import shutil
 
 import pytest
+import torch
 from conftest import WEIGHTS
 from safetensors.torch import load_file, save_file
 
 from dcgen_convert.bundle.checks import check_parts
+from dcgen_convert.checkpoint.open import load_source
 from dcgen_convert.core.errors import InputError, ResourceError
-from dcgen_convert.networks import parts
+from dcgen_convert.networks import parts, pipelines
 
 INDEX = json.loads((WEIGHTS / "tiny-flux" / "model_index.json").read_text())
 MODEL = "text_encoder/model.safetensors"
@@ -94,3 +96,11 @@ def test_an_old_transformers_is_refused(version, old):
         return
     with pytest.raises(ResourceError, match=f"transformers {version} is too old"):
         parts.require_version(version)
+
+
+def test_a_pipeline_without_one_of_its_text_encoders_is_refused(flux):
+    edit(flux / "model_index.json", text_encoder_2=[None, None], tokenizer_2=[None, None])
+    source = load_source("x", str(flux))
+    with pytest.raises(InputError, match="x has no text_encoder_2 and no tokenizer_2, which a FluxPipeline draws with"):
+        pipelines.load_text_encoders(source, torch.float32)
+    pipelines.require_parts(source, given=("text_encoder_2", "tokenizer_2"))
