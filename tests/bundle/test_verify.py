@@ -42,11 +42,24 @@ def test_a_whole_bundle_passes_in_a_fresh_process(parts, bundles, name):
         "structure",
         "tensors",
         "table",
+        "parts",
         "against",
         "picture",
     ]
     assert document["picture"]["runtime"] == "stock" and document["picture"]["std"] > 0
     assert document["tensors"]["identical"] == document["tensors"]["total"] - 4
+
+
+def test_a_text_encoder_that_would_be_random_is_named(own_bundle):
+    bundle, file = own_bundle("flux"), "text_encoder/model.safetensors"
+
+    def rename(tensors):
+        for name in list(tensors):
+            tensors[f"model.{name}"] = tensors.pop(name)
+
+    rewrite(bundle, rename, file)
+    message = failure(bundle)
+    assert "text_encoder lacks" in message and "which would be random" in message
 
 
 def test_a_flipped_bit_is_named_with_its_tensor(own_bundle):

@@ -18,7 +18,7 @@ from dcgen_convert.core.console import NULL
 from dcgen_convert.core.errors import CheckFailed, InputError
 from dcgen_convert.core.files import read_json, write_json
 
-CHECKS = ["files", "code", "structure", "tensors", "table", "against", "picture"]
+CHECKS = ["files", "code", "structure", "tensors", "table", "parts", "against", "picture"]
 FEW = ["--calibration", "2", "--steps", "2"]
 
 
