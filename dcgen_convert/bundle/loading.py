@@ -26,6 +26,7 @@ from dcgen_convert.core import names
 from dcgen_convert.core.errors import InputError, ResourceError
 from dcgen_convert.core.files import read_json
 from dcgen_convert.families.base import Family
+from dcgen_convert.networks.parts import check as check_parts
 from dcgen_convert.networks.pipelines import quiet_diffusers
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ def load(
         trust_remote_code: run the Python files that come with the bundle.
 
     Raises:
-        InputError: not a bundle, foreign code, weights as a pickle, or a runtime that does not exist or does not apply.
+        InputError: not a bundle, foreign code, weights as a pickle, a text encoder that would be random, or a runtime
+            that does not exist or does not apply.
         ResourceError: "stock" asked for a quantised bundle that this machine cannot run; the message says why.
     """
     import torch
@@ -68,6 +70,7 @@ def load(
         trust.require(bundle, index)
     for name in trust.components(index):
         plan_copy(bundle / name)  # refuses pickles
+    check_parts(bundle, index)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or default_dtype(bundle, device)
     runtime = choose_runtime(bundle, runtime, dtype)

@@ -15,6 +15,7 @@ from dcgen_convert.core import pulse
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.families import Family, Text
 from dcgen_convert.families.base import Pipeline
+from dcgen_convert.networks import parts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -32,6 +33,7 @@ def load_pipeline(source: Source, dtype: torch.dtype, **components: Any) -> Pipe
     if "safety_checker" in source.index:
         components = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False, **components}
     require_parts(source, components)
+    parts.check(source.root, {part: value for part, value in source.index.items() if part not in components})
     with quiet_diffusers():
         pipeline = stock_pipeline(source).from_pretrained(
             source.root, dtype=dtype, use_safetensors=True, trust_remote_code=False, **components
