@@ -13,15 +13,18 @@ from typing import Any
 import torch
 
 from dcgen_convert.bundle import manifest
+from dcgen_convert.bundle.expected import expected_tensors
 from dcgen_convert.bundle.layout import BundleParts, check_output, require_room, write_bundle
+from dcgen_convert.bundle.loading import adapter_part
 from dcgen_convert.bundle.sample import check_size
 from dcgen_convert.bundle.verify import verify
+from dcgen_convert.checkpoint.headers import read_weights
 from dcgen_convert.checkpoint.imported import STAGE, Imported
 from dcgen_convert.checkpoint.licence import licence_of_source
 from dcgen_convert.checkpoint.open import load_source
 from dcgen_convert.checkpoint.source import Source
 from dcgen_convert.core.console import Console
-from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.errors import CheckFailed, InputError
 from dcgen_convert.core.files import read_json, write_json
 from dcgen_convert.data import prompts
 from dcgen_convert.families import QuantTargets
@@ -101,6 +104,8 @@ def quantize_source(request: Request, console: Console) -> dict[str, Any]:
     """
     began = time.monotonic()
     check_output(request.output, force=False)
+    if (alone := transformer_alone(request)) is not None:
+        return quantize_alone(request, alone, console)
     quantisation = SourceQuantisation.of(request, console)
     try:
         quantisation.prepare()
@@ -118,6 +123,57 @@ def quantize_source(request: Request, console: Console) -> dict[str, Any]:
     return {"bundle": str(request.output), "metrics": figures, "checks": checks, "layers": layers}
 
 
+def transformer_alone(request: Request) -> Path | None:
+    """The folder of a transformer without a pipeline that is quantised from its weights alone; else None.
+
+    Nothing draws then, so neither text encoders nor an autoencoder are needed.
+    """
+    path = Path(request.name).expanduser()
+    if not request.drawing.data_free or request.base or request.loras or (path / "model_index.json").exists():
+        return None
+    return path if path.is_dir() and (path / "config.json").is_file() else None
+
+
+def quantize_alone(request: Request, folder: Path, console: Console) -> dict[str, Any]:
+    """`quantize_source` of a transformer's own ``folder``: the output gets a folder ``transformer`` and nothing else."""
+    identity = Identity(request.name)
+    check_asked(request, identity)
+    config, family = identity.config, identity.family
+    if "quantization_config" in config:
+        raise InputError(f"{folder} is already quantised", "give the dense model")
+    targets = plan_targets(family, config, request.section.dense)
+    settings = replace(settings_of(request.section, request.drawing.seed), calibration="none")
+    work = request.work_folder
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        quantize(folder, work / models.TRANSFORMER, targets, settings, [], console)
+        figures = measured(work / models.TRANSFORMER, targets, settings)
+        if problems := folder_problems(work / models.TRANSFORMER):
+            raise CheckFailed(
+                f"the 4-bit transformer of {folder} is wrong: {problems[0]}", "this is a fault: report it"
+            )
+        request.output.parent.mkdir(parents=True, exist_ok=True)
+        if request.output.exists():
+            request.output.rmdir()  # it is empty: `check_output`
+        work.rename(request.output)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    console.say(
+        f"quantize: {request.output} holds the transformer alone: give it to a pipeline of {family.name} models"
+    )
+    layers = figures.pop("layers")
+    return {"bundle": str(request.output), "metrics": figures, "checks": ["tensors"], "layers": layers}
+
+
+def folder_problems(transformer: Path) -> list[str]:
+    """What of a 4-bit transformer's tensors is not as its config says."""
+    expected, problems = expected_tensors(transformer)
+    found = read_weights(transformer)
+    names = sorted(expected.keys() ^ found.keys())
+    return problems + [f"{name} is missing or has no place in it" for name in names]
+
+
 @dataclass(frozen=True)
 class SourceQuantisation:
     """The quantisation of one source, step by step: `prepare`, `record`, `quantise`, `write_bundle`."""
@@ -131,6 +187,7 @@ class SourceQuantisation:
     def of(cls, request: Request, console: Console) -> SourceQuantisation:
         """Find the source, and check what can be checked before anything is written."""
         identity = Identity(request.name, request.base)
+        check_asked(request, identity)
         drawing = request.drawing.filled(identity.entry.recipe if identity.entry else None)
         request = replace(request, drawing=drawing)
         source = load_source(
@@ -156,14 +213,21 @@ class SourceQuantisation:
     def defaults(self) -> dict[str, Any]:
         """How the bundle is drawn, and its calibration: height, width [px], steps, guidance, text_length."""
         family, drawing = self.source.family, self.request.drawing
-        side = drawing.resolution or default_side(self.source)
+        known = {"steps": family.default_steps, "guidance": family.default_guidance, "text_length": family.text_length}
+        known |= self.made.get("defaults", {})
+        side = drawing.resolution or known.get("height") or default_side(self.source)
         return {
             "height": side,
             "width": side,
-            "steps": drawing.steps or family.default_steps,
-            "guidance": family.default_guidance if drawing.guidance is None else drawing.guidance,
-            "text_length": drawing.text_length or family.text_length,
+            "steps": drawing.steps or known["steps"],
+            "guidance": known["guidance"] if drawing.guidance is None else drawing.guidance,
+            "text_length": drawing.text_length or known["text_length"],
         }
+
+    @cached_property
+    def made(self) -> dict[str, Any]:
+        """The manifest of a source that is a bundle of this program; empty for others."""
+        return manifest.read(self.source.root) if (self.source.root / manifest.FILE).is_file() else {}
 
     @property
     def settings(self) -> QuantSettings:
@@ -212,7 +276,8 @@ class SourceQuantisation:
 
         def pipeline() -> Any:
             model = models.load(source.transformer, torch.bfloat16, device=pipelines.device())
-            return pipelines.load_pipeline(source, torch.bfloat16, transformer=model)
+            with adapter_part(source.root, source.index, torch.bfloat16) as vae:
+                return pipelines.load_pipeline(source, torch.bfloat16, transformer=model, **vae)
 
         with self.console.progress("calibration", count, "prompts") as bar:
             record_calls(folder, source.family, pipeline, pictures, bar)
@@ -250,8 +315,9 @@ class SourceQuantisation:
         facts = manifest.build(
             recipe={"source": request.name, **self.asked},
             family=source.family.name,
-            sources={"base": source.record(request.name)},
-            autoencoder={
+            sources={"base": source.record(request.name), **self.lineage()},
+            autoencoder=self.made.get("autoencoder")
+            or {
                 "name": self.vae["_class_name"],
                 "factor": factor,
                 "channels": channels,
@@ -263,8 +329,30 @@ class SourceQuantisation:
             times={"quantize": seconds},
             metrics={"quantize": figures},
         )
+        if self.made:
+            facts["conversion"] = self.made.get("conversion") or {key: self.made[key] for key in ("layout", "recipe")}
         parts = BundleParts(source.family, source.root, self.transformer, layout="source", single_file=self.single_file)
         write_bundle(request.output, parts, facts, self.console)
+
+    def _lineage(self) -> dict[str, Any]:
+        """What a source that is a bundle was made from."""
+        return {f"{role} of the source": record for role, record in self.made.get("sources", {}).items()}
+
+
+def check_asked(request: Request, identity: Identity) -> None:
+    """InputError for what cannot work, whatever the source holds: before anything is fetched or written."""
+    if request.drawing.data_free and request.section.container == "nunchaku":
+        raise InputError(
+            "the nunchaku container needs calibration: it stores q, k and v as one layer with one smoothing, which the "
+            "weights alone do not give",
+            "give --calibration N, or use the diffusers container",
+        )
+    pipeline = str((identity.index or {}).get("_class_name"))
+    if pipeline.startswith("DCGen_"):
+        raise InputError(
+            f"{request.name} is in the layout of the DC-Gen authors ({pipeline}): only their own code draws with it",
+            "quantise it while it is converted (--quantize), or convert it with --layout stock first",
+        )
 
 
 def default_side(source: Source) -> int:

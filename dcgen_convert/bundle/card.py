@@ -50,6 +50,11 @@ class Card:
         return self.layout == "stock" and self.family.bundle_tier == 2
 
     @property
+    def trained(self) -> Mapping[str, Any]:
+        """The recipe of the conversion."""
+        return self.manifest.get("conversion", self.manifest)["recipe"]
+
+    @property
     def quantise(self) -> Mapping[str, Any]:
         """The recipe's section."""
         return self.manifest["recipe"].get("quantize", {})
@@ -75,6 +80,7 @@ def render(
     place: str | None = None,
 ) -> str:
     """README.md of a bundle. The arguments are those of `Card`; place None: the folder ``title``."""
+    layout = manifest.get("conversion", {}).get("layout", layout)  # a bundle that was quantised later
     card = Card(manifest, family, layout, lora, title, place or title)
     parts = [
         _front_matter(card),
@@ -98,7 +104,8 @@ def _front_matter(card: Card) -> str:
     base = manifest["licence"].get("base", {})
     header: dict[str, Any] = {key: base[key] for key in FIELDS if key in base and base[key] != "unknown"}
     # The hub takes the ids of repositories only. The autoencoder is not what the model was made of.
-    if models := lineage.repositories(manifest["sources"]["base"]):
+    bases = [manifest["sources"].get(role) for role in ("base", "base of the source")]
+    if models := [repo for record in bases if record for repo in lineage.repositories(record)]:
         header |= {
             "base_model": models,
             "base_model_relation": "quantized" if card.format != "none" else "adapter" if card.lora else "finetune",
@@ -111,7 +118,8 @@ def _front_matter(card: Card) -> str:
 
 
 def _summary(card: Card) -> str:
-    ae, record = card.manifest["autoencoder"], card.manifest["sources"]["base"]
+    ae, sources = card.manifest["autoencoder"], card.manifest["sources"]
+    record = sources.get("base of the source", sources["base"])
     base = code(record.get("repo") or lineage.last_name(str(record["name"])))
     if card.converted:
         text = (
@@ -224,9 +232,9 @@ def _limits(card: Card) -> str:
             )
         return "\n".join(f"- {line}" for line in lines)
     f, defaults = card.factor, card.manifest["defaults"]
-    phases = (card.manifest["recipe"].get("adapt") or {}).get("phases") or []
+    phases = (card.trained.get("adapt") or {}).get("phases") or []
     sides = sorted({phase["resolution"] for phase in phases} or {defaults["height"]})
-    buckets = (card.manifest["recipe"].get("data") or {}).get("buckets")
+    buckets = (card.trained.get("data") or {}).get("buckets")
     shapes = "pictures of several shapes with the area of these squares" if buckets else "squares"
     lines = [
         f"Trained at {', '.join(f'{side} x {side}' for side in sides)} px ({shapes}). Other sizes were not tested.",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -85,11 +85,10 @@ def load(
         parts[family.component] = emulate(families.network_folder(bundle), dtype)
     options = dict(dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True, use_safetensors=True)
     kind = index["_class_name"]
-    own = not trust_remote_code and trust.is_adapter(index.get("vae"))
-    with quiet_diffusers(), own_adapter(index["vae"][0]) if own else nullcontext():
+    own = nullcontext({}) if trust_remote_code else adapter_part(bundle, index, dtype)
+    with quiet_diffusers(), own as vae:
         if isinstance(kind, list) or kind in (family.pipeline_class, *family.other_pipelines):
-            if own:
-                parts["vae"] = _adapter(bundle / "vae", dtype)
+            parts |= vae
             pipeline = DiffusionPipeline.from_pretrained(bundle, **parts, **options)
         else:
             pipeline = _official(bundle, family, parts, options)
@@ -98,6 +97,16 @@ def load(
         pipeline.load_lora_weights(bundle, weight_name=names.LORA, use_safetensors=True, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device), runtime
+
+
+@contextmanager
+def adapter_part(root: Path, index: Mapping[str, Any], dtype: Any) -> Iterator[dict[str, Any]]:
+    """{"vae": this program's adapter} for a pipeline folder whose index names it, else {}; for `from_pretrained`."""
+    if not trust.is_adapter(index.get("vae")):
+        yield {}
+        return
+    with own_adapter(index["vae"][0]):
+        yield {"vae": _adapter(root / "vae", dtype)}
 
 
 @contextmanager

@@ -5,16 +5,21 @@ import shutil
 import numpy
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from dcgen_convert.api.order import quantisation
 from dcgen_convert.bundle import manifest as manifests
+from dcgen_convert.bundle.card import render
 from dcgen_convert.bundle.loading import choose_runtime, load
 from dcgen_convert.bundle.sample import sample
 from dcgen_convert.bundle.verify import verify
 from dcgen_convert.core.console import NULL, Console
 from dcgen_convert.core.errors import CheckFailed, ResourceError
 from dcgen_convert.core.files import read_json, sha256, write_json
+from dcgen_convert.quantization import Drawing, Request, SourceQuantisation
+from dcgen_convert.svdquant.record import CALLS, read_calls
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 TARGET = "transformer_blocks.0.attn.to_q"
@@ -100,3 +105,20 @@ MISTAKES = {
 def test_what_the_stock_loader_would_not_see(quantised, tmp_path, message):
     said = damage(quantised("nvfp4")[0], tmp_path, MISTAKES[message])
     assert message in said and TARGET in said
+
+
+def test_a_converted_bundle_is_drawn_for_calibration_and_keeps_its_lineage(quantised, tmp_path):
+    """The dense twin has the in-bundle adapter: the stock pipeline is loaded with this program's class."""
+    _, twin = quantised("int4")
+    asked = quantisation("int4", 16, 1, None, "diffusers", False)
+    work = SourceQuantisation.of(Request(str(twin), tmp_path / "out", asked, Drawing(steps=1)), NULL)
+    assert work.defaults == {**read_json(twin / manifests.FILE)["defaults"], "steps": 1}
+    work.prepare()
+    work.record()
+    assert len(read_calls(work.request.work_folder / CALLS)) == 1
+    sources = {"base": work.source.record(str(twin)), **work.lineage()}
+    conversion = {"layout": "stock", "recipe": {"adapt": {"phases": [{"resolution": 96}]}}}
+    record = {**read_json(twin / manifests.FILE), "sources": sources, "conversion": conversion}
+    card = render(record, family=work.source.family, layout="source", title="t")
+    assert "`org/base` converted to" in card and "trust_remote_code=True" in card and "96 x 96 px" in card
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == ["org/base"]

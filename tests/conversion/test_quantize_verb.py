@@ -10,6 +10,7 @@ import torch
 from conftest import WEIGHTS, run_cli
 from safetensors import safe_open
 
+from dcgen_convert.api.order import quantisation
 from dcgen_convert.bundle import loading
 from dcgen_convert.bundle.inspection import inspect
 from dcgen_convert.bundle.sample import sample
@@ -17,6 +18,7 @@ from dcgen_convert.bundle.verify import verify
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.errors import CheckFailed, InputError
 from dcgen_convert.core.files import read_json, write_json
+from dcgen_convert.quantization import Drawing, Request, quantize_source
 
 CHECKS = ["files", "code", "structure", "tensors", "table", "parts", "against", "picture"]
 FEW = ["--calibration", "2", "--steps", "2"]
@@ -56,7 +58,7 @@ def test_the_result_is_a_verified_bundle_with_manifest_and_card(quantised):
     ]
     card = (output / "README.md").read_text()
     assert "license: apache-2.0" in card and "converted to" not in card and "trust_remote_code" not in card
-    assert 'DiffusionPipeline.from_pretrained("PATH", dtype=torch.bfloat16)' in card and "height=128, width=128" in card
+    assert 'DiffusionPipeline.from_pretrained("out", dtype=torch.bfloat16)' in card and "height=128, width=128" in card
     found = inspect(output)
     assert (found["kind"], found["family"], found["made_from"]) == ("bundle", "flux", {"base": "tiny-flux"})
     assert found["quantisation"]["counts"] == {"nvfp4": document["metrics"]["svdq"], "awq": document["metrics"]["awq"]}
@@ -123,4 +125,36 @@ def test_refusals_are_one_sentence_and_leave_no_output(tmp_path, arguments, sent
     done = run_cli("quantize", *arguments, "-o", "out", cwd=tmp_path)
     assert done.returncode == 2, done.stderr[-2000:]
     assert sentence in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def request(name, output, *, calibration: int | None = None, **section) -> Request:
+    asked = quantisation("int4", 16, calibration, None, section.get("container", "diffusers"), False)
+    return Request(str(name), output, asked, Drawing(calibration is None, steps=1))
+
+
+def test_a_transformer_alone_needs_nothing_else_without_calibration(tmp_path):
+    """No base is named, the suite is offline, and no published one is asked for."""
+    folder = shutil.copytree(WEIGHTS / "tiny-sana" / "transformer", tmp_path / "transformer")
+    made = quantize_source(request(folder, tmp_path / "out"), NULL)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "transformer"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["transformer"] and made["checks"] == ["tensors"]
+    assert inspect(tmp_path / "out" / "transformer")["quantisation"]["counts"]["int4"] == made["metrics"]["svdq"] > 0
+    with pytest.raises(InputError, match="already quantised"):
+        quantize_source(request(tmp_path / "out" / "transformer", tmp_path / "again"), NULL)
+    assert not (tmp_path / "again").exists()
+
+
+def test_the_classic_container_is_refused_without_calibration_before_the_work(tmp_path):
+    with pytest.raises(InputError, match="needs calibration"):
+        quantize_source(request("tiny-flux", tmp_path / "out", container="nunchaku"), NULL)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_the_authors_layout_is_refused_by_its_name(tmp_path):
+    folder = shutil.copytree(WEIGHTS / "tiny-flux", tmp_path / "official")
+    index = read_json(folder / "model_index.json")
+    write_json(folder / "model_index.json", index | {"_class_name": "DCGen_FluxPipeline"})
+    with pytest.raises(InputError, match="layout of the DC-Gen authors"):
+        quantize_source(request(folder, tmp_path / "out"), NULL)
     assert not (tmp_path / "out").exists()
