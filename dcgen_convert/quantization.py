@@ -135,7 +135,7 @@ def transformer_alone(request: Request) -> Path | None:
 
 
 def quantize_alone(request: Request, folder: Path, console: Console) -> dict[str, Any]:
-    """`quantize_source` of a transformer's own ``folder``: the output gets a folder ``transformer`` and nothing else."""
+    """`quantize_source` of a transformer's own ``folder``: the output gets a folder ``transformer``, nothing else."""
     identity = Identity(request.name)
     check_asked(request, identity)
     config, family = identity.config, identity.family
@@ -334,7 +334,7 @@ class SourceQuantisation:
         parts = BundleParts(source.family, source.root, self.transformer, layout="source", single_file=self.single_file)
         write_bundle(request.output, parts, facts, self.console)
 
-    def _lineage(self) -> dict[str, Any]:
+    def lineage(self) -> dict[str, Any]:
         """What a source that is a bundle was made from."""
         return {f"{role} of the source": record for role, record in self.made.get("sources", {}).items()}
 
