@@ -35,6 +35,7 @@ body { color: #222; background: #fff; }
 h1, h2, h3 { line-height: 1.2; } h2 { border-top: 1px solid #ccc; padding-top: 1em; margin-top: 2em; }
 table { border-collapse: collapse; } td + td { font-variant-numeric: tabular-nums; }
 td, th { padding: .15em .8em .15em 0; text-align: left; vertical-align: top; }
+figure { margin: 1em 0; } figcaption { color: #666; font-size: .85em; }
 img { max-width: 100%; image-rendering: auto; } svg { width: 100%; max-width: 640px; font: 11px system-ui, sans-serif; }
 .rule { stroke: #e4e4e4; } .legend span { margin-right: 1em; }
 pre { background: #f5f5f5; padding: .8em; overflow-x: auto; }
@@ -59,9 +60,10 @@ def write_report(run: Path, output: Path | None = None) -> Path:
         return output
     if not stages:
         raise InputError(f"{run} holds no finished stage", "give the run folder of a conversion, or resume it first")
-    parts = [f"<h1>{escape(run.name)}</h1>", _timings(stages), *_compared(stages)]
+    parts = [f"<h1>{escape(run.name)}</h1>", *_verdict(stages), *_compared(stages)]
     for folder, record in stages:
         parts += _stage(folder, record)
+    parts.append(_timings(stages))
     recipe = run / names.RECIPE
     if recipe.is_file():
         parts.append(f"<h2>recipe</h2><pre>{escape(json.dumps(read_json(recipe), indent=2))}</pre>")
@@ -80,6 +82,32 @@ def _page(title: str, body: str) -> str:
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     head += f"<title>{escape(title)}</title><style>{STYLE}</style>"
     return f"<!doctype html>\n<html lang=en><head>{head}</head>\n<body>\n{body}\n</body></html>\n"
+
+
+def _verdict(stages: list[tuple[Path, dict[str, Any]]]) -> list[str]:
+    """What a reader asks first: is there a checked bundle, and how do its pictures look beside the base model's?"""
+    checked = [(folder, record["metrics"]) for folder, record in stages if (record.get("metrics") or {}).get("checks")]
+    if not checked:
+        last = stages[-1][1].get("stage", stages[-1][0].name)
+        return [f"<p><strong>Not finished: the last stage that is done is {escape(str(last))}.</strong></p>"]
+    folder, metrics = checked[-1]
+    names = ", ".join(map(str, metrics["checks"]))
+    parts = [f"<p><strong>The bundle passed its checks</strong> ({escape(names)}).</p>"]
+    for path in sorted(folder.glob("*grid*.png")):
+        parts += ["<h2>base model and bundle</h2>", _picture(path, "the same prompts and the same noise in each row")]
+    rows = [row for row in scalars(metrics) if row[0] != "checks"]
+    return [*parts, _figures(rows)] if rows else parts
+
+
+def _picture(path: Path, label: str) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    image = f'<img alt="{escape(label)}" src="data:image/png;base64,{data}">'
+    return f"<figure>{image}<figcaption>{escape(label)}</figcaption></figure>"
+
+
+def _figures(rows: list[tuple[str, Any]]) -> str:
+    cells = "".join(f"<tr><td>{escape(name)}</td><td>{escape(_text(value))}</td></tr>" for name, value in rows)
+    return f"<table>{cells}</table>"
 
 
 def _timings(stages: list[tuple[Path, dict[str, Any]]]) -> str:
@@ -111,8 +139,7 @@ def _stage(folder: Path, record: Mapping[str, Any]) -> list[str]:
     metrics = record.get("metrics") or {}
     parts = [f"<h2>{escape(record.get('stage', folder.name))}</h2>"]
     if rows := scalars(metrics):
-        cells = "".join(f"<tr><td>{escape(name)}</td><td>{escape(_text(value))}</td></tr>" for name, value in rows)
-        parts.append(f"<table>{cells}</table>")
+        parts.append(_figures(rows))
     for name, series in charts(metrics).items():
         parts += [f"<h3>{escape(name)}</h3>", line_chart(series, x_label="index", y_label=name)]
     for value in metrics.values():
@@ -122,9 +149,7 @@ def _stage(folder: Path, record: Mapping[str, Any]) -> list[str]:
         parts += _curves(path, path.relative_to(folder).as_posix())
     pictures = sorted(folder.rglob("*.png"), key=lambda path: ("grid" not in path.name, path.as_posix()))
     for path in pictures[:PICTURES]:
-        name = path.relative_to(folder).as_posix()
-        data = base64.b64encode(path.read_bytes()).decode()
-        parts.append(f'<h3>{escape(name)}</h3><img alt="{escape(name)}" src="data:image/png;base64,{data}">')
+        parts.append(_picture(path, path.relative_to(folder).as_posix()))
     if len(pictures) > PICTURES:
         parts.append(f"<p>{len(pictures) - PICTURES} more pictures are in the run folder.</p>")
     return parts
