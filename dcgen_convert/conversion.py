@@ -8,10 +8,9 @@ source as a pipeline folder. Import and surgery read every byte of the inputs. T
 checkpoint is found before hours of synthesis.
 
 Each stage reads files of the run folder and writes its own folder there. core/journal.py decides whether the result of
-a stage still holds. The dictionaries below list what a stage depends on: when one of these values changes, or an
-earlier stage that it builds on, the stage runs again. Pictures do not depend on the autoencoder, so a run keeps them
-when --ae changes. The layout settings (LAYOUT in recipe/schema.py) are left out: after an out-of-memory error the
-training continues with a smaller micro-batch.
+a stage still holds. `walk` says which stages it builds on; stages/depends.py says which settings it depends on, and
+with which changes it goes on instead of starting again. Pictures do not depend on the autoencoder, so a run keeps them
+when --ae changes. More than ten minutes of work are never deleted unless the user said so.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
@@ -30,20 +29,25 @@ from dcgen_convert.bundle.manifest import FILE as MANIFEST
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_object, understood, write_json
-from dcgen_convert.core.journal import MARKER, Run, Stage, fingerprint
-from dcgen_convert.core.names import RECIPE
+from dcgen_convert.core.journal import Found, Run, Stage, Wanted
+from dcgen_convert.core.names import EXPORT, MODULES, RECIPE
+from dcgen_convert.core.progress import duration
 from dcgen_convert.core.version import __version__
+from dcgen_convert.networks.models import TRANSFORMER
 from dcgen_convert.planning.plan import require_disk
 from dcgen_convert.ranks import join
 from dcgen_convert.ranks.crew import SOLO, Crew
 from dcgen_convert.ranks.machine import Machine
 from dcgen_convert.recipe.loading import Resolved, revive
-from dcgen_convert.recipe.schema import result_settings
 from dcgen_convert.stages import folders, pictures
+from dcgen_convert.stages.folders import BEGUN
 from dcgen_convert.stages.job import Job, prepare
 
 NEW_RUN = "start a new run with another --run-dir"
 ASKED = "asked.json"  # the stages that --from asked for and that are still to be done, and the job that asked
+
+
+KEEP = 600.0  # seconds of work that are never deleted unless the user said so
 
 
 @dataclass(frozen=True)
@@ -53,58 +57,81 @@ class Step:
     Attributes:
         name: of the stage, and of its folder in the run.
         function: does the work.
-        inputs: what the result depends on, besides the stages before it.
-        after: the stages that it builds on; None: all stages before it.
+        inputs: what the result depends on, besides the stages that it builds on.
+        after: these stages.
+        result, repair: as in `journal.Wanted`.
+        continues: (old, new) inputs -> how the stage goes on with a change, in words; None: it starts again.
+        extends: going on with a change only adds to the result.
     """
 
     name: str
     function: Callable[[Job, Stage], None]
     inputs: dict[str, Any]
-    after: tuple[str, ...] | None = None
+    after: tuple[str, ...] = ()
+    result: tuple[str, ...] = ("*",)
+    repair: Literal["file", "entry", "all"] = "entry"
+    continues: Callable[[dict[str, Any], dict[str, Any]], str | None] = lambda _old, _new: None
+    extends: bool = False
 
 
 def walk(job: Job, output: Path, force: bool) -> Iterator[Step]:
     """The stages of ``job`` in order."""
-    from dcgen_convert.checkpoint.imported import STAGE as IMPORT
     from dcgen_convert.stages import (
         adapt,
         align_embedder,
         align_head,
         bundle,
+        depends,
         imported,
         latents,
         quantize,
         surgery,
     )
 
-    recipe = result_settings(job.recipe)
-    phases = recipe["adapt"].pop("phases")
-    common = {"source": job.source.contents(), "dtype": recipe["dtype"], "seed": recipe["seed"]}
+    def training(stage: str) -> Callable[[dict[str, Any], dict[str, Any]], str | None]:
+        return lambda old, new: depends.training_continues(job, stage, old, new)
+
+    inputs, weights, modules = partial(depends.inputs, job), (f"{TRANSFORMER}/*",), (MODULES,)
     if job.source.imported:
-        yield Step(IMPORT, imported.run, {"source": job.source.contents()})
-    geometry = {"autoencoder": job.ae.fingerprint, "resolution": job.resolution}
-    yield Step(folders.SURGERY, surgery.run, {**common, **geometry})
-    yield Step(folders.DATA, pictures.run, {**common, **pictures.inputs(job)}, after=())
-    resolutions = sorted({phase["resolution"] for phase in phases})
-    shapes = {"buckets": True} if job.recipe.data.buckets else {}
-    yield Step(folders.LATENTS, latents.run, {"latents": recipe["latents"], "resolutions": resolutions, **shapes})
-    embedder = {"align_embedder": recipe["align_embedder"], "shift": recipe["adapt"]["shift"]}
-    yield Step(folders.ALIGN_EMBEDDER, align_embedder.run, embedder)
-    head = {"align_head": recipe["align_head"], "adapt": recipe["adapt"]}
-    yield Step(folders.ALIGN_HEAD, align_head.run, head)
-    for number, phase in enumerate(phases, 1):
-        yield Step(folders.adapt_stage(number), partial(adapt.adapt_phase, number=number), {"phase": phase})
-        merging = {"merge_lora": recipe["merge_lora"]}
-        yield Step(folders.merge_stage(number), partial(adapt.merge_phase, number=number), merging)
+        yield Step(depends.IMPORT, imported.run, inputs(depends.IMPORT), repair="all")
+    yield Step(folders.SURGERY, surgery.run, inputs(folders.SURGERY), result=weights)
+    yield Step(
+        folders.DATA, pictures.run, inputs(folders.DATA), repair="file", extends=True,
+        continues=lambda old, _: depends.data_continues(job, old),
+    )  # fmt: skip
+    yield Step(
+        folders.LATENTS, latents.run, inputs(folders.LATENTS), (folders.DATA,), ("*.safetensors", "*.json", "*.jsonl"),
+        repair="file", extends=True, continues=lambda old, new: depends.latents_continue(job, old, new),
+    )  # fmt: skip
+    aligned = (folders.SURGERY, folders.LATENTS)
+    yield Step(folders.ALIGN_EMBEDDER, align_embedder.run, inputs(folders.ALIGN_EMBEDDER), aligned, modules)
+    yield Step(
+        folders.ALIGN_HEAD, align_head.run, inputs(folders.ALIGN_HEAD), (*aligned, folders.ALIGN_EMBEDDER), modules,
+        continues=training(folders.ALIGN_HEAD),
+    )  # fmt: skip
+    dense = folders.SURGERY
+    for number in range(1, len(job.recipe.adapt.phases) + 1):
+        name, merged = folders.adapt_stage(number), folders.merge_stage(number)
+        before = (folders.LATENTS, dense, *([folders.ALIGN_HEAD] if number == 1 else []))
+        yield Step(
+            name, partial(adapt.adapt_phase, number=number), inputs(name, number), before, (f"{EXPORT}/*",),
+            continues=training(name),
+        )  # fmt: skip
+        merging = partial(adapt.merge_phase, number=number)
+        yield Step(merged, merging, inputs(merged, number), (dense, name))
+        dense = merged
     if job.recipe.quantize.format != "none":
-        quantising = {"quantize": recipe["quantize"], "bundle": recipe["bundle"]}
-        yield Step(folders.QUANTIZE, quantize.run, quantising)
-    told = {"bundle": recipe["bundle"], "output": str(output), "recipe": recipe}
-    yield Step(folders.BUNDLE, partial(bundle.write, output=output, force=force), told)
-    yield Step(folders.VERIFY, partial(bundle.check, output=output), {"evaluate": recipe["evaluate"]})
+        result = (*weights, quantize.SINGLE_FILE)
+        yield Step(folders.QUANTIZE, quantize.run, inputs(folders.QUANTIZE), (dense,), result)
+        dense = folders.QUANTIZE
+    parts = (dense, *([folders.LATENTS] if job.recipe.latents.normalise == "channel" else []))
+    told = {**inputs(folders.BUNDLE), "output": str(output)}
+    yield Step(folders.BUNDLE, partial(bundle.write, output=output, force=force), told, parts)
+    drawn = {"evaluate": job.recipe.evaluate.model_dump(mode="json")}
+    yield Step(folders.VERIFY, partial(bundle.check, output=output), drawn, (folders.BUNDLE,))
 
 
-def convert(
+def convert(  # noqa: PLR0913  every option of the verb by its name
     resolved: Resolved,
     run_dir: Path,
     output: Path,
@@ -114,6 +141,7 @@ def convert(
     start: str | None = None,
     until: str | None = None,
     force: bool = False,
+    consent: Callable[[str], bool] = lambda _: False,
 ) -> dict[str, Any]:
     """Convert; returns the result document (bundle, run folder, stages with seconds and metrics).
 
@@ -122,51 +150,118 @@ def convert(
         start: run this stage and all stages after it again, even those whose results hold.
         until: stop after this stage.
         force: replace an output folder that is not empty.
+        consent: is asked before more than ten minutes of work are deleted.
     """
-    run = Run(Path(run_dir), console)
+    run = Run(Path(run_dir), console, resolved.machine.check)
     with run.locked():
         recorded = _read_record(run.path / RECIPE) if (run.path / RECIPE).exists() else {}
         job = prepare(resolved, run, console, crew)
         pictures.require(job)
-        if recorded.get("output") != str(output) or not _bundled(output, run):
-            check_output(output, force)
         require_disk(resolved, run.path, output, until)
         record = {
             "recipe": resolved.recipe.model_dump(mode="json"),
             "machine": asdict(resolved.machine),
             "output": str(output),
         }
-        write_json(run.path / RECIPE, {**record, "version": __version__})
         with console.progress("hash the source", job.source.size, "B") as bar:
             contents = job.source.contents(bar.advance)
-        crew.introduce({"run": str(run.path), **record, "contents": contents})
+        force = force or recorded.get("replace") == str(output)
         steps = list(walk(job, output, force))
-        names = [step.name for step in steps]
+        stages = [step.name for step in steps]
         for name in (start, until):
-            if name is not None and name not in names:
-                raise InputError(f"no stage is called {name!r}", f"the stages are {', '.join(names)}")
-        return _run_steps(job, steps, output, until, _asked(run, names, start, until))
+            if name is not None and name not in stages:
+                raise InputError(f"no stage is called {name!r}", f"the stages are {', '.join(stages)}")
+        if until is not None:
+            steps = steps[: stages.index(until) + 1]
+        asked = _asked(run, [step.name for step in steps], start)
+        survey = Survey(run, steps, asked)
+        survey.require_output(output, force)
+        survey.require_consent(consent)
+        replaced = str(output) if force and folders.BUNDLE in survey.open else None
+        write_json(run.path / RECIPE, {**record, "replace": replaced, "version": __version__})
+        if asked:
+            write_json(run.path / ASKED, {"job": os.environ.get(join.JOB), "stages": asked})
+        crew.introduce({"run": str(run.path), **record, "contents": contents})
+        return _run_steps(job, steps, output, asked)
 
 
-def with_inputs(steps: list[Step]) -> Iterator[tuple[Step, dict[str, Any]]]:
-    """Every step with all that it depends on: its own inputs, the version, and the stages that it builds on."""
-    prints: dict[str, str] = {}
-    for step in steps:
-        before = prints if step.after is None else {name: prints[name] for name in step.after}
-        inputs = {**step.inputs, "version": __version__, "before": fingerprint(before)}
-        prints[step.name] = fingerprint(inputs)
-        yield step, inputs
+def wanted(step: Step, known: dict[str, Found]) -> Wanted:
+    """What a step must be made from, with the results of the stages before it.
+
+    A stage that extends its own result reads what it builds on anew. For the others an extended result counts as the
+    one that it extends: what was made from 1,000 pictures still holds when there are 2,000.
+    """
+    before = {name: known[name].result if step.extends else known[name].origin for name in step.after}
+    inputs = {**step.inputs, "before": before} if before else step.inputs
+    continues = partial(_continues, step, inputs)
+    return Wanted(step.name, inputs, step.result, step.repair, step.extends, continues)
 
 
-def _asked(run: Run, names: list[str], start: str | None, until: str | None) -> list[str]:
+def _continues(step: Step, new: dict[str, Any], old: dict[str, Any]) -> str | None:
+    return step.continues(old, new)
+
+
+class Survey:
+    """What a walk would do, found out before anything is changed.
+
+    Attributes:
+        found: what stands in the folder of every stage whose inputs are known already.
+        lost: stage -> seconds of its work that would be deleted.
+        open: stages that run, or may run because a stage before them does.
+    """
+
+    def __init__(self, run: Run, steps: list[Step], asked: list[str]) -> None:
+        self.run = run
+        self.found: dict[str, Found] = {}
+        self.lost: dict[str, float] = {}
+        self.open: set[str] = set(asked)
+        known: dict[str, Found] = {}
+        for step in steps:
+            if step.name in asked:
+                continue
+            if not set(step.after) <= known.keys():
+                self.open.add(step.name)
+                self.lost[step.name] = run.spent(step.name)
+                continue
+            found = self.found[step.name] = run.look(wanted(step, known))
+            origin = run.origin(step.name)
+            if found.state in ("holds", "damaged"):
+                known[step.name] = found
+            elif step.extends and found.state in ("continues", "interrupted") and origin:
+                known[step.name] = Found(found.state, record={"result": origin, "origin": origin})
+            if found.state != "holds":
+                self.open.add(step.name)
+            if found.state == "outdated":
+                self.lost[step.name] = found.seconds
+
+    def require_output(self, output: Path, force: bool) -> None:
+        """InputError when a finished bundle, or something else, would be replaced and nobody said so."""
+        begun = self.run.path / folders.BUNDLE / BEGUN
+        state = self.found[folders.BUNDLE].state if folders.BUNDLE in self.found else ""
+        own = state in ("holds", "interrupted", "damaged") and begun.exists()
+        if folders.BUNDLE in self.open | self.found.keys() and not own:
+            check_output(output, force)
+
+    def require_consent(self, consent: Callable[[str], bool]) -> None:
+        """InputError when more than ten minutes of work would be deleted and nobody said so."""
+        lost = {name: seconds for name, seconds in self.lost.items() if seconds}
+        total = sum(lost.values())
+        if total <= KEEP:
+            return
+        reasons = [f"{name} {found.reason}" for name, found in self.found.items() if found.state == "outdated"]
+        listed = ", ".join(f"{name} {duration(seconds)}" for name, seconds in lost.items())
+        text = f"{duration(total)} of work would be deleted ({listed}): {'; '.join(reasons) or 'an earlier stage runs'}"
+        if not consent(text):
+            raise InputError(text, f"add --from {next(iter(lost))} to delete it, or use another --run-dir and keep it")
+
+
+def _asked(run: Run, stages: list[str], start: str | None) -> list[str]:
     """The stages that must run again although they hold. A job that starts again after a crash asks only once."""
     path, job = run.path / ASKED, os.environ.get(join.JOB)
     found = read_object(path) if path.exists() else {"job": None, "stages": []}
     if start is None or (job and found["job"] == job):
-        return found["stages"]
-    last = names.index(until) if until else len(names)
-    write_json(path, {"job": job, "stages": names[names.index(start) : last + 1]})
-    return names[names.index(start) : last + 1]
+        return [name for name in found["stages"] if name in stages]
+    return stages[stages.index(start) :]
 
 
 def _answered(run: Run, name: str) -> None:
@@ -176,32 +271,51 @@ def _answered(run: Run, name: str) -> None:
         write_json(path, {**found, "stages": [stage for stage in found["stages"] if stage != name]})
 
 
-def _run_steps(job: Job, steps: list[Step], output: Path, until: str | None, asked: list[str]) -> dict[str, Any]:
+def _run_steps(job: Job, steps: list[Step], output: Path, asked: list[str]) -> dict[str, Any]:
     records: list[dict[str, Any]] = []
-    again = False
-    for step, inputs in with_inputs(steps):
+    known: dict[str, Found] = {}
+    for step in steps:
+        made_from = wanted(step, known)
+        found = job.run.look(made_from)
         lost = step.name == folders.BUNDLE and not (output / MANIFEST).exists()
-        again = again or lost
-        record = None if again or step.name in asked else job.run.done(step.name, inputs)
-        if record is None:
-            with job.run.stage(step.name, inputs) as stage:
+        again = lost or step.name in asked
+        if again or found.state != "holds":
+            _tell(job.console, step.name, found, again)
+            with job.run.stage(made_from, found, again) as stage:
                 step.function(job, stage)
-            record = job.run.done(step.name, inputs)
-            assert record is not None, f"stage {step.name} left no marker"
+            found = job.run.look(made_from)
+            assert found.state == "holds", f"stage {step.name} left no marker"
             _answered(job.run, step.name)
         else:
-            job.console.say(f"{step.name}: holds, skipped")
+            job.console.say(f"{step.name}: holds, skipped{_of_fewer(step, known)}")
+        known[step.name] = found
+        record = found.record
         job.console.event("stage", name=step.name, seconds=record["seconds"], metrics=record["metrics"])
         records.append({"name": step.name, "seconds": record["seconds"], "metrics": record["metrics"]})
-        if step.name == until:
-            return {"status": "stopped", "run": str(job.run.path), "stages": records}
+    if steps[-1].name != folders.VERIFY:
+        return {"status": "stopped", "run": str(job.run.path), "stages": records}
     verified = records[-1]["metrics"]
     return {"status": "done", "bundle": str(output), "run": str(job.run.path), "stages": records, "metrics": verified}
 
 
-def _bundled(output: Path, run: Run) -> bool:
-    """Whether ``output`` holds the bundle that this very run wrote."""
-    return (run.path / folders.BUNDLE / MARKER).exists() and (output / MANIFEST).exists()
+def _of_fewer(step: Step, known: dict[str, Found]) -> str:
+    """A word on a result that is older than the newest of what it was made from."""
+    grown = [name for name in step.after if known[name].origin != known[name].result]
+    return f"; {grown[0]} has grown since, --from {step.name} makes it anew" if grown and not step.extends else ""
+
+
+def _tell(console: Console, name: str, found: Found, again: bool) -> None:
+    """Say why a stage runs."""
+    if again or found.state == "nothing":
+        return
+    words = {
+        "interrupted": "continues where it stopped",
+        "continues": f"continues, {found.reason}",
+        "damaged": f"runs again, {found.reason}",
+        "outdated": f"starts again, {found.reason}; {duration(found.seconds)} of work are deleted",
+    }
+    say = console.warn if found.state == "outdated" else console.say
+    say(f"{name}: {words[found.state]}")
 
 
 def recorded(run_dir: Path) -> tuple[Resolved, Path]:

@@ -280,7 +280,7 @@ class SourceQuantisation:
                 return pipelines.load_pipeline(source, torch.bfloat16, transformer=model, **vae)
 
         with self.console.progress("calibration", count, "prompts") as bar:
-            record_calls(folder, source.family, pipeline, pictures, bar)
+            record_calls(folder, source.family, pipeline, pictures, bar, pictures.missing(folder))
         write_json(folder / DONE, {"calls": len(read_calls(folder))})
 
     @property

@@ -19,6 +19,7 @@ from dcgen_convert.planning import plan as planning
 from dcgen_convert.ranks import machine
 from dcgen_convert.recipe import loading, shelf
 from dcgen_convert.recipe.schema import Recipe
+from dcgen_convert.stages import depends
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -50,13 +51,14 @@ def recipe_keys() -> str:
                 values(field),
                 default(field, key in section.get("required", ())),
                 field.get("description", ""),
+                ", ".join(f"`{stage}`" for stage in depends.stages_of(f"{prefix}{key}")),
             )
             for key, field in section["properties"].items()
             if not nested(field)
         ]
         parts.append(
             f"### {title}\n\n{section.get('description', '')}\n\n"
-            + table(("key", "values", "default", "meaning"), rows)
+            + table(("key", "values", "default", "meaning", "a change runs again"), rows)
         )
     return "\n\n".join(parts)
 

@@ -8,7 +8,7 @@ torch is imported only by what needs it, when it is called.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, Unpack
@@ -104,33 +104,39 @@ def convert(
 
 
 @_explained()
-def resume(
+def resume(  # noqa: PLR0913  every option of the verb by its name
     run_dir: str | Path,
     *,
+    start: str | None = None,
+    force: bool = False,
     gpus: int | None = None,
     hostfile: str | Path | None = None,
     track: Literal["tensorboard", "wandb"] | None = None,
     rank_timeout: float | None = None,
     restarts: int | None = None,
+    check: bool | None = None,
     quiet: bool = False,
 ) -> Conversion:
     """Continue the run in folder ``run_dir``, on as many ranks as before unless told otherwise.
 
     Args:
+        start: run this stage and all after it again.
+        force: replace a bundle that is already in the output folder.
         gpus, hostfile: the ranks, as in `convert`. None: those of the run's record.
-        track, rank_timeout, restarts: as in `convert`.
+        track, rank_timeout, restarts, check: as in `convert`.
         quiet: only warnings on stderr.
 
     Raises:
         InputError: no run folder, or a run of another version. What `convert` raises.
     """
     places = {"gpus": gpus, "hostfile": None if hostfile is None else str(hostfile)}
-    watched = {"track": track, "rank_timeout": rank_timeout, "restarts": restarts}
+    watched = {"track": track, "rank_timeout": rank_timeout, "restarts": restarts, "check": check}
+    steps = {"start": start, "force": force}
     job = recorded(Path(run_dir).absolute())
     job = job.on(**places if any(places.values()) else {}, **{k: v for k, v in watched.items() if v is not None})
     if _needs_ranks(job):
-        return Conversion.of(command.run("resume", str(job.run_dir), {**places, **watched, "quiet": quiet}))
-    return carry_out(job, _console(quiet, job.run_dir))
+        return Conversion.of(command.run("resume", str(job.run_dir), {**places, **watched, **steps, "quiet": quiet}))
+    return carry_out(job, _console(quiet, job.run_dir), start=start, force=force)
 
 
 def recorded(run_dir: Path) -> Order:
@@ -149,14 +155,25 @@ def carry_out(
     start: str | None = None,
     until: str | None = None,
     force: bool = False,
+    consent: Callable[[str], bool] = lambda _: False,
 ) -> Conversion:
-    """Do the conversion in this process. crew: the other ranks. The rest: as in `convert`."""
+    """Do the conversion in this process. crew: the other ranks. consent: is asked before more than ten minutes of work
+    are deleted. The rest: as in `convert`.
+    """
     from dcgen_convert import conversion
 
     recipe = dict(leaves(job.resolved.recipe.model_dump(mode="json")))
     with tracking(console, job.resolved.machine.track, job.run_dir, recipe):
         done = conversion.convert(
-            job.resolved, job.run_dir, job.output, console, crew=crew, start=start, until=until, force=force
+            job.resolved,
+            job.run_dir,
+            job.output,
+            console,
+            crew=crew,
+            start=start,
+            until=until,
+            force=force,
+            consent=consent,
         )
     return Conversion.of(done)
 

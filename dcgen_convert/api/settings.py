@@ -57,11 +57,13 @@ class JobSettings(Settings, total=False):
 
     track: send curves and pictures there too. rank_timeout: seconds without a sign of life, or without
     progress, after which a rank ends the job, 0 disables. restarts: how often the ranks start again after a crash.
+    check: compare what the finished stages wrote with its hashes before it is used; None: yes.
     """
 
     track: Literal["tensorboard", "wandb"] | None
     rank_timeout: float | None
     restarts: int | None
+    check: bool | None
 
 
 JOB = tuple(name for name in JobSettings.__annotations__ if name not in Settings.__annotations__)

@@ -16,6 +16,8 @@ from click.shell_completion import CompletionItem
 from dcgen_convert.cli import completion
 from dcgen_convert.cli.options import (
     CONTEXT,
+    FORCE,
+    FROM,
     JOB,
     MACHINE,
     OUTPUT,
@@ -92,9 +94,9 @@ def cli() -> None:
     type=click.Path(),
     help="Folder of the run's artefacts. Default: ./runs/NAME-AE[-FORMAT].",
 )
-@option("--from", "start", metavar="STAGE", help="Re-run from this stage. Default: the first one that is not done.")
+@FROM
 @option("--until", metavar="STAGE", help="Stop after this stage. Default: verify, the last.")
-@option("--force", is_flag=True, help="Replace a bundle that is already in the output folder. Default: off.")
+@FORCE
 @option("--push-to", metavar="REPO", help="Upload the finished bundle to this hub repository. Default: off.")
 @option("--private", is_flag=True, help="Make the repository of --push-to private. Default: public.")
 @option("-y", "--yes", is_flag=True, help="Do not ask before a long job. Default: ask on a terminal.")
@@ -142,6 +144,8 @@ def quantize(session: Session, source: str, **values: Any) -> int:
 
 @cli.command(context_settings=CONTEXT)
 @click.argument("run", type=click.Path(exists=True, file_okay=False))
+@FROM
+@FORCE
 @stack(RANKS + JOB)
 @stack(OUTPUT)
 @click.pass_obj

@@ -33,6 +33,14 @@ def stack(decorators: list[Callable[[F], F]]) -> Callable[[F], F]:
 
 SOURCE = click.argument("source", shell_complete=completion.sources)
 
+FROM = option(
+    "--from",
+    "start",
+    metavar="STAGE",
+    help="Run STAGE and all after it again, and delete what they have made. Default: the first one that is not done.",
+)
+FORCE = option("--force", is_flag=True, help="Replace a bundle that is already in the output folder. Default: off.")
+
 TRUST = option(
     "--trust-remote-code",
     is_flag=True,
@@ -146,6 +154,9 @@ JOB = [
            "longer than any single piece of work, such as one step. Default: 120; 0 disables."),
     option("--restarts", metavar="N", type=click.IntRange(min=0),
            help="How often the ranks start again by themselves after a crash. Default: 0, which disables."),
+    option("--check/--no-check", default=None,
+           help="Compare what the finished stages wrote with its hashes before it is used, at the speed of the disk; "
+           "or only the sizes. Default: --check."),
 ]  # fmt: skip
 
 MACHINE = [

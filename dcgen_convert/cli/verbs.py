@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +39,7 @@ def convert(session: Session, source: str, values: dict[str, Any]) -> int:
 
     def work(crew: Crew) -> Conversion:
         steps = {name: values[name] for name in ("start", "until", "force")}
-        done = calls.carry_out(job, console, crew, **steps)
+        done = calls.carry_out(job, console, crew, **steps, consent=lambda lost: _consents(lost, console))
         if values["push_to"] and done.bundle:
             from dcgen_convert.bundle.push import push
 
@@ -51,6 +52,7 @@ def convert(session: Session, source: str, values: dict[str, Any]) -> int:
 def resume(session: Session, run_dir: Path, values: dict[str, Any]) -> int:
     """Continue a run, with the ranks of its record unless the options name others."""
     asked, watched = {"gpus": values.pop("gpus"), "hostfile": values.pop("hostfile")}, job_options(values)
+    steps = {"start": values.pop("start"), "force": values.pop("force")}
     console = session.begin(**output_options(values), run_dir=run_dir)
     job = calls.recorded(run_dir)
     if any(asked.values()):
@@ -58,7 +60,11 @@ def resume(session: Session, run_dir: Path, values: dict[str, Any]) -> int:
     elif "RANK" in os.environ and join.LAUNCHED not in os.environ:  # torchrun or srun started the ranks
         job = job.on(gpus=None, hostfile=None, restarts=0)
     job = job.on(**watched)
-    return _on_ranks(session, job, lambda crew: calls.carry_out(job, console, crew))
+
+    def work(crew: Crew) -> Conversion:
+        return calls.carry_out(job, console, crew, **steps, consent=lambda lost: _consents(lost, console))
+
+    return _on_ranks(session, job, work)
 
 
 def _on_ranks(session: Session, job: Order, work: Callable[[Crew], Conversion]) -> int:
@@ -101,6 +107,14 @@ def finish(console: Console, done: Conversion | Quantised) -> int:
     path = done.run if isinstance(done, Conversion) and done.bundle is None else done.bundle
     console.result(done.document(), str(path))
     return 0
+
+
+def _consents(lost: str, console: Console) -> bool:
+    """Ask on a terminal whether work may be deleted; without one the answer is no."""
+    if not (wants_live(console.stderr, {}) and sys.stdin.isatty()):
+        return False
+    console.warn(lost)
+    return click.confirm("Delete it?", default=False, err=True)
 
 
 def _ask(job: Order, console: Console) -> None:

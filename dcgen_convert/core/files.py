@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 22  # bytes that are copied at once
 os.umask(UMASK := os.umask(0))  # there is no other way to ask for it
+SEAL = "sha256"  # metadata key of a safetensors file: hash of its tensors
 TEMPORARY = ".tmp-"  # prefix of everything unfinished; safe to delete when no process holds the run's lock
 
 
@@ -57,13 +58,41 @@ def atomic_write(path: Path, content: bytes | str) -> None:
 
 
 def atomic_save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file. At most one metadata key: with two the file's bytes differ from run to run."""
+    """Write a safetensors file. Without metadata it gets the hash of its tensors, which `sealed` compares.
+
+    At most one metadata key: with two the file's bytes differ from run to run.
+    """
     from safetensors.torch import save_file
 
     if metadata and len(metadata) > 1:
         raise ValueError("give one metadata key; put a JSON document in it")
+    whole = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        save_file(whole, temporary, metadata or {SEAL: _digest(whole)})
+
+
+def sealed(path: Path) -> bool:
+    """Whether a safetensors file holds what `atomic_save` wrote. True too for one that carries no hash."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            seal = (file.metadata() or {}).get(SEAL)
+            return seal is None or seal == _digest({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118  no mapping
+    except SafetensorError:
+        return False
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Hex SHA-256 of names, dtypes, shapes and values."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def write_json(path: Path, document: Any) -> None:

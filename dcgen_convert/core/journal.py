@@ -2,11 +2,13 @@
 
     run/recipe.json              the resolved recipe
     run/<stage>/...              artefacts, written by the stage
-    run/<stage>/stage.json       written last: fingerprint, inputs, metrics, outputs, seconds
+    run/<stage>/started.json     while the stage is unfinished: what it is made from, and the seconds spent so far
+    run/<stage>/stage.json       written last: what it was made from, metrics, and the SHA-256 of every output
 
-A stage is done when its marker has the fingerprint of today's inputs, and every output still has its size. Otherwise it
-runs again, and one line says which input changed. A stage that was interrupted continues from its partial files if its
-fingerprint is the same. If not, they are deleted, and one line says so.
+A stage holds when its marker names today's inputs and every output still has its hash. Part of the inputs are the
+*results* of the stages before it: when one of these ran again and came out equal, the stage still holds. A stage with
+damaged outputs makes only these again. A stage that was interrupted continues from its partial files. A stage whose
+inputs changed starts again, unless it says that it can continue from what it has (`Wanted.continues`).
 """
 
 from __future__ import annotations
@@ -15,19 +17,25 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dcgen_convert.core.console import Console
-from dcgen_convert.core.errors import InputError, ResourceError
-from dcgen_convert.core.files import TEMPORARY, fresh_folder, read_json, write_json
-from dcgen_convert.core.names import LOCK
+from dcgen_convert.core.errors import CheckFailed, InputError, ResourceError
+from dcgen_convert.core.files import TEMPORARY, fresh_folder, read_object, sealed, sha256, understood, write_json
+from dcgen_convert.core.names import CHECKPOINTS, LOCK
 
 MARKER = "stage.json"
 STARTED = "started.json"
+SEAL = "seal"  # key of the marker: fingerprint of what stands beside it
+TIMES = ("seconds", "begun", "spent")  # keys that the seal does not cover
+LONG_READ = 10_000_000_000  # bytes whose check takes long enough to be announced
 
 
 def fingerprint(document: Any) -> str:
@@ -35,12 +43,74 @@ def fingerprint(document: Any) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True, default=str).encode()).hexdigest()
 
 
-class Run:
-    """One run folder, held by one process at a time."""
+@dataclass(frozen=True)
+class Wanted:
+    """What a stage must be made from today.
 
-    def __init__(self, path: Path, console: Console) -> None:
+    Attributes:
+        name: of the stage, and of its folder.
+        inputs: all that its result depends on, results of earlier stages included (key "before").
+        result: patterns of the outputs that later stages read; the others are notes.
+        repair: what a damaged output costs: "file" (the stage makes single files again), "entry" (what stands in the
+            stage's folder and holds it), "all" (the stage starts again).
+        extends: a stage that continues with other inputs only adds to its result: what builds on it still holds.
+        continues: the inputs that the work in the folder was made from -> how it goes on with today's, in words; None
+            if it cannot.
+    """
+
+    name: str
+    inputs: dict[str, Any]
+    result: tuple[str, ...] = ("*",)
+    repair: Literal["file", "entry", "all"] = "entry"
+    extends: bool = False
+    continues: Callable[[dict[str, Any]], str | None] = lambda _: None
+
+    def reads(self, output: str) -> bool:
+        """Whether later stages read this output."""
+        return any(fnmatch(output, pattern) for pattern in self.result)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What stands in a stage's folder.
+
+    Attributes:
+        state: "holds", "damaged" (outputs), "interrupted", "continues" (with other inputs), "outdated", "nothing".
+        reason: why it does not hold, in words.
+        seconds: of work that is lost if the stage starts again.
+        record: the marker, if there is one.
+        damaged: outputs that are missing or changed.
+    """
+
+    state: str
+    reason: str = ""
+    seconds: float = 0.0
+    record: dict[str, Any] = field(default_factory=dict)
+    damaged: tuple[str, ...] = ()
+
+    @property
+    def result(self) -> str:
+        """Fingerprint of what later stages read of the stage."""
+        return str(self.record["result"])
+
+    @property
+    def origin(self) -> str:
+        """Fingerprint of the result that this one extends, or of this one."""
+        return str(self.record["origin"])
+
+
+class Run:
+    """One run folder, held by one process at a time.
+
+    Args:
+        check: compare the hash of every output of a finished stage, once; else only its size.
+    """
+
+    def __init__(self, path: Path, console: Console, check: bool = True) -> None:
         self.path = path.resolve()
         self.console = console
+        self._check = check
+        self._checked: dict[str, tuple[str, ...]] = {}  # seal of a marker -> its damaged outputs
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
@@ -62,72 +132,159 @@ class Run:
                 ) from error
             yield
 
-    def done(self, name: str, inputs: dict[str, Any]) -> dict[str, Any] | None:
-        """The marker of stage ``name`` if it holds for ``inputs``, else None (and the reason is said)."""
+    def look(self, wanted: Wanted) -> Found:
+        """What stands in the folder of a stage. Nothing is changed."""
+        folder = self.path / wanted.name
+        inputs = _plain(wanted.inputs)
+        if (folder / MARKER).exists():
+            record = self.record(wanted.name)
+            damaged = tuple(filter(wanted.reads, self._damage(wanted.name, record)))
+            if record["inputs"] == inputs:
+                if not damaged:
+                    return Found("holds", record=record)
+                return Found("damaged", f"{damaged[0]} {_state(folder / damaged[0])}", 0, record, damaged)
+            return self._changed(wanted, record["inputs"], record["seconds"], record, damaged)
+        if not (folder / STARTED).exists():
+            left = any(folder.rglob("*")) if folder.exists() else False
+            return Found("outdated", "unknown, it has no record of its inputs") if left else Found("nothing")
+        started = self._sealed(wanted.name, STARTED)
+        if started["inputs"] == inputs:
+            return Found("interrupted", seconds=_spent(folder, started))
+        return self._changed(wanted, started["inputs"], _spent(folder, started), {}, ())
+
+    def spent(self, name: str) -> float:
+        """Seconds of work in the folder of a stage."""
         folder = self.path / name
-        marker = folder / MARKER
-        if not marker.exists():
-            return None
-        record: dict[str, Any] = read_json(marker)
-        if record["fingerprint"] != fingerprint(inputs):
-            self.console.say(f"{name}: runs again, changed: {_changed(inputs, record['inputs'])}")
-            return None
-        for relative, size in record["outputs"].items():
-            path = folder / relative
-            if not path.exists() or path.stat().st_size != size:
-                self.console.say(f"{name}: runs again, its output {relative} is missing or cut short")
-                return None
-        return record
+        if (folder / MARKER).exists():
+            return float(self.record(name)["seconds"])
+        return _spent(folder, self._sealed(name, STARTED)) if (folder / STARTED).exists() else 0.0
+
+    def origin(self, name: str) -> str | None:
+        """Fingerprint of the result that a stage has, or extends; None without one."""
+        folder = self.path / name
+        if (folder / MARKER).exists():
+            return str(self.record(name)["origin"])
+        return self._sealed(name, STARTED)["origin"] if (folder / STARTED).exists() else None
+
+    def record(self, name: str) -> dict[str, Any]:
+        """The marker of a finished stage.
+
+        Raises:
+            CheckFailed: it is damaged.
+        """
+        return self._sealed(name, MARKER)
+
+    def _sealed(self, name: str, file: str) -> dict[str, Any]:
+        """A record of a stage, with its times as numbers; CheckFailed when it is not what the stage wrote."""
+        path, hint = self.path / name / file, f"--from {name} makes the stage again"
+        try:
+            record = read_object(path)
+            with understood(path):
+                times = {key: float(record[key]) for key in TIMES if key in record}
+        except InputError as error:
+            raise CheckFailed(error.message, hint) from error
+        if record.get(SEAL) != _seal(record):
+            raise CheckFailed(f"{path} is damaged: it is not what the stage wrote", hint)
+        return {**record, **times}
 
     @contextmanager
-    def stage(self, name: str, inputs: dict[str, Any]) -> Iterator[Stage]:
-        """Run a stage: yields its folder, writes the marker when the body returns without an exception."""
-        folder = self.path / name
-        started = folder / STARTED
-        current = fingerprint(inputs)
-        if not started.exists() or read_json(started)["fingerprint"] != current or (folder / MARKER).exists():
-            self._tell_of_loss(name, inputs)
+    def stage(self, wanted: Wanted, found: Found, again: bool = False) -> Iterator[Stage]:
+        """Run a stage: yields its folder, writes the marker when the body returns without an exception.
+
+        Args:
+            found: what stands in the folder now.
+            again: start again, whatever stands there.
+        """
+        folder = self.path / wanted.name
+        fresh = again or found.state in ("outdated", "nothing") or (found.state == "damaged" and wanted.repair == "all")
+        before = {} if fresh else self._before(folder, found)
+        if fresh:
             fresh_folder(folder)
-            write_json(started, {"fingerprint": current, "inputs": _plain(inputs)})
         else:
-            self.console.say(f"{name}: continues where it stopped")
-            for leftover in folder.rglob(f"{TEMPORARY}*"):
-                leftover.unlink() if leftover.is_file() else None
-        begun = time.time()
+            self._tidy(wanted, found)
+        history, spent = [*before.get("history", [])], float(before.get("spent") or 0)
+        if found.state == "continues" and not fresh:
+            history.append(found.reason)
+        origin = before.get("origin") if wanted.extends or found.state == "damaged" else None
+        started = {
+            "inputs": _plain(wanted.inputs),
+            "begun": time.time(),
+            "spent": spent,
+            "history": history,
+            "origin": origin,
+        }
+        write_json(folder / STARTED, {**started, SEAL: _seal(started)})
+        (folder / MARKER).unlink(missing_ok=True)
         stage = Stage(folder)
         yield stage
         outputs = {
-            str(path.relative_to(folder)): path.stat().st_size
+            str(path.relative_to(folder)): [path.stat().st_size, sha256(path)]
             for path in sorted(folder.rglob("*"))
             if path.is_file() and path.name not in (MARKER, STARTED) and not path.name.startswith(TEMPORARY)
         }
-        seconds = round(time.time() - begun, 2)
+        result = fingerprint({name: value for name, value in outputs.items() if wanted.reads(name)})
         record = {
-            "stage": name,
-            "fingerprint": current,
-            "inputs": _plain(inputs),
-            "metrics": stage.metrics,
+            "stage": wanted.name,
+            "inputs": started["inputs"],
+            "metrics": _plain({**({"history": history} if history else {}), **stage.metrics}),
             "outputs": outputs,
-            "seconds": seconds,
+            "result": result,
+            "origin": origin or result,
+            "history": history,
+            "seconds": round(spent + time.time() - started["begun"], 2),
         }
-        write_json(folder / MARKER, record)
-        os.unlink(started)
+        self._checked[_seal(record)] = ()
+        write_json(folder / MARKER, {**record, SEAL: _seal(record)})
+        os.unlink(folder / STARTED)
 
-    def _tell_of_loss(self, name: str, inputs: dict[str, Any]) -> None:
-        """Warn of the partial work of a stage that was cut off with other inputs, before it is deleted."""
-        folder = self.path / name
-        files = [path for path in folder.rglob("*") if path.is_file() and path.name != STARTED]
-        if not files or (folder / MARKER).exists():
-            return
-        started = folder / STARTED
-        recorded = read_json(started).get("inputs") if started.exists() else None
-        changed = _changed(inputs, recorded) if recorded else "unknown, an older version did not record the settings"
-        newest = max(files, key=lambda path: path.stat().st_mtime).relative_to(folder)
-        size = sum(path.stat().st_size for path in files) / 1e6
-        self.console.warn(
-            f"{name}: starts again, changed: {changed}; its unfinished work is deleted ({len(files)} files, "
-            f"{size:.1f} MB, newest {newest})"
-        )
+    def _before(self, folder: Path, found: Found) -> dict[str, Any]:
+        """What is known of the work that the stage continues: seconds spent, history, origin."""
+        if found.record:
+            return {**found.record, "spent": found.record["seconds"]}
+        started = self._sealed(folder.name, STARTED)
+        return {**started, "spent": _spent(folder, started)}
+
+    def _tidy(self, wanted: Wanted, found: Found) -> None:
+        """Remove what is damaged or unfinished from the folder that a stage continues in."""
+        folder = self.path / wanted.name
+        for name in found.damaged:
+            _remove(folder / (name if wanted.repair == "file" else Path(name).parts[0]))
+        for leftover in [*folder.rglob(f"{TEMPORARY}*")]:
+            _remove(leftover)
+        if found.record:
+            return  # its files were checked
+        for file in folder.rglob("*.safetensors"):
+            if CHECKPOINTS not in file.parts and not sealed(file):  # a training checks its own
+                self.console.warn(f"{file} is damaged: it is made again")
+                file.unlink()
+
+    def _changed(
+        self, wanted: Wanted, old: dict[str, Any], seconds: float, record: dict[str, Any], damaged: tuple[str, ...]
+    ) -> Found:
+        """What stands there was made from other inputs."""
+        continued = wanted.continues(old)
+        if continued is not None:
+            return Found("continues", continued, 0, record, damaged)
+        return Found("outdated", f"changed: {_names(wanted.inputs, old)}", seconds, record)
+
+    def _damage(self, name: str, record: dict[str, Any]) -> tuple[str, ...]:
+        """Outputs of a finished stage that are missing or not what the stage wrote. Told once."""
+        seal = record[SEAL]
+        if seal not in self._checked:
+            folder, outputs = self.path / name, record["outputs"]
+            total = sum(size for size, _ in outputs.values())
+            if self._check and total > LONG_READ:
+                self.console.say(f"{name}: checking {total / 1e9:.1f} GB (--no-check leaves it out)")
+            found = tuple(path for path, known in outputs.items() if self._differs(folder / path, *known))
+            for output in found:
+                self.console.warn(f"{folder / output} {_state(folder / output)}")
+            self._checked[seal] = found
+        return self._checked[seal]
+
+    def _differs(self, path: Path, size: int, digest: str) -> bool:
+        if not path.is_file() or path.stat().st_size != size:
+            return True
+        return self._check and sha256(path) != digest
 
 
 class Stage:
@@ -143,15 +300,42 @@ def _plain(document: Any) -> Any:
     return json.loads(json.dumps(document, default=str))
 
 
-def _changed(new: dict[str, Any], old: dict[str, Any]) -> str:
+def _seal(record: dict[str, Any]) -> str:
+    return fingerprint({key: value for key, value in record.items() if key not in (SEAL, *TIMES)})
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _spent(folder: Path, started: dict[str, Any]) -> float:
+    """Seconds of work in an unfinished stage: up to its newest file."""
+    begun = float(started.get("begun") or 0)
+    newest = max((path.stat().st_mtime for path in folder.rglob("*") if path.is_file()), default=begun)
+    return float(started.get("spent") or 0) + max(0.0, newest - begun)
+
+
+def _state(path: Path) -> str:
+    return "is not what the stage wrote" if path.exists() else "is missing"
+
+
+def _names(new: dict[str, Any], old: dict[str, Any]) -> str:
     """Names of what differs between two records of inputs."""
-    return ", ".join(sorted("an earlier stage" if key == "before" else key for key in _differing(_plain(new), old)))
+    return ", ".join("an earlier stage" if name == "before" else name for name in differing(new, old))
+
+
+def differing(new: dict[str, Any], old: dict[str, Any]) -> list[str]:
+    """Names of what differs between two records of inputs, with dots between the levels; sorted."""
+    return sorted(_differing(_plain(new), old))
 
 
 def _differing(new: dict[str, Any], old: dict[str, Any]) -> Iterator[str]:
     for key in {*new, *old}:
         mine, other = new.get(key), old.get(key)
-        if isinstance(mine, dict) and isinstance(other, dict):
+        if isinstance(mine, dict) and isinstance(other, dict) and key != "before":
             yield from (f"{key}.{inner}" for inner in _differing(mine, other))
         elif key not in new or key not in old or mine != other:
             yield key

@@ -6,3 +6,6 @@ MANIFEST = "dcgen_manifest.json"  # in a bundle: what it holds and what it was m
 MODULES = "modules.safetensors"  # whole tensors of the embedder and the head under the network's own names, float32
 LORA = "pytorch_lora_weights.safetensors"  # the name that a stock pipeline's load_lora_weights(folder) looks for
 RECORDS = "quantization.json"  # beside 4-bit weights: the record of every layer; written last, so the folder is whole
+EXPORT = "export"  # of a phase: the folder of the trained weights
+CHECKPOINTS = "checkpoints"  # of a training: the folder of its checkpoints
+TRAINING = "training"  # of stage align-head: the folder of its training

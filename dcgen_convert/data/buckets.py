@@ -67,21 +67,13 @@ def nearest(buckets: Sequence[Size], width: int, height: int) -> Size:
     return min(buckets, key=lost)
 
 
-def by_shape(shapes: Sequence[Size], held_out: int) -> list[int]:
-    """Order of pictures of ``shapes`` (width, height): by aspect ratio.
-
-    The last ``held_out`` pictures are sorted apart, and stay behind the others.
-    """
-    cut = len(shapes) - held_out
-
-    def ratio(number: int) -> Fraction:
-        return Fraction(*shapes[number])
-
-    return sorted(range(cut), key=ratio) + sorted(range(cut, len(shapes)), key=ratio)
+def by_shape(shapes: Sequence[Size]) -> list[int]:
+    """Order of pictures of ``shapes`` (width, height): by aspect ratio."""
+    return sorted(range(len(shapes)), key=lambda number: Fraction(*shapes[number]))
 
 
 def spans(shapes: Iterable[Size], buckets: Sequence[Size], resolution: int) -> list[Span]:
-    """The spans of rows of one bucket each; ``shapes`` (width, height) are in the order of `by_shape`."""
+    """The spans of rows of one bucket each; ``shapes`` (width, height) are in the order of the rows."""
     found, start = [], 0
     known: dict[Size, Size] = {}
 
@@ -108,12 +100,6 @@ def tables(spans: Iterable[Span]) -> dict[str, list[Span]]:
     for span in spans:
         found.setdefault(span.table, []).append(span)
     return found
-
-
-def overlap(rows: range, others: range) -> range:
-    """The rows that are in both ranges (of step 1); an empty range when there are none."""
-    start = max(rows.start, others.start)
-    return range(start, max(start, min(rows.stop, others.stop)))
 
 
 def batches(parts: Iterable[range], size: int) -> list[range]:

@@ -1,6 +1,7 @@
 """Paired latents and conditions on disk: safetensors shards, memory-mapped, one row per picture.
 
-index.json                    {"key", "count", "rows_per_shard", "tables": {name: {tensor: shape of one row}}}
+index.json                    {"key", "count", "rows_per_shard", "held_out": rows,
+                               "tables": {name: {tensor: shape of one row}}}
 <table>-00000.safetensors     tables "target-<px>" {"z"}, "base-<px>" {"z"}, "text" {forward() keywords}, "null" (1 row)
 captions.safetensors          {"text": UTF-8 of all captions, "ends": (N,) where each ends}
 
@@ -13,16 +14,18 @@ what the rows were made from. A cache that was made from something else is refus
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dcgen_convert.core.errors import InputError
@@ -48,14 +51,14 @@ class LatentCache:
         self,
         folder: Path,
         resolution: int,
-        rows: range | None = None,
+        rows: Sequence[int] | None = None,
         encode: Callable[[list[str]], dict[str, Tensor]] | None = None,
         key: Mapping[str, Any] | None = None,
     ) -> None:
         """
         Args:
             resolution: picture side in px; with buckets, of the square.
-            rows: the rows that this view shows; None: all.
+            rows: the rows that this view shows, ascending; None: all.
             encode: captions -> condition, for a cache that holds no text embeddings.
             key: what the rows must have been made from; None asks for nothing.
         Raises:
@@ -66,6 +69,7 @@ class LatentCache:
         _require_key(self.folder, index.get("key") or {}, key)
         self.shard_rows: int = index["rows_per_shard"]
         self.rows = rows if rows is not None else range(index["count"])
+        self._held_out: list[int] = index["held_out"]
         self.resolution = resolution
         bucketed = index["spans"].get(str(resolution))
         self._spans = [Span(*span) for span in bucketed] if bucketed else buckets.whole(index["count"], resolution)
@@ -84,10 +88,9 @@ class LatentCache:
         return len(self.rows)
 
     def split(self) -> tuple[LatentCache, LatentCache]:
-        """(training rows, held-out rows): the last twentieth is held out, 1 to 512 rows."""
-        cut = len(self.rows) - held_out(len(self.rows))
+        """(training rows, held-out rows) of the whole cache; see `hold_out`."""
         view = partial(LatentCache, self.folder, self.resolution, encode=self._encode)  # the key was checked
-        return view(rows=self.rows[:cut]), view(rows=self.rows[cut:])
+        return view(rows=_Others(len(self.rows), self._held_out)), view(rows=self._held_out)
 
     def batch(self, indices: list[int] | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Rows ``indices`` of one span: z_0 (B, C, h, w) float32 and the condition, a dict of tensors with first
@@ -155,6 +158,10 @@ def _read_index(folder: Path) -> dict[str, Any]:
         }
         dict(index["key"])
         _require_counts(index["count"], index["rows_per_shard"])
+        held = index["held_out"]
+        rows = all(type(row) is int and 0 <= row < index["count"] for row in held)
+        if not rows or held != sorted(set(held)) or not 0 < len(held) < index["count"]:
+            raise ValueError("held_out is no list of rows")
         for spans in dict(index["spans"]).values():
             ends = [0, *(Span(*span).stop for span in spans)]
             if [Span(*span).start for span in spans] != ends[:-1] or ends[-1] != index["count"]:
@@ -172,15 +179,43 @@ def _require_counts(*numbers: Any) -> None:
         raise ValueError(f"{numbers} are no numbers of rows, or no shape")
 
 
-def held_out(count: int) -> int:
-    """How many of ``count`` rows are held out: the last ones, which no training sees."""
-    return min(max(1, count // 20), 512)
+def hold_out(names: Sequence[str], before: Sequence[int] = ()) -> list[int]:
+    """The rows that no training sees: a twentieth, 1 to 512 rows, those whose names have the smallest hashes.
+
+    So they come from everywhere in the data. When rows are appended, those of ``before`` stay held out.
+
+    Args:
+        names: one per row.
+        before: what was held out of the first rows.
+    """
+    wanted = min(max(1, len(names) // 20), 512)
+    others = set(range(len(names))) - set(before)
+    new = [row for row in others if not before or row > max(before)]
+    order = sorted(new, key=lambda row: hashlib.sha256(names[row].encode(errors="surrogateescape")).digest())
+    return sorted([*before, *order[: max(0, wanted - len(before))]])
 
 
-def _within(rows: range, view: range) -> range:
-    """Positions in ``view`` (of step 1) of those ``rows`` that the view shows."""
-    shown = buckets.overlap(rows, view)
-    return range(shown.start - view.start, shown.stop - view.start)
+class _Others(Sequence[int]):
+    """The numbers below ``count`` without ``left_out`` (ascending). It takes no memory per number."""
+
+    def __init__(self, count: int, left_out: Sequence[int]) -> None:
+        self._count = count - len(left_out)
+        self._before = [
+            number - place for place, number in enumerate(left_out)
+        ]  # how many are smaller, and not left out
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, place: Any) -> Any:
+        if not 0 <= place < self._count:
+            raise IndexError(place)
+        return place + bisect_right(self._before, place)
+
+
+def _within(rows: range, view: Sequence[int]) -> range:
+    """Positions in ``view`` (ascending) of those ``rows`` that the view shows."""
+    return range(bisect_left(view, rows.start), bisect_left(view, rows.stop))
 
 
 def _rows_before(spans: list[Span]) -> list[int]:
@@ -235,6 +270,16 @@ def shard_name(table: str, number: int) -> str:
     return f"{table}-{number:05d}.safetensors"
 
 
+def shard_before(folder: Path, table: str, number: int) -> dict[str, Tensor]:
+    """The rows that a shard holds already; {} without a shard."""
+    path = folder / shard_name(table, number)
+    return load_file(path) if path.exists() else {}
+
+
+def rows_of(shard: Mapping[str, Tensor]) -> int:
+    return len(next(iter(shard.values()))) if shard else 0
+
+
 def write_shard(folder: Path, table: str, number: int, tensors: dict[str, Tensor]) -> None:
     atomic_save(tensors, folder / shard_name(table, number))
 
@@ -243,12 +288,14 @@ def write_index(
     folder: Path,
     count: int,
     rows_per_shard: int,
+    held_out: Sequence[int],
     key: Mapping[str, Any] | None = None,
     spans: Mapping[int, list[Span]] | None = None,
 ) -> None:
     """Write the index, from the first shard of every table. Call it last: a cache without an index is unfinished.
 
     Args:
+        held_out: rows that no training sees (`hold_out`).
         key: what the rows were made from, by name.
         spans: the spans of rows at every px, for a cache with buckets.
     """
@@ -259,5 +306,11 @@ def write_index(
             tables[path.name.removesuffix("-00000.safetensors")] = {
                 key: file.get_slice(key).get_shape()[1:] for key in names
             }
-    index = {"key": key, "count": count, "rows_per_shard": rows_per_shard, "tables": tables}
+    index = {
+        "key": key,
+        "count": count,
+        "rows_per_shard": rows_per_shard,
+        "held_out": list(held_out),
+        "tables": tables,
+    }
     write_json(folder / INDEX, {**index, "spans": spans} if spans else index)

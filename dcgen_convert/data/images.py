@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy
@@ -17,19 +17,23 @@ from PIL import Image
 from torch import Tensor
 
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.core.files import atomic_write, json_text, read_lines, read_text
+from dcgen_convert.core.files import atomic_write, json_text, read_lines, read_text, understood
 from dcgen_convert.data import decoding, gathering
 from dcgen_convert.data.tally import Tally
 
 INDEX = "index.jsonl"
 EXAMPLE = '{"file": "images/fox.png", "caption": "a red fox"}'
+ROWS = "rows.jsonl"  # beside the latents: the pictures in the order of their rows
 
 
 @dataclass(frozen=True)
 class Picture:
+    """file; caption; seed of one that was drawn; sha256 of the file's bytes where it was asked for."""
+
     file: Path
     caption: str
     seed: int | None = None
+    sha256: str | None = None
 
 
 def read_folder(path: Path) -> list[Picture]:
@@ -114,33 +118,22 @@ def _picture(record: object, folder: Path) -> Picture:
     return Picture(folder / file, caption, seed)
 
 
-def listing(path: Path) -> str | None:
-    """Hash of the names, sizes and modification times of what `read_folder` reads; None for a missing path.
-
-    It is cheap: no picture is opened. It changes when a caption or a picture is changed, added or taken away.
-    """
-    path = Path(path).expanduser()
-    if path.suffix == ".jsonl" and path.is_file():
-        files = [path, *(picture.file for picture in _read_jsonl(path))]
-    elif path.is_dir():
-        found = gathering.gather(path)[0]
-        files = [*found, *(text for file in found if (text := gathering.caption_file(file)))]
-    else:
-        return None
-    digest = hashlib.sha256()
-    for file in sorted(files):
-        stat = file.stat() if file.is_file() else None
-        known = stat and (stat.st_size, stat.st_mtime_ns)
-        digest.update(f"{os.path.relpath(file, path.parent)} {known}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()
-
-
-def write_index(folder: Path, pictures: list[Picture], name: str = INDEX) -> None:
+def write_index(path: Path, pictures: list[Picture], root: Path) -> None:
+    """Write an index whose files are relative to ``root`` where they lie in it; `read_index` takes the same root."""
     rows = []
     for picture in pictures:
-        file = picture.file.relative_to(folder) if picture.file.is_relative_to(folder) else picture.file
-        rows.append(json_text({"file": str(file), "caption": picture.caption, "seed": picture.seed}))
-    atomic_write(folder / name, "\n".join(rows) + "\n")
+        file = picture.file.relative_to(root) if picture.file.is_relative_to(root) else picture.file
+        row = {"file": str(file), "caption": picture.caption, "seed": picture.seed, "sha256": picture.sha256}
+        rows.append(json_text(row))
+    atomic_write(path, "\n".join(rows) + "\n")
+
+
+def read_index(path: Path, root: Path) -> list[Picture]:
+    """The pictures that `write_index` wrote. ``root`` may have moved since. InputError when it is damaged."""
+    with understood(path, "make its stage again with --from"):
+        records = [json.loads(line) for line in read_lines(path) if line]
+        pictures = [_picture(record, root) for record in records]
+        return [replace(one, sha256=record["sha256"]) for one, record in zip(pictures, records, strict=True)]
 
 
 def chosen(pictures: list[Picture], count: int, root: Path) -> list[Picture]:
@@ -185,6 +178,16 @@ def read_pixels(file: Path, height: int, width: int | None = None) -> Tensor:
         image = image.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + across, top + down))
     array = numpy.asarray(image, dtype=numpy.float32)
     return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1)
+
+
+def is_whole(file: Path) -> bool:
+    """Whether the checksums inside a PNG file are right."""
+    try:
+        with decoding.opened(file) as image:
+            image.verify()
+    except InputError:
+        return False
+    return True
 
 
 def to_image(pixels: Tensor) -> Image.Image:

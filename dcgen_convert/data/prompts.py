@@ -47,11 +47,12 @@ DETAILS = (
     "reflections",
 )  # fmt: skip
 KINDS = ("builtin", "tiny-world")  # anything else is a file
+BLOCK = 1024  # captions of the tiny world that are drawn at once
 SLOTS = (STYLES, SUBJECTS, PLACES, LIGHTS, DETAILS)
 
 
 def make(kind: str, count: int, seed: int, classes: list[str] | None = None) -> list[str]:
-    """``count`` prompts.
+    """``count`` prompts. A larger count begins with the same ones.
 
     Args:
         kind: "builtin", "tiny-world", or a text file with one prompt per line (repeated in order when it is shorter).
@@ -68,7 +69,8 @@ def make(kind: str, count: int, seed: int, classes: list[str] | None = None) -> 
     if kind == "tiny-world":
         from dcgen_convert.tiny import world
 
-        return [world.caption(row) for row in world.sample_labels(count, seed).tolist()]
+        blocks = (world.sample_labels(BLOCK, seed + (block << 32)) for block in range(-(-count // BLOCK)))
+        return [world.caption(row) for block in blocks for row in block.tolist()][:count]
     style, subject, place, light, detail = (lambda slot=slot: generator.choice(slot) for slot in SLOTS)
     return [f"{style()} {subject()} {place()} {light()}, {detail()}" for _ in range(count)]
 

@@ -36,6 +36,7 @@ FolderName = Annotated[str, AfterValidator(_folder_name)]
 # and the result is the same but for the order of float sums. No fingerprint and no checkpoint holds them, so a change
 # throws no work away. * is the number of a phase; the name of a section stands for all of its settings.
 LAYOUT = (
+    "data.batch",
     "data.max_broken",
     "latents.batch",
     "latents.scale_tolerance",
@@ -43,6 +44,8 @@ LAYOUT = (
     "adapt.zero",
     "adapt.offload",
     "adapt.phases.*.micro_batch",
+    "quantize.calibration.batch",
+    "evaluate",
     "watch",
 )
 

@@ -50,7 +50,7 @@ def train_phase(job: Job, number: int, layout: dict[str, Any]) -> dict[str, Any]
 
 def merge_phase(job: Job, stage: Stage, number: int) -> None:
     """Writes transformer/ with the phase merged; the last LoRA stays apart when the recipe says so."""
-    export, merged = job.folders.adapt(number) / phases.EXPORT, stage.folder / models.TRANSFORMER
+    export, merged = job.folders.adapt(number) / names.EXPORT, stage.folder / models.TRANSFORMER
     phase, last = job.recipe.adapt.phases[number - 1], number == len(job.recipe.adapt.phases)
     lora = None if phase.mode == "full" else export / names.LORA
     if lora and last and not job.recipe.merge_lora:

@@ -39,9 +39,7 @@ def run(job: Job, stage: Stage) -> None:
     student = models.load(job.folders.surgery / models.TRANSFORMER, torch.float32)
     problem = Problem(job, teacher, student, cache, settings.pooling)
 
-    cut = len(cache.split()[0])
-    seen = problem.equations(settings.batch, range(cut))
-    unseen = problem.equations(settings.batch, range(cut, len(cache)))
+    seen, unseen = (problem.equations(job.recipe.latents.batch, part) for part in cache.split())
     equations = seen + unseen
     started = time.perf_counter()
     module = linear(student, job.family.embedder)
@@ -98,12 +96,12 @@ class Problem:
         self.positions = functools.cache(functools.partial(job.family.position_term, student))
 
     @torch.no_grad()
-    def rows(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """x (B, N', C p p) and y (B, N', D) of rows of one span.
+    def rows(self, indices: list[int], cache: LatentCache | None = None) -> tuple[Tensor, Tensor]:
+        """x (B, N', C p p) and y (B, N', D) of rows of one span of ``cache`` (None: all rows).
 
         N' is the number of tokens of the new grid (pooling "average") or of the base's grid ("bilinear").
         """
-        z_base, z = self.cache.pairs(indices)
+        z_base, z = (cache or self.cache).pairs(indices)
         grid_base = (z_base.shape[2] // self.patch_base, z_base.shape[3] // self.patch_base)
         grid = (z.shape[2] // self.patch, z.shape[3] // self.patch)
         goal = affine(self.teacher, self.family.tokens(z_base, self.patch_base))  # (B, N0, D)
@@ -118,15 +116,12 @@ class Problem:
             own = None if own is None else resize(own[None], grid, grid_base, "bilinear")[0]
         return x, goal if own is None else goal - own
 
-    def equations(self, batch: int, pictures: range | None = None) -> NormalEquations:
-        """The equations of ``pictures`` (None: all), read ``batch`` at a time."""
-        spans = self.cache.spans
-        if pictures is not None:
-            spans = [buckets.overlap(span, pictures) for span in spans]
+    def equations(self, batch: int, cache: LatentCache | None = None) -> NormalEquations:
+        """The equations of the pictures of ``cache`` (None: all), read ``batch`` at a time."""
         x, y = self.rows([0])
         equations = NormalEquations(x.shape[-1], y.shape[-1])
-        for part in buckets.batches(spans, batch):
-            equations.add(*self.rows(list(part)))
+        for part in buckets.batches((cache or self.cache).spans, batch):
+            equations.add(*self.rows(list(part), cache))
         return equations
 
 

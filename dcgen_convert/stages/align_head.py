@@ -89,7 +89,7 @@ def train(job: Job, layout: dict[str, Any], model: nn.Module | None = None) -> d
     adapt = recipe.adapt.model_copy(update={"zero": layout["zero"], "offload": layout["offload"]})
     rows = job.rows(recipe.adapt.phases[0].resolution).split()[0]
     task = phases.Task(model, job.family, adapt, rows, job.scheduler)
-    place = Place(job.folders.align_head / "training", job.console, recipe.seed)
+    place = Place(job.folders.align_head / names.TRAINING, job.console, recipe.seed)
     return phases.train_head(task, recipe.align_head, recipe.dtype, layout["micro_batch"], place)
 
 

@@ -10,10 +10,11 @@ from dcgen_convert.bundle.verify import verify
 from dcgen_convert.checkpoint.licence import licence_of, licence_of_source
 from dcgen_convert.checkpoint.record import source_record
 from dcgen_convert.core import names
-from dcgen_convert.core.files import copy_file, read_json
+from dcgen_convert.core.files import copy_file, read_json, write_json
 from dcgen_convert.core.journal import MARKER, Stage
 from dcgen_convert.networks import autoencoders, models
 from dcgen_convert.stages import compare
+from dcgen_convert.stages.folders import BEGUN
 from dcgen_convert.stages.job import Job
 from dcgen_convert.stages.quantize import SINGLE_FILE
 
@@ -37,9 +38,10 @@ def write(job: Job, stage: Stage, output: Path, force: bool) -> None:
         single_file=single_file,
         scaling_factor=job.recipe.latents.scale_override,
     )
-    # `convert` has checked that an existing bundle is this run's own.
-    replace = force or (output / manifest.FILE).exists()
-    layout.write_bundle(output, parts, describe(job), job.console, force=replace)
+    own = (stage.folder / BEGUN).exists()  # and a kill came between the bundle and the marker
+    layout.check_output(output, force or own)
+    write_json(stage.folder / BEGUN, {"output": str(output)})
+    layout.write_bundle(output, parts, describe(job), job.console, force=force or own)
     copy_file(output / manifest.FILE, stage.folder / manifest.FILE)
 
 

@@ -10,6 +10,7 @@ from dcgen_convert.networks.models import TRANSFORMER
 SURGERY, DATA, LATENTS = "surgery", "data", "latents"
 ALIGN_EMBEDDER, ALIGN_HEAD = "align-embedder", "align-head"
 QUANTIZE, BUNDLE, VERIFY = "quantize", "bundle", "verify"
+BEGUN = "begun.json"  # of stage bundle: it writes, or has written, the output folder
 
 
 def adapt_stage(number: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,6 @@ from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError, RecipeError
 from dcgen_convert.core.files import read_json, read_object, sha256
 from dcgen_convert.core.journal import MARKER, Run
-from dcgen_convert.core.version import __version__
 from dcgen_convert.families import Family, Text, catalog, legacy
 from dcgen_convert.families.grid import Grid, autoencoder_grid
 from dcgen_convert.networks import autoencoder_files, parts
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     import torch
 
     from dcgen_convert.data.cache import LatentCache
+    from dcgen_convert.data.images import Picture
 
 AE_PATTERNS = ["config.json", "*.safetensors", "*.safetensors.index.json", "README.md", "LICENSE*"]
 
@@ -107,7 +107,7 @@ class Job:
 
     @property
     def latents_key(self) -> dict[str, Any]:
-        """What latents and text embeddings are made from: the models' hashes, the sizes, the settings, the version."""
+        """What latents and text embeddings are made from: the models' hashes, the sizes, the settings."""
         latents = self.recipe.latents
         key = {
             "model": self.family.name,
@@ -119,11 +119,28 @@ class Job:
             "scale": latents.scale_override,
             "normalise": latents.normalise,
             "dtype": self.recipe.dtype,
-            "version": __version__,
         }
         # as they look when they were written to JSON and read again
         sizes = {str(px): [[*size] for size in found] for px, found in self.buckets.items()}
         return {**key, "buckets": sizes} if sizes else key
+
+    @property
+    def pictures_root(self) -> Path:
+        """The folder that the indexes of pictures are relative to: the user's data may be moved, and the run too."""
+        path = self.recipe.data.path
+        if self.recipe.data.kind != "folder" or path is None:
+            return self.folders.data
+        given = Path(path).expanduser().absolute()
+        return given.parent if given.suffix == ".jsonl" else given
+
+    @cached_property
+    def given(self) -> tuple[list[Picture], str]:
+        """The user's pictures with the hashes of their bytes, and what was taken and left out, in words."""
+        from dcgen_convert.data import images
+
+        pictures, told = images.take(Path(self.recipe.data.path or ""), self.recipe.data.count)
+        hashed = [replace(p, sha256=sha256(p.file) if p.file.is_file() else None) for p in pictures]
+        return hashed, told
 
     @cached_property
     def buckets(self) -> dict[int, list[tuple[int, int]]]:

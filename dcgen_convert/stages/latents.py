@@ -2,12 +2,13 @@
 
 Writes a LatentCache, statistics-<px>.json (mean, std, RMS per channel), and roundtrip.png. A broken picture is named
 and left out. More of them than `data.max_broken` allows are an error. rows.jsonl lists the pictures in the order of the
-rows.
+rows. New pictures are appended: the rows that are there keep their places, and stay held out or not.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from typing import Any
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.core.files import replacing, write_json
+from dcgen_convert.core.files import read_json, replacing, write_json
 from dcgen_convert.core.journal import Stage
 from dcgen_convert.core.progress import Bar
 from dcgen_convert.data import buckets, cache, decoding, images
@@ -28,22 +29,31 @@ from dcgen_convert.data.tally import Tally
 from dcgen_convert.evaluate.grids import grid
 from dcgen_convert.networks import autoencoder_files, autoencoders, pipelines
 from dcgen_convert.networks.autoencoders import Codec
+from dcgen_convert.stages import pictures as pictures_stage
 from dcgen_convert.stages.job import Job
-from dcgen_convert.stages.pictures import require_few, require_two
+from dcgen_convert.stages.pictures import require_few
 
 SHARD_ROWS = (32, 512)  # fewest and most pictures in one file
 SHARDS = 256  # files that a small data set is divided into, so that each rank gets some: ranks share whole files
 ROUNDTRIP = 8  # pictures in roundtrip.png
 STATISTICS = 1024  # pictures that the scale of a channel is measured on
-ROWS = "rows.jsonl"
+HELD_OUT = "held-out.json"  # rows that no training sees
+LAYOUT = "layout.json"  # rows per shard: of the first pictures, and of all that are appended later
 
 
 def run(job: Job, stage: Stage) -> None:
     """Encode every readable picture at every resolution of the recipe's phases."""
-    every = images.read_folder(job.folders.data / images.INDEX)
     resolutions = sorted({phase.resolution for phase in job.recipe.adapt.phases})
-    pictures, spans = arranged(job, stage, readable(job, every), resolutions)
-    images.write_index(stage.folder, pictures, ROWS)
+    kept = rows_before(job)
+    new = [picture for picture in pictures_stage.listed(job) if picture not in set(kept)]
+    pictures = [*kept, *arranged(job, readable(job, new, len(kept) + len(new)))]
+    pictures_stage.require_two(len(pictures))
+    held_out = cache.hold_out([row_name(job, picture) for picture in pictures], held_before(stage, len(kept)))
+    spans = spans_of(job, stage, pictures, resolutions)
+    if not (stage.folder / LAYOUT).exists():
+        write_json(stage.folder / LAYOUT, {"rows_per_shard": shard_rows(len(pictures))})
+    write_json(stage.folder / HELD_OUT, held_out)
+    images.write_index(stage.folder / images.ROWS, pictures, job.pictures_root)
     if job.recipe.latents.normalise == "channel":
         normalise(job, pictures, spans[resolutions[0]])
     codecs = load_codecs(job)
@@ -56,19 +66,38 @@ def run(job: Job, stage: Stage) -> None:
             check_scale(job, stage, target, resolution)
     encode_captions(job, stage, pictures)
     bucketed = spans if job.recipe.data.buckets else None
-    cache.write_index(stage.folder, len(pictures), shard_rows(len(pictures)), job.latents_key, bucketed)
+    cache.write_index(stage.folder, len(pictures), rows_per_shard(job), held_out, job.latents_key, bucketed)
 
 
-def arranged(
-    job: Job, stage: Stage, pictures: list[Picture], resolutions: list[int]
-) -> tuple[list[Picture], dict[int, list[Span]]]:
-    """The pictures in the order of the cache's rows, and for each resolution the spans of rows of one size."""
-    count = len(pictures)
+def rows_before(job: Job) -> list[Picture]:
+    """The pictures that have rows already, in their order."""
+    path = job.folders.latents / images.ROWS
+    return images.read_index(path, job.pictures_root) if path.exists() else []
+
+
+def held_before(stage: Stage, rows: int) -> list[int]:
+    """The held-out rows of the first ``rows``."""
+    path = stage.folder / HELD_OUT
+    return [row for row in read_json(path) if row < rows] if path.exists() else []
+
+
+def row_name(job: Job, picture: Picture) -> str:
+    """A name that is the same wherever data and run lie."""
+    return os.path.relpath(picture.file, job.pictures_root)
+
+
+def arranged(job: Job, pictures: list[Picture]) -> list[Picture]:
+    """The pictures in the order of the cache's rows: by shape where there are buckets."""
     if not job.recipe.data.buckets:
-        return pictures, {px: buckets.whole(count, px) for px in resolutions}
+        return pictures
+    return [pictures[i] for i in buckets.by_shape([images.size_of(picture.file) for picture in pictures])]
+
+
+def spans_of(job: Job, stage: Stage, pictures: list[Picture], resolutions: list[int]) -> dict[int, list[Span]]:
+    """For each resolution the spans of rows of one size."""
+    if not job.recipe.data.buckets:
+        return {px: buckets.whole(len(pictures), px) for px in resolutions}
     shapes = [images.size_of(picture.file) for picture in pictures]
-    order = buckets.by_shape(shapes, cache.held_out(count))
-    pictures, shapes = [pictures[i] for i in order], [shapes[i] for i in order]
     spans = {px: buckets.spans(shapes, job.buckets[px], px) for px in resolutions}
     for px in resolutions:
         filled = buckets.tables(spans[px]).values()
@@ -77,7 +106,7 @@ def arranged(
         )
         stage.metrics[f"buckets_{px}"] = shown
         job.console.say(f"latents: {px} px, pictures by height x width: {shown}")
-    return pictures, spans
+    return spans
 
 
 def stacked(pictures: list[Picture], rows: Iterable[int], span: Span) -> Tensor:
@@ -127,12 +156,12 @@ def load_codecs(job: Job) -> dict[str, Codec]:
 
 def encode_part(job: Job, bar: Bar, spans: list[list[Any]]) -> None:
     """What the other ranks do of `encode_pictures`; ``spans`` came as JSON."""
-    pictures = images.read_folder(job.folders.latents / ROWS)
+    pictures = images.read_index(job.folders.latents / images.ROWS, job.pictures_root)
     encode_pictures(job, pictures, load_codecs(job), [Span(*span) for span in spans], bar)
 
 
-def readable(job: Job, pictures: list[Picture]) -> list[Picture]:
-    """The pictures that can be read. InputError when too many cannot (see `data.max_broken`).
+def readable(job: Job, pictures: list[Picture], count: int) -> list[Picture]:
+    """The pictures that can be read. InputError when too many of all ``count`` cannot (see `data.max_broken`).
 
     Says what had to be done about some of the others.
     """
@@ -153,8 +182,7 @@ def readable(job: Job, pictures: list[Picture]) -> list[Picture]:
         for note in notes:
             seen.add(note, picture.file.name)
         kept.append(picture)
-    require_few(job, broken, len(pictures))
-    require_two(len(kept))
+    require_few(job, broken, count)
     if broken:
         job.console.say(f"latents: {len(kept)} pictures taken, {len(broken)} left out {left_out.reasons()}")
     for note in seen.counts:
@@ -188,14 +216,17 @@ def shard_rows(count: int) -> int:
     return min(most, max(fewest, math.ceil(count / SHARDS)))
 
 
-def own_shards(job: Job, tables: Iterable[list[range]], count: int) -> Iterator[tuple[int, int, list[int]]]:
+def rows_per_shard(job: Job) -> int:
+    return int(read_json(job.folders.latents / LAYOUT)["rows_per_shard"])
+
+
+def own_shards(job: Job, tables: Iterable[list[range]], size: int) -> Iterator[tuple[int, int, list[int]]]:
     """(table, number in the table, rows) of the shards that this rank makes: every `world`-th shard of all.
 
     Args:
         tables: the rows of each table, in order.
-        count: rows of the cache.
+        size: rows per shard.
     """
-    size = shard_rows(count)
 
     def shards() -> Iterator[tuple[int, int, list[int]]]:
         for table, parts in enumerate(tables):
@@ -207,20 +238,22 @@ def own_shards(job: Job, tables: Iterable[list[range]], count: int) -> Iterator[
 
 
 def encode_pictures(job: Job, pictures: list[Picture], codecs: dict[str, Codec], spans: list[Span], bar: Bar) -> None:
-    """Write this rank\'s shards base-TABLE and target-TABLE; a shard that is already there is kept."""
+    """Write this rank\'s shards base-TABLE and target-TABLE; rows that are already there are kept."""
     folder, batch, tables = job.folders.latents, job.recipe.latents.batch, list(buckets.tables(spans).values())
-    for table, number, rows in own_shards(job, [[span.rows for span in part] for part in tables], len(pictures)):
+    for table, number, rows in own_shards(job, [[span.rows for span in part] for part in tables], rows_per_shard(job)):
         span = tables[table][0]
-        if all((folder / cache.shard_name(f"{name}-{span.table}", number)).exists() for name in codecs):
-            bar.advance(len(rows))
+        parts = {name: cache.shard_before(folder, f"{name}-{span.table}", number) for name in codecs}
+        done = min(cache.rows_of(part) for part in parts.values())
+        bar.advance(done)
+        if done == len(rows):
             continue
-        parts: dict[str, list[Tensor]] = {name: [] for name in codecs}
-        for at in range(0, len(rows), batch):
+        encoded: dict[str, list[Tensor]] = {name: [part["z"][:done]] if done else [] for name, part in parts.items()}
+        for at in range(done, len(rows), batch):
             pixels = stacked(pictures, rows[at : at + batch], span)
             for name, codec in codecs.items():
-                parts[name].append(codec.encode(pixels).cpu())
+                encoded[name].append(codec.encode(pixels).cpu())
             bar.advance(len(pixels))
-        for name, tensors in parts.items():
+        for name, tensors in encoded.items():
             cache.write_shard(folder, f"{name}-{span.table}", number, {"z": torch.cat(tensors)})
 
 
@@ -266,30 +299,30 @@ def encode_captions(job: Job, stage: Stage, pictures: list[Picture]) -> None:
     "null" has one row: the condition of the empty prompt.
     """
     cache.write_captions(stage.folder, (picture.caption for picture in pictures))
-    if (stage.folder / cache.shard_name("null", 0)).exists():
-        return
-    cached = len(pictures) if job.recipe.latents.text == "cache" else 0
-    encoders = pipelines.load_text_encoders(job.source, job.dtype)
-    if cached:
+    if job.recipe.latents.text == "cache":
         with (
-            job.console.progress("text embeddings", cached, "captions") as bar,
+            job.console.progress("text embeddings", len(pictures), "captions") as bar,
             job.crew.share("captions", bar, together=False),
         ):
-            caption_part(job, bar, encoders)
-    cache.write_shard(stage.folder, "null", 0, pipelines.encode_text(job.family, encoders, [""], job.text_length))
+            caption_part(job, bar)
+    if not (stage.folder / cache.shard_name("null", 0)).exists():
+        encoders = pipelines.load_text_encoders(job.source, job.dtype)
+        cache.write_shard(stage.folder, "null", 0, pipelines.encode_text(job.family, encoders, [""], job.text_length))
 
 
-def caption_part(job: Job, bar: Bar, encoders: Any = None) -> None:
-    """Write this rank's shards of the table "text"; a shard that is already there is kept."""
-    folder, batch = job.folders.latents, job.recipe.latents.batch
+def caption_part(job: Job, bar: Bar) -> None:
+    """Write this rank's shards of the table "text"; rows that are already there are kept."""
+    folder, batch, encoders = job.folders.latents, job.recipe.latents.batch, None
     captions = cache.Captions(folder)
-    for _, number, rows in own_shards(job, [[range(len(captions))]], len(captions)):
-        texts = captions.read(rows)
-        if (folder / cache.shard_name("text", number)).exists():
-            bar.advance(len(texts))
+    for _, number, rows in own_shards(job, [[range(len(captions))]], rows_per_shard(job)):
+        before = cache.shard_before(folder, "text", number)
+        done = cache.rows_of(before)
+        bar.advance(done)
+        if done == len(rows):
             continue
+        texts = captions.read(rows[done:])
         encoders = encoders or pipelines.load_text_encoders(job.source, job.dtype)
-        parts = []
+        parts = [before] if done else []
         for at in range(0, len(texts), batch):
             parts.append(pipelines.encode_text(job.family, encoders, texts[at : at + batch], job.text_length))
             bar.advance(len(texts[at : at + batch]))

@@ -4,38 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from dcgen_convert.checkpoint.source import Source
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.core.files import read_json, replacing, sha256
+from dcgen_convert.core.files import replacing, sha256
 from dcgen_convert.core.journal import MARKER, Stage
 from dcgen_convert.core.progress import Bar
 from dcgen_convert.data import decoding, images, prompts
 from dcgen_convert.data.images import Picture
 from dcgen_convert.networks import pipelines, text_lengths
-from dcgen_convert.recipe.schema import result_settings
 from dcgen_convert.stages.job import Job
-
-
-def inputs(job: Job) -> dict[str, Any]:
-    """What the stage depends on besides the source: the settings, and the contents of the files that they name.
-
-    Files that are no longer there count as unchanged: a run that has its latents continues without them.
-    """
-    settings, drawn = job.recipe.data, result_settings(job.recipe)["data"]
-    del drawn["buckets"]  # pictures do not depend on how they are cut
-    found: dict[str, Any] = {"data": drawn, "text_length": job.text_length}
-    if settings.path and settings.kind == "folder":
-        files = images.listing(Path(settings.path))
-    elif settings.prompts not in prompts.KINDS:
-        files = sha256(Path(settings.prompts)) if Path(settings.prompts).is_file() else None
-    else:
-        return found
-    marker = job.folders.data / MARKER
-    before = read_json(marker)["inputs"].get("files") if marker.exists() else None
-    return {**found, "files": files or before}
 
 
 def require(job: Job) -> None:
@@ -98,15 +79,14 @@ def require_two(count: int) -> None:
 
 def run(job: Job, stage: Stage) -> None:
     """Writes index.jsonl, and pictures/ when they are drawn."""
-    settings = job.recipe.data
-    if settings.path and settings.kind == "folder":
-        pictures, told = images.take(Path(settings.path), settings.count)
+    if job.recipe.data.kind == "folder":
+        pictures, told = job.given
         job.console.say(f"data: {told}")
     else:
-        if note := prompts.told(settings.prompts, settings.count):
+        if note := prompts.told(job.recipe.data.prompts, job.recipe.data.count):
             job.console.say(f"data: {note}")
         pictures = synthesise(job)
-    images.write_index(stage.folder, pictures)
+    images.write_index(stage.folder / images.INDEX, pictures, job.pictures_root)
     stage.metrics.update(pictures=len(pictures), captions=len({picture.caption for picture in pictures}))
     job.console.say(f"data: {len(pictures)} pictures, {stage.metrics['captions']} distinct captions")
     tell_captions(job, [picture.caption for picture in pictures])
@@ -123,6 +103,11 @@ def tell_captions(job: Job, captions: list[str]) -> None:
         )
 
 
+def listed(job: Job) -> list[Picture]:
+    """The pictures of the finished stage."""
+    return images.read_index(job.folders.data / images.INDEX, job.pictures_root)
+
+
 def synthesise(job: Job) -> list[Picture]:
     """Draw the pictures that are not there yet.
 
@@ -130,19 +115,27 @@ def synthesise(job: Job) -> list[Picture]:
     """
     pictures = intended(job)
     pictures[0].file.parent.mkdir(exist_ok=True)
+    for picture in pictures:
+        if picture.file.exists() and not images.is_whole(picture.file):
+            job.console.warn(f"{picture.file} is damaged: it is drawn again")
+            picture.file.unlink()
     missing = sum(not picture.file.exists() for picture in pictures)
     if missing:
         with job.console.progress("synthesis by the base model", len(pictures), "pictures") as bar:
             bar.advance(len(pictures) - missing)
             with job.crew.share("pictures", bar, together=False):
                 draw_part(job, bar)
-    return pictures
+    return [replace(picture, sha256=sha256(picture.file)) for picture in pictures]
+
+
+def texts_of(job: Job, count: int) -> list[str]:
+    """Captions of the first ``count`` pictures that the recipe asks for."""
+    return prompts.make(job.recipe.data.prompts, count, job.recipe.seed, class_names(job.source))
 
 
 def intended(job: Job) -> list[Picture]:
     """Every picture of the recipe with its caption and seed, drawn or not."""
-    settings = job.recipe.data
-    texts = prompts.make(settings.prompts, settings.count, job.recipe.seed, class_names(job.source))
+    texts = texts_of(job, job.recipe.data.count)
     folder = job.folders.data / "pictures"
     return [Picture(folder / f"{i:07d}.png", text, job.recipe.seed * 1_000_003 + i) for i, text in enumerate(texts)]
 
@@ -151,6 +144,7 @@ def draw_part(job: Job, bar: Bar) -> None:
     """Draw what is missing among this rank's pictures. Each rank has every `world`-th picture.
 
     A batch in which one picture is missing is drawn as a whole: in another batch a picture would be rounded otherwise.
+    So with the same data.batch a run that was cut off draws the very same pictures.
     """
     settings = job.recipe.data
     own = intended(job)[job.crew.rank :: job.crew.world]

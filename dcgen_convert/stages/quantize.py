@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,13 +35,16 @@ def run(job: Job, stage: Stage) -> None:
     """Writes calls/ (inputs of the transformer) and transformer/ (4-bit, with the record of every layer)."""
     section, calls, transformer = job.recipe.quantize, stage.folder / CALLS, stage.folder / models.TRANSFORMER
     targets, settings = _targets(job), settings_of(section, job.recipe.seed)
-    if not (calls / DONE).exists():
+    pictures = calibration_set(job)
+    batches = pictures.missing(calls)
+    if batches or not (calls / DONE).exists():
         count = section.calibration.prompts
         with (
             job.console.progress("calibration", count, "prompts") as bar,
-            job.crew.share("calibration", bar, together=False),
+            job.crew.share("calibration", bar, together=False, batches=batches),
         ):
-            record_part(job, bar)
+            bar.advance(count - sum(last - first for first, last in batches))
+            record_part(job, bar, batches)
         write_json(calls / DONE, {"calls": len(read_calls(calls))})
     if not transformer.exists():  # it is whole, or it is not there
         quantize(job.folders.converted, transformer, targets, settings, read_calls(calls), job.console, job.crew)
@@ -57,11 +61,11 @@ def quantize_part(job: Job, bar: Bar, **begun: Any) -> None:
     work(quantisation, job.console, bar, (job.crew.rank, job.crew.world), **begun)
 
 
-def record_part(job: Job, bar: Bar) -> None:
-    """Record the calls of this rank's part of the batches, if they are not there yet."""
+def calibration_set(job: Job) -> CalibrationSet:
+    """The pictures that the converted model draws for its calibration."""
     recipe, section = job.recipe, job.recipe.quantize.calibration
     seed = recipe.seed + PROMPT_SEED
-    pictures = CalibrationSet(
+    return CalibrationSet(
         texts=prompts.make(recipe.data.prompts, section.prompts, seed, class_names(job.source)),
         seed=recipe.seed,
         batch=section.batch or recipe.data.batch,
@@ -71,11 +75,15 @@ def record_part(job: Job, bar: Bar) -> None:
         length=job.text_length,
     )
 
+
+def record_part(job: Job, bar: Bar, batches: Sequence[Sequence[int]]) -> None:
+    """Record the calls of this rank's part of the missing batches."""
+
     def pipeline() -> Any:
         return converted_pipeline(job, models.load(job.folders.converted, job.dtype, device=pipelines.device()))
 
-    part = (job.crew.rank, job.crew.world)
-    record_calls(job.folders.quantize / CALLS, job.family, pipeline, pictures, bar, part)
+    own = [(first, last) for first, last in batches[job.crew.rank :: job.crew.world]]
+    record_calls(job.folders.quantize / CALLS, job.family, pipeline, calibration_set(job), bar, own)
 
 
 def measured(transformer: Path, targets: QuantTargets, settings: QuantSettings) -> dict[str, Any]:

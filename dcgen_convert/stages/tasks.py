@@ -35,7 +35,7 @@ class Performer:
             "captions": lambda: latents.caption_part(job, self.crew),
             "train-head": lambda: align_head.train(job, **arguments),
             "adapt": lambda: adapt.train_phase(job, **arguments),
-            "calibration": lambda: quantize.record_part(job, self.crew),
+            "calibration": lambda: quantize.record_part(job, self.crew, **arguments),
             "blocks": lambda: quantize.quantize_part(job, self.crew, **arguments),
         }
         perform[task]()

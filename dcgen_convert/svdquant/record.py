@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dcgen_convert.core.files import replacing, write_json
+from dcgen_convert.core.files import read_object, replacing, sha256, write_json
 from dcgen_convert.core.progress import Bar
 from dcgen_convert.families import Family
 from dcgen_convert.networks import pipelines
@@ -36,24 +36,35 @@ class CalibrationSet:
     guidance: float
     length: int
 
-    def starts(self, part: tuple[int, int]) -> list[int]:
-        """First pictures of the batches that fall to ``part`` = (rank, ranks): every ``ranks``-th batch."""
-        rank, ranks = part
-        return list(range(0, len(self.texts), self.batch))[rank::ranks]
+    def missing(self, folder: Path) -> list[tuple[int, int]]:
+        """[first, last) of the batches that are still to be drawn, whatever batch the others were drawn with.
 
-    def batch_at(self, start: int) -> Sequence[str]:
-        """The texts of the batch that begins at picture ``start``."""
-        return self.texts[start : start + self.batch]
+        A batch with a damaged file is one of them.
+        """
+        done: set[int] = set()
+        for path in folder.glob("drawn-*.json"):
+            record = read_object(path)
+            calls = {folder / name: digest for name, digest in record["calls"].items()}
+            if all(file.exists() and sha256(file) == digest for file, digest in calls.items()):
+                done.update(range(*record["pictures"]))
+        found: list[tuple[int, int]] = []
+        for picture in range(len(self.texts)):
+            if picture in done:
+                continue
+            first, last = found[-1] if found else (0, -1)
+            if picture == last and last - first < self.batch:
+                found[-1] = first, picture + 1
+            else:
+                found.append((picture, picture + 1))
+        return found
 
-    def draw_batch(self, start: int, family: Family, pipeline: Any) -> None:
-        """Draw the batch that begins at picture ``start``. Its pictures do not depend on who draws it."""
-        texts = self.batch_at(start)
-        seeds = [self.seed + PROMPT_SEED + start + i for i in range(len(texts))]
+    def draw_batch(self, first: int, last: int, family: Family, pipeline: Any) -> None:
+        """Draw the pictures [first, last). They do not depend on who draws them."""
         pipelines.draw(
             family,
             pipeline,
-            texts,
-            seeds,
+            self.texts[first:last],
+            [self.seed + PROMPT_SEED + i for i in range(first, last)],
             side=self.side,
             steps=self.steps,
             guidance=self.guidance,
@@ -67,43 +78,36 @@ def record_calls(
     pipeline: Callable[[], Any],
     pictures: CalibrationSet,
     bar: Bar,
-    part: tuple[int, int] = (0, 1),
+    batches: Sequence[tuple[int, int]],
 ) -> None:
-    """Draw ``pictures``, and keep what the transformer is given: one file of `trees` per forward call.
+    """Draw ``batches`` of ``pictures``, and keep what the transformer is given: one file of `trees` per forward call.
 
     Args:
-        pipeline: makes the pipeline; not called when all is there. It is gone afterwards: quantising needs the memory.
-        part: (rank, ranks); a rank draws every ``ranks``-th batch. Batches that are there are not drawn again.
+        pipeline: makes the pipeline; not called without a batch. It is gone afterwards: quantising needs the memory.
+        batches: [first, last) of each, from `CalibrationSet.missing`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    starts = pictures.starts(part)
-    missing = [start for start in starts if not _drawn(folder, start).exists()]
-    bar.advance(sum(len(pictures.batch_at(start)) for start in starts if start not in missing))
-    if not missing:
+    if not batches:
         return
     given: list[Path] = []  # files of the batch in work
     drawing = pipeline()
 
     def keep(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bound = inspect.signature(module.forward).bind(*args, **kwargs)  # some pipelines pass the latents by position
-        given.append(folder / f"call-{start:05d}-{len(given):05d}.safetensors")
+        given.append(folder / f"call-{first:05d}-{len(given):05d}.safetensors")
         with replacing(given[-1]) as temporary:
             trees.save(bound.arguments, temporary)
 
     handle = drawing.transformer.register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        for start in missing:
+        for first, last in batches:
             given.clear()
-            pictures.draw_batch(start, family, drawing)
-            write_json(_drawn(folder, start), {"calls": len(given)})
-            bar.advance(len(pictures.batch_at(start)))
+            pictures.draw_batch(first, last, family, drawing)
+            calls = {path.name: sha256(path) for path in given}
+            write_json(folder / f"drawn-{first:05d}.json", {"pictures": [first, last], "calls": calls})
+            bar.advance(last - first)
     finally:
         handle.remove()
-
-
-def _drawn(folder: Path, start: int) -> Path:
-    """The file that marks a batch as drawn."""
-    return folder / f"drawn-{start:05d}.json"
 
 
 def read_calls(folder: Path) -> list[Path]:

@@ -2,7 +2,7 @@
 
     <folder>/step-000500/
         state-00001.safetensors ...   "param/<name>", "exp_avg/<name>", "exp_avg_sq/<name>", "ema/<name>", all full fp32
-        checkpoint.json               step, files with sizes, shapes, and what the caller adds ("extra")
+        checkpoint.json               step, files with sizes and SHA-256, shapes, and what the caller adds ("extra")
 
 Rank 0 gathers and writes. When every weight trains on several ranks, nothing is gathered: each rank writes what it
 holds, as files state-r003-00001.safetensors of flat parts "<key>/<name>@<offset>". Such a checkpoint can be read by any
@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 
 from dcgen_convert.core import pulse
 from dcgen_convert.core.errors import CheckFailed, InputError, ResourceError
-from dcgen_convert.core.files import TEMPORARY, atomic_save, fsync, read_object, understood, write_json
+from dcgen_convert.core.files import TEMPORARY, atomic_save, fsync, read_object, sha256, understood, write_json
 from dcgen_convert.train import distributed
 from dcgen_convert.train.state import WEIGHT, true_shape
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from dcgen_convert.train.engine import Engine
 
-SCHEMA = "dcgen.checkpoint/1"
+SCHEMA = "dcgen.checkpoint/2"
 INDEX = "checkpoint.json"
 KEPT = 2
 SHARD_BYTES = 2 << 30  # what rank 0 holds at once while it gathers
@@ -77,8 +77,8 @@ def save(engine: Engine, folder: str | Path, extra: dict[str, Any]) -> Path:
     return final
 
 
-def _write_tensors(engine: Engine, writer: _Writer | None) -> dict[str, int]:
-    """Write what this rank has to write (nothing without a writer); name -> size of the files of all ranks.
+def _write_tensors(engine: Engine, writer: _Writer | None) -> dict[str, list[Any]]:
+    """Write what this rank has to write (nothing without a writer); name -> [size, hash] of the files of all ranks.
 
     When a rank failed, every writer holds an error afterwards: only if all files of all ranks are on the disk, the
     folder may get the name that says "whole".
@@ -94,7 +94,7 @@ def _write_tensors(engine: Engine, writer: _Writer | None) -> dict[str, int]:
     failed = next((f"rank {rank}: {error}" for rank, (_, error) in enumerate(found) if error), None)
     if failed and writer.error is None:
         writer.error = OSError(None, failed)
-    return {name: size for part, _ in found for name, size in part.items()}
+    return {name: known for part, _ in found for name, known in part.items()}
 
 
 def _shapes(engine: Engine) -> dict[str, list[int]]:
@@ -111,7 +111,7 @@ class _Writer:
     def __init__(self, folder: Path, label: str = "") -> None:
         self.folder, self.label = folder, label
         self.error: OSError | None = None
-        self._files: dict[str, int] = {}
+        self._files: dict[str, list[Any]] = {}
         self._shard: dict[str, Tensor] = {}
         self._bytes = 0
         self._guarded(folder.mkdir, parents=True, exist_ok=True)
@@ -131,12 +131,12 @@ class _Writer:
         self._guarded(os.replace, self.folder, final)
         self._guarded(fsync, final.parent)
 
-    def flush(self) -> dict[str, int]:
-        """Write what is left; name -> size of all files so far."""
+    def flush(self) -> dict[str, list[Any]]:
+        """Write what is left; name -> [size, hash] of all files so far."""
         if self._shard:
             path = self.folder / f"state-{self.label}{len(self._files) + 1:05d}.safetensors"
             self._guarded(atomic_save, self._shard, path)
-            self._files[path.name] = path.stat().st_size if path.exists() else 0
+            self._files[path.name] = [path.stat().st_size, sha256(path)] if path.exists() else [0, ""]
             self._shard, self._bytes = {}, 0
         return self._files
 
@@ -163,7 +163,7 @@ def whole(folder: str | Path) -> list[Path]:
 def _is_whole(path: Path) -> bool:
     try:
         document = _document(path)
-        return all((path / name).stat().st_size == size for name, size in document["files"].items())
+        return all((path / name).stat().st_size == size for name, (size, _) in document["files"].items())
     except (InputError, OSError):
         return False
 
@@ -175,6 +175,8 @@ def _document(path: Path) -> dict[str, Any]:
         for key, kind in (("step", int), ("files", dict), ("shapes", dict), ("extra", dict)):
             if type(document[key]) is not kind:
                 raise ValueError(f"{key} is {document[key]!r}"[:80])
+        if any(type(size) is not int or type(digest) is not str for size, digest in document["files"].values()):
+            raise ValueError("a file is without size or hash")
         outside = [name for name in document["files"] if Path(name).name != name]
         if outside or any(math.prod(shape) < 0 for shape in document["shapes"].values()):
             raise ValueError(f"{outside[0]} is no file of the folder" if outside else "a shape is negative")
@@ -220,6 +222,13 @@ def load(engine: Engine, folder: str | Path) -> dict[str, Any] | None:
             f"{path} was written by a run that trains other tensors ({different} differs)",
             hint=f"delete {Path(folder)} to start this stage again",
         )
+    for file, (_, digest) in document["files"].items():
+        pulse.bump()
+        if sha256(path / file) != digest:
+            raise CheckFailed(
+                f"{path / file} is damaged: it is not what the training wrote",
+                hint=f"delete {path}: the checkpoint before it is used then",
+            )
     for key, name, value in _tensors(path, document):
         pulse.bump()
         if key == WEIGHT and not value.isfinite().all():

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dcgen_convert.core.console import NULL, Console
 from dcgen_convert.core.errors import CheckFailed, InputError, Terminated
+from dcgen_convert.core.names import CHECKPOINTS
 from dcgen_convert.core.progress import Bar
 from dcgen_convert.families import Text
 from dcgen_convert.train import distributed
@@ -36,8 +37,11 @@ from dcgen_convert.train.watch import NONE, Intervals, TrainingWatch, kept_lines
 SPIKE = 10.0  # a loss this many times the recent median stops the run
 WINDOW = 50  # steps that the median looks back on
 WARM = 20  # steps before it is trusted
+# What may change while a run goes on: a longer phase, a lower rate or clip after a spike, new pictures.
+CHANGEABLE = (
+    "engine.steps", "engine.lr", "engine.clip", "phase.steps", "phase.lr", "adapt.clip", "rows", "spans",
+)  # fmt: skip
 METRICS = "metrics.jsonl"
-CHECKPOINTS = "checkpoints"  # folder
 
 
 class Samples(Protocol):
@@ -111,6 +115,14 @@ class Goal:
     identity: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Resumed:
+    """step: of the checkpoint that a run goes on from; history: what was changed on the way, in words."""
+
+    step: int
+    history: list[str]
+
+
 @dataclass
 class Curve:
     """Losses seen by this process, with the guard against spikes."""
@@ -142,6 +154,7 @@ class Loop:
         self.checkpoints = place.folder / CHECKPOINTS
         self.order = BatchOrder(goal.samples.spans, engine.settings.batch, place.seed)
         self.curve = Curve()
+        self.history: list[str] = []
         self._metrics: _Metrics | None = None
         self._saved = time.monotonic()
 
@@ -160,6 +173,7 @@ class Loop:
         if len(self.goal.samples) == 0:
             raise InputError(f"{label}: there are no samples to train on")
         resumed = _resume(engine, self.checkpoints, self.goal.identity, self.console)
+        self.history = resumed.history if resumed else []
         if engine.rank == 0:
             self._metrics = _Metrics(self.place.folder / METRICS, engine.step_count)
             self.watch.forget(engine.step_count)
@@ -184,12 +198,13 @@ class Loop:
         done = engine.step_count - first
         return {
             "steps": engine.step_count,
-            "resumed_from": resumed,
+            "resumed_from": resumed.step if resumed else None,
             "seconds": round(seconds, 3),
             "samples_per_second": round(done * engine.settings.batch / seconds, 3) if done else None,
             "data_wait_seconds": round(feed.waited, 3),
             "loss_first": _mean(self.curve.losses[:20]),
             "loss_last": _mean(self.curve.losses[-20:]),
+            **({"history": self.history} if self.history else {}),
         }
 
     def _step(self, feed: Prefetch, stop: bool) -> StepRecord:
@@ -235,7 +250,7 @@ class Loop:
     def _save(self) -> None:
         if self._metrics:
             self._metrics.flush()
-        save(self.engine, self.checkpoints, {"identity": self.goal.identity})
+        save(self.engine, self.checkpoints, {"identity": self.goal.identity, "history": self.history})
         self._saved = time.monotonic()
 
     def _tell_of_stop(self) -> None:
@@ -270,23 +285,40 @@ def _feed(engine: Engine, samples: Samples, sampling: SamplingOf, seed: int) -> 
     return Prefetch(read, keys, engine.accumulation + 1, engine.device)
 
 
-def _resume(engine: Engine, checkpoints: Path, identity: dict[str, Any], console: Console) -> int | None:
-    """Load the newest checkpoint; its step, or None when there is none. InputError when its identity is another."""
+def _resume(engine: Engine, checkpoints: Path, identity: dict[str, Any], console: Console) -> Resumed | None:
+    """Load the newest checkpoint; None when there is none. InputError when it is of another training."""
     found = latest(checkpoints)
+    history: list[str] = []
     if found is not None:
-        written = found[1]["extra"]["identity"]
-        different = sorted(
-            key for key in {**written, **identity} if written.get(key) != json.loads(json.dumps(identity.get(key)))
-        )
+        extra = found[1]["extra"]
+        changed = _changes(extra["identity"], json.loads(json.dumps(identity)))
+        different = sorted(name for name in changed if name not in CHANGEABLE)
         if different:
             raise InputError(
                 f"{found[0]} was written with other settings: {', '.join(different)}",
                 hint=f"delete {checkpoints} to start this stage again, or use the settings of the run",
             )
+        shown = [f"{name} {changed[name][0]} -> {changed[name][1]}" for name in CHANGEABLE if name in changed]
+        history = extra.get("history", [])
+        if shown:
+            history = [*history, f"from step {found[1]['step']} on: {', '.join(shown)}"]
+            console.say(f"{history[-1]}")
     if load(engine, checkpoints) is None:
         return None
     console.say(f"continuing from the checkpoint of step {engine.step_count} in {checkpoints}")
-    return engine.step_count
+    return Resumed(engine.step_count, history)
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any], place: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted name -> (old, new) value of what differs; each setting once."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in {**old, **new}:
+        before, now = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            found |= _changes(before, now, f"{place}{key}.")
+        elif before != now:
+            found[f"{place}{key}"] = before, now
+    return found
 
 
 def positions_of(engine: Engine) -> list[range]:

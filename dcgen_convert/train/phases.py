@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dcgen_convert.bundle.scheduler import flux2_shift
 from dcgen_convert.core.errors import RecipeError
 from dcgen_convert.core.files import read_json, write_json
+from dcgen_convert.core.names import EXPORT
 from dcgen_convert.data import buckets
 from dcgen_convert.families import Family, Text
 from dcgen_convert.families.base import Network
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from dcgen_convert.recipe.schema import Adapt, AlignHead, Phase, Section
 
 LAYOUT = layout_names("adapt")  # settings that do not change the loss curve
-EXPORT = "export"  # folder of the trained weights
 
 
 @dataclass(frozen=True)

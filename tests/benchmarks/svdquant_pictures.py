@@ -64,7 +64,7 @@ def main(work: Path, names: list[str]) -> None:
             with NULL.progress("", CALIBRATION, "") as bar:
                 whole = partial(pipelines.load_pipeline, source, torch.float32, transformer=model)
                 pictures = record.CalibrationSet(few, SEED, CALIBRATION, **call)
-                record.record_calls(calls, source.family, whole, pictures, bar)
+                record.record_calls(calls, source.family, whole, pictures, bar, pictures.missing(calls))
             write_json(calls / "done.json", {})
         report(f"{name}: round to nearest", draw(source, rounded(source, targets.svdq), texts, call), wanted, texts)
         for title, (changes, settings) in VARIANTS.items():

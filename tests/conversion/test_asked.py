@@ -1,9 +1,12 @@
 """--from after a crash: what was asked for is done once, however often the ranks start again."""
 
+import os
+
 import pytest
 
 from dcgen_convert import conversion
 from dcgen_convert.core.console import NULL
+from dcgen_convert.core.files import write_json
 from dcgen_convert.core.journal import Run
 from dcgen_convert.ranks import join
 
@@ -15,8 +18,12 @@ def run(tmp_path) -> Run:
     return Run(tmp_path / "run", NULL)
 
 
-def asked(run: Run, start: str | None, until: str | None = None) -> list[str]:
-    return conversion._asked(run, NAMES, start, until)
+def asked(run: Run, start: str | None, stages: list[str] = NAMES) -> list[str]:
+    """As `convert` does it: find out, then write down."""
+    found = conversion._asked(run, stages, start)
+    if found:
+        write_json(run.path / conversion.ASKED, {"job": os.environ.get(join.JOB), "stages": found})
+    return found
 
 
 def test_nothing_is_asked_for_without_from(run):
@@ -27,7 +34,7 @@ def test_nothing_is_asked_for_without_from(run):
 
 def test_from_asks_for_the_stage_and_those_after_it(run):
     assert asked(run, "data") == ["data", "latents", "bundle"]
-    assert asked(run, "data", until="latents") == ["data", "latents"]
+    assert asked(run, "data", NAMES[:3]) == ["data", "latents"]
 
 
 def test_a_job_that_starts_again_asks_for_what_is_left(run, monkeypatch):

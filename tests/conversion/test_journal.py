@@ -7,13 +7,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from PIL import Image
 
 from dcgen_convert.conversion import convert
 from dcgen_convert.core.console import NULL, Console
-from dcgen_convert.core.errors import ResourceError
-from dcgen_convert.core.files import atomic_write, fresh_folder, replacing
-from dcgen_convert.core.journal import Run
+from dcgen_convert.core.errors import CheckFailed, ResourceError
+from dcgen_convert.core.files import atomic_save, atomic_write, fresh_folder, read_json, replacing, write_json
+from dcgen_convert.core.journal import Run, Wanted
 from dcgen_convert.recipe.loading import load
 
 
@@ -22,78 +23,130 @@ def run(tmp_path):
     return Run(tmp_path / "run", NULL)
 
 
-def finish(run, name, inputs, content="x"):
-    with run.stage(name, inputs) as stage:
+def finish(run, inputs, content="x", name="a", **how):
+    """Run a stage that writes one file; what stood in its folder before."""
+    wanted = Wanted(name, inputs, **how)
+    found = run.look(wanted)
+    with run.stage(wanted, found) as stage:
         atomic_write(stage.folder / "artefact", content)
         stage.metrics["figure"] = 3
+    return found
+
+
+def interrupt(run, inputs, **how):
+    """Stage `a`, cut off with one file of partial work."""
+    wanted = Wanted("a", inputs, **how)
+    with pytest.raises(KeyboardInterrupt), run.stage(wanted, run.look(wanted)) as stage:
+        atomic_write(stage.folder / "half", "h")
+        raise KeyboardInterrupt
+
+
+def state(run, inputs, **how):
+    return run.look(Wanted("a", inputs, **how)).state
 
 
 def test_a_finished_stage_holds_for_its_inputs_only(run):
-    assert run.done("a", {"k": 1}) is None
-    finish(run, "a", {"k": 1})
-    assert run.done("a", {"k": 1})["metrics"] == {"figure": 3}
-    assert run.done("a", {"k": 2}) is None
+    assert state(run, {"k": 1}) == "nothing"
+    finish(run, {"k": 1})
+    found = run.look(Wanted("a", {"k": 1}))
+    assert found.state == "holds" and found.record["metrics"] == {"figure": 3}
+    assert state(run, {"k": 2}) == "outdated"
 
 
-def test_the_changed_input_is_named(run, capsys):
-    finish(run, "a", {"k": 1, "same": 5})
-    run.console = Console("human", stderr=sys.stdout)
-    run.done("a", {"k": 2, "same": 5})
-    assert "changed: k" in capsys.readouterr().out
+def test_the_changed_input_and_the_work_are_named(run):
+    finish(run, {"k": 1, "same": 5, "phase": {"lr": 1}})
+    found = run.look(Wanted("a", {"k": 2, "same": 5, "phase": {"lr": 2}}))
+    assert found.reason == "changed: k, phase.lr" and found.seconds == found.record["seconds"]
 
 
-def test_a_lost_or_cut_output_does_not_hold(run):
-    finish(run, "a", {})
-    artefact = run.path / "a" / "artefact"
-    artefact.write_text("longer")
-    assert run.done("a", {}) is None
-    artefact.unlink()
-    assert run.done("a", {}) is None
+@pytest.mark.parametrize("repair", ["file", "entry"])
+def test_a_changed_bit_a_cut_and_a_lost_output_are_found_and_made_again(tmp_path, repair):
+    for damage in (lambda path: path.write_text("y"), lambda path: path.write_text(""), lambda path: path.unlink()):
+        run = Run(tmp_path / "run", NULL)
+        finish(run, {})
+        damage(run.path / "a" / "artefact")
+        run = Run(tmp_path / "run", NULL)  # another process: within one nothing is checked twice
+        before = finish(run, {}, repair=repair)
+        assert before.state == "damaged" and before.damaged == ("artefact",)
+        assert state(run, {}) == "holds" and run.look(Wanted("a", {})).result == before.result
+
+
+def test_without_a_check_only_sizes_are_compared(run, tmp_path):
+    finish(run, {})
+    (run.path / "a" / "artefact").write_text("y")
+    assert Run(tmp_path / "run", NULL, check=False).look(Wanted("a", {})).state == "holds"
+    (run.path / "a" / "artefact").write_text("longer")
+    assert Run(tmp_path / "run", NULL, check=False).look(Wanted("a", {})).state == "damaged"
+
+
+def test_a_note_that_no_stage_reads_is_told_and_costs_nothing(run, tmp_path, capsys):
+    finish(run, {}, result=("other",))
+    (run.path / "a" / "artefact").write_text("y")
+    again = Run(tmp_path / "run", Console("human", stderr=sys.stdout))
+    assert again.look(Wanted("a", {}, ("other",))).state == "holds"
+    assert "artefact is not what the stage wrote" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("damage", [lambda text: text.replace("figure", "figurf"), lambda text: text[:-9]])
+def test_a_damaged_marker_is_refused_with_the_command_that_helps(run, damage):
+    finish(run, {"k": 1})
+    marker = run.path / "a" / "stage.json"
+    marker.write_text(damage(marker.read_text()))
+    with pytest.raises(CheckFailed, match=r"a/stage\.json") as caught:
+        state(run, {"k": 1})
+    assert "--from a" in caught.value.hint
 
 
 def test_an_interrupted_stage_keeps_its_partial_work_for_the_same_inputs(run):
-    with pytest.raises(KeyboardInterrupt), run.stage("a", {"k": 1}) as stage:
-        atomic_write(stage.folder / "half", "h")
+    interrupt(run, {"k": 1})
+    assert state(run, {"k": 1}) == "interrupted"
+    finish(run, {"k": 1})
+    assert (run.path / "a" / "half").exists()
+    finish(run, {"k": 2})
+    assert not (run.path / "a" / "half").exists()
+
+
+def test_seconds_of_work_add_up_over_interruptions(run):
+    interrupt(run, {"k": 1})
+    started = run.path / "a" / "started.json"
+    write_json(started, {**read_json(started), "spent": 100.0, "begun": read_json(started)["begun"] - 50})
+    assert 149 < run.look(Wanted("a", {"k": 2})).seconds < 160
+    finish(run, {"k": 1})
+    assert run.look(Wanted("a", {"k": 2})).seconds > 149
+
+
+def test_a_stage_that_can_go_on_with_the_change_keeps_its_files_and_tells(run):
+    goes_on = {"continues": lambda old: f"{old['k']} -> 2"}
+    interrupt(run, {"k": 1})
+    assert finish(run, {"k": 2}, **goes_on).state == "continues"
+    record = run.look(Wanted("a", {"k": 2})).record
+    assert (run.path / "a" / "half").exists() and record["history"] == ["1 -> 2"]
+
+
+def test_an_extended_result_remembers_the_one_that_it_extends(run):
+    finish(run, {"k": 1}, extends=True)
+    first = run.look(Wanted("a", {"k": 1}))
+    finish(run, {"k": 2}, "more", extends=True, continues=lambda old: "more")
+    second = run.look(Wanted("a", {"k": 2}))
+    assert second.origin == first.result != second.result
+    finish(run, {"k": 3}, "other", extends=True)
+    third = run.look(Wanted("a", {"k": 3}))
+    assert third.origin == third.result
+
+
+def test_unfinished_folders_and_damaged_shards_are_removed_before_a_stage_continues(run):
+    wanted = Wanted("a", {})
+    with pytest.raises(KeyboardInterrupt), run.stage(wanted, run.look(wanted)) as stage:
+        (stage.folder / ".tmp-1-transformer").mkdir()
+        for name in ("good", "bad"):
+            atomic_save({"z": torch.arange(4.0)}, stage.folder / f"{name}.safetensors")
         raise KeyboardInterrupt
-    assert run.done("a", {"k": 1}) is None
-    with run.stage("a", {"k": 1}) as stage:
-        assert (stage.folder / "half").exists()
-    with run.stage("a", {"k": 2}) as stage:
-        assert not (stage.folder / "half").exists()
-
-
-def interrupted(run, inputs, started=None):
-    """Stage `a`, cut off with one file of partial work; ``started`` takes the place of its record."""
-    with pytest.raises(KeyboardInterrupt), run.stage("a", inputs) as stage:
-        atomic_write(stage.folder / "half", "h")
-        raise KeyboardInterrupt
-    if started:
-        (run.path / "a" / "started.json").write_text(json.dumps(started))
-
-
-@pytest.mark.parametrize(
-    ("started", "changed"),
-    [
-        (None, "phase.lr"),
-        ({"fingerprint": "of version 0.1.0"}, "unknown, an older version did not record the settings"),
-    ],
-)
-def test_deleting_the_partial_work_of_other_inputs_is_told(run, capsys, started, changed):
-    interrupted(run, {"phase": {"lr": 1, "steps": 5}}, started)
-    run.console = Console("human", stderr=sys.stdout)
-    with run.stage("a", {"phase": {"lr": 2, "steps": 5}}):
-        pass
-    said = " ".join(capsys.readouterr().out.split())
-    assert f"a: starts again, changed: {changed}; its unfinished work is deleted (1 files, 0.0 MB, newest half)" in said
-
-
-def test_nothing_is_told_where_nothing_is_lost(run, capsys):
-    with pytest.raises(KeyboardInterrupt), run.stage("a", {"k": 1}):
-        raise KeyboardInterrupt
-    run.console = Console("human", stderr=sys.stdout)
-    with run.stage("a", {"k": 2}):
-        pass
-    assert capsys.readouterr().out == ""
+    bad = run.path / "a" / "bad.safetensors"
+    content = bytearray(bad.read_bytes())
+    content[-3] ^= 8
+    bad.write_bytes(content)
+    finish(run, {})
+    assert sorted(path.name for path in (run.path / "a").iterdir()) == ["artefact", "good.safetensors", "stage.json"]
 
 
 def test_data_are_read_again_when_the_files_behind_them_changed(tmp_path, capsys):
@@ -107,25 +160,25 @@ def test_data_are_read_again_when_the_files_behind_them_changed(tmp_path, capsys
     lines.write_text("a red fox")
 
     def captions(**data):
-        settings = [f"data.{key}={value}" for key, value in {"count": 1, "steps": 1, "batch": 1, **data}.items()]
+        settings = [f"data.{key}={value}" for key, value in {"count": 2, "steps": 1, "batch": 2, **data}.items()]
         resolved = load("tiny-flux", sets=settings)
         convert(resolved, tmp_path / data.get("kind", "run"), tmp_path / "out", Console("human"), until="data")
         said = capsys.readouterr().err
         text = (tmp_path / data.get("kind", "run") / "data" / "index.jsonl").read_text()
         return [json.loads(line)["caption"] for line in text.splitlines()], re.findall(
-            "data: (holds|runs again.*)", said
+            r"data: (holds|starts again, changed: [^;]*|continues, .*)", said
         )
 
     mine = {"kind": "folder", "path": folder, "count": 9}
     assert captions(**mine) == (["picture a", "picture b"], [])
     assert captions(**mine) == (["picture a", "picture b"], ["holds"])
     (folder / "b.txt").write_text("picture c")
-    assert captions(**mine) == (["picture a", "picture c"], ["runs again, changed: files"])
+    assert captions(**mine) == (["picture a", "picture c"], ["starts again, changed: the contents of data.path"])
     shutil.rmtree(folder)
     assert captions(**mine) == (["picture a", "picture c"], ["holds"])
-    assert captions(prompts=lines) == (["a red fox"], [])
+    assert captions(prompts=lines) == (["a red fox"] * 2, [])
     lines.write_text("a blue fox")
-    assert captions(prompts=lines) == (["a blue fox"], ["runs again, changed: files"])
+    assert captions(prompts=lines) == (["a blue fox"] * 2, ["starts again, changed: the captions"])
 
 
 def test_a_second_process_is_refused_and_a_dead_one_is_no_obstacle(run):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from dcgen_convert.data import buckets, cache, images
+from dcgen_convert.data import buckets, images
 from dcgen_convert.stages import latents
 
 SIDES = st.integers(1, 4000)
@@ -66,18 +66,15 @@ def test_a_picture_goes_to_the_bucket_of_the_nearest_ratio(shape, cells):
 )
 def test_rows_of_a_bucket_lie_together_at_every_resolution(shapes):
     count = len(shapes)
-    held_out = cache.held_out(count)
-    order = buckets.by_shape(shapes, held_out)
-    assert sorted(order) == list(range(count)) and sorted(order[count - held_out :]) == list(
-        range(count - held_out, count)
-    )
+    order = buckets.by_shape(shapes)
+    assert sorted(order) == list(range(count))
     for resolution, step in ((128, 32), (512, 64), (1024, 64)):
         found = buckets.sizes(resolution, step)
         spans = buckets.spans([shapes[i] for i in order], found, resolution)
         assert [row for span in spans for row in span.rows] == list(range(count))
         for span in spans:
             assert {buckets.nearest(found, *shapes[order[row]]) for row in span.rows} == {(span.height, span.width)}
-        assert all(len(parts) <= 2 for parts in buckets.tables(spans).values())  # to train with, and held out
+        assert all(len(parts) == 1 for parts in buckets.tables(spans).values())
 
 
 @pytest.mark.parametrize(
@@ -104,7 +101,7 @@ def test_ranks_share_the_shards_of_all_tables(lengths, world):
     ]
     tables = [[span.rows for span in parts] for parts in buckets.tables(spans).values()]
     jobs = [SimpleNamespace(crew=SimpleNamespace(rank=rank, world=world)) for rank in range(world)]
-    found = sorted(shard for job in jobs for shard in latents.own_shards(job, tables, sum(lengths)))
+    found = sorted(shard for job in jobs for shard in latents.own_shards(job, tables, latents.shard_rows(sum(lengths))))
     assert len({(table, number) for table, number, _ in found}) == len(found)
     for table, parts in enumerate(tables):
         shards = [rows for at, _, rows in found if at == table]

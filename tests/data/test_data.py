@@ -1,12 +1,16 @@
 """Prompts, images and the latent cache."""
 
 import os
+from bisect import bisect_left
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.files import atomic_save, sealed
 from dcgen_convert.data import cache, images, prompts
 from dcgen_convert.data.buckets import Span
 from dcgen_convert.train.order import BatchOrder
@@ -45,38 +49,20 @@ def test_folder_of_images_and_captions(folder):
     assert pixels[0].min() > 0.99 and pixels[1].max() < -0.99
 
 
-def test_a_listing_changes_with_every_file_that_is_read(folder):
-    """Equal as long as nothing changes, another one after every single change."""
-    seen = [images.listing(folder)]
-    assert images.listing(folder) == seen[0]
-    (folder / "notes.md").write_text("not read")
-    assert images.listing(folder) == seen[0]
-    changes = [
-        lambda: (folder / "a.txt").write_text("another caption"),
-        lambda: os.utime(folder / "b.png", ns=(0, 10**9)),
-        lambda: (folder / "b.png").rename(folder / "c.png"),
-        (folder / "a.png").unlink,
-    ]
-    for change in changes:
-        change()
-        seen.append(images.listing(folder))
-    (folder / "list.jsonl").write_text('{"file": "c.png", "caption": "x"}\n')
-    seen.append(images.listing(folder / "list.jsonl"))
-    os.utime(folder / "c.png", ns=(0, 2 * 10**9))
-    seen.append(images.listing(folder / "list.jsonl"))
-    assert None not in seen and len(set(seen)) == len(seen)
-    assert images.listing(folder / "gone") is None
-
-
-def test_a_relative_folder_is_found_from_the_index_of_a_run(folder, tmp_path, monkeypatch):
-    """The index lies elsewhere, and the files that it names are still the same."""
+def test_an_index_finds_its_pictures_where_data_and_run_lie_now(folder, tmp_path):
+    """The index lies in the run folder, the pictures in the user's; both are moved."""
     (tmp_path / "run").mkdir()
-    monkeypatch.chdir(folder.parent)
-    images.write_index(tmp_path / "run", images.read_folder(folder.name))
-    assert [picture.file for picture in images.read_folder(tmp_path / "run" / images.INDEX)] == [
-        folder / "a.png",
-        folder / "b.png",
-    ]
+    found = images.read_folder(folder)
+    images.write_index(tmp_path / "run" / images.INDEX, found, folder)
+    (tmp_path / "elsewhere").mkdir()
+    moved = tmp_path / "elsewhere" / "pictures"
+    moved.mkdir()
+    for picture in found:
+        picture.file.rename(moved / picture.file.name)
+    index = (tmp_path / "run" / images.INDEX).rename(tmp_path / "elsewhere" / images.INDEX)
+    again = images.read_index(index, moved)
+    assert [picture.file for picture in again] == [moved / "a.png", moved / "b.png"]
+    assert [picture.caption for picture in again] == [picture.caption for picture in found]
 
 
 def test_no_images_no_captions_and_broken_images_are_named(folder, tmp_path):
@@ -94,9 +80,9 @@ def test_no_images_no_captions_and_broken_images_are_named(folder, tmp_path):
 
 def test_index_round_trip_keeps_files_inside_and_outside_the_folder(folder, tmp_path):
     inside = images.Picture(folder / "a.png", 'é, "quoted"', 5)
-    outside = images.Picture(tmp_path.parent / "elsewhere.png", "far", None)
-    images.write_index(folder, [inside, outside])
-    assert images.read_folder(folder / images.INDEX) == [inside, outside]
+    outside = images.Picture(tmp_path.parent / "elsewhere.png", "far", None, "ab12")
+    images.write_index(folder / images.INDEX, [inside, outside], folder)
+    assert images.read_index(folder / images.INDEX, folder) == [inside, outside]
 
 
 def test_png_round_trip_is_within_half_a_level(tmp_path):
@@ -115,14 +101,15 @@ def test_cache_returns_the_rows_that_were_written(tmp_path):
     cache.write_shard(tmp_path, "null", 0, {"encoder_hidden_states": text[:1]})
     with pytest.raises(FileNotFoundError):
         cache.LatentCache(tmp_path, 64)  # no index yet: unfinished
-    cache.write_index(tmp_path, 10, 4)
+    cache.write_index(tmp_path, 10, 4, [3])
     rows = cache.LatentCache(tmp_path, 64)
     got, condition = rows.batch([9, 0, 5])
     torch.testing.assert_close(got, z[[9, 0, 5]])
     assert torch.equal(condition["encoder_hidden_states"], text[[9, 0, 5]])
     train, held_out = rows.split()
     assert (len(train), len(held_out)) == (9, 1)
-    torch.testing.assert_close(held_out.batch([0])[0], z[9:])
+    torch.testing.assert_close(held_out.batch([0])[0], z[3:4])
+    torch.testing.assert_close(train.batch([2, 3])[0], z[[2, 4]])
     with pytest.raises(InputError, match="no latents at 128 px"):
         cache.LatentCache(tmp_path, 128)
 
@@ -133,7 +120,7 @@ def small_cache(folder, key=None):
     cache.write_shard(folder, "text", 0, {"encoder_hidden_states": text})
     cache.write_shard(folder, "null", 0, {"encoder_hidden_states": text[:1]})
     cache.write_captions(folder, [f"picture {i}, é" if i != 3 else "" for i in range(10)])
-    cache.write_index(folder, 10, 10, key)
+    cache.write_index(folder, 10, 10, [9], key)
 
 
 def test_captions_are_those_that_were_written(tmp_path):
@@ -175,7 +162,7 @@ def test_ten_million_rows_cost_their_index_only(tmp_path):
         for number in range(1, -(-rows // per_shard)):
             os.link(tmp_path / cache.shard_name(table, 0), tmp_path / cache.shard_name(table, number))
     spans = [Span("64-32x128", 32, 128, 0, cut), Span("64-64x64", 64, 64, cut, count)]
-    cache.write_index(tmp_path, count, per_shard, spans={64: spans})
+    cache.write_index(tmp_path, count, per_shard, [count - 1], spans={64: spans})
     assert (tmp_path / cache.INDEX).stat().st_size < 1000
     before = anonymous_bytes()
     rows, _ = cache.LatentCache(tmp_path, 64).split()
@@ -191,3 +178,45 @@ def test_ten_million_rows_cost_their_index_only(tmp_path):
     assert len(shards) > cache.OPEN_SHARDS  # so that old ones had to be closed
     assert len(rows._open) == cache.OPEN_SHARDS
     assert anonymous_bytes() - before < 16 * count
+
+
+def test_held_out_rows_come_from_everywhere_and_stay_held_out_when_rows_are_appended():
+    names = [f"{folder}/{number:03d}.png" for folder in "abcdefghij" for number in range(40)]
+    held = cache.hold_out(names)
+    assert len(held) == 20 and len({names[row][0] for row in held}) > 5
+    assert cache.hold_out(names) == held
+    grown = cache.hold_out([*names, *(f"k/{number:03d}.png" for number in range(200))], held)
+    assert grown[:20] == held and len(grown) == 30 and min(grown[20:]) >= 400
+    assert len(cache.hold_out([str(number) for number in range(20_000)])) == 512
+    assert len(cache.hold_out(["a"])) == 1
+
+
+@given(st.sets(st.integers(0, 60), max_size=12), st.integers(61, 80))
+def test_the_other_rows_are_those_that_are_not_held_out(held, count):
+    others = cache._Others(count, sorted(held))
+    wanted = [number for number in range(count) if number not in held]
+    assert list(others) == wanted and len(others) == len(wanted)
+    assert [bisect_left(others, value) for value in range(count)] == [
+        bisect_left(wanted, value) for value in range(count)
+    ]
+
+
+@pytest.mark.parametrize("kind, classes", [("builtin", None), ("tiny-world", None), ("builtin", ["cat", "dog", "fox"])])
+def test_more_prompts_begin_with_the_same_ones(kind, classes):
+    many = prompts.make(kind, 2500, 3, classes)
+    assert len(many) == 2500 and all(
+        prompts.make(kind, count, 3, classes) == many[:count] for count in (1, 17, 1024, 1500)
+    )
+
+
+def test_a_sealed_file_with_one_changed_bit_is_noticed(tmp_path):
+    path = tmp_path / "z.safetensors"
+    atomic_save({"z": torch.arange(64.0), "é": torch.zeros(2, 2).bfloat16(), "n": torch.tensor(3)}, path)
+    assert sealed(path)
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    for place in (start, start + 100, len(whole) - 1, whole.index(b'"F32"') + 1):
+        damaged = bytearray(whole)
+        damaged[place] ^= 4
+        path.write_bytes(damaged)
+        assert not sealed(path)

@@ -90,8 +90,8 @@ def test_a_name_that_is_no_utf8_comes_back_from_the_index(tmp_path):
     name = os.fsdecode(b"k\xe4se.png")
     put(tmp_path, name)
     pictures = images.read_folder(tmp_path)
-    images.write_index(tmp_path, pictures)
-    assert images.read_folder(tmp_path / images.INDEX) == pictures and pictures[0].file.is_file()
+    images.write_index(tmp_path / images.INDEX, pictures, tmp_path)
+    assert images.read_index(tmp_path / images.INDEX, tmp_path) == pictures and pictures[0].file.is_file()
 
 
 def test_a_count_chooses_from_everywhere_and_a_larger_one_adds(tmp_path):

@@ -61,8 +61,8 @@ def test_only_line_feeds_end_a_line(end, pictured):
 
 def test_an_index_takes_every_caption_back(pictured):
     written = [images.Picture(pictured / "a.png", f"{SEPARATED}\r\n\tand \ufeff more", 1)]
-    images.write_index(pictured, written)
-    assert images.read_folder(pictured / images.INDEX) == written
+    images.write_index(pictured / images.INDEX, written, pictured)
+    assert images.read_index(pictured / images.INDEX, pictured) == written
     assert report._curves(pictured / images.INDEX, "index") == []
 
 

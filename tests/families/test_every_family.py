@@ -384,9 +384,8 @@ def test_quantisation_reaches_exactly_the_planned_linears(
     pipeline.transformer = dense.float().requires_grad_(False)
     settings = dict(side=parts.side, steps=STEPS, guidance=GUIDANCE, length=entry.length)
     with NULL.progress("", 1, "") as bar:
-        record_calls(
-            tmp_path / "calls", family, lambda: pipeline, CalibrationSet([entry.prompt], SEED, 1, **settings), bar
-        )
+        pictures = CalibrationSet([entry.prompt], SEED, 1, **settings)
+        record_calls(tmp_path / "calls", family, lambda: pipeline, pictures, bar, [(0, 1)])
     targets = plan_targets(family, config, None)
     monkeypatch.setattr(layer, "REFITS", 0)  # in about a second: smoothing and refits have tests of their own
     monkeypatch.setattr(smooth, "COARSE", ())

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,8 @@ from dcgen_convert.checkpoint.licence import licence_of
 from dcgen_convert.checkpoint.open import load_source
 from dcgen_convert.checkpoint.record import source_record
 from dcgen_convert.core.console import NULL
+from dcgen_convert.core.files import sha256
+from dcgen_convert.core.journal import Run, Wanted
 from dcgen_convert.core.version import __version__
 from dcgen_convert.data import cache as latents
 from dcgen_convert.data import images, prompts
@@ -211,7 +214,7 @@ def use_pictures(folder: Path) -> None:
     for picture in images.read_folder(path):
         images.size_of(picture.file)
         images.read_pixels(picture.file, 32)
-    images.listing(path)
+    images.take(path, 2)
 
 
 def make_jsonl(folder: Path) -> None:
@@ -242,7 +245,7 @@ def make_latents(folder: Path) -> None:
         for number in range(-(-count // 2)):
             rows = {"z" if "-" in table else "prompt_embeds": torch.randn(min(2, count), *shape)}
             latents.write_shard(folder, table, number, rows)
-    latents.write_index(folder, 4, 2, {"model": "flux"})
+    latents.write_index(folder, 4, 2, [1], {"model": "flux"})
 
 
 def use_latents(folder: Path) -> None:
@@ -279,8 +282,9 @@ def make_checkpoint(folder: Path) -> None:
     path = checkpoints.step_folder(folder, 4)
     path.mkdir()
     save_file({"weight/a": torch.zeros(2)}, path / "state-00001.safetensors")
-    size = (path / "state-00001.safetensors").stat().st_size
-    document = {"schema": checkpoints.SCHEMA, "step": 4, "files": {"state-00001.safetensors": size}}
+    state = path / "state-00001.safetensors"
+    known = [state.stat().st_size, sha256(state)]
+    document = {"schema": checkpoints.SCHEMA, "step": 4, "files": {state.name: known}}
     (path / checkpoints.INDEX).write_text(json.dumps({**document, "shapes": {"weight/a": [2]}, "extra": {"seed": 0}}))
 
 
@@ -289,6 +293,30 @@ def use_checkpoint(folder: Path) -> None:
     if found is not None:
         list(checkpoints._tensors(*found))
     checkpoints.prune(folder)
+
+
+STAGE = {"k": 1, "deep": {"x": [1, 2]}}
+
+
+def make_stages(folder: Path) -> None:
+    """One finished stage, and one that was cut off."""
+    run = Run(folder / "run", NULL)
+    for name in ("a", "b"):
+        wanted = Wanted(name, STAGE)
+        with suppress(KeyboardInterrupt), run.stage(wanted, run.look(wanted)) as stage:
+            (stage.folder / "artefact").write_text("x")
+            stage.metrics["loss"] = 1.5
+            if name == "b":
+                raise KeyboardInterrupt
+
+
+def use_stages(folder: Path) -> None:
+    run = Run(folder / "run", NULL)
+    for name in ("a", "b"):
+        for inputs in (STAGE, {"k": 2}):
+            found = run.look(Wanted(name, inputs, continues=lambda old: f"{old['k']:d} -> 2"))
+            assert found.seconds >= 0 and run.spent(name) >= 0
+        run.origin(name)
 
 
 def make_recipe(folder: Path) -> None:
@@ -362,6 +390,7 @@ TARGETS = (
         lambda folder: hosts.slots(str(folder / "hosts")),
     ),
     Target("calibration trees", make_trees, spoil_tree, lambda folder: trees.load(folder / "tree.safetensors")),
+    Target("stage.json", make_stages, rewritten("run/a/stage.json", "run/b/started.json", by=as_json), use_stages),
     Target("pictures and captions", make_pictures, spoil_pictures, use_pictures),
     Target(
         "--ae config",

@@ -1,0 +1,238 @@
+"""What the result of every stage depends on, and which changes a stage can go on with.
+
+When one of the values that a stage depends on changes, the stage runs again. Settings that no stage names, like those
+of schema.LAYOUT, change no result. The results of earlier stages count too: conversion.py says which.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from dcgen_convert.core import names
+from dcgen_convert.core.files import read_object, sha256
+from dcgen_convert.core.journal import MARKER, differing, fingerprint
+from dcgen_convert.data import images, prompts
+from dcgen_convert.data.images import Picture
+from dcgen_convert.recipe.schema import LAYOUT, result_settings
+from dcgen_convert.stages import folders
+from dcgen_convert.stages.job import Job
+from dcgen_convert.stages.pictures import texts_of
+
+IMPORT, ADAPT, MERGE = "import", "adapt", "merge"
+SOURCE, AUTOENCODER, RESOLUTION = "the source", "the autoencoder", "the resolution of the last phase"
+PICTURES, CAPTIONS = "the contents of data.path", "the captions"
+TRAINING = (
+    "seed", "dtype", "adapt.objective", "adapt.null_branch", "adapt.guidance_range", "adapt.data_guidance",
+    "adapt.shift", "adapt.weighting", "adapt.text_drop", "adapt.ema",
+)  # fmt: skip
+
+# Stage -> settings (the name of a section stands for all of its settings, * for the stage's phase) and facts. A higher
+# number in VERSIONS tells that the stage's code gives another result than before.
+DEPENDS: dict[str, tuple[str, ...]] = {
+    IMPORT: (SOURCE,),
+    folders.SURGERY: (SOURCE, AUTOENCODER, RESOLUTION),
+    folders.DATA: (
+        SOURCE, PICTURES, CAPTIONS, "seed", "dtype", "data.kind", "data.count", "data.steps", "data.guidance",
+        "data.resolution", "latents.text_length",
+    ),
+    folders.LATENTS: (
+        SOURCE, AUTOENCODER, "dtype", "data.buckets", "latents", "adapt.phases.resolution",
+    ),
+    folders.ALIGN_EMBEDDER: (SOURCE, "seed", "align_embedder"),
+    folders.ALIGN_HEAD: ("align_head", *TRAINING),
+    ADAPT: ("adapt.phases.*", "adapt.clip", *TRAINING),
+    MERGE: ("merge_lora",),
+    folders.QUANTIZE: (
+        "seed", "dtype", "data.prompts", "latents.text_length", "bundle.steps", "bundle.guidance", "quantize",
+    ),
+    folders.BUNDLE: ("name", "bundle", "merge_lora", "latents.scale_override"),
+    folders.VERIFY: (),
+}  # fmt: skip
+VERSIONS = dict.fromkeys(DEPENDS, 1)
+DRAWN = (SOURCE, CAPTIONS, "seed", "dtype", "data.steps", "data.guidance", "data.resolution", "latents.text_length")
+GROWS = ("data.count", PICTURES, CAPTIONS)  # pictures are kept one by one
+
+
+# Facts -> the settings behind them. A folder or file that only moved is the same.
+FACTS = {
+    SOURCE: ("source", "base", "loras", "revision"),
+    AUTOENCODER: ("ae", "ae_channels"),
+    RESOLUTION: ("adapt.phases.*.resolution",),
+    PICTURES: (),
+    CAPTIONS: ("seed", "data.count", "data.prompts"),
+    "adapt.phases.resolution": ("adapt.phases.*.resolution",),
+}
+
+
+def stages_of(setting: str) -> list[str]:
+    """The stages whose own result depends on a setting (* for the number of a phase), in order.
+
+    They run again when it changes, and then those that build on them, if the result is another.
+    """
+    if _within(setting, LAYOUT):
+        return []
+    behind = {
+        stage: [inner for name in names for inner in FACTS.get(name, (name,))] for stage, names in DEPENDS.items()
+    }
+    return [stage for stage, names in behind.items() if _within(setting, names)]
+
+
+def _within(setting: str, names: Iterable[str]) -> bool:
+    return any(setting == name or setting.startswith(f"{name}.") for name in names)
+
+
+def kind_of(stage: str) -> str:
+    """Key of a stage in DEPENDS: "adapt-2" -> "adapt"."""
+    name, _, number = stage.rpartition("-")
+    return name if number.isdigit() else stage
+
+
+def inputs(job: Job, stage: str, number: int = 0) -> dict[str, Any]:
+    """Today's values of what ``stage`` depends on, by name; ``number``: of its phase (the first is 1)."""
+    settings = result_settings(job.recipe)
+    counted = [name for name in DEPENDS[kind_of(stage)] if _counts(job, stage, number, name)]
+    found = {name.replace("*", str(number - 1)): _value(job, settings, name, number) for name in counted}
+    return {**found, "stage version": VERSIONS[kind_of(stage)]}
+
+
+def _counts(job: Job, stage: str, number: int, name: str) -> bool:
+    """Whether a setting has a part in this job's result of the stage."""
+    if stage == folders.DATA:
+        given = job.recipe.data.kind == "folder"
+        return name not in DRAWN if given else name != PICTURES
+    if name == "merge_lora" and kind_of(stage) == MERGE:
+        return number == len(job.recipe.adapt.phases)
+    return True
+
+
+def _value(job: Job, settings: dict[str, Any], name: str, number: int) -> Any:
+    facts: dict[str, Callable[[], Any]] = {
+        SOURCE: job.source.contents,
+        AUTOENCODER: lambda: job.ae.fingerprint,
+        RESOLUTION: lambda: job.resolution,
+        PICTURES: lambda: _given(job),
+        CAPTIONS: lambda: _captions(job, job.recipe.data.count),
+        "data.prompts": lambda: _prompts(job),
+        "latents.text_length": lambda: job.text_length,
+        "latents": lambda: {**settings["latents"], "text_length": job.text_length},
+        "adapt.phases.resolution": lambda: sorted({phase.resolution for phase in job.recipe.adapt.phases}),
+        "adapt.phases.*": lambda: settings["adapt"]["phases"][number - 1],
+        "align_embedder": lambda: _embedder(settings["align_embedder"]),
+        "align_head": lambda: _head(settings["align_head"]),
+    }
+    if name in facts:
+        return facts[name]()
+    value: Any = settings
+    for part in name.split("."):
+        value = value[part]
+    return value
+
+
+def _embedder(section: dict[str, Any]) -> dict[str, Any]:
+    """The settings that the method reads."""
+    read = {"ridge": ("ridge",), "adamw": ("steps", "lr", "batch"), "none": ()}[section["method"]]
+    return {key: section[key] for key in ("method", "pooling", *read)}
+
+
+def _head(section: dict[str, Any]) -> dict[str, Any]:
+    return section if section["steps"] else {key: section[key] for key in ("method", "draws", "steps")}
+
+
+def _prompts(job: Job) -> str:
+    """The kind of prompts, or the hash of the file's bytes."""
+    name = job.recipe.data.prompts
+    path = Path(name)
+    return name if name in prompts.KINDS or not path.is_file() else sha256(path)
+
+
+def _given(job: Job) -> str | None:
+    """Hash of the user's pictures and captions. Where they are gone: the recorded one, a run can go on without them."""
+    path = Path(job.recipe.data.path or "").expanduser()
+    if path.exists():
+        return fingerprint(sorted(_rows(job, job.given[0])))
+    marker = job.folders.data / MARKER
+    return read_object(marker)["inputs"].get(PICTURES) if marker.exists() else None
+
+
+def _row(root: Path, picture: Picture) -> tuple[str, str, str]:
+    """What makes a picture the same one in another place."""
+    return os.path.relpath(picture.file, root), picture.caption, str(picture.sha256)
+
+
+def _captions(job: Job, count: int) -> str:
+    return fingerprint(texts_of(job, count))
+
+
+def data_continues(job: Job, old: dict[str, Any]) -> str | None:
+    """Pictures are kept one by one: more of them are added to those that are there."""
+    if set(differing(inputs(job, folders.DATA), old)) - set(GROWS):
+        return None
+    count = job.recipe.data.count
+    if job.recipe.data.kind == "folder":
+        before, now = (
+            _rows_in(job, job.folders.data / images.INDEX),
+            set(_rows(job, job.given[0])),
+        )
+        return f"{len(before)} -> {len(now)} pictures" if before and before <= now else None
+    before_count = int(old["data.count"])
+    same = _captions(job, before_count) == old[CAPTIONS]
+    texts, earlier = texts_of(job, count), texts_of(job, before_count)
+    fits = all(mine == other for mine, other in zip(texts, earlier, strict=False))
+    return f"{before_count} -> {count} pictures" if same and fits else None
+
+
+def latents_continue(job: Job, old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """New pictures are appended to the rows that are there, if no row is gone or changed."""
+    if differing(new, old) != ["before"]:
+        return None
+    before, now = _rows_in(job, job.folders.latents / images.ROWS), _rows_in(job, job.folders.data / images.INDEX)
+    return f"{len(now - before)} new pictures are appended to {len(before)}" if before and before <= now else None
+
+
+def _rows(job: Job, pictures: list[Picture]) -> list[tuple[str, str, str]]:
+    return [_row(job.pictures_root, picture) for picture in pictures]
+
+
+def _rows_in(job: Job, index: Path) -> set[tuple[str, str, str]]:
+    if not index.exists():
+        return set()
+    return set(_rows(job, images.read_index(index, job.pictures_root)))
+
+
+def training_continues(job: Job, stage: str, old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """A longer phase goes on from its last step; an unfinished one with a lower rate or clip too."""
+    from dcgen_convert.train.checkpoints import latest
+
+    changes: dict[str, tuple[float, float]] = {}
+    for name in differing(new, old):
+        mine, other = _leaf(new, name), _leaf(old, name)
+        if not name.endswith((".steps", ".lr", ".clip")) or not isinstance(mine, int | float) or not mine or not other:
+            return None
+        changes[name] = (other, mine)
+    found = latest(job.run.path / stage / (names.TRAINING if stage == folders.ALIGN_HEAD else "") / names.CHECKPOINTS)
+    finished = (job.run.path / stage / MARKER).exists()
+    for name, (before, now) in changes.items():
+        grows = name.endswith(".steps") and found is not None and now >= found[1]["step"]
+        lower = not name.endswith(".steps") and not finished and now < before
+        if not grows and not lower:
+            return None
+    if found is None or not changes:
+        return None
+    shown = ", ".join(f"{name} {before:g} -> {now:g}" for name, (before, now) in changes.items())
+    phase = next((value for value in new.values() if isinstance(value, dict) and "schedule" in value), {})
+    stretched = phase.get("schedule") == "cosine" and any(name.endswith(".steps") for name in changes)
+    note = "; the cosine ends at the new last step, so the rate jumps here" if stretched else ""
+    return f"from step {found[1]['step']} on: {shown}{note}"
+
+
+def _leaf(values: dict[str, Any], name: str) -> Any:
+    """Value of a dotted name in a record of inputs, whose own keys have dots too; None if it has none."""
+    for key, value in values.items():
+        if key == name:
+            return value
+        if name.startswith(f"{key}.") and isinstance(value, dict):
+            return _leaf(value, name[len(key) + 1 :])
+    return None
