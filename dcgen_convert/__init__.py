@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 from dcgen_convert.core.version import __version__
 
 if TYPE_CHECKING:
-    from dcgen_convert.api.calls import convert, inspect, plan, quantize, resume, sample, verify
-    from dcgen_convert.api.results import Conversion, Inspection, Pictures, Plan, Quantised, Verdict
+    from dcgen_convert.api.calls import convert, inspect, plan, quantize, resume, runs, sample, verify
+    from dcgen_convert.api.results import Conversion, Inspection, Pictures, Plan, Quantised, Runs, Verdict
     from dcgen_convert.core.errors import (
         AccessError,
         CheckFailed,
@@ -45,6 +45,7 @@ __all__ = [
     "RankLost",
     "RecipeError",
     "ResourceError",
+    "Runs",
     "Verdict",
     "__version__",
     "convert",
@@ -52,6 +53,7 @@ __all__ = [
     "plan",
     "quantize",
     "resume",
+    "runs",
     "sample",
     "verify",
 ]

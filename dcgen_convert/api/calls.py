@@ -15,7 +15,7 @@ from typing import Literal, Unpack
 
 from dcgen_convert.api import command
 from dcgen_convert.api.order import Order, order, quantisation, resolve
-from dcgen_convert.api.results import Conversion, Inspection, Pictures, Plan, Quantised, Verdict
+from dcgen_convert.api.results import Conversion, Inspection, Pictures, Plan, Quantised, Runs, Verdict
 from dcgen_convert.api.settings import JobSettings, Settings
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError, InternalError, explain
@@ -340,3 +340,15 @@ def inspect(path: str | Path) -> Inspection:
 
     facts = inspection.inspect(Path(path))
     return Inspection(Path(facts.pop("path")), facts.pop("kind"), facts.pop("family"), facts)
+
+
+@_explained()
+def runs(folder: str | Path = "runs") -> Runs:
+    """The run folders in ``folder``, with state, size and age. Nothing is changed.
+
+    Raises:
+        InputError: no such folder.
+    """
+    from dcgen_convert.stages.runs import runs_in
+
+    return Runs(runs_in(Path(folder)))

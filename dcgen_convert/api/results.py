@@ -153,6 +153,19 @@ class Inspection(Result):
         return {**found, **facts}
 
 
+@dataclass(frozen=True)
+class Runs(Result):
+    """The run folders that were found, oldest first.
+
+    runs: of each its "run" (folder), "state" ("running", "finished" or "stopped"), "stages" that are done, "bytes", and
+    "age" in seconds since a file of it was last written.
+    """
+
+    SCHEMA: ClassVar[str] = "dcgen.runs/1"
+
+    runs: list[dict[str, Any]]
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)

@@ -247,6 +247,21 @@ def report(session: Session, run: str, **values: Any) -> int:
 
 
 @cli.command(context_settings=CONTEXT)
+@click.argument("folder", type=click.Path(), default="runs")
+@stack(OUTPUT)
+@click.pass_obj
+def runs(session: Session, folder: str, **values: Any) -> int:
+    """List the run folders in FOLDER (default: ./runs) with state, size, age and the last stage that is done."""
+    console = session.begin(**output_options(values))
+    from dcgen_convert.api import calls
+    from dcgen_convert.cli import verbs
+
+    found = calls.runs(folder)
+    console.result(found.document(), verbs.runs_text(found, folder))
+    return 0
+
+
+@cli.command(context_settings=CONTEXT)
 @click.argument("bundle", type=click.Path(exists=True, file_okay=False))
 @click.argument("repo")
 @option("--private", is_flag=True, help="Make the repository private. Default: public.")

@@ -13,7 +13,7 @@ import click
 
 from dcgen_convert.api import calls
 from dcgen_convert.api.order import Order, order
-from dcgen_convert.api.results import Conversion, Quantised
+from dcgen_convert.api.results import Conversion, Quantised, Runs
 from dcgen_convert.cli.options import job_options, output_options, recipe_options
 from dcgen_convert.cli.session import Session
 from dcgen_convert.core.console import Console, wants_live
@@ -124,3 +124,13 @@ def _ask(job: Order, console: Console) -> None:
     ask = time["gpu_hours"] > ASK_ABOVE_HOURS and wants_live(console.stderr, {})
     if ask and not click.confirm("Go on?", default=True, err=True):
         raise InputError("not started", "add -y to skip the question")
+
+
+def runs_text(found: Runs, folder: str) -> str:
+    """One line for each run: state, size, age, folder, and the last stage that is done."""
+    lines = [
+        f"{run['state']:8}  {run['bytes'] / 1e9:9.2f} GB  {duration(run['age']):>10} old  {run['run']}"
+        f"  ({run['stages'][-1] if run['stages'] else 'no stage'} is the last stage done)"
+        for run in found.runs
+    ]
+    return "\n".join(lines) or f"no run folder in {folder}"
