@@ -53,6 +53,7 @@ def test_a_byte_order_mark_is_no_text_and_another_encoding_is_a_sentence_with_th
 def test_only_line_feeds_end_a_line(end, pictured):
     path = pictured / "p.txt"
     path.write_bytes(f"{SEPARATED}{end}two{end}".encode())
+    assert files.read_lines(path) == [SEPARATED, "two"]
     assert prompts.make(str(path), 2, 0) == [SEPARATED, "two"]
     lines = [json.dumps({"file": "a.png", "caption": text}, ensure_ascii=False) for text in (SEPARATED, "two")]
     (pictured / "l.jsonl").write_bytes(end.join(lines).encode())
