@@ -41,11 +41,30 @@ def deepspeed() -> ModuleType:
         import deepspeed as module
         from deepspeed.utils import logger
 
+        with _no_compiler():
+            import deepspeed.runtime.zero.muon.original_muon
     logger.setLevel(logging.ERROR)
     for handler in logger.handlers:
         handler.setLevel(logging.ERROR)
     module.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return module
+
+
+@contextlib.contextmanager
+def _no_compiler() -> Iterator[None]:
+    """`torch.compile` as a decorator that changes nothing.
+
+    DeepSpeed imports its Muon optimizer, which nothing here uses, and decorates three of its functions with
+    `torch.compile`. That alone imports torch's compiler, two seconds in every process that trains.
+    """
+    import torch
+
+    before = torch.compile
+    torch.compile = lambda function: function  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        torch.compile = before  # type: ignore[assignment]
 
 
 @contextlib.contextmanager

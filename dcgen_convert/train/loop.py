@@ -174,14 +174,14 @@ class Loop:
             raise InputError(f"{label}: there are no samples to train on")
         resumed = _resume(engine, self.checkpoints, self.goal.identity, self.console)
         self.history = resumed.history if resumed else []
-        if engine.rank == 0:
-            self._metrics = _Metrics(self.place.folder / METRICS, engine.step_count)
-            self.watch.forget(engine.step_count)
         first, start = engine.step_count, time.monotonic()
         self._saved = start
         feed = _feed(engine, self.goal.samples, self.goal.sampling, self.place.seed)
         left = engine.settings.steps - first
         with closing(feed), _signals() as signals, self.console.progress(label, left, "step") as bar:
+            if engine.rank == 0:  # whoever sees this file may send a signal
+                self._metrics = _Metrics(self.place.folder / METRICS, first)
+                self.watch.forget(first)
             while engine.step_count < engine.settings.steps:
                 waited = feed.waited
                 record = self._step(feed, signals.pending)

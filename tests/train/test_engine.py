@@ -238,11 +238,15 @@ def test_schedule():
 
 
 def test_bring_up_is_quiet_and_needs_no_compiler(tmp_path):
-    """Nothing on stdout or stderr, no environment left for children, no C++ build with an empty PATH."""
+    """Nothing on stdout or stderr, no environment left for children, no C++ build with an empty PATH, and torch's own
+    compiler is there to use, but not imported.
+    """
     program = (
-        "import os, torch; from dcgen_convert.train.engine import Engine; from train_worker import *;"
+        "import os, sys, torch; compile = torch.compile;"
+        "from dcgen_convert.train.engine import Engine; from train_worker import *;"
         "m = tiny_flux(); e = Engine(m, list(m.named_parameters()), engine_settings()); e.close();"
-        "assert not {'RANK', 'WORLD_SIZE', 'MASTER_PORT'} & set(os.environ)"
+        "assert not {'RANK', 'WORLD_SIZE', 'MASTER_PORT'} & set(os.environ);"
+        "assert torch.compile is compile and 'torch._inductor.compile_fx' not in sys.modules"
     )
     here = Path(__file__)
     environment = {key: v for key, v in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
