@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -85,7 +85,9 @@ def load(
         parts[family.component] = emulate(families.network_folder(bundle), dtype)
     options = dict(dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True, use_safetensors=True)
     kind = index["_class_name"]
-    own = nullcontext({}) if trust_remote_code else adapter_part(bundle, index, dtype)
+    own: AbstractContextManager[dict[str, Any]] = nullcontext({})
+    if not trust_remote_code:
+        own = adapter_part(bundle, index, dtype)
     with quiet_diffusers(), own as vae:
         if isinstance(kind, list) or kind in (family.pipeline_class, *family.other_pipelines):
             parts |= vae
