@@ -24,8 +24,11 @@ SHORT = {
     "data.steps": 2,
     "align_head.draws": 1,
     "align_head.steps": 4,
+    "align_head.batch": 8,
     "adapt.phases.0.steps": 4,
-    "evaluate.prompts": 4,
+    "adapt.phases.0.batch": 8,
+    "bundle.steps": 4,
+    "evaluate.prompts": 2,
     "quantize.calibration.prompts": 2,
     "quantize.calibration.steps": 2,
     "latents.scale_tolerance": 0.9,  # two denoising steps do not draw the pictures that the scale was measured on

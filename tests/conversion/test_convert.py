@@ -171,7 +171,7 @@ def test_kills_at_any_moment_leave_a_run_that_resumes_to_the_same_weights(conver
         except subprocess.TimeoutExpired:
             process.kill()
         process.communicate()
-    done = run_cli(*arguments, *short_settings(), cwd=tmp_path)
+    done = run_cli(*arguments, "--until", "bundle", *short_settings(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     same(converted, tmp_path)
 

@@ -107,8 +107,13 @@ def test_the_micro_batch_comes_from_the_memory(stage, job, handed_over, monkeypa
     """Room for some pictures of the batch, not for all: as many as divide the batch are taken, and the console says
     so.
     """
-    job = replace(job, console=Console())
-    batch = job.recipe.align_head.batch if stage == "head" else job.recipe.adapt.phases[0].batch
+    batch, recipe = 64, job.recipe
+    phases_of_batch = [phase.model_copy(update={"batch": batch}) for phase in recipe.adapt.phases]
+    larger = {
+        "align_head": recipe.align_head.model_copy(update={"batch": batch}),
+        "adapt": recipe.adapt.model_copy(update={"phases": phases_of_batch}),
+    }
+    job = replace(job, console=Console(), recipe=recipe.model_copy(update=larger))
     monkeypatch.setattr(layout.psutil, "virtual_memory", lambda: SimpleNamespace(available=1.6 * GIB))
     with pytest.raises(Stopped):
         (align_head.run if stage == "head" else lambda *at: adapt.adapt_phase(*at, 1))(job, Stage(tmp_path))

@@ -110,7 +110,7 @@ def hang() -> None:
 def command() -> None:
     from dcgen_convert.cli import app
     from dcgen_convert.cli.options import OUTPUT, output_options, stack
-    from dcgen_convert.ranks.link import SILENCE
+    from dcgen_convert.ranks import link
 
     @app.cli.command("crew")
     @click.argument("run")
@@ -120,8 +120,8 @@ def command() -> None:
     def crew_verb(session, run: str, parts: str, **values) -> int:
         kinds, path = json.loads(parts), Path(run)
         console = session.begin(**output_options(values), run_dir=path)
-        silence = kinds.get("timeout", SILENCE)
-        crew = session.join(silence)
+        link.COMING = kinds.get("coming", link.COMING)
+        crew = session.join(kinds.get("timeout", link.SILENCE))
         if crew.rank:
             return crew.serve(lambda document, task, arguments: part(arguments["kind"], path, crew.rank, crew))
         crew.introduce({})

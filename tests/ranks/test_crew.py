@@ -6,8 +6,6 @@ import time
 
 import pytest
 
-from dcgen_convert.ranks.link import COMING
-
 from .crew_worker import LONG, finish, start, wait_ready
 
 # the graces are 2 and 5 s, the rest is for a busy machine; what hangs, hangs for ten minutes or sleeps 120 s and ends
@@ -99,10 +97,10 @@ def test_a_rank_that_loads_files_or_waits_for_a_compiler_gets_on(tmp_path):
 
 
 def test_a_rank_that_never_comes_ends_the_job(tmp_path):
-    ranks = start(tmp_path, 2, rank0="count", timeout=2)
+    ranks = start(tmp_path, 2, rank0="count", timeout=2, coming=5)
     ranks[1].send_signal(signal.SIGSTOP)
     try:
-        ((code, out, err),) = finish(ranks[:1], COMING + SECONDS)
+        ((code, out, err),) = finish(ranks[:1], 5 + SECONDS)
     finally:
         ranks[1].kill()
         ranks[1].communicate()

@@ -16,13 +16,13 @@ import time
 import psutil
 import pytest
 import torch
-from conftest import WEIGHTS, run_cli, short_settings, start_cli
+from conftest import SHORT, WEIGHTS, run_cli, short_settings, start_cli
 from safetensors.torch import load_file
 
 from dcgen_convert.data.images import read_pixels
 
 FLUX = ["tiny-flux", "--ae", "tiny-dc-ae-f32", "-y", "-o", "bundle", "--run-dir", "run"]
-STEPS = 120
+STEPS = 60
 TRAIN = ["--until", "adapt-1", *short_settings(**{"adapt.phases.0.steps": STEPS, "adapt.phases.0.batch": 6})]
 SECONDS = 120  # for an end that takes three on an idle machine
 
@@ -60,11 +60,17 @@ def assert_like(folder, reference) -> None:
 
 
 def wait_for(path, process, seconds=300) -> None:
+    """Until there is something in the file."""
     deadline = time.monotonic() + seconds
-    while not path.exists():
+    while not path.exists() or not path.stat().st_size:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, f"{path} did not come"
         time.sleep(0.02)
+
+
+def wait_for_training(folder, process) -> None:
+    """Until all ranks have trained for 20 of the steps: only then are the first figures written."""
+    wait_for(folder / "run" / "adapt-1" / "metrics.jsonl", process)
 
 
 def ranks_of(folder) -> dict[int, psutil.Process]:
@@ -98,7 +104,7 @@ def test_two_ranks_share_the_stages_and_go_on_after_a_death(converted, tmp_path)
     ranks_of(tmp_path)[1].kill()
     assert process.communicate(timeout=SECONDS)[0] == "" and process.returncode == 4
     drawn = {path: path.stat().st_mtime_ns for path in pictures.glob("0*.png")}
-    assert 0 < len(drawn) < 96
+    assert 0 < len(drawn) < SHORT["data.count"]
     done = run_cli(*command, cwd=tmp_path, timeout=900)
     assert all(path.stat().st_mtime_ns == time for path, time in drawn.items())  # not drawn again
     assert done.returncode == 0, done.stderr[-2000:]
@@ -137,8 +143,7 @@ def test_two_ranks_draw_the_calibration_and_the_bundle_is_the_same_to_the_byte(c
 
 def test_sigterm_writes_a_checkpoint_and_another_number_of_ranks_goes_on(prepared, reference):
     process = start_cli(*FLUX, *TRAIN, "--gpus", "2", cwd=prepared)
-    wait_for(prepared / "run" / "adapt-1" / "metrics.jsonl", process)
-    time.sleep(1)
+    wait_for_training(prepared, process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 143, err[-2000:]
@@ -154,18 +159,21 @@ def test_sigterm_writes_a_checkpoint_and_another_number_of_ranks_goes_on(prepare
     assert_like(prepared, reference)
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_kill_9_of_a_rank_ends_the_job_and_it_can_go_on(prepared, reference, number):
-    process = start_cli(*FLUX, *TRAIN, "--gpus", "2", "--json", cwd=prepared)
-    wait_for(prepared / "run" / "adapt-1" / "metrics.jsonl", process)
-    ranks_of(prepared)[number].kill()
-    out, err = process.communicate(timeout=SECONDS)
-    assert process.returncode == 4, err[-2000:]
-    error = json.loads(out)["error"]
-    log = prepared / "run" / ("log-rank-1.txt" if number else "log.txt")
-    assert error["code"] == "rank-lost" and f"rank {number} was" in error["message"] and str(log) in error["message"]
-    assert error["hint"] == f"dcgen-convert resume {prepared / 'run'}"
-    assert_nothing_left(prepared)
+def test_kill_9_of_a_rank_ends_the_job_and_it_can_go_on(prepared, reference):
+    metrics = prepared / "run" / "adapt-1" / "metrics.jsonl"
+    for number in (0, 1):
+        metrics.unlink(missing_ok=True)  # so that what comes is of this job
+        process = start_cli(*FLUX, *TRAIN, "--gpus", "2", "--json", cwd=prepared)
+        wait_for_training(prepared, process)
+        ranks_of(prepared)[number].kill()
+        out, err = process.communicate(timeout=SECONDS)
+        assert process.returncode == 4, err[-2000:]
+        error = json.loads(out)["error"]
+        log = prepared / "run" / ("log-rank-1.txt" if number else "log.txt")
+        assert error["code"] == "rank-lost"
+        assert f"rank {number} was" in error["message"] and str(log) in error["message"]
+        assert error["hint"] == f"dcgen-convert resume {prepared / 'run'}"
+        assert_nothing_left(prepared)
     done = run_cli(*FLUX, *TRAIN, cwd=prepared)
     assert done.returncode == 0, done.stderr[-2000:]
     assert_like(prepared, reference)
@@ -178,7 +186,7 @@ TWO_HOSTS = "localhost slots=1\n127.0.0.1 slots=1\n"
 def test_ranks_do_not_outlive_the_command_that_started_them(prepared, hosts):
     (prepared / "hosts").write_text(hosts or "")
     process = start_cli(*FLUX, *TRAIN, *(["--hostfile", "hosts"] if hosts else ["--gpus", "2"]), cwd=prepared)
-    wait_for(prepared / "run" / "adapt-1" / "metrics.jsonl", process)
+    wait_for_training(prepared, process)
     assert len(ranks_of(prepared)) == 2
     process.kill()
     process.communicate()
@@ -219,7 +227,7 @@ def test_a_dead_host_ends_the_job_on_the_other(prepared, number):
     """Two hosts on loopback: one agent and its rank each. Everything of one of them is killed at once."""
     (prepared / "hosts").write_text(TWO_HOSTS)
     process = start_cli(*FLUX, *TRAIN, "--hostfile", "hosts", cwd=prepared)
-    wait_for(prepared / "run" / "adapt-1" / "metrics.jsonl", process)
+    wait_for_training(prepared, process)
     rank = ranks_of(prepared)[number]
     agent = rank.parent()
     assert agent.pid != process.pid
@@ -263,15 +271,10 @@ def await_training(folder, process, known) -> None:
         time.sleep(0.02)
 
 
-def test_errors_of_the_user_start_nothing_again(tmp_path):
-    done = run_cli(*FLUX, "--gpus", "3", "--restarts", "3", *short_settings(), cwd=tmp_path)
-    assert done.returncode == 2 and "start again" not in done.stderr and done.stderr.count("error:") == 1
-
-
 def test_hostfile_of_one_host(prepared, reference):
     (prepared / "hosts").write_text("localhost slots=2\n")
     process = start_cli(*FLUX, *TRAIN, "--hostfile", "hosts", cwd=prepared)
-    wait_for(prepared / "run" / "adapt-1" / "metrics.jsonl", process)
+    wait_for_training(prepared, process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 143 and out == "", err[-2000:]
@@ -299,10 +302,11 @@ def test_torchrun_ranks_join(prepared, reference):
 
 
 def test_what_the_ranks_cannot_share_is_refused_before_anything_starts(tmp_path):
-    done = run_cli(*FLUX, "--gpus", "3", *short_settings(), cwd=tmp_path)
-    assert done.returncode == 2 and done.stdout == ""
-    assert "3 ranks cannot share these batches evenly: align_head.batch = 64, adapt.phases.0.batch = 64" in done.stderr
-    assert "hint: --set align_head.batch=66 --set adapt.phases.0.batch=66" in done.stderr
+    """Nor does such an error start the ranks again."""
+    done = run_cli(*FLUX, "--gpus", "3", "--restarts", "3", *short_settings(), cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == "" and "start again" not in done.stderr
+    assert "3 ranks cannot share these batches evenly: align_head.batch = 8, adapt.phases.0.batch = 8" in done.stderr
+    assert "hint: --set align_head.batch=9 --set adapt.phases.0.batch=9" in done.stderr
     assert done.stderr.count("error:") == 1
     assert_nothing_left(tmp_path)
 
