@@ -218,7 +218,7 @@ def write_lasting(stream: IO[str], text: str) -> None:
         try:
             stream.write(text)
         except UnicodeEncodeError:  # an ASCII locale
-            encoding = stream.encoding or "ascii"
+            encoding = getattr(stream, "encoding", None) or "ascii"
             stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         stream.flush()
     except BrokenPipeError:

@@ -127,7 +127,8 @@ class Layers:
         phases = self._phases()
         for i, phase in enumerate(phases):
             own = phase.get("resolution", value)
-            if i == len(phases) - 1 or not isinstance(own, int) or own > value:
+            below = isinstance(own, int) and isinstance(value, int) and own <= value
+            if i == len(phases) - 1 or not below:
                 self.add_dotted(f"adapt.phases.{i}.resolution", value, origin)
 
     def add_dotted(self, key: str, value: object, origin: str) -> None:
