@@ -146,7 +146,7 @@ def _pictures(manifest: Mapping[str, Any]) -> list[str]:
     columns = ", ".join(plain(column) for column in shown["columns"])
     return [
         f"![Pictures of the base model and of this one]({PICTURES})",
-        f"Columns: {columns}. The same noise in each row; no picture was chosen. Rows:\n\n{rows}",
+        f"Columns: {columns}. The same prompt and seed in each row; no picture was chosen. Rows:\n\n{rows}",
     ]
 
 

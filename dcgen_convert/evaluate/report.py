@@ -94,7 +94,7 @@ def _verdict(stages: list[tuple[Path, dict[str, Any]]]) -> list[str]:
     names = ", ".join(map(str, metrics["checks"]))
     parts = [f"<p><strong>The bundle passed its checks</strong> ({escape(names)}).</p>"]
     for path in sorted(folder.glob("*grid*.png")):
-        parts += ["<h2>base model and bundle</h2>", _picture(path, "the same prompts and the same noise in each row")]
+        parts += ["<h2>base model and bundle</h2>", _picture(path, "the same prompt and the same seed in each row")]
     rows = [row for row in scalars(metrics) if row[0] != "checks"]
     return [*parts, _figures(rows)] if rows else parts
 

@@ -186,6 +186,6 @@ def test_the_verdict_and_the_comparison_stand_first_and_timings_last(run):
     folder = stage(run, "verify", {"checks": ["files", "<b>"], "psnr_quantised_db": 25.5}, 2.0, 3)
     Image.new("RGB", (4, 4)).save(folder / "grid.png")
     text = write_report(run).read_text()
-    order = ["The bundle passed its checks", "&lt;b&gt;", "the same prompts", "psnr_quantised_db", "<h2>data</h2>"]
+    order = ["The bundle passed its checks", "&lt;b&gt;", "the same prompt and", "psnr_quantised_db", "<h2>data</h2>"]
     places = [text.index(part) for part in [*order, "<h2>timings</h2>", "<h2>recipe</h2>"]]
     assert places == sorted(places) and "<b>" not in text
