@@ -16,6 +16,7 @@ from dcgen_convert.checkpoint.headers import PICKLES, Entry, read_header, read_w
 from dcgen_convert.checkpoint.held import PREFIXES
 from dcgen_convert.checkpoint.single import read_single
 from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.files import understood
 from dcgen_convert.families import bases, grid
 from dcgen_convert.families.keys import recognise_keys
 from dcgen_convert.recipe.identity import Identity
@@ -142,10 +143,10 @@ def _folder(path: Path) -> dict[str, Any]:
         }
     if manifest.is_file():
         made = source.reader.document(manifest)
-        found["made_from"] = {
-            role: record.get("name") or record.get("repo") for role, record in made.get("sources", {}).items()
-        }
-        found["defaults"] = made.get("defaults", {})
+        with understood(manifest):
+            records = dict(made.get("sources", {}))
+            found["made_from"] = {role: record.get("name") or record.get("repo") for role, record in records.items()}
+            found["defaults"] = dict(made.get("defaults", {}))
     return found
 
 

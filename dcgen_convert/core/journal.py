@@ -180,7 +180,8 @@ class Run:
         try:
             record = read_object(path)
             with understood(path):
-                times = {key: float(record[key]) for key in TIMES if key in record}
+                found = [key for key in TIMES if key in record or (key, file) == ("seconds", MARKER)]
+                times = {key: max(0.0, float(record[key])) for key in found}
         except InputError as error:
             raise CheckFailed(error.message, hint) from error
         if record.get(SEAL) != _seal(record):

@@ -171,6 +171,8 @@ def _read_index(folder: Path) -> dict[str, Any]:
                 raise ValueError(f"{name!r} is no name of a table")
             for shape in dict(tensors).values():
                 _require_counts(*shape)
+            if name.startswith(("target-", "base-")):
+                _ = tensors["z"]
     return index
 
 
