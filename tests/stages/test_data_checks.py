@@ -42,7 +42,7 @@ def test_what_was_done_about_pictures_and_captions_is_told(data, tmp_path):
     taken, told = images.take(data, 100)
     assert told == "10 pictures taken"
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    kept = latents.readable(job, [*taken, images.Picture(tmp_path / "broken.png", "x")])
+    kept = latents.readable(job, [*taken, images.Picture(tmp_path / "broken.png", "x")], 11)
     assert kept == taken
     pictures.tell_captions(job, [picture.caption for picture in taken])
     text = said.getvalue()
