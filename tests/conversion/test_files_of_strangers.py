@@ -50,12 +50,9 @@ def test_a_path_of_any_bytes_is_recorded(tmp_path):
     name = os.fsdecode(b"caf\xe9")
     files.write_json(tmp_path / "x.json", {"output": name})
     assert files.read_object(tmp_path / "x.json") == {"output": name}
-    images.write_index(tmp_path, [images.Picture(tmp_path / f"{name}.png", "a fox")])
-    assert json.loads((tmp_path / images.INDEX).read_text()) == {
-        "file": f"{name}.png",
-        "caption": "a fox",
-        "seed": None,
-    }
+    index, picture = tmp_path / "index.jsonl", tmp_path / f"{name}.png"
+    images.write_index(index, [images.Picture(picture, "a fox")], tmp_path)
+    assert [found.file for found in images.read_index(index, tmp_path)] == [picture]
 
 
 def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
