@@ -143,7 +143,7 @@ def test_full_tuning_is_saved_in_shards_that_any_layout_continues(tmp_path):
         newest = checkpoints.whole(folder / "checkpoints")[-1]
         files = read_json(newest / checkpoints.INDEX)["files"]
         assert sorted(files) == ["state-r000-00001.safetensors", "state-r001-00001.safetensors"]
-        small, large = sorted(files.values())
+        (small, _), (large, _) = sorted(files.values())
         assert small > 0.8 * large  # nobody writes it all
         (newest / checkpoints.INDEX).unlink()  # as if the last save had not come to its end
         metrics, _ = adapt(folder, phase=phase, adapt={"zero": other})
@@ -260,7 +260,7 @@ def test_foreign_and_broken_checkpoints_are_refused(tmp_path):
 
 def test_other_settings_do_not_continue_a_run(tmp_path):
     adapt(tmp_path, phase={"steps": 2})
-    with pytest.raises(InputError, match="written with other settings: adapt, phase"):
+    with pytest.raises(InputError, match=r"written with other settings: adapt\.text_drop, phase\.alpha$"):
         adapt(tmp_path, phase={"steps": 2, "alpha": 1.0}, adapt={"text_drop": 0.5})
     path = tmp_path / "checkpoints" / "step-000002" / checkpoints.INDEX
     assert read_json(path)["extra"]["identity"]["rows"] == 100
