@@ -47,6 +47,7 @@ NEW_RUN = "start a new run with another --run-dir"
 ASKED = "asked.json"  # the stages that --from asked for and that are still to be done, and the job that asked
 
 
+OLDEST = (0, 2)  # version whose runs have the form of today's
 KEEP = 600.0  # seconds of work that are never deleted unless the user said so
 
 
@@ -322,8 +323,7 @@ def recorded(run_dir: Path) -> tuple[Resolved, Path]:
     """What the run in ``run_dir`` was started with, and its output folder.
 
     Raises:
-        InputError: no run folder, a damaged recipe.json, or a run of another version (0.1 and 0.2 are two, 0.2.0 and
-            0.2.1 are not): its stages would all run again.
+        InputError: no run folder, a damaged recipe.json, or a run of a newer version or of one before 0.2.
     """
     path = run_dir / RECIPE
     if not path.is_file():
@@ -339,11 +339,21 @@ def recorded(run_dir: Path) -> tuple[Resolved, Path]:
         return Resolved(revive(recipe, str(path)), {}, TypeAdapter(Machine).validate_python(machine)), Path(output)
 
 
+def _release(version: str) -> tuple[int, ...]:
+    """ "0.2.1" -> (0, 2); () for what is no version."""
+    numbers = version.split(".")[:2]
+    return tuple(map(int, numbers)) if all(number.isdecimal() for number in numbers) else ()
+
+
 def _read_record(path: Path) -> dict[str, Any]:
-    """A run's recipe.json; InputError when it is damaged or of another version."""
+    """A run's recipe.json; InputError when it is damaged, or of a version whose runs this one cannot go on with.
+
+    A stage that gives another result than in the version before has a higher number in `depends.VERSIONS`: it alone
+    runs again.
+    """
     record = read_object(path)
     theirs = str(record.get("version"))
-    if theirs.split(".")[:2] != __version__.split(".")[:2]:
+    if not OLDEST <= _release(theirs) <= _release(__version__):
         raise InputError(
             f"{path.parent} is a run of dcgen-convert {theirs}, and this is {__version__}, which cannot go on with it",
             f"go on with it in version {theirs}, or {NEW_RUN}",

@@ -198,6 +198,17 @@ def latest(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
     return (found[-1], _document(found[-1])) if found else None
 
 
+def damaged(folder: str | Path) -> Path | None:
+    """The newest checkpoint, if it is not whole any more: a file is missing or cut short, or its index is damaged."""
+    newest = max(Path(folder).glob("step-*"), default=None)
+    return newest if newest and not _is_whole(newest) else None
+
+
+def _damaged(path: Path, what: str) -> CheckFailed:
+    """What to do about the checkpoint in ``path``: nobody goes back to an older one without a word."""
+    return CheckFailed(what, hint=f"delete {path}: the checkpoint before it is used then")
+
+
 def load(engine: Engine, folder: str | Path) -> dict[str, Any] | None:
     """Put the newest whole checkpoint into ``engine``; its ``extra``, or None when there is none. Collective.
 
@@ -225,17 +236,11 @@ def load(engine: Engine, folder: str | Path) -> dict[str, Any] | None:
     for file, (_, digest) in document["files"].items():
         pulse.bump()
         if sha256(path / file) != digest:
-            raise CheckFailed(
-                f"{path / file} is damaged: it is not what the training wrote",
-                hint=f"delete {path}: the checkpoint before it is used then",
-            )
+            raise _damaged(path, f"{path / file} is damaged: it is not what the training wrote")
     for key, name, value in _tensors(path, document):
         pulse.bump()
         if key == WEIGHT and not value.isfinite().all():
-            raise CheckFailed(
-                f"{path}: {name} holds values that are not finite",
-                hint=f"delete {path}: the checkpoint before it is used then",
-            )
+            raise _damaged(path, f"{path}: {name} holds values that are not finite")
         engine.state.write(engine.named[name], key, value)
     engine.state.set_step(document["step"])
     engine.step_count = document["step"]
@@ -261,9 +266,6 @@ def _tensors(path: Path, document: dict[str, Any]) -> Iterator[tuple[str, str, T
                 torch.cat([file.get_tensor(stored).flatten() for _, file, stored in parts]) if parts else torch.empty(0)
             )
             if value.numel() != math.prod(shape):
-                raise CheckFailed(
-                    f"{path}: {full_name} has {value.numel()} of {math.prod(shape)} numbers",
-                    hint=f"delete {path}: the checkpoint before it is used then",
-                )
+                raise _damaged(path, f"{path}: {full_name} has {value.numel()} of {math.prod(shape)} numbers")
             key, name = full_name.split("/", 1)
             yield key, name, value.view(shape)

@@ -27,7 +27,7 @@ from dcgen_convert.core.names import CHECKPOINTS
 from dcgen_convert.core.progress import Bar
 from dcgen_convert.families import Text
 from dcgen_convert.train import distributed
-from dcgen_convert.train.checkpoints import latest, load, save, whole
+from dcgen_convert.train.checkpoints import damaged, latest, load, save, whole
 from dcgen_convert.train.engine import Engine, StepRecord
 from dcgen_convert.train.objective import Draws, LossOf, SamplingOf, draw, to_device
 from dcgen_convert.train.order import BatchOrder
@@ -287,7 +287,11 @@ def _feed(engine: Engine, samples: Samples, sampling: SamplingOf, seed: int) -> 
 
 def _resume(engine: Engine, checkpoints: Path, identity: dict[str, Any], console: Console) -> Resumed | None:
     """Load the newest checkpoint; None when there is none. InputError when it is of another training."""
-    found = latest(checkpoints)
+    found, cut = latest(checkpoints), damaged(checkpoints)
+    if cut and not found:
+        raise CheckFailed(f"{cut} is damaged, and there is no other", f"delete {checkpoints} to start this stage again")
+    if cut:
+        console.warn(f"{cut} is damaged: the checkpoint before it is used")
     history: list[str] = []
     if found is not None:
         extra = found[1]["extra"]

@@ -4,6 +4,7 @@ Bitwise resume, other layouts, kills at any moment, a full disk, refusals. Real 
 """
 
 import random
+import sys
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import CheckFailed, InputError, ResourceError
 from dcgen_convert.core.files import TEMPORARY, read_json, write_json
 from dcgen_convert.train import checkpoints
@@ -267,3 +269,18 @@ def test_other_settings_do_not_continue_a_run(tmp_path):
     write_json(path, {**read_json(path), "schema": "dcgen.checkpoint/0"})
     with pytest.raises(InputError, match="its schema differs"):
         adapt(tmp_path, phase={"steps": 2})
+
+
+def test_a_damaged_newest_checkpoint_is_told_and_a_single_one_is_refused(tmp_path, capsys):
+    adapt(tmp_path, phase={"steps": 4}, saving=(2, 0.0))
+    first, second = checkpoints.whole(tmp_path / "checkpoints")
+    index = second / checkpoints.INDEX
+    index.write_text(index.read_text()[:-40])
+    metrics, _ = adapt(tmp_path, phase={"steps": 4}, console=Console("human", stderr=sys.stdout))
+    assert metrics["resumed_from"] == 2
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{second} is damaged: the checkpoint before it is used" in said
+    for path in (first, second):
+        (path / checkpoints.INDEX).write_text("{")
+    with pytest.raises(CheckFailed, match="step-000004 is damaged, and there is no other"):
+        adapt(tmp_path, phase={"steps": 4})
