@@ -16,20 +16,19 @@ when --ae changes. More than ten minutes of work are never deleted unless the us
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import TypeAdapter
 
-from dcgen_convert.bundle.layout import check_output
 from dcgen_convert.bundle.manifest import FILE as MANIFEST
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_object, understood, write_json
-from dcgen_convert.core.journal import Found, Run, Stage, Wanted
+from dcgen_convert.core.journal import Found, Run
 from dcgen_convert.core.names import EXPORT, MODULES, RECIPE
 from dcgen_convert.core.progress import duration
 from dcgen_convert.core.version import __version__
@@ -40,39 +39,12 @@ from dcgen_convert.ranks.crew import SOLO, Crew
 from dcgen_convert.ranks.machine import Machine
 from dcgen_convert.recipe.loading import Resolved, revive
 from dcgen_convert.stages import folders, pictures
-from dcgen_convert.stages.folders import BEGUN
 from dcgen_convert.stages.job import Job, prepare
+from dcgen_convert.stages.steps import Step, Survey, wanted
 
 NEW_RUN = "start a new run with another --run-dir"
-ASKED = "asked.json"  # the stages that --from asked for and that are still to be done, and the job that asked
-
-
+ASKED = "asked.json"  # the stages that --from asked for and that are still to be begun, and the job that asked
 OLDEST = (0, 2)  # version whose runs have the form of today's
-KEEP = 600.0  # seconds of work that are never deleted unless the user said so
-
-
-@dataclass(frozen=True)
-class Step:
-    """One stage of the walk.
-
-    Attributes:
-        name: of the stage, and of its folder in the run.
-        function: does the work.
-        inputs: what the result depends on, besides the stages that it builds on.
-        after: these stages.
-        result, repair: as in `journal.Wanted`.
-        continues: (old, new) inputs -> how the stage goes on with a change, in words; None: it starts again.
-        extends: going on with a change only adds to the result.
-    """
-
-    name: str
-    function: Callable[[Job, Stage], None]
-    inputs: dict[str, Any]
-    after: tuple[str, ...] = ()
-    result: tuple[str, ...] = ("*",)
-    repair: Literal["file", "entry", "all"] = "entry"
-    continues: Callable[[dict[str, Any], dict[str, Any]], str | None] = lambda _old, _new: None
-    extends: bool = False
 
 
 def walk(job: Job, output: Path, force: bool) -> Iterator[Step]:
@@ -164,8 +136,12 @@ def convert(  # noqa: PLR0913  every option of the verb by its name
             "machine": asdict(resolved.machine),
             "output": str(output),
         }
+        if not resolved.machine.check:
+            job.source.known.update(_believed(job.source.content_files, recorded.get("source") or {}))
         with console.progress("hash the source", job.source.size, "B") as bar:
             contents = job.source.contents(bar.advance)
+        sizes = {name: path.stat().st_size for name, path in job.source.content_files.items()}
+        record["source"] = {name: [sizes.get(name), digest] for name, digest in contents.items()}
         force = force or recorded.get("replace") == str(output)
         steps = list(walk(job, output, force))
         stages = [step.name for step in steps]
@@ -186,74 +162,10 @@ def convert(  # noqa: PLR0913  every option of the verb by its name
         return _run_steps(job, steps, output, asked)
 
 
-def wanted(step: Step, known: dict[str, Found]) -> Wanted:
-    """What a step must be made from, with the results of the stages before it.
-
-    A stage that extends its own result reads what it builds on anew. For the others an extended result counts as the
-    one that it extends: what was made from 1,000 pictures still holds when there are 2,000.
-    """
-    before = {name: known[name].result if step.extends else known[name].origin for name in step.after}
-    inputs = {**step.inputs, "before": before} if before else step.inputs
-    continues = partial(_continues, step, inputs)
-    return Wanted(step.name, inputs, step.result, step.repair, step.extends, continues)
-
-
-def _continues(step: Step, new: dict[str, Any], old: dict[str, Any]) -> str | None:
-    return step.continues(old, new)
-
-
-class Survey:
-    """What a walk would do, found out before anything is changed.
-
-    Attributes:
-        found: what stands in the folder of every stage whose inputs are known already.
-        lost: stage -> seconds of its work that would be deleted.
-        open: stages that run, or may run because a stage before them does.
-    """
-
-    def __init__(self, run: Run, steps: list[Step], asked: list[str]) -> None:
-        self.run = run
-        self.found: dict[str, Found] = {}
-        self.lost: dict[str, float] = {}
-        self.open: set[str] = set(asked)
-        known: dict[str, Found] = {}
-        for step in steps:
-            if step.name in asked:
-                continue
-            if not set(step.after) <= known.keys():
-                self.open.add(step.name)
-                self.lost[step.name] = run.spent(step.name)
-                continue
-            found = self.found[step.name] = run.look(wanted(step, known))
-            origin = run.origin(step.name)
-            if found.state in ("holds", "damaged"):
-                known[step.name] = found
-            elif step.extends and found.state in ("continues", "interrupted") and origin:
-                known[step.name] = Found(found.state, record={"result": origin, "origin": origin})
-            if found.state != "holds":
-                self.open.add(step.name)
-            if found.state == "outdated":
-                self.lost[step.name] = found.seconds
-
-    def require_output(self, output: Path, force: bool) -> None:
-        """InputError when a finished bundle, or something else, would be replaced and nobody said so."""
-        begun = self.run.path / folders.BUNDLE / BEGUN
-        state = self.found[folders.BUNDLE].state if folders.BUNDLE in self.found else ""
-        own = state in ("holds", "interrupted", "damaged") and begun.exists()
-        if folders.BUNDLE in self.open | self.found.keys() and not own:
-            check_output(output, force)
-
-    def require_consent(self, consent: Callable[[str], bool]) -> None:
-        """InputError when more than ten minutes of work would be deleted and nobody said so."""
-        lost = {name: seconds for name, seconds in self.lost.items() if seconds}
-        total = sum(lost.values())
-        if total <= KEEP:
-            return
-        reasons = [f"{name} {found.reason}" for name, found in self.found.items() if found.state == "outdated"]
-        listed = ", ".join(f"{name} {duration(seconds)}" for name, seconds in lost.items())
-        text = f"{duration(total)} of work would be deleted ({listed}): {'; '.join(reasons) or 'an earlier stage runs'}"
-        if not consent(text):
-            raise InputError(text, f"add --from {next(iter(lost))} to delete it, or use another --run-dir and keep it")
+def _believed(files: Mapping[str, Path], before: Mapping[str, tuple[int, str]]) -> dict[str, str]:
+    """The recorded hashes of the source's files, where all of them are there and have their sizes; else none."""
+    same = files.keys() == before.keys() and all(files[name].stat().st_size == before[name][0] for name in files)
+    return {name: digest for name, (_, digest) in before.items()} if same else {}
 
 
 def _asked(run: Run, stages: list[str], start: str | None) -> list[str]:
@@ -266,7 +178,7 @@ def _asked(run: Run, stages: list[str], start: str | None) -> list[str]:
 
 
 def _answered(run: Run, name: str) -> None:
-    """Stage ``name`` has run again."""
+    """Stage ``name`` has begun again."""
     path = run.path / ASKED
     if path.exists() and name in (found := read_object(path))["stages"]:
         write_json(path, {**found, "stages": [stage for stage in found["stages"] if stage != name]})
@@ -283,10 +195,10 @@ def _run_steps(job: Job, steps: list[Step], output: Path, asked: list[str]) -> d
         if again or found.state != "holds":
             _tell(job.console, step.name, found, again)
             with job.run.stage(made_from, found, again) as stage:
+                _answered(job.run, step.name)  # now: when it is cut off, it continues
                 step.function(job, stage)
             found = job.run.look(made_from)
             assert found.state == "holds", f"stage {step.name} left no marker"
-            _answered(job.run, step.name)
         else:
             job.console.say(f"{step.name}: holds, skipped{_of_fewer(step, known)}")
         known[step.name] = found

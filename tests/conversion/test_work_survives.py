@@ -214,6 +214,13 @@ def test_much_work_is_deleted_only_when_the_user_says_so(copy, stage, change):
     assert everything(copy / "whole" / "adapt-1") != before
 
 
+def test_what_from_asked_for_begins_once_and_then_continues(copy):
+    with pytest.raises(Terminated):
+        convert(job(copy), copy / "whole", copy / "out", Stopping("quiet"), start="adapt-1", until="merge-1")
+    go_on(copy, "whole", until="merge-1")
+    assert record(copy, "whole")["metrics"]["resumed_from"] == STOP
+
+
 def test_an_unfinished_stage_counts(copy):
     path = copy / "stopped" / "adapt-1" / "started.json"
     write_json(path, {**read_json(path), "spent": 3600.0})

@@ -1,0 +1,112 @@
+"""The steps of a walk, and what a walk would do: found out before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from dcgen_convert.bundle.layout import check_output
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.journal import Found, Run, Stage, Wanted
+from dcgen_convert.core.progress import duration
+from dcgen_convert.stages import folders
+from dcgen_convert.stages.job import Job
+
+KEEP = 600.0  # seconds of work that are never deleted unless the user said so
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of the walk.
+
+    Attributes:
+        name: of the stage, and of its folder in the run.
+        function: does the work.
+        inputs: what the result depends on, besides the stages that it builds on.
+        after: these stages.
+        result, repair: as in `journal.Wanted`.
+        continues: (old, new) inputs -> how the stage goes on with a change, in words; None: it starts again.
+        extends: going on with a change only adds to the result.
+    """
+
+    name: str
+    function: Callable[[Job, Stage], None]
+    inputs: dict[str, Any]
+    after: tuple[str, ...] = ()
+    result: tuple[str, ...] = ("*",)
+    repair: Literal["file", "entry", "all"] = "entry"
+    continues: Callable[[dict[str, Any], dict[str, Any]], str | None] = lambda _old, _new: None
+    extends: bool = False
+
+
+def wanted(step: Step, known: dict[str, Found]) -> Wanted:
+    """What a step must be made from, with the results of the stages before it.
+
+    A stage that extends its own result reads what it builds on anew. For the others an extended result counts as the
+    one that it extends: what was made from 1,000 pictures still holds when there are 2,000.
+    """
+    before = {name: known[name].result if step.extends else known[name].origin for name in step.after}
+    inputs = {**step.inputs, "before": before} if before else step.inputs
+    continues = partial(_continues, step, inputs)
+    return Wanted(step.name, inputs, step.result, step.repair, step.extends, continues)
+
+
+def _continues(step: Step, new: dict[str, Any], old: dict[str, Any]) -> str | None:
+    return step.continues(old, new)
+
+
+class Survey:
+    """What a walk would do, found out before anything is changed.
+
+    Attributes:
+        found: what stands in the folder of every stage whose inputs are known already.
+        lost: stage -> seconds of its work that would be deleted.
+        open: stages that run, or may run because a stage before them does.
+    """
+
+    def __init__(self, run: Run, steps: list[Step], asked: list[str]) -> None:
+        self.run = run
+        self.found: dict[str, Found] = {}
+        self.lost: dict[str, float] = {}
+        self.open: set[str] = set(asked)
+        known: dict[str, Found] = {}
+        for step in steps:
+            if step.name in asked:
+                continue
+            if not set(step.after) <= known.keys():
+                self.open.add(step.name)
+                self.lost[step.name] = run.spent(step.name)
+                continue
+            found = self.found[step.name] = run.look(wanted(step, known))
+            origin = run.origin(step.name)
+            if found.state in ("holds", "damaged"):
+                known[step.name] = found
+            elif step.extends and found.state in ("continues", "interrupted") and origin:
+                known[step.name] = Found(found.state, record={"result": origin, "origin": origin})
+            if found.state != "holds":
+                self.open.add(step.name)
+            if found.state == "outdated":
+                self.lost[step.name] = found.seconds
+
+    def require_output(self, output: Path, force: bool) -> None:
+        """InputError when a finished bundle, or something else, would be replaced and nobody said so."""
+        begun = self.run.path / folders.BUNDLE / folders.BEGUN
+        state = self.found[folders.BUNDLE].state if folders.BUNDLE in self.found else ""
+        own = state in ("holds", "interrupted", "damaged") and begun.exists()
+        if folders.BUNDLE in self.open | self.found.keys() and not own:
+            check_output(output, force)
+
+    def require_consent(self, consent: Callable[[str], bool]) -> None:
+        """InputError when more than ten minutes of work would be deleted and nobody said so."""
+        lost = {name: seconds for name, seconds in self.lost.items() if seconds}
+        total = sum(lost.values())
+        if total <= KEEP:
+            return
+        reasons = [f"{name} {found.reason}" for name, found in self.found.items() if found.state == "outdated"]
+        listed = ", ".join(f"{name} {duration(seconds)}" for name, seconds in lost.items())
+        text = f"{duration(total)} of work would be deleted ({listed}): {'; '.join(reasons) or 'an earlier stage runs'}"
+        if not consent(text):
+            raise InputError(text, f"add --from {next(iter(lost))} to delete it, or use another --run-dir and keep it")
