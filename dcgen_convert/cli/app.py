@@ -329,8 +329,9 @@ def _run(session: Session, arguments: list[str]) -> int:
         click.echo(exc.ctx.get_help(), err=True)
         code = exc.exit_code
     except SystemExit as exc:
-        # Without standalone mode click exits by itself only after EPIPE: the reader of the help has read enough.
-        code = 0 if isinstance(exc.__context__, BrokenPipeError) else session.fail(exc)
+        # Without standalone mode click exits by itself only after EPIPE: the reader of the help has read enough. It has
+        # then put a private class in stdout's place.
+        code = 0 if "PacifyFlushWrapper" in type(sys.stdout).__name__ else session.fail(exc)
     except BaseException as exc:  # noqa: BLE001  every failure leaves through the one table
         code = session.fail(exc)
     return code if isinstance(code, int) else 0

@@ -107,7 +107,7 @@ def json_text(document: Any, indent: int | None = None) -> str:
 
 def require_regular(path: Path) -> None:
     """InputError for a pipe, a device or a folder: opening a pipe would wait without end."""
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{path} is no regular file", "put a file in its place")
 
 

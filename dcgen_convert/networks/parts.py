@@ -65,9 +65,14 @@ def _check_model(cls: Any, folder: Path) -> None:
     try:
         with _quiet():
             _, info = cls.from_pretrained(
-                folder, device_map="meta", output_loading_info=True, use_safetensors=True, local_files_only=True
+                folder,
+                device_map="meta",
+                attn_implementation="eager",  # whatever the config says: it may name code on the hub
+                output_loading_info=True,
+                use_safetensors=True,
+                local_files_only=True,
             )
-    except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
+    except (ImportError, ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder} does not load: {_first_line(error)}", FETCH) from error
     lost = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     surplus = [key for key in info["unexpected_keys"] if not (COMPUTED.search(key) or OTHER_HALF.match(key))]

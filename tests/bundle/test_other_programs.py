@@ -56,7 +56,7 @@ def test_a_class_is_found_by_the_config_alone(bundles):
     folder = bundles("flux") / "vae"
     module, name = read_json(folder / "config.json")["auto_map"]["AutoModel"].split(".")
     assert (folder / f"{module}.py").is_file() and name == adapter.CLASS_NAME
-    assert type(loaded(folder, AutoModel)).__name__ == name
+    assert type(loaded(str(folder), AutoModel)).__name__ == name
 
 
 def test_each_load_gives_the_same_class(bundles, pipe):

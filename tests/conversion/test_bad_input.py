@@ -4,7 +4,9 @@ import json
 import shutil
 
 import pytest
+import torch
 from conftest import run_cli, short_settings
+from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 CONVERT = ["--ae", "tiny-dc-ae-f32", "-o", "bundle", "--run-dir", "run", "-y"]
@@ -142,8 +144,9 @@ def test_names_and_sizes(tmp_path):
 
 
 def test_widths_that_no_4_bit_format_holds_are_refused_before_anything_starts(source, tmp_path):
-    path = source / "transformer" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "num_attention_heads": 3}))
+    config = json.loads((source / "transformer" / "config.json").read_text())
+    torch.manual_seed(0)
+    FluxTransformer2DModel.from_config({**config, "num_attention_heads": 3}).save_pretrained(source / "transformer")
     arguments = ["convert", str(source), "--recipe", "tiny-flux", *CONVERT, "--quantize", "int4"]
     refused(tmp_path, *arguments, says="transformer_blocks.*.attn.to_q")
     assert not list((tmp_path / "run").glob("*/"))  # a log at most

@@ -45,5 +45,5 @@ def test_a_bfl_file_converts_to_the_folders_result(converted, tmp_path):
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     record = json.loads((tmp_path / "bundle" / "dcgen_manifest.json").read_text())["sources"]["base"]
-    assert list(record["files"]) == ["mine.safetensors"] and record["base"]["name"] == str(BASE)
+    assert list(record["files"]) == ["mine.safetensors"] and record["base"]["name"] == BASE.name
     assert not any(path.is_symlink() for path in (tmp_path / "bundle").rglob("*"))

@@ -292,7 +292,7 @@ def test_the_lines_of_the_model_card_draw_in_a_fresh_process(tiny, converted, bu
     lines = re.search(r"```python\n(.*?)```", (bundle / "README.md").read_text(), re.DOTALL)[1]
     assert lines.count("from_pretrained(") == 1
     here = {
-        '"PATH"': repr(str(bundle)),
+        f'"{bundle.name}"': repr(str(bundle)),
         '.to("cuda")': "",
         "torch.bfloat16": "torch.float32",
     }  # this machine has no GPU
