@@ -26,6 +26,7 @@ from dcgen_convert.checkpoint.source import Source
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import CheckFailed, InputError
 from dcgen_convert.core.files import read_json, write_json
+from dcgen_convert.core.progress import duration
 from dcgen_convert.data import prompts
 from dcgen_convert.families import QuantTargets
 from dcgen_convert.families.grid import autoencoder_grid
@@ -35,6 +36,7 @@ from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.schema import Quantize
 from dcgen_convert.stages.pictures import class_names
 from dcgen_convert.stages.quantize import SINGLE_FILE, measured, settings_of
+from dcgen_convert.stages.steps import KEEP
 from dcgen_convert.svdquant.nunchaku import export_nunchaku
 from dcgen_convert.svdquant.quantize import quantize
 from dcgen_convert.svdquant.record import CALLS, DONE, CalibrationSet, read_calls, record_calls
@@ -107,6 +109,7 @@ def quantize_source(request: Request, console: Console) -> dict[str, Any]:
     if (alone := transformer_alone(request)) is not None:
         return quantize_alone(request, alone, console)
     quantisation = SourceQuantisation.of(request, console)
+    quantisation.clear()
     try:
         quantisation.prepare()
     except InputError:
@@ -239,17 +242,35 @@ class SourceQuantisation:
         """The recipe section and the drawing, as plain data."""
         return {"quantize": self.request.section.model_dump(mode="json"), "drawing": asdict(self.request.drawing)}
 
-    def prepare(self) -> None:
-        """Make the work folder, lay out a source that is no pipeline folder, and check the size of the pictures.
+    @property
+    def call(self) -> dict[str, Any]:
+        """What the work folder belongs to."""
+        return {"source": self.source.fingerprint, **self.asked}
 
-        A work folder that another source or other settings left is replaced.
+    def clear(self) -> None:
+        """Delete a work folder that another source or other settings left, and say so.
+
+        Raises:
+            InputError: it holds more than ten minutes of work.
         """
+        folder = self.request.work_folder
+        if not folder.exists() or ((folder / CALL).is_file() and read_json(folder / CALL) == self.call):
+            return
+        times = [path.stat().st_mtime for path in folder.rglob("*") if path.is_file()]
+        spent = max(times, default=0.0) - min(times, default=0.0)
+        if spent > KEEP:
+            raise InputError(
+                f"{folder} holds {duration(spent)} of work of another call, which was cut off",
+                f"give the settings of its {CALL} to finish it, or delete the folder",
+            )
+        self.console.warn(f"{folder}: the unfinished work of another call is deleted, {duration(spent)}")
+        shutil.rmtree(folder)
+
+    def prepare(self) -> None:
+        """Make the work folder, lay out a source that is no pipeline folder, and check the size of the pictures."""
         folder, source = self.request.work_folder, self.source
-        call = {"source": source.fingerprint, **self.asked}
-        if folder.exists() and not ((folder / CALL).is_file() and read_json(folder / CALL) == call):
-            shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / CALL, call)
+        write_json(folder / CALL, self.call)
         if isinstance(source, Imported) and not (source.root / "model_index.json").exists():  # written last
             source.lay_out(self.console)
         check_size(source.family, source.config, self.vae, self.defaults["height"], self.defaults["width"])
@@ -257,7 +278,7 @@ class SourceQuantisation:
     def record(self) -> None:
         """Draw the calibration pictures and keep the calls of the transformer, unless they are there or not wanted."""
         folder, source, drawing = self.request.work_folder / CALLS, self.source, self.request.drawing
-        if drawing.data_free or (folder / DONE).exists():
+        if drawing.data_free:
             return
         count = self.request.section.calibration.prompts
         pictures = CalibrationSet(
@@ -269,6 +290,9 @@ class SourceQuantisation:
             guidance=self.defaults["guidance"],
             length=self.defaults["text_length"],
         )
+        batches = pictures.missing(folder)
+        if not batches and (folder / DONE).exists():
+            return
         what = f"{count} pictures of {pictures.side} px, {pictures.steps} steps, guidance {pictures.guidance}"
         self.console.say(f"calibration: {what}")
         if note := prompts.told(drawing.prompts or "builtin", count):
@@ -280,7 +304,8 @@ class SourceQuantisation:
                 return pipelines.load_pipeline(source, torch.bfloat16, transformer=model, **vae)
 
         with self.console.progress("calibration", count, "prompts") as bar:
-            record_calls(folder, source.family, pipeline, pictures, bar, pictures.missing(folder))
+            bar.advance(count - sum(last - first for first, last in batches))
+            record_calls(folder, source.family, pipeline, pictures, bar, batches)
         write_json(folder / DONE, {"calls": len(read_calls(folder))})
 
     @property

@@ -1,6 +1,8 @@
 """4-bit bundles: their table of formats, drawing without the kernels, and damage that the stock loader lets pass."""
 
+import os
 import shutil
+import sys
 
 import numpy
 import pytest
@@ -16,7 +18,7 @@ from dcgen_convert.bundle.loading import choose_runtime, load
 from dcgen_convert.bundle.sample import sample
 from dcgen_convert.bundle.verify import verify
 from dcgen_convert.core.console import NULL, Console
-from dcgen_convert.core.errors import CheckFailed, ResourceError
+from dcgen_convert.core.errors import CheckFailed, InputError, ResourceError
 from dcgen_convert.core.files import read_json, sha256, write_json
 from dcgen_convert.quantization import Drawing, Request, SourceQuantisation
 from dcgen_convert.svdquant.record import CALLS, read_calls
@@ -122,3 +124,22 @@ def test_a_converted_bundle_is_drawn_for_calibration_and_keeps_its_lineage(quant
     card = render(record, family=work.source.family, layout="source", title="t")
     assert "`org/base` converted to" in card and "trust_remote_code=True" in card and "96 x 96 px" in card
     assert yaml.safe_load(card.split("---")[1])["base_model"] == ["org/base"]
+
+
+def test_the_work_of_another_call_is_told_and_much_of_it_is_kept(tmp_path, capsys):
+    """Of a quantisation that was cut off, with other settings than today's."""
+    asked = quantisation("int4", 32, 1, None, "diffusers", False)
+    console = Console("human", stderr=sys.stdout)
+    work = SourceQuantisation.of(Request("tiny-flux", tmp_path / "out", asked, Drawing(steps=1)), console)
+    folder = work.request.work_folder
+    folder.mkdir()
+    for name, age in (("call.json", 5000), ("calls.safetensors", 0)):
+        (folder / name).write_text("{}")
+        os.utime(folder / name, (1e9 - age, 1e9 - age))
+    with pytest.raises(InputError, match="holds 1 h 23 min of work of another call"):
+        work.clear()
+    assert (folder / "calls.safetensors").exists()
+    os.utime(folder / "call.json", (1e9 - 60, 1e9 - 60))
+    work.clear()
+    assert not folder.exists()
+    assert "the unfinished work of another call is deleted" in " ".join(capsys.readouterr().out.split())
