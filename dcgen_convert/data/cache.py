@@ -191,8 +191,7 @@ def hold_out(names: Sequence[str], before: Sequence[int] = ()) -> list[int]:
         before: what was held out of the first rows.
     """
     wanted = min(max(1, len(names) // 20), 512)
-    others = set(range(len(names))) - set(before)
-    new = [row for row in others if not before or row > max(before)]
+    new = range(max(before, default=-1) + 1, len(names))
     order = sorted(new, key=lambda row: hashlib.sha256(names[row].encode(errors="surrogateescape")).digest())
     return sorted([*before, *order[: max(0, wanted - len(before))]])
 

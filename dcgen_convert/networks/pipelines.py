@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -79,20 +79,11 @@ def draw(
     return pipeline(**call, generator=generators, output_type="pt").images.float().cpu() * 2 - 1
 
 
-@contextmanager
-def quiet_diffusers() -> Iterator[None]:
+def quiet_diffusers() -> AbstractContextManager[None]:
     """Hide the progress bars of diffusers, and its warning that the autoencoder is not an AutoencoderKL."""
     from diffusers.utils import logging
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+    return parts.quieted(logging)
 
 
 def require_parts(source: Source, given: Container[str] = ()) -> None:

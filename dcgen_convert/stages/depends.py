@@ -178,8 +178,8 @@ def data_continues(job: Job, old: dict[str, Any]) -> str | None:
         )
         return f"{len(before)} -> {len(now)} pictures" if before and before <= now else None
     before_count = int(old["data.count"])
-    same = _captions(job, before_count) == old[CAPTIONS]
     texts, earlier = texts_of(job, count), texts_of(job, before_count)
+    same = fingerprint(earlier) == old[CAPTIONS]
     fits = all(mine == other for mine, other in zip(texts, earlier, strict=False))
     return f"{before_count} -> {count} pictures" if same and fits else None
 

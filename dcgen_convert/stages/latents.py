@@ -45,7 +45,8 @@ def run(job: Job, stage: Stage) -> None:
     """Encode every readable picture at every resolution of the recipe's phases."""
     resolutions = sorted({phase.resolution for phase in job.recipe.adapt.phases})
     kept = rows_before(job)
-    new = [picture for picture in pictures_stage.listed(job) if picture not in set(kept)]
+    known = set(kept)
+    new = [picture for picture in pictures_stage.listed(job) if picture not in known]
     pictures = [*kept, *arranged(job, readable(job, new, len(kept) + len(new)))]
     pictures_stage.require_two(len(pictures))
     held_out = cache.hold_out([row_name(job, picture) for picture in pictures], held_before(stage, len(kept)))
