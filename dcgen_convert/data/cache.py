@@ -181,17 +181,17 @@ def _require_counts(*numbers: Any) -> None:
         raise ValueError(f"{numbers} are no numbers of rows, or no shape")
 
 
-def hold_out(names: Sequence[str], before: Sequence[int] = ()) -> list[int]:
+def hold_out(names: Sequence[str], before: Sequence[int] = (), rows: int = 0) -> list[int]:
     """The rows that no training sees: a twentieth, 1 to 512 rows, those whose names have the smallest hashes.
 
     So they come from everywhere in the data. When rows are appended, those of ``before`` stay held out.
 
     Args:
         names: one per row.
-        before: what was held out of the first rows.
+        before: what was held out of the first ``rows``; the others of them were trained on, and stay so.
     """
     wanted = min(max(1, len(names) // 20), 512)
-    new = range(max(before, default=-1) + 1, len(names))
+    new = range(rows, len(names))
     order = sorted(new, key=lambda row: hashlib.sha256(names[row].encode(errors="surrogateescape")).digest())
     return sorted([*before, *order[: max(0, wanted - len(before))]])
 

@@ -49,7 +49,9 @@ def run(job: Job, stage: Stage) -> None:
     new = [picture for picture in pictures_stage.listed(job) if picture not in known]
     pictures = [*kept, *arranged(job, readable(job, new, len(kept) + len(new)))]
     pictures_stage.require_two(len(pictures))
-    held_out = cache.hold_out([row_name(job, picture) for picture in pictures], held_before(stage, len(kept)))
+    held_out = cache.hold_out(
+        [row_name(job, picture) for picture in pictures], held_before(stage, len(kept)), len(kept)
+    )
     spans = spans_of(job, stage, pictures, resolutions)
     if not (stage.folder / LAYOUT).exists():
         write_json(stage.folder / LAYOUT, {"rows_per_shard": shard_rows(len(pictures))})

@@ -185,7 +185,7 @@ def test_held_out_rows_come_from_everywhere_and_stay_held_out_when_rows_are_appe
     held = cache.hold_out(names)
     assert len(held) == 20 and len({names[row][0] for row in held}) > 5
     assert cache.hold_out(names) == held
-    grown = cache.hold_out([*names, *(f"k/{number:03d}.png" for number in range(200))], held)
+    grown = cache.hold_out([*names, *(f"k/{number:03d}.png" for number in range(200))], held, 400)
     assert grown[:20] == held and len(grown) == 30 and min(grown[20:]) >= 400
     assert len(cache.hold_out([str(number) for number in range(20_000)])) == 512
     assert len(cache.hold_out(["a"])) == 1
