@@ -8,7 +8,7 @@ from dcgen_convert.checkpoint import merge
 from dcgen_convert.core import names
 from dcgen_convert.core.files import copy_file
 from dcgen_convert.core.journal import Stage
-from dcgen_convert.networks import models, pipelines
+from dcgen_convert.networks import models
 from dcgen_convert.stages import gap, grid
 from dcgen_convert.stages.job import Job
 from dcgen_convert.stages.layout import first_device, fitted
@@ -58,5 +58,4 @@ def merge_phase(job: Job, stage: Stage, number: int) -> None:
         lora = None
     dense, modules = job.folders.dense_before(number), export / names.MODULES
     stage.metrics.update(merge.merge(dense, merged, lora=lora, modules=modules, console=job.console))
-    model = models.load(merged, job.dtype, device=pipelines.device())
-    stage.metrics["gap"] = gap.measure(job, model, job.rows(phase.resolution).split()[1])
+    stage.metrics["gap"] = gap.measure(job, merged, job.rows(phase.resolution).split()[1], stage.folder)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,8 @@ from dcgen_convert.data.cache import LatentCache
 from dcgen_convert.families.base import Network
 from dcgen_convert.networks import models
 from dcgen_convert.stages.job import Job
+from dcgen_convert.svdquant import skeleton
+from dcgen_convert.svdquant.source import read_folder
 from dcgen_convert.train.ridge import NormalEquations
 
 OVERFIT = 2.0  # warn above this ratio of held-out MSE to training MSE: the fit has too few rows
@@ -35,8 +38,10 @@ def run(job: Job, stage: Stage) -> None:
     settings = job.recipe.align_embedder
     resolution = job.recipe.adapt.phases[0].resolution
     cache = job.rows(resolution)
-    teacher = models.load(job.source.transformer, torch.float32)
-    student = models.load(job.folders.surgery / models.TRANSFORMER, torch.float32)
+    teacher, student = (
+        embedding(folder, job.family.embedder)
+        for folder in (job.source.transformer, job.folders.surgery / models.TRANSFORMER)
+    )
     problem = Problem(job, teacher, student, cache, settings.pooling)
 
     seen, unseen = (problem.equations(job.recipe.latents.batch, part) for part in cache.split())
@@ -130,6 +135,18 @@ def resize(tokens: Tensor, grid: tuple[int, int], to: tuple[int, int], mode: str
     maps = tokens.unflatten(1, grid).movedim(-1, 1)
     kwargs = {"align_corners": False} if mode == "bilinear" else {}
     return F.interpolate(maps, size=to, mode=mode, **kwargs).movedim(1, -1).flatten(1, 2)
+
+
+def embedding(folder: Path, embedder: str) -> Network:
+    """The transformer in ``folder`` with only its embedder and the positions beside it in memory, float32.
+
+    Args:
+        embedder: module name. All positions that a family adds lie in the model's part that holds it.
+    """
+    config, entries = read_folder(folder)
+    model, part = skeleton.build(config), embedder.partition(".")[0]
+    skeleton.load(model.get_submodule(part), part, entries, "cpu", torch.float32)
+    return model
 
 
 def linear(model: nn.Module, path: str) -> nn.Linear | nn.Conv2d:

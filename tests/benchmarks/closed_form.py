@@ -9,8 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.files import read_json
 from dcgen_convert.core.journal import Run
@@ -18,7 +16,7 @@ from dcgen_convert.core.names import RECIPE
 from dcgen_convert.networks import models
 from dcgen_convert.recipe.loading import Resolved
 from dcgen_convert.recipe.schema import Recipe
-from dcgen_convert.stages.align_embedder import Problem, descend, xavier
+from dcgen_convert.stages.align_embedder import Problem, descend, embedding, xavier
 from dcgen_convert.stages.job import prepare
 
 STEPS, RATE, BATCH = 20_000, 1e-4, 64  # arXiv 2509.25180
@@ -27,8 +25,8 @@ STEPS, RATE, BATCH = 20_000, 1e-4, 64  # arXiv 2509.25180
 def main(folder: Path) -> None:
     run = Run(folder, NULL)
     job = prepare(Resolved(Recipe.model_validate(read_json(folder / RECIPE)["recipe"]), {}), run, NULL)
-    teacher = models.load(job.source.transformer, torch.float32)
-    student = models.load(job.folders.surgery / models.TRANSFORMER, torch.float32)
+    teacher = embedding(job.source.transformer, job.family.embedder)
+    student = embedding(job.folders.surgery / models.TRANSFORMER, job.family.embedder)
     problem = Problem(job, teacher, student, job.rows(job.resolution), "average")
     started = time.perf_counter()
     equations = problem.equations(BATCH)

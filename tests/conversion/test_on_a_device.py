@@ -1,6 +1,7 @@
 """What a conversion does outside the training engine, on a pretend device: tensors left on the CPU would raise."""
 
 import json
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -56,11 +57,40 @@ def test_the_pretend_device_refuses_tensors_of_the_cpu(device):
         there + here
 
 
-def test_the_gap_is_the_same_on_a_device(job, device):
-    model = models.load(job.folders.converted, job.dtype, device=device)
-    found = gap.measure(job, model, job.rows(job.resolution).split()[1])
+def test_the_gap_is_the_same_on_a_device(job, device, tmp_path):
+    found = gap.measure(job, job.folders.converted, job.rows(job.resolution).split()[1], tmp_path)
     recorded = json.loads((job.folders.merge(1) / "stage.json").read_text())["metrics"]["gap"]
     assert found == pytest.approx(recorded, rel=1e-4)
+
+
+def test_the_gap_holds_one_model_at_a_time(job, tmp_path, monkeypatch):
+    """And is that of both models side by side, bit by bit. The tokens on the disk go away."""
+    rows = job.rows(job.resolution).split()[1]
+    base, converted = (models.load(folder, job.dtype) for folder in (job.source.transformer, job.folders.converted))
+    sums = []
+    for index in range(min(len(rows), gap.PICTURES)):
+        tokens = []
+        for model, latent in zip((base, converted), rows.pairs([index]), strict=True):
+            sampling = phases.sampling_of(job.family, job.recipe.adapt, latent.shape[1:], model.config, job.scheduler)
+            drawn = objective.draw(job.recipe.seed, 0, [index], latent.shape[1:], sampling, objective.EVALUATION)
+            drawn = replace(drawn, t=torch.full((1,), gap.T))
+            with torch.no_grad():
+                tokens.append(gap.block_tokens(job.family, model, latent, rows.condition([index]), drawn))
+        sums.append(torch.stack([gap.squares(old, new) for old, new in zip(*tokens, strict=True)]))
+    distance, norm = sum(sums[1:], sums[0]).unbind(1)
+
+    alive = weakref.WeakSet()
+    original = models.load
+
+    def load(*given, **named):
+        assert not alive, "a second model is loaded"
+        model = original(*given, **named)
+        alive.add(model)
+        return model
+
+    monkeypatch.setattr(models, "load", load)
+    assert gap.measure(job, job.folders.converted, rows, tmp_path) == (distance / norm).tolist()
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_head_starts_the_same_on_a_device(job, device):

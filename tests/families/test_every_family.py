@@ -29,7 +29,7 @@ from dcgen_convert.planning.arithmetic import matching
 from dcgen_convert.planning.quantised import quantised_linears
 from dcgen_convert.planning.structures import structure
 from dcgen_convert.recipe.schema import Quantize
-from dcgen_convert.stages.align_embedder import Problem, affine, as_module
+from dcgen_convert.stages.align_embedder import Problem, affine, as_module, embedding
 from dcgen_convert.svdquant import layer, smooth
 from dcgen_convert.svdquant.quantize import quantize
 from dcgen_convert.svdquant.record import CalibrationSet, read_calls, record_calls
@@ -420,6 +420,11 @@ def test_alignment_reaches_the_least_squares_optimum_of_the_embedder(tiny, sourc
         fine = teacher.config.sample_size  # its position table fits one size
     cache = Pairs((channels, fine, fine), (parts.channels, cells, cells), count=2000 // cells**2 + 8)
     problem = Problem(SimpleNamespace(family=family), teacher, student, cache, "average")
+    small = [embedding(folder, family.embedder) for folder in (source.transformer, parts.transformer)]
+    read = Problem(SimpleNamespace(family=family), *small, cache, "average")
+    for found, wanted in zip(read.rows([0, 1]), problem.rows([0, 1]), strict=True):
+        assert torch.equal(found, wanted)  # of the embedder alone, bit by bit
+    assert all(model.get_submodule(family.head).weight.is_meta for model in small)
     module = copy.deepcopy(student.get_submodule(family.embedder))
     solved = as_module(module, "module", *problem.equations(8).solve(1e-6, bias=problem.biased))
     module.load_state_dict({key.removeprefix("module."): value for key, value in solved.items()})
