@@ -12,11 +12,9 @@ The functions stand in `dcgen_convert.api.calls`, what they return in `dcgen_con
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING
-
 from dcgen_convert.core.version import __version__
 
+TYPE_CHECKING = False  # typing is not imported for it: the command must hear signals soon after its start
 if TYPE_CHECKING:
     from dcgen_convert.api.calls import convert, inspect, plan, quantize, resume, runs, sample, verify
     from dcgen_convert.api.results import Conversion, Inspection, Pictures, Plan, Quantised, Runs, Verdict
@@ -64,6 +62,8 @@ _HOMES = ("api.calls", "api.results", "core.errors")
 def __getattr__(name: str) -> object:
     """Import a public name on first use (PEP 562)."""
     if name in __all__:
+        from importlib import import_module
+
         for home in _HOMES:
             module = import_module(f"{__name__}.{home}")
             if hasattr(module, name):

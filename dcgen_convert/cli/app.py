@@ -30,7 +30,7 @@ from dcgen_convert.cli.options import (
     output_options,
     stack,
 )
-from dcgen_convert.cli.session import Session, drain
+from dcgen_convert.cli.session import Session, drain, ignore_signals
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.version import __version__
 from dcgen_convert.recipe import shelf
@@ -312,9 +312,11 @@ def main(argv: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else argv
     session = Session(arguments)
     try:
+        session.listen()
         code = _run(session, arguments)
     except BaseException as exc:  # noqa: BLE001  a second Ctrl-C while the first was being explained
         code = session.fail(exc)
+    ignore_signals()
     session.leave(code)
     drain()
     sys.exit(code)

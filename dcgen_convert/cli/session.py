@@ -55,6 +55,7 @@ class Session:
         self.rank = ranks.rank()
         self.crew: Crew = SOLO
         self._failing = threading.Lock()
+        self._telling: int | None = None  # the thread that says what went wrong
         self.result: IO[str] | None = None  # where the result goes while a verb works
         self.run_dir: Path | None = None
         self.console = Console("json" if self.json else "human", verbose="-v" in argv or "--verbose" in argv)
@@ -76,7 +77,7 @@ class Session:
         """
         self.json = json
         self.run_dir = run_dir
-        self._listen()
+        self.listen()
         if not verbose:
             _hush()
         if run_dir is not None and (log_file is None or self.rank):
@@ -117,7 +118,8 @@ class Session:
             time.sleep(ORPHAN_SECONDS)
         os._exit(TerminatedRun.exit_code)
 
-    def _listen(self) -> None:
+    def listen(self) -> None:
+        """From here on, SIGTERM and Ctrl-C raise where the main thread stands, and `fail` says so."""
         signal.signal(signal.SIGTERM, self._on_signal)
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a background job of a shell
             signal.signal(signal.SIGINT, self._on_signal)
@@ -161,7 +163,10 @@ class Session:
             os._exit(TerminatedRun.exit_code)  # before the ranks have met; the command that started them says why
         error = self.crew.settle(explain(exc), pulse.broke_collective(exc))
         if not self._failing.acquire(blocking=False):
+            if self._telling == threading.get_ident():
+                return error.exit_code  # saying it has failed itself
             threading.Event().wait()  # the other thread is saying it, and ends the process
+        self._telling = threading.get_ident()
         if isinstance(error, InterruptedRun):
             error.hint = self._again()
         self._keep_traceback(exc, error)
@@ -236,6 +241,13 @@ def _outlive_readers() -> None:
         stream if isinstance(stream, Lasting) else cast("TextIO", Lasting(stream))
         for stream in (sys.stdout, sys.stderr)
     )
+
+
+def ignore_signals() -> None:
+    """The work is over and its code is known: what is left of this process ends by itself, and with that code."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    exec("")  # CPython ends with a SIGINT of its own when the last code that came as a text was interrupted
 
 
 def drain() -> None:

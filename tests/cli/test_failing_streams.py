@@ -146,6 +146,16 @@ def test_signals_after_the_first_are_heard_until_the_error_is_told(session):
     assert session.console.stderr.getvalue().splitlines()[-1] == "dcgen-convert convert 'a name'"
 
 
+def test_an_interrupt_while_the_error_is_told_waits_for_nobody(session, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session.console, "error", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        session.fail(Terminated())
+    assert session.fail(during(Terminated(), KeyboardInterrupt())) == 130
+
+
 WORK = """
 import os, signal, sys, time
 import click

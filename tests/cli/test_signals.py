@@ -66,3 +66,38 @@ def test_json_document_names_the_resume_command(tmp_path):
     assert returned == 143
     assert error["code"] == "terminated"
     assert error["hint"] == f"dcgen-convert resume {tmp_path / 'run'}"
+
+
+EARLY = """
+import os, sys
+
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == "click":
+            for _ in range(2):
+                os.kill(os.getpid(), int(sys.argv[-1]))
+
+sys.meta_path.insert(0, Finder())
+from dcgen_convert.cli import __main__
+__main__.main()
+"""
+WITHIN_TEXT = """
+import os, sys
+from dcgen_convert.cli import app
+
+@app.cli.command("text")
+def text():
+    exec("os.kill(os.getpid(), int(sys.argv[-1]))")
+
+app.main(["text"])
+"""
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("script", [EARLY, WITHIN_TEXT], ids=["while the verbs are imported", "in code from a text"])
+def test_no_traceback_and_the_code(tmp_path, script, number, code):
+    command = [sys.executable, "-c", script, str(int(number))]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path, timeout=60,
+                          preexec_fn=heed_interrupts)  # fmt: skip
+    assert (done.returncode, done.stdout) == (code, "")
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) in (0, 2, 3)
