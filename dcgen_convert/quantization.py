@@ -34,7 +34,7 @@ from dcgen_convert.networks import models, pipelines
 from dcgen_convert.recipe import loading
 from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.schema import Quantize
-from dcgen_convert.stages.pictures import class_names
+from dcgen_convert.stages.captions import class_names
 from dcgen_convert.stages.quantize import SINGLE_FILE, measured, settings_of
 from dcgen_convert.stages.steps import KEEP
 from dcgen_convert.svdquant.nunchaku import export_nunchaku

@@ -222,7 +222,7 @@ def quantize(  # noqa: PLR0913  every option of the verb by its name
         output: folder of the bundle. None: ./NAME-FORMAT.
         rank: of the 16-bit branch, a multiple of 16.
         calibration: number of calibration pictures; None: use the weights alone.
-        prompts: text file with one prompt per line, for these pictures. None: the catalogue's, else built-in ones.
+        prompts: of these pictures, in any form that `convert` takes. None: the catalogue's, else built-in ones.
         resolution, steps, guidance: side in px and settings of these pictures. None: the catalogue's, else the
             pipeline's own.
         dense: regex of block linears that stay 16-bit. None: none beyond the family's.

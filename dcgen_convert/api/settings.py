@@ -21,7 +21,7 @@ class Settings(TypedDict, total=False):
     merge_lora: True adds the LoRA to the weights, False keeps it in a file of its own.
     layout: pipeline class of the bundle.
     data: folder of images with captions, or a .jsonl.
-    prompts: text file with one prompt per line, for the pictures that are drawn.
+    prompts: of the pictures that are drawn: FILE.txt, FILE:COLUMN of a table, or hf://datasets/ORG/NAME:COLUMN.
     resolution: picture side of the last phase in px.
     dtype: number type in training. seed: of every random draw.
     zero: ZeRO stage; "auto" takes the smallest that fits. offload: what is kept in host memory.

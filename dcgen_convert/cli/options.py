@@ -74,8 +74,9 @@ RECIPE = [
            help="Pipeline class of the bundle. Default: stock (diffusers' own)."),
     option("--data", metavar="PATH", type=click.Path(),
            help="Folder of images with captions, or a .jsonl. Default: pictures drawn by the base model."),
-    option("--prompts", metavar="FILE", type=click.Path(),
-           help="Text file with one prompt per line, for the pictures that are drawn. Default: the recipe's."),
+    option("--prompts", metavar="FILE[:COLUMN]", type=click.Path(),
+           help="Prompts of the pictures that are drawn: .txt with one per line, a column of a .jsonl, .csv, .tsv or "
+           ".parquet, or hf://datasets/ORG/NAME:COLUMN. Default: the recipe's."),
     option("--resolution", metavar="PX", type=click.IntRange(min=1),
            help="Picture side of the last phase in px. An earlier phase keeps its own unless that is larger. Default: "
            "the recipe's."),
@@ -120,8 +121,9 @@ QUANTIZE = [
            help="Rank of the 16-bit branch, a multiple of 16."),
     option("--calibration", metavar="N|none", type=CountOrNone(), default="64", show_default=True,
            help="Number of calibration pictures; none: use the weights alone."),
-    option("--prompts", metavar="FILE", type=click.Path(),
-           help="One prompt per line, for the calibration pictures. Default: the catalogue's, else built-in ones."),
+    option("--prompts", metavar="FILE[:COLUMN]", type=click.Path(),
+           help="Prompts of the calibration pictures, as `convert` takes them. Default: the catalogue's, else built-in "
+           "ones."),
     option("--resolution", metavar="PX", type=click.IntRange(min=1),
            help="Side of the calibration pictures. Default: the catalogue's, else the pipeline's."),
     option("--steps", metavar="N", type=click.IntRange(min=1),

@@ -166,6 +166,14 @@ class Run:
             return str(self.record(name)["origin"])
         return self._sealed(name, STARTED)["origin"] if (folder / STARTED).exists() else None
 
+    def inputs(self, name: str) -> dict[str, Any]:
+        """What the work in the folder of a stage is made from; empty where there is none."""
+        for file in (MARKER, STARTED):
+            if (self.path / name / file).exists():
+                found: dict[str, Any] = self._sealed(name, file)["inputs"]
+                return found
+        return {}
+
     def record(self, name: str) -> dict[str, Any]:
         """The marker of a finished stage.
 

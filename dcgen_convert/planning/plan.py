@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dcgen_convert.core.disk import check_disk, existing
+from dcgen_convert.data import prompts
 from dcgen_convert.families import Family
 from dcgen_convert.planning import costs, memory, speed
 from dcgen_convert.planning.fit import Fit, decide, head_phase, training
@@ -141,6 +142,12 @@ def _notes(fetch: list[dict], space: dict, resolved: Resolved, family: Family) -
     data = resolved.recipe.data
     if data.kind == "folder" and data.path and not Path(data.path).expanduser().exists():
         notes.append(f"data.path {data.path} does not exist yet")
+    if (
+        data.kind == "synthetic"
+        and "class_labels" not in family.text_keys
+        and (doubt := prompts.doubt(data.prompts, data.count))
+    ):
+        notes.append(doubt)
     free = shutil.disk_usage(existing(Path.cwd())).free
     if space["peak"] > free:
         notes.append(f"the disk here is too small: {space['peak'] / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")

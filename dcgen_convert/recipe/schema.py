@@ -72,7 +72,9 @@ class Data(Section):
         default=None, description="folder of images with .txt captions, or a .jsonl; needed by kind folder"
     )
     prompts: str = Field(
-        default="builtin", description="builtin, tiny-world, or a text file with one prompt per line (synthetic only)"
+        default="builtin",
+        description="builtin, tiny-world, FILE.txt with one prompt per line, FILE:COLUMN of a .jsonl, .csv, .tsv or "
+        ".parquet, or hf://datasets/ORG/NAME:COLUMN (synthetic only)",
     )
     count: PositiveInt = Field(default=10_000, description="pictures; a folder is read up to this many")
     steps: PositiveInt = Field(default=20, description="denoising steps per synthetic picture")

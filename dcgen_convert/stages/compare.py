@@ -12,12 +12,12 @@ from dcgen_convert.bundle import loading
 from dcgen_convert.bundle.layout import PictureGrid
 from dcgen_convert.core.files import replacing
 from dcgen_convert.core.journal import Stage
-from dcgen_convert.data import images, prompts
+from dcgen_convert.data import images
 from dcgen_convert.evaluate.grids import grid
 from dcgen_convert.evaluate.metrics import psnr
 from dcgen_convert.networks import autoencoders, models, pipelines
+from dcgen_convert.stages import captions
 from dcgen_convert.stages.job import Job
-from dcgen_convert.stages.pictures import class_names
 from dcgen_convert.stages.preview import converted_pipeline
 
 SEED = 104_729  # prompts and noise that no training picture used
@@ -33,7 +33,7 @@ def run(job: Job, stage: Stage, bundle: Path) -> PictureGrid:
         The grid, for the model card.
     """
     count = job.recipe.evaluate.prompts
-    texts = prompts.make(job.recipe.data.prompts, count, job.recipe.seed + SEED, class_names(job.source))
+    texts = captions.others(job, count, job.recipe.seed + SEED)
     seeds = [job.recipe.seed + SEED + i for i in range(count)]
     drawn = {
         "source": _draw(

@@ -14,16 +14,16 @@ from typing import Any
 from dcgen_convert.core import names
 from dcgen_convert.core.files import read_object, sha256
 from dcgen_convert.core.journal import MARKER, differing, fingerprint
-from dcgen_convert.data import images, prompts
+from dcgen_convert.data import hub, images, prompt_lists, prompts
 from dcgen_convert.data.images import Picture
 from dcgen_convert.recipe.schema import LAYOUT, result_settings
-from dcgen_convert.stages import folders
+from dcgen_convert.stages import captions, folders
+from dcgen_convert.stages.captions import CAPTIONS, texts_of
 from dcgen_convert.stages.job import Job
-from dcgen_convert.stages.pictures import texts_of
 
 IMPORT, ADAPT, MERGE = "import", "adapt", "merge"
 SOURCE, AUTOENCODER, RESOLUTION = "the source", "the autoencoder", "the resolution of the last phase"
-PICTURES, CAPTIONS = "the contents of data.path", "the captions"
+PICTURES = "the contents of data.path"
 TRAINING = (
     "seed", "dtype", "adapt.objective", "adapt.null_branch", "adapt.guidance_range", "adapt.data_guidance",
     "adapt.shift", "adapt.weighting", "adapt.text_drop", "adapt.ema",
@@ -142,10 +142,14 @@ def _head(section: dict[str, Any]) -> dict[str, Any]:
 
 
 def _prompts(job: Job) -> str:
-    """The kind of prompts, or the hash of the file's bytes."""
+    """The kind of prompts, or the hash of the file's bytes, or of the texts of several files."""
     name = job.recipe.data.prompts
-    path = Path(name)
-    return name if name in prompts.KINDS or not path.is_file() else sha256(path)
+    if name in prompts.KINDS:
+        return name
+    path, column = prompt_lists.place_of(name)
+    if path.is_file():
+        return sha256(path) + (f":{column}" if column else "")
+    return fingerprint(sorted(captions.prompt_list(job).texts)) if path.exists() or hub.is_address(name) else name
 
 
 def _given(job: Job) -> str | None:

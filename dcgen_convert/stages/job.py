@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dcgen_convert.bundle.scheduler import scheduler_config
 from dcgen_convert.checkpoint.headers import read_weights
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from dcgen_convert.data.cache import LatentCache
     from dcgen_convert.data.images import Picture
 
+T = TypeVar("T")
 AE_PATTERNS = ["config.json", "*.safetensors", "*.safetensors.index.json", "README.md", "LICENSE*"]
 
 
@@ -65,6 +67,7 @@ class Job:
     run: Run
     console: Console
     crew: Crew = SOLO
+    _found: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def family(self) -> Family:
@@ -141,6 +144,13 @@ class Job:
         pictures, told = images.take(Path(self.recipe.data.path or ""), self.recipe.data.count)
         hashed = [replace(p, sha256=sha256(p.file) if p.file.is_file() else None) for p in pictures]
         return hashed, told
+
+    def remembered(self, name: str, find: Callable[[Job], T]) -> T:
+        """What ``find`` gave when it was asked for ``name`` the first time."""
+        if name not in self._found:
+            self._found[name] = find(self)
+        found: T = self._found[name]
+        return found
 
     @cached_property
     def buckets(self) -> dict[int, list[tuple[int, int]]]:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from dcgen_convert.checkpoint.source import Source
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import replacing, sha256
 from dcgen_convert.core.journal import MARKER, Stage
@@ -16,6 +15,7 @@ from dcgen_convert.core.progress import Bar
 from dcgen_convert.data import decoding, images, prompts
 from dcgen_convert.data.images import Picture
 from dcgen_convert.networks import pipelines, text_lengths
+from dcgen_convert.stages import captions
 from dcgen_convert.stages.job import Job
 
 
@@ -42,7 +42,9 @@ def require(job: Job) -> None:
         count = len(pictures) - len(broken)
         require_classes(job, (picture.caption for picture in pictures))
     elif settings.prompts not in prompts.KINDS:
-        require_classes(job, prompts.read_file(Path(settings.prompts)))
+        require_classes(job, captions.prompt_list(job).texts)
+    elif captions.class_names(job.source) is None and (doubt := prompts.doubt(settings.prompts, count)):
+        job.console.warn(doubt)
     require_two(count)
 
 
@@ -56,14 +58,14 @@ def require_few(job: Job, broken: list[str], count: int) -> None:
         )
 
 
-def require_classes(job: Job, captions: Iterable[str]) -> None:
+def require_classes(job: Job, texts: Iterable[str]) -> None:
     """InputError for a caption that a class-conditional source does not know; any caption is right for the others."""
     if job.source.family.text_keys != ("class_labels",):
         return
     table: dict[str, str] = job.source.index.get("id2label") or {}
     known = {label.strip() for labels in table.values() for label in labels.split(",")}
     count = job.source.config.get("num_embeds_ada_norm", len(table))
-    for caption in captions:
+    for caption in texts:
         if caption and caption not in known and not (caption.isdecimal() and int(caption) <= count):
             raise InputError(
                 f"the caption {caption[:60]!r} is no class of {job.source.root.name}",
@@ -83,7 +85,9 @@ def run(job: Job, stage: Stage) -> None:
         pictures, told = job.given
         job.console.say(f"data: {told}")
     else:
-        if note := prompts.told(job.recipe.data.prompts, job.recipe.data.count):
+        if job.recipe.data.prompts not in prompts.KINDS and (
+            note := captions.prompt_list(job).told(job.recipe.data.prompts, job.recipe.data.count)
+        ):
             job.console.say(f"data: {note}")
         pictures = synthesise(job)
     images.write_index(stage.folder / images.INDEX, pictures, job.pictures_root)
@@ -92,14 +96,14 @@ def run(job: Job, stage: Stage) -> None:
     tell_captions(job, [picture.caption for picture in pictures])
 
 
-def tell_captions(job: Job, captions: list[str]) -> None:
+def tell_captions(job: Job, texts: list[str]) -> None:
     """Say how many captions are empty, and how many are longer than the text encoders read."""
-    if empty := sum(not caption for caption in captions):
-        job.console.warn(f"{empty} of {len(captions)} captions are empty")
-    if longer := text_lengths.cut(job.source, captions, job.text_length):
+    if empty := sum(not text for text in texts):
+        job.console.warn(f"{empty} of {len(texts)} captions are empty")
+    if longer := text_lengths.cut(job.source, texts, job.text_length):
         job.console.warn(
-            f"{len(longer)} of {len(captions)} captions are longer than {job.text_length} tokens and are cut, first "
-            f"{captions[longer[0]][:60]!r}; latents.text_length sets the length"
+            f"{len(longer)} of {len(texts)} captions are longer than {job.text_length} tokens and are cut, first "
+            f"{texts[longer[0]][:60]!r}; latents.text_length sets the length"
         )
 
 
@@ -115,6 +119,7 @@ def synthesise(job: Job) -> list[Picture]:
     """
     pictures = intended(job)
     pictures[0].file.parent.mkdir(exist_ok=True)
+    captions.keep(job)
     for picture in pictures:
         if picture.file.exists() and not images.is_whole(picture.file):
             job.console.warn(f"{picture.file} is damaged: it is drawn again")
@@ -128,14 +133,9 @@ def synthesise(job: Job) -> list[Picture]:
     return [replace(picture, sha256=sha256(picture.file)) for picture in pictures]
 
 
-def texts_of(job: Job, count: int) -> list[str]:
-    """Captions of the first ``count`` pictures that the recipe asks for."""
-    return prompts.make(job.recipe.data.prompts, count, job.recipe.seed, class_names(job.source))
-
-
 def intended(job: Job) -> list[Picture]:
     """Every picture of the recipe with its caption and seed, drawn or not."""
-    texts = texts_of(job, job.recipe.data.count)
+    texts = captions.texts_of(job, job.recipe.data.count)
     folder = job.folders.data / "pictures"
     return [Picture(folder / f"{i:07d}.png", text, job.recipe.seed * 1_000_003 + i) for i, text in enumerate(texts)]
 
@@ -169,16 +169,3 @@ def draw_part(job: Job, bar: Bar) -> None:
             with replacing(picture.file) as temporary:
                 images.to_image(pixels).save(temporary, format="PNG", compress_level=1)
         bar.advance(len(missing))
-
-
-def class_names(source: Source) -> list[str] | None:
-    """Labels of a class-conditional source; None for a text-conditional one."""
-    if source.family.text_keys != ("class_labels",):
-        return None
-    table = source.index.get("id2label")
-    if not table:
-        raise InputError(
-            f"{source.root}/model_index.json has no id2label, so no class can be drawn",
-            "add the table, or use data.kind folder",
-        )
-    return sorted({label.split(",")[0].strip() for label in table.values()})

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 from dcgen_convert.core import names
 from dcgen_convert.core.files import read_json, write_json
 from dcgen_convert.core.journal import Stage
-from dcgen_convert.data import prompts
 from dcgen_convert.families import QuantTargets
 from dcgen_convert.families.base import by_kind
 from dcgen_convert.networks import models, pipelines
 from dcgen_convert.recipe.schema import Quantize
+from dcgen_convert.stages import captions
 from dcgen_convert.stages.job import Job
-from dcgen_convert.stages.pictures import class_names
 from dcgen_convert.stages.preview import converted_pipeline
 from dcgen_convert.svdquant.nunchaku import export_nunchaku
 from dcgen_convert.svdquant.quantisation import Quantisation
@@ -66,7 +65,7 @@ def calibration_set(job: Job) -> CalibrationSet:
     recipe, section = job.recipe, job.recipe.quantize.calibration
     seed = recipe.seed + PROMPT_SEED
     return CalibrationSet(
-        texts=prompts.make(recipe.data.prompts, section.prompts, seed, class_names(job.source)),
+        texts=captions.others(job, section.prompts, seed),
         seed=recipe.seed,
         batch=section.batch or recipe.data.batch,
         side=job.resolution,

@@ -179,6 +179,12 @@ def test_data_are_read_again_when_the_files_behind_them_changed(tmp_path, capsys
     assert captions(prompts=lines) == (["a red fox"] * 2, [])
     lines.write_text("a blue fox")
     assert captions(prompts=lines) == (["a blue fox"] * 2, ["starts again, changed: the captions"])
+    lines.write_text("# sorted\na blue fox\na cat\n\na blue fox\n")
+    assert captions(prompts=lines) == (["a blue fox"] * 2, ["holds"])
+    drawn = (tmp_path / "run" / "data" / "pictures" / "0000000.png").stat().st_mtime_ns
+    more = (["a blue fox", "a blue fox", "a cat"], ["continues, 2 -> 3 pictures"])
+    assert captions(prompts=lines, count=3) == more
+    assert (tmp_path / "run" / "data" / "pictures" / "0000000.png").stat().st_mtime_ns == drawn
 
 
 def test_a_second_process_is_refused_and_a_dead_one_is_no_obstacle(run):

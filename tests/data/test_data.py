@@ -16,23 +16,6 @@ from dcgen_convert.data.buckets import Span
 from dcgen_convert.train.order import BatchOrder
 
 
-def test_builtin_prompts_have_millions_of_combinations_and_a_seed():
-    drawn = prompts.make("builtin", 500, 1)
-    assert drawn == prompts.make("builtin", 500, 1) != prompts.make("builtin", 500, 2)
-    assert len(set(drawn)) > 490
-
-
-def test_prompts_of_a_file_are_repeated_in_order(tmp_path):
-    file = tmp_path / "p.txt"
-    file.write_text("one\n\n two \n")
-    assert prompts.make(str(file), 3, 0) == ["one", "two", "one"]
-    file.write_text(" \n")
-    with pytest.raises(InputError, match="empty"):
-        prompts.make(str(file), 3, 0)
-    with pytest.raises(InputError, match="does not exist"):
-        prompts.make(str(tmp_path / "none.txt"), 3, 0)
-
-
 @pytest.fixture
 def folder(tmp_path):
     for name, size in (("a", (40, 30)), ("b", (64, 64))):

@@ -11,7 +11,7 @@ from dcgen_convert.evaluate import tiny_world
 from dcgen_convert.families.catalog import find_source
 from dcgen_convert.networks import pipelines
 from dcgen_convert.recipe import loading
-from dcgen_convert.stages.pictures import class_names
+from dcgen_convert.stages.captions import class_names
 
 COUNT = 48
 

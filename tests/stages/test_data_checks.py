@@ -1,6 +1,7 @@
 """What the stages `data` and `latents` say of the user's pictures, and what is refused before any work is done."""
 
 import io
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -88,10 +89,10 @@ def test_unusable_prompts_are_refused_before_any_work(settings, message, tmp_pat
 
 def test_a_caption_that_is_no_class_is_refused_before_any_work(tmp_path):
     run, prompts = Run(tmp_path / "run", NULL), tmp_path / "p.txt"
-    job = prepare(load("tiny-dit", flags={"data.prompts": str(prompts)}), run, NULL)
     prompts.write_text("red circle\n0\n1000\n")
+    job = prepare(load("tiny-dit", flags={"data.prompts": str(prompts)}), run, NULL)
     pictures.require(job)
     for strange in ("a fox", "1001", "\u00b2"):
         prompts.write_text(f"red circle\n{strange}\n", encoding="utf-8")
         with pytest.raises(InputError, match=f"the caption '{strange}' is no class"):
-            pictures.require(job)
+            pictures.require(replace(job))
