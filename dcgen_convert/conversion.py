@@ -33,6 +33,7 @@ from dcgen_convert.core.names import EXPORT, MODULES, RECIPE
 from dcgen_convert.core.progress import duration
 from dcgen_convert.core.version import __version__
 from dcgen_convert.networks.models import TRANSFORMER
+from dcgen_convert.planning import licences
 from dcgen_convert.planning.plan import require_disk
 from dcgen_convert.ranks import join
 from dcgen_convert.ranks.crew import SOLO, Crew
@@ -129,6 +130,8 @@ def convert(  # noqa: PLR0913  every option of the verb by its name
     with run.locked():
         recorded = _read_record(run.path / RECIPE) if (run.path / RECIPE).exists() else {}
         job = prepare(resolved, run, console, crew)
+        for line in licences.lines(licences.licences(resolved)):
+            console.say(line)
         pictures.require(job)
         require_disk(resolved, run.path, output, until)
         record = {

@@ -27,7 +27,7 @@ class Plan(Result):
     """What a conversion will cost. status: "feasible" or "infeasible"; `problems` says why it cannot run.
 
     Sizes are in bytes, but memory is in GiB. `time["gpu_hours"]` is an estimate, `time["basis"]` names its basis.
-    settings: dotted key -> {"value", "origin"}.
+    settings: dotted key -> {"value", "origin"}. licences: what is known of the terms of each source; None: unknown.
     """
 
     SCHEMA: ClassVar[str] = "dcgen.plan/1"
@@ -35,6 +35,7 @@ class Plan(Result):
     problems: list[str]
     notes: list[str]
     source: dict[str, Any]
+    licences: list[dict[str, Any]]
     autoencoder: dict[str, Any]
     tokens: list[dict[str, Any]]
     speedup: dict[str, Any]

@@ -14,6 +14,7 @@ from dcgen_convert.data import prompts
 from dcgen_convert.families import Family
 from dcgen_convert.planning import costs, memory, speed
 from dcgen_convert.planning.fit import Fit, decide, head_phase, training
+from dcgen_convert.planning.licences import licences
 from dcgen_convert.planning.quantised import quantised_linears
 from dcgen_convert.planning.shapes import Shapes, shapes_of
 from dcgen_convert.planning.text import render
@@ -59,6 +60,7 @@ def plan(resolved: Resolved, gpu_bytes: float = GPU_BYTES) -> dict:
             "parameters": sizes.base.parameters,
             **vars(sizes.old),
         },
+        "licences": licences(resolved),
         "autoencoder": {"name": recipe.ae, **vars(sizes.new)},
         "tokens": _tokens(resolved, sizes),
         "speedup": speed.speedup(sizes, last.resolution),

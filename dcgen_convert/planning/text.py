@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from dcgen_convert.core.progress import duration
+from dcgen_convert.planning.licences import lines as licence_lines
 
 
 def size(value: float | None) -> str:
@@ -57,7 +58,8 @@ def render(doc: dict) -> str:
     lines += ["", *_time(doc["time"]), "", "settings (value, from):"]
     width = max(map(len, doc["settings"]))
     lines += [f"  {key:<{width}}  {item['value']!s:<20}  {item['origin']}" for key, item in doc["settings"].items()]
-    lines += [""] + [f"note: {note}" for note in doc["notes"]] + [f"problem: {problem}" for problem in doc["problems"]]
+    lines += ["", *licence_lines(doc["licences"])]
+    lines += [f"note: {note}" for note in doc["notes"]] + [f"problem: {problem}" for problem in doc["problems"]]
     return "\n".join([*lines, f"verdict: {doc['status']}"])
 
 

@@ -140,8 +140,8 @@ def test_keywords_become_the_options_that_mean_the_same():
 
 
 DOCUMENTS = {  # frozen: scripts read these keys
-    "plan": "schema status problems notes source autoencoder tokens speedup speedup_paper training memory quantization "
-    "disk downloads time settings",
+    "plan": "schema status problems notes source licences autoencoder tokens speedup speedup_paper training memory "
+    "quantization disk downloads time settings",
     "convert": "schema status bundle run stages metrics",
     "stopped": "schema status run stages",
     "quantize": "schema status bundle metrics checks layers",
