@@ -139,11 +139,11 @@ def convert(  # noqa: PLR0913  every option of the verb by its name
             "machine": asdict(resolved.machine),
             "output": str(output),
         }
-        if not resolved.machine.check:
-            job.source.known.update(_believed(job.source.content_files, recorded.get("source") or {}))
-        with console.progress("hash the source", job.source.size, "B") as bar:
-            contents = job.source.contents(bar.advance)
         sizes = {name: path.stat().st_size for name, path in job.source.content_files.items()}
+        if not resolved.machine.check:
+            job.source.known.update(_believed(sizes, recorded.get("source") or {}))
+        with console.progress("hash the source", sum(sizes.values()), "B") as bar:
+            contents = job.source.contents(bar.advance)
         record["source"] = {name: [sizes.get(name), digest] for name, digest in contents.items()}
         force = force or recorded.get("replace") == str(output)
         steps = list(walk(job, output, force))
@@ -161,13 +161,13 @@ def convert(  # noqa: PLR0913  every option of the verb by its name
         write_json(run.path / RECIPE, {**record, "replace": replaced, "version": __version__})
         if asked:
             write_json(run.path / ASKED, {"job": os.environ.get(join.JOB), "stages": asked})
-        crew.introduce({"run": str(run.path), **record, "contents": contents})
+        crew.introduce({"run": str(run.path), **record})
         return _run_steps(job, steps, output, asked)
 
 
-def _believed(files: Mapping[str, Path], before: Mapping[str, tuple[int, str]]) -> dict[str, str]:
-    """The recorded hashes of the source's files, where all of them are there and have their sizes; else none."""
-    same = files.keys() == before.keys() and all(files[name].stat().st_size == before[name][0] for name in files)
+def _believed(sizes: Mapping[str, int], before: Mapping[str, tuple[int, str]]) -> dict[str, str]:
+    """The recorded hashes of the source's files, where all of them are there and have their ``sizes``; else none."""
+    same = sizes == {name: size for name, (size, _) in before.items() if size is not None}
     return {name: digest for name, (_, digest) in before.items()} if same else {}
 
 

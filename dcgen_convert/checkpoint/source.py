@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +18,7 @@ from dcgen_convert.checkpoint.licence import FILES as LICENCES
 from dcgen_convert.checkpoint.record import source_record
 from dcgen_convert.checkpoint.trust import is_component
 from dcgen_convert.core.errors import AccessError, InputError
-from dcgen_convert.core.files import read_object, sha256
+from dcgen_convert.core.files import hashes, read_object
 from dcgen_convert.core.journal import fingerprint
 from dcgen_convert.families import Family, legacy
 
@@ -28,7 +27,6 @@ _REST = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", *LICENCE
 _REST += [f"{part}/*.safetensors" for part in ("vae", "text_encoder*", "safety_checker")]
 WHOLE, COMPLETING = [*_REST, *(f"{name}/*.safetensors" for name in families.COMPONENTS)], _REST
 CONTENT = (".json", ".safetensors", ".txt", ".model", ".jinja", ".tiktoken")  # files that change what is computed
-READERS = 4  # files that are hashed at the same time
 
 
 @dataclass(frozen=True)
@@ -122,11 +120,6 @@ class Source:
             if Path(name).suffix.lower() in CONTENT
         }
 
-    @property
-    def size(self) -> int:
-        """Bytes of all `content_files`."""
-        return sum(path.stat().st_size for path in self.content_files.values())
-
     def contents(self, advance: Callable[[int], object] | None = None) -> dict[str, str]:
         """Name -> SHA-256 of every file of `content_files`. The files are read once, at the disk's speed.
 
@@ -135,11 +128,7 @@ class Source:
         """
         if not self.known:
             files = self.content_files
-            with ThreadPoolExecutor(READERS) as pool:
-                for name, digest in zip(files, pool.map(sha256, files.values()), strict=True):
-                    self.known[name] = digest
-                    if advance:
-                        advance(files[name].stat().st_size)
+            self.known.update(zip(files, hashes(files.values(), advance), strict=True))
         return dict(self.known)
 
     @property

@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import CheckFailed, InputError, ResourceError
-from dcgen_convert.core.files import TEMPORARY, fresh_folder, read_object, sealed, sha256, understood, write_json
+from dcgen_convert.core.files import TEMPORARY, fresh_folder, hashes, read_object, sealed, understood, write_json
 from dcgen_convert.core.names import CHECKPOINTS, LOCK
 
 MARKER = "stage.json"
@@ -226,10 +226,14 @@ class Run:
         (folder / MARKER).unlink(missing_ok=True)
         stage = Stage(folder)
         yield stage
-        outputs = {
-            str(path.relative_to(folder)): [path.stat().st_size, sha256(path)]
+        files = [
+            path
             for path in sorted(folder.rglob("*"))
             if path.is_file() and path.name not in (MARKER, STARTED) and not path.name.startswith(TEMPORARY)
+        ]
+        outputs = {
+            str(path.relative_to(folder)): [path.stat().st_size, digest]
+            for path, digest in zip(files, hashes(files), strict=True)
         }
         result = fingerprint({name: value for name, value in outputs.items() if wanted.reads(name)})
         record = {
@@ -284,16 +288,16 @@ class Run:
             total = sum(size for size, _ in outputs.values())
             if self._check and total > LONG_READ:
                 self.console.say(f"{name}: checking {total / 1e9:.1f} GB (--no-check leaves it out)")
-            found = tuple(path for path, known in outputs.items() if self._differs(folder / path, *known))
+            there = {output for output, (size, _) in outputs.items() if _size(folder / output) == size}
+            if self._check:
+                read = [output for output in outputs if output in there]
+                digests = zip(read, hashes(folder / output for output in read), strict=True)
+                there = {output for output, digest in digests if digest == outputs[output][1]}
+            found = tuple(output for output in outputs if output not in there)
             for output in found:
                 self.console.warn(f"{folder / output} {_state(folder / output)}")
             self._checked[seal] = found
         return self._checked[seal]
-
-    def _differs(self, path: Path, size: int, digest: str) -> bool:
-        if not path.is_file() or path.stat().st_size != size:
-            return True
-        return self._check and sha256(path) != digest
 
 
 class Stage:
@@ -302,6 +306,11 @@ class Stage:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.metrics: dict[str, Any] = {}
+
+
+def _size(path: Path) -> int | None:
+    """Bytes of a file; None where there is none."""
+    return path.stat().st_size if path.is_file() else None
 
 
 def _plain(document: Any) -> Any:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dcgen_convert.core import names
-from dcgen_convert.core.files import atomic_save
+from dcgen_convert.core.files import atomic_save, sealed
 from dcgen_convert.core.journal import Stage
 from dcgen_convert.data import buckets
 from dcgen_convert.data.cache import LatentCache
@@ -33,7 +33,9 @@ from dcgen_convert.train.loop import Place
 from dcgen_convert.train.ridge import NormalEquations
 
 RIDGE = 1e-6  # relative: the features of a finite sample are nearly collinear
-START = "start.safetensors"  # embedder and head before training, for the other ranks
+START = "start.safetensors"  # embedder and head before training: for the other ranks, and for a run that goes on
+EQUATIONS = "equations.safetensors"  # of the closed form, while they are summed up
+KEEP_EVERY = 600.0  # seconds after which the sums are kept: a kill costs ten minutes at most
 DRAW_STREAM = 1 << 30  # first step of the closed form's draws: no training run reaches it, so no draw comes twice
 
 
@@ -46,7 +48,14 @@ def run(job: Job, stage: Stage) -> None:
     model = surgical(job, embedder, pipelines.device())
     task = phases.Task(model, job.family, job.recipe.adapt, train_rows, job.scheduler)
     started = time.perf_counter()
-    start_head(job, task)
+    begun = stage.folder / START
+    if begun.exists() and sealed(begun):  # a training that was stopped goes on
+        models.load_modules(model, begun)
+    else:
+        start_head(job, task, stage.folder / EQUATIONS)
+        if settings.steps:
+            atomic_save(module_state(job, model), begun)
+    (stage.folder / EQUATIONS).unlink(missing_ok=True)
     stage.metrics.update(method=settings.method, start_seconds=round(time.perf_counter() - started, 2))
     loss = heldout_loss(job, task, held_out)
     stage.metrics["loss_start"] = loss
@@ -57,8 +66,6 @@ def run(job: Job, stage: Stage) -> None:
     if not settings.steps:
         atomic_save(module_state(job, model), output)
         return
-    if job.crew.world > 1:
-        atomic_save(module_state(job, model), stage.folder / START)
     layout = fitted(job, head_phase(job.recipe), "align head")
     with job.crew.share("train-head", layout=layout):
         record = train(job, layout, model)
@@ -105,8 +112,8 @@ def heldout_loss(job: Job, task: phases.Task, rows: LatentCache) -> float:
     return objective.evaluate_loss(task.loss(), batches, job.recipe.seed, task.sampling, pipelines.device())["mean"]
 
 
-def start_head(job: Job, task: phases.Task) -> None:
-    """Fill the head in place: least squares, Xavier or zero."""
+def start_head(job: Job, task: phases.Task, kept: Path | None = None) -> None:
+    """Fill the head in place: least squares, Xavier or zero; ``kept`` as in `head_equations`."""
     settings = job.recipe.align_head
     head = linear(task.model, job.family.head)
     with torch.no_grad():
@@ -116,20 +123,26 @@ def start_head(job: Job, task: phases.Task) -> None:
         if settings.method == "xavier":
             head.weight.copy_(xavier(head, job.recipe.seed)[0].reshape(head.weight.shape))
         elif settings.method == "least-squares":
-            weight, bias = head_equations(job, task, settings.draws).solve(RIDGE, bias=head.bias is not None)
+            weight, bias = head_equations(job, task, settings.draws, kept).solve(RIDGE, bias=head.bias is not None)
             # A learned-sigma head writes 2 C channels; the stock pipeline drops the second half, which stays zero.
             head.weight[: len(weight)].copy_(weight.reshape(-1, *head.weight.shape[1:]))
             if head.bias is not None:
                 head.bias[: len(bias)].copy_(bias)
 
 
-def head_equations(job: Job, task: phases.Task, draws: int) -> NormalEquations:
-    """Features before the head against the native target of every token, over ``draws`` noise draws per picture."""
+def head_equations(job: Job, task: phases.Task, draws: int, kept: Path | None = None) -> NormalEquations:
+    """Features before the head against the native target of every token, over ``draws`` noise draws per picture.
+
+    Args:
+        kept: file that takes the sums every ten minutes. What a run before this one has left there is gone on with.
+    """
     rows, family, adapt, device = task.rows, job.family, job.recipe.adapt, pipelines.device()
     captured: list[Tensor] = []
     head = linear(task.model, family.head)
     handle = head.register_forward_pre_hook(lambda _, args: captured.append(args[0].detach()))
-    equations = NormalEquations(head.weight[0].numel(), rows.shapes[0][0])
+    equations, done = NormalEquations(head.weight[0].numel(), rows.shapes[0][0]), (0, 0)  # draw and row to go on with
+    if kept and kept.exists():
+        equations, done = NormalEquations.load(kept)
 
     def features(z: Tensor, t: Tensor, text: Text, guidance: Tensor) -> Tensor:
         captured.clear()
@@ -153,10 +166,15 @@ def head_equations(job: Job, task: phases.Task, draws: int) -> NormalEquations:
 
     try:
         with torch.no_grad(), job.console.progress("least squares for the head", draws * len(rows), "samples") as bar:
+            saved = time.monotonic()
             for number in range(draws):
                 for part in buckets.batches(rows.spans, job.recipe.latents.batch):
-                    add(number, list(part))
+                    if left := [row for row in part if (number, row) >= done]:
+                        add(number, left)
                     bar.advance(len(part))
+                    if kept and left and time.monotonic() - saved > KEEP_EVERY:
+                        equations.save(kept, (number, part[-1] + 1))
+                        saved = time.monotonic()
     finally:
         handle.remove()
     return equations

@@ -156,7 +156,7 @@ def _given(job: Job) -> str | None:
     """Hash of the user's pictures and captions. Where they are gone: the recorded one, a run can go on without them."""
     path = Path(job.recipe.data.path or "").expanduser()
     if path.exists():
-        return fingerprint(sorted(_rows(job, job.given[0])))
+        return fingerprint(sorted(_rows(job, job.given)))
     marker = job.folders.data / MARKER
     return read_object(marker)["inputs"].get(PICTURES) if marker.exists() else None
 
@@ -178,7 +178,7 @@ def data_continues(job: Job, old: dict[str, Any]) -> str | None:
     if job.recipe.data.kind == "folder":
         before, now = (
             _rows_in(job, job.folders.data / images.INDEX),
-            set(_rows(job, job.given[0])),
+            set(_rows(job, job.given)),
         )
         return f"{len(before)} -> {len(now)} pictures" if before and before <= now else None
     before_count = int(old["data.count"])

@@ -14,7 +14,7 @@ from dcgen_convert.checkpoint.open import load_source
 from dcgen_convert.checkpoint.source import Source, resolve_folder
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError, RecipeError
-from dcgen_convert.core.files import read_json, read_object, sha256
+from dcgen_convert.core.files import hashes, read_json, read_object, sha256
 from dcgen_convert.core.journal import MARKER, Run
 from dcgen_convert.families import Family, Text, catalog, legacy
 from dcgen_convert.families.grid import Grid, autoencoder_grid
@@ -137,13 +137,19 @@ class Job:
         return given.parent if given.suffix == ".jsonl" else given
 
     @cached_property
-    def given(self) -> tuple[list[Picture], str]:
-        """The user's pictures with the hashes of their bytes, and what was taken and left out, in words."""
+    def taken(self) -> tuple[list[Picture], str]:
+        """The user's pictures, and what was taken and left out, in words."""
         from dcgen_convert.data import images
 
-        pictures, told = images.take(Path(self.recipe.data.path or ""), self.recipe.data.count)
-        hashed = [replace(p, sha256=sha256(p.file) if p.file.is_file() else None) for p in pictures]
-        return hashed, told
+        return images.take(Path(self.recipe.data.path or ""), self.recipe.data.count)
+
+    @cached_property
+    def given(self) -> list[Picture]:
+        """The user's pictures with the hashes of their bytes."""
+        pictures = self.taken[0]
+        files = [picture.file for picture in pictures if picture.file.is_file()]
+        known = dict(zip(files, hashes(files), strict=True))
+        return [replace(picture, sha256=known.get(picture.file)) for picture in pictures]
 
     def remembered(self, name: str, find: Callable[[Job], T]) -> T:
         """What ``find`` gave when it was asked for ``name`` the first time."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.core.files import replacing, sha256
+from dcgen_convert.core.files import hashes, replacing
 from dcgen_convert.core.journal import MARKER, Stage
 from dcgen_convert.core.progress import Bar
 from dcgen_convert.data import decoding, images, prompts
@@ -30,7 +30,7 @@ def require(job: Job) -> None:
         return
     count = settings.count
     if settings.path and settings.kind == "folder":
-        pictures, _ = images.take(Path(settings.path), settings.count)
+        pictures, _ = job.taken
         broken: list[str] = []
         for picture in pictures:
             try:
@@ -82,8 +82,8 @@ def require_two(count: int) -> None:
 def run(job: Job, stage: Stage) -> None:
     """Writes index.jsonl, and pictures/ when they are drawn."""
     if job.recipe.data.kind == "folder":
-        pictures, told = job.given
-        job.console.say(f"data: {told}")
+        pictures = job.given
+        job.console.say(f"data: {job.taken[1]}")
     else:
         if job.recipe.data.prompts not in prompts.KINDS and (
             note := captions.prompt_list(job).told(job.recipe.data.prompts, job.recipe.data.count)
@@ -130,7 +130,8 @@ def synthesise(job: Job) -> list[Picture]:
             bar.advance(len(pictures) - missing)
             with job.crew.share("pictures", bar, together=False):
                 draw_part(job, bar)
-    return [replace(picture, sha256=sha256(picture.file)) for picture in pictures]
+    files = [picture.file for picture in pictures]
+    return [replace(picture, sha256=digest) for picture, digest in zip(pictures, hashes(files), strict=True)]
 
 
 def intended(job: Job) -> list[Picture]:

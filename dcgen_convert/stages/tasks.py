@@ -49,5 +49,6 @@ class Performer:
             )
         resolved = Resolved(Recipe.model_validate(document["recipe"]), {}, Machine(**document["machine"]))
         job = prepare(resolved, Run(path, self.console), self.console, self.crew)
-        job.source.known.update(document["contents"])  # rank 0 has read every byte of the source; once is enough
+        # rank 0 has read every byte of the source; once is enough
+        job.source.known.update({name: digest for name, (_, digest) in document["source"].items()})
         return job

@@ -10,12 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dcgen_convert.checkpoint.headers import Entry
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.core.files import read_json, write_json
+from dcgen_convert.core.files import digest_tensor, read_json, write_json
 from dcgen_convert.families import QuantTargets
 from dcgen_convert.svdquant import trees
 from dcgen_convert.svdquant.calibrate import Call
@@ -49,8 +47,11 @@ class Quantisation:
         """The quantisation of the folder ``source`` into ``output``. Nothing is checked or written."""
         return cls(*read_folder(source), targets, settings, calls, output.with_name(f".{output.name}.partial"))
 
-    def check(self) -> None:
-        """Refuse, by its name, a target that cannot be quantised, from headers alone; then NaN or infinity anywhere."""
+    def check(self) -> str:
+        """Refuse, by its name, a target that cannot be quantised, from headers alone; then NaN or infinity anywhere.
+
+        Returns the hash of the weights, which are read here once: a time stamp says nothing about them.
+        """
         targets = self.targets
         if not targets.svdq and not targets.awq:
             hint = "Check the family's targets with `dcgen-convert plan`."
@@ -67,12 +68,16 @@ class Quantisation:
                     hint = "Check the family's targets against the checkpoint."
                     raise InputError(f"The checkpoint holds no {name}.weight.", hint)
                 check_shape(name, self.entries[f"{name}.weight"].shape)
+        weights = hashlib.sha256()
         for name, entry in self.entries.items():
-            check_finite(name, read_tensor(entry))
+            tensor = read_tensor(entry)
+            check_finite(name, tensor)
+            digest_tensor(weights, name, tensor)
+        return weights.hexdigest()
 
-    def make_work_folder(self, console: Console) -> None:
-        """Make the work folder, or keep one that belongs to this very quantisation."""
-        plan, fingerprint = self.work / "plan.json", self.fingerprint()
+    def make_work_folder(self, weights: str, console: Console) -> None:
+        """Make the work folder, or keep one that belongs to this very quantisation; ``weights``: from `check`."""
+        plan, fingerprint = self.work / "plan.json", self.fingerprint(weights)
         if self.work.exists() and not (plan.is_file() and read_json(plan) == fingerprint):
             console.say("quantize: an unfinished run with other inputs or settings lies here; it is discarded")
             shutil.rmtree(self.work)
@@ -80,16 +85,11 @@ class Quantisation:
             (self.work / name).mkdir(parents=True, exist_ok=True)
         write_json(plan, fingerprint)
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self, weights: str) -> dict[str, Any]:
         """What decides the output's bytes, short enough to compare."""
-        weights = hashlib.sha256()
-        for name, entry in self.entries.items():
-            stat = entry.file.stat()
-            place = f"{name} {entry.dtype} {entry.shape} {entry.start} {stat.st_size} {stat.st_mtime_ns}\n"
-            weights.update(place.encode())
         return {
             "config": hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest(),
-            "weights": weights.hexdigest(),
+            "weights": weights,
             "targets": {"svdq": list(self.targets.svdq), "awq": list(self.targets.awq)},
             "settings": asdict(self.settings),
             "calls": _hash_calls(self.calls),
@@ -128,6 +128,5 @@ def _hash_calls(calls: Sequence[Call]) -> str:
         structure, tensors = trees.flatten(call)
         digest.update(structure.encode())
         for name, tensor in tensors.items():
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+            digest_tensor(digest, name, tensor)
     return digest.hexdigest()

@@ -66,8 +66,7 @@ def quantize(
     if output.exists():
         raise InputError(f"{output} exists already.", hint="Remove it or choose another folder.")
     quantisation = Quantisation.of_folder(source, output, targets, settings, calls)
-    quantisation.check()
-    quantisation.make_work_folder(console)
+    quantisation.make_work_folder(quantisation.check(), console)
     blocks = _targets_by_block(build(quantisation.config), targets)
     left = [block for block in blocks if not quantisation.records_file(block).is_file()]
     if len(left) < len(blocks):

@@ -135,7 +135,7 @@ class _Writer:
         """Write what is left; name -> [size, hash] of all files so far."""
         if self._shard:
             path = self.folder / f"state-{self.label}{len(self._files) + 1:05d}.safetensors"
-            self._guarded(atomic_save, self._shard, path)
+            self._guarded(atomic_save, self._shard, path, {"format": "pt"})  # the index has the hash
             self._files[path.name] = [path.stat().st_size, sha256(path)] if path.exists() else [0, ""]
             self._shard, self._bytes = {}, 0
         return self._files

@@ -7,10 +7,14 @@ Model y ~ W x + b with x (K,), y (D,). Minimises E|W x + b - y|^2 + ridge * tr(C
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.files import atomic_save
 
 
 class NormalEquations:
@@ -44,6 +48,21 @@ class NormalEquations:
         for name in vars(both):
             setattr(both, name, getattr(self, name) + getattr(other, name))
         return both
+
+    def save(self, path: Path, done: tuple[int, int]) -> None:
+        """Keep the sums, and how far they go, in a safetensors file."""
+        sums = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in vars(self).items()}
+        atomic_save({**sums, "done": torch.tensor(done)}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> tuple[NormalEquations, tuple[int, int]]:
+        """What `save` wrote."""
+        sums = load_file(path)
+        first, second = sums.pop("done").tolist()
+        found = cls(len(sums["x"]), len(sums["y"]))
+        for name, value in sums.items():
+            setattr(found, name, value.item() if name == "count" else value)
+        return found, (first, second)
 
     def solve(self, ridge: float, bias: bool = True) -> tuple[Tensor, Tensor]:
         """W (D, K) and b (D,), float64.

@@ -1,16 +1,15 @@
 """Layout settings throw no work away: a stopped training goes on with them, and a finished run holds."""
 
 import json
-import os
 import re
 import shutil
-import signal
 import sys
 
 import pytest
 import torch
 from conftest import SHORT
 from safetensors.torch import load_file
+from stopping import Stopping
 
 from dcgen_convert import conversion
 from dcgen_convert.bundle.verify import verify
@@ -138,14 +137,6 @@ def test_the_table_of_all_settings_is_this_one():
     assert {name: depends.stages_of(name) for name in sorted(names)} == dict(sorted(AGAIN.items()))
 
 
-class Stopping(Console):
-    """A console that sends SIGTERM before the last of STOP steps of the adaptation, which that step finishes."""
-
-    def scalars(self, label, step, values):
-        if label.startswith("adapt") and step == STOP - 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
     """A run that SIGTERM stopped in the middle of its training, and one that nothing disturbed."""
@@ -153,7 +144,7 @@ def stopped(tmp_path_factory):
     convert(resolved(), folder / "whole", folder / "out", NULL, until="align-head")
     shutil.copytree(folder / "whole", folder / "run")
     with pytest.raises(Terminated):
-        convert(resolved(), folder / "run", folder / "out", Stopping("quiet"), until="adapt-1")
+        convert(resolved(), folder / "run", folder / "out", Stopping(STOP), until="adapt-1")
     checkpoints = folder / "run" / "adapt-1" / "checkpoints"
     assert [path.name for path in checkpoints.iterdir()] == [f"step-{STOP:06d}"]
     convert(resolved(), folder / "whole", folder / "out", NULL, until="adapt-1")

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import sys
 from pathlib import Path
 
@@ -11,14 +10,21 @@ import pytest
 import torch
 from conftest import SHORT
 from safetensors.torch import load_file
+from stopping import Stopping
 
 from dcgen_convert.conversion import convert
 from dcgen_convert.core.console import NULL, Console
 from dcgen_convert.core.errors import CheckFailed, InputError, Terminated
 from dcgen_convert.core.files import read_json, write_json
-from dcgen_convert.core.journal import SEAL, fingerprint
+from dcgen_convert.core.journal import SEAL, Run, fingerprint
+from dcgen_convert.data.cache import LatentCache
 from dcgen_convert.data.images import to_image
+from dcgen_convert.networks import models
 from dcgen_convert.recipe.loading import load
+from dcgen_convert.stages import align_head
+from dcgen_convert.stages.job import prepare
+from dcgen_convert.train.phases import Task
+from dcgen_convert.train.ridge import NormalEquations
 
 STEPS, STOP, PICTURES = 12, 5, 24
 SETTINGS = {**SHORT, "data.count": PICTURES, "evaluate.prompts": 0, "align_head.steps": 0, "bundle.steps": 1}
@@ -40,14 +46,6 @@ def draw(folder, numbers):
         (folder / f"{number:03d}.txt").write_text(f"a small red circle, number {number}")
 
 
-class Stopping(Console):
-    """Sends SIGTERM in the last but one of STOP steps of the adaptation."""
-
-    def scalars(self, label, step, values):
-        if label.startswith("adapt") and step == STOP - 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """pictures; whole/: a run up to merge-1; stopped/: the same, stopped in its training."""
@@ -56,7 +54,7 @@ def made(tmp_path_factory):
     convert(job(folder), folder / "whole", folder / "out", NULL, until="align-head")
     shutil.copytree(folder / "whole", folder / "stopped")
     with pytest.raises(Terminated):
-        convert(job(folder), folder / "stopped", folder / "out", Stopping("quiet"), until="adapt-1")
+        convert(job(folder), folder / "stopped", folder / "out", Stopping(STOP), until="adapt-1")
     convert(job(folder), folder / "whole", folder / "out", NULL, until="merge-1")
     return folder
 
@@ -171,6 +169,47 @@ def test_a_longer_phase_at_a_constant_rate_is_one_longer_run_to_the_bit(copy):
         assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
 
 
+def test_a_stopped_training_of_the_head_does_not_fit_its_start_again(copy, monkeypatch):
+    settings = {"align_head.steps": 6, "align_head.warmup": 1}
+    with pytest.raises(Terminated):
+        convert(job(copy, **settings), copy / "stopped", copy / "out", Stopping(3, "align"), until="align-head")
+    monkeypatch.setattr(align_head, "start_head", lambda *_: pytest.fail("it was fitted again"))
+    go_on(copy, "stopped", until="align-head", **settings)
+    monkeypatch.undo()
+    shutil.rmtree(copy / "whole" / "align-head")
+    go_on(copy, "whole", until="align-head", **settings)
+    found, wanted = (record(copy, run, "align-head") for run in ("stopped", "whole"))
+    assert found["metrics"]["loss_start"] == wanted["metrics"]["loss_start"]
+    assert (found["result"], found["outputs"]["start.safetensors"]) == (
+        wanted["result"],
+        wanted["outputs"]["start.safetensors"],
+    )
+
+
+def test_the_fit_of_the_heads_start_goes_on_where_its_sums_were_kept(made, tmp_path, monkeypatch):
+    prepared = prepare(job(made, "latents.batch=8"), Run(made / "whole", NULL), NULL)
+    training = prepared.rows(128).split()[0]
+    model = models.load(prepared.folders.surgery / models.TRANSFORMER, torch.float32)
+    task = Task(model, prepared.family, prepared.recipe.adapt, training, prepared.scheduler)
+    whole, kept, read = align_head.head_equations(prepared, task, 2), tmp_path / "sums", []
+    monkeypatch.setattr(align_head, "KEEP_EVERY", -1)
+    save, batch = NormalEquations.save, LatentCache.batch
+
+    def cut_off(equations, path, done):
+        save(equations, path, done)
+        if done == (1, 8):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(NormalEquations, "save", cut_off)
+        align_head.head_equations(prepared, task, 2, kept)
+    monkeypatch.setattr(LatentCache, "batch", lambda rows, part: (read.extend(part), batch(rows, part))[1])
+    again = align_head.head_equations(prepared, task, 2, kept)
+    assert read == list(range(8, len(training)))  # of the second draw
+    assert again.count == whole.count
+    assert all(torch.equal(getattr(again, name), getattr(whole, name)) for name in ("x", "y", "xx", "xy", "yy"))
+
+
 @pytest.mark.parametrize("change", ["adapt.phases.0.lr=0.0001", "adapt.clip=0.01"])
 def test_a_lower_rate_or_clip_goes_on_and_is_recorded(copy, change):
     name = change.partition("=")[0].replace("adapt.phases.0", "phase")
@@ -216,7 +255,7 @@ def test_much_work_is_deleted_only_when_the_user_says_so(copy, stage, change):
 
 def test_what_from_asked_for_begins_once_and_then_continues(copy):
     with pytest.raises(Terminated):
-        convert(job(copy), copy / "whole", copy / "out", Stopping("quiet"), start="adapt-1", until="merge-1")
+        convert(job(copy), copy / "whole", copy / "out", Stopping(STOP), start="adapt-1", until="merge-1")
     go_on(copy, "whole", until="merge-1")
     assert record(copy, "whole")["metrics"]["resumed_from"] == STOP
 
