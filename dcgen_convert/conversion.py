@@ -65,10 +65,15 @@ def walk(job: Job, output: Path, force: bool) -> Iterator[Step]:
     def training(stage: str) -> Callable[[dict[str, Any], dict[str, Any]], str | None]:
         return lambda old, new: depends.training_continues(job, stage, old, new)
 
+    def recorded(stage: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        return lambda old: depends.recorded(job, stage, old)
+
     inputs, weights, modules = partial(depends.inputs, job), (f"{TRANSFORMER}/*",), (MODULES,)
     if job.source.imported:
         yield Step(depends.IMPORT, imported.run, inputs(depends.IMPORT), repair="all")
-    yield Step(folders.SURGERY, surgery.run, inputs(folders.SURGERY), result=weights)
+    yield Step(
+        folders.SURGERY, surgery.run, inputs(folders.SURGERY), result=weights, recorded=recorded(folders.SURGERY)
+    )  # fmt: skip
     yield Step(
         folders.DATA, pictures.run, inputs(folders.DATA), repair="file", extends=True,
         continues=lambda old, _: depends.data_continues(job, old),
@@ -78,7 +83,10 @@ def walk(job: Job, output: Path, force: bool) -> Iterator[Step]:
         repair="file", extends=True, continues=lambda old, new: depends.latents_continue(job, old, new),
     )  # fmt: skip
     aligned = (folders.SURGERY, folders.LATENTS)
-    yield Step(folders.ALIGN_EMBEDDER, align_embedder.run, inputs(folders.ALIGN_EMBEDDER), aligned, modules)
+    yield Step(
+        folders.ALIGN_EMBEDDER, align_embedder.run, inputs(folders.ALIGN_EMBEDDER), aligned, modules,
+        recorded=recorded(folders.ALIGN_EMBEDDER),
+    )  # fmt: skip
     yield Step(
         folders.ALIGN_HEAD, align_head.run, inputs(folders.ALIGN_HEAD), (*aligned, folders.ALIGN_EMBEDDER), modules,
         continues=training(folders.ALIGN_HEAD),

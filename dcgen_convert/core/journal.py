@@ -54,6 +54,7 @@ class Wanted:
         repair: what a damaged output costs: "file" (the stage makes single files again), "entry" (what stands in the
             stage's folder and holds it), "all" (the stage starts again).
         extends: a stage that continues with other inputs only adds to its result: what builds on it still holds.
+        recorded: the inputs of a marker -> the same by today's names, where an earlier version used others.
         continues: the inputs that the work in the folder was made from -> how it goes on with today's, in words; None
             if it cannot.
     """
@@ -64,6 +65,7 @@ class Wanted:
     repair: Literal["file", "entry", "all"] = "entry"
     extends: bool = False
     continues: Callable[[dict[str, Any]], str | None] = lambda _: None
+    recorded: Callable[[dict[str, Any]], dict[str, Any]] = lambda old: old
 
     def reads(self, output: str) -> bool:
         """Whether later stages read this output."""
@@ -139,18 +141,18 @@ class Run:
         if (folder / MARKER).exists():
             record = self.record(wanted.name)
             damaged = tuple(filter(wanted.reads, self._damage(wanted.name, record)))
-            if record["inputs"] == inputs:
+            if (old := wanted.recorded(record["inputs"])) == inputs:
                 if not damaged:
                     return Found("holds", record=record)
                 return Found("damaged", f"{damaged[0]} {_state(folder / damaged[0])}", 0, record, damaged)
-            return self._changed(wanted, record["inputs"], record["seconds"], record, damaged)
+            return self._changed(wanted, old, record["seconds"], record, damaged)
         if not (folder / STARTED).exists():
             left = any(folder.rglob("*")) if folder.exists() else False
             return Found("outdated", "unknown, it has no record of its inputs") if left else Found("nothing")
         started = self._sealed(wanted.name, STARTED)
-        if started["inputs"] == inputs:
+        if (old := wanted.recorded(started["inputs"])) == inputs:
             return Found("interrupted", seconds=_spent(folder, started))
-        return self._changed(wanted, started["inputs"], _spent(folder, started), {}, ())
+        return self._changed(wanted, old, _spent(folder, started), {}, ())
 
     def spent(self, name: str) -> float:
         """Seconds of work in the folder of a stage."""

@@ -23,6 +23,7 @@ from dcgen_convert.stages.job import Job
 
 IMPORT, ADAPT, MERGE = "import", "adapt", "merge"
 SOURCE, AUTOENCODER, RESOLUTION = "the source", "the autoencoder", "the resolution of the last phase"
+NETWORK = "the source's network"  # its files, and those of no component; SOURCE: all files
 PICTURES = "the contents of data.path"
 TRAINING = (
     "seed", "dtype", "adapt.objective", "adapt.null_branch", "adapt.guidance_range", "adapt.data_guidance",
@@ -33,7 +34,7 @@ TRAINING = (
 # number in VERSIONS tells that the stage's code gives another result than before.
 DEPENDS: dict[str, tuple[str, ...]] = {
     IMPORT: (SOURCE,),
-    folders.SURGERY: (SOURCE, AUTOENCODER, RESOLUTION),
+    folders.SURGERY: (NETWORK, AUTOENCODER, RESOLUTION),
     folders.DATA: (
         SOURCE, PICTURES, CAPTIONS, "seed", "dtype", "data.kind", "data.count", "data.steps", "data.guidance",
         "data.resolution", "latents.text_length",
@@ -41,7 +42,7 @@ DEPENDS: dict[str, tuple[str, ...]] = {
     folders.LATENTS: (
         SOURCE, AUTOENCODER, "dtype", "data.buckets", "latents", "adapt.phases.resolution",
     ),
-    folders.ALIGN_EMBEDDER: (SOURCE, "seed", "align_embedder"),
+    folders.ALIGN_EMBEDDER: (NETWORK, "seed", "align_embedder"),
     folders.ALIGN_HEAD: ("align_head", *TRAINING),
     ADAPT: ("adapt.phases.*", "adapt.clip", *TRAINING),
     MERGE: ("merge_lora",),
@@ -59,6 +60,7 @@ GROWS = ("data.count", PICTURES, CAPTIONS)  # pictures are kept one by one
 # Facts -> the settings behind them. A folder or file that only moved is the same.
 FACTS = {
     SOURCE: ("source", "base", "loras", "revision"),
+    NETWORK: ("source", "base", "loras", "revision"),
     AUTOENCODER: ("ae", "ae_channels"),
     RESOLUTION: ("adapt.phases.*.resolution",),
     PICTURES: (),
@@ -98,6 +100,20 @@ def inputs(job: Job, stage: str, number: int = 0) -> dict[str, Any]:
     return {**found, "stage version": VERSIONS[kind_of(stage)]}
 
 
+def recorded(job: Job, stage: str, old: dict[str, Any]) -> dict[str, Any]:
+    """The inputs that a marker holds, by today's names: earlier ones know all files of the source as one fact."""
+    if SOURCE not in old or NETWORK not in DEPENDS[kind_of(stage)]:
+        return old
+    rest = {name: value for name, value in old.items() if name != SOURCE}
+    return {**rest, NETWORK: _network(job, old[SOURCE])}
+
+
+def _network(job: Job, contents: dict[str, str]) -> dict[str, str]:
+    """Of the hashes of the source's files those that belong to no other component than the network."""
+    others = job.source.parts.keys() - {job.family.component}
+    return {name: digest for name, digest in contents.items() if name.partition("/")[0] not in others}
+
+
 def _counts(job: Job, stage: str, number: int, name: str) -> bool:
     """Whether a setting has a part in this job's result of the stage."""
     if stage == folders.DATA:
@@ -111,6 +127,7 @@ def _counts(job: Job, stage: str, number: int, name: str) -> bool:
 def _value(job: Job, settings: dict[str, Any], name: str, number: int) -> Any:
     facts: dict[str, Callable[[], Any]] = {
         SOURCE: job.source.contents,
+        NETWORK: lambda: _network(job, job.source.contents()),
         AUTOENCODER: lambda: job.ae.fingerprint,
         RESOLUTION: lambda: job.resolution,
         PICTURES: lambda: _given(job),

@@ -30,6 +30,7 @@ class Step:
         result, repair: as in `journal.Wanted`.
         continues: (old, new) inputs -> how the stage goes on with a change, in words; None: it starts again.
         extends: going on with a change only adds to the result.
+        recorded: as in `journal.Wanted`.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Step:
     repair: Literal["file", "entry", "all"] = "entry"
     continues: Callable[[dict[str, Any], dict[str, Any]], str | None] = lambda _old, _new: None
     extends: bool = False
+    recorded: Callable[[dict[str, Any]], dict[str, Any]] = lambda old: old
 
 
 def wanted(step: Step, known: dict[str, Found]) -> Wanted:
@@ -51,7 +53,7 @@ def wanted(step: Step, known: dict[str, Found]) -> Wanted:
     before = {name: known[name].result if step.extends else known[name].origin for name in step.after}
     inputs = {**step.inputs, "before": before} if before else step.inputs
     continues = partial(_continues, step, inputs)
-    return Wanted(step.name, inputs, step.result, step.repair, step.extends, continues)
+    return Wanted(step.name, inputs, step.result, step.repair, step.extends, continues, step.recorded)
 
 
 def _continues(step: Step, new: dict[str, Any], old: dict[str, Any]) -> str | None:

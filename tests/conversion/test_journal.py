@@ -53,6 +53,16 @@ def test_a_finished_stage_holds_for_its_inputs_only(run):
     assert state(run, {"k": 2}) == "outdated"
 
 
+def test_inputs_that_an_earlier_version_named_otherwise_still_hold(run):
+    renamed = {"recorded": lambda old: {"new": old["old"]}}
+    interrupt(run, {"old": 1})
+    assert state(run, {"new": 1}, **renamed) == "interrupted" and state(run, {"new": 1}) == "outdated"
+    finish(run, {"old": 1})
+    assert state(run, {"new": 1}, **renamed) == "holds"
+    found = run.look(Wanted("a", {"new": 2}, **renamed))
+    assert (found.state, found.reason) == ("outdated", "changed: new")
+
+
 def test_the_changed_input_and_the_work_are_named(run):
     finish(run, {"k": 1, "same": 5, "phase": {"lr": 1}})
     found = run.look(Wanted("a", {"k": 2, "same": 5, "phase": {"lr": 2}}))

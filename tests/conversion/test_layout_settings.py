@@ -132,6 +132,30 @@ def test_which_stages_a_change_runs_again(first, change):
     assert differ == CHANGES[change] + ["verify"] * change.startswith("evaluate")  # which deletes nothing
 
 
+@pytest.mark.parametrize(
+    "part, wanted",
+    [
+        ("text_encoder/model.safetensors", ["data", "latents"]),
+        ("tokenizer_2/tokenizer.json", ["data", "latents"]),
+        ("transformer/diffusion_pytorch_model.safetensors", ["surgery", "data", "latents", "align-embedder"]),
+        ("model_index.json", ["surgery", "data", "latents", "align-embedder"]),
+    ],
+)
+def test_which_stages_a_file_of_the_source_runs_again(first, part, wanted):
+    folder, _ = first
+    job = prepare(resolved(["quantize.format=nvfp4"]), Run(folder / "run", NULL), NULL)
+    before = {step.name: step for step in conversion.walk(job, folder / "out", False)}
+    known = job.source.contents()
+    assert part in known
+    job.source.known.update({**known, part: "other"})
+    after = {step.name: step.inputs for step in conversion.walk(job, folder / "out", False)}
+    assert [name for name, step in before.items() if after[name] != step.inputs] == wanted
+    for step in before.values():  # as a version wrote them that knew one fact for all files
+        names = {depends.SOURCE if name == depends.NETWORK else name: value for name, value in step.inputs.items()}
+        old = {**names, depends.SOURCE: known} if depends.SOURCE in names else names
+        assert step.recorded(old) == step.inputs
+
+
 def test_the_table_of_all_settings_is_this_one():
     names = {re.sub(r"\.\d+\.", ".*.", key) for key, _ in leaves(resolved().recipe.model_dump(mode="json"))}
     assert {name: depends.stages_of(name) for name in sorted(names)} == dict(sorted(AGAIN.items()))
