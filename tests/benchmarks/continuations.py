@@ -6,7 +6,8 @@ One tiny run is stopped inside data, after latents, inside align-head, inside ad
 60 copies gets one change and goes on to the end of the stage that was stopped. All that costs time is counted while it
 is done: pictures drawn, pictures and captions encoded, training steps, calibration pictures, blocks, and stages that
 write their outputs again. What is more than the change asks for is lost. The seconds are the share of the stage's own.
-The cells show what was done (a stage's name: it ran again), then what was lost.
+A line per continuation shows what was done (a stage's name: it ran again), why more than the rest of the run, and what
+was lost. The row "nothing" goes on without a change.
 """
 
 from __future__ import annotations
@@ -217,22 +218,20 @@ def settings_of(change: dict[str, object], point: str) -> dict[str, object]:
     return {key: value for key, value in change.items() if not key.startswith("align_head") or "head" in point}
 
 
-def asked(name: str, point: str) -> tuple[dict[str, int], set[str]]:
-    """What a change asks for: more work by kind, and the stages whose results it makes void."""
-    reached = list(POINTS).index(point)
+def asked(name: str, point: str) -> tuple[dict[str, int], set[str], str]:
+    """What a change asks for: more work by kind, stages whose results are void, and why in words."""
     if name == "more pictures":
-        more, late = MORE - COUNT, reached > 0
-        return {
-            SYNTHESIS: more,
-            **(dict.fromkeys((ROWS, CAPTIONS), more) if late else {}),
-        }, set()
+        more = MORE - COUNT
+        work = {SYNTHESIS: more} if point == "inside data" else {SYNTHESIS: more, ROWS: 2 * more, CAPTIONS: more}
+        return work, set(), f"{more} more pictures"
     trained = {"inside align-head": HEAD, "inside adapt-1": ADAPT, "inside quantize": ADAPT}.get(point)
-    if name.startswith("longer") and trained and not (trained == HEAD and "cosine" in name):
-        more = {trained: LONGER - STEPS}
-        return more, {"merge-1", "quantize"} if "quantize" in point else set()
-    if name.startswith("lower") and "quantize" in point:
-        return {}, {"adapt-1", "merge-1", "quantize"}  # the phase was finished with the higher rate
-    return {}, set()
+    last = point == "inside quantize"
+    if name.startswith("longer") and trained and (trained == ADAPT or "constant" in name):
+        void = {"merge-1", "quantize"} if last else set()
+        return {trained: LONGER - STEPS}, void, f"{LONGER - STEPS} more steps{' give other weights' if last else ''}"
+    if name.startswith("lower") and last:
+        return {}, {"adapt-1", "merge-1", "quantize"}, "the phase was finished without it"
+    return {}, set(), ""
 
 
 def state(run: Path) -> dict[str, tuple[float, list[tuple[int, int]]]]:
@@ -247,11 +246,11 @@ def state(run: Path) -> dict[str, tuple[float, list[tuple[int, int]]]]:
 
 def work_lost(name: str, point: str, made: Counter[str], done: Counter[str]) -> dict[str, int]:
     """Kind -> how much more of it was done than the rest of the run and the change ask for."""
-    more, void = asked(name, point)
-    order, until = list(STAGES), POINTS[point][1]
+    more, void, _ = asked(name, point)
+    reached = STAGES[: STAGES.index(POINTS[point][1]) + 1]
     lost = {}
     for kind, (stage, total) in WORK.items():
-        wanted = max(0, total - made[kind]) + more.get(kind, 0) if order.index(stage) <= order.index(until) else 0
+        wanted = max(0, total - made[kind]) + more.get(kind, 0) if stage in reached else 0
         if done[kind] > wanted and stage not in void:
             lost[kind] = done[kind] - wanted
     return lost
@@ -278,12 +277,13 @@ def try_one(home: Path, made: Counter[str], name: str, point: str) -> tuple[str,
         stage, total = WORK.get(kind, (kind, 1))
         seconds[stage] = max(seconds[stage], before[stage][0] * number / total)
     shown = [f"{kind} {number}" for kind, number in done.items() if number] + again
-    return f"{', '.join(shown) or 'nothing'} | lost: {lost or 'nothing'}", sum(seconds.values())
+    why = asked(name, point)[2]
+    return f"{', '.join(shown) or '-'}{f' ({why})' if why else ''} | lost: {lost or '-'}", sum(seconds.values())
 
 
 def main(words: list[str]) -> int:
     root, begun = Path(tempfile.mkdtemp()), time.process_time()
-    made, total, wrong, tried = make(root), 0.0, 0, 0
+    made, found = make(root), {}
     for name in (name for name in CHANGES if not words or name in words):
         for point in POINTS:
             home, done = made[point + (" cosine" if "cosine" in name else "")]
@@ -293,12 +293,13 @@ def main(words: list[str]) -> int:
                 cell, seconds = f"WRONG: {error.message}", float("nan")
             for folder in root.glob("try*"):
                 shutil.rmtree(folder)
-            if name != "nothing":
-                total, wrong, tried = total + seconds, wrong + (seconds != 0), tried + 1
-            print(f"{name:18}{point:20}{cell}  ({seconds:.2f} s)", flush=True)
-    print(
-        f"{tried} continuations, {wrong} of them lost work: {total:.2f} s; {time.process_time() - begun:.0f} s of CPU"
-    )
+            found[name, point] = seconds
+            print(f"{name:18}{point:20}{cell}", flush=True)
+    print("\nseconds of work that were lost" + "".join(f"{point:>20}" for point in POINTS))
+    for name in dict.fromkeys(name for name, _ in found):
+        print(f"{name:30}" + "".join(f"{found[name, point]:20.2f}" for point in POINTS))
+    wrong = sum(seconds != 0 for seconds in found.values())
+    print(f"{len(found)} continuations, {wrong} of them lost work; {time.process_time() - begun:.0f} s of CPU")
     shutil.rmtree(root)
     return int(wrong > 0)
 
