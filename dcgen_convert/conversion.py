@@ -34,7 +34,7 @@ from dcgen_convert.core.progress import duration
 from dcgen_convert.core.version import __version__
 from dcgen_convert.networks.models import TRANSFORMER
 from dcgen_convert.planning import licences
-from dcgen_convert.planning.plan import require_disk
+from dcgen_convert.planning.plan import require_disk, require_fits, require_possible
 from dcgen_convert.ranks import join
 from dcgen_convert.ranks.crew import SOLO, Crew
 from dcgen_convert.ranks.machine import Machine
@@ -141,6 +141,7 @@ def convert(  # noqa: PLR0913  every option of the verb by its name
         for line in licences.lines(licences.licences(resolved)):
             console.say(line)
         pictures.require(job)
+        require_possible(resolved.recipe, resolved.identity)
         require_disk(resolved, run.path, output, until)
         record = {
             "recipe": resolved.recipe.model_dump(mode="json"),
@@ -165,12 +166,22 @@ def convert(  # noqa: PLR0913  every option of the verb by its name
         survey = Survey(run, steps, asked)
         survey.require_output(output, force)
         survey.require_consent(consent)
+        _require_memory(job, survey)
         replaced = str(output) if force and folders.BUNDLE in survey.open else None
         write_json(run.path / RECIPE, {**record, "replace": replaced, "version": __version__})
         if asked:
             write_json(run.path / ASKED, {"job": os.environ.get(join.JOB), "stages": asked})
         crew.introduce({"run": str(run.path), **record})
         return _run_steps(job, steps, output, asked)
+
+
+def _require_memory(job: Job, survey: Survey) -> None:
+    """ResourceError when a training that is still to be done does not fit, days before it is reached."""
+    from dcgen_convert.stages.layout import memory_per_rank
+
+    phases = range(1, len(job.recipe.adapt.phases) + 1)
+    if survey.open & {folders.ALIGN_HEAD, *map(folders.adapt_stage, phases)}:
+        require_fits(job.recipe, job.identity, job.crew.world, memory_per_rank(job.crew.world))
 
 
 def _believed(sizes: Mapping[str, int], before: Mapping[str, tuple[int, str]]) -> dict[str, str]:

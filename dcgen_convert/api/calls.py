@@ -39,27 +39,30 @@ def _explained() -> Iterator[None]:
 
 
 @_explained()
-def plan(source: str | Path, *, gpu_memory: float | None = None, **settings: Unpack[Settings]) -> Plan:
+def plan(
+    source: str | Path, *, gpu_memory: float | None = None, disk: float | None = None, **settings: Unpack[Settings]
+) -> Plan:
     """What a conversion of ``source`` will cost, from configs alone: no weights, no GPU, no torch.
 
     Args:
         source: recipe, .yaml, catalogue name, folder, .safetensors, .gguf or hub id.
         gpu_memory: GiB per GPU that training must fit in; None: those of a card that is sold as 80 GB.
+        disk: GB that are free on the machine that will convert; None: what is free here.
         settings: see `api.settings.Settings`.
 
     Raises:
         RecipeError, InputError: settings or a source that cannot work.
         AccessError: the source is neither here nor reachable.
     """
-    return plan_of(resolve(source, settings), gpu_memory)
+    return plan_of(resolve(source, settings), gpu_memory, disk)
 
 
-def plan_of(resolved: Resolved, gpu_memory: float | None = None) -> Plan:
+def plan_of(resolved: Resolved, gpu_memory: float | None = None, disk: float | None = None) -> Plan:
     """`plan` of a recipe that is resolved already."""
     from dcgen_convert.planning import plan as planning
 
-    memory = {} if gpu_memory is None else {"gpu_bytes": gpu_memory * 2**30}
-    return Plan.of(planning.plan(resolved, **memory))
+    memory = planning.GPU_BYTES if gpu_memory is None else gpu_memory * 2**30
+    return Plan.of(planning.plan(resolved, memory, None if disk is None else disk * 1e9))
 
 
 @_explained()

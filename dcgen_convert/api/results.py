@@ -26,13 +26,16 @@ class Result:
 class Plan(Result):
     """What a conversion will cost. status: "feasible" or "infeasible"; `problems` says why it cannot run.
 
-    Sizes are in bytes, but memory is in GiB. `time["gpu_hours"]` is an estimate, `time["basis"]` names its basis.
-    settings: dotted key -> {"value", "origin"}. licences: what is known of the terms of each source; None: unknown.
+    Sizes are in bytes, but memory is in GiB. `time["wall_hours"]` and `time["gpu_hours"]` are estimates, with a range
+    and with a row for each stage; `time["basis"]` names their basis.
+    settings: dotted key -> {"value", "origin"}. exit_code: that of the command: 0, 2 or 4.
+    licences: what is known of the terms of each source; None: unknown.
     """
 
-    SCHEMA: ClassVar[str] = "dcgen.plan/1"
+    SCHEMA: ClassVar[str] = "dcgen.plan/2"
 
     problems: list[str]
+    exit_code: int
     notes: list[str]
     source: dict[str, Any]
     licences: list[dict[str, Any]]

@@ -120,14 +120,20 @@ def convert(session: Session, source: str, **values: Any) -> int:
     type=click.FloatRange(min=0, min_open=True),
     help="GiB per GPU that training must fit in. Default: 79.1, those of a card sold as 80 GB.",
 )
+@option(
+    "--disk",
+    metavar="GB",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Free disk space, in GB, of the machine that will convert. Default: what is free here.",
+)
 @stack(OUTPUT)
 @click.pass_obj
-def plan(session: Session, source: str, gpu_memory: float | None, **values: Any) -> int:
+def plan(session: Session, source: str, gpu_memory: float | None, disk: float | None, **values: Any) -> int:
     """Say what a conversion will cost: tokens, speed-up, memory, disk, downloads, hours; and where each setting comes
     from."""
     from dcgen_convert.cli import verbs
 
-    return verbs.plan(session, source, values, gpu_memory)
+    return verbs.plan(session, source, values, gpu_memory, disk)
 
 
 @cli.command(context_settings=CONTEXT)

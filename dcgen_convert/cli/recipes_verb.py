@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import click
 from dcgen_convert.cli import completion
 from dcgen_convert.cli.options import CONTEXT, OUTPUT, option, output_options, stack
 from dcgen_convert.cli.session import Session
-from dcgen_convert.core.errors import InputError, RecipeError
+from dcgen_convert.core.errors import AccessError, InputError, RecipeError
 from dcgen_convert.core.files import read_lines
 from dcgen_convert.recipe import shelf
 
@@ -94,9 +95,12 @@ def copy(session: Session, name: str, file: str, force: bool, **values: Any) -> 
 def validate(session: Session, name: str, **values: Any) -> int:
     """Check recipe NAME (or a file): keys, types, combinations, autoencoder, sizes. Exit 2 when it cannot work."""
     console = session.begin(**output_options(values))
+    from dcgen_convert.planning.plan import require_possible
     from dcgen_convert.recipe import loading
 
-    loading.load(_known(name))
+    resolved = loading.load(_known(name))
+    with suppress(AccessError):  # of a source whose config is not here yet, its own stage asks
+        require_possible(resolved.recipe, resolved.identity.here)
     console.result({"schema": "dcgen.result/1", "status": "done", "recipe": name, "valid": True}, f"{name}: valid")
     return 0
 

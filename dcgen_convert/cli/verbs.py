@@ -30,7 +30,7 @@ ASK_ABOVE_HOURS = 1.0
 def convert(session: Session, source: str, values: dict[str, Any]) -> int:
     """Resolve, (ask), convert, (push)."""
     if values.pop("dry_run"):
-        return plan(session, source, values, None)
+        return plan(session, source, values)
     shown = output_options(values)
     job = order(source, recipe_options(values), values["output"], values["run_dir"])
     console = session.begin(**shown, run_dir=job.run_dir)
@@ -85,15 +85,17 @@ def _on_ranks(session: Session, job: Order, work: Callable[[Crew], Conversion]) 
     return finish(console, work(crew))
 
 
-def plan(session: Session, source: str, values: dict[str, Any], gpu_memory: float | None) -> int:
-    """What a conversion will cost. Exit 4 when no micro-batch of one picture fits."""
+def plan(
+    session: Session, source: str, values: dict[str, Any], gpu_memory: float | None = None, disk: float | None = None
+) -> int:
+    """What a conversion will cost. Exit 4 when memory or disk is too small, 2 when it cannot be at all."""
     console = session.begin(**output_options(values))
     from dcgen_convert.planning.text import render
 
-    found = calls.plan(source, gpu_memory=gpu_memory, **recipe_options(values))
+    found = calls.plan(source, gpu_memory=gpu_memory, disk=disk, **recipe_options(values))
     document = found.document()
     console.result(document, render(document))
-    return 0 if found.feasible else 4
+    return found.exit_code
 
 
 def quantize(session: Session, source: str, values: dict[str, Any]) -> int:
@@ -120,8 +122,9 @@ def _consents(lost: str, console: Console) -> bool:
 def _ask(job: Order, console: Console) -> None:
     """Say the cost first; on a terminal, let the user stop before hours are spent."""
     time = calls.plan_of(job.resolved).time
-    console.say(f"expected: {duration(time['gpu_hours'] * 3600)} on {time['device']} [{time['basis']}]")
-    ask = time["gpu_hours"] > ASK_ABOVE_HOURS and wants_live(console.stderr, {})
+    low, likely, high = (duration(time[f"wall_hours{end}"] * 3600) for end in ("_low", "", "_high"))
+    console.say(f"expected: {likely} ({low} to {high}) on {time['gpus']} x {time['device']} [{time['basis']}]")
+    ask = time["wall_hours"] > ASK_ABOVE_HOURS and wants_live(console.stderr, {})
     if ask and not click.confirm("Go on?", default=True, err=True):
         raise InputError("not started", "add -y to skip the question")
 

@@ -231,6 +231,10 @@ class Family:
         """
         return None
 
+    def most_pixels(self, config: dict[str, Any]) -> int | None:
+        """Pixels of the largest pictures that the model was trained to draw; None: not known."""
+        return None
+
     def grid_step(self, config: dict[str, Any]) -> int:
         """Both sides of a latent are multiples of this number and of the patch. A U-Net halves its grid repeatedly."""
         return 1

@@ -38,6 +38,10 @@ class Sana(Family):
     default_guidance = 4.5
     text_length = 300
 
+    def most_pixels(self, config: dict[str, Any]) -> int | None:
+        size = config.get("sample_size")
+        return int(1.1 * (32 * size) ** 2) if size in BINNED else None  # its bins differ a little in area
+
     def convert_config(self, config: dict[str, Any], factor: int, channels: int, side: int) -> dict[str, Any]:
         size = config.get("sample_size")
         # The pipeline chooses its resolution bins by sample_size, not by the autoencoder: a value with bins must stay.

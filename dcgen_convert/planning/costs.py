@@ -1,4 +1,4 @@
-"""Disk, downloads, time and price of a recipe, from sizes. Each number comes with its basis."""
+"""Disk and downloads of a recipe, from sizes. Each number comes with its basis."""
 
 from __future__ import annotations
 
@@ -8,20 +8,12 @@ from pathlib import Path
 
 from dcgen_convert.families import catalog
 from dcgen_convert.networks import autoencoder_files
-from dcgen_convert.planning.arithmetic import forward_flops, side_passes, train_flops
 from dcgen_convert.planning.shapes import Shapes
 from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.schema import Recipe
 
 PNG_BYTES_PER_PIXEL = 1.6  # photographs; drawn pictures compress better
 BF16 = 2
-SMALL = 100_000_000
-"""Models below this many parameters are planned for two CPU cores, larger ones for an H100."""
-DEVICES = {
-    "one H100": (989e12 * 0.40, 2.5, "989 TFLOP/s dense bf16 at 40 % utilisation and 2.50 USD per hour: assumed"),
-    "2 CPU cores": (60e9, 0.0, "60 GFLOP/s on two cores: assumed from a 2.3 M-parameter prototype"),
-}
-"""FLOP/s reached, USD per hour, basis."""
 QUANTISED_BYTES = 0.65
 """Bytes per weight of a W4A4 linear: 4 bits, one FP8 scale per 16, and a rank-32 branch on widths near 3072."""
 
@@ -35,7 +27,7 @@ WRITTEN = (
     ("align-head", ("checkpoints",)),
     ("adapt", ()),
     ("merge", ("merged",)),
-    ("quantize", ("quantised",)),
+    ("quantize", ("spool", "quantised")),
     ("bundle", ("bundle",)),
 )
 
@@ -100,6 +92,7 @@ def disk(recipe: Recipe, sizes: Shapes) -> dict:
         "surgery": 0 if imported else dense,  # what import wrote is linked, but for embedder and head
         "checkpoints": 2 * 16 * trained,  # the newest and the one before it: fp32 weight, two moments, EMA
         "merged": dense * len(recipe.adapt.phases),
+        "spool": _spool(recipe, sizes),
         "quantised": quantised,
         "bundle": (quantised or dense) + companions,
     }
@@ -110,48 +103,19 @@ def disk(recipe: Recipe, sizes: Shapes) -> dict:
     }
 
 
+def _spool(recipe: Recipe, sizes: Shapes) -> float:
+    """Bytes that a quantisation keeps of its blocks' outputs: those of the block before and of the one in work."""
+    section, last = recipe.quantize, recipe.adapt.phases[-1]
+    if section.format == "none":
+        return 0.0
+    guided = 2 if sizes.family.guidance == "cfg" and recipe.bundle.guidance > 1 else 1
+    calls = guided * section.calibration.prompts * (section.calibration.steps or recipe.bundle.steps)
+    return 2.0 * calls * BF16 * sizes.tokens(last) * sizes.converted.width
+
+
 def until(kinds: dict[str, float], stage: str | None) -> dict[str, float]:
     """Bytes by kind, as `disk` counts them, with 0 for what only comes after ``stage``; None: nothing comes after."""
     names = [name for name, _ in WRITTEN]
     last = names.index(name) if stage and (name := stage.rstrip("-0123456789")) in names else len(names)
     later = {kind for _, written in WRITTEN[last + 1 :] for kind in written}
     return {kind: 0 if kind in later else size for kind, size in kinds.items()}
-
-
-def hours(recipe: Recipe, sizes: Shapes) -> dict:
-    """GPU-hours of every stage that computes, from FLOPs."""
-    base, converted, old, new, text = sizes.base, sizes.converted, sizes.old, sizes.new, sizes.text
-    name = "2 CPU cores" if base.parameters < SMALL else "one H100"
-    rate, price, basis = DEVICES[name]
-    guided = (
-        sizes.family.guidance == "cfg" and recipe.data.guidance > 1
-    )  # classifier-free guidance runs the model twice
-    stages: dict[str, float] = {}
-    if recipe.data.kind == "synthetic":
-        once = forward_flops(base, old.tokens(recipe.data.resolution), text)
-        stages["data"] = recipe.data.count * recipe.data.steps * (2 if guided else 1) * once
-    first = forward_flops(converted, new.tokens(recipe.adapt.phases[0].resolution), text)
-    head = train_flops(first, full=False, checkpointing=recipe.adapt.checkpointing, passes=side_passes(recipe.adapt))
-    stages["align head"] = recipe.align_head.steps * recipe.align_head.batch * head
-    for i, phase in enumerate(recipe.adapt.phases):
-        once = forward_flops(converted, new.tokens(phase.resolution), text)
-        each = train_flops(
-            once,
-            full=phase.mode == "full",
-            checkpointing=recipe.adapt.checkpointing,
-            passes=side_passes(recipe.adapt, phase.consistency),
-        )
-        stages[f"adapt phase {i} ({phase.resolution} px)"] = phase.steps * phase.batch * each
-    if recipe.quantize.format != "none":
-        once = forward_flops(converted, new.tokens(recipe.adapt.phases[-1].resolution), text)
-        steps = recipe.quantize.calibration.steps or recipe.bundle.steps
-        stages["quantize"] = recipe.quantize.calibration.prompts * steps * (2 if guided else 1) * once
-    table = {stage: flops / rate / 3600 for stage, flops in stages.items()}
-    total = sum(table.values())
-    return {
-        "device": name,
-        "gpu_hours": total,
-        "stages": table,
-        "price_usd": total * price,
-        "basis": f"FLOPs of the configs; {basis}",
-    }

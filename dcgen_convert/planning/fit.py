@@ -17,7 +17,7 @@ class Fit:
         micro_batch: pictures per GPU and pass.
         limit: the largest micro-batch that would fit.
         reason: one line for the console.
-        problem: why the phase cannot run, with the smallest change that helps; None when it can.
+        problem: why the phase cannot run, and the smallest change that helps; None when it can.
     """
 
     zero: int
@@ -26,7 +26,7 @@ class Fit:
     micro_batch: int
     limit: int
     reason: str
-    problem: str | None
+    problem: tuple[str, str] | None
     memory: memory.Memory
 
 
@@ -75,5 +75,5 @@ def decide(recipe: Recipe, phase: Phase, sizes: Shapes, gpus: int, gpu_bytes: fl
         if limit:
             change = f"--set adapt.phases.*.micro_batch={micro_batch(part, limit)}"
         room = f"{gpu_bytes / memory.GIB:.1f} GiB per GPU"
-        problem = f"training at {phase.resolution} px does not fit {room} at micro-batch {size}: use {change}"
+        problem = f"training at {phase.resolution} px does not fit {room} at micro-batch {size}", f"use {change}"
     return Fit(zero, offload, gpus, size, limit, reason, problem, memory.estimate(what, gpus, zero, offload, size))

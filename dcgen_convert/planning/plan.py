@@ -11,8 +11,10 @@ from typing import Any
 
 from dcgen_convert.core.disk import check_disk, existing
 from dcgen_convert.data import prompts
+from dcgen_convert.core.errors import DcgenError, InputError, ResourceError
 from dcgen_convert.families import Family
 from dcgen_convert.planning import costs, memory, speed
+from dcgen_convert.planning.bill import bill
 from dcgen_convert.planning.fit import Fit, decide, head_phase, training
 from dcgen_convert.planning.licences import licences
 from dcgen_convert.planning.quantised import quantised_linears
@@ -24,35 +26,36 @@ from dcgen_convert.recipe.loading import Resolved
 from dcgen_convert.recipe.schema import Phase, Recipe
 from dcgen_convert.recipe.settings import leaves
 
-__all__ = ["Fit", "fit_phase", "head_phase", "plan", "render", "require_disk"]
+__all__ = ["Fit", "fit_phase", "head_phase", "plan", "render", "require_disk", "require_fits", "require_possible"]
 
 GPU_BYTES = memory.GPUS["H100-80"] * memory.GIB
 
 
-def plan(resolved: Resolved, gpu_bytes: float = GPU_BYTES) -> dict:
+def plan(resolved: Resolved, gpu_bytes: float = GPU_BYTES, disk_bytes: float | None = None) -> dict:
     """The plan of a resolved recipe as one JSON-able document; status "feasible" or "infeasible".
 
     Args:
         gpu_bytes: memory per GPU that training must fit in, in bytes.
+        disk_bytes: free disk space of the machine that will convert; None: what is free here.
     """
     recipe, gpus = resolved.recipe, resolved.machine.gpus or 1
     source = resolved.identity
     sizes = shapes_of(recipe, source)
     last = recipe.adapt.phases[-1]
     trained = sizes.trainable(last)
-    fits = [decide(recipe, phase, sizes, gpus, gpu_bytes) for phase in recipe.adapt.phases]
-    trains = [decide(recipe, head_phase(recipe), sizes, gpus, gpu_bytes)] if recipe.align_head.steps else []
-    problems = list(dict.fromkeys(found.problem for found in [*fits, *trains] if found.problem))
-    quantization, impossible = quantised_linears(recipe.quantize, sizes)
-    problems += impossible
+    fits = _fits(recipe, sizes, gpus, gpu_bytes)
+    quantization, _ = quantised_linears(recipe.quantize, sizes)
     space = costs.disk(recipe, sizes)
+    free = shutil.disk_usage(existing(Path.cwd())).free if disk_bytes is None else disk_bytes
+    problems = [*_impossible(recipe, sizes), *_too_large(fits), *_too_full(space["peak"], free)]
     fetch = costs.downloads(recipe, sizes)
     doubt = sizes.family.doubt(source.name, source.scheduler or {})
     return {
-        "schema": "dcgen.plan/1",
+        "schema": "dcgen.plan/2",
         "status": "infeasible" if problems else "feasible",
-        "problems": problems,
-        "notes": [*([doubt] if doubt and not last.consistency else []), *_notes(fetch, space, resolved, sizes.family)],
+        "problems": [f"{problem.message}: {problem.hint}" for problem in problems],
+        "exit_code": problems[0].exit_code if problems else 0,
+        "notes": [*([doubt] if doubt and not last.consistency else []), *_notes(fetch, resolved, sizes.family)],
         "source": {
             "name": recipe.source,
             "family": sizes.family.name,
@@ -74,11 +77,52 @@ def plan(resolved: Resolved, gpu_bytes: float = GPU_BYTES) -> dict:
         },
         "memory": _memory(fits[-1], training(recipe, last, sizes), gpu_bytes),
         "quantization": quantization,
-        "disk": space,
+        "disk": {**space, "free": free},
         "downloads": fetch,
-        "time": costs.hours(recipe, sizes),
+        "time": bill(recipe, sizes, gpus),
         "settings": _settings(resolved),
     }
+
+
+def require_possible(recipe: Recipe, source: Identity) -> None:
+    """InputError for a conversion that no machine can do: said before any work is done."""
+    for problem in _impossible(recipe, shapes_of(recipe, source)):
+        raise problem
+
+
+def require_fits(recipe: Recipe, source: Identity, gpus: int, gpu_bytes: float) -> None:
+    """ResourceError when a training does not fit on ``gpus`` ranks of ``gpu_bytes`` each: said before it is reached."""
+    for problem in _too_large(_fits(recipe, shapes_of(recipe, source), gpus, gpu_bytes)):
+        raise problem
+
+
+def _fits(recipe: Recipe, sizes: Shapes, gpus: int, gpu_bytes: float) -> list[Fit]:
+    """The decision for each training: that of the head, if there is one, then the phases."""
+    phases = [*([head_phase(recipe)] if recipe.align_head.steps else []), *recipe.adapt.phases]
+    return [decide(recipe, phase, sizes, gpus, gpu_bytes) for phase in phases]
+
+
+def _impossible(recipe: Recipe, sizes: Shapes) -> list[DcgenError]:
+    """What no machine can do: linears that no 4-bit format holds."""
+    _, found = quantised_linears(recipe.quantize, sizes)
+    return [InputError(message, hint) for message, hint in found]
+
+
+def _too_large(fits: list[Fit]) -> list[DcgenError]:
+    """Trainings that do not fit into the GPUs, each once."""
+    found = dict.fromkeys(fit.problem for fit in fits if fit.problem)
+    return [ResourceError(*problem) for problem in found]
+
+
+def _too_full(needed: float, free: float) -> list[DcgenError]:
+    if needed <= free:
+        return []
+    return [
+        ResourceError(
+            f"the disk is too small, {needed / 1e9:.1f} GB needed and {free / 1e9:.1f} GB free",
+            "free space, or say how much the machine that will convert has (plan --disk GB)",
+        )
+    ]
 
 
 def fit_phase(recipe: Recipe, source: Identity, phase: Phase, gpus: int = 1, gpu_bytes: float = GPU_BYTES) -> Fit:
@@ -133,8 +177,8 @@ def _tokens(resolved: Resolved, sizes: Shapes) -> list[dict]:
     return rows
 
 
-def _notes(fetch: list[dict], space: dict, resolved: Resolved, family: Family) -> list[str]:
-    """What is experimental, missing or gated, and whether the disk here would do; none of it stops a plan."""
+def _notes(fetch: list[dict], resolved: Resolved, family: Family) -> list[str]:
+    """What is experimental, missing or gated; none of it stops a plan."""
     notes = [family.experimental] if family.experimental else []
     for row in (row for row in fetch if not row["cached"]):
         if row["gated"]:
@@ -150,9 +194,6 @@ def _notes(fetch: list[dict], space: dict, resolved: Resolved, family: Family) -
         and (doubt := prompts.doubt(data.prompts, data.count))
     ):
         notes.append(doubt)
-    free = shutil.disk_usage(existing(Path.cwd())).free
-    if space["peak"] > free:
-        notes.append(f"the disk here is too small: {space['peak'] / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
     return notes
 
 

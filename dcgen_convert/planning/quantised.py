@@ -10,8 +10,8 @@ from dcgen_convert.recipe.schema import Quantize
 from dcgen_convert.svdquant.settings import container_problem
 
 
-def quantised_linears(section: Quantize, sizes: Shapes) -> tuple[dict[str, Any] | None, list[str]]:
-    """(the part `quantization` of the plan, problems); (None, []) where nothing is quantised.
+def quantised_linears(section: Quantize, sizes: Shapes) -> tuple[dict[str, Any] | None, list[tuple[str, str]]]:
+    """(the part `quantization` of the plan, problems with their cures); (None, []) where nothing is quantised.
 
     In that part, w4a4 and w4a16 are numbers of linears. dense: kind of block linear -> why it stays 16-bit.
     impossible: kind of block linear -> why no 4-bit format can hold it.
@@ -31,11 +31,12 @@ def quantised_linears(section: Quantize, sizes: Shapes) -> tuple[dict[str, Any] 
         "dense": by_kind(dense),
         "impossible": impossible,
     }
-    problems = [f"{name} cannot be quantised: {reason}" for name, reason in impossible.items()]
-    if problems:
-        problems.append("keep what cannot be quantised 16-bit with --set quantize.dense=REGEX, or --quantize none")
-    elif not targets.svdq:
-        problems.append(f"no linear of this {sizes.family.name} model can be quantised to 4 bits: use --quantize none")
+    problems = [
+        (f"{name} cannot be quantised, {reason}", "keep it 16-bit with --set quantize.dense=REGEX, or --quantize none")
+        for name, reason in impossible.items()
+    ]
+    if not problems and not targets.svdq:
+        problems.append((f"no linear of this {sizes.family.name} model can be quantised to 4 bits", "--quantize none"))
     if problem := container_problem(section.container, sizes.family):
-        problems.append(problem)
+        problems.append((problem, "leave out quantize.container"))
     return part, problems

@@ -98,6 +98,38 @@ def _memory_table(rows: list[dict]) -> list[str]:
 
 
 def _time(time: dict) -> list[str]:
-    price = f", about {time['price_usd']:,.0f} USD" if time["price_usd"] else ""
-    lines = [f"time on {time['device']}: {duration(time['gpu_hours'] * 3600)}{price}  [{time['basis']}]"]
-    return lines + [f"  {stage}: {duration(value * 3600)}" for stage, value in time["stages"].items()]
+    """The bill: wall-clock with its range, GPU-hours, and what each stage spends it on."""
+    gpus, price = time["gpus"], f", about {time['price_usd']:,.0f} USD" if time["price_usd"] else ""
+    one = time["device"] == "2 CPU cores"
+    where = time["device"] if one else f"{gpus} x {time['device']}"
+    hours = "" if one else f", {time['gpu_hours']:,.0f} GPU-hours{price}"
+    lines = [
+        f"time on {where}: {_span(time)}{hours}",
+        *textwrap.wrap(f"[{time['basis']}]", 110, initial_indent="  ", subsequent_indent="   "),
+        f"  {'stage':<15}{'wall-clock':>14}  {'range':<24}  of which",
+    ]
+    for row in time["stages"]:
+        span = f"{_hours(row['wall_hours_low'])} to {_hours(row['wall_hours_high'])}"
+        lines.append(f"  {row['stage']:<15}{_hours(row['wall_hours']):>14}  {span:<24}  {_parts(row, gpus)}")
+    return lines
+
+
+def _span(time: dict) -> str:
+    low, high = _hours(time["wall_hours_low"]), _hours(time["wall_hours_high"])
+    return f"{_hours(time['wall_hours'])} ({low} to {high})"
+
+
+def _hours(value: float) -> str:
+    return duration(value * 3600)
+
+
+def _parts(row: dict, gpus: int) -> str:
+    """The kinds of work that take a twentieth of the stage or more, longest first."""
+    parts = sorted(row["work"], key=lambda part: -part["wall_hours"])
+    shown = [part for part in parts if part["wall_hours"] >= 0.05 * row["wall_hours"]]
+    alone = "" if gpus == 1 else " on one GPU"
+    return ", ".join(
+        f"{part['what']} {_hours(part['wall_hours'])}{'' if part['shared'] else alone}"
+        f"{' (measured)' if part['basis'] == 'measured' else ''}"
+        for part in shown
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 from dcgen_convert.core.errors import AccessError, RecipeError
 from dcgen_convert.data import buckets
@@ -97,11 +98,35 @@ def check(recipe: Recipe, source: Identity) -> None:
     if recipe.data.buckets:
         for phase in recipe.adapt.phases:
             bucket_sizes(family, config, old, new, phase.resolution)
+    _require_shift(recipe, new)
+    _require_drawable(recipe, family, config)
     only = family.only_side(config, old.f)
     if only and recipe.data.kind == "synthetic" and recipe.data.resolution != only:
         raise RecipeError(
             f"data.resolution is {recipe.data.resolution} px, but the pipeline of {recipe.source} draws {only} px only",
             f"use {only} px (--resolution), or give pictures of your own with --data",
+        )
+
+
+def _require_shift(recipe: Recipe, new: Grid) -> None:
+    """RecipeError for a shift rule that no scheduler config can hold: flux2 is a line through two sizes at most."""
+    sizes = sorted({phase.resolution for phase in recipe.adapt.phases})
+    if recipe.adapt.shift == "flux2" and len(sizes) > 2:
+        shown = ", ".join(map(str, sizes))
+        raise RecipeError(
+            f"adapt.shift is flux2, which cannot be written for the {len(sizes)} sizes {shown} px",
+            "--set adapt.shift=model keeps the base's own rule, a number is one shift for all sizes",
+        )
+
+
+def _require_drawable(recipe: Recipe, family: Family, config: dict[str, Any]) -> None:
+    """RecipeError when the base model shall draw pictures that are larger than those that it was trained on."""
+    side, most = recipe.data.resolution, family.most_pixels(config)
+    if recipe.data.kind == "synthetic" and most is not None and side**2 > most:
+        raise RecipeError(
+            f"data.resolution is {side} px, but {recipe.source} was trained to draw pictures of up to "
+            f"{math.isqrt(most)} px: larger ones come out broken",
+            f"give pictures of {side} px of your own with --data, or use a smaller --resolution",
         )
 
 

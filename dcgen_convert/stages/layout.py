@@ -15,16 +15,21 @@ from dcgen_convert.recipe.schema import Phase
 from dcgen_convert.stages.job import Job
 
 
-def fitted(job: Job, phase: Phase, label: str) -> dict[str, Any]:
-    """Choose {"zero", "offload", "micro_batch"} for a phase, and tell the console; ResourceError when nothing fits.
+def memory_per_rank(world: int) -> float:
+    """Bytes that each rank can train in: its GPU's, or its part of the machine's free memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return psutil.virtual_memory().available / world
 
-    Without a GPU each rank counts with its part of the machine's free memory.
-    """
-    has_gpu, world = torch.cuda.is_available(), job.crew.world
-    memory = torch.cuda.get_device_properties(0).total_memory if has_gpu else psutil.virtual_memory().available / world
+
+def fitted(job: Job, phase: Phase, label: str) -> dict[str, Any]:
+    """Choose {"zero", "offload", "micro_batch"} for a phase, and tell the console; ResourceError when nothing fits."""
+    world = job.crew.world
+    memory = memory_per_rank(world)
     fit = plan.fit_phase(job.recipe, job.identity, phase, world, gpu_bytes=memory)
     if fit.problem:
-        raise ResourceError(f"{label}: {fit.problem}", "dcgen-convert plan shows what fits")
+        message, change = fit.problem
+        raise ResourceError(f"{label}: {message}", f"{change}; dcgen-convert plan shows what fits")
     job.console.say(
         f"{label}: {fit.reason}; micro-batch {fit.micro_batch} of the {phase.batch // world} pictures "
         f"per rank and step, {fit.limit} would fit in {memory / GIB:.1f} GiB"

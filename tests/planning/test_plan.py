@@ -10,8 +10,8 @@ from conftest import WEIGHTS
 from dcgen_convert import conversion
 from dcgen_convert.core import disk
 from dcgen_convert.core.console import NULL
-from dcgen_convert.core.errors import ResourceError
-from dcgen_convert.planning import costs, plan
+from dcgen_convert.core.errors import InputError, RecipeError, ResourceError
+from dcgen_convert.planning import bill, costs, plan
 from dcgen_convert.planning.shapes import shapes_of
 from dcgen_convert.ranks import machine
 from dcgen_convert.recipe import loading, shelf
@@ -21,13 +21,21 @@ from dcgen_convert.svdquant.targets import plan_targets
 from .test_memory import TABLE
 
 
+OWN = ["data.kind=folder", f"data.path={WEIGHTS}"]  # pictures of one's own: the base need not draw them
+
+
 @pytest.fixture(autouse=True)
 def empty_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
-def document(name: str, *, sets=(), **flags) -> dict:
-    return plan.plan(loading.load(name, flags=flags, sets=sets, machine=machine.Machine(offline=True)))
+def document(name: str, *, sets=(), gpus=None, disk_bytes=1e15, **flags) -> dict:
+    resolved = loading.load(name, flags=flags, sets=sets, machine=machine.Machine(offline=True, gpus=gpus))
+    return plan.plan(resolved, disk_bytes=disk_bytes)
+
+
+def row(doc: dict, stage: str) -> dict:
+    return next(row for row in doc["time"]["stages"] if row["stage"] == stage)
 
 
 @pytest.mark.parametrize("name", shelf.names())
@@ -52,7 +60,7 @@ def test_every_shipped_recipe_passes_offline(name):
     ],
 )
 def test_flops_agree_with_what_the_paper_measured(px, ae, tokens, paper, tolerance):
-    doc = document("flux-krea", ae=ae, resolution=px, sets=["latents.text_length=512"])
+    doc = document("flux-krea", ae=ae, resolution=px, sets=["latents.text_length=512", *OWN])
     assert (doc["tokens"][-1]["before"], doc["tokens"][-1]["after"]) == tokens
     assert doc["speedup"]["value"] == pytest.approx(paper, rel=tolerance)
     assert doc["speedup_paper"]["value"] == paper
@@ -63,7 +71,7 @@ def test_flops_agree_with_what_the_paper_measured(px, ae, tokens, paper, toleran
 def test_the_memory_table_of_flux_at_4096_px_from_its_config():
     """FLUX.1 to f64c128, 4096 + 512 tokens, LoRA 256: every row within 10 % of the table that the terms come from (see
     test_memory), which counts no moving average."""
-    sets = ["latents.text_length=512", "adapt.ema=0", "adapt.objective=flow"]
+    sets = ["latents.text_length=512", *OWN, "adapt.ema=0", "adapt.objective=flow"]
     doc = document("flux-krea", ae="dc-ae-f64", resolution=4096, sets=sets)
     found = {(row["zero"], row["offload"], row["gpus"]): row for row in doc["memory"]["table"]}
     for line in TABLE:
@@ -75,7 +83,7 @@ def test_the_memory_table_of_flux_at_4096_px_from_its_config():
         assert row["max_micro_batch_H100-80"] == pytest.approx(int(h100), abs=2)
         assert row["max_micro_batch_H200-141"] == pytest.approx(int(h200), abs=2)
     assert not found
-    averaged = document("flux-krea", ae="dc-ae-f64", resolution=4096, sets=sets[:1])
+    averaged = document("flux-krea", ae="dc-ae-f64", resolution=4096, sets=[sets[0], *OWN])
     assert averaged["memory"]["table"][0]["optimizer"] == pytest.approx(15.6, abs=0.06)  # 16 B for each of 1.047e9
 
 
@@ -84,7 +92,7 @@ def test_what_cannot_fit_is_refused_with_a_change_that_does(name, gib):
     def planned(gpus=None, **settings):
         sets = [f"adapt.{key}={value}" for key, value in settings.items()]
         resolved = loading.load(name, flags={}, sets=sets, machine=machine.Machine(gpus=gpus, offline=True))
-        return plan.plan(resolved, gpu_bytes=gib * 2**30)
+        return plan.plan(resolved, gpu_bytes=gib * 2**30, disk_bytes=1e15)
 
     doc = planned(zero=1)
     assert doc["status"] == "infeasible"
@@ -122,17 +130,109 @@ def test_what_is_cached_is_not_downloaded_again(tmp_path):
 
 
 def test_hours_follow_the_work():
+    """The training takes twice as long for twice as many steps; every stage counts, and only what is there."""
     short, long = (
-        document("flux-krea", sets=["adapt.phases.*.steps=1000"]),
-        document("flux-krea", sets=["adapt.phases.*.steps=2000"]),
+        document("flux-krea", sets=[f"adapt.phases.*.steps={steps}", "watch.evaluate_every=0", "watch.grid_every=0"])
+        for steps in (1000, 2000)
     )
-    stage = "adapt phase 1 (1024 px)"
-    assert long["time"]["stages"][stage] == pytest.approx(2 * short["time"]["stages"][stage])
-    assert sum(long["time"]["stages"].values()) == pytest.approx(long["time"]["gpu_hours"])
-    assert "data" not in document("flux-krea", sets=["data.kind=folder", "data.path=/somewhere"])["time"]["stages"]
-    assert "quantize" in document("flux-krea", **{"quantize.format": "nvfp4"})["time"]["stages"]
-    plain = document("flux-krea", sets=["adapt.objective=flow"])
-    assert plain["time"]["stages"][stage] < document("flux-krea")["time"]["stages"][stage]
+
+    def trained(doc):
+        return next(part for part in row(doc, "adapt-2")["work"] if part["what"] == "train")["wall_hours"]
+
+    assert trained(long) == pytest.approx(2 * trained(short))
+    assert sum(row["wall_hours"] for row in long["time"]["stages"]) == pytest.approx(long["time"]["wall_hours"])
+    stages = [row["stage"] for row in document("flux-krea", **{"quantize.format": "nvfp4"})["time"]["stages"]]
+    assert stages == ["download", "surgery", "data", "latents", "align-embedder", "align-head", "adapt-1", "merge-1",
+                      "adapt-2", "merge-2", "quantize", "bundle", "verify"]  # fmt: skip
+    assert row(document("flux-krea", sets=["adapt.objective=flow"]), "adapt-2")["wall_hours"] < row(
+        document("flux-krea"), "adapt-2"
+    )["wall_hours"]
+
+
+def test_ranks_divide_only_what_they_share():
+    """Eight GPUs make shared work eight times faster. What rank 0 does alone takes as long, and costs eight times."""
+    one, eight = (document("flux-krea", gpus=gpus, **{"quantize.format": "nvfp4"})["time"] for gpus in (1, 8))
+    for alone, together in zip(one["stages"], eight["stages"], strict=True):
+        for part, other in zip(alone["work"], together["work"], strict=True):
+            expected = 8 if part["shared"] and part["count"] >= 8 else 1
+            assert part["wall_hours"] / other["wall_hours"] == pytest.approx(expected), part["what"]
+            low, high = part["wall_hours_low"], part["wall_hours_high"]
+            assert low < part["wall_hours"] < high
+    assert eight["gpu_hours"] == pytest.approx(8 * eight["wall_hours"])
+    assert one["gpu_hours"] == one["wall_hours"] < eight["gpu_hours"] < 8 * one["gpu_hours"]
+    assert eight["price_usd"] == pytest.approx(2.5 * eight["gpu_hours"])
+    text = plan.render(document("flux-krea", gpus=8))
+    assert "time on 8 x H100: " in text and "GPU-hours, about" in text and " on one GPU" in text
+
+
+def test_what_a_rehearsal_measured_takes_the_place_of_the_rate():
+    resolved = loading.load("flux-krea", machine=machine.Machine(offline=True))
+    sizes = shapes_of(resolved.recipe, resolved.identity)
+    found = bill.bill(resolved.recipe, sizes, 2, {"data": {"draw": 0.25}})
+    data = next(row for row in found["stages"] if row["stage"] == "data")
+    part = next(part for part in data["work"] if part["what"] == "draw")
+    assert part["basis"] == "measured" and part["wall_hours"] == pytest.approx(100_000 * 20 * 0.25 / 2 / 3600)
+    assert part["wall_hours_low"] == part["wall_hours_high"] == part["wall_hours"]
+    assert found["basis"].startswith("1 of ")
+
+
+def test_the_flops_of_an_autoencoder_are_those_that_torch_counts():
+    """Of AutoencoderKL as FLUX has it, and of DC-AE f32 and f64: within 20 % of the two constants."""
+    import diffusers
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def counted(model, side):
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            encoded = model.encode(torch.empty(1, 3, side, side))
+        encode = counter.get_total_flops()
+        latent = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mean
+        with FlopCounterMode(display=False) as counter:
+            model.decode(latent)
+        return encode / side**2, counter.get_total_flops() / side**2
+
+    def deep(channels, widths):
+        types = ("ResBlock",) * 3 + ("EfficientViTBlock",) * (len(widths) - 3)
+        ends = {}
+        for end, layers in (("encoder", (2, 2, 2) + (3,) * (len(widths) - 3)), ("decoder", (3,) * len(widths))):
+            scales = tuple((5,) if kind == "EfficientViTBlock" else () for kind in types)
+            ends |= {f"{end}_block_types": types, f"{end}_block_out_channels": widths,
+                     f"{end}_layers_per_block": layers, f"{end}_qkv_multiscales": scales}  # fmt: skip
+        return diffusers.AutoencoderDC(latent_channels=channels, **ends)
+
+    with torch.device("meta"):
+        models = [
+            diffusers.AutoencoderKL(
+                block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16,
+                down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            ),
+            deep(32, (128, 256, 512, 512, 1024, 1024)),
+            deep(128, (128, 256, 512, 512, 1024, 1024, 2048)),
+        ]  # fmt: skip
+    for model in models:
+        assert counted(model, 256) == pytest.approx((bill.ENCODE, bill.DECODE), rel=0.20)
+
+
+def test_a_plan_says_no_where_the_disk_is_too_small():
+    doc = document("flux-krea", disk_bytes=1e11)
+    assert (doc["status"], doc["exit_code"]) == ("infeasible", 4)
+    assert "the disk is too small, 6" in doc["problems"][0] and "plan --disk GB" in doc["problems"][0]
+
+
+def test_sizes_that_the_base_cannot_draw_are_refused_by_every_verb():
+    for name, side in (("flux-krea", 2048), ("flux-krea", 4096), ("sana-1.6b", 2048)):
+        with pytest.raises(RecipeError, match=f"data.resolution is {side} px.*trained to draw") as caught:
+            loading.load(name, flags={"resolution": side}, machine=machine.Machine(offline=True))
+        assert "--data" in caught.value.hint
+    loading.load("flux-krea", flags={"resolution": 1280})
+
+
+def test_a_shift_that_no_config_can_hold_is_refused_by_every_verb():
+    phases = [{"resolution": side, "steps": 1} for side in (512, 768, 1024)]
+    sets = [f"adapt.phases={json.dumps(phases)}"]
+    with pytest.raises(RecipeError, match="flux2, which cannot be written for the 3 sizes 512, 768, 1024 px"):
+        loading.load("flux-krea", sets=sets, machine=machine.Machine(offline=True))
+    loading.load("flux-krea", sets=[*sets, "adapt.shift=model"], machine=machine.Machine(offline=True))
 
 
 def test_disk_follows_the_data():
@@ -252,7 +352,10 @@ def test_quantised_linears_are_those_that_the_quantiser_finds_in_the_model():
 
 def test_linears_that_no_format_holds_are_listed_and_make_it_infeasible():
     doc = document("sana-1.6b", **{"quantize.format": "nvfp4"})
-    assert doc["status"] == "infeasible"
+    assert (doc["status"], doc["exit_code"]) == ("infeasible", 2)
+    resolved = loading.load("sana-1.6b", flags={"quantize.format": "nvfp4"}, machine=machine.Machine(offline=True))
+    with pytest.raises(InputError, match="attn1.to_q .* cannot be quantised"):
+        plan.require_possible(resolved.recipe, resolved.identity)
     kinds = doc["quantization"]["impossible"]
     assert kinds["transformer_blocks.*.attn1.to_q (20)"].endswith("it has 2240 -> 2240")
     assert not any("ff.conv" in kind for kind in kinds)  # convolutions were never planned

@@ -1,0 +1,296 @@
+"""The bill of a conversion: every stage that takes time, on N ranks, from counted work and the rates of a device.
+
+A stage is a list of kinds of work. Each has a count (pictures, steps, bytes), the cost of one unit, and whether the
+ranks share it. What is not shared is done by rank 0 while the others wait, so it costs N times its GPU-hours. Where a
+rehearsal has measured the seconds of one unit, they take the place of the assumed rate.
+
+N tokens of a picture, D width of the transformer, K input channels of a linear.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from dcgen_convert.families import catalog
+from dcgen_convert.planning.arithmetic import forward_flops, side_passes, train_flops
+from dcgen_convert.planning.rates import CPUS, H100, Device
+from dcgen_convert.planning.shapes import Shapes
+from dcgen_convert.recipe.schema import Phase, Recipe
+
+SMALL = 100_000_000
+"""Models below this many parameters are planned for two CPU cores, larger ones for H100s."""
+BF16 = 2
+ENCODE, DECODE = 5e6, 9e6
+"""FLOPs per pixel of an autoencoder at full width. Counted by torch on the published configs: AutoencoderKL 4.2 and 9.5
+million, DC-AE f32 and f64 4.9 and 8.0 million."""
+TINY_AUTOENCODER = 20_000_000  # parameters; one below has about this share of the FLOPs:
+TINY_SHARE = 0.02
+QUANTILES = 5  # noise levels of a held-out loss
+SMOOTHINGS = 21  # candidates of svdquant.smooth
+ROUNDINGS = 3  # passes of GPTQ over a layer: the first and two refits
+CHECKPOINT_SECONDS = 600.0  # between two checkpoints of a training
+GAP_PICTURES = 32
+
+
+@dataclass(frozen=True)
+class Work:
+    """One kind of work of a stage.
+
+    Attributes:
+        what: its name, unique in the stage; a rehearsal measures the same names.
+        count, unit: how often it is done, and what is counted.
+        kind: the rate of `rates.Device` that it is measured in.
+        each: FLOPs, bytes, pixels or columns of one unit.
+        shared: whether the ranks divide it among them.
+    """
+
+    stage: str
+    what: str
+    count: float
+    unit: str
+    kind: str
+    each: float
+    shared: bool = True
+
+
+def device_for(sizes: Shapes) -> Device:
+    """What a model of this size is planned for."""
+    return CPUS if sizes.base.parameters < SMALL else H100
+
+
+def works(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
+    """All work of a conversion, stage by stage."""
+    yield from _prepared(recipe, sizes)
+    yield from _data(recipe, sizes)
+    yield from _latents(recipe, sizes)
+    yield from _aligned(recipe, sizes)
+    for number, phase in enumerate(recipe.adapt.phases, 1):
+        yield from _phase(recipe, sizes, phase, number)
+    if recipe.quantize.format != "none":
+        yield from _quantised(recipe, sizes)
+    yield from _finished(recipe, sizes)
+
+
+def bill(recipe: Recipe, sizes: Shapes, gpus: int, measured: dict[str, dict[str, float]] | None = None) -> dict:
+    """Wall-clock hours, GPU-hours and price, in all and of every stage, each with its range and basis.
+
+    Args:
+        gpus: ranks that share the work.
+        measured: stage -> what -> seconds of one unit on one rank.
+    """
+    device, known = device_for(sizes), measured or {}
+    rows: dict[str, dict[str, Any]] = {}
+    for work in works(recipe, sizes):
+        if not work.count:
+            continue
+        part = _priced(work, device, gpus, known.get(work.stage, {}).get(work.what))
+        row = rows.setdefault(work.stage, {"stage": work.stage, **dict.fromkeys(HOURS, 0.0), "work": []})
+        for key in HOURS:
+            row[key] += part[key]
+        row["work"].append(part)
+    stages = [{**row, "gpu_hours": row["wall_hours"] * gpus} for row in rows.values()]
+    total = {key: sum(row[key] for row in stages) for key in (*HOURS, "gpu_hours")}
+    found = sum(part["basis"] == "measured" for row in stages for part in row["work"])
+    basis = f"counted work; rates assumed: {device.assumed}"
+    if found:
+        basis = f"{found} of {sum(len(row['work']) for row in stages)} kinds of work measured in a rehearsal; {basis}"
+    return {
+        "device": device.name,
+        "gpus": gpus,
+        **total,
+        "price_usd": total["gpu_hours"] * device.price,
+        "stages": stages,
+        "basis": basis,
+    }
+
+
+HOURS = ("wall_hours", "wall_hours_low", "wall_hours_high")
+
+
+def _priced(work: Work, device: Device, gpus: int, measured: float | None) -> dict[str, Any]:
+    """A kind of work with its wall-clock hours."""
+    ranks = min(gpus, max(1, math.ceil(work.count))) if work.shared else 1
+    if measured is not None:
+        seconds = low = high = work.count * measured
+    else:
+        rate, total = device.rates[work.kind], work.count * work.each
+        seconds, low, high = total / rate.expected, total / rate.fast, total / rate.slow
+    hours = {key: value / ranks / 3600 for key, value in zip(HOURS, (seconds, low, high), strict=True)}
+    return {
+        "what": work.what,
+        "count": work.count,
+        "unit": work.unit,
+        "shared": work.shared,
+        **hours,
+        "basis": "assumed" if measured is None else "measured",
+    }
+
+
+def _prepared(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
+    dense = BF16 * sizes.base.parameters
+    if sizes.source.hub_id:
+        yield Work("download", "fetch", dense + BF16 * _extra(sizes), "bytes", "network", 1, False)
+    yield Work("surgery", "start", 1, "processes", "starts", 1, False)
+    yield Work("surgery", "hash the source", dense + BF16 * _extra(sizes), "bytes", "hash", 1, False)
+    yield Work("surgery", "copy", 2 * dense, "bytes", "disk", 1, False)
+
+
+def _data(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
+    data, pixels = recipe.data, float(recipe.data.resolution**2)
+    if data.kind == "folder":
+        yield Work("data", "hash", data.count * pixels, "bytes", "hash", 1, False)
+        return
+    once, passes = forward_flops(sizes.base, sizes.old.tokens(data.resolution), sizes.text), _guided(sizes, data)
+    yield Work("data", "load", BF16 * (sizes.base.parameters + _extra(sizes)), "bytes", "disk", 1, False)
+    yield Work("data", "encode prompts", data.count, "pictures", "matmul", passes * _text_flops(sizes))
+    yield Work("data", "draw", data.count * data.steps, "denoising steps", "matmul", passes * once)
+    yield Work("data", "decode", data.count, "pictures", "convolution", pixels * DECODE * _base_share(sizes))
+    yield Work("data", "write", data.count, "pictures", "pixels", pixels)
+
+
+def _latents(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
+    count, source = recipe.data.count, float(recipe.data.resolution**2)
+    pixels = sum(float(side**2) for side in _sides(recipe))
+    yield Work("latents", "check", count, "pictures", "pixels", source / 2, False)
+    yield Work("latents", "read", count * len(_sides(recipe)), "pictures", "pixels", source / 2)
+    both = ENCODE * (_base_share(sizes) + _new_share(recipe))
+    yield Work("latents", "encode", count * pixels, "pixels", "convolution", both)
+    cells = sum(g.c * (side // g.f) ** 2 for g in (sizes.old, sizes.new) for side in _sides(recipe))
+    text = sizes.text * sizes.base.text_width if recipe.latents.text == "cache" else 0
+    yield Work("latents", "write", BF16 * count * (cells + text), "bytes", "disk", 1, False)
+    if recipe.latents.text == "cache":
+        yield Work("latents", "encode captions", count, "captions", "matmul", _text_flops(sizes))
+
+
+def _aligned(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
+    align, adapt, first = recipe.align_head, recipe.adapt, recipe.adapt.phases[0]
+    cells = sum(grid.c * (first.resolution // grid.f) ** 2 for grid in (sizes.old, sizes.new))
+    yield Work("align-embedder", "read latents", BF16 * recipe.data.count * cells, "bytes", "disk", 1, False)
+    inputs = sizes.new.c
+    solve = 2.0 * sizes.new.tokens(first.resolution) * (inputs + 1) * (inputs + sizes.base.width)
+    yield Work("align-embedder", "sum", recipe.data.count, "pictures", "float32", solve, False)
+    once = _once(sizes, first)
+    if align.method == "least-squares":
+        samples, passes = align.draws * recipe.data.count, 1 + side_passes(adapt)
+        yield Work("align-head", "start", samples, "samples", "matmul", passes * once, False)
+        square = 2.0 * sizes.new.tokens(first.resolution) * sizes.base.width**2
+        yield Work("align-head", "sum", samples, "samples", "float32", square, False)
+    if align.steps:
+        yield Work("align-head", "train", align.steps * align.batch, "samples", "matmul", _trained(recipe, first, once))
+
+
+def _phase(recipe: Recipe, sizes: Shapes, phase: Phase, number: int) -> Iterator[Work]:
+    name, once, watch = f"adapt-{number}", _once(sizes, phase), recipe.watch
+    each = _trained(recipe, phase, once)
+    if recipe.latents.text == "encode":
+        each += _text_flops(sizes)
+    yield Work(name, "load", BF16 * sizes.converted.parameters, "bytes", "disk", 1, False)
+    yield Work(name, "train", phase.steps * phase.batch, "samples", "matmul", each)
+    held_out = min(max(1, recipe.data.count // 20), 512)
+    looks = 2 + (phase.steps // watch.evaluate_every if watch.evaluate_every else 0)
+    passes = QUANTILES * (1 + side_passes(recipe.adapt))
+    yield Work(name, "evaluate", looks * held_out * passes, "forward passes", "matmul", once, False)
+    if watch.grid_every:
+        drawn = phase.steps // watch.grid_every * watch.pictures
+        yield Work(name, "grids", drawn * recipe.bundle.steps, "denoising steps", "matmul", once, False)
+    state = 16.0 * sizes.trainable(phase).trained
+    rate = device_for(sizes).rates["matmul"].expected
+    saves = 1 + int(phase.steps * phase.batch * each / rate / CHECKPOINT_SECONDS)
+    yield Work(name, "checkpoints", saves * state, "bytes", "disk", 1, False)
+    dense = BF16 * sizes.converted.parameters
+    yield Work(f"merge-{number}", "merge", 2 * dense, "bytes", "disk", 1, False)
+    yield Work(f"merge-{number}", "load", 2 * dense, "bytes", "disk", 1, False)
+    both = once + forward_flops(sizes.base, sizes.old.tokens(phase.resolution), sizes.text)
+    pictures = min(GAP_PICTURES, held_out)
+    yield Work(f"merge-{number}", "gap", pictures, "pictures", "matmul", both, False)
+
+
+def _quantised(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
+    section, last = recipe.quantize, recipe.adapt.phases[-1]
+    once = _once(sizes, last)
+    steps = section.calibration.steps or recipe.bundle.steps
+    calls = section.calibration.prompts * steps
+    guided = 2 if sizes.family.guidance == "cfg" and recipe.bundle.guidance > 1 else 1
+    yield Work("quantize", "calibrate", calls, "denoising steps", "matmul", guided * once)
+    yield Work("quantize", "run the blocks", guided * calls, "forward passes", "matmul", once, False)
+    spool = 2.0 * BF16 * sizes.tokens(last) * sizes.converted.width * sizes.converted.blocks
+    yield Work("quantize", "keep block outputs", guided * calls * spool, "bytes", "disk", 1, False)
+    linears = {layer.name: layer for layer in sizes.converted.layers if not layer.convolution}
+    shapes = {name: (layer.outputs, layer.inputs) for name, layer in linears.items()}
+    layers = [linears[name] for name in sizes.family.quant_targets(shapes, section.dense).svdq]
+    flops = sum(layer_flops(layer.outputs, layer.inputs, section.rank) for layer in layers)
+    yield Work("quantize", "decompose", len(layers), "linears", "float32", flops / max(1, len(layers)))
+    columns = ROUNDINGS * sum(layer.inputs for layer in layers)
+    yield Work("quantize", "round", columns, "columns", "columns", 1)
+    yield Work("quantize", "write", 2 * 0.65 * sizes.converted.parameters, "bytes", "disk", 1, False)
+
+
+def layer_flops(outputs: int, inputs: int, rank: int) -> float:
+    """FLOPs of SVDQuant on one linear: the Hessian of its inputs, the search for the smoothing, GPTQ."""
+    hessian = 2.0 * 32_768 * inputs**2 + inputs**3 / 3
+    smoothing = SMOOTHINGS * (6.0 * outputs * inputs * (rank + 16) + 2.0 * 512 * 512 * inputs)
+    return hessian + smoothing + ROUNDINGS * float(outputs) * inputs**2
+
+
+def _finished(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
+    share = 0.325 if recipe.quantize.format != "none" else 1.0  # of bf16: 4 bits, scales, the 16-bit branch
+    dense, extra = BF16 * sizes.converted.parameters, BF16 * _extra(sizes)
+    whole = share * dense + extra
+    yield Work("bundle", "copy", 2 * whole, "bytes", "disk", 1, False)
+    yield Work("bundle", "hash", whole, "bytes", "hash", 1, False)
+    yield Work("verify", "start", 1, "processes", "starts", 1, False)
+    yield Work("verify", "hash", whole, "bytes", "hash", 1, False)
+    yield Work("verify", "load", 3 * whole, "bytes", "disk", 1, False)
+    count, last = recipe.evaluate.prompts, recipe.adapt.phases[-1]
+    if count:
+        data, pixels = recipe.data, float(last.resolution**2)
+        base = forward_flops(sizes.base, sizes.old.tokens(last.resolution), sizes.text) * _guided(sizes, data)
+        yield Work("verify", "draw with the source", count * data.steps, "denoising steps", "matmul", base, False)
+        models = 1 if recipe.quantize.format == "none" else 2
+        guided = 2 if sizes.family.guidance == "cfg" and recipe.bundle.guidance > 1 else 1
+        drawn = models * count * recipe.bundle.steps
+        each = guided * _once(sizes, last)
+        yield Work("verify", "draw with the bundle", drawn, "denoising steps", "matmul", each, False)
+        decode = (models + 1) * DECODE * _new_share(recipe) + ENCODE * _new_share(recipe) + DECODE * _base_share(sizes)
+        yield Work("verify", "autoencoders", count * pixels, "pixels", "convolution", decode, False)
+
+
+def _sides(recipe: Recipe) -> list[int]:
+    return sorted({phase.resolution for phase in recipe.adapt.phases})
+
+
+def _once(sizes: Shapes, phase: Phase) -> float:
+    """FLOPs of one forward pass of the converted model for one picture."""
+    return forward_flops(sizes.converted, sizes.new.tokens(phase.resolution), sizes.text)
+
+
+def _trained(recipe: Recipe, phase: Phase, once: float) -> float:
+    passes = side_passes(recipe.adapt, phase.consistency)
+    return train_flops(once, full=phase.mode == "full", checkpointing=recipe.adapt.checkpointing, passes=passes)
+
+
+def _guided(sizes: Shapes, data: Any) -> int:
+    """Passes of the model per denoising step: classifier-free guidance has two."""
+    return 2 if sizes.family.guidance == "cfg" and data.guidance > 1 else 1
+
+
+def _extra(sizes: Shapes) -> int:
+    """Parameters of text encoders and autoencoder; 0 where nothing tells them."""
+    return sizes.source.entry.extra_parameters if sizes.source.entry else 0
+
+
+def _text_flops(sizes: Shapes) -> float:
+    """FLOPs of encoding one prompt: nearly all of the companions' parameters are those of the text encoder."""
+    return 2.0 * _extra(sizes) * sizes.text
+
+
+def _base_share(sizes: Shapes) -> float:
+    return TINY_SHARE if sizes.base.parameters < SMALL else 1.0
+
+
+def _new_share(recipe: Recipe) -> float:
+    entry = catalog.find_autoencoder(recipe.ae)
+    return TINY_SHARE if entry is not None and entry.parameters < TINY_AUTOENCODER else 1.0
