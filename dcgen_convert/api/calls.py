@@ -8,6 +8,7 @@ torch is imported only by what needs it, when it is called.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,7 +63,8 @@ def plan_of(resolved: Resolved, gpu_memory: float | None = None, disk: float | N
     from dcgen_convert.planning import plan as planning
 
     memory = planning.GPU_BYTES if gpu_memory is None else gpu_memory * 2**30
-    return Plan.of(planning.plan(resolved, memory, None if disk is None else disk * 1e9))
+    free = shutil.disk_usage(Path.cwd()).free if disk is None else disk * 1e9
+    return Plan.of(planning.plan(resolved, memory, free))
 
 
 @_explained()

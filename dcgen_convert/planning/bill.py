@@ -63,7 +63,7 @@ def device_for(sizes: Shapes) -> Device:
 
 def works(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
     """All work of a conversion, stage by stage."""
-    yield from _prepared(recipe, sizes)
+    yield from _prepared(sizes)
     yield from _data(recipe, sizes)
     yield from _latents(recipe, sizes)
     yield from _aligned(recipe, sizes)
@@ -129,7 +129,7 @@ def _priced(work: Work, device: Device, gpus: int, measured: float | None) -> di
     }
 
 
-def _prepared(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
+def _prepared(sizes: Shapes) -> Iterator[Work]:
     dense = BF16 * sizes.base.parameters
     if sizes.source.hub_id:
         yield Work("download", "fetch", dense + BF16 * _extra(sizes), "bytes", "network", 1, False)

@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
-from dcgen_convert.core.disk import check_disk, existing
+
 from dcgen_convert.data import prompts
+from dcgen_convert.core.disk import check_disk
 from dcgen_convert.core.errors import DcgenError, InputError, ResourceError
 from dcgen_convert.families import Family
 from dcgen_convert.planning import costs, memory, speed
@@ -36,7 +36,7 @@ def plan(resolved: Resolved, gpu_bytes: float = GPU_BYTES, disk_bytes: float | N
 
     Args:
         gpu_bytes: memory per GPU that training must fit in, in bytes.
-        disk_bytes: free disk space of the machine that will convert; None: what is free here.
+        disk_bytes: free disk space of the machine that will convert; None: not known, and not judged.
     """
     recipe, gpus = resolved.recipe, resolved.machine.gpus or 1
     source = resolved.identity
@@ -46,8 +46,7 @@ def plan(resolved: Resolved, gpu_bytes: float = GPU_BYTES, disk_bytes: float | N
     fits = _fits(recipe, sizes, gpus, gpu_bytes)
     quantization, _ = quantised_linears(recipe.quantize, sizes)
     space = costs.disk(recipe, sizes)
-    free = shutil.disk_usage(existing(Path.cwd())).free if disk_bytes is None else disk_bytes
-    problems = [*_impossible(recipe, sizes), *_too_large(fits), *_too_full(space["peak"], free)]
+    problems = [*_impossible(recipe, sizes), *_too_large(fits), *_too_full(space["peak"], disk_bytes)]
     fetch = costs.downloads(recipe, sizes)
     doubt = sizes.family.doubt(source.name, source.scheduler or {})
     return {
@@ -77,7 +76,7 @@ def plan(resolved: Resolved, gpu_bytes: float = GPU_BYTES, disk_bytes: float | N
         },
         "memory": _memory(fits[-1], training(recipe, last, sizes), gpu_bytes),
         "quantization": quantization,
-        "disk": {**space, "free": free},
+        "disk": {**space, "free": disk_bytes},
         "downloads": fetch,
         "time": bill(recipe, sizes, gpus),
         "settings": _settings(resolved),
@@ -114,8 +113,8 @@ def _too_large(fits: list[Fit]) -> list[DcgenError]:
     return [ResourceError(*problem) for problem in found]
 
 
-def _too_full(needed: float, free: float) -> list[DcgenError]:
-    if needed <= free:
+def _too_full(needed: float, free: float | None) -> list[DcgenError]:
+    if free is None or needed <= free:
         return []
     return [
         ResourceError(

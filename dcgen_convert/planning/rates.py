@@ -50,8 +50,8 @@ H100 = Device(
         "columns": Rate(2e4, 0.8e4, 5e4),
         **AROUND,
     },
-    "989 TFLOP/s of dense bf16 at 40 % (25 to 55 %) utilisation, autoencoders in fp32 at 100 (50 to 200) TFLOP/s, a disk "
-    "of 1 (0.3 to 3) GB/s, 2.50 USD per GPU and hour",
+    "989 TFLOP/s of dense bf16 at 40 % (25 to 55 %) utilisation, autoencoders in fp32 at 100 (50 to 200) TFLOP/s, a "
+    "disk of 1 (0.3 to 3) GB/s, 2.50 USD per GPU and hour",
 )
 CPUS = Device(
     "2 CPU cores",

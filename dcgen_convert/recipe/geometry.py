@@ -98,7 +98,7 @@ def check(recipe: Recipe, source: Identity) -> None:
     if recipe.data.buckets:
         for phase in recipe.adapt.phases:
             bucket_sizes(family, config, old, new, phase.resolution)
-    _require_shift(recipe, new)
+    _require_shift(recipe)
     _require_drawable(recipe, family, config)
     only = family.only_side(config, old.f)
     if only and recipe.data.kind == "synthetic" and recipe.data.resolution != only:
@@ -108,7 +108,7 @@ def check(recipe: Recipe, source: Identity) -> None:
         )
 
 
-def _require_shift(recipe: Recipe, new: Grid) -> None:
+def _require_shift(recipe: Recipe) -> None:
     """RecipeError for a shift rule that no scheduler config can hold: flux2 is a line through two sizes at most."""
     sizes = sorted({phase.resolution for phase in recipe.adapt.phases})
     if recipe.adapt.shift == "flux2" and len(sizes) > 2:

@@ -9,7 +9,7 @@ def test_an_option_may_come_first(cli):
     done = cli("--ae", "dc-ae-f64", "--dry-run", "--json", "flux-krea")
     doc = json.loads(done.stdout)
     assert done.returncode == 0
-    assert (doc["schema"], doc["autoencoder"]["name"]) == ("dcgen.plan/1", "dc-ae-f64")
+    assert (doc["schema"], doc["autoencoder"]["name"]) == ("dcgen.plan/2", "dc-ae-f64")
 
 
 def test_a_source_may_come_first_and_equals_the_canonical_form(cli):

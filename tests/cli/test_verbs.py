@@ -76,7 +76,7 @@ def test_doctor(cli):
 
 
 def test_plan_names_what_is_gated_and_missing(cli):
-    done = cli("plan", "flux-krea", "--offline")
+    done = cli("plan", "flux-krea", "--offline", "--disk", "2000")
     assert done.returncode == 0
     assert "https://huggingface.co/black-forest-labs/FLUX.1-Krea-dev" in done.stdout
     assert "not in the cache" in done.stdout
@@ -88,7 +88,11 @@ def test_plan_refuses_what_cannot_fit_and_names_the_change(cli):
     assert done.returncode == 4
     assert doc["status"] == "infeasible"
     assert "--zero 3 --offload all" in doc["problems"][0]
-    assert cli("plan", "flux-krea", "--gpu-memory", "24", "--zero", "3", "--offload", "all").returncode == 0
+    fitting = ("--gpu-memory", "24", "--zero", "3", "--offload", "all", "--disk")
+    assert cli("plan", "flux-krea", *fitting, "2000").returncode == 0
+    done = cli("plan", "flux-krea", *fitting, "20", "--json")
+    assert done.returncode == json.loads(done.stdout)["exit_code"] == 4
+    assert "the disk is too small" in json.loads(done.stdout)["problems"][0]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +101,9 @@ def test_plan_refuses_what_cannot_fit_and_names_the_change(cli):
         (("plan", "flux-krea", "--ae", "dc-ae-f63"), 2, "did you mean 'dc-ae-f64'?"),
         (("plan", "flux-krea", "--resolution", "1000"), 2, "f*p = 8*2 = 16"),
         (("plan", "flux-krea", "--set", "adapt.ema"), 2, "KEY=VALUE"),
-        (("plan", "flux-krea", "--data", "missing"), 0, ""),
+        (("plan", "flux-krea", "--data", "missing", "--disk", "2000"), 0, ""),
+        (("plan", "flux-krea", "--ae", "dc-ae-f64", "--resolution", "4096"), 2, "trained to draw pictures of up to"),
+        (("plan", "sana-1.6b", "--quantize", "nvfp4", "--disk", "2000"), 2, "cannot be quantised"),
         (("plan", "model.ckpt"), 2, "pickle"),
         (("inspect", "nothing"), 2, "no such file"),
         (("verify", "nothing"), 2, "nothing"),

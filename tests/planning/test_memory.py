@@ -153,8 +153,8 @@ def test_fit_obeys_the_user_and_decides_auto():
     greedy = found(**{"phases.1.micro_batch": 64})
     assert greedy.micro_batch == 64
     assert greedy.problem == (
-            "training at 1024 px does not fit 79.1 GiB per GPU at micro-batch 64",
-            "use --set adapt.phases.*.micro_batch=8",
-        )
+        "training at 1024 px does not fit 79.1 GiB per GPU at micro-batch 64",
+        "use --set adapt.phases.*.micro_batch=8",
+    )
     # the smallest change is one that fits
     assert found(zero="auto", **{"phases.1.micro_batch": 8}).problem is None

@@ -20,7 +20,6 @@ from dcgen_convert.svdquant.targets import plan_targets
 
 from .test_memory import TABLE
 
-
 OWN = ["data.kind=folder", f"data.path={WEIGHTS}"]  # pictures of one's own: the base need not draw them
 
 
@@ -29,7 +28,7 @@ def empty_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
-def document(name: str, *, sets=(), gpus=None, disk_bytes=1e15, **flags) -> dict:
+def document(name: str, *, sets=(), gpus=None, disk_bytes=None, **flags) -> dict:
     resolved = loading.load(name, flags=flags, sets=sets, machine=machine.Machine(offline=True, gpus=gpus))
     return plan.plan(resolved, disk_bytes=disk_bytes)
 
@@ -92,7 +91,7 @@ def test_what_cannot_fit_is_refused_with_a_change_that_does(name, gib):
     def planned(gpus=None, **settings):
         sets = [f"adapt.{key}={value}" for key, value in settings.items()]
         resolved = loading.load(name, flags={}, sets=sets, machine=machine.Machine(gpus=gpus, offline=True))
-        return plan.plan(resolved, gpu_bytes=gib * 2**30, disk_bytes=1e15)
+        return plan.plan(resolved, gpu_bytes=gib * 2**30)
 
     doc = planned(zero=1)
     assert doc["status"] == "infeasible"
@@ -144,9 +143,10 @@ def test_hours_follow_the_work():
     stages = [row["stage"] for row in document("flux-krea", **{"quantize.format": "nvfp4"})["time"]["stages"]]
     assert stages == ["download", "surgery", "data", "latents", "align-embedder", "align-head", "adapt-1", "merge-1",
                       "adapt-2", "merge-2", "quantize", "bundle", "verify"]  # fmt: skip
-    assert row(document("flux-krea", sets=["adapt.objective=flow"]), "adapt-2")["wall_hours"] < row(
-        document("flux-krea"), "adapt-2"
-    )["wall_hours"]
+    assert (
+        row(document("flux-krea", sets=["adapt.objective=flow"]), "adapt-2")["wall_hours"]
+        < row(document("flux-krea"), "adapt-2")["wall_hours"]
+    )
 
 
 def test_ranks_divide_only_what_they_share():
