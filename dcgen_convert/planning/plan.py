@@ -76,7 +76,7 @@ def plan(resolved: Resolved, gpu_bytes: float = GPU_BYTES, disk_bytes: float | N
         },
         "memory": _memory(fits[-1], training(recipe, last, sizes), gpu_bytes),
         "quantization": quantization,
-        "disk": {**space, "free": disk_bytes},
+        "disk": space,
         "downloads": fetch,
         "time": bill(recipe, sizes, gpus),
         "settings": _settings(resolved),

@@ -156,9 +156,7 @@ def test_plan_and_inspect_give_the_documents_of_the_verbs(tmp_path, weights, mon
     printed = run_cli(
         "plan", "tiny-flux", "--quantize", "nvfp4", "--set", "adapt.ema=0", "--gpu-memory", "24", "--json", cwd=tmp_path
     )
-    shown, found = json.loads(printed.stdout), planned.document()
-    assert shown["disk"].pop("free") > 0 < found["disk"].pop("free")  # it changes all the time
-    assert shown == found
+    assert json.loads(printed.stdout) == planned.document()
     assert [*planned.document()] == DOCUMENTS["plan"].split() and planned.feasible
     assert planned.settings["adapt.ema"] == {"value": 0.0, "origin": "--set"}
     found = dcgen_convert.inspect(weights / "tiny-flux")

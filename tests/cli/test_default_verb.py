@@ -6,20 +6,20 @@ import pytest
 
 
 def test_an_option_may_come_first(cli):
-    done = cli("--ae", "dc-ae-f64", "--dry-run", "--json", "flux-krea")
+    done = cli("--ae", "dc-ae-f64", "--dry-run", "--json", "tiny-flux")
     doc = json.loads(done.stdout)
     assert done.returncode == 0
     assert (doc["schema"], doc["autoencoder"]["name"]) == ("dcgen.plan/2", "dc-ae-f64")
 
 
 def test_a_source_may_come_first_and_equals_the_canonical_form(cli):
-    short = cli("flux-krea", "--dry-run", "--json", "--ae", "dc-ae-f64", "--quantize", "nvfp4")
-    long = cli("convert", "flux-krea", "--ae", "dc-ae-f64", "--quantize", "nvfp4", "--json", "--dry-run")
+    short = cli("tiny-flux", "--dry-run", "--json", "--ae", "dc-ae-f64", "--quantize", "nvfp4")
+    long = cli("convert", "tiny-flux", "--ae", "dc-ae-f64", "--quantize", "nvfp4", "--json", "--dry-run")
     assert json.loads(short.stdout) == json.loads(long.stdout)
 
 
 def test_dry_run_is_plan(cli):
-    options = ("flux-dev", "--set", "lora.rank=64", "--json")
+    options = ("tiny-flux", "--set", "lora.rank=64", "--json")
     assert json.loads(cli("convert", *options, "--dry-run").stdout) == json.loads(cli("plan", *options).stdout)
 
 

@@ -99,7 +99,7 @@ def test_lora_keys_reach_every_lora_phase_and_alpha_follows_rank():
 
 def test_resolution_sets_the_last_phase_and_caps_the_others():
     def sides(value):
-        found = loading.load("flux-krea", flags={"resolution": value}).recipe
+        found = loading.load("flux-krea", flags={"resolution": value}, sets=["data.kind=folder", "data.path=."]).recipe
         return found.data.resolution, [phase.resolution for phase in found.adapt.phases]
 
     assert sides(2048) == (2048, [512, 2048])
