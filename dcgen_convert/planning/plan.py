@@ -8,10 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-
-from dcgen_convert.data import prompts
 from dcgen_convert.core.disk import check_disk
 from dcgen_convert.core.errors import DcgenError, InputError, ResourceError
+from dcgen_convert.data import prompts
 from dcgen_convert.families import Family
 from dcgen_convert.planning import costs, memory, speed
 from dcgen_convert.planning.bill import bill
