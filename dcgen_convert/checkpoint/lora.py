@@ -21,7 +21,7 @@ from dcgen_convert.checkpoint.held import FLOATS, PREFIXES, Change, Held, number
 from dcgen_convert.checkpoint.key_tables import TABLES
 from dcgen_convert.checkpoint.keymap import LISTED, Cut, Shape
 from dcgen_convert.checkpoint.lora_strength import Stated, stated
-from dcgen_convert.checkpoint.merge import Update
+from dcgen_convert.checkpoint.updates import Update
 from dcgen_convert.core.errors import InputError
 
 if TYPE_CHECKING:

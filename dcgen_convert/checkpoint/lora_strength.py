@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dcgen_convert.checkpoint.merge import METADATA
+from dcgen_convert.checkpoint.updates import METADATA
 from dcgen_convert.core.errors import InputError
 
 Number = TypeVar("Number", int, float)

@@ -1,4 +1,4 @@
-"""Merge: fold LoRA and new modules into the dense shards of a transformer folder, one shard in memory at a time.
+"""Merge: fold LoRA and new modules into the dense shards of a transformer folder, one tensor in memory at a time.
 
 W' = W + (alpha / rank) B A, computed in float32 and rounded once to the shard's dtype. Every other tensor keeps its
 bytes.
@@ -6,39 +6,29 @@ bytes.
 
 from __future__ import annotations
 
-import json
+import math
 import os
-import re
 import shutil
 import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dcgen_convert import families
+from dcgen_convert.checkpoint import stream
+from dcgen_convert.checkpoint.headers import Entry, read_header
+from dcgen_convert.checkpoint.stream import CHUNK, Item
+from dcgen_convert.checkpoint.tensors import TORCH, read_tensor
+from dcgen_convert.checkpoint.updates import Stored, read_lora
 from dcgen_convert.core.console import NULL, Console
 from dcgen_convert.core.errors import CheckFailed, InputError
-from dcgen_convert.core.files import TEMPORARY, atomic_save, fresh_folder, fsync, read_json
+from dcgen_convert.core.files import TEMPORARY, fresh_folder, fsync, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-METADATA = "lora_adapter_metadata"
-
-
-@dataclass(frozen=True)
-class Update:
-    """One low-rank update: W' = W + scale up @ down; ``down`` (r, in, ...), ``up`` (out, r, ...)."""
-
-    down: Tensor
-    up: Tensor
-    scale: float
-
-    def delta(self, weight: Tensor) -> Tensor:
-        """The update in float32 with the weight's shape, (out, in) or (out, in, kh, kw)."""
-        down, up = self.down.float(), self.up.float()
-        product = up.flatten(1) @ down.flatten(1)  # a convolution's B is 1 x 1, so this is its composition with A
-        return (self.scale * product).reshape(weight.shape)
+AT_ONCE = 1 << 26  # numbers of a weight that are computed together: .25 GiB of float32
 
 
 def merge(
@@ -62,12 +52,10 @@ def merge(
         CheckFailed: nothing to merge, a key that the transformer lacks, a shape that does not fit, or no effect at all.
         InputError: the transformer folder is not one, or the LoRA file lacks rank or alpha.
     """
-    from safetensors.torch import load_file
-
     transformer, output = Path(transformer), Path(output)
     shards = shards_of(transformer)
     updates = read_lora(lora, component_of(transformer)) if lora else {}
-    replacements = load_file(modules) if modules else {}
+    replacements = read_header(modules)[0] if modules else {}
     if not updates and not replacements:
         raise CheckFailed("merge: 0 tensors to merge", hint="check that the adapt stage wrote its export")
     left = {**dict.fromkeys(updates, "LoRA"), **dict.fromkeys(replacements, "module")}
@@ -123,87 +111,94 @@ def component_of(transformer: Path) -> str:
     return families.COMPONENTS[0] if family is None else family.component
 
 
-def read_lora(path: Path, component: str) -> dict[str, Update]:
-    """Weight name -> update, of a LoRA file in diffusers format for a pipeline's ``component``.
-
-    Raises:
-        InputError: no rank and alpha in the metadata, a variant other than plain LoRA, or a key that is not of LoRA.
-    """
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    if METADATA not in metadata:
-        raise InputError(
-            f"{path} does not state its rank and alpha",
-            hint="save it with save_lora_weights and its metadata",
-        )
-    config = {key.removeprefix(f"{component}."): value for key, value in json.loads(metadata[METADATA]).items()}
-    for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern"):
-        if config.get(key):
-            raise InputError(f"{path} uses {key}: only plain LoRA can be merged")
-    scale = config["lora_alpha"] / config["r"]
-    updates = {}
-    for name in tensors:
-        match = re.fullmatch(rf"{component}\.(.+)\.lora_([AB])\.weight", name)
-        if not match:
-            raise InputError(f"{path}: {name} is not a LoRA weight of the {component}")
-        partner = name.replace(f"lora_{match[2]}.weight", f"lora_{'B' if match[2] == 'A' else 'A'}.weight")
-        if partner not in tensors:
-            raise InputError(f"{path}: {name} has no partner {partner}")
-        if match[2] == "A":
-            updates[f"{match[1]}.weight"] = Update(tensors[name], tensors[partner], scale)
-    return updates
-
-
 def _rewrite(
-    shard: Path, target: Path, updates: dict[str, Update], replacements: dict[str, Tensor]
+    shard: Path, target: Path, updates: dict[str, Stored], replacements: dict[str, Entry]
 ) -> tuple[set[str], int, float]:
     """Write a shard with its part of the changes; one without any is copied byte for byte.
 
     Returns:
         Names of the changed tensors, number of the others, largest |dW|.
     """
-    from safetensors import safe_open
-
-    with safe_open(shard, framework="pt") as file:
-        metadata = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    changed, largest = tensors.keys() & (updates.keys() | replacements.keys()), 0.0
-    for name in changed & replacements.keys():
-        tensors[name] = _replaced(name, tensors[name], replacements[name])
-    for name in changed & updates.keys():
-        tensors[name], delta = _merged(name, tensors[name], updates[name])
-        largest = max(largest, delta)
-    if changed:
-        atomic_save(tensors, target, _one_key(metadata))
-    else:
+    tensors, _ = read_header(shard)
+    changed, deltas = tensors.keys() & (updates.keys() | replacements.keys()), [0.0]
+    if not changed:
         shutil.copyfile(shard, target)
         fsync(target)
-    return changed, len(tensors) - len(changed), largest
+        return changed, len(tensors), 0.0
+    items: dict[str, Item] = {name: Kept(entry.dtype, entry.shape, entry) for name, entry in tensors.items()}
+    for name in changed & replacements.keys():
+        items[name] = Replaced(*_like(tensors[name]), name, replacements[name])
+    for name in changed & updates.keys():
+        items[name] = Merged(*_like(tensors[name]), name, tensors[name], updates[name], deltas.append)
+    stream.write(target, items, {"format": "pt"})  # what diffusers asks for, and the same bytes in every run
+    return changed, len(tensors) - len(changed), max(deltas)
 
 
-def _merged(name: str, weight: Tensor, update: Update) -> tuple[Tensor, float]:
-    """(weight plus update in the weight's dtype, largest |dW|)."""
-    if weight.shape[0] != update.up.shape[0] or weight[0].numel() != update.down[0].numel():
-        lora = f"{tuple(update.up.shape)} x {tuple(update.down.shape)}"
-        raise CheckFailed(f"merge: {name} is {tuple(weight.shape)}, but its LoRA is {lora}")
-    delta = update.delta(weight)
-    if not delta.isfinite().all():
-        raise CheckFailed(f"merge: the LoRA of {name} is not finite")
-    return (weight.float() + delta).to(weight.dtype), delta.abs().max().item()
+def _like(entry: Entry) -> tuple[str, tuple[int, ...]]:
+    return entry.dtype, entry.shape
 
 
-def _replaced(name: str, old: Tensor, new: Tensor) -> Tensor:
-    if old.shape != new.shape or not new.isfinite().all():
-        raise CheckFailed(f"merge: {name} is {tuple(old.shape)}, its replacement is {tuple(new.shape)} or not finite")
-    return new.to(old.dtype)
+@dataclass(frozen=True)
+class Kept(Item):
+    """A tensor whose bytes stay as they are."""
+
+    entry: Entry
+
+    def chunks(self) -> Iterator[bytes]:
+        left = self.size
+        with open(self.entry.file, "rb", buffering=0) as file:
+            file.seek(self.entry.start)
+            while chunk := file.read(min(CHUNK, left)):
+                left -= len(chunk)
+                yield chunk
 
 
-def _one_key(metadata: dict[str, str] | None) -> dict[str, str] | None:
-    """Only the key "format", which diffusers reads: with two keys the file's bytes would differ from run to run."""
-    return {"format": metadata["format"]} if metadata and "format" in metadata else None
+@dataclass(frozen=True)
+class Replaced(Item):
+    """A tensor that another one takes the place of, in the dtype of the first."""
+
+    name: str
+    new: Entry
+
+    def chunks(self) -> Iterator[memoryview]:
+        new = read_tensor(self.new)
+        if self.shape != self.new.shape or not new.isfinite().all():
+            raise CheckFailed(f"merge: {self.name} is {self.shape}, its replacement is {self.new.shape} or not finite")
+        yield as_bytes(new, self.dtype)
+
+
+@dataclass(frozen=True)
+class Merged(Item):
+    """A weight with a low-rank update, in the weight's dtype; ``note`` is told the largest |dW|."""
+
+    name: str
+    entry: Entry
+    update: Stored
+    note: Callable[[float], object]
+
+    def chunks(self) -> Iterator[memoryview]:
+        down, up = self.update.down.shape, self.update.up.shape
+        inputs = math.prod(self.shape[1:])
+        if self.shape[0] != up[0] or inputs != math.prod(down[1:]):
+            raise CheckFailed(f"merge: {self.name} is {self.shape}, but its LoRA is {up} x {down}")
+        rows = max(1, AT_ONCE // inputs)
+        for first in range(0, self.shape[0], rows):
+            last = min(first + rows, self.shape[0])
+            weight = read_tensor(self.entry, first, last)
+            total = self.update.read(first, last).delta(weight)
+            lowest, highest = (bound.item() for bound in total.aminmax())  # NaN where there is one
+            if not math.isfinite(lowest + highest):
+                raise CheckFailed(f"merge: the LoRA of {self.name} is not finite")
+            self.note(max(-lowest, highest))
+            yield as_bytes(total.add_(weight), self.dtype)
+
+
+def as_bytes(tensor: Tensor, dtype: str) -> memoryview:
+    """The bytes of a tensor that was rounded to ``dtype``."""
+    import torch
+
+    rounded = tensor.to(getattr(torch, TORCH[dtype])).contiguous()
+    return rounded.view(-1).view(torch.uint8).numpy().data
 
 
 def _put(folder: Path, output: Path) -> None:

@@ -1,12 +1,39 @@
-"""Hashes of single tensors: of their bytes alone, whatever file and shard they lie in."""
+"""Single tensors of weight files: read one by one when they are asked for, and their hashes.
+
+A hash is of a tensor's bytes alone, whatever file and shard they lie in.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 from dcgen_convert.checkpoint.headers import Entry
+from dcgen_convert.core.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHUNK = 1 << 22  # bytes
+TORCH = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "U16": "uint16",
+    "U32": "uint32",
+    "U64": "uint64",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+"""dtype of a safetensors file -> its name in torch."""
 
 
 def tensor_sha256(entry: Entry) -> str:
@@ -18,3 +45,27 @@ def tensor_sha256(entry: Entry) -> str:
             digest.update(chunk)
             left -= len(chunk)
     return digest.hexdigest()
+
+
+def read_tensor(entry: Entry, first: int = 0, last: int | None = None) -> Tensor:
+    """The tensor that a header entry points to, or its rows [first, last).
+
+    torch allocates its memory, and so aligns it: a sum may round differently over memory of another alignment, and the
+    same inputs must give the same bytes. Nothing of the file stays mapped.
+    """
+    import torch
+
+    rows = entry.shape[0] if entry.shape else 1
+    shape, size = entry.shape, entry.end - entry.start
+    if (first, last) != (0, None):
+        shape, size = ((last or rows) - first, *entry.shape[1:]), size // rows * ((last or rows) - first)
+    buffer = torch.empty(size, dtype=torch.uint8)
+    with open(entry.file, "rb", buffering=0) as file:
+        file.seek(entry.start + first * ((entry.end - entry.start) // max(rows, 1)))
+        data, done = buffer.numpy().data, 0
+        while done < size:  # one read gives at most 2 GiB
+            count = file.readinto(data[done:])
+            if not count:
+                raise InputError(f"{entry.file} ends inside a tensor.", hint="Download or copy the checkpoint again.")
+            done += count
+    return buffer.view(getattr(torch, TORCH[entry.dtype])).view(shape)

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
+from dcgen_convert.checkpoint.tensors import read_tensor
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_json
 from dcgen_convert.svdquant.awq import AwqLinear
 from dcgen_convert.svdquant.layer import SvdqLinear
 from dcgen_convert.svdquant.runtime import UnpackedLayer, open_layers
 from dcgen_convert.svdquant.shards import write_tensors
-from dcgen_convert.svdquant.source import read_tensor
 from dcgen_convert.svdquant.tensors import HALF, pack_awq, pack_svdq
 from dcgen_convert.svdquant.weights import QuantWeight
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dcgen_convert.checkpoint.headers import Entry
+from dcgen_convert.checkpoint.tensors import read_tensor
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import digest_tensor, read_json, write_json
@@ -19,7 +20,7 @@ from dcgen_convert.svdquant import trees
 from dcgen_convert.svdquant.calibrate import Call
 from dcgen_convert.svdquant.checks import check_awq_shape, check_finite, check_svdq_shape
 from dcgen_convert.svdquant.settings import QuantSettings
-from dcgen_convert.svdquant.source import read_folder, read_tensor
+from dcgen_convert.svdquant.source import read_folder
 
 
 @dataclass(frozen=True)

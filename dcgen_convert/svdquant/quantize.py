@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from dcgen_convert.checkpoint.tensors import read_tensor
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import atomic_save, read_json, write_json
@@ -34,7 +35,6 @@ from dcgen_convert.svdquant.layer import SvdqLinear, quantize_linears
 from dcgen_convert.svdquant.quantisation import Quantisation
 from dcgen_convert.svdquant.settings import QuantSettings
 from dcgen_convert.svdquant.skeleton import build, load
-from dcgen_convert.svdquant.source import read_tensor
 from dcgen_convert.svdquant.spool import Spool
 from dcgen_convert.svdquant.stats import Stats
 from dcgen_convert.svdquant.stats import load as load_stats

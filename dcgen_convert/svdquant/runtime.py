@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 from dcgen_convert.checkpoint.headers import Entry
+from dcgen_convert.checkpoint.tensors import read_tensor
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.svdquant.activation import quantize_activation
 from dcgen_convert.svdquant.awq import AwqLinear
 from dcgen_convert.svdquant.formats import round_bf16
 from dcgen_convert.svdquant.layer import SvdqLinear
 from dcgen_convert.svdquant.skeleton import build
-from dcgen_convert.svdquant.source import read_folder, read_tensor
+from dcgen_convert.svdquant.source import read_folder
 from dcgen_convert.svdquant.tensors import awq_spec, check_tensors, svdq_spec, unpack_awq, unpack_svdq
 
 UnpackedLayer = AwqLinear | tuple[SvdqLinear, torch.Tensor]  # a W4A4 layer comes with its row scales (N,)

@@ -10,8 +10,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from dcgen_convert.checkpoint.headers import Entry
+from dcgen_convert.checkpoint.tensors import read_tensor
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.svdquant.source import read_tensor
 
 
 class _EmptyOnMeta(TorchFunctionMode):

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from dcgen_convert.checkpoint.headers import read_header
+from dcgen_convert.checkpoint.tensors import read_tensor
 from dcgen_convert.core.files import atomic_save
-from dcgen_convert.svdquant.source import read_tensor
 
 KEY = "stats"  # of a file's metadata
 SAMPLES = 512  # tokens that are kept for scoring; 21 candidates of smoothing are scored on them

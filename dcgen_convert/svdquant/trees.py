@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from dcgen_convert.checkpoint.headers import read_header
+from dcgen_convert.checkpoint.tensors import read_tensor
 from dcgen_convert.core.errors import CheckFailed
 from dcgen_convert.core.files import understood
-from dcgen_convert.svdquant.source import read_tensor
 
 KEY = "tree"  # of the file's metadata
 

@@ -17,7 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from dcgen_convert.checkpoint.merge import METADATA
+from dcgen_convert.checkpoint.updates import METADATA
 from dcgen_convert.core import names
 from dcgen_convert.core.errors import RecipeError
 from dcgen_convert.core.files import atomic_save

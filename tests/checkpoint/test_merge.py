@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dcgen_convert import families
-from dcgen_convert.checkpoint import merge
+from dcgen_convert.checkpoint import merge, updates
 from dcgen_convert.core.errors import CheckFailed, InputError
 from dcgen_convert.core.files import TEMPORARY, sha256
 
@@ -45,7 +45,7 @@ def write_lora(model, path, **changes):
                 key = name.removeprefix("base_model.model.").replace(".default.", ".")
                 tensors[f"transformer.{key}"] = parameter.detach().clone()
     config = {"transformer.r": 4, "transformer.lora_alpha": 6, **changes}
-    save_file(tensors, path, {merge.METADATA: json.dumps(config)})
+    save_file(tensors, path, {updates.METADATA: json.dumps(config)})
     return peft
 
 
@@ -193,7 +193,7 @@ def test_nothing_to_merge_and_wrong_folders_are_refused(folders):
 def test_other_kinds_of_lora_are_refused(tmp_path, change):
     write_lora(flux(), tmp_path / "lora.safetensors", **change)
     with pytest.raises(InputError, match="only plain LoRA"):
-        merge.read_lora(tmp_path / "lora.safetensors", "transformer")
+        updates.read_lora(tmp_path / "lora.safetensors", "transformer")
     save_file({"x": torch.ones(1)}, tmp_path / "bare.safetensors")
     with pytest.raises(InputError, match="does not state its rank"):
-        merge.read_lora(tmp_path / "bare.safetensors", "transformer")
+        updates.read_lora(tmp_path / "bare.safetensors", "transformer")
