@@ -39,7 +39,7 @@ from dcgen_convert.ranks import join
 from dcgen_convert.ranks.crew import SOLO, Crew
 from dcgen_convert.ranks.machine import Machine
 from dcgen_convert.recipe.loading import Resolved, revive
-from dcgen_convert.stages import folders, pictures
+from dcgen_convert.stages import folders, memory, pictures
 from dcgen_convert.stages.job import Job, prepare
 from dcgen_convert.stages.steps import Step, Survey, wanted
 
@@ -216,7 +216,7 @@ def _run_steps(job: Job, steps: list[Step], output: Path, asked: list[str]) -> d
         again = lost or step.name in asked
         if again or found.state != "holds":
             _tell(job.console, step.name, found, again)
-            with job.run.stage(made_from, found, again) as stage:
+            with memory.named(step.name), job.run.stage(made_from, found, again) as stage:
                 _answered(job.run, step.name)  # now: when it is cut off, it continues
                 step.function(job, stage)
             found = job.run.look(made_from)

@@ -170,11 +170,27 @@ def _network(exc: BaseException) -> DcgenError:
     return AccessError(f"the network failed: {_first_line(exc)}", "try again, or use --offline with a filled cache")
 
 
-def _no_memory(exc: BaseException) -> DcgenError:
-    return ResourceError(
-        f"out of memory: {_first_line(exc)}",
-        "lower adapt.phases.*.micro_batch, or raise --zero / --offload; `dcgen-convert plan` shows what fits",
-    )
+SHORT = re.compile(r"out of memory|(not enough|can'?t allocate|cannot allocate) memory|_ALLOC_FAILED", re.IGNORECASE)
+
+
+def is_out_of_memory(exc: BaseException) -> bool:
+    """Whether memory of the machine or of a device was short. torch's CPU allocator raises a plain RuntimeError."""
+    if isinstance(exc, MemoryError) or type(exc).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(exc, OSError):
+        return exc.errno == errno.ENOMEM
+    return isinstance(exc, RuntimeError) and SHORT.search(str(exc)) is not None
+
+
+def out_of_memory(exc: BaseException, hint: str, where: str = "") -> ResourceError:
+    """The error of a process that was short of memory; ``where``: "stage data: "."""
+    return ResourceError(f"{where}out of memory: {_first_line(exc)}", hint)
+
+
+def _no_memory(exc: BaseException) -> DcgenError | None:
+    if not is_out_of_memory(exc):
+        return None
+    return out_of_memory(exc, "free memory, or use a larger machine; `dcgen-convert plan` shows what fits")
 
 
 def _os_error(exc: BaseException) -> DcgenError | None:
@@ -256,6 +272,7 @@ _TABLE: dict[str, Callable[[BaseException], DcgenError | None]] = {
     "TransportError": _network,
     "OutOfMemoryError": _no_memory,
     "MemoryError": _no_memory,
+    "RuntimeError": _no_memory,
     "SafetensorError": _safetensors,
     "JSONDecodeError": _json,
     "YAMLError": _yaml,

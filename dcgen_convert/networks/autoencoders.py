@@ -8,17 +8,21 @@ B batch, C latent channels, H W px, h = H / f.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dcgen_convert.core.console import NULL, Console
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_object
 from dcgen_convert.families.base import Network
 from dcgen_convert.families.grid import autoencoder_grid, tile_sizes
+from dcgen_convert.networks import at_once
+from dcgen_convert.networks.at_once import DECODE, ENCODE, TILED, AtOnce
 from dcgen_convert.networks.folder import load_folder
 
 CLASSES = (
@@ -42,6 +46,9 @@ class Codec:
         scale, shift: model latent = (z - shift) * scale. A number, or (C, 1, p, 1, p): a value for each place in a
             p x p patch.
         frames: whether the autoencoder's pixels and latents have a frame axis, (B, 3, 1, H, W).
+
+    Results are on the CPU. As many pictures are taken at once as memory holds. Those with a side above TILED px are
+    taken in tiles.
     """
 
     model: Network
@@ -50,10 +57,35 @@ class Codec:
     scale: float | Tensor
     shift: float | Tensor = 0.0
     frames: bool = False
+    console: Console = NULL
+    _at_once: tuple[AtOnce, AtOnce] = field(init=False)
 
-    @torch.no_grad()
+    def __post_init__(self) -> None:
+        name, tell = type(self.model).__name__, self.console.warn
+        self._at_once = (AtOnce(f"{name} encodes", tell), AtOnce(f"{name} decodes", tell))
+
     def encode(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> model latents (B, C, H/f, W/f) float32: the posterior's mean, not a sample."""
+        return self._in_parts(ENCODE, self._encode, pixels, *pixels.shape[-2:])
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Model latents (B, C, h, w) -> (B, 3, h f, w f) in [-1, 1] float32."""
+        height, width = (side * self.factor for side in latents.shape[-2:])
+        return self._in_parts(DECODE, self._decode, latents, height, width)
+
+    def _in_parts(self, way: int, work: Callable[[Tensor], Tensor], rows: Tensor, height: int, width: int) -> Tensor:
+        large, before = max(height, width) > TILED, self.model.use_tiling
+        pixels = min(height * width, TILED**2) if large else height * width  # no tile is larger
+        free = at_once.free_bytes(self.model.device)
+        limit = at_once.pictures(type(self.model).__name__, self.model.dtype, way, pixels, free)
+        self.model.use_tiling = before or large
+        try:
+            return torch.cat(list(self._at_once[way].parts(rows, lambda part: work(part).cpu(), limit)))
+        finally:
+            self.model.use_tiling = before
+
+    @torch.no_grad()
+    def _encode(self, pixels: Tensor) -> Tensor:
         pixels = pixels.to(self.model.device, self.model.dtype)
         encoded = self.model.encode(pixels.unsqueeze(2) if self.frames else pixels)
         latent = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
@@ -61,8 +93,7 @@ class Codec:
         return ((patches - self.shift) * self.scale).flatten(-2).flatten(2, 3)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Model latents (B, C, h, w) -> (B, 3, h f, w f) in [-1, 1] float32."""
+    def _decode(self, latents: Tensor) -> Tensor:
         latents = (self._patches(latents.to(self.model.device)) / self.scale + self.shift).flatten(-2).flatten(2, 3)
         latents = latents.to(self.model.dtype)
         pixels = self.model.decode(latents.unsqueeze(2) if self.frames else latents).sample
@@ -74,8 +105,14 @@ class Codec:
         return latents.float().unflatten(-1, (-1, p)).unflatten(-3, (-1, p))
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", scale: float | None = None) -> Codec:
-    """Load the autoencoder in ``folder`` (config.json + safetensors).
+def load(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    scale: float | None = None,
+    console: Console = NULL,
+) -> Codec:
+    """Load the autoencoder in ``folder`` (config.json + safetensors); ``console`` is told when memory is short.
 
     Raises:
         InputError: there is no autoencoder, its weights do not fit its config or hold NaN, or its latents do not have
@@ -97,6 +134,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", 
         channels,
         *normalisation(model, config, scale),
         frames=config["_class_name"] == "AutoencoderKLQwenImage",
+        console=console,
     )
     shape = tuple(codec.encode(torch.zeros(1, 3, 2 * factor, 2 * factor)).shape)
     if shape != (1, channels, 2, 2):

@@ -14,9 +14,12 @@ from dcgen_convert.checkpoint.source import Source
 from dcgen_convert.core import pulse
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.families import Family, Text
-from dcgen_convert.families.base import Pipeline
+from dcgen_convert.families.base import Network, Pipeline
+from dcgen_convert.families.grid import tile_sizes
 from dcgen_convert.networks import parts
+from dcgen_convert.networks.at_once import TILED
 
+TOGETHER = 8 * 1024**2  # px that an autoencoder decodes at once at most: 13 GB in bfloat16
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -72,11 +75,24 @@ def draw(
 
     The noise of a picture follows from its seed. In another batch its pixels are the same but for rounding.
     """
+    # by size alone, so that a picture does not depend on the memory that is free
+    decode_apart(pipeline.vae, pictures=len(prompts), side=side)
     call = family.pipeline_call(
         pipeline, list(prompts), height=side, width=side, steps=steps, guidance=guidance, length=length
     )
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     return pipeline(**call, generator=generators, output_type="pt").images.float().cpu() * 2 - 1
+
+
+def decode_apart(vae: Network, pictures: int, side: int) -> None:
+    """Let an autoencoder decode many large pictures one by one, and huge ones in tiles."""
+    if side > TILED and type(vae).__name__ == "AutoencoderDC":  # its own tiles do not fit every factor
+        tile, stride = tile_sizes(vae.spatial_compression_ratio)
+        vae.enable_tiling(tile, tile, stride, stride)
+    elif side > TILED:
+        vae.enable_tiling()
+    if hasattr(vae, "enable_slicing") and pictures * side**2 > TOGETHER:
+        vae.enable_slicing()
 
 
 def quiet_diffusers() -> AbstractContextManager[None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from dcgen_convert.data import images
 from dcgen_convert.evaluate.grids import grid
 from dcgen_convert.evaluate.metrics import psnr
 from dcgen_convert.networks import autoencoders, models, pipelines
+from dcgen_convert.networks.at_once import AtOnce, release
 from dcgen_convert.stages import captions
 from dcgen_convert.stages.job import Job
 from dcgen_convert.stages.preview import converted_pipeline
@@ -35,31 +38,21 @@ def run(job: Job, stage: Stage, bundle: Path) -> PictureGrid:
     count = job.recipe.evaluate.prompts
     texts = captions.others(job, count, job.recipe.seed + SEED)
     seeds = [job.recipe.seed + SEED + i for i in range(count)]
-    drawn = {
-        "source": _draw(
-            job,
-            pipelines.load_pipeline(job.source, job.dtype),
-            texts,
-            seeds,
-            job.recipe.data.steps,
-            job.recipe.data.guidance,
-        )
-    }
-    steps, guidance = job.recipe.bundle.steps, job.recipe.bundle.guidance
+    settings, steps, guidance = job.recipe.data, job.recipe.bundle.steps, job.recipe.bundle.guidance
+    draw = partial(_draw, job, texts, seeds)
+    drawn = {"source": draw(lambda: pipelines.load_pipeline(job.source, job.dtype), settings.steps, settings.guidance)}
     if job.recipe.quantize.format != "none":
-        twin = models.load(job.folders.converted, job.dtype, device=pipelines.device())
-        drawn["converted"] = _draw(job, converted_pipeline(job, twin), texts, seeds, steps, guidance)
+        drawn["converted"] = draw(lambda: _twin(job), steps, guidance)
     name = "converted" if job.recipe.quantize.format == "none" else job.recipe.quantize.format
     runtime = loading.choose_runtime(bundle, "auto", job.dtype)
     if runtime == "dequantised":  # that would leave the activations' 4 bits out of the figures
         runtime = "emulated"
-    pipeline, runtime = loading.load(bundle, job.dtype, runtime)
-    drawn[name] = _draw(job, pipeline, texts, seeds, steps, guidance)
+    drawn[name] = draw(lambda: loading.load(bundle, job.dtype, runtime)[0], steps, guidance)
     stage.metrics["runtime"] = runtime
-    codec = autoencoders.load(job.target, device=pipelines.device(), scale=job.recipe.latents.scale_override)
-    drawn["round trip"] = torch.cat(
-        [codec.decode(codec.encode(part)).cpu() for part in drawn["source"].split(job.recipe.latents.batch)]
-    )
+    scale, device = job.recipe.latents.scale_override, pipelines.device()
+    codec = autoencoders.load(job.target, device=device, scale=scale, console=job.console)
+    parts = drawn["source"].split(job.recipe.latents.batch)
+    drawn["round trip"] = torch.cat([codec.decode(codec.encode(part)) for part in parts])
     if "converted" in drawn and name != "converted":
         stage.metrics["psnr_quantised_db"] = round(psnr(drawn[name], drawn["converted"], peak=2.0), 2)
     if job.recipe.evaluate.metrics == "tiny-world":
@@ -85,20 +78,30 @@ def figures(job: Job, stage: Stage, drawn: dict[str, Tensor], texts: list[str]) 
     job.console.say(f"evaluate: attribute accuracy {shown} on {len(texts)} prompts")
 
 
-def _draw(job: Job, pipeline: Any, texts: list[str], seeds: list[int], steps: int, guidance: float) -> Tensor:
-    parts = []
-    for start in range(0, len(texts), job.recipe.data.batch):
-        part = slice(start, start + job.recipe.data.batch)
-        parts.append(
-            pipelines.draw(
-                job.family,
-                pipeline,
-                texts[part],
-                seeds[part],
-                side=job.resolution,
-                steps=steps,
-                guidance=guidance,
-                length=job.text_length,
-            )
+def _twin(job: Job) -> Any:
+    """The pipeline of the converted model in 16 bits."""
+    return converted_pipeline(job, models.load(job.folders.converted, job.dtype, device=pipelines.device()))
+
+
+def _draw(job: Job, texts: list[str], seeds: list[int], load: Callable[[], Any], steps: int, guidance: float) -> Tensor:
+    """Pictures of ``texts``. The pipeline that ``load`` returns is freed before the next one is loaded."""
+    drawn = _draw_with(load(), job, texts, seeds, steps, guidance)
+    release()
+    return drawn
+
+
+def _draw_with(pipeline: Any, job: Job, texts: list[str], seeds: list[int], steps: int, guidance: float) -> Tensor:
+    def draw(places: range) -> Tensor:
+        return pipelines.draw(
+            job.family,
+            pipeline,
+            [texts[place] for place in places],
+            [seeds[place] for place in places],
+            side=job.resolution,
+            steps=steps,
+            guidance=guidance,
+            length=job.text_length,
         )
-    return torch.cat(parts)
+
+    drawing = AtOnce("verify: drawing", job.console.warn)
+    return torch.cat(list(drawing.parts(range(len(texts)), draw, job.recipe.data.batch)))

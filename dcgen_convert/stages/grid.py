@@ -76,11 +76,11 @@ def drawing(job: Job, rows: LatentCache, folder: Path) -> Callable[[Velocity, in
             latents.append((sample(velocity, noise, levels, text, null, settings.guidance, combine), z0))
         if job.crew.rank:
             return
-        codec = autoencoders.load(job.target, device=device, scale=job.recipe.latents.scale_override)
+        scale = job.recipe.latents.scale_override
+        codec = autoencoders.load(job.target, device=device, scale=scale, console=job.console)
         columns = zip((f"step {step}", "round trip"), zip(*latents, strict=True), strict=True)
         pictures = {
-            title: [to_image(pixels) for z in parts for pixels in codec.decode(z.cpu()).cpu()]
-            for title, parts in columns
+            title: [to_image(pixels) for z in parts for pixels in codec.decode(z.cpu())] for title, parts in columns
         }
         sheet = grid(pictures, rows.captions([row for part in chosen for row in part]))
         (folder / SAMPLES).mkdir(exist_ok=True)

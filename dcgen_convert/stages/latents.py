@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -28,6 +29,7 @@ from dcgen_convert.data.images import Picture
 from dcgen_convert.data.tally import Tally
 from dcgen_convert.evaluate.grids import grid
 from dcgen_convert.networks import autoencoder_files, autoencoders, pipelines
+from dcgen_convert.networks.at_once import AtOnce, release
 from dcgen_convert.networks.autoencoders import Codec
 from dcgen_convert.stages import pictures as pictures_stage
 from dcgen_convert.stages.job import Job
@@ -67,6 +69,8 @@ def run(job: Job, stage: Stage) -> None:
             with job.crew.share("latents", bar, together=False, spans=spans[resolution]):
                 encode_pictures(job, pictures, codecs, spans[resolution], bar)
             check_scale(job, stage, target, resolution)
+    del codecs, target
+    release()  # the text encoders take their place
     encode_captions(job, stage, pictures)
     bucketed = spans if job.recipe.data.buckets else None
     cache.write_index(stage.folder, len(pictures), rows_per_shard(job), held_out, job.latents_key, bucketed)
@@ -131,12 +135,12 @@ def normalise(job: Job, pictures: list[Picture], spans: list[Span]) -> None:
     """
     if (job.target / "config.json").exists():
         return
-    codec = autoencoders.load(job.ae.folder, device=pipelines.device(), scale=1.0)
+    codec = autoencoders.load(job.ae.folder, device=pipelines.device(), scale=1.0, console=job.console)
     square, count = torch.zeros(codec.channels, dtype=torch.float64), 0
     batch = job.recipe.latents.batch
     for span, rows in looked_at(spans, STATISTICS):
         for start in range(0, len(rows), batch):
-            z = codec.encode(stacked(pictures, rows[start : start + batch], span)).cpu()
+            z = codec.encode(stacked(pictures, rows[start : start + batch], span))
             z = z.double().movedim(1, 0).flatten(1)  # (C, samples)
             square, count = square + z.square().sum(1), count + z.shape[1]
     rms = (square / count).sqrt()
@@ -152,8 +156,9 @@ def normalise(job: Job, pictures: list[Picture], spans: list[Span]) -> None:
 
 def load_codecs(job: Job) -> dict[str, Codec]:
     """Both autoencoders: "base" and "target"."""
-    base = autoencoders.load(job.source.vae, device=pipelines.device())
-    target = autoencoders.load(job.target, device=pipelines.device(), scale=job.recipe.latents.scale_override)
+    place: dict[str, Any] = {"device": pipelines.device(), "console": job.console}
+    base = autoencoders.load(job.source.vae, **place)
+    target = autoencoders.load(job.target, scale=job.recipe.latents.scale_override, **place)
     return {"base": base, "target": target}
 
 
@@ -199,7 +204,7 @@ def roundtrip(job: Job, stage: Stage, pictures: list[Picture], codec: Codec, spa
     captions, square, count = [], 0.0, 0
     for span, rows in looked_at(spans, ROUNDTRIP):
         pixels = stacked(pictures, rows, span)
-        again = codec.decode(codec.encode(pixels)).cpu()
+        again = codec.decode(codec.encode(pixels))
         columns["picture"] += map(images.to_image, pixels)
         columns["round trip"] += map(images.to_image, again)
         captions += [pictures[row].caption for row in rows]
@@ -254,7 +259,7 @@ def encode_pictures(job: Job, pictures: list[Picture], codecs: dict[str, Codec],
         for at in range(done, len(rows), batch):
             pixels = stacked(pictures, rows[at : at + batch], span)
             for name, codec in codecs.items():
-                encoded[name].append(codec.encode(pixels).cpu())
+                encoded[name].append(codec.encode(pixels))
             bar.advance(len(pixels))
         for name, tensors in encoded.items():
             cache.write_shard(folder, f"{name}-{span.table}", number, {"z": torch.cat(tensors)})
@@ -316,7 +321,7 @@ def encode_captions(job: Job, stage: Stage, pictures: list[Picture]) -> None:
 def caption_part(job: Job, bar: Bar) -> None:
     """Write this rank's shards of the table "text"; rows that are already there are kept."""
     folder, batch, encoders = job.folders.latents, job.recipe.latents.batch, None
-    captions = cache.Captions(folder)
+    captions, encoding = cache.Captions(folder), AtOnce("latents: text encoding", job.console.warn)
     for _, number, rows in own_shards(job, [[range(len(captions))]], rows_per_shard(job)):
         before = cache.shard_before(folder, "text", number)
         done = cache.rows_of(before)
@@ -326,7 +331,8 @@ def caption_part(job: Job, bar: Bar) -> None:
         texts = captions.read(rows[done:])
         encoders = encoders or pipelines.load_text_encoders(job.source, job.dtype)
         parts = [before] if done else []
-        for at in range(0, len(texts), batch):
-            parts.append(pipelines.encode_text(job.family, encoders, texts[at : at + batch], job.text_length))
-            bar.advance(len(texts[at : at + batch]))
+        encode = partial(pipelines.encode_text, job.family, encoders, length=job.text_length)
+        for part in encoding.parts(texts, encode, batch):
+            parts.append(part)
+            bar.advance(cache.rows_of(part))
         cache.write_shard(folder, "text", number, {key: torch.cat([part[key] for part in parts]) for key in parts[0]})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import hashes, replacing
@@ -14,8 +14,12 @@ from dcgen_convert.core.progress import Bar
 from dcgen_convert.data import decoding, images, prompts
 from dcgen_convert.data.images import Picture
 from dcgen_convert.networks import pipelines, text_lengths
+from dcgen_convert.networks.at_once import AtOnce
 from dcgen_convert.stages import captions
 from dcgen_convert.stages.job import Job
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def require(job: Job) -> None:
@@ -144,7 +148,8 @@ def draw_part(job: Job, bar: Bar) -> None:
     """Draw what is missing among this rank's pictures. Each rank has every `world`-th picture.
 
     A batch in which one picture is missing is drawn as a whole: in another batch a picture would be rounded otherwise.
-    So with the same data.batch a run that was cut off draws the very same pictures.
+    So with the same data.batch a run that was cut off draws the very same pictures. Where memory is short, a batch is
+    halved.
     """
     settings = job.recipe.data
     own = intended(job)[job.crew.rank :: job.crew.world]
@@ -153,17 +158,22 @@ def draw_part(job: Job, bar: Bar) -> None:
     if not batches:
         return
     pipeline = pipelines.load_pipeline(job.source, job.dtype)
-    for batch in batches:
-        drawn = pipelines.draw(
+    drawing = AtOnce("data: drawing", job.console.warn)
+
+    def draw(part: list[Picture]) -> Tensor:
+        return pipelines.draw(
             job.family,
             pipeline,
-            [picture.caption for picture in batch],
-            [cast(int, picture.seed) for picture in batch],  # what is drawn has a seed
+            [picture.caption for picture in part],
+            [cast(int, picture.seed) for picture in part],  # what is drawn has a seed
             side=settings.resolution,
             steps=settings.steps,
             guidance=settings.guidance,
             length=job.text_length,
         )
+
+    for batch in batches:
+        drawn = [pixels for part in drawing.parts(batch, draw) for pixels in part]
         missing = [(picture, pixels) for picture, pixels in zip(batch, drawn, strict=True) if not picture.file.exists()]
         for picture, pixels in missing:
             with replacing(picture.file) as temporary:

@@ -14,7 +14,18 @@ from dcgen_convert.ranks.crew import Member
 from dcgen_convert.ranks.machine import Machine
 from dcgen_convert.recipe.loading import Resolved
 from dcgen_convert.recipe.schema import Recipe
+from dcgen_convert.stages import folders, memory
 from dcgen_convert.stages.job import Job, prepare
+
+STAGES = {  # task -> the stage that shares it
+    "pictures": folders.DATA,
+    "latents": folders.LATENTS,
+    "captions": folders.LATENTS,
+    "train-head": folders.ALIGN_HEAD,
+    "adapt": "adapt-{number}",
+    "calibration": folders.QUANTIZE,
+    "blocks": folders.QUANTIZE,
+}
 
 
 class Performer:
@@ -38,7 +49,8 @@ class Performer:
             "calibration": lambda: quantize.record_part(job, self.crew, **arguments),
             "blocks": lambda: quantize.quantize_part(job, self.crew, **arguments),
         }
-        perform[task]()
+        with memory.named(STAGES[task].format(**arguments)):
+            perform[task]()
 
     def _prepare(self, document: dict[str, Any]) -> Job:
         path = Path(document["run"])
