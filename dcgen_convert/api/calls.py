@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Literal, Unpack
 
 from dcgen_convert.api import command
-from dcgen_convert.api.order import Order, order, quantisation, resolve
+from dcgen_convert.api.order import Order, order, quantisation, require_folders, resolve
 from dcgen_convert.api.results import Conversion, Inspection, Pictures, Plan, Quantised, Runs, Verdict
 from dcgen_convert.api.settings import JobSettings, Settings
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError, InternalError, explain
+from dcgen_convert.core.limits import require as require_range
 from dcgen_convert.core.track import require, tracking
 from dcgen_convert.ranks import join, launch
 from dcgen_convert.ranks.crew import SOLO, Crew
@@ -62,6 +63,7 @@ def plan_of(resolved: Resolved, gpu_memory: float | None = None, disk: float | N
     """`plan` of a recipe that is resolved already."""
     from dcgen_convert.planning import plan as planning
 
+    require_range(gpu_memory=gpu_memory, disk=disk)
     memory = planning.GPU_BYTES if gpu_memory is None else gpu_memory * 2**30
     free = shutil.disk_usage(Path.cwd()).free if disk is None else disk * 1e9
     return Plan.of(planning.plan(resolved, memory, free))
@@ -244,6 +246,8 @@ def quantize(  # noqa: PLR0913  every option of the verb by its name
     from dcgen_convert.quantization import Drawing, Request, quantize_source
     from dcgen_convert.recipe.sources import short_name
 
+    require_folders(output=output, prompts=prompts)
+    require_range(resolution=resolution, steps=steps, guidance=guidance, seed=seed)
     section = quantisation(format, rank, calibration, dense, container, fuse_qkv)
     drawing = Drawing(
         calibration is None, None if prompts is None else str(prompts), resolution, steps, guidance, seed=seed
@@ -317,6 +321,8 @@ def sample(  # noqa: PLR0913  every option of the verb by its name
     """
     from dcgen_convert.bundle import sample as drawing
 
+    require_folders(output=output)
+    require_range(height=height, width=width, steps=steps, guidance=guidance, seed=seed, count=count)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     done = drawing.sample(
         Path(bundle),

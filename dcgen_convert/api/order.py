@@ -11,7 +11,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from dcgen_convert.api.settings import JOB, JobSettings
-from dcgen_convert.core.errors import InputError, RecipeError
+from dcgen_convert.core.errors import RecipeError
+from dcgen_convert.core.limits import require, require_text
 from dcgen_convert.ranks.machine import Machine
 from dcgen_convert.recipe import loading
 from dcgen_convert.recipe.loading import Resolved
@@ -53,7 +54,7 @@ def resolve(source: str | Path, settings: Mapping[str, Any]) -> Resolved:
         "merge_lora": given.get("merge_lora"),
         "bundle.layout": given.get("layout"),
         "data.path": data,
-        "data.kind": "folder" if data else None,
+        "data.kind": None if data is None else "folder",
         "data.prompts": given.get("prompts"),
         "resolution": given.get("resolution"),
         "dtype": given.get("dtype"),
@@ -74,8 +75,7 @@ def resolve(source: str | Path, settings: Mapping[str, Any]) -> Resolved:
 
 def _machine(given: Mapping[str, Any]) -> Machine:
     gpus = given.get("gpus")
-    if gpus is not None and gpus < 1:
-        raise InputError(f"gpus is {gpus}", "give a number of at least 1")
+    require(gpus=gpus, restarts=given.get("restarts"), rank_timeout=given.get("rank_timeout"))
     watched = {name: given[name] for name in JOB if given.get(name) is not None}
     offline = bool(given.get("offline") or os.environ.get("HF_HUB_OFFLINE"))
     return Machine(gpus, given.get("hostfile"), offline, **watched)
@@ -89,10 +89,18 @@ def order(
     Raises:
         AccessError: a model is neither here nor reachable; nothing has been written then, and nothing heavy imported.
     """
+    require_folders(output=output, run_dir=run_dir)
     resolved = resolve(source, settings)
     require_access(resolved.recipe, resolved.identity)
     name = default_name(resolved)
     return Order(resolved, Path(run_dir or Path("runs") / name).absolute(), Path(output or name).absolute())
+
+
+def require_folders(**folders: str | Path | None) -> None:
+    """InputError when what was given as a folder cannot be one, such as the empty text of an unset variable."""
+    for name, folder in folders.items():
+        if folder is not None:
+            require_text(name, str(folder))
 
 
 def quantisation(

@@ -128,6 +128,11 @@ def _first_line(exc: BaseException) -> str:
     return text.splitlines()[0][:300] if text else "(no message)"
 
 
+def _middle_out(path: str) -> str:
+    """A path that a line can hold."""
+    return path if len(path) <= 300 else f"{path[:140]}...{path[-140:]}"
+
+
 def _terminated(_: BaseException) -> DcgenError:
     return TerminatedRun("terminated; the work done so far is kept")
 
@@ -150,6 +155,12 @@ def _gated(exc: BaseException) -> DcgenError:
     page = f"https://huggingface.co/{repo}" if found else "its page on huggingface.co"
     return AccessError(
         f"{repo} is gated and this account has no access to it", f"accept its licence at {page}, then set HF_TOKEN"
+    )
+
+
+def _no_repo_name(exc: BaseException) -> DcgenError:
+    return InputError(
+        f"no folder or file here, and no name of a repository: {_first_line(exc)}", "check the path, or give ORG/NAME"
     )
 
 
@@ -197,7 +208,7 @@ def _os_error(exc: BaseException) -> DcgenError | None:
     """What the operating system refused. Without a number it comes from a library that could not use a file."""
     if not isinstance(exc, OSError):
         return None
-    where = f" ({exc.filename})" if exc.filename else ""
+    where = f" ({_middle_out(str(exc.filename))})" if exc.filename else ""
     if exc.errno in (errno.ENOSPC, errno.EDQUOT):
         return ResourceError(f"the disk is full{where}", "free space, then resume the run")
     if exc.errno == errno.ENOMEM:
@@ -225,12 +236,12 @@ def _broken_pipe(exc: BaseException) -> DcgenError:
 
 
 def _permission(exc: BaseException) -> DcgenError:
-    where = getattr(exc, "filename", None) or "a file"
+    where = _middle_out(str(getattr(exc, "filename", None) or "a file"))
     return InputError(f"no permission to use {where}", "choose another folder, or change its permissions")
 
 
 def _not_found(exc: BaseException) -> DcgenError | None:
-    where = getattr(exc, "filename", None)
+    where = _middle_out(str(getattr(exc, "filename", None) or ""))
     return InputError(f"file not found: {where}", "check the path") if where else None
 
 
@@ -266,6 +277,7 @@ _TABLE: dict[str, Callable[[BaseException], DcgenError | None]] = {
     "EntryNotFoundError": _missing_repo,
     "LocalEntryNotFoundError": _offline,
     "OfflineModeIsEnabled": _offline,
+    "HFValidationError": _no_repo_name,
     "HfHubHTTPError": _network,
     "BrokenPipeError": _broken_pipe,
     "ConnectionError": _network,

@@ -84,6 +84,7 @@ def load(
     complete, origins = _validated(layers)
     if (complete.source, complete.base) != (asked.name, asked.base):
         asked = replace(asked, name=complete.source, base=complete.base)
+        sources.require_source(asked)
     resolved = Resolved(complete, origins, machine, asked)
     geometry.check(complete, resolved.identity)
     return resolved

@@ -5,6 +5,7 @@ No weights are read, and torch is not needed.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,9 @@ from dcgen_convert.core.files import read_object
 
 if TYPE_CHECKING:
     from dcgen_convert.checkpoint.single import Single
+
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
 class Reader:

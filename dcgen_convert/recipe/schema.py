@@ -13,19 +13,35 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
     model_validator,
 )
 
-Fraction = Annotated[float, Field(ge=0, lt=1)]
+from dcgen_convert.recipe.kinds import (
+    Amount,
+    AmountOrZero,
+    Batch,
+    Count,
+    CountOrZero,
+    Expression,
+    Fraction,
+    LoraRank,
+    Pictures,
+    PicturesOrZero,
+    Seed,
+    Side,
+    Text,
+)
 
 
 def _folder_name(name: str) -> str:
     """A name that is one folder, and stays where it is put."""
-    if name in ("", ".", "..") or not name.isprintable() or "/" in name or "\\" in name or len(name.encode()) > 150:
+    if (
+        name.strip() in ("", ".", "..")
+        or not name.isprintable()
+        or "/" in name
+        or "\\" in name
+        or len(name.encode()) > 150
+    ):
         raise ValueError(f"name is {name[:60]!r}, which is no name of a folder; write a short one without / and \\")
     return name
 
@@ -68,21 +84,21 @@ class Data(Section):
     kind: Literal["synthetic", "folder"] = Field(
         default="synthetic", description="synthetic: drawn by the base model; folder: your images and captions"
     )
-    path: str | None = Field(
+    path: Text | None = Field(
         default=None, description="folder of images with .txt captions, or a .jsonl; needed by kind folder"
     )
-    prompts: str = Field(
+    prompts: Text = Field(
         default="builtin",
         description="builtin, tiny-world, FILE.txt with one prompt per line, FILE:COLUMN of a .jsonl, .csv, .tsv or "
         ".parquet, or hf://datasets/ORG/NAME:COLUMN (synthetic only)",
     )
-    count: PositiveInt = Field(default=10_000, description="pictures; a folder is read up to this many")
-    steps: PositiveInt = Field(default=20, description="denoising steps per synthetic picture")
-    guidance: NonNegativeFloat = Field(
+    count: Count = Field(default=10_000, description="pictures; a folder is read up to this many")
+    steps: Count = Field(default=20, description="denoising steps per synthetic picture")
+    guidance: AmountOrZero = Field(
         default=3.5, description="guidance while drawing; 1 disables classifier-free guidance"
     )
-    batch: PositiveInt = Field(default=8, description="pictures drawn or encoded at once")
-    resolution: PositiveInt = Field(default=1024, description="picture side in px")
+    batch: Batch = Field(default=8, description="pictures drawn or encoded at once")
+    resolution: Side = Field(default=1024, description="picture side in px")
     buckets: bool = Field(
         default=False,
         description="true: pictures of a folder keep their shapes, at sizes of about resolution^2 px; false: centre "
@@ -96,15 +112,15 @@ class Data(Section):
 class Latents(Section):
     """The cache of paired latents and text embeddings."""
 
-    batch: PositiveInt = Field(default=8, description="pictures encoded at once")
+    batch: Batch = Field(default=8, description="pictures encoded at once")
     text: Literal["cache", "encode"] = Field(
         default="cache",
         description="cache: text embeddings are stored on disk; encode: they are computed in every step",
     )
-    text_length: PositiveInt | None = Field(
+    text_length: Count | None = Field(
         default=None, description="text tokens that prompts are padded to; null: the family's"
     )
-    scale_tolerance: PositiveFloat = Field(
+    scale_tolerance: Amount = Field(
         default=0.10,
         description="how far the measured scale may lie from the autoencoder's scaling factor, as a fraction",
     )
@@ -112,7 +128,7 @@ class Latents(Section):
         default="none",
         description="channel: divide every latent channel by its RMS, inside the autoencoder's weights; none disables",
     )
-    scale_override: PositiveFloat | None = Field(
+    scale_override: Amount | None = Field(
         default=None, description="scaling factor to use instead of the autoencoder's; null disables"
     )
 
@@ -127,12 +143,12 @@ class AlignEmbedder(Section):
         default="average",
         description="average: average the base's finer tokens; bilinear: interpolate the new tokens to the base's grid",
     )
-    ridge: NonNegativeFloat = Field(
+    ridge: AmountOrZero = Field(
         default=1e-6, description="ridge, relative to the mean of the Gram diagonal; 0 disables"
     )
-    steps: NonNegativeInt = Field(default=20_000, description="steps (adamw only)")
-    lr: PositiveFloat = Field(default=1e-4, description="learning rate (adamw only)")
-    batch: PositiveInt = Field(default=64, description="pictures per step")
+    steps: CountOrZero = Field(default=20_000, description="steps (adamw only)")
+    lr: Amount = Field(default=1e-4, description="learning rate (adamw only)")
+    batch: Batch = Field(default=64, description="pictures per step")
 
 
 class AlignHead(Section):
@@ -141,12 +157,12 @@ class AlignHead(Section):
     method: Literal["least-squares", "xavier", "zero"] = Field(
         default="least-squares", description="how the head starts; least-squares: closed form"
     )
-    draws: PositiveInt = Field(default=8, description="noise draws per picture for the least squares")
-    steps: NonNegativeInt = Field(default=5_000, description="steps with the blocks frozen; 0 disables")
-    lr: PositiveFloat = Field(default=1e-4, description="learning rate")
-    batch: PositiveInt = Field(default=512, description="global batch in pictures")
-    warmup: NonNegativeInt = Field(default=1_000, description="warm-up steps; 0 disables")
-    clip: NonNegativeFloat = Field(default=0.1, description="largest gradient norm; 0 disables")
+    draws: Count = Field(default=8, description="noise draws per picture for the least squares")
+    steps: CountOrZero = Field(default=5_000, description="steps with the blocks frozen; 0 disables")
+    lr: Amount = Field(default=1e-4, description="learning rate")
+    batch: Batch = Field(default=512, description="global batch in pictures")
+    warmup: CountOrZero = Field(default=1_000, description="warm-up steps; 0 disables")
+    clip: AmountOrZero = Field(default=0.1, description="largest gradient norm; 0 disables")
 
 
 class Phase(Section):
@@ -155,18 +171,18 @@ class Phase(Section):
     mode: Literal["lora", "full"] = Field(
         default="lora", description="lora: adapters + embedder + head; full: every weight"
     )
-    resolution: PositiveInt = Field(description="picture side in px")
-    steps: PositiveInt = Field(description="optimizer steps")
-    rank: PositiveInt = Field(default=256, description="LoRA rank")
-    alpha: PositiveFloat | None = Field(default=None, description="LoRA alpha; null: equal to rank")
-    lr: PositiveFloat = Field(default=1e-4, description="peak learning rate")
-    warmup: NonNegativeInt = Field(default=1_000, description="warm-up steps; 0 disables")
+    resolution: Side = Field(description="picture side in px")
+    steps: Count = Field(description="optimizer steps")
+    rank: LoraRank = Field(default=256, description="LoRA rank")
+    alpha: Amount | None = Field(default=None, description="LoRA alpha; null: equal to rank")
+    lr: Amount = Field(default=1e-4, description="peak learning rate")
+    warmup: CountOrZero = Field(default=1_000, description="warm-up steps; 0 disables")
     schedule: Literal["constant", "cosine"] = Field(default="constant", description="learning rate after the warm-up")
-    batch: PositiveInt = Field(default=256, description="global batch in pictures, whatever the number of GPUs")
-    micro_batch: PositiveInt | None = Field(
+    batch: Batch = Field(default=256, description="global batch in pictures, whatever the number of GPUs")
+    micro_batch: Batch | None = Field(
         default=None, description="pictures per GPU and pass; null: the largest even share that fits"
     )
-    targets: str | None = Field(
+    targets: Expression | None = Field(
         default=None,
         description="regex of the linears that get LoRA; null: the family's attention and feed-forward linears",
     )
@@ -203,15 +219,15 @@ class Adapt(Section):
         description="which model predicts for the null prompt in the corrected loss; teacher: the frozen one from the "
         "start of the phase",
     )
-    guidance_range: tuple[float, float] = Field(
+    guidance_range: tuple[AmountOrZero, AmountOrZero] = Field(
         default=(1.0, 14.0), description="guidance is drawn uniformly from [lo, hi]"
     )
-    data_guidance: PositiveFloat = Field(
+    data_guidance: Amount = Field(
         default=1.0,
         description="guidance that the training pictures show already (g_d of the corrected loss); 1: none, the "
         "published loss",
     )
-    shift: Literal["model", "flux2"] | PositiveFloat = Field(
+    shift: Literal["model", "flux2"] | Amount = Field(
         default="model",
         description="timestep shift: model (its scheduler), flux2 (sqrt(CHW/4096)), or a number; 1 disables",
     )
@@ -222,7 +238,7 @@ class Adapt(Section):
     )
     text_drop: Fraction = Field(default=0.1, description="fraction of captions replaced by the null text; 0 disables")
     ema: Fraction = Field(default=0.999, description="decay of the moving average of the weights; 0 disables")
-    clip: NonNegativeFloat = Field(default=0.1, description="largest gradient norm; 0 disables")
+    clip: AmountOrZero = Field(default=0.1, description="largest gradient norm; 0 disables")
     checkpointing: bool = Field(
         default=True,
         description="compute activations a second time in the backward pass: less memory, about a third more time",
@@ -244,9 +260,9 @@ class Adapt(Section):
 
 
 class Calibration(Section):
-    prompts: PositiveInt = Field(default=64, description="prompts that are drawn for calibration")
-    steps: PositiveInt | None = Field(default=None, description="denoising steps per prompt; null: the bundle's steps")
-    batch: PositiveInt | None = Field(
+    prompts: Pictures = Field(default=64, description="prompts that are drawn for calibration")
+    steps: Count | None = Field(default=None, description="denoising steps per prompt; null: the bundle's steps")
+    batch: Batch | None = Field(
         default=None, description="pictures drawn at once; ranks share the batches; null: data.batch"
     )
 
@@ -259,7 +275,7 @@ class Quantize(Section):
         default=32, ge=16, le=1024, multiple_of=16, description="rank of the 16-bit branch, a multiple of 16"
     )
     calibration: Calibration = Field(default_factory=Calibration)
-    dense: str | None = Field(
+    dense: Expression | None = Field(
         default=None, description="regex of block linears that stay 16-bit; null: none beyond the family's"
     )
     container: Literal["diffusers", "nunchaku"] = Field(
@@ -275,12 +291,12 @@ class Bundle(Section):
     layout: Literal["stock", "official"] = Field(
         default="stock", description="stock: stock pipeline class; official: the DC-Gen authors' class"
     )
-    steps: PositiveInt = Field(default=20, description="denoising steps that the model card and verify use")
-    guidance: NonNegativeFloat = Field(default=3.5, description="guidance that the model card and verify use")
+    steps: Count = Field(default=20, description="denoising steps that the model card and verify use")
+    guidance: AmountOrZero = Field(default=3.5, description="guidance that the model card and verify use")
 
 
 class Evaluate(Section):
-    prompts: NonNegativeInt = Field(default=16, description="fixed-seed pictures drawn after each stage; 0 disables")
+    prompts: PicturesOrZero = Field(default=16, description="fixed-seed pictures drawn after each stage; 0 disables")
     metrics: Literal["tiny-world", "none"] = Field(
         default="none", description="tiny-world: attribute accuracy and Frechet distance; none disables"
     )
@@ -289,37 +305,39 @@ class Evaluate(Section):
 class Watch(Section):
     """What is measured and drawn while a phase trains. It changes nothing in the training."""
 
-    evaluate_every: NonNegativeInt = Field(
+    evaluate_every: CountOrZero = Field(
         default=1000, description="steps between held-out losses at fixed noise levels; 0 disables"
     )
-    grid_every: NonNegativeInt = Field(
+    grid_every: CountOrZero = Field(
         default=1000,
         description="steps between grids of pictures with fixed seeds; each is drawn after a checkpoint; 0 disables",
     )
-    pictures: PositiveInt = Field(default=8, description="held-out captions drawn in a grid")
+    pictures: Pictures = Field(default=8, description="held-out captions drawn in a grid")
 
 
 class Recipe(Section):
     """One conversion, completely. `alpha` of each phase is filled (= rank) when the recipe leaves it out."""
 
     name: FolderName = Field(description="names the bundle and the run folder; left out: the name of the file")
-    source: str = Field(description="catalogue name, hub id, diffusers folder, .safetensors or .gguf of the base model")
-    base: str | None = Field(
+    source: Text = Field(
+        description="catalogue name, hub id, diffusers folder, .safetensors or .gguf of the base model"
+    )
+    base: Text | None = Field(
         default=None,
         description="pipeline with text encoders and autoencoder, for a source that is a transformer alone; null: "
         "the published one",
     )
-    loras: tuple[str, ...] = Field(
+    loras: tuple[Text, ...] = Field(
         default=(), description="LoRA files FILE[:scale], fused into the source first; empty: none"
     )
-    ae: str = Field(description="autoencoder: alias, hub id, folder, or FILE.safetensors:ALIAS")
-    ae_channels: PositiveInt | None = Field(
+    ae: Text = Field(description="autoencoder: alias, hub id, folder, or FILE.safetensors:ALIAS")
+    ae_channels: Count | None = Field(
         default=None, description="use the first K latent channels, for structured latents (DC-AE 1.5); null: all"
     )
-    revision: str | None = Field(
+    revision: Text | None = Field(
         default=None, description="git revision of the source on the hub; null: the catalogue's"
     )
-    seed: NonNegativeInt = Field(default=0, description="seed of every random draw")
+    seed: Seed = Field(default=0, description="seed of every random draw")
     dtype: Literal["fp32", "bf16"] = Field(default="bf16", description="weights and activations in training")
     data: Data = Field(default_factory=Data)
     latents: Latents = Field(default_factory=Latents)

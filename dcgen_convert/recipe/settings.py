@@ -10,6 +10,8 @@ from pydantic import BaseModel, ValidationError
 
 from dcgen_convert.core import yaml_text
 from dcgen_convert.core.errors import RecipeError
+from dcgen_convert.core.limits import shown
+from dcgen_convert.recipe.kinds import UNUSABLE
 from dcgen_convert.recipe.schema import Phase, Recipe
 
 if TYPE_CHECKING:
@@ -114,8 +116,9 @@ class Layers:
         for text in sets:
             key, equals, value = text.partition("=")
             if not equals or not key.strip():
-                raise RecipeError(f"--set takes KEY=VALUE, not {text!r}", "for example --set adapt.ema=0.99")
-            self.add_dotted(key.strip(), yaml_text.parse(value, f"--set {key.strip()}: {value!r}"), "--set")
+                raise RecipeError(f"--set takes KEY=VALUE, not {shown(text)}", "for example --set adapt.ema=0.99")
+            where = f"--set {shown(key.strip())[1:-1]}: {shown(value)}"
+            self.add_dotted(key.strip(), yaml_text.parse(value, where), "--set")
 
     def add_flag(self, key: str, value: object) -> None:
         """One command-line option. `resolution` is the final picture side: earlier phases keep theirs up to it."""
@@ -216,7 +219,7 @@ def unknown_key(key: str) -> str:
     if not hits:
         by_last = {name.rpartition(".")[2]: name for name in known}
         hits = [by_last[name] for name in difflib.get_close_matches(last, by_last, n=1)]
-    return f"unknown key {key!r}" + (f"; did you mean {hits[0]!r}?" if hits else "")
+    return f"unknown key {shown(key)}" + (f"; did you mean {hits[0]!r}?" if hits else "")
 
 
 def one_sentence(exc: ValidationError, layers: Layers) -> str:
@@ -234,10 +237,12 @@ def one_sentence(exc: ValidationError, layers: Layers) -> str:
         return unknown_key(key) + where
     if kind == "missing":
         return f"{key} is missing"
+    if kind == UNUSABLE:
+        return f"{key} {context['fault']}{where}"
     if kind == "value_error":
         return str(context["error"])
     same = [error for error in errors if _dotted(error["loc"]) == key]
-    return f"{key} must be {_wanted(same)}, not {first['input']!r}{where}"
+    return f"{key} must be {_wanted(same)}, not {shown(first['input'])}{where}"
 
 
 def _dotted(loc: tuple[int | str, ...]) -> str:
@@ -284,7 +289,11 @@ def _wanted(errors: list[ErrorDetails]) -> str:
             texts.append(f"one of {ctx['expected']}".replace(" or ", ", "))
         elif name in _LIMITS:
             word, field = _LIMITS[name]
-            texts.append(f"{word} {ctx[field]}")
+            texts.append(f"{word} {_number(ctx[field])}")
         else:
             texts.append(_NAMES.get(name.split("_")[0], name.replace("_", " ")))
     return " or ".join(dict.fromkeys(texts))
+
+
+def _number(value: float | int) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"

@@ -5,18 +5,18 @@ SOURCE is a recipe, a .yaml file, a catalogue name, a folder, a .safetensors or 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dcgen_convert.core.errors import AccessError, InputError
+from dcgen_convert.core.limits import require_text, shown
 from dcgen_convert.families import Family, catalog
 from dcgen_convert.recipe import shelf
 from dcgen_convert.recipe.identity import Identity
+from dcgen_convert.recipe.reader import HUB_ID
 from dcgen_convert.recipe.schema import Recipe
 
-HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 SUFFIXES = (".safetensors", ".gguf")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
@@ -31,13 +31,13 @@ def recipe_for(source: Identity, chosen: str | None) -> tuple[str, bool]:
         AccessError: a hub id whose config is not in the cache, while the network is off.
     """
     if chosen is not None:
-        _require_source(source)
+        require_source(source)
         return chosen, True
     if shelf.find(source.name) is not None:
         return source.name, False
     if source.entry is not None:
         return source.entry.recipe, True
-    _require_source(source)
+    require_source(source)
     return source.family.recipe, True
 
 
@@ -87,7 +87,7 @@ def require_access(recipe: Recipe, source: Identity) -> None:
 
 
 def _ask(repo: str, revision: str | None, name: str, offline: bool) -> None:
-    if not HUB_ID.match(repo) or Path(repo).expanduser().exists():
+    if not HUB_ID.fullmatch(repo) or Path(repo).expanduser().exists():
         return  # it is on this machine
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -108,9 +108,10 @@ def _ask(repo: str, revision: str | None, name: str, offline: bool) -> None:
         return  # the repository is there, in another form
 
 
-def _require_source(source: Identity) -> None:
+def require_source(source: Identity) -> None:
     """InputError when the name cannot be a source at all."""
     name = source.name
+    require_text("SOURCE", name)
     suffix = Path(name).suffix
     if suffix in PICKLES:
         raise InputError(
@@ -120,12 +121,12 @@ def _require_source(source: Identity) -> None:
     if source.entry is not None or source.path is not None:
         return
     if suffix in SUFFIXES or name.startswith(("/", "./", "../", "~")):
-        raise InputError(f"no such file or folder: {name}", "check the path")
-    if HUB_ID.match(name):
+        raise InputError(f"no such file or folder: {shown(name)[1:-1]}", "check the path")
+    if HUB_ID.fullmatch(name):
         return
     known = [*shelf.names(), *catalog.SOURCES]
     raise InputError(
-        f"unknown source {name!r}{shelf.nearest(name, known)}",
+        f"unknown source {shown(name)}{shelf.nearest(name, known)}",
         "dcgen-convert recipes list; or a folder, a .safetensors, a .gguf, or ORG/NAME",
     )
 

@@ -69,7 +69,7 @@ def drawing(job: Job, rows: LatentCache, folder: Path) -> Callable[[Velocity, in
             z0, text = rows.batch(part)
             text = {key: value.to(device) for key, value in text.items()}
             null = {key: rows.null[key].to(device, value.dtype).expand_as(value) for key, value in text.items()}
-            generators = [torch.Generator().manual_seed(job.recipe.seed * 1_000_003 + i) for i in part]
+            generators = [torch.Generator().manual_seed(job.recipe.seed * 1_000_003 % 2**63 + i) for i in part]
             noise = torch.stack([torch.randn(z0.shape[1:], generator=generator) for generator in generators]).to(device)
             levels = noise_levels(job.family, settings.steps, z0.shape[2] * z0.shape[3], job.scheduler)
             combine = job.family.guidance == "cfg"

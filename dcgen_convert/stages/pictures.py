@@ -141,7 +141,8 @@ def intended(job: Job) -> list[Picture]:
     """Every picture of the recipe with its caption and seed, drawn or not."""
     texts = captions.texts_of(job, job.recipe.data.count)
     folder = job.folders.data / "pictures"
-    return [Picture(folder / f"{i:07d}.png", text, job.recipe.seed * 1_000_003 + i) for i, text in enumerate(texts)]
+    first = job.recipe.seed * 1_000_003 % 2**63
+    return [Picture(folder / f"{i:07d}.png", text, first + i) for i, text in enumerate(texts)]
 
 
 def draw_part(job: Job, bar: Bar) -> None:

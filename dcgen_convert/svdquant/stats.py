@@ -64,7 +64,7 @@ class Gatherer:
         self.amax = torch.zeros(channels, device=device)
         self.total = torch.zeros(channels, channels, device=device)
         self.drawn: list[torch.Tensor] = []
-        self._generator = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()))
+        self._generator = torch.Generator().manual_seed((seed * 1_000_003 + zlib.crc32(name.encode())) % 2**63)
 
     def add(self, x: torch.Tensor, call: int) -> None:
         """Take in the input x (..., K) of one call; `call` counts from 0."""

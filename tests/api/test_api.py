@@ -259,3 +259,28 @@ def test_quantize_gives_the_document_of_the_verb(tmp_path, monkeypatch, capfd):
     assert done.bundle == tmp_path / "tiny-flux-nvfp4" and len(done.layers) == 52
     assert [*done.document()] == DOCUMENTS["quantize"].split()
     assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: dcgen_convert.sample("b", "x", seed=10**22), "seed is 10000000000000000000000"),
+        (lambda: dcgen_convert.sample("b", "x", guidance=float("nan")), "guidance is nan"),
+        (lambda: dcgen_convert.sample("b", "x", height=-8), "height is -8"),
+        (lambda: dcgen_convert.sample("b", "x", output=""), "output is empty"),
+        (lambda: dcgen_convert.quantize("tiny-flux", steps=10**12), "steps is 1000000000000"),
+        (lambda: dcgen_convert.quantize("tiny-flux", output="a\0"), r"output holds the character '\\x00'"),
+        (lambda: dcgen_convert.convert("tiny-flux", ae="tiny-dc-ae-f32", run_dir=" "), "run_dir is empty"),
+        (
+            lambda: dcgen_convert.convert("tiny-flux", ae="tiny-dc-ae-f32", rank_timeout=float("inf")),
+            "rank_timeout is inf",
+        ),
+        (lambda: dcgen_convert.plan("tiny-flux", gpu_memory=float("nan")), "gpu_memory is nan"),
+        (lambda: dcgen_convert.plan("\n"), "SOURCE is empty"),
+        (lambda: dcgen_convert.plan("a/b\n"), r"SOURCE holds the character '\\n'"),
+        (lambda: dcgen_convert.plan("x" * 5000), "SOURCE has 5,000 bytes"),
+    ],
+)
+def test_hostile_numbers_and_names_are_refused_first(call, words):
+    with pytest.raises(errors.InputError, match=words):
+        call()

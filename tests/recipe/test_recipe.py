@@ -124,7 +124,7 @@ WRONG = {
     "seed.x=1": "unknown key 'seed.x'; did you mean 'seed'?",
     "adapt.phases.5.steps=1": "adapt.phases.5.steps: there is no phase '5' (the recipe has 1, counted from 0)",
     "adapt.ema=abc": "adapt.ema must be a number, not 'abc' (from --set)",
-    "adapt.ema=1": "adapt.ema must be less than 1.0, not 1 (from --set)",
+    "adapt.ema=1": "adapt.ema must be less than 1, not 1 (from --set)",
     "seed=1.5": "seed must be a whole number, not 1.5 (from --set)",
     "adapt.zero=7": "adapt.zero must be one of 'auto', 0, 1, 2, 3, not 7 (from --set)",
     "adapt.shift=x": "adapt.shift must be one of 'model', 'flux2' or a number, not 'x' (from --set)",
@@ -132,6 +132,29 @@ WRONG = {
     "adapt.checkpointing=perhaps": "adapt.checkpointing must be true or false, not 'perhaps' (from --set)",
     "data=3": "data must be a group of settings, not 3 (from --set)",
     "data.kind=folder": "data.kind is folder but data.path is empty: give --data FOLDER",
+    "seed=1" + "0" * 22: f"seed must be at most 9,223,372,036,854,775,807, not 1{'0' * 22} (from --set)",
+    "data.count=1000000000000": "data.count must be at most 1,000,000,000, not 1000000000000 (from --set)",
+    "data.count=-3": "data.count must be at least 1, not -3 (from --set)",
+    "data.batch=2000000": "data.batch must be at most 1,000,000, not 2000000 (from --set)",
+    "evaluate.prompts=1000000": "evaluate.prompts must be at most 100,000, not 1000000 (from --set)",
+    "data.resolution=99999": "data.resolution must be at most 65,536, not 99999 (from --set)",
+    "lora.rank=99999": "adapt.phases.0.rank must be at most 16,384, not 99999 (from --set)",
+    "lora.lr=1e400": "adapt.phases.0.lr must be a finite number, not inf (from --set)",
+    "lora.lr=1e-320": "adapt.phases.0.lr must be at least 1e-12, not 1e-320 (from --set)",
+    "adapt.guidance_range=[1, 1e30]": "adapt.guidance_range.1 must be at most 1e+09, not 1e+30",
+    "data.steps=1"
+    + "0" * 399: f"data.steps must be at most 1,000,000,000, not 1{'0' * 59}... (400 characters) (from --set)",
+    "data.steps=1" + "0" * 5000: f"--set data.steps: '1{'0' * 58}... (5,003 characters) is not valid YAML: "
+    f"'1{'0' * 39}' is no whole number",
+    r'source="\0"': r"source holds the character '\x00': '\x00' (from --set)",
+    r'data.path="a\nb"': r"data.path holds the character '\n': 'a\nb' (from --set)",
+    r'ae="\ud800"': r"ae holds the character '\ud800': '\ud800' (from --set)",
+    'base="  "': "base is empty (from --set)",
+    "data.prompts=" + "x" * 5000: "data.prompts has 5,000 bytes, and at most 4,096 can be used (from --set)",
+    'loras=[""]': "loras.0 is empty",
+    'name="  "': "name is '  ', which is no name of a folder; write a short one without / and \\",
+    "quantize.dense=(": "quantize.dense is no regular expression: missing ), unterminated subpattern at position 0 "
+    "(from --set)",
     "adapt.lr=.nan": "unknown key 'adapt.lr'; did you mean 'adapt.phases.*.lr'? (from --set)",
 }
 
@@ -207,7 +230,7 @@ def test_sizes_must_be_multiples_of_both_grids(side, good):
     if good:
         loading.load("tiny-flux", sets=sets, flags={"ae": "tiny-dc-ae-f64"})
         return
-    with pytest.raises(InputError, match=r"multiple of|greater than 0"):
+    with pytest.raises(InputError, match=r"multiple of|at least 1"):
         loading.load("tiny-flux", sets=sets, flags={"ae": "tiny-dc-ae-f64"})
 
 
