@@ -115,6 +115,7 @@ def resume(  # noqa: PLR0913  every option of the verb by its name
     run_dir: str | Path,
     *,
     start: str | None = None,
+    until: str | None = None,
     force: bool = False,
     gpus: int | None = None,
     hostfile: str | Path | None = None,
@@ -128,6 +129,7 @@ def resume(  # noqa: PLR0913  every option of the verb by its name
 
     Args:
         start: run this stage and all after it again.
+        until: stop after this stage.
         force: replace a bundle that is already in the output folder.
         gpus, hostfile: the ranks, as in `convert`. None: those of the run's record.
         track, rank_timeout, restarts, check: as in `convert`.
@@ -138,12 +140,12 @@ def resume(  # noqa: PLR0913  every option of the verb by its name
     """
     places = {"gpus": gpus, "hostfile": None if hostfile is None else str(hostfile)}
     watched = {"track": track, "rank_timeout": rank_timeout, "restarts": restarts, "check": check}
-    steps = {"start": start, "force": force}
+    steps = {"start": start, "until": until, "force": force}
     job = recorded(Path(run_dir).absolute())
     job = job.on(**places if any(places.values()) else {}, **{k: v for k, v in watched.items() if v is not None})
     if _needs_ranks(job):
         return Conversion.of(command.run("resume", str(job.run_dir), {**places, **watched, **steps, "quiet": quiet}))
-    return carry_out(job, _console(quiet, job.run_dir), start=start, force=force)
+    return carry_out(job, _console(quiet, job.run_dir), start=start, until=until, force=force)
 
 
 def recorded(run_dir: Path) -> Order:

@@ -26,6 +26,7 @@ from dcgen_convert.cli.options import (
     RECIPE,
     SOURCE,
     TRUST,
+    UNTIL,
     option,
     output_options,
     stack,
@@ -95,7 +96,7 @@ def cli() -> None:
     help="Folder of the run's artefacts. Default: ./runs/NAME-AE[-FORMAT].",
 )
 @FROM
-@option("--until", metavar="STAGE", help="Stop after this stage. Default: verify, the last.")
+@UNTIL
 @FORCE
 @option("--push-to", metavar="REPO", help="Upload the finished bundle to this hub repository. Default: off.")
 @option("--private", is_flag=True, help="Make the repository of --push-to private. Default: public.")
@@ -151,6 +152,7 @@ def quantize(session: Session, source: str, **values: Any) -> int:
 @cli.command(context_settings=CONTEXT)
 @click.argument("run", type=click.Path(exists=True, file_okay=False))
 @FROM
+@UNTIL
 @FORCE
 @stack(RANKS + JOB)
 @stack(OUTPUT)

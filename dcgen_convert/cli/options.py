@@ -39,6 +39,7 @@ FROM = option(
     metavar="STAGE",
     help="Run STAGE and all after it again, and delete what they have made. Default: the first one that is not done.",
 )
+UNTIL = option("--until", metavar="STAGE", help="Stop after this stage. Default: verify, the last.")
 FORCE = option("--force", is_flag=True, help="Replace a bundle that is already in the output folder. Default: off.")
 
 TRUST = option(

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def convert(session: Session, source: str, values: dict[str, Any]) -> int:
 def resume(session: Session, run_dir: Path, values: dict[str, Any]) -> int:
     """Continue a run, with the ranks of its record unless the options name others."""
     asked, watched = {"gpus": values.pop("gpus"), "hostfile": values.pop("hostfile")}, job_options(values)
-    steps = {"start": values.pop("start"), "force": values.pop("force")}
+    steps = {name: values.pop(name) for name in ("start", "until", "force")}
     console = session.begin(**output_options(values), run_dir=run_dir)
     job = calls.recorded(run_dir)
     if any(asked.values()):
@@ -74,9 +75,12 @@ def _on_ranks(session: Session, job: Order, work: Callable[[Crew], Conversion]) 
     console, machine, run_dir = session.console, job.resolved.machine, job.run_dir
     require(machine.track)
     if launch.wanted(machine):
+        from dcgen_convert.stages.job import require_even
+
         Run(run_dir, console)
         assert session.result is not None  # `begin` was called
-        return launch.run(session.argv, machine, run_dir, console, session.result)
+        shared = partial(require_even, job.resolved.recipe, run_dir)
+        return launch.run(session.argv, machine, run_dir, console, session.result, shared)
     crew = session.join(machine.rank_timeout)
     if isinstance(crew, Member):
         from dcgen_convert.stages import tasks

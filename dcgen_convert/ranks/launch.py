@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -51,8 +51,18 @@ def wanted(machine: Machine) -> bool:
     return False
 
 
-def run(arguments: list[str], machine: Machine, run_dir: Path, console: Console, result: IO[str]) -> int:
+def run(
+    arguments: list[str],
+    machine: Machine,
+    run_dir: Path,
+    console: Console,
+    result: IO[str],
+    require: Callable[[int], None],
+) -> int:
     """Run `dcgen-convert ARGUMENTS` as the ranks that ``machine`` asks for, again after a crash; the exit code.
+
+    Args:
+        require: is called with the number of ranks before any is started, and raises what they cannot do.
 
     Raises:
         InputError: a bad hostfile, or a host that is not reachable.
@@ -64,6 +74,7 @@ def run(arguments: list[str], machine: Machine, run_dir: Path, console: Console,
     if node is not None:
         return _run_here(arguments, node, run_dir, result)
     each = hosts.ranks_of(machine.hostfile, machine.gpus) if machine.hostfile else {"localhost": machine.gpus or 1}
+    require(sum(each.values()))
     _say(each, console)
     os.environ[join.JOB] = uuid.uuid4().hex
     try:

@@ -197,7 +197,7 @@ def prepare(resolved: Resolved, run: Run, console: Console, crew: Crew = SOLO) -
     from dcgen_convert.checkpoint.imported import STAGE, Imported
 
     recipe = resolved.recipe
-    _require_even(recipe, run, crew.world)
+    require_even(recipe, run.path, crew.world)
     identity, offline = resolved.identity, resolved.machine.offline
     source = load_source(
         identity.name,
@@ -230,7 +230,7 @@ def prepare(resolved: Resolved, run: Run, console: Console, crew: Crew = SOLO) -
     return job
 
 
-def _require_even(recipe: Recipe, run: Run, world: int) -> None:
+def require_even(recipe: Recipe, run_dir: Path, world: int) -> None:
     """RecipeError when a batch cannot be divided evenly among the ranks. It comes now, not after hours of synthesis.
 
     Stages that are done already do not count: another number of ranks may have done them.
@@ -240,7 +240,7 @@ def _require_even(recipe: Recipe, run: Run, world: int) -> None:
     }
     if recipe.align_head.steps:
         batches = {ALIGN_HEAD: ("align_head.batch", recipe.align_head.batch), **batches}
-    uneven = [pair for stage, pair in batches.items() if pair[1] % world and not (run.path / stage / MARKER).exists()]
+    uneven = [pair for stage, pair in batches.items() if pair[1] % world and not (run_dir / stage / MARKER).exists()]
     if uneven:
         named = ", ".join(f"{key} = {batch}" for key, batch in uneven)
         even = " ".join(f"--set {key}={-(-batch // world) * world}" for key, batch in uneven)
