@@ -12,7 +12,7 @@ import sys
 import time
 
 import pytest
-from conftest import run_cli, short_settings, start_cli
+from conftest import copy_stages, run_cli, short_settings, start_cli
 
 from dcgen_convert.checkpoint.headers import read_weights
 
@@ -77,6 +77,7 @@ def test_quality_of_a_quantised_bundle_counts_its_activations_too(converted):
 
 
 def test_bundle_loads_in_the_stock_pipeline_in_a_fresh_process_and_draws_two_sizes(converted, tmp_path):
+    copy_stages(converted, tmp_path, "merge-1")
     done = run_cli(*FLUX, "-o", "dense", "--run-dir", "run", *short_settings(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     code = """
@@ -146,8 +147,13 @@ def test_classic_container_stands_beside_the_same_bundle(converted, tmp_path):
     assert "NunchakuFluxTransformer2dModel" in (tmp_path / "bundle" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("stage", ["data", "adapt-1", "quantize"])
-def test_interrupt_says_how_to_resume_and_resume_gives_the_same_weights(converted, tmp_path, stage):
+@pytest.mark.parametrize(
+    ("stage", "done", "until"),
+    [("data", None, "verify"), ("adapt-1", "align-head", "bundle"), ("quantize", "merge-1", "bundle")],
+)
+def test_interrupt_says_how_to_resume_and_resume_gives_the_same_weights(converted, tmp_path, stage, done, until):
+    if done:
+        copy_stages(converted, tmp_path, done)
     arguments = [*FLUX, "--quantize", "nvfp4", "-o", "bundle", "--run-dir", "run"]
     process = start_cli(*arguments, *short_settings(), cwd=tmp_path)
     started = tmp_path / "run" / stage / "started.json"
@@ -159,7 +165,7 @@ def test_interrupt_says_how_to_resume_and_resume_gives_the_same_weights(converte
     assert process.returncode == 130, err[-2000:]
     assert out == "" and "Traceback" not in err
     assert "dcgen-convert resume" in err.strip().splitlines()[-1]
-    resumed = run_cli("resume", "run", cwd=tmp_path)
+    resumed = run_cli("resume", "run", "--until", until, cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     same(converted, tmp_path)
 
@@ -188,7 +194,9 @@ def same(reference, folder):
 @pytest.mark.parametrize(
     ("source", "ae"), [("tiny-sana", "tiny-dc-ae-f64"), ("tiny-dit", "tiny-dc-ae-f32"), ("tiny-flux", "tiny-dc-ae-f64")]
 )
-def test_other_families_convert_to_a_stock_bundle(tmp_path, source, ae):
+def test_other_families_convert_to_a_stock_bundle(converted, tmp_path, source, ae):
+    if source == "tiny-flux":  # its pictures are there: they do not depend on the autoencoder
+        shutil.copytree(converted / "run" / "data", tmp_path / "run" / "data")
     done = run_cli(
         source, "--ae", ae, "-o", "bundle", "--run-dir", "run", "-y", "--json", *short_settings(), cwd=tmp_path
     )
@@ -198,7 +206,8 @@ def test_other_families_convert_to_a_stock_bundle(tmp_path, source, ae):
     assert {"accuracy_source", "accuracy_converted", "accuracy_round_trip"} <= document["metrics"].keys()
 
 
-def test_lora_apart_is_a_file_that_stock_pipelines_load(tmp_path):
+def test_lora_apart_is_a_file_that_stock_pipelines_load(converted, tmp_path):
+    copy_stages(converted, tmp_path, "adapt-1")
     done = run_cli(*FLUX, "--no-merge-lora", "-o", "bundle", "--run-dir", "run", *short_settings(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     code = """

@@ -2,11 +2,9 @@
 model draws.
 """
 
-import shutil
-
 import numpy
 import torch
-from conftest import run_cli, short_settings
+from conftest import copy_stages, run_cli, short_settings
 from diffusers import AutoencoderDC
 from PIL import Image
 
@@ -27,8 +25,7 @@ def test_the_grid_follows_its_checkpoint_and_shows_what_the_stock_pipeline_draws
     """The grid of the last step against the stock pipeline around the exported LoRA, embedder and head: same noise,
     8-bit
     levels within 2. (Merged weights are bfloat16 as the source's are, and up to 12 levels off.)"""
-    for stage in ("surgery", "data", "latents", "align-embedder", "align-head"):
-        shutil.copytree(converted / "run" / stage, tmp_path / "run" / stage)
+    copy_stages(converted, tmp_path, "align-head")
     settings = short_settings(**{"watch.grid_every": STEPS // 2, "watch.pictures": PICTURES})
     arguments = ["tiny-flux", "--ae", "tiny-dc-ae-f32", "-y", "-o", "bundle", "--run-dir", "run", "--until", "adapt-1"]
     done = run_cli(*arguments, *settings, cwd=tmp_path)

@@ -1,6 +1,6 @@
 """A program of several ranks with the real command line around it, and the means to start and watch them.
 
-As a program: `python crew_worker.py crew RUN '{"rank0": "share", "member": "sleep"}'`. Rank 0 shares one task whose
+Each rank is `command` with the arguments crew RUN '{"rank0": "share", "member": "sleep"}'. Rank 0 shares one task whose
 part on each rank is named: "count", "sleep" (interruptible), "nap" (6 s of short pieces), "load" and "compile" (12 s of
 one piece), "collective" (gloo, waits in C++),
 "wait-in-collective", "steps-then-N" (see `steps`), "fail" (InputError), "crash" (InternalError).
@@ -9,16 +9,14 @@ one piece), "collective" (gloo, waits in C++),
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import click
+from warm import WarmProcess, environment
 
-ROOT = Path(__file__).resolve().parents[2]
 LONG = 4.0  # seconds without progress that `start(stall=LONG)` tolerates
 READY = "ready-{}"  # written by a rank when its part begins
 
@@ -137,37 +135,22 @@ def command() -> None:
     app.main(sys.argv[1:])
 
 
-def environment(**extra: str) -> dict[str, str]:
-    unwanted = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    kept = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in unwanted and not key.startswith(("SLURM_", "DCGEN_"))
-    }
-    return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **extra}
-
-
-def heed_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def start(run: Path, count: int, **parts: str | float) -> list[subprocess.Popen]:
+def start(run: Path, count: int, **parts: str | float) -> list[WarmProcess]:
     """``count`` ranks as srun starts them: nothing watches over them but they themselves."""
     from dcgen_convert.ranks.join import free_port
 
     run.mkdir(exist_ok=True)
     port = free_port()
+    env = {key: value for key, value in environment().items() if not key.startswith(("SLURM_", "DCGEN_"))}
     started = []
     for rank in range(count):
         step = {"SLURM_PROCID": rank, "SLURM_STEP_NUM_TASKS": count, "SLURM_LOCALID": rank, "MASTER_PORT": port}
         place = {key: str(value) for key, value in step.items()} | {"SLURM_STEP_NODELIST": "localhost"}
-        argv = [sys.executable, __file__, "crew", str(run), json.dumps(parts)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(argv, env=environment(**place), preexec_fn=heed_interrupts, **pipes))
+        started.append(WarmProcess(command, ["crew", str(run), json.dumps(parts)], env | place))
     return started
 
 
-def wait_ready(run: Path, started: list[subprocess.Popen], ranks, seconds: float = 480) -> None:
+def wait_ready(run: Path, started: list[WarmProcess], ranks, seconds: float = 480) -> None:
     """Wait until those ranks have begun their parts."""
     deadline = time.monotonic() + seconds
     while not all((run / READY.format(rank)).exists() for rank in ranks):
@@ -178,7 +161,7 @@ def wait_ready(run: Path, started: list[subprocess.Popen], ranks, seconds: float
         time.sleep(0.02)
 
 
-def finish(started: list[subprocess.Popen], seconds: float) -> list[tuple[int, str, str]]:
+def finish(started: list[WarmProcess], seconds: float) -> list[tuple[int, str, str]]:
     """(exit code, stdout, stderr) of every rank; AssertionError when one lives on after ``seconds``."""
     deadline, ended = time.monotonic() + seconds, []
     try:
@@ -189,7 +172,3 @@ def finish(started: list[subprocess.Popen], seconds: float) -> list[tuple[int, s
         for process in started:
             process.kill()
     return ended
-
-
-if __name__ == "__main__":
-    command()

@@ -16,7 +16,7 @@ import time
 import psutil
 import pytest
 import torch
-from conftest import SHORT, WEIGHTS, run_cli, short_settings, start_cli
+from conftest import SHORT, WEIGHTS, copy_stages, run_cli, short_settings, start_cli
 from safetensors.torch import load_file
 
 from dcgen_convert.data.images import read_pixels
@@ -30,8 +30,7 @@ SECONDS = 120  # for an end that takes three on an idle machine
 @pytest.fixture
 def prepared(converted, tmp_path):
     """A folder with a run whose stages hold up to align-head."""
-    for stage in ("surgery", "data", "latents", "align-embedder", "align-head"):
-        shutil.copytree(converted / "run" / stage, tmp_path / "run" / stage)
+    copy_stages(converted, tmp_path, "align-head")
     return tmp_path
 
 
@@ -123,21 +122,19 @@ def test_two_ranks_share_the_stages_and_go_on_after_a_death(converted, tmp_path)
     assert_nothing_left(tmp_path)
 
 
-def test_two_ranks_draw_the_calibration_and_the_bundle_is_the_same_to_the_byte(converted, tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the order of float32 sums depends on the threads
-    settings = short_settings(**{"quantize.calibration.batch": 1, "quantize.calibration.steps": 1})
+def test_two_ranks_draw_the_calibration_and_the_bundle_is_the_same_to_the_byte(converted, tmp_path):
+    assert os.environ["OMP_NUM_THREADS"] == "1"  # the order of float32 sums depends on the threads
+    copy_stages(converted, tmp_path, "merge-1")
+    quantize = ["--quantize", "nvfp4", "--until", "quantize", "--gpus", "2", *short_settings()]
+    done = run_cli(*FLUX, *quantize, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
     made = []
-    for ranks in ("1", "2"):
-        folder = tmp_path / ranks
-        for stage in ("surgery", "data", "latents", "align-embedder", "align-head", "adapt-1", "merge-1"):
-            shutil.copytree(converted / "run" / stage, folder / "run" / stage)
-        done = run_cli(*FLUX, "--quantize", "nvfp4", "--until", "quantize", "--gpus", ranks, *settings, cwd=folder)
-        assert done.returncode == 0, done.stderr[-2000:]
+    for folder in (converted, tmp_path):
         files = [path for path in (folder / "run" / "quantize").rglob("*") if path.suffix in (".safetensors", ".json")]
         made.append({str(path.relative_to(folder)): path.read_bytes() for path in files if path.name != "stage.json"})
-    log = (tmp_path / "2" / "run" / "log-rank-1.txt").read_text()
+    log = (tmp_path / "run" / "log-rank-1.txt").read_text()
     assert "task calibration" in log and "task blocks" in log
-    assert sum("/call-" in name for name in made[0]) == 2
+    assert sum("/call-" in name for name in made[0]) == 4  # two prompts, two steps
     assert made[0].keys() == made[1].keys() and [name for name in made[0] if made[0][name] != made[1][name]] == []
 
 
@@ -153,6 +150,7 @@ def test_sigterm_writes_a_checkpoint_and_another_number_of_ranks_goes_on(prepare
     refused = run_cli("resume", "run", "--gpus", "4", cwd=prepared)
     assert refused.returncode == 2
     assert "4 ranks cannot share these batches evenly: adapt.phases.0.batch = 6" in refused.stderr
+    assert "ranks: 4" not in refused.stderr  # none is started
     done = run_cli(*FLUX, *TRAIN, "--gpus", "3", cwd=prepared)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "continuing from the checkpoint of step" in done.stderr
@@ -307,7 +305,7 @@ def test_what_the_ranks_cannot_share_is_refused_before_anything_starts(tmp_path)
     assert done.returncode == 2 and done.stdout == "" and "start again" not in done.stderr
     assert "3 ranks cannot share these batches evenly: align_head.batch = 8, adapt.phases.0.batch = 8" in done.stderr
     assert "hint: --set align_head.batch=9 --set adapt.phases.0.batch=9" in done.stderr
-    assert done.stderr.count("error:") == 1
+    assert done.stderr.count("error:") == 1 and "ranks: 3" not in done.stderr
     assert_nothing_left(tmp_path)
 
 

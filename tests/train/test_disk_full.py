@@ -49,7 +49,7 @@ def test_full_disk_in_a_save(tmp_path, small_disk, world):
         "No space left on device" in error["message"]
         and error["hint"] == "free disk space, then resume: the previous checkpoint is whole"
     )
-    assert "Traceback" not in log.read_text() and out[1:] == [b""] * (world - 1)
+    assert "Traceback" not in log.read_text() and out[1:] == [""] * (world - 1)
     folder = disk / "run" / "checkpoints"
     assert [path.name for path in checkpoints.whole(folder)] == ["step-000004", "step-000008"]
     assert not list(folder.glob(f"{TEMPORARY}*"))

@@ -118,7 +118,7 @@ def test_three_ranks_train_and_export_alike(tmp_path, undisturbed):
     reference, weights = undisturbed
     folders = {zero: tmp_path / f"zero{zero}" for zero in (2, 3)}
     jobs = [{"folder": str(folder), "adapt": {"zero": zero}, "saving": [8, 0.0]} for zero, folder in folders.items()]
-    assert run_ranks(3, jobs, tmp_path / "ranks.log") == [b""] * 3
+    assert run_ranks(3, jobs, tmp_path / "ranks.log") == [""] * 3
     for folder in folders.values():
         assert max(abs(a - b) for a, b in zip(losses(folder), reference, strict=True)) < 1e-6
         assert distance(exported(folder), weights) < 1e-5

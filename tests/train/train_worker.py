@@ -8,7 +8,6 @@ one process per rank, RANK and WORLD_SIZE in the environment; an error is one JS
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -131,24 +130,29 @@ def losses(folder) -> list[float]:
     return [line["loss"] for line in lines]
 
 
-def start_ranks(world: int, jobs: list[dict], log: Path) -> list[subprocess.Popen]:
+def start_ranks(world: int, jobs: list[dict], log: Path) -> list:
     """Start this file as ``world`` real processes that find one another through a free port; stderr goes to ``log``."""
+    from warm import WarmProcess, environment, serves
+
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    env = {key: value for key, value in environment().items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     ranks = []
     for rank in range(world):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         place = {key: str(value) for key, value in place.items()} if world > 1 else {}
+        if serves(env):
+            ranks.append(WarmProcess(main, [json.dumps(jobs)], env | place, stderr=log))
+            continue
         command = [sys.executable, __file__, json.dumps(jobs)]
         with open(log, "ab") as errors:
-            ranks.append(subprocess.Popen(command, env=environment | place, stdout=subprocess.PIPE, stderr=errors))
+            pipes = {"stdout": subprocess.PIPE, "stderr": errors, "text": True}
+            ranks.append(subprocess.Popen(command, env=env | place, **pipes))
     return ranks
 
 
-def run_ranks(world: int, jobs: list[dict], log: Path, timeout: float = 600) -> list[bytes]:
+def run_ranks(world: int, jobs: list[dict], log: Path, timeout: float = 600) -> list[str]:
     """Run ``world`` ranks to their end; their stdout. AssertionError with the log when one fails."""
     ranks = start_ranks(world, jobs, log)
     outputs = [process.communicate(timeout=timeout)[0] for process in ranks]
