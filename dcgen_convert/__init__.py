@@ -16,8 +16,8 @@ from dcgen_convert.core.version import __version__
 
 TYPE_CHECKING = False  # typing is not imported for it: the command must hear signals soon after its start
 if TYPE_CHECKING:
-    from dcgen_convert.api.calls import convert, inspect, plan, quantize, resume, runs, sample, verify
-    from dcgen_convert.api.results import Conversion, Inspection, Pictures, Plan, Quantised, Runs, Verdict
+    from dcgen_convert.api.calls import adopt, convert, inspect, plan, quantize, resume, runs, sample, verify
+    from dcgen_convert.api.results import Adopted, Conversion, Inspection, Pictures, Plan, Quantised, Runs, Verdict
     from dcgen_convert.core.errors import (
         AccessError,
         CheckFailed,
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AccessError",
+    "Adopted",
     "CheckFailed",
     "Conversion",
     "DcgenError",
@@ -46,6 +47,7 @@ __all__ = [
     "Runs",
     "Verdict",
     "__version__",
+    "adopt",
     "convert",
     "inspect",
     "plan",

@@ -28,7 +28,7 @@ from dcgen_convert.core.errors import CheckFailed, InputError
 from dcgen_convert.core.files import read_json, write_json
 from dcgen_convert.core.progress import duration
 from dcgen_convert.data import prompts
-from dcgen_convert.families import QuantTargets
+from dcgen_convert.families import QuantTargets, authors
 from dcgen_convert.families.grid import autoencoder_grid
 from dcgen_convert.networks import models, pipelines
 from dcgen_convert.recipe import loading
@@ -356,6 +356,7 @@ class SourceQuantisation:
         )
         if self.made:
             facts["conversion"] = self.made.get("conversion") or {key: self.made[key] for key in ("layout", "recipe")}
+            facts |= {key: self.made[key] for key in ("adopted",) if key in self.made}
         parts = BundleParts(source.family, source.root, self.transformer, layout="source", single_file=self.single_file)
         write_bundle(request.output, parts, facts, self.console)
 
@@ -372,12 +373,7 @@ def check_asked(request: Request, identity: Identity) -> None:
             "weights alone do not give",
             "give --calibration N, or use the diffusers container",
         )
-    pipeline = str((identity.index or {}).get("_class_name"))
-    if pipeline.startswith("DCGen_"):
-        raise InputError(
-            f"{request.name} is in the layout of the DC-Gen authors ({pipeline}): only their own code draws with it",
-            "quantise it while it is converted (--quantize), or convert it with --layout stock first",
-        )
+    authors.refuse(identity.index, request.name)
 
 
 def default_side(source: Source) -> int:

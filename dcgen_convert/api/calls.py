@@ -16,7 +16,7 @@ from typing import Literal, Unpack
 
 from dcgen_convert.api import command
 from dcgen_convert.api.order import Order, order, quantisation, require_folders, resolve
-from dcgen_convert.api.results import Conversion, Inspection, Pictures, Plan, Quantised, Runs, Verdict
+from dcgen_convert.api.results import Adopted, Conversion, Inspection, Pictures, Plan, Quantised, Runs, Verdict
 from dcgen_convert.api.settings import JobSettings, Settings
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError, InternalError, explain
@@ -258,6 +258,48 @@ def quantize(  # noqa: PLR0913  every option of the verb by its name
     request = Request(str(source), target, section, drawing, base, loras)
     done = quantize_source(request, console or _console(quiet))
     return Quantised(**{**done, "bundle": target})
+
+
+@_explained()
+def adopt(  # noqa: PLR0913  every option of the verb by its name
+    source: str | Path,
+    output: str | Path,
+    *,
+    base: str | Path | None = None,
+    ae: str | Path | None = None,
+    resolution: int | None = None,
+    shift: str | float | None = None,
+    revision: str | None = None,
+    quiet: bool = False,
+    console: Console | None = None,
+) -> Adopted:
+    """Make a verified bundle of a model that the DC-Gen authors published. Nothing is trained.
+
+    Args:
+        source: folder, hub id (ORG/NAME), or folder in a repository (ORG/NAME/FOLDER).
+        output: folder of the bundle.
+        base: pipeline that gives the text encoders, tokenizers and scheduler which ``source`` lacks.
+        ae: autoencoder that takes the place of the source's own: alias, folder or hub id.
+        resolution: picture side in px. None: that of the authors' code for this autoencoder.
+        shift: timestep shift: "flux2", "flux", "model" or a number. None: that of the authors' code.
+        revision: of the source on the hub. None: the newest.
+        quiet: only warnings on stderr.
+        console: where to speak instead.
+
+    Raises:
+        InputError: a source that is not known, whose parts are missing or do not fit, or an output folder that is not
+            empty.
+        AccessError, ResourceError, CheckFailed: as in `convert`.
+    """
+    from dcgen_convert.bundle.adoption import adopt as adopting
+    from dcgen_convert.bundle.authors_folder import Wish
+
+    texts = {"base": base, "ae": ae, "shift": shift}
+    named = {key: None if value is None else str(value) for key, value in texts.items()}
+    wish = Wish(str(source), resolution=resolution, revision=revision, **named)
+    target = Path(output).absolute()
+    done = adopting(wish, target, console or _console(quiet))
+    return Adopted(**{**done, "bundle": target})
 
 
 @_explained()

@@ -102,6 +102,19 @@ class Quantised(Result):
 
 
 @dataclass(frozen=True)
+class Adopted(Result):
+    """What `adopt` has made: the bundle folder, what is known of the model, and the checks that it passed.
+
+    adopted: "pipeline" (class that the folder names), "factor", "channels", "scaling_factor", "side" in px, "shift"
+    (rule), "r" (its value at that size), "origin" of both, and "left_out".
+    """
+
+    bundle: Path
+    adopted: dict[str, Any]
+    checks: list[str]
+
+
+@dataclass(frozen=True)
 class Verdict(Result):
     """A bundle passed its checks (a difference raises `CheckFailed` instead).
 

@@ -50,6 +50,11 @@ class Card:
         return self.layout == "stock" and self.family.bundle_tier == 2
 
     @property
+    def adopted(self) -> Mapping[str, Any]:
+        """What is known of a model that the DC-Gen authors converted; empty for every other one."""
+        return self.manifest.get("adopted", {})
+
+    @property
     def trained(self) -> Mapping[str, Any]:
         """The recipe of the conversion."""
         return self.manifest.get("conversion", self.manifest)["recipe"]
@@ -95,6 +100,8 @@ def render(
     ]
     if figures := measured.rows(manifest):
         parts += ["## Measured", table(figures)]
+    if card.adopted:
+        parts += ["## Adopted", _adopted(card)]
     parts += ["## Made from", _sources(manifest), "## Licence", _licence(manifest), "## Recipe", _recipe(manifest)]
     return "\n\n".join(parts) + "\n"
 
@@ -106,10 +113,10 @@ def _front_matter(card: Card) -> str:
     # The hub takes the ids of repositories only. The autoencoder is not what the model was made of.
     bases = [manifest["sources"].get(role) for role in ("base", "base of the source")]
     if models := [repo for record in bases if record for repo in lineage.repositories(record)]:
-        header |= {
-            "base_model": models,
-            "base_model_relation": "quantized" if card.format != "none" else "adapter" if card.lora else "finetune",
-        }
+        header["base_model"] = models
+        if card.format != "none" or not card.adopted:  # an adopted model has the weights of the one that it names
+            relation = "quantized" if card.format != "none" else "adapter" if card.lora else "finetune"
+            header["base_model_relation"] = relation
     if "encoder_hidden_states" in family.text_keys:
         header["pipeline_tag"] = "text-to-image"
     tags = ["dcgen-convert", *(["dc-ae"] if card.converted else []), family.name]
@@ -121,7 +128,13 @@ def _summary(card: Card) -> str:
     ae, sources = card.manifest["autoencoder"], card.manifest["sources"]
     record = sources.get("base of the source", sources["base"])
     base = code(record.get("repo") or lineage.last_name(str(record["name"])))
-    if card.converted:
+    if card.adopted:
+        text = (
+            f"{base}, which the DC-Gen authors converted to a deep-compression autoencoder (f{ae['factor']}, "
+            f"{ae['channels']} channels, one token per {ae['factor']} x {ae['factor']} px; arXiv 2509.25180), as a "
+            "bundle for the stock pipeline."
+        )
+    elif card.converted:
         text = (
             f"{base} converted to the deep-compression autoencoder {code(lineage.last_name(str(ae['name'])))} "
             f"(f{ae['factor']}, {ae['channels']} channels, one token per {ae['factor']} x {ae['factor']} px) "
@@ -236,8 +249,12 @@ def _limits(card: Card) -> str:
     sides = sorted({phase["resolution"] for phase in phases} or {defaults["height"]})
     buckets = (card.trained.get("data") or {}).get("buckets")
     shapes = "pictures of several shapes with the area of these squares" if buckets else "squares"
+    trained = f"Trained at {', '.join(f'{side} x {side}' for side in sides)} px ({shapes})."
+    if card.adopted:
+        side = card.adopted["side"]
+        trained = f"Meant for {side} x {side} px. At which sizes it was trained is not known here."
     lines = [
-        f"Trained at {', '.join(f'{side} x {side}' for side in sides)} px ({shapes}). Other sizes were not tested.",
+        f"{trained} Other sizes were not tested.",
         f"Height and width must be multiples of {f} px. Some stock pipelines check less and then draw a smaller "
         "picture than they were asked for, without a word.",
         f"Inpainting: put the edges of a mask on multiples of {f} px, the side of a token. A token that is half inside "
@@ -253,6 +270,21 @@ def _limits(card: Card) -> str:
             "Give height and width in each call, as above. Without them the stock pipeline takes a size that follows "
             "from the autoencoder's factor and not from the training.",
         )
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _adopted(card: Card) -> str:
+    """What is known of an adopted model, and what is not."""
+    facts = card.adopted
+    named = code(facts["pipeline"]) if facts["pipeline"] else "no pipeline class"
+    lines = [
+        f"The folder names {named}. Nothing was trained: every weight has the bytes of the folder.",
+        f"Latents are multiplied by {facts['scaling_factor']:g}, as the config of the autoencoder says.",
+        f"Size and timestep shift: {facts['side']} px, {plain(facts['shift'])} (r = {facts['r']:.4g}), from "
+        f"{plain(facts['origin'])}. The folder itself does not state them. Other sizes may need another shift.",
+        "Not known here: the training data, the recipe, and how good the pictures are.",
+        *(f"Not taken over: {plain(note)}." for note in facts["left_out"]),
+    ]
     return "\n".join(f"- {line}" for line in lines)
 
 

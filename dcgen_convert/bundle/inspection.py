@@ -17,7 +17,7 @@ from dcgen_convert.checkpoint.held import PREFIXES
 from dcgen_convert.checkpoint.single import read_single
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import understood
-from dcgen_convert.families import bases, grid
+from dcgen_convert.families import authors, bases, grid
 from dcgen_convert.families.keys import recognise_keys
 from dcgen_convert.recipe.identity import Identity
 
@@ -133,6 +133,10 @@ def _folder(path: Path) -> dict[str, Any]:
         "lora_files": sorted(file.name for file in path.glob("*lora*.safetensors")),
         **_weights(read_weights(home), config),
     }
+    if source.index is not None and authors.is_theirs(source.index, known):
+        found["pipeline"] = authors.pipeline_class(source.index)
+        how = f"dcgen-convert adopt {path} -o BUNDLE makes a bundle of it"
+        found["notes"] = [f"the layout of the DC-Gen authors, which no stock pipeline draws with: {how}"]
     if (vae := source.vae) is not None:
         f, c = grid.autoencoder_grid(vae)
         found["autoencoder"] = {

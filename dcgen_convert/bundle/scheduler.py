@@ -13,6 +13,15 @@ from typing import Any
 from dcgen_convert.core.errors import InputError
 
 FLOW_EULER = "FlowMatchEulerDiscreteScheduler"
+FLUX_LINE = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+# What bends the noise levels after the shift. The DC-Gen authors' code leaves it out under "flux2".
+UNBENT = {
+    "shift_terminal": None,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "invert_sigmas": False,
+}
 
 
 def flux2_shift(channels: int, tokens: int) -> float:
@@ -27,8 +36,8 @@ def scheduler_config(
 
     Args:
         base: scheduler_config.json of the base model.
-        shift: "model" keeps the base's rule; "flux2" is the latent-size rule at the given sizes; a number is a static
-            r.
+        shift: "model" keeps the base's rule; "flux2" is the latent-size rule at the given sizes; "flux" is FLUX.1's
+            line of mu, whatever numbers the base has; a number is a static r.
         channels: latent channels C, for "flux2".
         tokens: latent grid points H W of every size that the bundle is trained for, for "flux2". One size gives a
             static shift. Two sizes give the line of mu through both. It is exact at these two sizes; do not use it
@@ -42,6 +51,8 @@ def scheduler_config(
     base = {key: value for key, value in base.items() if key != "_use_default_values"}
     if shift == "model":
         return base
+    if shift == "flux":
+        return base | FLUX_LINE
     if shift != "flux2":
         return _static(base, _number(shift))
     sizes = sorted(set(tokens))

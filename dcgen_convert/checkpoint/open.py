@@ -19,6 +19,7 @@ from dcgen_convert.checkpoint.source import (
 )
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_object
+from dcgen_convert.families import authors
 
 DENSE = ("F64", "F32", "F16", "BF16")  # dtypes of weights that can be trained and merged as they are
 
@@ -48,6 +49,7 @@ def load_source(
     if root is not None and base is None and not loras and is_plain(root):
         source = Source(name, root, revision)
         _ = source.index, source.family
+        authors.refuse(source.index, name, source.family)
         check_variant(source.index, source.family, root)
         check_scheduler(root, source.family)
         lost = next((part for part, folder in source.parts.items() if not folder.is_dir()), None)

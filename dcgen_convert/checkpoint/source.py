@@ -20,7 +20,7 @@ from dcgen_convert.checkpoint.trust import is_component
 from dcgen_convert.core.errors import AccessError, InputError
 from dcgen_convert.core.files import hashes, read_object
 from dcgen_convert.core.journal import fingerprint
-from dcgen_convert.families import Family, legacy
+from dcgen_convert.families import Family, authors, legacy
 
 # What a conversion takes of a hub repository, the base model's and that of a base which only completes a transformer.
 _REST = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", *LICENCES]
@@ -64,6 +64,7 @@ class Source:
                 "give a diffusers folder or a hub id",
             )
         index = read_object(path)
+        authors.refuse(index, self.name)
         odd = next(
             (part for part, value in index.items() if is_component(value) and not re.fullmatch(r"\w[\w.-]*", part)),
             None,

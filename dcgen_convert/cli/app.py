@@ -15,6 +15,7 @@ from click.shell_completion import CompletionItem
 
 from dcgen_convert.cli import completion
 from dcgen_convert.cli.options import (
+    ADOPT,
     CONTEXT,
     FORCE,
     FROM,
@@ -147,6 +148,20 @@ def quantize(session: Session, source: str, **values: Any) -> int:
     from dcgen_convert.cli import verbs
 
     return verbs.quantize(session, source, values)
+
+
+@cli.command(context_settings=CONTEXT)
+@SOURCE
+@option("-o", "--output", metavar="DIR", type=click.Path(), required=True, help="Folder of the bundle.")
+@stack(ADOPT)
+@stack(OUTPUT)
+@click.pass_obj
+def adopt(session: Session, source: str, **values: Any) -> int:
+    """Make a verified bundle of SOURCE, a folder or hub id of the DC-Gen authors (ORG/NAME or ORG/NAME/FOLDER).
+    Nothing is trained."""
+    from dcgen_convert.cli import verbs
+
+    return verbs.adopt(session, source, values)
 
 
 @cli.command(context_settings=CONTEXT)

@@ -141,6 +141,21 @@ QUANTIZE = [
            help="Folder of the result. Default: ./NAME-FORMAT."),
 ]  # fmt: skip
 
+ADOPT = [
+    option("--base", metavar="FOLDER|REPO",
+           help="Pipeline that gives the text encoders, tokenizers and scheduler which SOURCE lacks, e.g. flux-krea. "
+           "Default: none."),
+    option("--ae", metavar="NAME|PATH|REPO", shell_complete=completion.autoencoders,
+           help="Autoencoder that takes the place of SOURCE's own: alias, folder or hub id. Default: SOURCE's own."),
+    option("--resolution", metavar="PX", type=click.IntRange(min=1),
+           help="Picture side of the bundle in px. Default: that of the authors' code for its autoencoder: f32 1024, "
+           "f64 4096."),
+    option("--shift", metavar="RULE|R",
+           help="Timestep shift: flux2 (sqrt(CHW/4096)), flux (the line of FLUX.1), model (its scheduler), or a "
+           "number. Default: that of the authors' code: f32 flux2, f64 flux."),
+    option("--revision", metavar="REV", help="Git revision of SOURCE on the hub. Default: the newest."),
+]  # fmt: skip
+
 RANKS = [
     option("--gpus", metavar="N", type=click.IntRange(min=1),
            help="Number of ranks to start on this host. Without GPUs they are CPU processes. Default: 1, or the ranks "

@@ -1,4 +1,4 @@
-"""The verbs that need more than one call: convert, resume, quantize; and how results are shown."""
+"""The verbs that need more than one call: convert, resume, quantize, adopt; and how results are shown."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import click
 
 from dcgen_convert.api import calls
 from dcgen_convert.api.order import Order, order
-from dcgen_convert.api.results import Conversion, Quantised, Runs
+from dcgen_convert.api.results import Adopted, Conversion, Quantised, Runs
 from dcgen_convert.cli.options import job_options, output_options, recipe_options
 from dcgen_convert.cli.session import Session
 from dcgen_convert.core.console import Console, wants_live
@@ -108,7 +108,13 @@ def quantize(session: Session, source: str, values: dict[str, Any]) -> int:
     return finish(console, calls.quantize(source, **values, console=console))
 
 
-def finish(console: Console, done: Conversion | Quantised) -> int:
+def adopt(session: Session, source: str, values: dict[str, Any]) -> int:
+    """A folder of the DC-Gen authors as a bundle."""
+    console = session.begin(**output_options(values))
+    return finish(console, calls.adopt(source, **values, console=console))
+
+
+def finish(console: Console, done: Conversion | Quantised | Adopted) -> int:
     """Show the result: the bundle's path, or the run folder when the conversion stopped before the bundle."""
     path = done.run if isinstance(done, Conversion) and done.bundle is None else done.bundle
     console.result(done.document(), str(path))

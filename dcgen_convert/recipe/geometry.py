@@ -12,7 +12,7 @@ from typing import Any
 
 from dcgen_convert.core.errors import AccessError, RecipeError
 from dcgen_convert.data import buckets
-from dcgen_convert.families import Family, catalog
+from dcgen_convert.families import Family, authors, catalog
 from dcgen_convert.families.grid import Grid, autoencoder_grid
 from dcgen_convert.networks import autoencoder_files
 from dcgen_convert.recipe import sources
@@ -84,6 +84,7 @@ def check(recipe: Recipe, source: Identity) -> None:
         config, family = source.here.config, source.here.family
     except AccessError:
         return
+    authors.refuse(source.pipeline.index, source.pipeline.name, family)
     sides = {"data.resolution": recipe.data.resolution}
     sides |= {f"adapt.phases.{i}.resolution": phase.resolution for i, phase in enumerate(recipe.adapt.phases)}
     for key, side in sides.items():

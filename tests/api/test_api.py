@@ -23,7 +23,7 @@ from dcgen_convert.cli.options import OUTPUT, stack
 from dcgen_convert.core import errors
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "api.md"
-FUNCTIONS = ("plan", "convert", "resume", "quantize", "verify", "sample", "inspect")
+FUNCTIONS = ("plan", "convert", "resume", "quantize", "verify", "sample", "inspect", "adopt")
 HEAVY = "{'torch', 'numpy', 'diffusers', 'transformers', 'pydantic', 'click'}"
 LIGHT_CALLS = """
 import sys
@@ -94,6 +94,7 @@ NO_KEYWORD = {
     "verify": {"bundle"},
     "sample": {"bundle", "prompts"},
     "inspect": {"path"},
+    "adopt": {"source", "output"},
 }
 
 
