@@ -5,6 +5,7 @@ Whatever a decoder raises about a file is an InputError that names it, so that o
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,6 +54,33 @@ def suffixes() -> frozenset[str]:
     return frozenset(known - NOT_OURS)
 
 
+class _Quiet:
+    """No warnings while any thread is in here: Pillow warns about details of files that it then reads.
+
+    Python's filters are one list for all threads, so that a `catch_warnings` in each would put back another's.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._caught = warnings.catch_warnings()
+                self._caught.__enter__()
+                warnings.simplefilter("ignore")
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._caught.__exit__()
+
+
+_quiet = _Quiet()
+
+
 @contextmanager
 def opened(file: Path) -> Iterator[Image.Image]:
     """The picture as Pillow opens it.
@@ -63,10 +91,8 @@ def opened(file: Path) -> Iterator[Image.Image]:
     try:
         if not file.is_file():  # opening a pipe would wait without end
             raise OSError("it does not exist" if not file.exists() else "it is no regular file")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns about details of files that it then reads
-            with Image.open(file, formats=formats()) as image:
-                yield image
+        with _quiet, Image.open(file, formats=formats()) as image:
+            yield image
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"the image {file} cannot be read: {reason}", "replace or remove it") from error

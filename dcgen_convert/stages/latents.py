@@ -19,11 +19,13 @@ from PIL.Image import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dcgen_convert.core import pulse
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_json, replacing, write_json
 from dcgen_convert.core.journal import Stage
 from dcgen_convert.core.progress import Bar
 from dcgen_convert.data import buckets, cache, decoding, images
+from dcgen_convert.data.ahead import ahead
 from dcgen_convert.data.buckets import Span
 from dcgen_convert.data.images import Picture
 from dcgen_convert.data.tally import Tally
@@ -38,6 +40,8 @@ from dcgen_convert.stages.pictures import require_few
 SHARD_ROWS = (32, 512)  # fewest and most pictures in one file
 SHARDS = 256  # files that a small data set is divided into, so that each rank gets some: ranks share whole files
 ROUNDTRIP = 8  # pictures in roundtrip.png
+EARLY = 256  # pictures that the scale is checked on before the others are encoded
+READ_AHEAD = 16  # pictures
 STATISTICS = 1024  # pictures that the scale of a channel is measured on
 HELD_OUT = "held-out.json"  # rows that no training sees
 LAYOUT = "layout.json"  # rows per shard: of the first pictures, and of all that are appended later
@@ -66,6 +70,7 @@ def run(job: Job, stage: Stage) -> None:
     stage.metrics["roundtrip_psnr_db"] = roundtrip(job, stage, pictures, target, spans[resolutions[-1]])
     with job.console.progress("latents", len(pictures) * len(resolutions), "pictures") as bar:
         for resolution in resolutions:
+            check_early(job, pictures, target, spans[resolution])
             with job.crew.share("latents", bar, together=False, spans=spans[resolution]):
                 encode_pictures(job, pictures, codecs, spans[resolution], bar)
             check_scale(job, stage, target, resolution)
@@ -118,7 +123,12 @@ def spans_of(job: Job, stage: Stage, pictures: list[Picture], resolutions: list[
 
 def stacked(pictures: list[Picture], rows: Iterable[int], span: Span) -> Tensor:
     """Pixels of ``rows``, (B, 3, height, width); the size is that of the span."""
-    return torch.stack([images.read_pixels(pictures[row].file, span.height, span.width) for row in rows])
+    return torch.stack([pixels_of(pictures, span, row) for row in rows])
+
+
+def pixels_of(pictures: list[Picture], span: Span, row: int) -> Tensor:
+    """Pixels of a row, (3, height, width)."""
+    return images.read_pixels(pictures[row].file, span.height, span.width)
 
 
 def looked_at(spans: list[Span], count: int) -> list[tuple[Span, list[int]]]:
@@ -136,14 +146,7 @@ def normalise(job: Job, pictures: list[Picture], spans: list[Span]) -> None:
     if (job.target / "config.json").exists():
         return
     codec = autoencoders.load(job.ae.folder, device=pipelines.device(), scale=1.0, console=job.console)
-    square, count = torch.zeros(codec.channels, dtype=torch.float64), 0
-    batch = job.recipe.latents.batch
-    for span, rows in looked_at(spans, STATISTICS):
-        for start in range(0, len(rows), batch):
-            z = codec.encode(stacked(pictures, rows[start : start + batch], span))
-            z = z.double().movedim(1, 0).flatten(1)  # (C, samples)
-            square, count = square + z.square().sum(1), count + z.shape[1]
-    rms = (square / count).sqrt()
+    rms = powers(job, pictures, codec, spans, STATISTICS).sqrt()
     if not rms.min() > 0:
         raise InputError(
             f"latent channel {int(rms.argmin())} is zero on every picture", "set latents.normalise to none"
@@ -152,6 +155,29 @@ def normalise(job: Job, pictures: list[Picture], spans: list[Span]) -> None:
     job.console.say(
         f"latents: channels divided by their RMS, {rms.min():.3g} to {rms.max():.3g}, inside the autoencoder's weights"
     )
+
+
+def powers(job: Job, pictures: list[Picture], codec: Codec, spans: list[Span], count: int) -> Tensor:
+    """Mean square of every latent channel over up to ``count`` pictures, (C,) float64."""
+    square, samples, batch = torch.zeros(codec.channels, dtype=torch.float64), 0, job.recipe.latents.batch
+    for span, rows in looked_at(spans, count):
+        for start in range(0, len(rows), batch):
+            z = codec.encode(stacked(pictures, rows[start : start + batch], span))
+            z = z.double().movedim(1, 0).flatten(1)  # (C, samples)
+            square, samples = square + z.square().sum(1), samples + z.shape[1]
+    return square / samples
+
+
+def check_early(job: Job, pictures: list[Picture], codec: Codec, spans: list[Span]) -> None:
+    """Measure the scale on the first pictures, so that a wrong one does not cost the encoding of them all.
+
+    Where the pictures are few, or were begun before, `check_scale` comes soon enough.
+    """
+    begun = (job.folders.latents / cache.shard_name(f"target-{spans[0].table}", 0)).exists()
+    if begun or spans[-1].stop <= 2 * EARLY:
+        return
+    rms = powers(job, pictures, codec, spans, EARLY).mean().sqrt().item()
+    require_scale(job, float(codec.scale), float(codec.scale) / rms, f" on the first {EARLY} pictures")
 
 
 def load_codecs(job: Job) -> dict[str, Codec]:
@@ -176,18 +202,15 @@ def readable(job: Job, pictures: list[Picture], count: int) -> list[Picture]:
     side = max(phase.resolution for phase in job.recipe.adapt.phases)
     broken: list[str] = []
     left_out, seen, kept = Tally(), Tally(), []
-    for picture in pictures:
-        try:
-            image, notes = decoding.decode(picture.file)
-        except InputError as error:
-            job.console.warn(error.message)
-            broken.append(error.message)
+    for picture, (size, found, problem) in zip(pictures, ahead(pictures, decoded, depth=READ_AHEAD), strict=True):
+        if problem:
+            job.console.warn(problem)
+            broken.append(problem)
             left_out.add("because they cannot be read", picture.file.name)
             continue
-        height, width = buckets.nearest(job.buckets[side], *image.size) if job.buckets else (side, side)
-        if image.width < width or image.height < height:
-            notes = [*notes, f"smaller than {side} px, enlarged"]
-        for note in notes:
+        height, width = buckets.nearest(job.buckets[side], *size) if job.buckets else (side, side)
+        enlarged = [f"smaller than {side} px, enlarged"] if size[0] < width or size[1] < height else []
+        for note in (*found, *enlarged):
             seen.add(note, picture.file.name)
         kept.append(picture)
     require_few(job, broken, count)
@@ -196,6 +219,16 @@ def readable(job: Job, pictures: list[Picture], count: int) -> list[Picture]:
     for note in seen.counts:
         job.console.say(f"latents: pictures {note} ({seen.of(note)})")
     return kept
+
+
+def decoded(picture: Picture) -> tuple[tuple[int, int], list[str], str]:
+    """(width, height), what had to be done about the picture, and why it cannot be read; the last is mostly empty."""
+    pulse.bump()
+    try:
+        image, notes = decoding.decode(picture.file)
+    except InputError as error:
+        return (0, 0), [], error.message
+    return image.size, notes, ""
 
 
 def roundtrip(job: Job, stage: Stage, pictures: list[Picture], codec: Codec, spans: list[Span]) -> float:
@@ -256,8 +289,10 @@ def encode_pictures(job: Job, pictures: list[Picture], codecs: dict[str, Codec],
         if done == len(rows):
             continue
         encoded: dict[str, list[Tensor]] = {name: [part["z"][:done]] if done else [] for name, part in parts.items()}
-        for at in range(done, len(rows), batch):
-            pixels = stacked(pictures, rows[at : at + batch], span)
+        read = partial(pixels_of, pictures, span)
+        reading = ahead(rows[done:], read, depth=2 * batch)  # threads decode while the device encodes
+        while part := list(islice(reading, batch)):
+            pixels = torch.stack(part)
             for name, codec in codecs.items():
                 encoded[name].append(codec.encode(pixels))
             bar.advance(len(pixels))
@@ -291,11 +326,16 @@ def check_scale(job: Job, stage: Stage, codec: Codec, resolution: int) -> None:
     job.console.say(
         f"latents: {resolution} px, scaling factor {scale:.4g} in the config, {measured:.4g} measured (1/RMS)"
     )
+    require_scale(job, scale, measured)
+
+
+def require_scale(job: Job, scale: float, measured: float, where: str = "") -> None:
+    """InputError when the measured factor disagrees with the scaling factor, and the recipe states none."""
     tolerance = job.recipe.latents.scale_tolerance
     if abs(measured / scale - 1) > tolerance and job.recipe.latents.scale_override is None:
         raise InputError(
-            f"the autoencoder's scaling factor {scale:.4g} disagrees with the measured {measured:.4g} (1/RMS) "
-            f"beyond {tolerance:.0%}",
+            f"the autoencoder's scaling factor {scale:.4g} disagrees with the measured {measured:.4g} (1/RMS)"
+            f"{where} beyond {tolerance:.0%}",
             f"--set latents.scale_override={measured:.4f} uses the measured one, --set "
             f"latents.scale_override={scale:.4f} insists",
         )
