@@ -193,15 +193,13 @@ def is_out_of_memory(exc: BaseException) -> bool:
     return isinstance(exc, RuntimeError) and SHORT.search(str(exc)) is not None
 
 
-def out_of_memory(exc: BaseException, hint: str, where: str = "") -> ResourceError:
-    """The error of a process that was short of memory; ``where``: "stage data: "."""
-    return ResourceError(f"{where}out of memory: {_first_line(exc)}", hint)
-
-
 def _no_memory(exc: BaseException) -> DcgenError | None:
     if not is_out_of_memory(exc):
         return None
-    return out_of_memory(exc, "free memory, or use a larger machine; `dcgen-convert plan` shows what fits")
+    return ResourceError(
+        f"out of memory: {_first_line(exc)}",
+        "free memory, or use a larger machine; `dcgen-convert plan` shows what fits",
+    )
 
 
 def _os_error(exc: BaseException) -> DcgenError | None:

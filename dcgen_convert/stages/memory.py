@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dcgen_convert.core.errors import is_out_of_memory, out_of_memory
+from dcgen_convert.core.errors import ResourceError, is_out_of_memory
 from dcgen_convert.stages import folders
 from dcgen_convert.stages.depends import ADAPT, MERGE, kind_of
 
@@ -37,4 +37,5 @@ def named(stage: str) -> Iterator[None]:
             raise
         number = stage.rpartition("-")[2]
         hint = LOWER.get(kind_of(stage), WHOLE).format(int(number) - 1 if number.isdigit() else "*")
-        raise out_of_memory(error, f"{hint}; then resume the run", f"stage {stage}: ") from error
+        what = str(error).partition("\n")[0][:300] or "(no message)"
+        raise ResourceError(f"stage {stage}: out of memory: {what}", f"{hint}; then resume the run") from error
