@@ -141,7 +141,7 @@ def write(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with replacing(path) as temporary, open(temporary, "wb", buffering=0) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        _write_all(file, memoryview(len(text).to_bytes(8, "little") + text))
         for name in order:
             written = 0
             for chunk in items[name].chunks():

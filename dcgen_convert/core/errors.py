@@ -243,7 +243,15 @@ def _not_found(exc: BaseException) -> DcgenError | None:
     return InputError(f"file not found: {where}", "check the path") if where else None
 
 
+def system_error(exc: BaseException) -> OSError | None:
+    """The system's error behind one of safetensors, which tells it in words: "... (os error 28)"."""
+    found = re.search(r"\(os error (\d+)\)", str(exc))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
+
+
 def _safetensors(exc: BaseException) -> DcgenError:
+    if refused := system_error(exc):
+        return explain(refused)
     return InputError(
         f"a safetensors file is truncated or damaged: {_first_line(exc)}",
         "fetch the file again; `dcgen-convert inspect PATH` names it",

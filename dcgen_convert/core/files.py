@@ -15,7 +15,7 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
-from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.errors import InputError, system_error
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +30,7 @@ TEMPORARY = ".tmp-"  # prefix of everything unfinished; safe to delete when no p
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it is fsynced, given the rights of a new file, and renamed to
-    ``path``.
+    ``path``. An error of the system names ``path``.
     """
     temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")
     try:
@@ -39,6 +39,10 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~UMASK)  # safetensors writes 0600
         os.replace(temporary, path)
         fsync(path.parent)
+    except OSError as error:
+        if error.filename in (None, str(temporary), temporary):
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -65,13 +69,24 @@ def atomic_save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]
 
     At most one metadata key: with two the file's bytes differ from run to run.
     """
-    from safetensors.torch import save_file
-
     if metadata and len(metadata) > 1:
         raise ValueError("give one metadata key; put a JSON document in it")
     whole = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file(whole, temporary, metadata or {SEAL: _digest(whole)})
+        save_tensors(whole, temporary, metadata or {SEAL: _digest(whole)})
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """safetensors' `save_file`; OSError with its number where the system refuses, such as a full disk."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        if refused := system_error(error):
+            raise OSError(refused.errno, refused.strerror, str(path)) from error
+        raise
 
 
 def sealed(path: Path) -> bool:

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dcgen_convert.core import pulse
-from dcgen_convert.core.files import TEMPORARY
+from dcgen_convert.core.files import TEMPORARY, save_tensors
 from dcgen_convert.data import buckets
 from dcgen_convert.data.cache import LatentCache
 from dcgen_convert.families import Family
@@ -49,7 +49,7 @@ def measure(job: Job, converted: Path, rows: LatentCache, work: Path) -> list[fl
     sums: list[Tensor] = []  # (blocks, 2) of every picture: squared distance and squared norm
     with TemporaryDirectory(prefix=TEMPORARY, dir=work) as folder:
         for index, tokens in walk(job, converted, rows, TARGET):
-            save_file({str(block): part for block, part in enumerate(tokens)}, Path(folder, str(index)))
+            save_tensors({str(block): part for block, part in enumerate(tokens)}, Path(folder, str(index)))
         for index, tokens in walk(job, job.source.transformer, rows, BASE):
             new = load_file(Path(folder, str(index)))
             parts = [squares(old.to(device), new[str(block)].to(device)) for block, old in enumerate(tokens)]

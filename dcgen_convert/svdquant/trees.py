@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from dcgen_convert.checkpoint.headers import read_header
 from dcgen_convert.checkpoint.tensors import read_tensor
 from dcgen_convert.core.errors import CheckFailed
-from dcgen_convert.core.files import understood
+from dcgen_convert.core.files import save_tensors, understood
 
 KEY = "tree"  # of the file's metadata
 
@@ -23,7 +22,7 @@ KEY = "tree"  # of the file's metadata
 def save(tree: Any, path: Path) -> None:
     """Keep ``tree`` in a safetensors file."""
     structure, tensors = flatten(tree)
-    save_file(tensors, path, {KEY: structure})
+    save_tensors(tensors, path, {KEY: structure})
 
 
 def load(path: Path, device: str = "cpu") -> Any:

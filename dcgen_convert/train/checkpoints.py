@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from dcgen_convert.core import pulse
 from dcgen_convert.core.errors import CheckFailed, InputError, ResourceError
@@ -147,8 +147,6 @@ class _Writer:
             action(*args, **kwargs)
         except OSError as error:
             self.error = error
-        except SafetensorError as error:  # safetensors reports a full disk in its own class
-            self.error = OSError(None, str(error))
 
 
 def step_folder(folder: Path, step: int) -> Path:
