@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def resolve(source: str | Path, settings: Mapping[str, Any]) -> Resolved:
     if unknown := sorted(settings.keys() - JobSettings.__annotations__.keys()):
         raise TypeError(f"unexpected keyword argument {unknown[0]!r}; known: {', '.join(JobSettings.__annotations__)}")
     given = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
-    zero, data = given.get("zero"), given.get("data")
+    zero, data = given.get("zero"), _paths(given.get("data"))
     flags = {
         "ae": given.get("ae"),
         "base": given.get("base"),
@@ -71,6 +71,14 @@ def resolve(source: str | Path, settings: Mapping[str, Any]) -> Resolved:
         recipe=given.get("recipe"),
         machine=_machine(given),
     )
+
+
+def _paths(data: str | Sequence[str | Path] | None) -> str | list[str] | None:
+    """`data.path` of one source or several; None for none."""
+    if data is None or isinstance(data, str):
+        return data
+    found = [str(path) for path in data]
+    return found if len(found) > 1 else next(iter(found), None)
 
 
 def _machine(given: Mapping[str, Any]) -> Machine:

@@ -20,7 +20,7 @@ class Settings(TypedDict, total=False):
     quantize: 4-bit format of the result; "none" disables.
     merge_lora: True adds the LoRA to the weights, False keeps it in a file of its own.
     layout: pipeline class of the bundle.
-    data: folder of images with captions, or a .jsonl.
+    data: your pictures: a folder, a .jsonl, shards or hf://datasets/ORG/NAME; or several, "PATH=SHARE" each.
     prompts: of the pictures that are drawn: FILE.txt, FILE:COLUMN of a table, or hf://datasets/ORG/NAME:COLUMN.
     resolution: picture side of the last phase in px.
     dtype: number type in training. seed: of every random draw.
@@ -39,7 +39,7 @@ class Settings(TypedDict, total=False):
     quantize: Literal["none", "nvfp4", "int4"] | None
     merge_lora: bool | None
     layout: Literal["stock", "official"] | None
-    data: str | Path | None
+    data: str | Path | Sequence[str | Path] | None
     prompts: str | Path | None
     resolution: int | None
     dtype: Literal["fp32", "bf16"] | None

@@ -35,6 +35,7 @@ def is_place(text: str) -> bool:
     """Whether ``text`` names a file or folder of this machine."""
     if text.startswith(("/", "~", "./", "../")) or re.match(r"[A-Za-z]:[\\/]", text):
         return True
+    text = re.sub(r"=[\d.]+$", "", text)  # a share
     try:
         return "/" in text and len(text) < 1000 and Path(text.rpartition(":")[0] or text).exists()
     except (OSError, ValueError):

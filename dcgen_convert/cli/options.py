@@ -73,8 +73,9 @@ RECIPE = [
            help="Add the LoRA to the weights, or keep it in a file of its own. Default: the recipe's."),
     option("--layout", type=click.Choice(["stock", "official"]),
            help="Pipeline class of the bundle. Default: stock (diffusers' own)."),
-    option("--data", metavar="PATH", type=click.Path(),
-           help="Folder of images with captions, or a .jsonl. Default: pictures drawn by the base model."),
+    option("--data", metavar="PATH[:COLUMN][=SHARE]", type=click.Path(), multiple=True,
+           help="Your pictures: a folder with captions, a .jsonl, shards (.tar, .parquet) or hf://datasets/ORG/NAME; "
+           "repeatable, with a share each. Default: pictures drawn by the base model."),
     option("--prompts", metavar="FILE[:COLUMN]", type=click.Path(),
            help="Prompts of the pictures that are drawn: .txt with one per line, a column of a .jsonl, .csv, .tsv or "
            ".parquet, or hf://datasets/ORG/NAME:COLUMN. Default: the recipe's."),

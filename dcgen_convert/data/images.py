@@ -18,11 +18,12 @@ from torch import Tensor
 
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import atomic_write, json_text, read_lines, read_text, understood
-from dcgen_convert.data import decoding, gathering
+from dcgen_convert.data import decoding, gathering, metadata
 from dcgen_convert.data.tally import Tally
 
 INDEX = "index.jsonl"
 EXAMPLE = '{"file": "images/fox.png", "caption": "a red fox"}'
+CAPTION = "caption"  # key of the captions in an index or a list
 ROWS = "rows.jsonl"  # beside the latents: the pictures in the order of their rows
 
 
@@ -57,9 +58,13 @@ def take(path: Path, count: int) -> tuple[list[Picture], str]:
     return pictures, told
 
 
-def gather(path: Path) -> tuple[list[Picture], Tally]:
-    """Pictures of a folder with a .txt caption beside each, or of a .jsonl with "file" and "caption"; what is left out.
+def gather(path: Path, column: str | None = None) -> tuple[list[Picture], Tally]:
+    """Pictures of a folder, or of a .jsonl with "file" and "caption"; and what is left out.
 
+    The captions of a folder stand in a .txt beside each picture, or in the tables that `metadata` reads.
+
+    Args:
+        column: name of the captions in the .jsonl or in the tables; None: the usual ones.
     Raises:
         InputError: nothing there, no pictures, or pictures without captions (named).
     """
@@ -67,7 +72,7 @@ def gather(path: Path) -> tuple[list[Picture], Tally]:
     if path.suffix == ".jsonl":
         if not path.is_file():
             raise InputError(f"{path} does not exist", "give a folder of images with .txt captions, or a .jsonl")
-        return _read_jsonl(path), Tally()
+        return _read_jsonl(path, column or CAPTION), Tally()
     if not path.is_dir():
         raise InputError(f"{path} is not a folder", "give a folder of images with .txt captions, or a .jsonl")
     files, left_out = gathering.gather(path)
@@ -77,24 +82,25 @@ def gather(path: Path) -> tuple[list[Picture], Tally]:
             f"{path} holds no images ({', '.join(sorted(decoding.suffixes()))}){why}",
             "give a folder of images with .txt captions",
         )
-    captions = [gathering.caption_file(file) for file in files]
-    bare = [file for file, caption in zip(files, captions, strict=True) if caption is None]
+    texts = {file: read_text(text).strip() for file in files if (text := gathering.caption_file(file))}
+    if column or len(texts) < len(files):
+        texts = metadata.captions(path, files, column) | ({} if column else texts)
+    bare = [file for file in files if file not in texts]
     if bare:
         raise InputError(
             f"{len(bare)} of {len(files)} images have no caption, first {bare[0]}",
-            f"write {bare[0].with_suffix('.txt').name} beside it",
+            f"write {bare[0].with_suffix('.txt').name} beside it, or metadata.jsonl with file_name and caption",
         )
-    pictures = [Picture(file, read_text(text).strip()) for file, text in zip(files, captions, strict=True) if text]
-    return pictures, left_out
+    return [Picture(file, texts[file]) for file in files], left_out
 
 
-def _read_jsonl(path: Path) -> list[Picture]:
+def _read_jsonl(path: Path, column: str) -> list[Picture]:
     pictures = []
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         try:
-            pictures.append(_picture(json.loads(line), path.parent))
+            pictures.append(_picture(json.loads(line), path.parent, column))
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path} line {number} cannot be used: {error}", f"write {EXAMPLE}") from error
     if not pictures:
@@ -102,16 +108,16 @@ def _read_jsonl(path: Path) -> list[Picture]:
     return pictures
 
 
-def _picture(record: object, folder: Path) -> Picture:
+def _picture(record: object, folder: Path, column: str = CAPTION) -> Picture:
     """The picture of one line of a .jsonl in ``folder``; ValueError says what is wrong with the line."""
     if not isinstance(record, dict):
         raise ValueError("it is no object with file and caption")
-    for key in ("file", "caption"):
+    for key in ("file", column):
         if key not in record:
             raise ValueError(f"it has no {key}")
         if not isinstance(record[key], str):
             raise ValueError(f"{key} must be a text, not {json.dumps(record[key])[:60]}")
-    file, caption, seed = record["file"], record["caption"], record.get("seed")
+    file, caption, seed = record["file"], record[column], record.get("seed")
     if not isinstance(seed, int | None) or isinstance(seed, bool):
         raise ValueError(f"seed must be a whole number, not {json.dumps(seed)[:60]}")
     caption.encode()  # half of a surrogate pair is no text

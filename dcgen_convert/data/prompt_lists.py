@@ -71,21 +71,23 @@ def ordered(texts: tuple[str, ...], seed: int) -> list[str]:
     return sorted(texts, key=lambda text: hashlib.sha256(f"{seed} {text}".encode()).digest())
 
 
+def split(name: str) -> tuple[str, str | None]:
+    """`PLACE:COLUMN` -> both. A colon before a slash belongs to the place: that of hf:// too."""
+    place, colon, column = name.rpartition(":")
+    return (place, column) if colon and place and "/" not in column else (name, None)
+
+
 def place_of(name: str) -> tuple[Path, str | None]:
     """The file or folder that a name stands for, and the column; of a name that is no address of the hub."""
     path = Path(name).expanduser()
-    if path.exists() or ":" not in name:
-        return path, None
-    file, _, column = name.rpartition(":")
-    return Path(file).expanduser(), column
+    place, column = (name, None) if path.exists() else split(name)
+    return Path(place).expanduser(), column
 
 
 def _place(name: str, offline: bool) -> tuple[Path, str | None]:
     if hub.is_address(name):
-        address, colon, column = name.rpartition(":")
-        if "/" in column:  # the colon of hf:// itself, or one inside of a path
-            address, colon, column = name, "", ""
-        return hub.fetch(address, KINDS, offline), column if colon else None
+        address, column = split(name)
+        return hub.fetch(address, KINDS, offline), column
     path, column_named = place_of(name)
     if not path.exists():
         raise InputError(f"prompts file {path} does not exist", f"give {FORM}")

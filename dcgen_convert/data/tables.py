@@ -19,7 +19,7 @@ BATCH = 64  # rows of a .parquet that are held at once: they may hold pictures
 def columns(path: Path) -> list[str]:
     """Names of the columns; of a .jsonl those of its first row. Empty where there are no rows."""
     if path.suffix.lower() == ".parquet":
-        with _Parquet(path) as file:
+        with Parquet(path) as file:
             return list(file.schema_arrow.names)
     return next(([*row] for _, row in rows(path)), [])
 
@@ -44,14 +44,14 @@ def rows(path: Path, wanted: Sequence[str] | None = None) -> Iterator[tuple[int,
 
 def _parquet(path: Path, wanted: Sequence[str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
     number = 0
-    with _Parquet(path) as file:
+    with Parquet(path) as file:
         for batch in file.iter_batches(BATCH, columns=None if wanted is None else list(wanted)):
             for row in batch.to_pylist():
                 number += 1
                 yield number, row
 
 
-class _Parquet:
+class Parquet:
     """An open .parquet file. Whatever pyarrow raises about it is an InputError that names the file."""
 
     def __init__(self, path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from dcgen_convert.data import given
 from dcgen_convert.families import catalog
 from dcgen_convert.networks import autoencoder_files
 from dcgen_convert.planning.shapes import Shapes
@@ -85,7 +86,9 @@ def disk(recipe: Recipe, sizes: Shapes) -> dict:
     imported = bool(recipe.base or recipe.loras) or (sizes.source.path is not None and sizes.source.path.is_file())
     kinds = {
         "downloads": fetched,
-        "pictures": count * data.resolution**2 * PNG_BYTES_PER_PIXEL if data.kind == "synthetic" else 0,
+        "pictures": count * data.resolution**2 * PNG_BYTES_PER_PIXEL
+        if data.kind == "synthetic"
+        else given.shard_bytes(given.parse_all(data.paths)),
         "latents": count * cells * BF16,
         "text": count * sizes.text * sizes.base.text_width * BF16 if recipe.latents.text == "cache" else 0,
         "import": dense if imported else 0,

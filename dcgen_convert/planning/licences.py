@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dcgen_convert.checkpoint.licence import front_matter, licence_of
+from dcgen_convert.data import given, hub, prompt_lists
 from dcgen_convert.families import catalog
 from dcgen_convert.families.licences import DECLARED, TERMS, UNKNOWN
 from dcgen_convert.recipe.identity import Identity
@@ -28,6 +29,11 @@ def licences(resolved: Resolved) -> list[dict[str, Any]]:
     found = catalog.AUTOENCODERS.get(recipe.ae)
     if found is None or not found.folder:
         rows.append(_model("autoencoder", recipe.ae, None, found.repo if found else recipe.ae))
+    if recipe.data.kind == "folder":
+        texts = [given.parse(path).where for path in recipe.data.paths]
+    else:
+        texts = [prompt_lists.split(recipe.data.prompts)[0]]
+    rows += [_data_set(text) for text in texts if hub.is_address(text)]
     return [row for row in rows if row]
 
 
@@ -66,6 +72,12 @@ def _model(role: str, name: str, identity: Identity | None, repo: str | None = N
         "url": terms.url if terms else None,
         "page": f"https://huggingface.co/{repo}" if repo and not folder.exists() else f"the files of {name}",
     }
+
+
+def _data_set(address: str) -> dict[str, Any]:
+    """A data set of the hub; its terms are on its page."""
+    unknown = dict.fromkeys(("outputs", "derived", "url"))
+    return {"role": "data set", "name": address, "licence": UNKNOWN, **unknown, "page": hub.parse(address).page}
 
 
 def _stated(folder: Path) -> str:

@@ -84,8 +84,10 @@ class Data(Section):
     kind: Literal["synthetic", "folder"] = Field(
         default="synthetic", description="synthetic: drawn by the base model; folder: your images and captions"
     )
-    path: Text | None = Field(
-        default=None, description="folder of images with .txt captions, or a .jsonl; needed by kind folder"
+    path: Text | tuple[Text, ...] | None = Field(
+        default=None,
+        description="your pictures, or a list of several sources: a folder, a .jsonl, shards (.tar, .parquet) or "
+        "hf://datasets/ORG/NAME; :COLUMN names the captions, =0.7 the share of a source; needed by kind folder",
     )
     prompts: Text = Field(
         default="builtin",
@@ -107,6 +109,11 @@ class Data(Section):
     max_broken: Fraction = Field(
         default=0.01, description="fraction of unreadable pictures tolerated; 0 tolerates none"
     )
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The sources of `path`."""
+        return (self.path,) if isinstance(self.path, str) else tuple(self.path or ())
 
 
 class Latents(Section):

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from dcgen_convert.core import names
+from dcgen_convert.core.errors import AccessError
 from dcgen_convert.core.files import read_object, sha256
 from dcgen_convert.core.journal import MARKER, differing, fingerprint
-from dcgen_convert.data import hub, images, prompt_lists, prompts
+from dcgen_convert.data import given, hub, images, prompt_lists, prompts
 from dcgen_convert.data.images import Picture
 from dcgen_convert.recipe.schema import LAYOUT, result_settings
 from dcgen_convert.stages import captions, folders
@@ -117,8 +118,8 @@ def _network(job: Job, contents: dict[str, str]) -> dict[str, str]:
 def _counts(job: Job, stage: str, number: int, name: str) -> bool:
     """Whether a setting has a part in this job's result of the stage."""
     if stage == folders.DATA:
-        given = job.recipe.data.kind == "folder"
-        return name not in DRAWN if given else name != PICTURES
+        own = job.recipe.data.kind == "folder"
+        return name not in DRAWN if own else name != PICTURES
     if name == "merge_lora" and kind_of(stage) == MERGE:
         return number == len(job.recipe.adapt.phases)
     return True
@@ -171,11 +172,16 @@ def _prompts(job: Job) -> str:
 
 def _given(job: Job) -> str | None:
     """Hash of the user's pictures and captions. Where they are gone: the recorded one, a run can go on without them."""
-    path = Path(job.recipe.data.path or "").expanduser()
-    if path.exists():
-        return fingerprint(sorted(_rows(job, job.given)))
     marker = job.folders.data / MARKER
-    return read_object(marker)["inputs"].get(PICTURES) if marker.exists() else None
+    recorded = read_object(marker)["inputs"].get(PICTURES) if marker.exists() else None
+    if not given.are_here(job.pictures_from):
+        return recorded
+    try:
+        return fingerprint(sorted(_rows(job, job.given)))
+    except AccessError:  # a data set of the hub that is no longer in the cache
+        if recorded is None:
+            raise
+        return str(recorded)
 
 
 def _row(root: Path, picture: Picture) -> tuple[str, str, str]:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import torch
 
     from dcgen_convert.data.cache import LatentCache
+    from dcgen_convert.data.given import PictureSource
     from dcgen_convert.data.images import Picture
 
 T = TypeVar("T")
@@ -127,21 +128,37 @@ class Job:
         sizes = {str(px): [[*size] for size in found] for px, found in self.buckets.items()}
         return {**key, "buckets": sizes} if sizes else key
 
-    @property
+    @cached_property
     def pictures_root(self) -> Path:
         """The folder that the indexes of pictures are relative to: the user's data may be moved, and the run too."""
-        path = self.recipe.data.path
-        if self.recipe.data.kind != "folder" or path is None:
+        from dcgen_convert.data import given
+
+        if self.recipe.data.kind != "folder":
             return self.folders.data
-        given = Path(path).expanduser().absolute()
-        return given.parent if given.suffix == ".jsonl" else given
+        if not given.is_plain(self.pictures_from, self.sources_folder):
+            return self.sources_folder
+        path = self.pictures_from[0].path.absolute()
+        return path.parent if path.suffix == given.LIST else path
+
+    @property
+    def sources_folder(self) -> Path:
+        """Links to the user's data, and what was copied out of shards; absent where one plain folder is read."""
+        return self.run.path / "sources"
+
+    @cached_property
+    def pictures_from(self) -> list[PictureSource]:
+        """Where the user's pictures come from."""
+        from dcgen_convert.data import given
+
+        return given.parse_all(self.recipe.data.paths)
 
     @cached_property
     def taken(self) -> tuple[list[Picture], str]:
         """The user's pictures, and what was taken and left out, in words."""
-        from dcgen_convert.data import images
+        from dcgen_convert.data import given
 
-        return images.take(Path(self.recipe.data.path or ""), self.recipe.data.count)
+        sources, count = self.pictures_from, self.recipe.data.count
+        return given.take(sources, count, self.sources_folder, self.identity.offline)
 
     @cached_property
     def given(self) -> list[Picture]:

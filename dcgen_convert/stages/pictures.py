@@ -32,7 +32,7 @@ def require(job: Job) -> None:
     if (job.folders.data / MARKER).exists():
         return
     count = settings.count
-    if settings.path and settings.kind == "folder":
+    if settings.kind == "folder":
         pictures, _ = job.taken
         broken: list[str] = []
         for picture in pictures:

@@ -1,6 +1,7 @@
 """What the stages `data` and `latents` say of the user's pictures, and what is refused before any work is done."""
 
 import io
+import tarfile
 from dataclasses import replace
 
 import pytest
@@ -8,10 +9,10 @@ from PIL import Image
 
 from dcgen_convert.core.console import NULL, Console
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.core.journal import Run
+from dcgen_convert.core.journal import Found, Run, Wanted
 from dcgen_convert.data import images
 from dcgen_convert.recipe.loading import load
-from dcgen_convert.stages import latents, pictures
+from dcgen_convert.stages import depends, latents, pictures
 from dcgen_convert.stages.job import prepare
 
 
@@ -77,6 +78,27 @@ def test_unusable_data_are_refused_before_any_work(kept, data, tmp_path):
     with pytest.raises(InputError, match=message[kept]):
         pictures.require(job)
     pictures.require(given(data, tmp_path / ".run")[0])
+
+
+def test_pictures_of_several_sources_are_found_again_by_a_rank_that_did_not_copy_them(data, tmp_path):
+    """The other ranks read the index only, also when the user's data are gone by then."""
+    with tarfile.open(tmp_path / "more.tar", "w") as tar:
+        for number in range(4):
+            tar.add(data / f"{number}.png", f"{number}.png")
+            tar.add(data / "2.txt", f"{number}.txt")
+    sets = [f"data.path=[{data}=2,{tmp_path / 'more.tar'}=1]", "data.kind=folder", "data.count=9"]
+    job, said = job_of(tmp_path / "run", *sets)
+    pictures.require(job)
+    with job.run.stage(Wanted("data", depends.inputs(job, "data")), Found("nothing")) as stage:
+        pictures.run(job, stage)
+    assert "9 pictures taken" in said.getvalue() and "6 of 10 pictures" in said.getvalue()
+    recorded = depends.inputs(job, "data")
+    (tmp_path / "more.tar").unlink()
+    other, _ = job_of(tmp_path / "run", *sets)
+    found = pictures.listed(other)
+    assert found == pictures.listed(job) and len(found) == 9 and all(one.file.is_file() for one in found)
+    assert {latents.row_name(other, one).split("/")[0] for one in found} == {"1", "2.unpacked"}
+    assert depends.inputs(other, "data") == recorded
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,196 @@
+"""The user's pictures: one source or several, each a folder, a list, shards or a data set of the hub.
+
+A folder or list alone stays where it is, and so do its names. Otherwise every source gets a number, and a folder in
+``work``: a link to the user's folder, or the pictures that were copied out of shards.
+
+    1/            link to the folder, or to the folder of the list
+    2.unpacked/   pictures of shards, with pictures.jsonl and, written last, unpacked.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import os
+import re
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dcgen_convert.core.disk import check_disk
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.files import TEMPORARY, atomic_write, fresh_folder, json_text, read_json, write_json
+from dcgen_convert.data import decoding, gathering, hub, images, prompt_lists, shards
+from dcgen_convert.data.images import Picture
+from dcgen_convert.data.tally import Tally
+
+LIST, UNPACKED = ".jsonl", "unpacked.json"
+PICTURES = "pictures.jsonl"
+HUB_SUFFIXES = (*shards.SUFFIXES, ".txt", LIST, ".csv")
+
+
+@dataclass(frozen=True)
+class PictureSource:
+    """where: path or address as the user wrote it; column of the captions; share of the pictures."""
+
+    where: str
+    column: str | None = None
+    share: float | None = None
+
+    @property
+    def path(self) -> Path:
+        return Path(self.where).expanduser()
+
+
+def parse(text: str) -> PictureSource:
+    """`PATH`, `PATH:COLUMN`, `PATH=SHARE` or `PATH:COLUMN=SHARE`; also with an address of the hub for PATH."""
+    share = None
+    if not Path(text).expanduser().exists() and (found := re.fullmatch(r"(.+)=([0-9]*\.?[0-9]+)", text)):
+        text, share = found[1], float(found[2])
+        if share <= 0:
+            raise InputError(f"the share of {text} is {share:g}", "leave the source out, or give a larger share")
+    where, column = (text, None) if Path(text).expanduser().exists() else prompt_lists.split(text)
+    return PictureSource(where, column, share)
+
+
+def parse_all(texts: Sequence[str]) -> list[PictureSource]:
+    """The sources; InputError when some have a share and others none."""
+    found = [parse(text) for text in texts]
+    without = [source.where for source in found if source.share is None]
+    if without and len(without) < len(found):
+        raise InputError(f"{without[0]} has no share, other sources have", "give every source a share, or none")
+    return found
+
+
+def is_plain(sources: Sequence[PictureSource], work: Path) -> bool:
+    """Whether the pictures stay where they are, and ``work`` is not needed."""
+    if len(sources) != 1 or hub.is_address(sources[0].where) or sources[0].share is not None:
+        return False
+    path = sources[0].path
+    if not path.exists():
+        return not work.exists()
+    return sources[0].column is None and not _shards(path)
+
+
+def _shards(place: Path) -> list[Path]:
+    """The shards of a source. A folder that holds pictures too is a folder of pictures."""
+    found = [] if place.suffix.lower() == LIST else shards.find(place)
+    return [] if found and place.is_dir() and gathering.gather(place)[0] else found
+
+
+def shard_bytes(sources: Sequence[PictureSource]) -> int:
+    """Bytes of the shards on this machine: what their pictures need in the run folder, at most."""
+    places = [source.path for source in sources if not hub.is_address(source.where) and source.path.exists()]
+    return sum(shard.stat().st_size for place in places for shard in _shards(place))
+
+
+def are_here(sources: Sequence[PictureSource]) -> bool:
+    """Whether all sources on this machine are there; those of the hub are found out later."""
+    return all(hub.is_address(source.where) or source.path.exists() for source in sources)
+
+
+def take(sources: Sequence[PictureSource], count: int, work: Path, offline: bool = False) -> tuple[list[Picture], str]:
+    """At most ``count`` pictures of all sources, and what is taken and what is left out, in words.
+
+    With shares as many pictures are taken as the shares allow: a source that is too small makes all smaller.
+
+    Raises:
+        InputError: a source cannot be used. AccessError: it is on the hub and cannot be had.
+        ResourceError: the disk has no room for the pictures of shards.
+    """
+    if is_plain(sources, work):
+        return images.take(sources[0].path, count)
+    work.mkdir(parents=True, exist_ok=True)
+    opened = [_Opened(source, number, work, offline) for number, source in enumerate(sources, 1)]
+    shares = [source.share for source in sources if source.share is not None]
+    quotas = [count] * len(opened)
+    if shares:
+        parts = [share / sum(shares) for share in shares]
+        total = min(count, *(one.size / part for one, part in zip(opened, parts, strict=True)))
+        quotas = [round(total * part) for part in parts]
+    pictures: list[Picture] = []
+    told = []
+    for one, quota in zip(opened, quotas, strict=True):
+        found, left_out = one.take(quota)
+        pictures += found
+        rest = f", {left_out.total} left out {left_out.reasons()}" if left_out.total else ""
+        told.append(f"{one.source.where} {len(found)} of {one.size} pictures{rest}")
+    kept = images.chosen(pictures, count, work)
+    return kept, f"{len(kept)} pictures taken: {'; '.join(told)}"
+
+
+class _Opened:
+    """A source that was found: how many pictures it has, and the chosen ones."""
+
+    def __init__(self, source: PictureSource, number: int, work: Path, offline: bool) -> None:
+        self.source, self.work, self.number = source, work, number
+        self.place = source.path
+        if hub.is_address(source.where):
+            self.place = hub.fetch(source.where, {*HUB_SUFFIXES, *decoding.suffixes()}, offline)
+        if not self.place.exists():
+            raise InputError(f"{self.place} does not exist", "correct the path")
+        self.shards = _shards(self.place)
+        if self.shards:
+            self.counts = [shards.count(shard) for shard in self.shards]
+            self.size = sum(self.counts)
+            return
+        self.every, self.left_out = images.gather(self._link(), source.column)
+        self.size = len(self.every)
+
+    def take(self, quota: int) -> tuple[list[Picture], Tally]:
+        """At most ``quota`` pictures, those of the smallest hashes of names: more of them hold the same ones."""
+        if self.shards:
+            return self._unpack(quota)
+        return images.chosen(self.every, quota, self.work), self.left_out
+
+    def _link(self) -> Path:
+        """The user's folder as a folder of ``work``; of a list, the list in it."""
+        target = (self.place if self.place.is_dir() else self.place.parent).absolute()
+        link = self.work / str(self.number)
+        if not link.is_symlink() or os.readlink(link) != str(target):
+            temporary = link.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:8]}")
+            temporary.symlink_to(target)
+            os.replace(temporary, link)
+        return link if self.place.is_dir() else link / self.place.name
+
+    def _unpack(self, quota: int) -> tuple[list[Picture], Tally]:
+        folder = self.work / f"{self.number}.unpacked"
+        root = self.place if self.place.is_dir() else self.place.parent
+        stats = [(shards.label(shard, root), shard.stat()) for shard in self.shards]
+        made_from = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+        key = {"shards": made_from, "column": self.source.column}
+        record = read_json(folder / UNPACKED) if (folder / UNPACKED).exists() else {}
+        if record.get("key") != key:
+            fresh_folder(folder)
+        elif record["quota"] == quota:
+            return images.read_folder(folder / PICTURES), Tally(**record["left_out"])
+        write_json(folder / UNPACKED, {"key": key, "quota": None})  # what is copied already stays
+        check_disk(
+            [(folder, sum(stat.st_size for _, stat in stats) * min(1.0, quota / max(1, self.size)))], "--run-dir"
+        )
+        left_out, rows = Tally(), []
+        wanted = self._wanted([name for name, _ in stats], quota)
+        for shard, (name, _), numbers in zip(self.shards, stats, wanted, strict=True):
+            if numbers:
+                for file, caption in shards.extract(shard, numbers, folder / name, self.source.column, left_out):
+                    rows.append(json_text({"file": f"{name}/{file}", "caption": caption}))
+        if not rows:
+            why = f": {left_out.reasons()}" if left_out.total else ""
+            raise InputError(f"{self.source.where} holds no picture with a caption{why}", "see the page on pictures")
+        atomic_write(folder / PICTURES, "\n".join(rows) + "\n")
+        os.sync()
+        write_json(folder / UNPACKED, {"key": key, "quota": quota, "left_out": vars(left_out)})
+        return images.read_folder(folder / PICTURES), left_out
+
+    def _wanted(self, names: list[str], quota: int) -> list[set[int]]:
+        """The numbers of the chosen samples in each shard."""
+
+        def order(place: tuple[int, int]) -> bytes:
+            return hashlib.sha256(f"{names[place[0]]}/{place[1]:07d}".encode()).digest()
+
+        places = ((shard, number) for shard, count in enumerate(self.counts) for number in range(count))
+        found: list[set[int]] = [set() for _ in names]
+        for shard, number in heapq.nsmallest(quota, places, key=order) if quota < self.size else places:
+            found[shard].add(number)
+        return found

@@ -1,0 +1,222 @@
+"""Pictures in shards: .tar as webdataset writes them, and .parquet with the bytes of the pictures in a column.
+
+The chosen pictures are copied into a folder, byte by byte as they are. A name in a shard is never a path: the copies
+are numbered. Archives are read without decompression, links and devices in them are left out, and no more than one
+picture is in memory. (A row group of a .parquet is read as a whole by pyarrow: that is how the format works.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.data import decoding, prompt_lists, tables
+from dcgen_convert.data.tally import Tally
+
+TAR, PARQUET = ".tar", ".parquet"
+SUFFIXES = (PARQUET, TAR)
+CAPTION_PARTS = ("txt", "caption", "text", "json", "cls")  # of a webdataset sample; the first that is there counts
+PICTURE_COLUMNS = ("image", "jpg", "png", "picture", "img")
+LONGEST = 1 << 20  # bytes of a caption or of the .json beside a picture
+NO_CAPTION = "because they have no caption"
+NO_PICTURE = "because they hold no picture"
+NO_FILE = "because they are links, devices or sparse files in an archive"
+MAGIC = {b"\x89PNG": ".png", b"\xff\xd8": ".jpg", b"RIFF": ".webp", b"GIF8": ".gif", b"BM": ".bmp"}
+
+
+@dataclass
+class Sample:
+    """One sample of a shard: its number there, its parts by suffix (.tar), or its row (.parquet, if it was read)."""
+
+    number: int
+    parts: dict[str, tarfile.TarInfo] = field(default_factory=dict)
+    row: dict[str, Any] = field(default_factory=dict)
+
+
+def find(place: Path) -> list[Path]:
+    """The shards of a folder, sorted, or the shard itself; empty where there are none."""
+    if place.is_file():
+        return [place] if place.suffix.lower() in SUFFIXES else []
+    return sorted(
+        path
+        for path in place.rglob("*")
+        if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith((".", "metadata."))
+    )
+
+
+def label(shard: Path, root: Path) -> str:
+    """A name of one folder for a shard: the same wherever ``root`` lies."""
+    name = os.path.relpath(shard, root) if shard != root else shard.name
+    return re.sub(r"[^\w.-]", "_", name)[-60:] + "-" + hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
+
+
+def count(shard: Path) -> int:
+    """How many samples a shard has; no picture is read."""
+    if shard.suffix.lower() == PARQUET:
+        with tables.Parquet(shard) as file:
+            return int(file.metadata.num_rows)
+    return sum(1 for _ in _samples(shard, Tally()))
+
+
+def extract(
+    shard: Path, wanted: set[int], folder: Path, column: str | None, left_out: Tally
+) -> Iterator[tuple[str, str]]:
+    """Copy the samples ``wanted`` into ``folder``, those that are not there yet: (name in the folder, caption) of each.
+
+    Raises:
+        InputError: the shard is damaged, or has no such column.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    taken = _from_parquet if shard.suffix.lower() == PARQUET else _from_tar
+    yield from taken(shard, wanted, folder, column, left_out)
+
+
+def _from_parquet(
+    shard: Path, wanted: set[int], folder: Path, column: str | None, left_out: Tally
+) -> Iterator[tuple[str, str]]:
+    names = tables.columns(shard)
+    picture = next((name for name in PICTURE_COLUMNS if name in names), None)
+    caption = column or next((name for name in prompt_lists.COLUMNS if name in names), None)
+    for kind, found in (("pictures", picture), ("captions", caption)):
+        if found not in names:
+            raise InputError(
+                f"{shard} has no column of {kind}; it has {', '.join(names[:12])}",
+                f"known are {', '.join(PICTURE_COLUMNS)} for pictures, {', '.join(prompt_lists.COLUMNS)} for captions; "
+                "PATH:COLUMN names the column of captions",
+            )
+    for row_number, row in tables.rows(shard, [str(picture), str(caption)]):
+        number = row_number - 1
+        if number not in wanted:
+            continue
+        cell, shown = row[str(picture)], f"{shard.name} row {row_number}"
+        content = cell.get("bytes") if isinstance(cell, dict) else cell
+        text = _text(row[str(caption)], shown)
+        if not isinstance(content, bytes):
+            left_out.add(NO_PICTURE, shown)
+        elif text is None:
+            left_out.add(NO_CAPTION, shown)
+        else:
+            name = f"{number:07d}{_suffix(content[:4])}"
+            if not (folder / name).exists():
+                with _whole(folder / name) as file:
+                    file.write(content)
+            yield name, text
+
+
+def _from_tar(
+    shard: Path, wanted: set[int], folder: Path, column: str | None, left_out: Tally
+) -> Iterator[tuple[str, str]]:
+    with _archive(shard) as tar:
+        for sample in _members(tar, left_out):
+            if sample.number not in wanted:
+                continue
+            suffix = next((part for part in sample.parts if f".{part.rpartition('.')[2]}" in decoding.suffixes()), None)
+            shown = f"{shard.name} sample {sample.number}"
+            text = _caption(tar, sample, column, shown)
+            if suffix is None:
+                left_out.add(NO_PICTURE, shown)
+            elif text is None:
+                left_out.add(NO_CAPTION, shown)
+            else:
+                name = f"{sample.number:07d}.{suffix.rpartition('.')[2]}"
+                if not (folder / name).exists():
+                    with _whole(folder / name) as file:
+                        shutil.copyfileobj(_content(tar, sample.parts[suffix]), file)
+                yield name, text
+
+
+def _samples(shard: Path, left_out: Tally) -> Iterator[Sample]:
+    with _archive(shard) as tar:
+        yield from _members(tar, left_out)
+
+
+def _members(tar: tarfile.TarFile, left_out: Tally) -> Iterator[Sample]:
+    """Neighbours with the same name up to the first dot are one sample."""
+    before, sample = None, Sample(-1)
+    while (member := tar.next()) is not None:
+        tar.members = []  # type: ignore[misc]  # it would keep every one
+        folder, _, name = member.name.rpartition("/")
+        stem, _, suffix = name.partition(".")
+        if not stem or member.isdir():
+            continue  # hidden, or a folder
+        if not member.isreg() or member.issparse():
+            left_out.add(NO_FILE, f"{Path(str(tar.name)).name} {name[:40]}")
+            continue
+        if (folder, stem) != before:
+            if sample.parts:
+                yield sample
+            before, sample = (folder, stem), Sample(sample.number + 1)
+        sample.parts.setdefault(suffix.lower(), member)
+    if sample.parts:
+        yield sample
+
+
+@contextmanager
+def _archive(shard: Path) -> Iterator[tarfile.TarFile]:
+    """An open .tar that is not compressed; whatever is wrong with it is an InputError that names it."""
+    try:
+        with tarfile.open(shard, "r:", encoding="utf-8", errors="surrogateescape") as tar:
+            yield tar
+    except InputError:
+        raise
+    except (tarfile.TarError, ValueError, ArithmeticError, EOFError, LookupError) as error:
+        raise InputError(f"{shard} is damaged, or no plain .tar: {error}", "fetch it again, or unpack it") from error
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
+    found = tar.extractfile(member)
+    assert found is not None, "a regular file"
+    return found
+
+
+def _caption(tar: tarfile.TarFile, sample: Sample, column: str | None, shown: str) -> str | None:
+    """The text of a sample; of its .json the column, else the first of `prompt_lists.COLUMNS`. None without one."""
+    for part in ("json",) if column else CAPTION_PARTS:
+        member = sample.parts.get(part)
+        if member is None or member.size > LONGEST:
+            continue
+        try:
+            text = _content(tar, member).read().decode("utf-8-sig")
+            if part != "json":
+                return text.strip()
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{shown}: its .{part} cannot be read: {error}", "correct it, or take it out") from error
+        names = [column] if column else prompt_lists.COLUMNS
+        name = next((name for name in names if isinstance(row, dict) and name in row), None)
+        if name is not None:
+            return _text(row[name], shown)
+    return None
+
+
+def _text(value: Any, shown: str) -> str | None:
+    """A value as caption; None where there is none."""
+    if value is None:
+        return None
+    try:
+        return prompt_lists.text_of(value)
+    except ValueError as error:
+        raise InputError(f"{shown}: its caption {error}", "name a column of texts: PATH:COLUMN") from error
+
+
+def _suffix(start: bytes) -> str:
+    return next((suffix for magic, suffix in MAGIC.items() if start.startswith(magic)), ".img")
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that appears when it is whole."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    with open(temporary, "wb") as file:
+        yield file
+    os.replace(temporary, path)
