@@ -144,7 +144,7 @@ def _members(tar: tarfile.TarFile, left_out: Tally) -> Iterator[Sample]:
     """Neighbours with the same name up to the first dot are one sample."""
     before, sample = None, Sample(-1)
     while (member := tar.next()) is not None:
-        tar.members = []  # type: ignore[misc]  # it would keep every one
+        tar.members = []  # type: ignore[attr-defined]  # it would keep every one
         folder, _, name = member.name.rpartition("/")
         stem, _, suffix = name.partition(".")
         if not stem or member.isdir():
