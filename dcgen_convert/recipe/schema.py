@@ -164,7 +164,9 @@ class AlignHead(Section):
     method: Literal["least-squares", "xavier", "zero"] = Field(
         default="least-squares", description="how the head starts; least-squares: closed form"
     )
-    draws: Count = Field(default=8, description="noise draws per picture for the least squares")
+    draws: Count = Field(
+        default=8, description="most noise draws per picture for the least squares; it takes as few as it needs"
+    )
     steps: CountOrZero = Field(default=5_000, description="steps with the blocks frozen; 0 disables")
     lr: Amount = Field(default=1e-4, description="learning rate")
     batch: Batch = Field(default=512, description="global batch in pictures")

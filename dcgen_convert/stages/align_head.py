@@ -8,6 +8,7 @@ features h(null) + (g_d / g) [h_g(c) - h(null)]. B batch, N tokens, D width, C c
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,25 +19,23 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dcgen_convert.core import names
-from dcgen_convert.core.files import atomic_save, sealed
+from dcgen_convert.core.files import atomic_save, read_object, sealed, write_json
 from dcgen_convert.core.journal import Stage
+from dcgen_convert.core.progress import Bar
 from dcgen_convert.data import buckets
 from dcgen_convert.data.cache import LatentCache
-from dcgen_convert.families import Text
 from dcgen_convert.networks import models, pipelines
 from dcgen_convert.planning.fit import head_phase
+from dcgen_convert.stages import head_fit
 from dcgen_convert.stages.align_embedder import linear, xavier
+from dcgen_convert.stages.head_fit import HeadFit, Ledger
 from dcgen_convert.stages.job import Job
 from dcgen_convert.stages.layout import first_device, fitted
 from dcgen_convert.train import objective, phases
 from dcgen_convert.train.loop import Place
-from dcgen_convert.train.ridge import NormalEquations
 
-RIDGE = 1e-6  # relative: the features of a finite sample are nearly collinear
-START = "start.safetensors"  # embedder and head before training: for the other ranks, and for a run that goes on
-EQUATIONS = "equations.safetensors"  # of the closed form, while they are summed up
-KEEP_EVERY = 600.0  # seconds after which the sums are kept: a kill costs ten minutes at most
-DRAW_STREAM = 1 << 30  # first step of the closed form's draws: no training run reaches it, so no draw comes twice
+START = "start.safetensors"  # embedder and head before training: for the other ranks, and for a run that is resumed
+STARTED = "start.json"  # what was measured of them
 
 
 def run(job: Job, stage: Stage) -> None:
@@ -47,21 +46,7 @@ def run(job: Job, stage: Stage) -> None:
     embedder = job.folders.align_embedder / names.MODULES
     model = surgical(job, embedder, pipelines.device())
     task = phases.Task(model, job.family, job.recipe.adapt, train_rows, job.scheduler)
-    started = time.perf_counter()
-    begun = stage.folder / START
-    if begun.exists() and sealed(begun):  # a training that was stopped goes on
-        models.load_modules(model, begun)
-    else:
-        start_head(job, task, stage.folder / EQUATIONS)
-        if settings.steps:
-            atomic_save(module_state(job, model), begun)
-    (stage.folder / EQUATIONS).unlink(missing_ok=True)
-    stage.metrics.update(method=settings.method, start_seconds=round(time.perf_counter() - started, 2))
-    loss = heldout_loss(job, task, held_out)
-    stage.metrics["loss_start"] = loss
-    job.console.say(
-        f"align head: {settings.method} start, held-out loss {loss:.4f}, {stage.metrics['start_seconds']} s"
-    )
+    stage.metrics.update(start(job, stage, task, held_out))
     output = stage.folder / names.MODULES
     if not settings.steps:
         atomic_save(module_state(job, model), output)
@@ -77,6 +62,25 @@ def run(job: Job, stage: Stage) -> None:
     loss = heldout_loss(job, task, held_out)
     stage.metrics.update(loss_trained=loss, train_seconds=record["seconds"])
     job.console.say(f"align head: after {settings.steps} steps with frozen blocks, held-out loss {loss:.4f}")
+
+
+def start(job: Job, stage: Stage, task: phases.Task, held_out: LatentCache) -> dict[str, Any]:
+    """Fill the head, or load what an interrupted run filled it with; what is to be reported of it."""
+    modules, record = stage.folder / START, stage.folder / STARTED
+    if modules.exists() and sealed(modules) and record.exists():
+        models.load_modules(task.model, modules)
+        return read_object(record)
+    begun = time.perf_counter()
+    found: dict[str, Any] = {"method": job.recipe.align_head.method, **start_head(job, task, held_out, stage.folder)}
+    found["start_seconds"] = round(time.perf_counter() - begun, 2)
+    found["loss_start"] = heldout_loss(job, task, held_out)
+    job.console.say(
+        f"align head: {found['method']} start, held-out loss {found['loss_start']:.4f}, {found['start_seconds']} s"
+    )
+    atomic_save(module_state(job, task.model), modules)
+    write_json(record, found)
+    shutil.rmtree(stage.folder / head_fit.SUMS, ignore_errors=True)
+    return found
 
 
 def surgical(job: Job, modules: Path, device: str) -> nn.Module:
@@ -112,8 +116,12 @@ def heldout_loss(job: Job, task: phases.Task, rows: LatentCache) -> float:
     return objective.evaluate_loss(task.loss(), batches, job.recipe.seed, task.sampling, pipelines.device())["mean"]
 
 
-def start_head(job: Job, task: phases.Task, kept: Path | None = None) -> None:
-    """Fill the head in place: least squares, Xavier or zero; ``kept`` as in `head_equations`."""
+def start_head(job: Job, task: phases.Task, held_out: LatentCache, folder: Path) -> dict[str, Any]:
+    """Fill the head in place: least squares, Xavier or zero. What is to be reported of it.
+
+    Args:
+        folder: takes the sums of the least squares while they grow.
+    """
     settings = job.recipe.align_head
     head = linear(task.model, job.family.head)
     with torch.no_grad():
@@ -123,58 +131,35 @@ def start_head(job: Job, task: phases.Task, kept: Path | None = None) -> None:
         if settings.method == "xavier":
             head.weight.copy_(xavier(head, job.recipe.seed)[0].reshape(head.weight.shape))
         elif settings.method == "least-squares":
-            weight, bias = head_equations(job, task, settings.draws, kept).solve(RIDGE, bias=head.bias is not None)
+            weight, bias, found = fit_head(job, task, held_out, folder)
             # A learned-sigma head writes 2 C channels; the stock pipeline drops the second half, which stays zero.
             head.weight[: len(weight)].copy_(weight.reshape(-1, *head.weight.shape[1:]))
             if head.bias is not None:
                 head.bias[: len(bias)].copy_(bias)
+            return found
+    return {}
 
 
-def head_equations(job: Job, task: phases.Task, draws: int, kept: Path | None = None) -> NormalEquations:
-    """Features before the head against the native target of every token, over ``draws`` noise draws per picture.
+def fit_head(job: Job, task: phases.Task, held_out: LatentCache, folder: Path) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Least squares with the other ranks: W (C, K), b (C,) in float64, and what is to be reported."""
+    fit = HeadFit(job, task, held_out, folder)
+    ledger = Ledger.open(fit)
+    if ledger.reason is None:
+        with (
+            job.console.progress("least squares for the head", None, "samples") as bar,
+            job.crew.share("fit-head", bar, begun=ledger.begun),
+        ):
+            head_fit.work(fit, bar, ledger.begun, ledger)
+    assert ledger.solution is not None, "the fit has ended"
+    rows = fit.rows[1 : ledger.begun]
+    job.console.say(f"align head: {sum(rows):,} of at most {sum(fit.rows[1:]):,} rows: {ledger.reason}")
+    report = {"rows": sum(rows), "rows_most": sum(fit.rows[1:]), "rows_reason": ledger.reason}
+    return *ledger.solution, {**report, "loss_by_rows": ledger.losses}
 
-    Args:
-        kept: file that takes the sums every ten minutes. What a run before this one has left there is gone on with.
-    """
-    rows, family, adapt, device = task.rows, job.family, job.recipe.adapt, pipelines.device()
-    captured: list[Tensor] = []
-    head = linear(task.model, family.head)
-    handle = head.register_forward_pre_hook(lambda _, args: captured.append(args[0].detach()))
-    equations, done = NormalEquations(head.weight[0].numel(), rows.shapes[0][0]), (0, 0)  # draw and row to go on with
-    if kept and kept.exists():
-        equations, done = NormalEquations.load(kept)
 
-    def features(z: Tensor, t: Tensor, text: Text, guidance: Tensor) -> Tensor:
-        captured.clear()
-        objective.predict(family, task.model, z, t, text, guidance)
-        return family.head_inputs(torch.cat(captured), z.shape[2] * z.shape[3], text).float()  # (B, N, K), patch 1
-
-    def add(number: int, part: list[int]) -> None:
-        z0, text = rows.batch(part)
-        sampling = task.sampling(z0.shape[1:])
-        drawn = objective.draw(job.recipe.seed, DRAW_STREAM + number, part, z0.shape[1:], sampling)
-        z0, text, drawn = objective.to_device((z0, text, drawn), device)
-        z = objective.noised(z0, drawn.eps, drawn.t)
-        x = features(z, drawn.t, objective.drop_text(text, rows.null, drawn.dropped), drawn.guidance)
-        if adapt.objective == "guidance-corrected":
-            nothing = objective.drop_text(text, rows.null, torch.ones_like(drawn.dropped))
-            h_null = features(z, drawn.t, nothing, torch.ones_like(drawn.guidance))
-            x = objective.corrected(x, h_null, drawn.guidance, adapt.data_guidance)
-        goal = family.target(z0, drawn.eps).flatten(2).transpose(1, 2)  # (B, N, C), patch 1
-        weight = objective.error_weight(family, drawn.t, adapt.weighting)  # (B,)
-        equations.add(x, goal, weight[:, None].expand(goal.shape[:2]))
-
-    try:
-        with torch.no_grad(), job.console.progress("least squares for the head", draws * len(rows), "samples") as bar:
-            saved = time.monotonic()
-            for number in range(draws):
-                for part in buckets.batches(rows.spans, job.recipe.latents.batch):
-                    if left := [row for row in part if (number, row) >= done]:
-                        add(number, left)
-                    bar.advance(len(part))
-                    if kept and left and time.monotonic() - saved > KEEP_EVERY:
-                        equations.save(kept, (number, part[-1] + 1))
-                        saved = time.monotonic()
-    finally:
-        handle.remove()
-    return equations
+def fit_part(job: Job, bar: Bar, begun: int) -> None:
+    """What the other ranks do of `fit_head`."""
+    rows, held_out = job.rows(job.recipe.adapt.phases[0].resolution).split()
+    model = surgical(job, job.folders.align_embedder / names.MODULES, pipelines.device())
+    task = phases.Task(model, job.family, job.recipe.adapt, rows, job.scheduler)
+    head_fit.work(HeadFit(job, task, held_out, job.folders.align_head), bar, begun)

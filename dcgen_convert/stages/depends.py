@@ -53,7 +53,7 @@ DEPENDS: dict[str, tuple[str, ...]] = {
     folders.BUNDLE: ("name", "bundle", "merge_lora", "latents.scale_override"),
     folders.VERIFY: (),
 }  # fmt: skip
-VERSIONS = dict.fromkeys(DEPENDS, 1)
+VERSIONS = {**dict.fromkeys(DEPENDS, 1), folders.ALIGN_HEAD: 2}
 DRAWN = (SOURCE, CAPTIONS, "seed", "dtype", "data.steps", "data.guidance", "data.resolution", "latents.text_length")
 GROWS = ("data.count", PICTURES, CAPTIONS)  # pictures are kept one by one
 

@@ -44,6 +44,7 @@ class Performer:
             "pictures": lambda: pictures.draw_part(job, self.crew),
             "latents": lambda: latents.encode_part(job, self.crew, **arguments),
             "captions": lambda: latents.caption_part(job, self.crew),
+            "fit-head": lambda: align_head.fit_part(job, self.crew, **arguments),
             "train-head": lambda: align_head.train(job, **arguments),
             "adapt": lambda: adapt.train_phase(job, **arguments),
             "calibration": lambda: quantize.record_part(job, self.crew, **arguments),

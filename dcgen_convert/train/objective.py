@@ -93,6 +93,13 @@ def draw(
     )
 
 
+def draw_evaluation(seed: int, number: int, samples: Sequence[int], shape: Sequence[int], sampling: Sampling) -> Draws:
+    """Draws of held-out samples at quantile ``number`` of t, under a random stream of their own; no text is dropped."""
+    drawn = draw(seed, number, samples, shape, sampling, EVALUATION)
+    t = t_of_normal(torch.special.ndtri(torch.tensor(QUANTILES[number], dtype=torch.float64)), sampling)
+    return Draws(drawn.eps, t.expand(len(samples)), drawn.guidance, torch.zeros_like(drawn.dropped))
+
+
 def t_of_normal(normal: Tensor, sampling: Sampling) -> Tensor:
     """Noise level of a standard normal draw: shifted sigmoid, or the DDPM step at the same quantile; float32."""
     if sampling.kind == "ddpm":
@@ -238,17 +245,13 @@ def evaluate_loss(
     Returns:
         {"t0.12": loss at t = 0.12 (the mean over the samples), ..., "mean": their mean}.
     """
-    normals = torch.special.ndtri(torch.tensor(QUANTILES, dtype=torch.float64))
     result: dict[str, float] = {}
-    for number, normal in enumerate(normals):
+    for number in range(len(QUANTILES)):
         total, level, count = 0.0, 0.0, 0
         for positions, z0, text in batches:
-            distribution = sampling(z0.shape[1:])
-            t = t_of_normal(normal, distribution)
-            drawn = draw(seed, number, positions, z0.shape[1:], distribution, EVALUATION)
-            fixed = Draws(drawn.eps, t.expand(len(z0)), drawn.guidance, torch.zeros_like(drawn.dropped))
-            total += len(z0) * loss_of(*to_device((z0, text, fixed), device)).item()
-            level += len(z0) * t.item()
+            drawn = draw_evaluation(seed, number, positions, z0.shape[1:], sampling(z0.shape[1:]))
+            total += len(z0) * loss_of(*to_device((z0, text, drawn), device)).item()
+            level += len(z0) * drawn.t[0].item()
             count += len(z0)
         result[f"t{level / count:.2f}"] = total / count
     return {**result, "mean": sum(result.values()) / len(result)}

@@ -1,41 +1,53 @@
 """Ridge regression from streamed normal equations in float64: exact, in one pass.
 
-The memory is K x (K + D) numbers, whatever the number of rows.
+The memory is K x (K + D) numbers, whatever the number of rows. Sums and products stay on the device of the rows. They
+are float64 there too. Products in float32 are no substitute: features are nearly collinear and far from zero, and then
+their rounding alone can double the error (tests/stages/test_ridge.py). And they save nothing: next to the network that
+makes the features, the products are a small part of the work, also on GPUs with few float64 units.
 
 Model y ~ W x + b with x (K,), y (D,). Minimises E|W x + b - y|^2 + ridge * tr(Cov x)/K * |W|^2.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.core.files import atomic_save
 
 
 class NormalEquations:
-    """Accumulates E[x], E[y], E[x x^T], E[x y^T], E|y|^2 over rows."""
+    """Accumulates E[x], E[y], E[x x^T], E[x y^T], E|y|^2 over rows, on ``device``."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
-        self.count = 0.0
-        self.x = torch.zeros(inputs, dtype=torch.float64)
-        self.y = torch.zeros(outputs, dtype=torch.float64)
-        self.xx = torch.zeros(inputs, inputs, dtype=torch.float64)
-        self.xy = torch.zeros(inputs, outputs, dtype=torch.float64)
-        self.yy = torch.zeros((), dtype=torch.float64)
+    def __init__(self, inputs: int, outputs: int, device: torch.device | str = "cpu") -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        self.count, self.yy = zeros(), zeros()
+        self.x, self.y = zeros(inputs), zeros(outputs)
+        self.xx, self.xy = zeros(inputs, inputs), zeros(inputs, outputs)
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu") -> NormalEquations:
+        """The equations whose sums `tensors` gave."""
+        found = cls(*tensors["xy"].shape)
+        for name in vars(found):
+            setattr(found, name, tensors[name].to(device))
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All sums by name, on the CPU."""
+        return {name: value.cpu() for name, value in vars(self).items()}
 
     def add(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
         """Rows x (R, K) and y (R, D), any float dtype, each counted ``weight`` (R,) times; summed in float64."""
-        x, y = x.reshape(-1, x.shape[-1]).double().cpu(), y.reshape(-1, y.shape[-1]).double().cpu()
-        count, wx, wy = float(len(x)), x, y
-        if weight is not None:
-            weight = weight.reshape(-1, 1).double().cpu()
-            count, wx, wy = weight.sum().item(), weight * x, weight * y
-        self.count += count
+        device, exact = self.xx.device, torch.float64
+        x, y = (rows.reshape(-1, rows.shape[-1]).to(device, exact) for rows in (x, y))
+        weight = torch.ones_like(x[:, 0]) if weight is None else weight.reshape(-1).to(device, exact)
+        wx, wy = weight[:, None] * x, weight[:, None] * y
+        self.count += weight.sum()
         self.x += wx.sum(0)
         self.y += wy.sum(0)
         self.xx.addmm_(wx.T, x)
@@ -48,21 +60,6 @@ class NormalEquations:
         for name in vars(both):
             setattr(both, name, getattr(self, name) + getattr(other, name))
         return both
-
-    def save(self, path: Path, done: tuple[int, int]) -> None:
-        """Keep the sums, and how far they go, in a safetensors file."""
-        sums = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in vars(self).items()}
-        atomic_save({**sums, "done": torch.tensor(done)}, path)
-
-    @classmethod
-    def load(cls, path: Path) -> tuple[NormalEquations, tuple[int, int]]:
-        """What `save` wrote."""
-        sums = load_file(path)
-        first, second = sums.pop("done").tolist()
-        found = cls(len(sums["x"]), len(sums["y"]))
-        for name, value in sums.items():
-            setattr(found, name, value.item() if name == "count" else value)
-        return found, (first, second)
 
     def solve(self, ridge: float, bias: bool = True) -> tuple[Tensor, Tensor]:
         """W (D, K) and b (D,), float64.
@@ -90,7 +87,7 @@ class NormalEquations:
 
     def mse(self, weight: Tensor, bias: Tensor) -> float:
         """Mean squared error per output of y ~ W x + b on the accumulated rows, without touching them again."""
-        weight, bias = weight.double().cpu(), bias.double().cpu()
+        weight, bias = weight.to(self.xx), bias.to(self.xx)
         residual = self.yy + self.count * bias @ bias + (weight @ self.xx * weight).sum()
         residual = residual - 2 * (weight * self.xy.T).sum() - 2 * bias @ self.y + 2 * bias @ (weight @ self.x)
-        return max(residual.item(), 0.0) / (self.count * len(self.y))
+        return max(residual.item(), 0.0) / (self.count.item() * len(self.y))

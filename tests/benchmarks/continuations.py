@@ -56,7 +56,7 @@ WORK = {
     SYNTHESIS: ("data", COUNT),
     ROWS: ("latents", 2 * COUNT),  # two autoencoders
     CAPTIONS: ("latents", COUNT),
-    LEAST_SQUARES: ("align-head", COUNT - 1),  # one row is held out
+    LEAST_SQUARES: ("align-head", COUNT - 1 + 5),  # one row is held out, and decides at five noise levels
     HEAD: ("align-head", STEPS),
     ADAPT: ("adapt-1", STEPS),
     CALIBRATION: ("quantize", 3),

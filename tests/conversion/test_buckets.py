@@ -18,7 +18,7 @@ from dcgen_convert.networks import autoencoders, models
 from dcgen_convert.recipe.loading import Resolved
 from dcgen_convert.recipe.schema import Recipe
 from dcgen_convert.stages.align_embedder import Problem, affine, descend, xavier
-from dcgen_convert.stages.align_head import head_equations
+from dcgen_convert.stages.align_head import fit_head
 from dcgen_convert.stages.job import prepare
 from dcgen_convert.tiny import world
 from dcgen_convert.train.phases import Task
@@ -163,14 +163,14 @@ def inputs_of(rows, table):
     return torch.cat([table[row] for row in rows]).float()
 
 
-def test_head_is_fitted_to_every_token_of_the_training_rows(folder, job):
-    training = job.rows(128).split()[0]
+def test_head_is_fitted_to_every_token_of_the_training_rows(folder, job, tmp_path):
+    training, held_out = job.rows(128).split()
     model = models.load(
         job.folders.surgery / models.TRANSFORMER, torch.float32, job.folders.align_embedder / names.MODULES
     )
     task = Task(model, job.family, job.recipe.adapt, training, job.scheduler)
     tokens = sum(len(span) * shape[1] * shape[2] for span, shape in zip(training.spans, training.shapes, strict=True))
-    assert head_equations(job, task, 1).count == tokens
+    assert fit_head(job, task, held_out, tmp_path)[-1]["rows"] == tokens
 
 
 def test_run_trained_on_every_shape_and_drew_its_grid(folder):

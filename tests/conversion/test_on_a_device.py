@@ -93,12 +93,12 @@ def test_the_gap_holds_one_model_at_a_time(job, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_head_starts_the_same_on_a_device(job, device):
+def test_the_head_starts_the_same_on_a_device(job, device, tmp_path):
     rows, held_out = job.rows(job.resolution).split()
     embedder = job.folders.align_embedder / names.MODULES
     model = models.load(job.folders.surgery / models.TRANSFORMER, job.dtype, embedder, device)
     task = phases.Task(model, job.family, job.recipe.adapt, rows, job.scheduler)
-    align_head.start_head(job, task)
+    align_head.start_head(job, task, held_out, tmp_path)
     recorded = json.loads((job.folders.align_head / "stage.json").read_text())["metrics"]
     assert align_head.heldout_loss(job, task, held_out) == pytest.approx(recorded["loss_start"], rel=1e-3)
     models.load_modules(model, job.folders.align_head / names.MODULES)

@@ -16,15 +16,10 @@ from dcgen_convert.conversion import convert
 from dcgen_convert.core.console import NULL, Console
 from dcgen_convert.core.errors import CheckFailed, InputError, Terminated
 from dcgen_convert.core.files import read_json, write_json
-from dcgen_convert.core.journal import SEAL, Run, fingerprint
-from dcgen_convert.data.cache import LatentCache
+from dcgen_convert.core.journal import SEAL, fingerprint
 from dcgen_convert.data.images import to_image
-from dcgen_convert.networks import models
 from dcgen_convert.recipe.loading import load
 from dcgen_convert.stages import align_head
-from dcgen_convert.stages.job import prepare
-from dcgen_convert.train.phases import Task
-from dcgen_convert.train.ridge import NormalEquations
 
 STEPS, STOP, PICTURES = 12, 5, 24
 SETTINGS = {**SHORT, "data.count": PICTURES, "evaluate.prompts": 0, "align_head.steps": 0, "bundle.steps": 1}
@@ -184,30 +179,6 @@ def test_a_stopped_training_of_the_head_does_not_fit_its_start_again(copy, monke
         wanted["result"],
         wanted["outputs"]["start.safetensors"],
     )
-
-
-def test_the_fit_of_the_heads_start_goes_on_where_its_sums_were_kept(made, tmp_path, monkeypatch):
-    prepared = prepare(job(made, "latents.batch=8"), Run(made / "whole", NULL), NULL)
-    training = prepared.rows(128).split()[0]
-    model = models.load(prepared.folders.surgery / models.TRANSFORMER, torch.float32)
-    task = Task(model, prepared.family, prepared.recipe.adapt, training, prepared.scheduler)
-    whole, kept, read = align_head.head_equations(prepared, task, 2), tmp_path / "sums", []
-    monkeypatch.setattr(align_head, "KEEP_EVERY", -1)
-    save, batch = NormalEquations.save, LatentCache.batch
-
-    def cut_off(equations, path, done):
-        save(equations, path, done)
-        if done == (1, 8):
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
-        context.setattr(NormalEquations, "save", cut_off)
-        align_head.head_equations(prepared, task, 2, kept)
-    monkeypatch.setattr(LatentCache, "batch", lambda rows, part: (read.extend(part), batch(rows, part))[1])
-    again = align_head.head_equations(prepared, task, 2, kept)
-    assert read == list(range(8, len(training)))  # of the second draw
-    assert again.count == whole.count
-    assert all(torch.equal(getattr(again, name), getattr(whole, name)) for name in ("x", "y", "xx", "xy", "yy"))
 
 
 @pytest.mark.parametrize("change", ["adapt.phases.0.lr=0.0001", "adapt.clip=0.01"])

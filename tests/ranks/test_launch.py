@@ -110,7 +110,7 @@ def test_two_ranks_share_the_stages_and_go_on_after_a_death(converted, tmp_path)
     assert done.stdout == f"{tmp_path / 'run'}\n"
     assert "ranks: 2" in done.stderr and done.stderr.count("align head: after") == 1  # one rank speaks
     log = (tmp_path / "run" / "log-rank-1.txt").read_text()
-    assert all(f"task {task}" in log for task in ("pictures", "latents", "captions", "train-head"))
+    assert all(f"task {task}" in log for task in ("pictures", "latents", "captions", "fit-head", "train-head"))
     for path in sorted((converted / "run" / "data" / "pictures").iterdir()):
         ours, theirs = (read_pixels(file, 128) for file in (pictures / path.name, path))
         assert (ours - theirs).abs().max() <= 1.01 * 2 / 255  # one level: batches of another size round differently

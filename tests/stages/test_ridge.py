@@ -1,5 +1,6 @@
 """Streamed normal equations against dense least squares in float64 and brute force."""
 
+import pretend_device
 import pytest
 import torch
 
@@ -7,6 +8,7 @@ from dcgen_convert.core.errors import InputError
 from dcgen_convert.train.ridge import NormalEquations
 
 K, D, ROWS = 7, 5, 400
+DEVICE_SHAPES = (128, 128), (128,), (128, 4)
 
 
 @pytest.fixture
@@ -83,3 +85,35 @@ def test_no_rows_and_nan_rows_are_refused(rows):
     x[3, 2] = float("nan")
     with pytest.raises(InputError):
         stream(x, y).solve(0.0)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.0, 10.0])
+def test_features_that_are_nearly_collinear_are_solved_on_a_device_as_in_float64(mean):
+    """128 features whose covariance has condition 1e8, far from zero: the loss on other rows against a dense solver on
+    the CPU, to 1e-6. Products in float32, summed in float64, miss it by more than a tenth when the mean is not 0.
+    """
+    rotation, shift, truth = (torch.randn(size, generator=torch.Generator().manual_seed(3)) for size in DEVICE_SHAPES)
+    generator = torch.Generator().manual_seed(4)
+
+    def rows(count):
+        factors = torch.randn(count, 128, generator=generator)
+        x = (factors * torch.logspace(0, -4, 128)) @ torch.linalg.qr(rotation)[0] + mean * shift
+        return x, factors @ truth / 128**0.5 + torch.randn(count, 4, generator=generator)
+
+    (x, y), others = rows(8192), NormalEquations(128, 4)
+    others.add(*rows(4096))
+    with pretend_device.ready() as device:
+        equations = NormalEquations(128, 4, device)
+        for part in zip(x.split(1024), y.split(1024), strict=True):
+            equations.add(*(value.to(device) for value in part))
+        there = NormalEquations.of(equations.tensors())
+    centred, offset = x.double() - x.double().mean(0), y.double().mean(0)
+    ridge = 1e-6 * centred.square().mean()
+    design = torch.cat([centred, (len(x) * ridge) ** 0.5 * torch.eye(128)])
+    weight = torch.linalg.lstsq(design, torch.cat([y.double() - offset, torch.zeros(128, 4)])).solution.T
+    best = others.mse(weight, offset - weight @ x.double().mean(0))
+    assert others.mse(*there.solve(1e-6)) == pytest.approx(best, rel=1e-6)
+    if mean:
+        there.xx = sum((part.T @ part).double() for part in x.split(1024))
+        there.xy = sum((a.T @ b).double() for a, b in zip(x.split(1024), y.split(1024), strict=True))
+        assert others.mse(*there.solve(1e-6)) > 1.1 * best
