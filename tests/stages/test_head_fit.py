@@ -119,6 +119,7 @@ def test_solutions_come_with_twice_the_rows_each(rows, inputs, found):
     [
         ([2.0], False, None),
         ([2.0], True, "all rows"),
+        ([2.0, 1.99], True, "all rows"),
         ([2.0, 1.97], False, None),
         ([2.0, 1.97, 1.96], False, "less than 1%"),
         ([1.9, 2.0], False, None),  # worse: not settled
