@@ -18,6 +18,7 @@ from dcgen_convert.recipe.schema import Recipe
 FIRST = 16  # rows per input of the first solution
 ENOUGH = 0.01  # relative change of the held-out loss, by twice the rows, at which no more rows are taken
 USUAL = 256  # rows per input at which the fit is expected to end
+MOST = 32_768  # rows per input beyond which no draw is even thought of
 UNIT = 16  # samples (a picture with its noise) that one rank takes at a time; they have one size
 HELD_OUT = 128  # held-out pictures that decide, at most, each at every level of t
 LEVELS = 5  # noise levels of the held-out loss
@@ -50,10 +51,16 @@ def head_samples(recipe: Recipe, inputs: int, tokens: int) -> HeadSamples:
     if recipe.align_head.method != "least-squares":
         return HeadSamples(0, 0, 0, 0)
     held_out = min(max(1, recipe.data.count // 20), 512)  # data.cache.hold_out
-    most = (recipe.data.count - held_out) * recipe.align_head.draws
+    pictures = recipe.data.count - held_out
+    most = pictures * useful_draws(recipe.align_head.draws, pictures * tokens, inputs)
     usual = min(most, math.ceil(USUAL * inputs / (UNIT * tokens)) * UNIT)
     passes = 2 if recipe.adapt.objective == "guidance-corrected" else 1
     return HeadSamples(usual, most, LEVELS * min(held_out, HELD_OUT), passes)
+
+
+def useful_draws(draws: int, rows: int, inputs: int) -> int:
+    """As many of the allowed ``draws`` as could ever be taken; one draw has ``rows`` rows."""
+    return min(draws, max(1, math.ceil(MOST * inputs / max(1, rows))))
 
 
 def ends(rows: Sequence[int], inputs: int) -> list[int]:

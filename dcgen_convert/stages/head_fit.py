@@ -35,10 +35,11 @@ from dcgen_convert.core.progress import Bar
 from dcgen_convert.data.cache import LatentCache
 from dcgen_convert.families import Text
 from dcgen_convert.networks import pipelines
-from dcgen_convert.recipe.head_rows import HELD_OUT, UNIT, ends, reason_to_end
+from dcgen_convert.recipe.head_rows import HELD_OUT, UNIT, ends, reason_to_end, useful_draws
 from dcgen_convert.stages.align_embedder import linear
 from dcgen_convert.stages.job import Job
 from dcgen_convert.train import distributed, objective, phases
+from dcgen_convert.train.loop import Samples
 from dcgen_convert.train.objective import Draws
 from dcgen_convert.train.ridge import NormalEquations
 
@@ -93,14 +94,16 @@ class HeadFit:
         self.job, self.task, self.unseen, self.folder = job, task, unseen, folder / SUMS
         self.head = linear(task.model, job.family.head)
         self.inputs = self.head.weight[0].numel()
-        units = shuffled(task.rows.spans, job.recipe.align_head.draws, job.recipe.seed)
+        every = sum(len(span) * h * w for span, (_, h, w) in zip(task.rows.spans, task.rows.shapes, strict=True))
+        draws = useful_draws(job.recipe.align_head.draws, every, self.inputs)
+        units = shuffled(task.rows.spans, draws, job.recipe.seed)
         bounds = [0, *ends([self._count(unit) for unit in units], self.inputs)]
         self.parts = [held_out(unseen.spans), *(units[a:b] for a, b in pairwise(bounds))]
         self.rows = [sum(map(self._count, part)) for part in self.parts]
         self.key = fingerprint([task.rows.spans, task.rows.shapes, [*unseen.rows]])[:16]  # names the rows
         self._features: list[Tensor] = []
 
-    def _cache(self, unit: Unit) -> LatentCache:
+    def _cache(self, unit: Unit) -> Samples:
         return self.unseen if unit.held_out else self.task.rows
 
     def _count(self, unit: Unit) -> int:

@@ -132,7 +132,8 @@ def test_the_fit_ends_when_twice_the_rows_change_little(losses, last, ended):
 
 def test_what_a_recipe_costs():
     flux = load("flux-dev", sets=["data.count=100000", "align_head.draws=8"]).recipe
-    assert vars(head_samples(flux, 3072, 256)) == {"usual": 3072, "most": 99_488 * 8, "held_out": 640, "passes": 2}
+    assert vars(head_samples(flux, 3072, 256)) == {"usual": 3072, "most": 99_488 * 4, "held_out": 640, "passes": 2}
+    assert head_rows.useful_draws(10**9, 1472, 128) == 2850 and head_rows.useful_draws(8, 10**12, 128) == 1
     assert head_samples(load("dit-xl-512").recipe, 1152, 256).passes == 1
     assert head_samples(load("ablations/no-alignment").recipe, 128, 16) == head_rows.HeadSamples(0, 0, 0, 0)
 
