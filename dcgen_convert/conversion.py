@@ -193,16 +193,23 @@ def _believed(sizes: Mapping[str, int], before: Mapping[str, tuple[int, str]]) -
 def _asked(run: Run, stages: list[str], start: str | None) -> list[str]:
     """The stages that must run again although they hold. A job that starts again after a crash asks only once."""
     path, job = run.path / ASKED, os.environ.get(join.JOB)
-    found = read_object(path) if path.exists() else {"job": None, "stages": []}
+    found = _read_asked(path)
     if start is None or (job and found["job"] == job):
         return [name for name in found["stages"] if name in stages]
     return stages[stages.index(start) :]
 
 
+def _read_asked(path: Path) -> dict[str, Any]:
+    """What ASKED holds; InputError when it is damaged."""
+    found = read_object(path) if path.exists() else {"job": None, "stages": []}
+    with understood(path, "delete this file, then resume with --from again"):
+        return {"job": found["job"], "stages": [str(name) for name in found["stages"]]}
+
+
 def _answered(run: Run, name: str) -> None:
     """Stage ``name`` has begun again."""
     path = run.path / ASKED
-    if path.exists() and name in (found := read_object(path))["stages"]:
+    if name in (found := _read_asked(path))["stages"]:
         write_json(path, {**found, "stages": [stage for stage in found["stages"] if stage != name]})
 
 

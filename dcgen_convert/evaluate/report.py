@@ -20,8 +20,9 @@ from typing import Any
 
 from dcgen_convert.core import names
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.core.files import atomic_write, read_json, read_lines
+from dcgen_convert.core.files import atomic_write, read_json, read_lines, read_object, understood
 from dcgen_convert.core.journal import MARKER
+from dcgen_convert.core.spelling import plain
 from dcgen_convert.evaluate.charts import line_chart
 from dcgen_convert.evaluate.layers import layer_section
 
@@ -55,27 +56,29 @@ def write_report(run: Path, output: Path | None = None) -> Path:
     layers = run / "transformer" / names.RECORDS
     if not stages and layers.is_file():
         output = Path(output) if output else run / REPORT
-        parts = [f"<h1>{escape(run.name)}</h1>", *layer_section(read_json(layers)["layers"])]
-        atomic_write(output, _page(run.name, "\n".join(parts)))
+        with understood(layers):
+            parts = [f"<h1>{escape(run.name)}</h1>", *layer_section(read_object(layers)["layers"])]
+        atomic_write(output, plain(_page(run.name, "\n".join(parts))))
         return output
     if not stages:
         raise InputError(f"{run} holds no finished stage", "give the run folder of a conversion, or resume it first")
-    parts = [f"<h1>{escape(run.name)}</h1>", *_verdict(stages), *_compared(stages)]
-    for folder, record in stages:
-        parts += _stage(folder, record)
-    parts.append(_timings(stages))
+    with understood(run, "dcgen-convert resume names the damaged file"):
+        parts = [f"<h1>{escape(run.name)}</h1>", *_verdict(stages), *_compared(stages)]
+        for folder, record in stages:
+            parts += _stage(folder, record)
+        parts.append(_timings(stages))
     recipe = run / names.RECIPE
     if recipe.is_file():
         parts.append(f"<h2>recipe</h2><pre>{escape(json.dumps(read_json(recipe), indent=2))}</pre>")
     output = Path(output) if output else run / REPORT
-    atomic_write(output, _page(run.name, "\n".join(parts)))
+    atomic_write(output, plain(_page(run.name, "\n".join(parts))))
     return output
 
 
 def finished_stages(run: Path) -> list[tuple[Path, dict[str, Any]]]:
     """(folder, record) of every finished stage, in the order in which they ended."""
     markers = sorted(run.rglob(MARKER), key=lambda path: (path.stat().st_mtime_ns, str(path)))
-    return [(path.parent, read_json(path)) for path in markers]
+    return [(path.parent, read_object(path)) for path in markers]
 
 
 def _page(title: str, body: str) -> str:

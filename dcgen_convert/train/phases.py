@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dcgen_convert.bundle.scheduler import flux2_shift
 from dcgen_convert.core.errors import RecipeError
-from dcgen_convert.core.files import read_json, write_json
+from dcgen_convert.core.files import read_object, write_json
 from dcgen_convert.core.names import EXPORT
 from dcgen_convert.data import buckets
 from dcgen_convert.families import Family, Text
@@ -276,7 +276,7 @@ def _evaluate_once(engine: Engine, goal: Goal, place: Place) -> dict[str, float]
     """`_evaluate` before the first step; a resumed run finds the result on disk."""
     path = place.folder / "evaluation-before.json"
     if distributed.agree(path.exists(), engine.device):  # all ranks or none: they look at different moments
-        return read_json(path)
+        return read_object(path)
     result = _evaluate(engine, goal, place)
     if result is not None and engine.rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dcgen_convert.core.files import atomic_write, read_lines
+from dcgen_convert.core.files import atomic_write, read_lines, understood
 from dcgen_convert.train.meter import Meter
 from dcgen_convert.train.objective import Velocity
 
@@ -82,8 +82,20 @@ class TrainingWatch:
 def kept_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Rewrite a file of JSON lines with those that ``keep`` accepts; a line that was cut short is dropped."""
     lines = read_lines(path) if path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and keep(json.loads(line))]
+    with understood(path, "remove the damaged line"):
+        kept = [line for i, line in enumerate(lines) if (found := _parsed(line, i + 1 == len(lines))) and keep(found)]
     atomic_write(path, "".join(line + "\n" for line in kept))
+
+
+def _parsed(line: str, last: bool) -> dict[str, Any] | None:
+    """What a line holds; None for the last one when it was cut short."""
+    try:
+        found: dict[str, Any] = json.loads(line)
+    except ValueError:
+        if not last:
+            raise
+        return None
+    return found
 
 
 NONE = Intervals()

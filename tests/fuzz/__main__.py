@@ -1,4 +1,4 @@
-"""`python -m tests.fuzz`: 4,000 mutations and more, over all kinds of input. Exit 1 when one is not answered well."""
+"""`python -m tests.fuzz`: 5,000 mutations and more, over all kinds of input. Exit 1 when one is not answered well."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The 18 kinds of input that a user, a download or a damaged disk can give us, and what the program does with each."""
+"""The 22 kinds of input that a user, a download or a damaged disk can give us, and what the program does with each."""
 
 from __future__ import annotations
 
@@ -33,11 +33,13 @@ from dcgen_convert.core.journal import Run, Wanted
 from dcgen_convert.core.version import __version__
 from dcgen_convert.data import cache as latents
 from dcgen_convert.data import images, prompts
+from dcgen_convert.evaluate import report
 from dcgen_convert.ranks import hosts
 from dcgen_convert.recipe import loading, shelf
 from dcgen_convert.stages.job import find_autoencoder
 from dcgen_convert.svdquant import trees
 from dcgen_convert.train import checkpoints
+from dcgen_convert.train.watch import kept_lines
 
 from . import mutations as damage
 
@@ -365,6 +367,42 @@ def make_index(folder: Path) -> None:
     (folder / "source" / "transformer" / f"{FILE.name}.index.json").write_text(json.dumps(document))
 
 
+def make_asked(folder: Path) -> None:
+    Run(folder / "run", NULL)
+    (folder / "run" / conversion.ASKED).write_text(json.dumps({"job": "x", "stages": ["surgery", "data"]}))
+
+
+def use_asked(folder: Path) -> None:
+    run = Run(folder / "run", NULL)
+    conversion._asked(run, ["surgery", "data"], None)
+    conversion._answered(run, "data")
+
+
+def make_metrics(folder: Path) -> None:
+    rows = [{"step": step, "loss": 1 / (step + 1), "deep": {"x": 1}} for step in range(6)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def use_metrics(folder: Path) -> None:
+    report._curves(folder / "metrics.jsonl", "x")
+    kept_lines(folder / "metrics.jsonl", lambda line: line["step"] < 4)
+
+
+def make_report(folder: Path) -> None:
+    for name in ("surgery", "data", "verify"):
+        (folder / "run" / name).mkdir(parents=True)
+        metrics = {"loss": 1.5, "gap": [0.1, 0.2], "psnr": {"mean": 30.0}, "problems": []}
+        record = {"schema": "dcgen.stage/2", "inputs": STAGE, "seconds": 3.0, "metrics": metrics, "files": {}}
+        (folder / "run" / name / "stage.json").write_text(json.dumps(record))
+    (folder / "run" / "recipe.json").write_text(json.dumps({"recipe": STAGE}))
+
+
+def make_layers(folder: Path) -> None:
+    record = {"module": "a.b", "format": "nvfp4", "error": 0.1, "error_rtn": 0.2, "rank": 16, "shape": [8, 8]}
+    (folder / "transformer").mkdir()
+    (folder / "transformer" / "quantization.json").write_text(json.dumps({"layers": [record, record]}))
+
+
 SAFETENSORS = "bfl.safetensors"
 CONFIGS = ("transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json", "text_encoder/config.json")
 TARGETS = (
@@ -408,6 +446,20 @@ TARGETS = (
         lambda folder: linked(BASE, folder / "source"),
         rewritten(*(f"source/{name}" for name in CONFIGS), by=as_json),
         lambda folder: taken(folder / "source", base=None),
+    ),
+    Target("asked.json", make_asked, rewritten(f"run/{conversion.ASKED}", by=as_json), use_asked),
+    Target("metrics.jsonl", make_metrics, rewritten("metrics.jsonl", by=as_lines), use_metrics),
+    Target(
+        "report",
+        make_report,
+        rewritten("run/data/stage.json", "run/verify/stage.json", "run/recipe.json", by=as_json),
+        lambda folder: report.write_report(folder / "run"),
+    ),
+    Target(
+        "quantised layers",
+        make_layers,
+        rewritten("transformer/quantization.json", by=as_json),
+        report.write_report,
     ),
     Target("settings", make_settings, spoil_settings, use_settings),
     Target(
