@@ -69,6 +69,16 @@ def test_the_changed_input_and_the_work_are_named(run):
     assert found.reason == "changed: k, phase.lr" and found.seconds == found.record["seconds"]
 
 
+def test_files_without_a_record_of_their_inputs_are_not_believed(run):
+    (run.path / "a").mkdir()
+    assert state(run, {}) == "nothing"
+    (run.path / "a" / "half").write_text("h")
+    found = run.look(Wanted("a", {}))
+    assert (found.state, found.reason) == ("outdated", "unknown, it has no record of its inputs")
+    finish(run, {})
+    assert not (run.path / "a" / "half").exists()
+
+
 @pytest.mark.parametrize("repair", ["file", "entry"])
 def test_a_changed_bit_a_cut_and_a_lost_output_are_found_and_made_again(tmp_path, repair):
     for damage in (lambda path: path.write_text("y"), lambda path: path.write_text(""), lambda path: path.unlink()):
@@ -79,6 +89,22 @@ def test_a_changed_bit_a_cut_and_a_lost_output_are_found_and_made_again(tmp_path
         before = finish(run, {}, repair=repair)
         assert before.state == "damaged" and before.damaged == ("artefact",)
         assert state(run, {}) == "holds" and run.look(Wanted("a", {})).result == before.result
+
+
+@pytest.mark.parametrize("repair, kept", [("file", True), ("entry", False), ("all", False)])
+def test_what_a_damaged_output_costs(tmp_path, repair, kept):
+    wanted = Wanted("a", {}, repair=repair)
+    run = Run(tmp_path, NULL)
+    with run.stage(wanted, run.look(wanted)) as stage:
+        (stage.folder / "part").mkdir()
+        for name in ("part/damaged", "part/beside", "apart"):
+            atomic_write(stage.folder / name, "x")
+    (run.path / "a" / "part" / "damaged").write_text("y")
+    run = Run(tmp_path, NULL)
+    with run.stage(wanted, run.look(wanted)) as stage:
+        assert not (stage.folder / "part" / "damaged").exists()
+        assert (stage.folder / "part" / "beside").exists() == kept
+        assert (stage.folder / "apart").exists() == (repair != "all")
 
 
 def test_without_a_check_only_sizes_are_compared(run, tmp_path):
@@ -133,6 +159,15 @@ def test_a_stage_that_can_go_on_with_the_change_keeps_its_files_and_tells(run):
     assert (run.path / "a" / "half").exists() and record["history"] == ["1 -> 2"]
 
 
+def test_every_change_that_a_stage_went_on_with_is_remembered(run):
+    goes_on = {"continues": lambda old: f"from {old['k']}"}
+    interrupt(run, {"k": 1})
+    interrupt(run, {"k": 2}, **goes_on)
+    finish(run, {"k": 2})
+    finish(run, {"k": 3}, **goes_on)
+    assert run.look(Wanted("a", {"k": 3})).record["history"] == ["from 1", "from 2"]
+
+
 def test_an_extended_result_remembers_the_one_that_it_extends(run):
     finish(run, {"k": 1}, extends=True)
     first = run.look(Wanted("a", {"k": 1}))
@@ -142,6 +177,16 @@ def test_an_extended_result_remembers_the_one_that_it_extends(run):
     finish(run, {"k": 3}, "other", extends=True)
     third = run.look(Wanted("a", {"k": 3}))
     assert third.origin == third.result
+
+
+def test_what_was_made_from_a_damaged_result_holds_when_it_is_mended(run, tmp_path):
+    finish(run, {})
+    first = run.look(Wanted("a", {}))
+    (run.path / "a" / "artefact").write_text("y")
+    run = Run(tmp_path / "run", NULL)
+    finish(run, {}, "rounded otherwise")
+    second = run.look(Wanted("a", {}))
+    assert second.origin == first.result != second.result
 
 
 def test_unfinished_folders_and_damaged_shards_are_removed_before_a_stage_continues(run):
