@@ -164,8 +164,21 @@ def test_every_change_that_a_stage_went_on_with_is_remembered(run):
     interrupt(run, {"k": 1})
     interrupt(run, {"k": 2}, **goes_on)
     finish(run, {"k": 2})
-    finish(run, {"k": 3}, **goes_on)
+    interrupt(run, {"k": 3}, **goes_on)
+    assert state(run, {"k": 3}) == "interrupted"  # the marker of what it was before is gone
+    finish(run, {"k": 3})
     assert run.look(Wanted("a", {"k": 3})).record["history"] == ["from 1", "from 2"]
+
+
+def test_damage_is_mended_too_when_a_stage_goes_on_with_a_change(run, tmp_path):
+    finish(run, {"k": 1})
+    (run.path / "a" / "artefact").write_text("y")
+    run = Run(tmp_path / "run", NULL)
+    wanted = Wanted("a", {"k": 2}, continues=lambda _: "more")
+    found = run.look(wanted)
+    assert (found.state, found.damaged) == ("continues", ("artefact",))
+    with run.stage(wanted, found) as stage:
+        assert not (stage.folder / "artefact").exists()
 
 
 def test_an_extended_result_remembers_the_one_that_it_extends(run):
