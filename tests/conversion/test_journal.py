@@ -192,6 +192,14 @@ def test_an_extended_result_remembers_the_one_that_it_extends(run):
     assert third.origin == third.result
 
 
+def test_unfinished_files_are_no_outputs(run):
+    wanted = Wanted("a", {})
+    with run.stage(wanted, run.look(wanted)) as stage:
+        (stage.folder / ".tmp-1-half").write_text("h")
+        atomic_write(stage.folder / "artefact", "x")
+    assert list(run.record("a")["outputs"]) == ["artefact"]
+
+
 def test_what_was_made_from_a_damaged_result_holds_when_it_is_mended(run, tmp_path):
     finish(run, {})
     first = run.look(Wanted("a", {}))
