@@ -65,6 +65,8 @@ class Draws:
     dropped: Tensor
 
 
+# for every batch, for every quantile of t: (mean loss, t, samples)
+Figures = list[list[tuple[float, float, int]]]
 LossOf = Callable[[Tensor, Text, Draws], Tensor]  # (z0 (B, C, h, w), text, draws) -> mean loss over the samples, scalar
 
 
@@ -234,6 +236,7 @@ def evaluate_loss(
     seed: int,
     sampling: SamplingOf,
     device: torch.device | str = "cpu",
+    combine: Callable[[Figures], Figures] = lambda own: own,
 ) -> dict[str, float]:
     """Loss on held-out samples at fixed quantiles of t, under a random stream of its own.
 
@@ -242,18 +245,22 @@ def evaluate_loss(
         batches: (positions, z0, text), each of one shape; the positions key the noise, so two evaluations see the same
             noise.
         sampling: shape (C, h, w) -> how draws are distributed; its quantiles of t are those of that shape.
+        combine: figures of this rank's batches -> those of all ranks' batches, always in the same order, so that the
+            sums are rounded alike.
     Returns:
         {"t0.12": loss at t = 0.12 (the mean over the samples), ..., "mean": their mean}.
     """
-    result: dict[str, float] = {}
+    own: Figures = [[] for _ in batches]
     for number in range(len(QUANTILES)):
-        total, level, count = 0.0, 0.0, 0
-        for positions, z0, text in batches:
+        for figures, (positions, z0, text) in zip(own, batches, strict=True):
             drawn = draw_evaluation(seed, number, positions, z0.shape[1:], sampling(z0.shape[1:]))
-            total += len(z0) * loss_of(*to_device((z0, text, drawn), device)).item()
-            level += len(z0) * drawn.t[0].item()
-            count += len(z0)
-        result[f"t{level / count:.2f}"] = total / count
+            loss = loss_of(*to_device((z0, text, drawn), device)).item()
+            figures.append((loss, drawn.t[0].item(), len(z0)))
+    result: dict[str, float] = {}
+    for quantile in zip(*combine(own), strict=True):
+        count = sum(size for _, _, size in quantile)
+        level = sum(size * t for _, t, size in quantile) / count
+        result[f"t{level:.2f}"] = sum(size * loss for loss, _, size in quantile) / count
     return {**result, "mean": sum(result.values()) / len(result)}
 
 

@@ -27,6 +27,7 @@ from dcgen_convert.train.loop import Goal, Loop, Place, Samples
 from dcgen_convert.train.meter import meter_of
 from dcgen_convert.train.objective import (
     Draws,
+    Figures,
     LossOf,
     Sampling,
     consistency_loss,
@@ -260,16 +261,24 @@ def _averaged(engine: Engine) -> AbstractContextManager[None]:
 
 
 def _evaluate(engine: Engine, goal: Goal, place: Place) -> dict[str, float] | None:
-    """Held-out loss at fixed noise levels, or None without held-out rows."""
+    """Held-out loss at fixed noise levels, or None without held-out rows. Every rank takes its part of the rows."""
     rows = place.held_out
     if rows is None or not len(rows):
         return None
-    batches = [(part, *rows.batch(list(part))) for part in buckets.batches(rows.spans, engine.micro_batch)]
+    parts, world = buckets.batches(rows.spans, engine.micro_batch), engine.world
+    own = parts[engine.rank :: world]
+    if len(own) * world < len(parts):  # as many passes as the others: with ZeRO 3 they gather the weights together
+        own.append(parts[0])
+    batches = [(part, *rows.batch(list(part))) for part in own]
+
+    def combine(figures: Figures) -> Figures:
+        everyone = distributed.of_all(figures, engine.device)
+        return [everyone[number % world][number // world] for number in range(len(parts))]
 
     def through_engine(z0: Tensor, text: Text, draws: Draws) -> Tensor:
         return engine.evaluate(lambda parts: goal.loss_of(*parts), (z0, text, draws))
 
-    return evaluate_loss(through_engine, batches, place.seed, goal.sampling, engine.device)
+    return evaluate_loss(through_engine, batches, place.seed, goal.sampling, engine.device, combine)
 
 
 def _evaluate_once(engine: Engine, goal: Goal, place: Place) -> dict[str, float] | None:

@@ -117,9 +117,12 @@ def test_three_ranks_train_and_export_alike(tmp_path, undisturbed):
     """Three ranks do not divide the tensors evenly: every stage pads. What they saved, one process continues."""
     reference, weights = undisturbed
     folders = {zero: tmp_path / f"zero{zero}" for zero in (2, 3)}
-    jobs = [{"folder": str(folder), "adapt": {"zero": zero}, "saving": [8, 0.0]} for zero, folder in folders.items()]
+    common = {"saving": [8, 0.0], "held": 7}  # held-out batches of 2, 2, 2 and 1 rows: two ranks have one less
+    jobs = [{"folder": str(folder), "adapt": {"zero": zero}, **common} for zero, folder in folders.items()]
     assert run_ranks(3, jobs, tmp_path / "ranks.log") == [""] * 3
+    alone = adapt(tmp_path / "alone", held=7, phase={"steps": 1})[0]["evaluation"]["before"]
     for folder in folders.values():
+        assert read_json(folder / "evaluation-before.json") == pytest.approx(alone, rel=1e-5)
         assert max(abs(a - b) for a, b in zip(losses(folder), reference, strict=True)) < 1e-6
         assert distance(exported(folder), weights) < 1e-5
         newest = checkpoints.whole(folder / "checkpoints")[-1]

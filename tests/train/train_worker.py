@@ -113,10 +113,14 @@ def phase_section(**changes) -> Phase:
     return Phase(**{**values, **changes})
 
 
-def adapt(folder, *, phase=None, adapt=None, dtype="fp32", saving=(0, 0.0), mixed=False, scheduler=SCHEDULER, **more):
-    """`adapt_phase` of a fresh tiny FLUX in ``folder``, on rows of one shape or of several; returns (metrics,
-    model).
+def adapt(
+    folder, *, phase=None, adapt=None, dtype="fp32", saving=(0, 0.0), mixed=False, scheduler=SCHEDULER, held=0, **more
+):
+    """`adapt_phase` of a fresh tiny FLUX in ``folder``, on rows of one shape or of several, with ``held`` rows held
+    out; returns (metrics, model).
     """
+    if held:
+        more["held_out"] = Rows(held, seed=1)
     model = tiny_flux()
     task = Task(model, FLUX, adapt_section(**(adapt or {})), MixedRows() if mixed else Rows(), scheduler)
     place = Place(Path(folder), saving=Saving(*saving), **more)
