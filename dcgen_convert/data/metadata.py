@@ -16,20 +16,19 @@ FILE = "file_name"
 
 
 def captions(root: Path, pictures: Iterable[Path], column: str | None = None) -> dict[Path, str]:
-    """Picture -> caption, of those ``pictures`` below ``root`` that a table names.
+    """File -> caption, from the tables that speak of the ``pictures`` below ``root``.
 
     Args:
         column: of the captions; None: the first of `prompt_lists.COLUMNS`.
     Raises:
         InputError: a table is damaged, or has no such columns.
     """
-    known = set(pictures)
-    folders = {folder for picture in known for folder in picture.parents if folder == root or root in folder.parents}
+    folders = {folder for picture in pictures for folder in picture.parents if folder == root or root in folder.parents}
     found: dict[Path, str] = {}
     for folder in sorted(folders):  # a table that is nearer to the picture comes later, and counts
         for name in NAMES:
             if (folder / name).is_file():
-                found |= {file: text for file, text in _rows(folder / name, column) if file in known}
+                found |= dict(_rows(folder / name, column))
     return found
 
 

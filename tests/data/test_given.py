@@ -79,6 +79,7 @@ def test_the_pictures_of_shards_have_their_captions_and_a_larger_count_keeps_the
     write(folder / "train" / f"b{suffix}", range(40, 100))
     few, told = take(work, folder, count=10)
     assert len(few) == 10 and told == f"10 pictures taken: {folder} 10 of 100 pictures"
+    assert shown(few)[0] < 40 <= shown(few)[-1] and shown(few) != [*range(10)]  # from everywhere
     assert len(list((work / "1.unpacked").rglob("*.*g"))) == 10  # nothing more was copied
     assert take(work, folder, count=10)[0] == few
     more = take(work, folder, count=30)[0]
