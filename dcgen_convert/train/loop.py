@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dcgen_convert.core.console import NULL, Console
 from dcgen_convert.core.errors import CheckFailed, InputError, Terminated
+from dcgen_convert.core.files import read_lines
 from dcgen_convert.core.names import CHECKPOINTS
 from dcgen_convert.core.progress import Bar
 from dcgen_convert.families import Text
@@ -125,7 +126,10 @@ class Resumed:
 
 @dataclass
 class Curve:
-    """Losses seen by this process, with the guard against spikes."""
+    """Losses of the run, with the guard against spikes.
+
+    losses: of every step, on rank 0; the other ranks know those since the last start. recent: since the last start.
+    """
 
     losses: list[float] = field(default_factory=list)
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
@@ -163,7 +167,7 @@ class Loop:
 
         Returns:
             steps, seconds, samples_per_second, data_wait_seconds, loss_first and loss_last (means of the first / last
-            20 steps of this process), resumed_from.
+            20 steps; on rank 0 of the whole run, also when it was cut off), resumed_from.
         Raises:
             CheckFailed: NaN or a loss spike; the message names the step, the hint the checkpoint that was kept.
             InputError: there are no samples, or the checkpoint belongs to other settings.
@@ -181,6 +185,7 @@ class Loop:
         with closing(feed), _signals() as signals, self.console.progress(label, left, "step") as bar:
             if engine.rank == 0:  # whoever sees this file may send a signal
                 self._metrics = _Metrics(self.place.folder / METRICS, first)
+                self.curve.losses = self._metrics.losses_before()
                 self.watch.forget(first)
             while engine.step_count < engine.settings.steps:
                 waited = feed.waited
@@ -349,6 +354,10 @@ class _Metrics:
         self._lines: list[str] = []
         path.parent.mkdir(parents=True, exist_ok=True)
         kept_lines(path, lambda line: line["step"] < step)
+
+    def losses_before(self) -> list[float]:
+        """Losses of the steps that were done before this start."""
+        return [json.loads(line)["loss"] for line in read_lines(self.path)]
 
     def add(self, record: StepRecord, rate: float, more: dict[str, float]) -> None:
         line = {key: value for key, value in asdict(record).items() if key != "stop"}

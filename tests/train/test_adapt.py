@@ -95,6 +95,7 @@ def test_the_last_phase_of_a_finished_run_is_not_trained_again(tmp_path):
     first, _ = adapt(tmp_path)
     second, _ = adapt(tmp_path)
     assert second["resumed_from"] == second["steps"] == 12 and second["samples_per_second"] is None
+    assert second["loss_first"] == first["loss_first"] and second["loss_last"] == first["loss_last"]  # of the whole run
     assert load_file(first["exports"]["lora"]).keys() == load_file(second["exports"]["lora"]).keys()
 
 

@@ -102,6 +102,8 @@ def test_resume_is_bitwise(tmp_path, options):
     metrics = stop_and_resume(tmp_path / "stopped", options, options)
     assert metrics["resumed_from"] == 8
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    whole = losses(tmp_path / "whole")
+    assert metrics["loss_first"] == pytest.approx(sum(whole) / len(whole), abs=1e-6) == metrics["loss_last"]
     assert same(exported(tmp_path / "stopped"), exported(tmp_path / "whole"))
 
 
