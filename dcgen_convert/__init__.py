@@ -16,8 +16,18 @@ from dcgen_convert.core.version import __version__
 
 TYPE_CHECKING = False  # typing is not imported for it: the command must hear signals soon after its start
 if TYPE_CHECKING:
-    from dcgen_convert.api.calls import adopt, convert, inspect, plan, quantize, resume, runs, sample, verify
-    from dcgen_convert.api.results import Adopted, Conversion, Inspection, Pictures, Plan, Quantised, Runs, Verdict
+    from dcgen_convert.api.calls import adopt, clean, convert, inspect, plan, quantize, resume, runs, sample, verify
+    from dcgen_convert.api.results import (
+        Adopted,
+        Cleaned,
+        Conversion,
+        Inspection,
+        Pictures,
+        Plan,
+        Quantised,
+        Runs,
+        Verdict,
+    )
     from dcgen_convert.core.errors import (
         AccessError,
         CheckFailed,
@@ -33,6 +43,7 @@ __all__ = [
     "AccessError",
     "Adopted",
     "CheckFailed",
+    "Cleaned",
     "Conversion",
     "DcgenError",
     "InputError",
@@ -48,6 +59,7 @@ __all__ = [
     "Verdict",
     "__version__",
     "adopt",
+    "clean",
     "convert",
     "inspect",
     "plan",

@@ -25,23 +25,25 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from dcgen_convert.bundle.manifest import FILE as MANIFEST
-from dcgen_convert.core.console import Console
+from dcgen_convert.core.console import NULL, Console
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_object, understood, write_json
 from dcgen_convert.core.journal import Found, Run
-from dcgen_convert.core.names import EXPORT, MODULES, RECIPE
+from dcgen_convert.core.names import EXPORT, MODULES, OPEN, RECIPE
 from dcgen_convert.core.progress import duration
 from dcgen_convert.core.version import __version__
 from dcgen_convert.networks.models import TRANSFORMER
-from dcgen_convert.planning import licences
+from dcgen_convert.planning import licences, needs
+from dcgen_convert.planning.needs import Part
 from dcgen_convert.planning.plan import require_disk, require_fits, require_possible
 from dcgen_convert.ranks import join
 from dcgen_convert.ranks.crew import SOLO, Crew
 from dcgen_convert.ranks.machine import Machine
 from dcgen_convert.recipe.loading import Resolved, revive
 from dcgen_convert.stages import folders, memory, pictures
+from dcgen_convert.stages.clean import retain
 from dcgen_convert.stages.job import Job, prepare
-from dcgen_convert.stages.steps import Step, Survey, wanted
+from dcgen_convert.stages.steps import Step, Survey, cleaned_for, wanted
 
 NEW_RUN = "start a new run with another --run-dir"
 ASKED = "asked.json"  # the stages that --from asked for and that are still to be begun, and the job that asked
@@ -155,7 +157,7 @@ def convert(  # noqa: PLR0913  every option of the verb by its name
             contents = job.source.contents(bar.advance)
         record["source"] = {name: [sizes.get(name), digest] for name, digest in contents.items()}
         force = force or recorded.get("replace") == str(output)
-        steps = list(walk(job, output, force))
+        every = steps = list(walk(job, output, force))
         stages = [step.name for step in steps]
         for name in (start, until):
             if name is not None and name not in stages:
@@ -163,16 +165,23 @@ def convert(  # noqa: PLR0913  every option of the verb by its name
         if until is not None:
             steps = steps[: stages.index(until) + 1]
         asked = _asked(run, [step.name for step in steps], start)
-        survey = Survey(run, steps, asked)
+        parts = needs.parts(resolved.recipe, job.source.imported)
+        lost = [step.name for step in steps if step.name == folders.BUNDLE and not (output / MANIFEST).exists()]
+        survey = Survey(run, steps, asked, lost, parts)
         survey.require_output(output, force)
         survey.require_consent(consent)
         _require_memory(job, survey)
+        asked = [*survey.again, *asked]
         replaced = str(output) if force and folders.BUNDLE in survey.open else None
         write_json(run.path / RECIPE, {**record, "replace": replaced, "version": __version__})
+        still = {*asked, *survey.open}
+        if until is not None:  # what stands behind it may be outdated too; its sizes tell enough
+            still |= Survey(Run(run.path, NULL, False), every, asked).open
+        write_json(run.path / OPEN, {"stages": [name for name in stages if name in still]})
         if asked:
             write_json(run.path / ASKED, {"job": os.environ.get(join.JOB), "stages": asked})
         crew.introduce({"run": str(run.path), **record})
-        return _run_steps(job, steps, output, asked)
+        return _run_steps(job, steps, output, asked, parts)
 
 
 def _require_memory(job: Job, survey: Survey) -> None:
@@ -213,7 +222,14 @@ def _answered(run: Run, name: str) -> None:
         write_json(path, {**found, "stages": [stage for stage in found["stages"] if stage != name]})
 
 
-def _run_steps(job: Job, steps: list[Step], output: Path, asked: list[str]) -> dict[str, Any]:
+def _passed(run: Run, name: str) -> None:
+    """Stage ``name`` holds, for the walk of today."""
+    found = read_object(run.path / OPEN)["stages"]
+    if name in found:
+        write_json(run.path / OPEN, {"stages": [stage for stage in found if stage != name]})
+
+
+def _run_steps(job: Job, steps: list[Step], output: Path, asked: list[str], parts: list[Part]) -> dict[str, Any]:
     records: list[dict[str, Any]] = []
     known: dict[str, Found] = {}
     for step in steps:
@@ -222,6 +238,9 @@ def _run_steps(job: Job, steps: list[Step], output: Path, asked: list[str]) -> d
         lost = step.name == folders.BUNDLE and not (output / MANIFEST).exists()
         again = lost or step.name in asked
         if again or found.state != "holds":
+            if gone := cleaned_for(step.name, known, parts):  # a stage before it came out different
+                what = f"{step.name} must run again, and clean has removed the files of {gone[0]} that it reads"
+                raise InputError(what, f"add --from {gone[0]} to make them again")
             _tell(job.console, step.name, found, again)
             with memory.named(step.name), job.run.stage(made_from, found, again) as stage:
                 _answered(job.run, step.name)  # now: when it is cut off, it continues
@@ -229,8 +248,11 @@ def _run_steps(job: Job, steps: list[Step], output: Path, asked: list[str]) -> d
             found = job.run.look(made_from)
             assert found.state == "holds", f"stage {step.name} left no marker"
         else:
-            job.console.say(f"{step.name}: holds, skipped{_of_fewer(step, known)}")
+            cleaned = "; clean has removed files of it" if found.cleaned else ""
+            job.console.say(f"{step.name}: holds, skipped{cleaned}{_of_fewer(step, known)}")
         known[step.name] = found
+        _passed(job.run, step.name)
+        retain(job.run, job.recipe, parts, [*known], job.console)
         record = found.record
         job.console.event("stage", name=step.name, seconds=record["seconds"], metrics=record["metrics"])
         records.append({"name": step.name, "seconds": record["seconds"], "metrics": record["metrics"]})
@@ -248,6 +270,8 @@ def _of_fewer(step: Step, known: dict[str, Found]) -> str:
 
 def _tell(console: Console, name: str, found: Found, again: bool) -> None:
     """Say why a stage runs."""
+    if found.cleaned and again:
+        console.say(f"{name}: runs again, clean has removed files of it that are needed now")
     if again or found.state == "nothing":
         return
     words = {

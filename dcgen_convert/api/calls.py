@@ -16,7 +16,17 @@ from typing import Literal, Unpack
 
 from dcgen_convert.api import command
 from dcgen_convert.api.order import Order, order, quantisation, require_folders, resolve
-from dcgen_convert.api.results import Adopted, Conversion, Inspection, Pictures, Plan, Quantised, Runs, Verdict
+from dcgen_convert.api.results import (
+    Adopted,
+    Cleaned,
+    Conversion,
+    Inspection,
+    Pictures,
+    Plan,
+    Quantised,
+    Runs,
+    Verdict,
+)
 from dcgen_convert.api.settings import JobSettings, Settings
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError, InternalError, explain
@@ -407,3 +417,41 @@ def runs(folder: str | Path = "runs") -> Runs:
     from dcgen_convert.stages.runs import runs_in
 
     return Runs(runs_in(Path(folder)))
+
+
+@_explained()
+def clean(
+    run_dir: str | Path,
+    *,
+    keep: Literal["resume", "bundle"] = "resume",
+    delete: bool = False,
+    quiet: bool = False,
+    console: Console | None = None,
+) -> Cleaned:
+    """Say what the run folder ``run_dir`` holds and what still needs it, and remove what nothing needs.
+
+    The bundle, and what an unfinished stage needs, are never removed; nor are the records that `report` reads.
+
+    Args:
+        keep: "resume": remove what no stage reads, such as the checkpoints of finished trainings. "bundle": also remove
+            what all stages that read it have read.
+        delete: remove it; else it is only said.
+        quiet: only warnings on stderr.
+        console: where to speak instead.
+
+    Raises:
+        InputError: no run folder, or a run of another version.
+        ResourceError: a process works in it.
+    """
+    from dcgen_convert import conversion
+    from dcgen_convert.core.journal import Run
+    from dcgen_convert.stages import clean as cleaning
+
+    resolved, output = conversion.recorded(Path(run_dir))
+    run = Run(Path(run_dir), console or _console(quiet), check=False)
+    with run.locked():
+        rows = cleaning.look(run, resolved.recipe, output, keep)
+        document = cleaning.describe(rows)
+        if delete:
+            cleaning.remove(run, rows)
+    return Cleaned(Path(run_dir), keep, **document, status="done" if delete else "planned")

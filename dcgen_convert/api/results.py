@@ -183,6 +183,23 @@ class Runs(Result):
     runs: list[dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Cleaned(Result):
+    """What a run folder holds. status: "done" when files were removed, "planned" when they only would be.
+
+    parts: of each its "stage" ("": none), what it "holds", "files" and "bytes", the stages that it is "needed_by", its
+    other "use", and whether it is "removed". bytes: of all. freed: bytes that the disk gets back.
+    """
+
+    SCHEMA: ClassVar[str] = "dcgen.clean/1"
+
+    run: Path
+    keep: str
+    bytes: int
+    freed: int
+    parts: list[dict[str, Any]]
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)

@@ -6,8 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-COLUMNS = {"source": "base model", "converted": "this model", "round_trip": "autoencoder alone", "nvfp4": "NVFP4",
-           "int4": "INT4"}  # fmt: skip
+from dcgen_convert.evaluate import words
 
 
 def rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -24,7 +23,7 @@ def rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _autoencoder(latents: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     value = _mean(latents.get("roundtrip_psnr_db"))
     if value is not None:
-        yield "The autoencoder alone: pictures encoded and decoded again (PSNR; higher is better)", f"{value:.1f} dB"
+        yield words.ROUND_TRIP, f"{value:.1f} dB"
 
 
 def _training(metrics: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -66,18 +65,21 @@ def _quantised(quantize: Mapping[str, Any], verify: Mapping[str, Any]) -> Iterat
             break
     value = _mean(verify.get("psnr_quantised_db"))
     if value is not None:
-        yield "4-bit pictures against 16-bit ones from the same noise (PSNR; higher is better)", f"{value:.1f} dB"
+        yield words.QUANTISED, f"{value:.1f} dB"
 
 
 def _compared(verify: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     kinds = {
-        "accuracy_": ("Asked-for attributes that the pictures show", "{:.1%}"),
-        "frechet_": ("Frechet distance to reference pictures (lower is better)", "{:.4g}"),
+        "accuracy_": (words.ACCURACY, "{:.1%}"),
+        "frechet_": (words.FRECHET, "{:.4g}"),
     }
     for prefix, (what, form) in kinds.items():
         found = {key.removeprefix(prefix): value for key, value in verify.items() if key.startswith(prefix)}
         if found:
-            yield what, ", ".join(f"{COLUMNS.get(key, key)} {form.format(value)}" for key, value in found.items())
+            yield (
+                what,
+                ", ".join(f"{words.PICTURES_OF.get(key, key)} {form.format(value)}" for key, value in found.items()),
+            )
 
 
 def _mean(value: Any) -> float | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 from click.shell_completion import CompletionItem
@@ -282,6 +282,27 @@ def runs(session: Session, folder: str, **values: Any) -> int:
     found = calls.runs(folder)
     console.result(found.document(), verbs.runs_text(found, folder))
     return 0
+
+
+@cli.command(context_settings=CONTEXT)
+@click.argument("run", type=click.Path(exists=True, file_okay=False))
+@option(
+    "--keep",
+    type=click.Choice(["resume", "bundle"]),
+    default="resume",
+    show_default=True,
+    help="resume: all that a stage reads stays; bundle: only what a stage that is not done must read stays.",
+)
+@option("-y", "--yes", is_flag=True, help="Remove it. Default: ask on a terminal, else only show the table.")
+@stack(OUTPUT)
+@click.pass_obj
+def clean(session: Session, run: str, keep: Literal["resume", "bundle"], yes: bool, **values: Any) -> int:
+    """Say what the run folder RUN holds and what still needs it, and remove what nothing needs. The bundle always
+    stays."""
+    console = session.begin(**output_options(values))
+    from dcgen_convert.cli import verbs
+
+    return verbs.clean(console, run, keep, yes)
 
 
 @cli.command(context_settings=CONTEXT)

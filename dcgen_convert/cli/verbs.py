@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -112,6 +112,20 @@ def adopt(session: Session, source: str, values: dict[str, Any]) -> int:
     """A folder of the DC-Gen authors as a bundle."""
     console = session.begin(**output_options(values))
     return finish(console, calls.adopt(source, **values, console=console))
+
+
+def clean(console: Console, run: str, keep: Literal["resume", "bundle"], yes: bool) -> int:
+    """Show what a run folder holds; remove what nothing needs when the user said so, or says so on the terminal."""
+    from dcgen_convert.stages.clean import text
+
+    found = calls.clean(run, keep=keep, delete=yes, console=console)
+    if not yes and found.freed and wants_live(console.stderr, {}) and sys.stdin.isatty():
+        console.say(text(found.document()))
+        if click.confirm("Remove it?", default=False, err=True):
+            found = calls.clean(run, keep=keep, delete=True, console=console)
+    hint = "" if found.status == "done" or not found.freed else "; nothing was removed, -y removes it"
+    console.result(found.document(), text(found.document()) + hint)
+    return 0
 
 
 def finish(console: Console, done: Conversion | Quantised | Adopted) -> int:

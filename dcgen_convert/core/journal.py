@@ -9,6 +9,9 @@ A stage holds when its marker names today's inputs and every output still has it
 *results* of the stages before it: when one of these ran again and came out equal, the stage still holds. A stage with
 damaged outputs makes only these again. A stage that was interrupted continues from its partial files. A stage whose
 inputs changed starts again, unless it says that it can continue from what it has (`Wanted.continues`).
+
+A stage may lose outputs on purpose (`Run.clean`): its marker names them, and it still holds. Whoever must read them
+again has to ask for the stage to run anew.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -33,6 +36,7 @@ from dcgen_convert.core.names import CHECKPOINTS, LOCK
 
 MARKER = "stage.json"
 STARTED = "started.json"
+CLEANED = "cleaned"  # key of the marker: outputs that `clean` has removed
 SEAL = "seal"  # key of the marker: fingerprint of what stands beside it
 TIMES = ("seconds", "begun", "spent")  # keys that the seal does not cover
 LONG_READ = 10_000_000_000  # bytes whose check takes long enough to be announced
@@ -79,7 +83,7 @@ class Found:
     Attributes:
         state: "holds", "damaged" (outputs), "interrupted", "continues" (with other inputs), "outdated", "nothing".
         reason: why it does not hold, in words.
-        seconds: of work that is lost if the stage starts again.
+        seconds: of work that is lost if the stage starts again; 0 where single outputs can be made again.
         record: the marker, if there is one.
         damaged: outputs that are missing or changed.
     """
@@ -89,6 +93,11 @@ class Found:
     seconds: float = 0.0
     record: dict[str, Any] = field(default_factory=dict)
     damaged: tuple[str, ...] = ()
+
+    @property
+    def cleaned(self) -> tuple[str, ...]:
+        """Outputs that `clean` has removed."""
+        return tuple(self.record.get(CLEANED, ()))
 
     @property
     def result(self) -> str:
@@ -144,7 +153,8 @@ class Run:
             if (old := wanted.recorded(record["inputs"])) == inputs:
                 if not damaged:
                     return Found("holds", record=record)
-                return Found("damaged", f"{damaged[0]} {_state(folder / damaged[0])}", 0, record, damaged)
+                lost = record["seconds"] if record.get(CLEANED) else 0  # what it could be repaired from may be gone
+                return Found("damaged", f"{damaged[0]} {_state(folder / damaged[0])}", lost, record, damaged)
             return self._changed(wanted, old, record["seconds"], record, damaged)
         if not (folder / STARTED).exists():
             left = any(folder.rglob("*")) if folder.exists() else False
@@ -207,7 +217,8 @@ class Run:
             again: start again, whatever stands there.
         """
         folder = self.path / wanted.name
-        fresh = again or found.state in ("outdated", "nothing") or (found.state == "damaged" and wanted.repair == "all")
+        whole = wanted.repair == "all" or found.cleaned
+        fresh = again or found.state in ("outdated", "nothing") or (found.state == "damaged" and whole)
         before = {} if fresh else self._before(folder, found)
         if fresh:
             fresh_folder(folder)
@@ -217,6 +228,7 @@ class Run:
         if found.state == "continues" and not fresh:
             history.append(found.reason)
         origin = before.get("origin") if wanted.extends or found.state == "damaged" else None
+        former = found.record if fresh else {}
         started = {
             "inputs": _plain(wanted.inputs),
             "begun": time.time(),
@@ -238,6 +250,8 @@ class Run:
             for path, digest in zip(files, hashes(files), strict=True)
         }
         result = fingerprint({name: value for name, value in outputs.items() if wanted.reads(name)})
+        if former.get("result") == result:
+            origin = former["origin"]  # made again and equal: what was made from it still holds
         record = {
             "stage": wanted.name,
             "inputs": started["inputs"],
@@ -251,6 +265,23 @@ class Run:
         self._checked[_seal(record)] = ()
         write_json(folder / MARKER, {**record, SEAL: _seal(record)})
         os.unlink(folder / STARTED)
+
+    def clean(self, name: str, outputs: Iterable[str]) -> None:
+        """Remove outputs of a finished stage for good; its marker names them first, so that nobody misses them."""
+        folder, record = self.path / name, self.record(name)
+        gone = sorted({*record.get(CLEANED, ()), *outputs})
+        marker, ended = folder / MARKER, (folder / MARKER).stat()
+        cleaned = {**record, CLEANED: gone}
+        cleaned[SEAL] = _seal(cleaned)
+        if record[SEAL] in self._checked:
+            self._checked[cleaned[SEAL]] = tuple(set(self._checked[record[SEAL]]) - {*gone})
+        write_json(marker, cleaned)
+        os.utime(marker, ns=(ended.st_atime_ns, ended.st_mtime_ns))  # it tells when the stage ended
+        for path in (folder / output for output in gone):
+            path.unlink(missing_ok=True)
+            for parent in path.relative_to(folder).parents:
+                if parent.name and (folder / parent).is_dir() and not any((folder / parent).iterdir()):
+                    (folder / parent).rmdir()
 
     def _before(self, folder: Path, found: Found) -> dict[str, Any]:
         """What is known of the work that the stage continues: seconds spent, history, origin."""
@@ -277,25 +308,27 @@ class Run:
         self, wanted: Wanted, old: dict[str, Any], seconds: float, record: dict[str, Any], damaged: tuple[str, ...]
     ) -> Found:
         """What stands there was made from other inputs."""
-        continued = wanted.continues(old)
+        gone = "; clean has removed what it could go on from" if record.get(CLEANED) else ""
+        continued = None if gone else wanted.continues(old)
         if continued is not None:
             return Found("continues", continued, 0, record, damaged)
-        return Found("outdated", f"changed: {_names(wanted.inputs, old)}", seconds, record)
+        return Found("outdated", f"changed: {_names(wanted.inputs, old)}{gone}", seconds, record)
 
     def _damage(self, name: str, record: dict[str, Any]) -> tuple[str, ...]:
         """Outputs of a finished stage that are missing or not what the stage wrote. Told once."""
         seal = record[SEAL]
         if seal not in self._checked:
             folder, outputs = self.path / name, record["outputs"]
-            total = sum(size for size, _ in outputs.values())
+            total = sum(size for path, (size, _) in outputs.items() if path not in record.get(CLEANED, ()))
             if self._check and total > LONG_READ:
                 self.console.say(f"{name}: checking {total / 1e9:.1f} GB (--no-check leaves it out)")
-            there = {output for output, (size, _) in outputs.items() if _size(folder / output) == size}
+            kept = [output for output in outputs if output not in record.get(CLEANED, ())]
+            there = {output for output in kept if _size(folder / output) == outputs[output][0]}
             if self._check:
-                read = [output for output in outputs if output in there]
+                read = [output for output in kept if output in there]
                 digests = zip(read, hashes(folder / output for output in read), strict=True)
                 there = {output for output, digest in digests if digest == outputs[output][1]}
-            found = tuple(output for output in outputs if output not in there)
+            found = tuple(output for output in kept if output not in there)
             for output in found:
                 self.console.warn(f"{folder / output} {_state(folder / output)}")
             self._checked[seal] = found
@@ -313,6 +346,19 @@ class Stage:
 def _size(path: Path) -> int | None:
     """Bytes of a file; None where there is none."""
     return path.stat().st_size if path.is_file() else None
+
+
+def removed(run: Path) -> list[tuple[Path, int]]:
+    """(path, bytes) of every output that `clean` has removed from a run folder."""
+    found = []
+    for marker in sorted(run.glob(f"*/{MARKER}")):
+        try:
+            record = read_object(marker)
+        except InputError:
+            continue  # `Run.look` says so, with the command that helps
+        if record.get(SEAL) == _seal(record):
+            found += [(marker.parent / name, int(record["outputs"][name][0])) for name in record.get(CLEANED, ())]
+    return found
 
 
 def _plain(document: Any) -> Any:

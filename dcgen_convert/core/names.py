@@ -1,6 +1,7 @@
 """Names of files that more than one room reads or writes. A name that only one room needs stands in that room."""
 
 RECIPE = "recipe.json"  # in a run folder: the settings that the run was started with
+OPEN = "open.json"  # in a run folder: the stages that may still have to run
 LOCK = "lock"  # in a run folder: held by the process that works there
 MANIFEST = "dcgen_manifest.json"  # in a bundle: what it holds and what it was made from
 MODULES = "modules.safetensors"  # whole tensors of the embedder and the head under the network's own names, float32

@@ -21,8 +21,9 @@ from typing import Any
 from dcgen_convert.core import names
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import atomic_write, read_json, read_lines, read_object, understood
-from dcgen_convert.core.journal import MARKER
+from dcgen_convert.core.journal import CLEANED, MARKER
 from dcgen_convert.core.spelling import plain
+from dcgen_convert.evaluate import words
 from dcgen_convert.evaluate.charts import line_chart
 from dcgen_convert.evaluate.layers import layer_section
 
@@ -94,8 +95,8 @@ def _verdict(stages: list[tuple[Path, dict[str, Any]]]) -> list[str]:
         last = stages[-1][1].get("stage", stages[-1][0].name)
         return [f"<p><strong>Not finished: the last stage that is done is {escape(str(last))}.</strong></p>"]
     folder, metrics = checked[-1]
-    names = ", ".join(map(str, metrics["checks"]))
-    parts = [f"<p><strong>The bundle passed its checks</strong> ({escape(names)}).</p>"]
+    passed = "".join(f"<li>{escape(words.CHECKS.get(str(name), str(name)))}</li>" for name in metrics["checks"])
+    parts = [f"<p><strong>The bundle passed its checks</strong>:</p><ul>{passed}</ul>"]
     for path in sorted(folder.glob("*grid*.png")):
         parts += ["<h2>base model and bundle</h2>", _picture(path, "the same prompt and the same seed in each row")]
     rows = [row for row in scalars(metrics) if row[0] != "checks"]
@@ -109,7 +110,11 @@ def _picture(path: Path, label: str) -> str:
 
 
 def _figures(rows: list[tuple[str, Any]]) -> str:
-    cells = "".join(f"<tr><td>{escape(name)}</td><td>{escape(_text(value))}</td></tr>" for name, value in rows)
+    cells = "".join(
+        f'<tr><td title="{escape(name)}">{escape(words.of(name))}</td><td>{escape(_text(value))}</td></tr>'
+        for name, value in rows
+        if value is not None
+    )
     return f"<table>{cells}</table>"
 
 
@@ -133,7 +138,8 @@ def _compared(stages: list[tuple[Path, dict[str, Any]]]) -> list[str]:
                 found.setdefault(label, {})[record.get("stage", folder.name)] = points
     shared = {name: series for name, series in found.items() if len(series) > 1}
     drawn = [
-        f"<h3>{escape(name)}</h3>{line_chart(series, x_label='index', y_label=name)}" for name, series in shared.items()
+        f"<h3>{escape(words.of(name))}</h3>{line_chart(series, x_label='index', y_label=name)}"
+        for name, series in shared.items()
     ]
     return ["<h2>stages compared</h2>", *drawn] if drawn else []
 
@@ -144,7 +150,7 @@ def _stage(folder: Path, record: Mapping[str, Any]) -> list[str]:
     if rows := scalars(metrics):
         parts.append(_figures(rows))
     for name, series in charts(metrics).items():
-        parts += [f"<h3>{escape(name)}</h3>", line_chart(series, x_label="index", y_label=name)]
+        parts += [f"<h3>{escape(words.of(name))}</h3>", line_chart(series, x_label="index", y_label=name)]
     for value in metrics.values():
         if _is_layers(value):
             parts += layer_section(value)
@@ -153,6 +159,8 @@ def _stage(folder: Path, record: Mapping[str, Any]) -> list[str]:
     pictures = sorted(folder.rglob("*.png"), key=lambda path: ("grid" not in path.name, path.as_posix()))
     for path in pictures[:PICTURES]:
         parts.append(_picture(path, path.relative_to(folder).as_posix()))
+    if gone := record.get(CLEANED):
+        parts.append(f"<p>clean has removed {len(gone)} files of this stage.</p>")
     if len(pictures) > PICTURES:
         parts.append(f"<p>{len(pictures) - PICTURES} more pictures are in the run folder.</p>")
     return parts
@@ -174,8 +182,8 @@ def _curves(path: Path, name: str) -> list[str]:
         points = [(record["step"], record[column]) for record in records if _is_number(record.get(column))]
         if points:
             parts += [
-                f"<h3>{escape(column)}, {escape(name)}</h3>",
-                line_chart({column: points}, x_label="step", y_label=column),
+                f"<h3>{escape(words.of(column))}, {escape(name)}</h3>",
+                line_chart({column: points}, x_label="step", y_label=words.of(column).lower()),
             ]
     return parts
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from dcgen_convert.data import given
 from dcgen_convert.families import catalog
 from dcgen_convert.networks import autoencoder_files
+from dcgen_convert.planning import needs
 from dcgen_convert.planning.shapes import Shapes
 from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.schema import Recipe
@@ -17,20 +18,6 @@ PNG_BYTES_PER_PIXEL = 1.6  # photographs; drawn pictures compress better
 BF16 = 2
 QUANTISED_BYTES = 0.65
 """Bytes per weight of a W4A4 linear: 4 bits, one FP8 scale per 16, and a rank-32 branch on widths near 3072."""
-
-# Stage -> kinds of `disk` that it writes, in order. The downloads are there before the first.
-WRITTEN = (
-    ("import", ("import",)),
-    ("surgery", ("surgery",)),
-    ("data", ("pictures",)),
-    ("latents", ("latents", "text")),
-    ("align-embedder", ()),
-    ("align-head", ("checkpoints",)),
-    ("adapt", ()),
-    ("merge", ("merged",)),
-    ("quantize", ("spool", "quantised")),
-    ("bundle", ("bundle",)),
-)
 
 
 def downloads(recipe: Recipe, sizes: Shapes) -> list[dict]:
@@ -73,18 +60,56 @@ def hub_cache(env: Mapping[str, str] = os.environ) -> Path:
 
 
 def disk(recipe: Recipe, sizes: Shapes) -> dict:
-    """Bytes on disk at the peak, by kind. Nothing is deleted before the end, so the peak is the sum."""
+    """Bytes on disk by kind, and at the peak: ``recipe.keep`` says what is removed on the way."""
+    kinds = _kinds(recipe, sizes)
+    return {
+        "bytes": {**kinds, "checkpoints": sum(_checkpoints(recipe, sizes).values())},
+        "peak": kinds["downloads"] + run_peak(recipe, sizes, bundle=kinds["bundle"]),
+        "keep": recipe.keep,
+        "basis": "sizes from parameter counts; pictures at 1.6 B per px assumed",
+    }
+
+
+def run_peak(recipe: Recipe, sizes: Shapes, until: str | None = None, bundle: float = 0) -> float:
+    """Bytes that the run folder holds at its fullest.
+
+    Args:
+        until: the last stage that runs; None: all.
+        bundle: bytes of the bundle, where it counts too.
+    """
+    kinds, last = _kinds(recipe, sizes), len(recipe.adapt.phases)
+    held = {
+        ("import", "weights"): kinds["import"],
+        ("surgery", "weights"): kinds["surgery"],
+        ("data", "pictures"): kinds["pictures"],
+        ("latents", "latents"): kinds["latents"] + kinds["text"],
+        ("quantize", "weights"): kinds["quantised"],
+        ("quantize", "spool"): kinds["spool"],
+        ("bundle", "bundle"): bundle,
+        **{(f"merge-{number}", "weights"): kinds["merged"] / last for number in range(1, last + 1)},
+        **{(stage, "checkpoints"): size for stage, size in _checkpoints(recipe, sizes).items()},
+    }
+    return needs.peak(held, recipe, kinds["import"] > 0, until)
+
+
+def _checkpoints(recipe: Recipe, sizes: Shapes) -> dict[str, float]:
+    """Stage -> bytes of its newest checkpoint and the one before it: fp32 weight, two moments, EMA."""
+    phases = enumerate(recipe.adapt.phases, 1)
+    return {f"adapt-{number}": 2 * 16 * sizes.trainable(phase).trained for number, phase in phases}
+
+
+def _kinds(recipe: Recipe, sizes: Shapes) -> dict[str, float]:
+    """Bytes by kind, but for checkpoints, if nothing is removed."""
     count, data, converted = recipe.data.count, recipe.data, sizes.converted
     sides = {phase.resolution for phase in recipe.adapt.phases}
     cells = sum(grid.c * (side // grid.f) ** 2 for grid in (sizes.old, sizes.new) for side in sides)
-    trained = max(sizes.trainable(phase).trained for phase in recipe.adapt.phases)
     fetched = sum(row["bytes"] or 0 for row in downloads(recipe, sizes) if not row["cached"])
     quantised = QUANTISED_BYTES * converted.parameters if recipe.quantize.format != "none" else 0.0
     entry, ae = sizes.source.entry, catalog.find_autoencoder(recipe.ae)
     companions = BF16 * ((entry.extra_parameters if entry else 0) + (ae.parameters if ae else 0))
     dense = BF16 * converted.parameters
     imported = bool(recipe.base or recipe.loras) or (sizes.source.path is not None and sizes.source.path.is_file())
-    kinds = {
+    return {
         "downloads": fetched,
         "pictures": count * data.resolution**2 * PNG_BYTES_PER_PIXEL
         if data.kind == "synthetic"
@@ -93,16 +118,11 @@ def disk(recipe: Recipe, sizes: Shapes) -> dict:
         "text": count * sizes.text * sizes.base.text_width * BF16 if recipe.latents.text == "cache" else 0,
         "import": dense if imported else 0,
         "surgery": 0 if imported else dense,  # what import wrote is linked, but for embedder and head
-        "checkpoints": 2 * 16 * trained,  # the newest and the one before it: fp32 weight, two moments, EMA
+        "checkpoints": 0.0,
         "merged": dense * len(recipe.adapt.phases),
         "spool": _spool(recipe, sizes),
         "quantised": quantised,
         "bundle": (quantised or dense) + companions,
-    }
-    return {
-        "bytes": kinds,
-        "peak": sum(kinds.values()),
-        "basis": "sizes from parameter counts; pictures at 1.6 B per px assumed",
     }
 
 
@@ -114,11 +134,3 @@ def _spool(recipe: Recipe, sizes: Shapes) -> float:
     guided = 2 if sizes.family.guidance == "cfg" and recipe.bundle.guidance > 1 else 1
     calls = guided * section.calibration.prompts * (section.calibration.steps or recipe.bundle.steps)
     return 2.0 * calls * BF16 * sizes.tokens(last) * sizes.converted.width
-
-
-def until(kinds: dict[str, float], stage: str | None) -> dict[str, float]:
-    """Bytes by kind, as `disk` counts them, with 0 for what only comes after ``stage``; None: nothing comes after."""
-    names = [name for name, _ in WRITTEN]
-    last = names.index(name) if stage and (name := stage.rstrip("-0123456789")) in names else len(names)
-    later = {kind for _, written in WRITTEN[last + 1 :] for kind in written}
-    return {kind: 0 if kind in later else size for kind, size in kinds.items()}

@@ -10,6 +10,7 @@ from typing import Any
 
 from dcgen_convert.core.disk import check_disk
 from dcgen_convert.core.errors import DcgenError, InputError, ResourceError
+from dcgen_convert.core.journal import removed
 from dcgen_convert.data import given, hub, prompts
 from dcgen_convert.families import Family
 from dcgen_convert.planning import costs, memory, speed
@@ -136,13 +137,18 @@ def require_disk(resolved: Resolved, run_dir: Path, output: Path, until: str | N
     Raises:
         ResourceError: naming the disk, what is needed and what is free.
     """
-    kinds = costs.until(
-        dict(costs.disk(resolved.recipe, shapes_of(resolved.recipe, resolved.identity))["bytes"]), until
-    )
-    found = [path.stat() for path in Path(run_dir).rglob("*") if path.is_file()]
+    recipe, sizes = resolved.recipe, shapes_of(resolved.recipe, resolved.identity)
+    kinds = costs.disk(recipe, sizes)["bytes"]
+    needed = costs.run_peak(recipe, sizes, until) - _made(Path(run_dir))
+    bundle = kinds["bundle"] if until in (None, "bundle", "verify") else 0
+    check_disk([(costs.hub_cache(), kinds["downloads"]), (Path(output), bundle), (Path(run_dir), needed)])
+
+
+def _made(run_dir: Path) -> int:
+    """Bytes that a run has written already, with those that `clean` has removed."""
+    found = [path.stat() for path in run_dir.rglob("*") if path.is_file()]
     held = sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in found}.values())  # a linked shard counts once
-    fetched, bundle = kinds.pop("downloads"), kinds.pop("bundle")
-    check_disk([(costs.hub_cache(), fetched), (Path(output), bundle), (Path(run_dir), sum(kinds.values()) - held)])
+    return held + sum(size for _, size in removed(run_dir))
 
 
 def _memory(found: Fit, trained: memory.Training, gpu_bytes: float) -> dict:

@@ -49,7 +49,7 @@ def render(doc: dict) -> str:
         *_memory_table(doc["memory"]["table"]),
         "",
         *_quantization(doc["quantization"]),
-        f"disk at the peak: {size(doc['disk']['peak'])}  [{doc['disk']['basis']}]",
+        f"disk at the peak, with keep {doc['disk']['keep']}: {size(doc['disk']['peak'])}  [{doc['disk']['basis']}]",
         "  " + ", ".join(f"{kind} {size(value)}" for kind, value in doc["disk"]["bytes"].items() if value),
     ]
     for row in doc["downloads"]:

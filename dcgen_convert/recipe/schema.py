@@ -63,6 +63,7 @@ LAYOUT = (
     "quantize.calibration.batch",
     "evaluate",
     "watch",
+    "keep",
 )
 
 
@@ -360,6 +361,12 @@ class Recipe(Section):
     bundle: Bundle = Field(default_factory=Bundle)
     evaluate: Evaluate = Field(default_factory=Evaluate)
     watch: Watch = Field(default_factory=Watch)
+    keep: Literal["all", "resume", "bundle"] = Field(
+        default="all",
+        description="what the run folder keeps while the stages go on. all: everything; resume: all that a later stage "
+        "reads, but no checkpoints of finished trainings and no calibration; bundle: only what a stage that is not "
+        "done yet must read",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from dcgen_convert.bundle.layout import check_output
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.journal import Found, Run, Stage, Wanted
 from dcgen_convert.core.progress import duration
+from dcgen_convert.planning.needs import Part, part_of
 from dcgen_convert.stages import folders
 from dcgen_convert.stages.job import Job
 
@@ -63,17 +64,26 @@ def _continues(step: Step, new: dict[str, Any], old: dict[str, Any]) -> str | No
 class Survey:
     """What a walk would do, found out before anything is changed.
 
+    Args:
+        asked: stages that run again whatever stands in their folders.
+        lost: others that must run although their folders hold what they should.
+        parts: what the stages leave in the run folder.
+
     Attributes:
         found: what stands in the folder of every stage whose inputs are known already.
         lost: stage -> seconds of its work that would be deleted.
         open: stages that run, or may run because a stage before them does.
+        again: stage whose files `clean` has removed -> the stage that must read them now.
+        redone: stage of `again` -> seconds of its work.
     """
 
-    def __init__(self, run: Run, steps: list[Step], asked: list[str]) -> None:
+    def __init__(
+        self, run: Run, steps: list[Step], asked: list[str], lost: Collection[str] = (), parts: Collection[Part] = ()
+    ) -> None:
         self.run = run
         self.found: dict[str, Found] = {}
         self.lost: dict[str, float] = {}
-        self.open: set[str] = set(asked)
+        self.open: set[str] = {*asked, *lost}
         known: dict[str, Found] = {}
         for step in steps:
             if step.name in asked:
@@ -90,8 +100,18 @@ class Survey:
                 known[step.name] = Found(found.state, record={"result": origin, "origin": origin})
             if found.state != "holds":
                 self.open.add(step.name)
-            if found.state == "outdated":
+            if found.state in ("outdated", "damaged"):
                 self.lost[step.name] = found.seconds
+        self.again = self._again(steps, parts)
+        self.redone = {name: run.spent(name) for name in self.again}
+
+    def _again(self, steps: list[Step], parts: Collection[Part]) -> dict[str, str]:
+        """The stages that hold without the files that a stage which runs must read, and those behind them."""
+        again: dict[str, str] = {}
+        for step in reversed(steps):
+            if step.name in self.open or step.name in again:
+                again |= {name: step.name for name in cleaned_for(step.name, self.found, parts) if name not in again}
+        return {step.name: again[step.name] for step in steps if step.name in again and step.name not in self.open}
 
     def require_output(self, output: Path, force: bool) -> None:
         """InputError when a finished bundle, or something else, would be replaced and nobody said so."""
@@ -102,13 +122,42 @@ class Survey:
             check_output(output, force)
 
     def require_consent(self, consent: Callable[[str], bool]) -> None:
-        """InputError when more than ten minutes of work would be deleted and nobody said so."""
+        """InputError when more than ten minutes of work would be deleted, or done again, and nobody said so."""
         lost = {name: seconds for name, seconds in self.lost.items() if seconds}
-        total = sum(lost.values())
+        work = {**self.redone, **lost}
+        total = sum(work.values())
         if total <= KEEP:
             return
-        reasons = [f"{name} {found.reason}" for name, found in self.found.items() if found.state == "outdated"]
-        listed = ", ".join(f"{name} {duration(seconds)}" for name, seconds in lost.items())
-        text = f"{duration(total)} of work would be deleted ({listed}): {'; '.join(reasons) or 'an earlier stage runs'}"
+        first = next(step for step in (*self.redone, *lost) if work[step])
+        text = "; and ".join(filter(None, (self._deleted(lost), self._redone())))
         if not consent(text):
-            raise InputError(text, f"add --from {next(iter(lost))} to delete it, or use another --run-dir and keep it")
+            raise InputError(text, f"add --from {first} to agree, or use another --run-dir and keep it")
+
+    def _deleted(self, lost: dict[str, float]) -> str:
+        if not lost:
+            return ""
+        states = ("outdated", "damaged")
+        reasons = [f"{name} {found.reason}" for name, found in self.found.items() if found.state in states]
+        listed = ", ".join(f"{name} {duration(seconds)}" for name, seconds in lost.items())
+        why = "; ".join(reasons) or "an earlier stage runs"
+        return f"{duration(sum(lost.values()))} of work would be deleted ({listed}): {why}"
+
+    def _redone(self) -> str:
+        if not self.redone:
+            return ""
+        listed = ", ".join(f"{name} {duration(seconds)}" for name, seconds in self.redone.items())
+        readers = ", ".join(dict.fromkeys(name for name in self.again.values() if name in self.open))
+        return (
+            f"{duration(sum(self.redone.values()))} of work would be done again ({listed}): clean has removed its "
+            f"files, and {readers} must read them"
+        )
+
+
+def cleaned_for(stage: str, found: Mapping[str, Found], parts: Collection[Part]) -> list[str]:
+    """The stages whose files ``stage`` must read and `clean` has removed."""
+    gone = [part for part in parts if stage in part.readers and part.stage in found]
+    return [part.stage for part in gone if any(_is_of(part, name, parts) for name in found[part.stage].cleaned)]
+
+
+def _is_of(part: Part, output: str, parts: Collection[Part]) -> bool:
+    return part_of(parts, part.stage, output) is part

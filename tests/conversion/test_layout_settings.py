@@ -18,6 +18,7 @@ from dcgen_convert.core.console import NULL, Console
 from dcgen_convert.core.errors import Terminated
 from dcgen_convert.core.files import read_json
 from dcgen_convert.core.journal import Run
+from dcgen_convert.planning import needs
 from dcgen_convert.recipe.loading import load
 from dcgen_convert.recipe.schema import LAYOUT, AlignEmbedder, AlignHead, Evaluate, Watch
 from dcgen_convert.recipe.settings import leaves
@@ -154,6 +155,15 @@ def test_which_stages_a_file_of_the_source_runs_again(first, part, wanted):
         names = {depends.SOURCE if name == depends.NETWORK else name: value for name, value in step.inputs.items()}
         old = {**names, depends.SOURCE: known} if depends.SOURCE in names else names
         assert step.recorded(old) == step.inputs
+
+
+def test_what_is_needed_follows_the_walk(first):
+    """Stages that a stage builds on have a part that it reads, so `clean` cannot take it away too early."""
+    job = prepare(resolved(["quantize.format=nvfp4", "latents.normalise=channel"]), Run(first[0] / "run", NULL), NULL)
+    steps, parts = list(conversion.walk(job, first[0] / "out", False)), needs.parts(job.recipe, False)
+    assert [step.name for step in steps] == needs.stages(job.recipe, False)
+    read = {(part.stage, reader) for part in parts for reader in part.readers}
+    assert {(before, step.name) for step in steps for before in step.after} - read == {("bundle", "verify")}
 
 
 def test_the_table_of_all_settings_is_this_one():

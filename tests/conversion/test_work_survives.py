@@ -314,3 +314,24 @@ def test_a_finished_bundle_is_replaced_only_with_force(copy):
             convert(job(copy, "seed=1"), other, copy / "out", NULL, until="bundle")
         assert "--force" in caught.value.hint and everything(copy / "out") == before
     assert SEAL in record(copy, "whole", "bundle") and Path(sys.executable).exists()
+
+
+def test_a_run_that_keeps_little_holds_and_makes_again_only_what_is_asked_for(copy, monkeypatch):
+    """With keep=bundle latents, checkpoints and layers go when the last stage that reads them is done."""
+    whole = copy / "whole"
+    assert go_on(copy, "whole", "keep=bundle", until="merge-1").count("holds, skipped") == 7
+    left = {path.relative_to(whole).as_posix() for path in whole.rglob("*.safetensors")}
+    assert left == {"merge-1/transformer/diffusion_pytorch_model.safetensors"}
+    said = go_on(copy, "whole", "keep=bundle", until="merge-1")
+    assert said.count("holds, skipped; clean has removed files of it") == 5 and said.count("holds, skipped") == 7
+    monkeypatch.setattr("dcgen_convert.stages.steps.KEEP", 0)
+    changed = job(copy, "keep=resume", "adapt.clip=0.2")
+    with pytest.raises(InputError, match=r"done again \(surgery .*latents.*adapt-1 must read them") as refused:
+        convert(changed, whole, copy / "out", NULL, until="adapt-1")
+    assert "--from surgery" in refused.value.hint and not list((whole / "latents").glob("*.safetensors"))
+    console = Console("human", stderr=open(copy / "said.txt", "w"))  # noqa: SIM115  closed with the process
+    convert(changed, whole, copy / "out", console, until="adapt-1", consent=lambda _: True)
+    assert "latents: runs again, clean has removed files of it that are needed now" in (copy / "said.txt").read_text()
+    convert(job(copy, "adapt.clip=0.2"), copy / "stopped", copy / "out", NULL, until="adapt-1", consent=lambda _: True)
+    assert losses(copy, "whole") == losses(copy, "stopped")[-len(losses(copy, "whole")) :]
+    assert not (whole / "adapt-1" / "checkpoints").exists() and list((whole / "latents").glob("*.safetensors"))

@@ -18,6 +18,7 @@ import yaml
 from conftest import run_cli
 
 from dcgen_convert.cli.app import cli
+from dcgen_convert.evaluate.words import CHECKS
 from dcgen_convert.recipe import loading
 from dcgen_convert.recipe.settings import schema_keys
 
@@ -194,3 +195,12 @@ def test_the_commands_of_the_start_page_run(converted, tmp_path):
         done = run_cli(*words, cwd=tmp_path)
         assert done.returncode == 0, f"{words}: {done.stderr[-500:]}"
     assert list((tmp_path / "samples").glob("*.png")) and list((tmp_path / "runs").rglob("*.html"))
+
+
+def test_the_steps_of_verify_are_those_of_the_code():
+    """Names and words, in the order of the code: what `verify` says, and what the report says of it."""
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", TEXTS["bundle.md"].partition("## Check a bundle")[2], re.MULTILINE)
+    code = (ROOT / "dcgen_convert" / "bundle" / "verify.py").read_text()
+    named = re.findall(r'"(\w+)": lambda: checks\.', code) + re.findall(r'steps\["(\w+)"\] = lambda', code)
+    assert [name for name, _ in rows] == [*CHECKS] == [*named, "picture"]
+    assert all(text in shown for (_, shown), text in zip(rows, CHECKS.values(), strict=True))

@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import re
+from html import escape
 from html.parser import HTMLParser
 
 import pytest
@@ -11,8 +12,9 @@ from PIL import Image
 
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import write_json
+from dcgen_convert.evaluate import words
 from dcgen_convert.evaluate.charts import MOST, bar_chart, line_chart, thin
-from dcgen_convert.evaluate.report import charts, write_report
+from dcgen_convert.evaluate.report import charts, finished_stages, scalars, write_report
 
 
 class Balanced(HTMLParser):
@@ -74,12 +76,13 @@ def test_holds_everything_and_loads_nothing(run):
     assert base64.b64decode(page.links[0].split(",")[1]) == (run / "align-head" / "grid.png").read_bytes()
     assert text.index("<h2>data<") < text.index("<h2>align-head<")
     for expected in (
-        "<td>loss.after</td><td>1.27</td>",
+        '<td title="loss.after">loss.after</td><td>1.27</td>',
+        '<td title="pictures">Pictures</td><td>64</td>',
         "<td>75%</td>",
         "<th>4.0 s</th>",
-        "loss, metrics.jsonl",
-        "lr, metrics.jsonl",
-        "<h3>gap</h3>",
+        "Training loss, metrics.jsonl",
+        "Learning rate, metrics.jsonl",
+        f"<h3>{escape(words.GAP)}</h3>",
     ):
         assert expected in text, expected
     compared = text[text.index("stages compared") : text.index("<h2>data<")]
@@ -158,7 +161,7 @@ def test_quantised_layers_are_a_table_and_the_worst_are_bars(tmp_path):
         "awq_w4a16",
     ):
         assert layer in text, layer
-    assert "<td>format</td><td>nvfp4</td>" in text
+    assert '<td title="format">4-bit format</td><td>nvfp4</td>' in text
 
 
 def test_a_quantised_folder_has_a_report_of_its_layers(tmp_path):
@@ -189,3 +192,14 @@ def test_the_verdict_and_the_comparison_stand_first_and_timings_last(run):
     order = ["The bundle passed its checks", "&lt;b&gt;", "the same prompt and", "psnr_quantised_db", "<h2>data</h2>"]
     places = [text.index(part) for part in [*order, "<h2>timings</h2>", "<h2>recipe</h2>"]]
     assert places == sorted(places) and "<b>" not in text
+
+
+def test_every_figure_of_a_conversion_has_words(converted):
+    names = {
+        name
+        for _, record in finished_stages(converted / "run")
+        for name in [*(name for name, _ in scalars(record["metrics"])), *charts(record["metrics"])]
+    }
+    assert len(names) > 30 and not [name for name in sorted(names) if words.of(name) == name]
+    assert words.of("accuracy_round_trip") == f"{words.ACCURACY}: autoencoder alone"
+    assert words.of("evaluation.before.t0.31") == "The same loss at noise level 0.31, before the training"
