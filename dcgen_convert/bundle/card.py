@@ -264,12 +264,7 @@ def _limits(card: Card) -> str:
         "file first.",
         "ComfyUI cannot draw with these latents: it has no latent format and no decoder for them.",
     ]
-    if card.adapted:
-        lines.insert(
-            1,
-            "Give height and width in each call, as above. Without them the stock pipeline takes a size that follows "
-            "from the autoencoder's factor and not from the training.",
-        )
+    lines[1:1] = _untold(card)
     return "\n".join(f"- {line}" for line in lines)
 
 
@@ -286,6 +281,26 @@ def _adopted(card: Card) -> str:
         *(f"Not taken over: {plain(note)}." for note in facts["left_out"]),
     ]
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _untold(card: Card) -> list[str]:
+    """What the stock pipeline does with sizes that it is not told, or does not like."""
+    if card.layout == "official":
+        return []
+    trained = int(card.manifest["defaults"]["height"])
+    side = card.family.untold_side(card.factor // (2 if card.adapted else 1), trained)
+    lines = []
+    if side != trained:
+        lines.append(
+            f"Give height and width in each call, as above. Without them the stock pipeline draws {side} x {side} px, "
+            "whatever the model was trained at."
+        )
+    if "use_resolution_binning" in _arguments(card.manifest["defaults"], card.family):
+        lines.append(
+            "Give `use_resolution_binning=False`, as above. Without it the stock pipeline draws the nearest size of a "
+            "table of its own, and scales the picture to the size that was asked for, without a word."
+        )
+    return lines
 
 
 def _sources(manifest: Mapping[str, Any]) -> str:

@@ -21,14 +21,14 @@ STEPS = 2
 
 
 def probe(bundle: Path, trust_remote_code: bool = False) -> dict[str, Any]:
-    """{"runtime", "height", "width", "mean", "std"} of a small picture; exceptions of loading and drawing pass
-    through. trust_remote_code: as `loading.load` takes it.
+    """{"runtime", "height", "width", "mean", "std"} of a small picture, and "untold": the side in px of a picture whose
+    size is not given. Exceptions of loading and drawing pass through. trust_remote_code: as `loading.load` takes it.
     """
     import numpy
 
     from dcgen_convert.bundle.loading import family_of, load, transformer_config
     from dcgen_convert.bundle.manifest import read
-    from dcgen_convert.bundle.sample import draw, only_side, token_side
+    from dcgen_convert.bundle.sample import draw, only_side, token_side, untold_side
     from dcgen_convert.core.files import read_json
 
     family, defaults = family_of(bundle), read(bundle)["defaults"]
@@ -44,6 +44,7 @@ def probe(bundle: Path, trust_remote_code: bool = False) -> dict[str, Any]:
         "width": side,
         "mean": float(picture.mean()),
         "std": float(picture.std()),
+        "untold": only_side(*kind) or untold_side(pipeline, family, defaults["height"]),
     }
 
 

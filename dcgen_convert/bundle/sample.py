@@ -120,6 +120,14 @@ def draw(  # noqa: PLR0913  what a pipeline is called with
     return [to_pil(picture) for picture in pixels]
 
 
+def untold_side(pipeline: Any, family: Family, trained: int) -> int:
+    """Side in px that a loaded stock pipeline draws when it is called without height and width."""
+    factor = getattr(pipeline, "vae_scale_factor", None)
+    network = getattr(pipeline, family.component).config
+    cells = getattr(pipeline, "default_sample_size", None) or getattr(network, "sample_size", None)
+    return family.default_px or (int(cells * factor) if cells and factor else trained)
+
+
 def to_pil(picture: torch.Tensor) -> Image:
     """(3, H, W) in [0, 1] -> PIL image, rounded to 8 bit."""
     from PIL import Image as images

@@ -74,6 +74,8 @@ def verify(
             console.say(
                 f"verify picture: ok ({picture['height']} x {picture['width']} px, {picture['runtime']} runtime)"
             )
+            if manifest["layout"] != "source":  # else the pipeline is the source's own
+                _tell_untold(picture["untold"], manifest["defaults"]["height"], console)
     if found:
         more = f" (and {len(found) - SHOWN} more)" if len(found) > SHOWN else ""
         raise CheckFailed(
@@ -88,6 +90,15 @@ def verify(
         "tensors": {"total": len(manifest["tensors"]), "identical": identical},
         "picture": picture,
     }
+
+
+def _tell_untold(side: int, made_for: int, console: Console) -> None:
+    """Say what a call without a size draws, where the bundle is not made for that."""
+    if side != made_for:
+        console.say(
+            f"verify: without height and width the pipeline draws {side} x {side} px, and this bundle is made for "
+            f"{made_for} x {made_for} px: give both in each call"
+        )
 
 
 def source_folder(name: str, revision: str | None) -> Path:

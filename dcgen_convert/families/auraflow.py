@@ -33,6 +33,7 @@ class AuraFlow(Family):
     )
     awq_pattern = r"(joint|single)_transformer_blocks\.\d+\.norm1(_context)?\.linear"
     bundle_tier = 1
+    default_px = 1024
     default_steps = 50
     default_guidance = 3.5
     text_length = 256

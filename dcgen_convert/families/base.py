@@ -87,6 +87,10 @@ class Family:
     # accepts arguments that AutoencoderDC does not accept.
     bundle_tier: ClassVar[int] = 0
     any_shape: ClassVar[bool] = True  # whether the stock pipeline draws other shapes than squares at the size asked for
+    # What the stock pipeline draws when it is told no size: so many cells of its `vae_scale_factor`, or so many px per
+    # side. Both None: what the network's config says (sample_size), and that is the trained size in a bundle.
+    default_cells: ClassVar[int | None] = None
+    default_px: ClassVar[int | None] = None
     few_steps: ClassVar[bool] = False  # whether every model of the family was distilled to a few steps
     fixed_shift: ClassVar[bool] = False  # whether the network's time input depends on the shift of the stock scheduler
     official_layout: ClassVar[bool] = False  # whether the DC-Gen authors published a pipeline class
@@ -101,6 +105,15 @@ class Family:
     def claims(self, config: Mapping[str, Any]) -> bool:
         """Whether a network with this config belongs to the family."""
         return config.get("_class_name") == self.model_class
+
+    def untold_side(self, cell: int, trained: int) -> int:
+        """Side in px of the picture that the stock pipeline draws when it is told no size.
+
+        Args:
+            cell: px per side of a cell of the latent that the pipeline sees.
+            trained: side in px that the bundle is made for.
+        """
+        return self.default_px or (self.default_cells * cell if self.default_cells else trained)
 
     # -- tokens ---------------------------------------------------------------------------------------------------
 

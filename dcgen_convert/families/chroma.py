@@ -33,6 +33,7 @@ class Chroma(Family):
         r"|(ff|ff_context)\.net\.(0\.proj|2)|proj_mlp|proj_out)"
     )  # the blocks have no modulation linears
     bundle_tier = 2
+    default_cells = 128
     default_steps = 35
     default_guidance = 5.0
     text_length = 512

@@ -40,6 +40,7 @@ class Flux(Family):
     awq_pattern = r"(transformer_blocks\.\d+\.norm1(_context)?|single_transformer_blocks\.\d+\.norm)\.linear"
     bundle_tier = 2
     recipe = "flux-dev"
+    default_cells = 128
     default_steps = 20
     default_guidance = 3.5
     text_length = 256

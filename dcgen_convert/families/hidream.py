@@ -35,6 +35,7 @@ class HiDream(Family):
     awq_pattern = r"(double|single)_stream_blocks\.\d+\.block\.adaLN_modulation\.1"
     bundle_tier = 2
     any_shape = False  # the pipeline scales every picture to one area
+    default_cells = 128
     default_steps = 50
     default_guidance = 5.0
     text_length = 128

@@ -38,6 +38,7 @@ class HunyuanImage(Family):
     )
     awq_pattern = r"(transformer_blocks\.\d+\.norm1(_context)?|single_transformer_blocks\.\d+\.norm)\.linear"
     bundle_tier = 1
+    default_cells = 64
     default_steps = 50
     default_guidance = 3.25
     text_length = 512

@@ -24,6 +24,7 @@ class Krea2(Family):
     blocks = ("transformer_blocks",)
     lora_targets = r"transformer_blocks\.\d+\.(attn\.(to_q|to_k|to_v|to_gate|to_out\.0)|ff\.(gate|up|down))"
     bundle_tier = 2
+    default_px = 1024
     default_steps = 28
     default_guidance = 4.5
     text_length = 512

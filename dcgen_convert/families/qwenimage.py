@@ -28,6 +28,7 @@ class QwenImage(Family):
     )
     awq_pattern = r"transformer_blocks\.\d+\.(img_mod|txt_mod)\.1"
     bundle_tier = 2
+    default_cells = 128
     default_steps = 50
     default_guidance = 4.0
     text_length = 512

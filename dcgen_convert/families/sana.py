@@ -34,6 +34,7 @@ class Sana(Family):
     dense_pattern = r"transformer_blocks\.\d+\.attn2\.to_[kv]"  # keys and values of the cross-attention
     bundle_tier = 0
     recipe = "sana-1.6b"
+    default_px = 1024
     default_steps = 20
     default_guidance = 4.5
     text_length = 300

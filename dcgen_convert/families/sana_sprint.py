@@ -29,6 +29,7 @@ class SanaSprint(Sana):
         "original": ("attention_y_norm.", "blocks.0.cross_attn.q_linear.", "cfg_embedder."),
     }
     recipe = "sana-sprint-1.6b"
+    default_px = 1024
     default_steps = 2
 
     def claims(self, config: Mapping[str, Any]) -> bool:

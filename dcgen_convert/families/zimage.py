@@ -33,6 +33,7 @@ class ZImage(Family):
     lora_targets = r"(noise_refiner|layers)\.\d+\.(attention\.(to_q|to_k|to_v|to_out\.0)|feed_forward\.w[123])"
     awq_pattern = r"(noise_refiner|layers)\.\d+\.adaLN_modulation\.0"
     bundle_tier = 2
+    default_px = 1024
     default_steps = 50
     default_guidance = 5.0
     text_length = 512

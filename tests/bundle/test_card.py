@@ -92,7 +92,11 @@ def test_card_names_versions_sizes_and_limits(parts):
     assert "Trained at 64 x 64, 96 x 96 px (pictures of several shapes" in card
     assert "multiples of 32 px" in card and "edges of a mask on multiples of 32 px" in card
     assert "ComfyUI cannot draw" in card and "`x_embedder`" in card and "Give height and width" in card
-    assert "Give height" not in render(manifest_of(parts("sana")), family=parts("sana").family, title="t")
+    assert f"draws {64 * flux.factor} x {64 * flux.factor} px, whatever" in card  # 128 cells of half a factor
+    sana = render(manifest_of(parts("sana")), family=parts("sana").family, title="t")
+    assert "draws 1024 x 1024 px, whatever" in sana and "Give `use_resolution_binning=False`" in sana
+    dit = render(manifest_of(parts("dit")), family=parts("dit").family, title="t")
+    assert "Give height" not in dit and "resolution_binning" not in dit
 
 
 def test_card_promises_comfyui_only_what_its_latents_allow(parts):

@@ -1,6 +1,7 @@
 """verify: whole bundles pass, and every kind of damage is named."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from dcgen_convert.bundle import manifest as manifests
 from dcgen_convert.bundle.expected import expected_tensors
 from dcgen_convert.bundle.verify import verify
 from dcgen_convert.checkpoint.headers import read_weights
-from dcgen_convert.core.console import NULL
+from dcgen_convert.core.console import NULL, Console
 from dcgen_convert.core.errors import CheckFailed, InputError
 from dcgen_convert.core.files import read_json, sha256, write_json
 
@@ -34,8 +35,13 @@ def rewrite(bundle, change, file=WEIGHTS) -> None:
 
 
 @pytest.mark.parametrize("name", ["flux", "sana", "dit"])
-def test_a_whole_bundle_passes_in_a_fresh_process(parts, bundles, name):
-    document = verify(bundles(name), NULL, parts(name).source)
+def test_a_whole_bundle_passes_in_a_fresh_process(parts, bundles, name, capsys):
+    document = verify(bundles(name), Console("human", stderr=sys.stdout), parts(name).source)
+    family, cell = parts(name).family, parts(name).factor // (2 if name == "flux" else 1)
+    side = document["picture"]["untold"]
+    assert side == family.untold_side(cell, parts(name).side) == {"flux": 128 * cell, "sana": 1024}.get(name, side)
+    said = " ".join(capsys.readouterr().out.split())
+    assert (f"without height and width the pipeline draws {side} x {side} px" in said) == (name != "dit")
     assert document["ok"] and document["checks"] == [
         "files",
         "code",

@@ -1,5 +1,8 @@
 """Settings by which a stock pipeline or position table would go astray after the swap (sizes, bins, ranges)."""
 
+import inspect
+import re
+
 import diffusers
 import pytest
 import torch
@@ -44,3 +47,21 @@ def test_pixart_positions_run_over_the_range_of_the_base(factor, channels):
 def test_sd3_keeps_the_side_of_its_position_table():
     config = families.get("sd3").convert_config({"pos_embed_max_size": 192, "in_channels": 16}, 32, 32, 1024)
     assert (config["pos_embed_max_size"], config["sample_size"], config["patch_size"]) == (192, 32, 1)
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_what_a_pipeline_draws_that_is_told_no_size(name):
+    """Against the pipelines' own code: a constant number of cells, a number of px, or the network's config."""
+    family = families.get(name)
+    named = (family.pipeline_class, *family.other_pipelines)
+    for pipeline in (name for name in named if hasattr(diffusers, name)):  # other names are those of older versions
+        kind = getattr(diffusers, pipeline)
+        code = inspect.getsource(kind)
+        cells = re.search(r"self\.default_sample_size = (\d+)$", code, re.MULTILINE)
+        given = inspect.signature(kind.__call__).parameters.get("height")
+        px = re.search(r"height = height or (\d+)$", code, re.MULTILINE)
+        side = given.default if given and given.default else int(px[1]) if px else None
+        assert (family.default_cells, family.default_px) == (int(cells[1]) if cells else None, side), pipeline
+        if (side, cells) == (None, None):
+            assert "sample_size" in code
+    assert family.untold_side(16, 512) == (family.default_px or 16 * (family.default_cells or 32))

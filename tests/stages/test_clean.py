@@ -1,6 +1,5 @@
 """What a run folder still needs, what is removed, and what must be made again afterwards."""
 
-import json
 import os
 import sys
 from dataclasses import asdict
@@ -243,5 +242,5 @@ def test_the_command_shows_first_and_removes_with_yes(run, capfd):
     shown = call()
     assert "nothing was removed, -y removes it" in shown and files(run) == before | {"lock"}
     assert "the training pictures; only for more pictures, or another autoencoder" in shown
-    assert json.loads(call("--json", "-y"))["status"] == "done" and len(files(run)) < len(before)
-    assert "nothing was removed" not in call()
+    call("-y")
+    assert len(before) - len(files(run)) == len(BY_PRODUCTS) + len(READ) - 1  # and the lock is new
