@@ -38,8 +38,6 @@ OTHER_UPDATES = {
     "hada_w": "LoHa (LyCORIS)",
     "oft_blocks": "OFT (LyCORIS)",
     "oft_diag": "OFT (LyCORIS)",
-    ".processor.proj_lora": "a LoRA in the names of XLabs",
-    ".processor.qkv_lora": "a LoRA in the names of XLabs",
 }
 
 

@@ -1,6 +1,6 @@
 """LoRA files of other tools, matched with a transformer's weights by name.
 
-Three kinds of names are known: diffusers' and PEFT's, the original layout's, and kohya's with underscores.
+Four kinds of names are known: diffusers' and PEFT's, the original layout's, kohya's with underscores, and XLabs'.
 dW = scale (alpha / rank) up @ down; `lora_strength` finds alpha. An update of a fused linear is split at the rows of
 its key map. Some files hold an update twice, for fused and for split linears: it is applied once.
 """
@@ -27,8 +27,20 @@ from dcgen_convert.core.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-DOWN = re.compile(r"\.(lora_A(\.default)?|lora_down|lora\.down)\.weight$")
-UP = re.compile(r"\.(lora_B(\.default)?|lora_up|lora\.up)\.weight$")
+DOWN = re.compile(r"(\.(lora_A(\.default)?|lora_down|lora\.down)|(?<=_lora|lora[12])\.down)\.weight$")
+UP = re.compile(r"(\.(lora_B(\.default)?|lora_up|lora\.up)|(?<=_lora|lora[12])\.up)\.weight$")
+XLABS = {  # block of FLUX, in XLabs' words and in diffusers' -> update -> the linears whose outputs it stacks
+    ("double_blocks", "transformer_blocks"): {
+        "qkv_lora1": ("attn.to_q", "attn.to_k", "attn.to_v"),
+        "qkv_lora2": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+        "proj_lora1": ("attn.to_out.0",),
+        "proj_lora2": ("attn.to_add_out",),
+    },
+    ("single_blocks", "single_transformer_blocks"): {
+        "qkv_lora": ("attn.to_q", "attn.to_k", "attn.to_v"),
+        "proj_lora": ("proj_out",),
+    },
+}
 ALPHA = ".alpha"
 WRAPPER = "base_model.model."
 KOHYA = ("lora_unet_", "lora_transformer_")
@@ -238,7 +250,22 @@ def _places(family: str, shapes: Mapping[str, Shape], modules: list[str]) -> dic
             names = (
                 _spelled({name: (s.shape, s.cuts) for name, s in original.items() if name.endswith(".weight")}) | names
             )
+    if family == "flux":
+        names = _xlabs(shapes, modules) | names
     return {module: names[module] for module in modules if module in names}
+
+
+def _xlabs(shapes: Mapping[str, Shape], modules: list[str]) -> dict[str, tuple[Shape, tuple[Cut, ...]]]:
+    """Those of ``modules`` that have XLabs' names -> shape and rows, as `_places` gives them."""
+    found = {}
+    for (theirs, ours), updates in XLABS.items():
+        pattern = re.compile(rf"{theirs}\.(\d+)\.processor\.({'|'.join(updates)})")
+        for module, match in ((module, pattern.fullmatch(module)) for module in modules):
+            names = [f"{ours}.{match[1]}.{linear}.weight" for linear in updates[match[2]]] if match else []
+            if names and all(name in shapes for name in names):
+                rows = sum(shapes[name][0] for name in names)
+                found[module] = ((rows, *shapes[names[0]][1:]), tuple(Cut(n, 0, shapes[n][0]) for n in names))
+    return found
 
 
 def _spelled(weights: Mapping[str, tuple]) -> dict[str, tuple]:

@@ -114,7 +114,6 @@ def test_flux2_and_chroma_are_not_taken_for_flux(tmp_path):
             "ComfyUI, on a GPU with int8 kernels",
         ),
         ({"lora_unet_x.lokr_w1": torch.ones(2, 2), "lora_unet_x.lokr_w2": torch.ones(2, 2)}, "LoKr"),
-        ({"double_blocks.0.processor.qkv_lora1.down.weight": torch.ones(2, 2)}, "a LoRA in the names of XLabs"),
     ],
 )
 def test_files_of_other_tools_are_called_by_their_names(tmp_path, tensors, says):
