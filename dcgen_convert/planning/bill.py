@@ -18,6 +18,7 @@ from dcgen_convert.families import catalog
 from dcgen_convert.planning.arithmetic import forward_flops, side_passes, train_flops
 from dcgen_convert.planning.rates import CPUS, H100, Device
 from dcgen_convert.planning.shapes import Shapes
+from dcgen_convert.recipe.head_rows import head_samples
 from dcgen_convert.recipe.schema import Phase, Recipe
 
 SMALL = 100_000_000
@@ -166,18 +167,17 @@ def _latents(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
 
 
 def _aligned(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
-    align, adapt, first = recipe.align_head, recipe.adapt, recipe.adapt.phases[0]
+    align, first = recipe.align_head, recipe.adapt.phases[0]
     cells = sum(grid.c * (first.resolution // grid.f) ** 2 for grid in (sizes.old, sizes.new))
     yield Work("align-embedder", "read latents", BF16 * recipe.data.count * cells, "bytes", "disk", 1, False)
     inputs = sizes.new.c
     solve = 2.0 * sizes.new.tokens(first.resolution) * (inputs + 1) * (inputs + sizes.base.width)
     yield Work("align-embedder", "sum", recipe.data.count, "pictures", "float32", solve, False)
     once = _once(sizes, first)
-    if align.method == "least-squares":
-        samples, passes = align.draws * recipe.data.count, 1 + side_passes(adapt)
-        yield Work("align-head", "start", samples, "samples", "matmul", passes * once, False)
-        square = 2.0 * sizes.new.tokens(first.resolution) * sizes.base.width**2
-        yield Work("align-head", "sum", samples, "samples", "float32", square, False)
+    tokens, width = sizes.new.tokens(first.resolution), sizes.base.width
+    start = head_samples(recipe, width, tokens)
+    yield Work("align-head", "start", start.usual + start.held_out, "samples", "matmul", start.passes * once)
+    yield Work("align-head", "sum", start.usual, "samples", "float32", 2.0 * tokens * width**2)
     if align.steps:
         yield Work("align-head", "train", align.steps * align.batch, "samples", "matmul", _trained(recipe, first, once))
 
@@ -192,7 +192,7 @@ def _phase(recipe: Recipe, sizes: Shapes, phase: Phase, number: int) -> Iterator
     held_out = min(max(1, recipe.data.count // 20), 512)
     looks = 2 + (phase.steps // watch.evaluate_every if watch.evaluate_every else 0)
     passes = QUANTILES * (1 + side_passes(recipe.adapt))
-    yield Work(name, "evaluate", looks * held_out * passes, "forward passes", "matmul", once, False)
+    yield Work(name, "evaluate", looks * held_out * passes, "forward passes", "matmul", once)
     if watch.grid_every:
         drawn = phase.steps // watch.grid_every * watch.pictures
         yield Work(name, "grids", drawn * recipe.bundle.steps, "denoising steps", "matmul", once, False)
