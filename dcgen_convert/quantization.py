@@ -340,7 +340,7 @@ class SourceQuantisation:
         facts = manifest.build(
             recipe={"source": request.name, **self.asked},
             family=source.family.name,
-            sources={"base": source.record(request.name), **self.lineage()},
+            sources={"base": source.record(request.name), **manifest.sources_of(source.root)},
             autoencoder=self.made.get("autoencoder")
             or {
                 "name": self.vae["_class_name"],
@@ -359,10 +359,6 @@ class SourceQuantisation:
             facts |= {key: self.made[key] for key in ("adopted",) if key in self.made}
         parts = BundleParts(source.family, source.root, self.transformer, layout="source", single_file=self.single_file)
         write_bundle(request.output, parts, facts, self.console)
-
-    def lineage(self) -> dict[str, Any]:
-        """What a source that is a bundle was made from."""
-        return {f"{role} of the source": record for role, record in self.made.get("sources", {}).items()}
 
 
 def check_asked(request: Request, identity: Identity) -> None:

@@ -112,6 +112,12 @@ def read(bundle: Path) -> dict[str, Any]:
     return manifest
 
 
+def sources_of(source: Path) -> dict[str, Any]:
+    """The sources of a ``source`` that is a bundle, under the names of their roles; empty for every other folder."""
+    made = read(source)["sources"] if (source / FILE).is_file() else {}
+    return {f"{role} of the source": record for role, record in made.items()}
+
+
 def _require_form(path: Path, manifest: Mapping[str, Any]) -> None:
     """InputError when a manifest lacks what every one has, or has it in another form."""
     with understood(path, "copy or convert the bundle again"):

@@ -17,6 +17,7 @@ from dcgen_convert.checkpoint.source import (
     check_variant,
     resolve_folder,
 )
+from dcgen_convert.core import names
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_object
 from dcgen_convert.families import authors
@@ -52,6 +53,10 @@ def load_source(
         authors.refuse(source.index, name, source.family)
         check_variant(source.index, source.family, root)
         check_scheduler(root, source.family)
+        if (root / names.MANIFEST).is_file() and (root / names.LORA).is_file():
+            raise InputError(
+                f"{root} is a bundle that keeps its LoRA in a file of its own", f"fuse it: --lora {root / names.LORA}"
+            )
         lost = next((part for part, folder in source.parts.items() if not folder.is_dir()), None)
         if lost is not None:
             raise InputError(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dcgen_convert.checkpoint import trust
 from dcgen_convert.core.console import NULL, Console
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_object
@@ -167,6 +168,8 @@ def describe(folder: Path) -> dict[str, Any]:
             f"no config.json in {folder}: not an autoencoder folder", "give a folder, a hub id or an alias with --ae"
         )
     config = read_object(path)
+    if config.get("_class_name") == trust.ADAPTER_CLASS:
+        config["_class_name"] = "AutoencoderDC"  # the same tensors; it only shows its latents in another shape
     if config.get("_class_name") not in CLASSES:
         raise InputError(
             f"{folder} holds a {config.get('_class_name')}, an autoencoder must be one of {', '.join(CLASSES)}"

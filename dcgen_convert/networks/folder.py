@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from dcgen_convert.checkpoint import trust
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_json
 from dcgen_convert.families.base import Network
@@ -23,7 +24,9 @@ def load_folder(folder: Path, what: str, dtype: torch.dtype) -> Network:
     """
     import diffusers
 
-    cls = getattr(diffusers, read_json(Path(folder) / "config.json")["_class_name"])
+    name = read_json(Path(folder) / "config.json")["_class_name"]
+    # The in-bundle adapter is an AutoencoderDC with the same tensors.
+    cls = getattr(diffusers, "AutoencoderDC" if name == trust.ADAPTER_CLASS else name)
     try:
         model, info = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True, use_safetensors=True)
     except (ValueError, RuntimeError, OSError) as error:

@@ -55,6 +55,7 @@ def describe(job: Job) -> dict[str, Any]:
         sources={
             "base": job.source.record(job.recipe.source),
             "autoencoder": source_record(job.ae.name, job.target, job.ae.revision),
+            **manifest.sources_of(job.source.root),
         },
         autoencoder={
             "name": job.ae.name,

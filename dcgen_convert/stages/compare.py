@@ -19,7 +19,7 @@ from dcgen_convert.evaluate.grids import grid
 from dcgen_convert.evaluate.metrics import psnr
 from dcgen_convert.networks import autoencoders, models, pipelines
 from dcgen_convert.networks.at_once import AtOnce, release
-from dcgen_convert.stages import captions
+from dcgen_convert.stages import captions, source_pipeline
 from dcgen_convert.stages.job import Job
 from dcgen_convert.stages.preview import converted_pipeline
 
@@ -40,7 +40,7 @@ def run(job: Job, stage: Stage, bundle: Path) -> PictureGrid:
     seeds = [job.recipe.seed + SEED + i for i in range(count)]
     settings, steps, guidance = job.recipe.data, job.recipe.bundle.steps, job.recipe.bundle.guidance
     draw = partial(_draw, job, texts, seeds)
-    drawn = {"source": draw(lambda: pipelines.load_pipeline(job.source, job.dtype), settings.steps, settings.guidance)}
+    drawn = {"source": draw(lambda: source_pipeline.load(job.source, job.dtype), settings.steps, settings.guidance)}
     if job.recipe.quantize.format != "none":
         drawn["converted"] = draw(lambda: _twin(job), steps, guidance)
     name = "converted" if job.recipe.quantize.format == "none" else job.recipe.quantize.format

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dcgen_convert.bundle.scheduler import scheduler_config
+from dcgen_convert.checkpoint import trust
 from dcgen_convert.checkpoint.headers import read_weights
 from dcgen_convert.checkpoint.open import load_source
 from dcgen_convert.checkpoint.source import Source, resolve_folder
+from dcgen_convert.core import names
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError, RecipeError
 from dcgen_convert.core.files import hashes, read_json, read_object, sha256
@@ -193,8 +195,9 @@ class Job:
         """The latent cache of this run. Where the recipe encodes on the fly, the first caption loads the encoders."""
         from dcgen_convert.data.cache import LatentCache
         from dcgen_convert.networks import pipelines
+        from dcgen_convert.stages import source_pipeline
 
-        encoders = cache(partial(pipelines.load_text_encoders, self.source, self.dtype))
+        encoders = cache(partial(source_pipeline.text_encoders, self.source, self.dtype))
 
         def encode(captions: list[str]) -> Text:
             return pipelines.encode_text(self.family, encoders(), captions, self.text_length)
@@ -242,9 +245,22 @@ def prepare(resolved: Resolved, run: Run, console: Console, crew: Crew = SOLO) -
     ae = find_autoencoder(recipe.ae, run.path, channels=recipe.ae_channels, offline=offline)
     job = Job(recipe, identity, source, ae, run, console, crew)
     _ = job.buckets  # refuses what cannot have any
+    if told := of_bundle(job):
+        console.say(told)
     if recipe.quantize.format != "none":
         targets.plan_targets(job.family, job.converted_config, recipe.quantize.dense)  # not after days of training
     return job
+
+
+def of_bundle(job: Job) -> str:
+    """What a source means that is a bundle of this program; empty for every other one."""
+    if not (job.source.root / names.MANIFEST).is_file() or not trust.is_adapter(job.source.index.get("vae")):
+        return ""
+    f, c = autoencoder_grid(read_json(job.source.vae / "config.json"))
+    return (
+        f"SOURCE is a bundle: its pictures and its latents (f{f}, {c} channels) are the base. Embedder and head are "
+        f"made anew and aligned for f{job.ae.factor} with {job.ae.channels} channels; all other weights go on"
+    )
 
 
 def require_even(recipe: Recipe, run_dir: Path, world: int) -> None:
@@ -279,9 +295,10 @@ def find_autoencoder(name: str, work: Path, *, channels: int | None = None, offl
     else:
         folder, revision = resolve_folder(entry.where if entry else name, offline=offline, patterns=AE_PATTERNS)
     config = autoencoders.describe(folder)
-    if config["_class_name"] != "AutoencoderDC":
+    stated = read_json(folder / "config.json")["_class_name"]
+    if stated != "AutoencoderDC":
         raise InputError(
-            f"{name} is a {config['_class_name']}, a conversion needs an AutoencoderDC",
+            f"{name} is a {stated}, a conversion needs an AutoencoderDC",
             f"known: {', '.join(catalog.AUTOENCODERS)}",
         )
     read_weights(folder)

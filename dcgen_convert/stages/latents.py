@@ -34,6 +34,7 @@ from dcgen_convert.networks import autoencoder_files, autoencoders, pipelines
 from dcgen_convert.networks.at_once import AtOnce, release
 from dcgen_convert.networks.autoencoders import Codec
 from dcgen_convert.stages import pictures as pictures_stage
+from dcgen_convert.stages import source_pipeline
 from dcgen_convert.stages.job import Job
 from dcgen_convert.stages.pictures import require_few
 
@@ -354,7 +355,7 @@ def encode_captions(job: Job, stage: Stage, pictures: list[Picture]) -> None:
         ):
             caption_part(job, bar)
     if not (stage.folder / cache.shard_name("null", 0)).exists():
-        encoders = pipelines.load_text_encoders(job.source, job.dtype)
+        encoders = source_pipeline.text_encoders(job.source, job.dtype)
         cache.write_shard(stage.folder, "null", 0, pipelines.encode_text(job.family, encoders, [""], job.text_length))
 
 
@@ -369,7 +370,7 @@ def caption_part(job: Job, bar: Bar) -> None:
         if done == len(rows):
             continue
         texts = captions.read(rows[done:])
-        encoders = encoders or pipelines.load_text_encoders(job.source, job.dtype)
+        encoders = encoders or source_pipeline.text_encoders(job.source, job.dtype)
         parts = [before] if done else []
         encode = partial(pipelines.encode_text, job.family, encoders, length=job.text_length)
         for part in encoding.parts(texts, encode, batch):

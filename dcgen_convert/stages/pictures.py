@@ -15,7 +15,7 @@ from dcgen_convert.data import decoding, images, prompts
 from dcgen_convert.data.images import Picture
 from dcgen_convert.networks import pipelines, text_lengths
 from dcgen_convert.networks.at_once import AtOnce
-from dcgen_convert.stages import captions
+from dcgen_convert.stages import captions, source_pipeline
 from dcgen_convert.stages.job import Job
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def draw_part(job: Job, bar: Bar) -> None:
     batches = [batch for batch in batches if not all(picture.file.exists() for picture in batch)]
     if not batches:
         return
-    pipeline = pipelines.load_pipeline(job.source, job.dtype)
+    pipeline = source_pipeline.load(job.source, job.dtype)
     drawing = AtOnce("data: drawing", job.console.warn)
 
     def draw(part: list[Picture]) -> Tensor:

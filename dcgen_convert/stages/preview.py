@@ -11,8 +11,8 @@ from dcgen_convert.bundle.autoencoder_dc_adapter import AutoencoderDCAdapter
 from dcgen_convert.bundle.layout import has_adapter
 from dcgen_convert.core.files import read_json
 from dcgen_convert.families.base import Network
-from dcgen_convert.networks import pipelines
 from dcgen_convert.networks.pipelines import quiet_diffusers
+from dcgen_convert.stages import source_pipeline
 from dcgen_convert.stages.job import Job
 
 
@@ -34,7 +34,7 @@ def converted_pipeline(job: Job, transformer: Network) -> Any:
             vae = AutoencoderDC.from_pretrained(job.target, dtype=job.dtype, **options)
             vae.register_to_config(**keys)
         parts = {job.family.component: transformer, "vae": vae.eval()}
-        pipeline = pipelines.load_pipeline(job.source, job.dtype, **parts)
+        pipeline = source_pipeline.load(job.source, job.dtype, **parts)
     scheduler = getattr(diffusers, job.scheduler["_class_name"])
     pipeline.scheduler = scheduler.from_config(job.scheduler)
     return pipeline

@@ -18,6 +18,7 @@ from PIL import Image
 
 from dcgen_convert.api.order import quantisation
 from dcgen_convert.bundle import loading
+from dcgen_convert.bundle import manifest as manifests
 from dcgen_convert.bundle.adoption import adopt, write
 from dcgen_convert.bundle.authors_folder import Wish, find, understand
 from dcgen_convert.bundle.autoencoder_dc_adapter import collect
@@ -26,11 +27,15 @@ from dcgen_convert.bundle.layout import read_index
 from dcgen_convert.bundle.sample import sample
 from dcgen_convert.bundle.verify import verify
 from dcgen_convert.checkpoint.open import load_source
-from dcgen_convert.core.console import NULL
+from dcgen_convert.core.console import NULL, Console
 from dcgen_convert.core.errors import AccessError, DcgenError, InputError
 from dcgen_convert.core.files import read_json, write_json
+from dcgen_convert.core.journal import Run
+from dcgen_convert.networks import autoencoders, pipelines
 from dcgen_convert.quantization import Drawing, Request, quantize_source
 from dcgen_convert.recipe import loading as recipes
+from dcgen_convert.stages import source_pipeline, surgery
+from dcgen_convert.stages.job import find_autoencoder, prepare
 
 from .conftest import autoencoder_dc, flux_transformer, make_bundle
 
@@ -338,3 +343,31 @@ def test_an_adopted_bundle_is_quantised_by_one_more_command(parts, tmp_path):
     assert record["adopted"]["shift"] == "flux2" and record["defaults"]["height"] == 64
     card = (tmp_path / "out" / "README.md").read_text()
     assert "the DC-Gen authors converted" in card and "SVDQuant W4A4 NVFP4" in card and "trust_remote_code=True" in card
+
+
+def test_a_bundle_is_the_source_of_another_conversion(published, tmp_path, capfd):
+    """Pictures and latents of the source are those of its own autoencoder; only embedder and head get new shapes."""
+    bundle = tmp_path / "bundle"
+    made(published, bundle, resolution=SIDE)
+    asked = recipes.load(str(bundle), flags={"ae": "tiny-dc-ae-f64"}, sets=["dtype=fp32"], env={})
+    job = prepare(asked, Run(tmp_path / "run", NULL), Console())
+    assert "SOURCE is a bundle: its pictures and its latents (f32, 32 channels)" in capfd.readouterr().err
+    pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    own, plain = (autoencoders.load(folder) for folder in (job.source.vae, published / "vae"))
+    assert torch.equal(own.encode(pixels), plain.encode(pixels)) and own.channels == 32
+    drawn = [
+        pipelines.draw(job.family, pipeline, ["a fox"], [0], side=64, steps=1, guidance=3.5, length=16)
+        for pipeline in (source_pipeline.load(job.source, job.dtype), loading.load(bundle, torch.float32)[0])
+    ]
+    assert torch.equal(*drawn) and drawn[0].std() > 0.01
+    assert source_pipeline.text_encoders(job.source, job.dtype).vae is None
+    shapes = surgery.new_shapes(job, job.converted_config)
+    assert shapes == {
+        "x_embedder.weight": (32, 128), "x_embedder.bias": (32,), "proj_out.weight": (128, 32), "proj_out.bias": (128,)
+    }  # fmt: skip
+    assert manifests.sources_of(bundle).keys() == {"base of the source"}
+    with pytest.raises(InputError, match="AutoencoderDCAdapter, a conversion needs an AutoencoderDC"):
+        find_autoencoder(str(bundle / "vae"), tmp_path)
+    (bundle / "pytorch_lora_weights.safetensors").touch()
+    with pytest.raises(InputError, match="keeps its LoRA in a file of its own"):
+        load_source("bundle", str(bundle))
