@@ -311,6 +311,12 @@ class Evaluate(Section):
         default="none", description="tiny-world: attribute accuracy and Frechet distance; none disables"
     )
 
+    @model_validator(mode="after")
+    def _enough_to_judge(self) -> Evaluate:
+        if self.metrics == "tiny-world" and self.prompts == 1:
+            raise ValueError("prompts is 1, and metrics tiny-world compares at least 2 pictures: give 2, or 0 for none")
+        return self
+
 
 class Watch(Section):
     """What is measured and drawn while a phase trains. It changes nothing in the training."""

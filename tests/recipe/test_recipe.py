@@ -131,6 +131,7 @@ WRONG = {
     "adapt.guidance_range=[3, 1]": "guidance_range must be [lo, hi] with 0 < lo <= hi, not [3, 1]",
     "adapt.checkpointing=perhaps": "adapt.checkpointing must be true or false, not 'perhaps' (from --set)",
     "data=3": "data must be a group of settings, not 3 (from --set)",
+    "evaluate.prompts=1": "prompts is 1, and metrics tiny-world compares at least 2 pictures: give 2, or 0 for none",
     "data.kind=folder": "data.kind is folder but data.path is empty: give --data FOLDER",
     "seed=1" + "0" * 22: f"seed must be at most 9,223,372,036,854,775,807, not 1{'0' * 22} (from --set)",
     "data.count=1000000000000": "data.count must be at most 1,000,000,000, not 1000000000000 (from --set)",
