@@ -94,8 +94,12 @@ def values(field: Mapping) -> str:
         "array": "list",
     }
     limits = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    bounds = [f"{sign} {field[name]:g}" for name, sign in limits.items() if name in field]
+    bounds = [f"{sign} {_number(field[name])}" for name, sign in limits.items() if name in field]
     return " ".join([kind[field["type"]], " and ".join(bounds)]).strip()
+
+
+def _number(value: float) -> str:
+    return f"{int(value):,}" if value == int(value) else f"{value:g}"
 
 
 def default(field: Mapping, required: bool) -> str:
