@@ -16,7 +16,7 @@ import numpy
 from PIL import ExifTags, Image
 
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.data import colour
+from dcgen_convert.data import colour, png_colour
 
 # Formats of pictures. Others that Pillow knows are left out: icons, scientific arrays, and EPS, which runs a program.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "TIFF", "AVIF", "GIF", "JPEG2000", "PPM", "TGA", "QOI")
@@ -117,7 +117,11 @@ def decode(file: Path) -> tuple[Image.Image, list[str]]:
             notes.append(FRAMES)
         image.load()
         colours, opacity = _separated(image)
-        converted = colour.to_srgb(colours, image.info.get("icc_profile"))
+        stated = png_colour.stated(file) if image.format == "PNG" else None
+        if stated:
+            converted = png_colour.to_srgb(colours, stated)
+        else:
+            converted = colour.to_srgb(colours, image.info.get("icc_profile"))
         if converted is None:
             notes.append(PROFILE)
         shown = converted or colours.convert("RGB")

@@ -11,7 +11,7 @@ import zlib
 
 import numpy
 import pytest
-from PIL import Image, ImageCms, ImageDraw, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageOps, PngImagePlugin
 
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.data import decoding, images
@@ -134,6 +134,45 @@ def test_a_profile_that_does_not_fit_is_left_alone_and_told(mode, profile, tmp_p
     scene(mode).save(tmp_path / "x.jpg", icc_profile=profile)
     shown, notes = decoding.decode(tmp_path / "x.jpg")
     assert notes == [decoding.PROFILE] and apart(shown, decoded(scene(mode), tmp_path / "plain.jpg")) == 0
+
+
+def stated_colours(**chunks: bytes) -> PngImagePlugin.PngInfo:
+    info = PngImagePlugin.PngInfo()
+    for kind, data in chunks.items():
+        info.add(kind.encode(), data)
+    return info
+
+
+GAMMA, LINEAR = (45_455).to_bytes(4), (100_000).to_bytes(4)
+P3 = struct.pack(">8I", 31_270, 32_900, 68_000, 32_000, 26_500, 69_000, 15_000, 6_000)
+BT709 = struct.pack(">8I", 31_270, 32_900, 64_000, 33_000, 30_000, 60_000, 15_000, 6_000)
+
+
+@pytest.mark.parametrize(
+    "chunks, before, after",
+    [
+        ({"gAMA": GAMMA}, (200, 90, 30), (200, 90, 30)),
+        ({"gAMA": GAMMA, "cHRM": BT709}, (200, 90, 30), (200, 90, 30)),
+        ({"cHRM": P3}, (234, 51, 35), (234, 51, 35)),  # without gAMA nobody heeds it
+        ({"gAMA": LINEAR}, (128, 0, 255), (188, 0, 255)),  # .5 of the light is 188 in sRGB
+        ({"gAMA": LINEAR, "sRGB": b"\0"}, (128, 0, 255), (128, 0, 255)),
+        ({"gAMA": GAMMA, "cHRM": P3}, (234, 51, 35), (255, 0, 0)),  # sRGB's red in the primaries of Display P3
+        ({"cICP": bytes([12, 13, 0, 1]), "gAMA": LINEAR}, (234, 51, 35), (255, 0, 0)),
+        ({"cICP": bytes([1, 13, 0, 1]), "gAMA": LINEAR}, (128, 0, 255), (128, 0, 255)),
+        ({"cICP": bytes([1, 8, 0, 1])}, (128, 0, 255), (188, 0, 255)),
+    ],
+    ids=str,
+)
+def test_a_png_may_state_its_colours_in_chunks(chunks, before, after, tmp_path):
+    shown = decoded(Image.new("RGB", (3, 2), before), tmp_path / "x.png", pnginfo=stated_colours(**chunks))
+    assert apart(shown, Image.new("RGB", (3, 2), after)) <= (0 if before == after else 4)
+
+
+@pytest.mark.parametrize("transfer, word", [(16, "HDR picture .PQ"), (18, "HDR picture .HLG"), (11, "not known here")])
+def test_a_png_with_a_brightness_beyond_srgb_is_left_out(transfer, word, tmp_path):
+    scene().save(tmp_path / "x.png", pnginfo=stated_colours(cICP=bytes([9, transfer, 0, 1])))
+    with pytest.raises(InputError, match=word):
+        decoding.decode(tmp_path / "x.png")
 
 
 @pytest.mark.parametrize("suffix", ["bmp", "tif", "gif", "avif", "jp2", "ppm", "tga", "qoi", "webp", "jpeg", "png"])
