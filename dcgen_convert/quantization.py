@@ -6,15 +6,16 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dcgen_convert.bundle import loading as loading_bundle
 from dcgen_convert.bundle import manifest
 from dcgen_convert.bundle.expected import expected_tensors
-from dcgen_convert.bundle.layout import BundleParts, check_output, require_room, write_bundle
+from dcgen_convert.bundle.layout import BundleParts, add_metrics, check_output, require_room, write_bundle
 from dcgen_convert.bundle.loading import adapter_part
 from dcgen_convert.bundle.sample import check_size
 from dcgen_convert.bundle.verify import verify
@@ -28,12 +29,14 @@ from dcgen_convert.core.errors import CheckFailed, InputError
 from dcgen_convert.core.files import read_json, write_json
 from dcgen_convert.core.progress import duration
 from dcgen_convert.data import prompts
+from dcgen_convert.evaluate.metrics import psnr
 from dcgen_convert.families import QuantTargets, authors
 from dcgen_convert.families.grid import autoencoder_grid
 from dcgen_convert.networks import models, pipelines
 from dcgen_convert.recipe import loading
 from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.schema import Quantize
+from dcgen_convert.stages import compare
 from dcgen_convert.stages.captions import class_names
 from dcgen_convert.stages.quantize import SINGLE_FILE, measured, settings_of
 from dcgen_convert.stages.steps import KEEP
@@ -45,6 +48,7 @@ from dcgen_convert.svdquant.skeleton import build
 from dcgen_convert.svdquant.targets import check_container, plan_targets
 
 BATCH = 4  # pictures drawn at once
+COMPARED = 4  # pictures of the source and of the bundle, for the card
 PIPELINE_SIDE = 1024  # px of the pictures of a pipeline whose model states no size (Z-Image)
 CALL = "call.json"  # in the work folder: what it belongs to
 
@@ -120,6 +124,7 @@ def quantize_source(request: Request, console: Console) -> dict[str, Any]:
     quantisation.write_bundle(figures, time.monotonic() - began)
     try:
         checks = verify(request.output, console, quantisation.source.root)["checks"]
+        figures |= quantisation.compare()
     finally:  # the bundle is whole, whatever is found
         shutil.rmtree(request.work_folder)
     layers = figures.pop("layers")
@@ -298,15 +303,40 @@ class SourceQuantisation:
         if note := prompts.told(drawing.prompts or "builtin", count):
             self.console.say(f"calibration: {note}")
 
-        def pipeline() -> Any:
-            model = models.load(source.transformer, torch.bfloat16, device=pipelines.device())
-            with adapter_part(source.root, source.index, torch.bfloat16) as vae:
-                return pipelines.load_pipeline(source, torch.bfloat16, transformer=model, **vae)
-
         with self.console.progress("calibration", count, "prompts") as bar:
             bar.advance(count - sum(last - first for first, last in batches))
-            record_calls(folder, source.family, pipeline, pictures, bar, batches)
+            record_calls(folder, source.family, self.pipeline, pictures, bar, batches)
         write_json(folder / DONE, {"calls": len(read_calls(folder))})
+
+    def pipeline(self) -> Any:
+        """The source in 16 bits."""
+        source = self.source
+        model = models.load(source.transformer, torch.bfloat16, device=pipelines.device())
+        with adapter_part(source.root, source.index, torch.bfloat16) as vae:
+            return pipelines.load_pipeline(source, torch.bfloat16, transformer=model, **vae)
+
+    def compare(self) -> dict[str, Any]:
+        """Draw a few pictures with the source and with the bundle, put them into the card, and say how far apart they
+        are. Without calibration nothing is drawn: then an empty dict.
+        """
+        drawing, defaults, bundle = self.request.drawing, self.defaults, self.request.output
+        if drawing.data_free:
+            return {}
+        first = drawing.seed + compare.SEED
+        texts = prompts.make(drawing.prompts or "builtin", COMPARED, first, class_names(self.source))
+        seeds = [first + i for i in range(COMPARED)]
+        call = {"steps": defaults["steps"], "guidance": defaults["guidance"], "length": defaults["text_length"]}
+        call |= {"side": defaults["height"], "batch": BATCH}
+        draw = partial(compare.draw_all, self.source.family, texts, seeds, self.console, **call)
+        runtime = compare.runtime_of(bundle, torch.bfloat16)
+        drawn = {"converted": draw(self.pipeline)}
+        form = self.request.section.format
+        drawn[form] = draw(lambda: loading_bundle.load(bundle, torch.bfloat16, runtime)[0])
+        found = {"psnr_quantised_db": round(psnr(drawn[form], drawn["converted"], peak=2.0), 2), "runtime": runtime}
+        pictures = compare.written(drawn, texts, self.request.work_folder / "grid.png")
+        add_metrics(bundle, self.source.family, "verify", found, pictures)
+        self.console.say(f"quantize: {found['psnr_quantised_db']} dB from the 16-bit pictures, on {COMPARED} prompts")
+        return found
 
     @property
     def transformer(self) -> Path:

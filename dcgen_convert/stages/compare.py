@@ -12,11 +12,13 @@ from torch import Tensor
 
 from dcgen_convert.bundle import loading
 from dcgen_convert.bundle.layout import PictureGrid
+from dcgen_convert.core.console import Console
 from dcgen_convert.core.files import replacing
 from dcgen_convert.core.journal import Stage
 from dcgen_convert.data import images
 from dcgen_convert.evaluate.grids import grid
 from dcgen_convert.evaluate.metrics import psnr
+from dcgen_convert.families import Family
 from dcgen_convert.networks import autoencoders, models, pipelines
 from dcgen_convert.networks.at_once import AtOnce, release
 from dcgen_convert.stages import captions, source_pipeline
@@ -39,15 +41,15 @@ def run(job: Job, stage: Stage, bundle: Path) -> PictureGrid:
     texts = captions.others(job, count, job.recipe.seed + SEED)
     seeds = [job.recipe.seed + SEED + i for i in range(count)]
     settings, steps, guidance = job.recipe.data, job.recipe.bundle.steps, job.recipe.bundle.guidance
-    draw = partial(_draw, job, texts, seeds)
-    drawn = {"source": draw(lambda: source_pipeline.load(job.source, job.dtype), settings.steps, settings.guidance)}
+    sizes = {"side": job.resolution, "length": job.text_length, "batch": settings.batch}
+    draw = partial(draw_all, job.family, texts, seeds, job.console, **sizes)
+    base = {"steps": settings.steps, "guidance": settings.guidance}
+    drawn = {"source": draw(lambda: source_pipeline.load(job.source, job.dtype), **base)}
     if job.recipe.quantize.format != "none":
-        drawn["converted"] = draw(lambda: _twin(job), steps, guidance)
+        drawn["converted"] = draw(lambda: _twin(job), steps=steps, guidance=guidance)
     name = "converted" if job.recipe.quantize.format == "none" else job.recipe.quantize.format
-    runtime = loading.choose_runtime(bundle, "auto", job.dtype)
-    if runtime == "dequantised":  # that would leave the activations' 4 bits out of the figures
-        runtime = "emulated"
-    drawn[name] = draw(lambda: loading.load(bundle, job.dtype, runtime)[0], steps, guidance)
+    runtime = runtime_of(bundle, job.dtype)
+    drawn[name] = draw(lambda: loading.load(bundle, job.dtype, runtime)[0], steps=steps, guidance=guidance)
     stage.metrics["runtime"] = runtime
     scale, device = job.recipe.latents.scale_override, pipelines.device()
     codec = autoencoders.load(job.target, device=device, scale=scale, console=job.console)
@@ -57,13 +59,21 @@ def run(job: Job, stage: Stage, bundle: Path) -> PictureGrid:
         stage.metrics["psnr_quantised_db"] = round(psnr(drawn[name], drawn["converted"], peak=2.0), 2)
     if job.recipe.evaluate.metrics == "tiny-world":
         figures(job, stage, drawn, texts)
-    sheet = grid(
-        {title: [images.to_image(picture) for picture in part[:ROWS]] for title, part in drawn.items()}, texts[:ROWS]
-    )
-    file = stage.folder / "grid.png"
+    return written(drawn, texts, stage.folder / "grid.png")
+
+
+def written(drawn: dict[str, Tensor], texts: list[str], file: Path) -> PictureGrid:
+    """Write the first ROWS pictures of every column to ``file``."""
+    columns = {title: [images.to_image(picture) for picture in part[:ROWS]] for title, part in drawn.items()}
     with replacing(file) as temporary:
-        sheet.save(temporary, format="PNG")
+        grid(columns, texts[:ROWS]).save(temporary, format="PNG")
     return PictureGrid(file, [TITLES.get(title, title) for title in drawn], texts[:ROWS])
+
+
+def runtime_of(bundle: Path, dtype: torch.dtype) -> str:
+    """How a bundle is judged: as its kernels compute, or as an emulation of them does."""
+    runtime = loading.choose_runtime(bundle, "auto", dtype)
+    return "emulated" if runtime == "dequantised" else runtime  # else the activations' 4 bits would be left out
 
 
 def figures(job: Job, stage: Stage, drawn: dict[str, Tensor], texts: list[str]) -> None:
@@ -83,25 +93,31 @@ def _twin(job: Job) -> Any:
     return converted_pipeline(job, models.load(job.folders.converted, job.dtype, device=pipelines.device()))
 
 
-def _draw(job: Job, texts: list[str], seeds: list[int], load: Callable[[], Any], steps: int, guidance: float) -> Tensor:
-    """Pictures of ``texts``. The pipeline that ``load`` returns is freed before the next one is loaded."""
-    drawn = _draw_with(load(), job, texts, seeds, steps, guidance)
+def draw_all(
+    family: Family,
+    texts: list[str],
+    seeds: list[int],
+    console: Console,
+    load: Callable[[], Any],
+    *,
+    batch: int,
+    **call: Any,
+) -> Tensor:
+    """Pictures of ``texts``, ``batch`` at once. The pipeline that ``load`` returns is freed before the next is loaded.
+
+    Args:
+        call: side, steps, guidance and length of `pipelines.draw`.
+    """
+    drawn = _drawn(partial(pipelines.draw, family, load(), **call), texts, seeds, console, batch)
     release()
     return drawn
 
 
-def _draw_with(pipeline: Any, job: Job, texts: list[str], seeds: list[int], steps: int, guidance: float) -> Tensor:
-    def draw(places: range) -> Tensor:
-        return pipelines.draw(
-            job.family,
-            pipeline,
-            [texts[place] for place in places],
-            [seeds[place] for place in places],
-            side=job.resolution,
-            steps=steps,
-            guidance=guidance,
-            length=job.text_length,
-        )
+def _drawn(
+    draw: Callable[[list[str], list[int]], Tensor], texts: list[str], seeds: list[int], console: Console, batch: int
+) -> Tensor:
+    def part(places: range) -> Tensor:
+        return draw([texts[place] for place in places], [seeds[place] for place in places])
 
-    drawing = AtOnce("verify: drawing", job.console.warn)
-    return torch.cat(list(drawing.parts(range(len(texts)), draw, job.recipe.data.batch)))
+    drawing = AtOnce("verify: drawing", console.warn)
+    return torch.cat(list(drawing.parts(range(len(texts)), part, batch)))

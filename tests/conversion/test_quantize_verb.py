@@ -56,7 +56,13 @@ def test_the_result_is_a_verified_bundle_with_manifest_and_card(quantised):
     assert [layer["module"] for layer in record["metrics"]["quantize"]["layers"]] == [
         x["module"] for x in document["layers"]
     ]
+    assert record["pictures"]["columns"] == ["this model in 16 bits", "this bundle (NVFP4)"]
+    assert len(record["pictures"]["prompts"]) == 4 and "pictures.png" in record["files"]
+    assert record["metrics"]["verify"] == {"psnr_quantised_db": document["metrics"]["psnr_quantised_db"],
+                                           "runtime": "emulated"}  # fmt: skip
+    assert 25 < document["metrics"]["psnr_quantised_db"] < 60  # four times the noise of one layer would be below
     card = (output / "README.md").read_text()
+    assert "pictures.png" in card and "16 bits" in card
     assert "license: apache-2.0" in card and "converted to" not in card and "trust_remote_code" not in card
     assert 'DiffusionPipeline.from_pretrained("out", dtype=torch.bfloat16)' in card and "height=128, width=128" in card
     found = inspect(output)
