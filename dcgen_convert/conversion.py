@@ -16,38 +16,31 @@ when --ae changes. More than ten minutes of work are never deleted unless the us
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, fields
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from dcgen_convert.bundle.manifest import FILE as MANIFEST
 from dcgen_convert.core.console import NULL, Console
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.core.files import read_object, understood, write_json
+from dcgen_convert.core.files import write_json
 from dcgen_convert.core.journal import Found, Run
 from dcgen_convert.core.names import EXPORT, MODULES, OPEN, RECIPE
 from dcgen_convert.core.progress import duration
-from dcgen_convert.core.version import __version__
 from dcgen_convert.networks.models import TRANSFORMER
 from dcgen_convert.planning import licences, needs
 from dcgen_convert.planning.needs import Part
 from dcgen_convert.planning.plan import require_disk, require_fits, require_possible
 from dcgen_convert.ranks import join
 from dcgen_convert.ranks.crew import SOLO, Crew
-from dcgen_convert.ranks.machine import Machine
-from dcgen_convert.recipe.loading import Resolved, revive
-from dcgen_convert.stages import folders, memory, pictures
+from dcgen_convert.recipe.loading import Resolved
+from dcgen_convert.stages import folders, memory, pictures, records
 from dcgen_convert.stages.clean import retain
 from dcgen_convert.stages.job import Job, prepare
+from dcgen_convert.stages.records import recorded as recorded
 from dcgen_convert.stages.steps import Step, Survey, cleaned_for, wanted
-
-NEW_RUN = "start a new run with another --run-dir"
-ASKED = "asked.json"  # the stages that --from asked for and that are still to be begun, and the job that asked
-OLDEST = (0, 2)  # version whose runs have the form of today's
 
 
 def walk(job: Job, output: Path, force: bool) -> Iterator[Step]:
@@ -138,7 +131,7 @@ def convert(  # noqa: PLR0913  every option of the verb by its name
     """
     run = Run(Path(run_dir), console, resolved.machine.check)
     with run.locked():
-        recorded = _read_record(run.path / RECIPE) if (run.path / RECIPE).exists() else {}
+        before = records.read(run.path / RECIPE) if (run.path / RECIPE).exists() else {}
         job = prepare(resolved, run, console, crew)
         for line in licences.lines(licences.licences(resolved)):
             console.say(line)
@@ -152,11 +145,11 @@ def convert(  # noqa: PLR0913  every option of the verb by its name
         }
         sizes = {name: path.stat().st_size for name, path in job.source.content_files.items()}
         if not resolved.machine.check:
-            job.source.known.update(_believed(sizes, recorded.get("source") or {}))
+            job.source.known.update(records.believed(sizes, before.get("source") or {}))
         with console.progress("hash the source", sum(sizes.values()), "B") as bar:
             contents = job.source.contents(bar.advance)
         record["source"] = {name: [sizes.get(name), digest] for name, digest in contents.items()}
-        force = force or recorded.get("replace") == str(output)
+        force = force or before.get("replace") == str(output)
         every = steps = list(walk(job, output, force))
         stages = [step.name for step in steps]
         for name in (start, until):
@@ -164,7 +157,7 @@ def convert(  # noqa: PLR0913  every option of the verb by its name
                 raise InputError(f"no stage is called {name!r}", f"the stages are {', '.join(stages)}")
         if until is not None:
             steps = steps[: stages.index(until) + 1]
-        asked = _asked(run, [step.name for step in steps], start)
+        asked = records.asked(run, [step.name for step in steps], start)
         parts = needs.parts(resolved.recipe, job.source.imported)
         lost = [step.name for step in steps if step.name == folders.BUNDLE and not (output / MANIFEST).exists()]
         survey = Survey(run, steps, asked, lost, parts)
@@ -173,13 +166,13 @@ def convert(  # noqa: PLR0913  every option of the verb by its name
         _require_memory(job, survey)
         asked = [*survey.again, *asked]
         replaced = str(output) if force and folders.BUNDLE in survey.open else None
-        write_json(run.path / RECIPE, {**record, "replace": replaced, "version": __version__})
+        records.write(run, {**record, "replace": replaced})
         still = {*asked, *survey.open}
         if until is not None:  # what stands behind it may be outdated too; its sizes tell enough
             still |= Survey(Run(run.path, NULL, False), every, asked).open
         write_json(run.path / OPEN, {"stages": [name for name in stages if name in still]})
         if asked:
-            write_json(run.path / ASKED, {"job": os.environ.get(join.JOB), "stages": asked})
+            write_json(run.path / records.ASKED, {"job": os.environ.get(join.JOB), "stages": asked})
         crew.introduce({"run": str(run.path), **record})
         return _run_steps(job, steps, output, asked, parts)
 
@@ -193,44 +186,8 @@ def _require_memory(job: Job, survey: Survey) -> None:
         require_fits(job.recipe, job.identity, job.crew.world, memory_per_rank(job.crew.world))
 
 
-def _believed(sizes: Mapping[str, int], before: Mapping[str, tuple[int, str]]) -> dict[str, str]:
-    """The recorded hashes of the source's files, where all of them are there and have their ``sizes``; else none."""
-    same = sizes == {name: size for name, (size, _) in before.items() if size is not None}
-    return {name: digest for name, (_, digest) in before.items()} if same else {}
-
-
-def _asked(run: Run, stages: list[str], start: str | None) -> list[str]:
-    """The stages that must run again although they hold. A job that starts again after a crash asks only once."""
-    path, job = run.path / ASKED, os.environ.get(join.JOB)
-    found = _read_asked(path)
-    if start is None or (job and found["job"] == job):
-        return [name for name in found["stages"] if name in stages]
-    return stages[stages.index(start) :]
-
-
-def _read_asked(path: Path) -> dict[str, Any]:
-    """What ASKED holds; InputError when it is damaged."""
-    found = read_object(path) if path.exists() else {"job": None, "stages": []}
-    with understood(path, "delete this file, then resume with --from again"):
-        return {"job": found["job"], "stages": [str(name) for name in found["stages"]]}
-
-
-def _answered(run: Run, name: str) -> None:
-    """Stage ``name`` has begun again."""
-    path = run.path / ASKED
-    if name in (found := _read_asked(path))["stages"]:
-        write_json(path, {**found, "stages": [stage for stage in found["stages"] if stage != name]})
-
-
-def _passed(run: Run, name: str) -> None:
-    """Stage ``name`` holds, for the walk of today."""
-    found = read_object(run.path / OPEN)["stages"]
-    if name in found:
-        write_json(run.path / OPEN, {"stages": [stage for stage in found if stage != name]})
-
-
 def _run_steps(job: Job, steps: list[Step], output: Path, asked: list[str], parts: list[Part]) -> dict[str, Any]:
-    records: list[dict[str, Any]] = []
+    done: list[dict[str, Any]] = []
     known: dict[str, Found] = {}
     for step in steps:
         made_from = wanted(step, known)
@@ -243,7 +200,7 @@ def _run_steps(job: Job, steps: list[Step], output: Path, asked: list[str], part
                 raise InputError(what, f"add --from {gone[0]} to make them again")
             _tell(job.console, step.name, found, again)
             with memory.named(step.name), job.run.stage(made_from, found, again) as stage:
-                _answered(job.run, step.name)  # now: when it is cut off, it continues
+                records.answered(job.run, step.name)  # now: when it is cut off, it continues
                 step.function(job, stage)
             found = job.run.look(made_from)
             assert found.state == "holds", f"stage {step.name} left no marker"
@@ -251,15 +208,15 @@ def _run_steps(job: Job, steps: list[Step], output: Path, asked: list[str], part
             cleaned = "; clean has removed files of it" if found.cleaned else ""
             job.console.say(f"{step.name}: holds, skipped{cleaned}{_of_fewer(step, known)}")
         known[step.name] = found
-        _passed(job.run, step.name)
+        records.passed(job.run, step.name)
         retain(job.run, job.recipe, parts, [*known], job.console)
         record = found.record
         job.console.event("stage", name=step.name, seconds=record["seconds"], metrics=record["metrics"])
-        records.append({"name": step.name, "seconds": record["seconds"], "metrics": record["metrics"]})
+        done.append({"name": step.name, "seconds": record["seconds"], "metrics": record["metrics"]})
     if steps[-1].name != folders.VERIFY:
-        return {"status": "stopped", "run": str(job.run.path), "stages": records}
-    verified = records[-1]["metrics"]
-    return {"status": "done", "bundle": str(output), "run": str(job.run.path), "stages": records, "metrics": verified}
+        return {"status": "stopped", "run": str(job.run.path), "stages": done}
+    verified = done[-1]["metrics"]
+    return {"status": "done", "bundle": str(output), "run": str(job.run.path), "stages": done, "metrics": verified}
 
 
 def _of_fewer(step: Step, known: dict[str, Found]) -> str:
@@ -282,45 +239,3 @@ def _tell(console: Console, name: str, found: Found, again: bool) -> None:
     }
     say = console.warn if found.state == "outdated" else console.say
     say(f"{name}: {words[found.state]}")
-
-
-def recorded(run_dir: Path) -> tuple[Resolved, Path]:
-    """What the run in ``run_dir`` was started with, and its output folder.
-
-    Raises:
-        InputError: no run folder, a damaged recipe.json, or a run of a newer version or of one before 0.2.
-    """
-    path = run_dir / RECIPE
-    if not path.is_file():
-        raise InputError(f"{run_dir} is not a run folder: it has no {RECIPE}", "give the folder that --run-dir named")
-    record = _read_record(path)
-    recipe, machine, output = (record.get(key) for key in ("recipe", "machine", "output"))
-    known = {field.name for field in fields(Machine)}
-    if not isinstance(recipe, dict) or not isinstance(machine, dict) or not isinstance(output, str):
-        raise InputError(f"{path} is not what a run writes: recipe, machine or output is missing", NEW_RUN)
-    if strange := sorted(machine.keys() - known):
-        raise InputError(f"{path} has the unknown machine setting {strange[0]!r}", NEW_RUN)
-    with understood(path, NEW_RUN):
-        return Resolved(revive(recipe, str(path)), {}, TypeAdapter(Machine).validate_python(machine)), Path(output)
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """ "0.2.1" -> (0, 2); () for what is no version."""
-    numbers = version.split(".")[:2]
-    return tuple(map(int, numbers)) if all(number.isdecimal() for number in numbers) else ()
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    """A run's recipe.json; InputError when it is damaged, or of a version whose runs this one cannot go on with.
-
-    A stage that gives another result than in the version before has a higher number in `depends.VERSIONS`: it alone
-    runs again.
-    """
-    record = read_object(path)
-    theirs = str(record.get("version"))
-    if not OLDEST <= _release(theirs) <= _release(__version__):
-        raise InputError(
-            f"{path.parent} is a run of dcgen-convert {theirs}, and this is {__version__}, which cannot go on with it",
-            f"go on with it in version {theirs}, or {NEW_RUN}",
-        )
-    return record

@@ -33,6 +33,7 @@ from dcgen_convert.core.journal import Run
 from dcgen_convert.networks import pipelines
 from dcgen_convert.networks.autoencoders import Codec
 from dcgen_convert.recipe.loading import load
+from dcgen_convert.stages import records
 
 COUNT, MORE, STEPS, LONGER, STOP = 24, 31, 12, 18, 5
 BASE = {
@@ -190,7 +191,7 @@ def moved(home: Path) -> Path:
 
 
 def newer(home: Path) -> None:
-    conversion.__version__ = "0.9.0"
+    records.__version__ = "0.9.0"
 
 
 Change = Callable[[Path], Path | None]
@@ -258,7 +259,7 @@ def work_lost(name: str, point: str, made: Counter[str], done: Counter[str]) -> 
 
 def try_one(home: Path, made: Counter[str], name: str, point: str) -> tuple[str, float]:
     """Go on with one change; (cell of the table, seconds lost)."""
-    change, version = CHANGES[name], conversion.__version__
+    change, version = CHANGES[name], records.__version__
     settings = settings_of(change, point) if isinstance(change, dict) else {}
     if callable(change):
         home = change(home) or home
@@ -266,7 +267,7 @@ def try_one(home: Path, made: Counter[str], name: str, point: str) -> tuple[str,
     try:
         done = go(home, POINTS[point][1], settings)
     finally:
-        conversion.__version__ = version
+        records.__version__ = version
     again = [
         stage for stage, (_, marker) in state(home / "run").items() if before.get(stage, (0, []))[1] not in ([], marker)
     ]

@@ -4,11 +4,11 @@ import os
 
 import pytest
 
-from dcgen_convert import conversion
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.files import write_json
 from dcgen_convert.core.journal import Run
 from dcgen_convert.ranks import join
+from dcgen_convert.stages import records
 
 NAMES = ["surgery", "data", "latents", "bundle"]
 
@@ -20,15 +20,15 @@ def run(tmp_path) -> Run:
 
 def asked(run: Run, start: str | None, stages: list[str] = NAMES) -> list[str]:
     """As `convert` does it: find out, then write down."""
-    found = conversion._asked(run, stages, start)
+    found = records.asked(run, stages, start)
     if found:
-        write_json(run.path / conversion.ASKED, {"job": os.environ.get(join.JOB), "stages": found})
+        write_json(run.path / records.ASKED, {"job": os.environ.get(join.JOB), "stages": found})
     return found
 
 
 def test_nothing_is_asked_for_without_from(run):
     assert asked(run, None) == []
-    conversion._answered(run, "data")
+    records.answered(run, "data")
     assert asked(run, None) == []
 
 
@@ -40,7 +40,7 @@ def test_from_asks_for_the_stage_and_those_after_it(run):
 def test_a_job_that_starts_again_asks_for_what_is_left(run, monkeypatch):
     monkeypatch.setenv(join.JOB, "one")
     assert asked(run, "data") == ["data", "latents", "bundle"]
-    conversion._answered(run, "data")
+    records.answered(run, "data")
     assert asked(run, "data") == ["latents", "bundle"]  # the same job, after a crash
     assert asked(run, None) == ["latents", "bundle"]  # resume
     monkeypatch.setenv(join.JOB, "two")
@@ -49,5 +49,5 @@ def test_a_job_that_starts_again_asks_for_what_is_left(run, monkeypatch):
 
 def test_each_command_without_ranks_asks_anew(run):
     asked(run, "data")
-    conversion._answered(run, "data")
+    records.answered(run, "data")
     assert asked(run, "data") == ["data", "latents", "bundle"]

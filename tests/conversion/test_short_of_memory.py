@@ -59,7 +59,7 @@ def test_a_stage_that_cannot_go_on_names_its_setting(job, tmp_path, monkeypatch)
     short = with_data(job, tmp_path, count=2, batch=2)
     step = conversion.Step("data", pictures.run, {"x": 1})
     with short.run.locked(), pytest.raises(ResourceError, match="stage data: out of memory") as caught:
-        conversion._run_steps(short, [step], tmp_path / "bundle", [])
+        conversion._run_steps(short, [step], tmp_path / "bundle", [], [])
     assert "data.batch" in caught.value.hint
 
 

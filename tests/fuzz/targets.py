@@ -36,6 +36,7 @@ from dcgen_convert.data import images, prompts
 from dcgen_convert.evaluate import report
 from dcgen_convert.ranks import hosts
 from dcgen_convert.recipe import loading, shelf
+from dcgen_convert.stages import records
 from dcgen_convert.stages.job import find_autoencoder
 from dcgen_convert.svdquant import trees
 from dcgen_convert.train import checkpoints
@@ -369,13 +370,13 @@ def make_index(folder: Path) -> None:
 
 def make_asked(folder: Path) -> None:
     Run(folder / "run", NULL)
-    (folder / "run" / conversion.ASKED).write_text(json.dumps({"job": "x", "stages": ["surgery", "data"]}))
+    (folder / "run" / records.ASKED).write_text(json.dumps({"job": "x", "stages": ["surgery", "data"]}))
 
 
 def use_asked(folder: Path) -> None:
     run = Run(folder / "run", NULL)
-    conversion._asked(run, ["surgery", "data"], None)
-    conversion._answered(run, "data")
+    records.asked(run, ["surgery", "data"], None)
+    records.answered(run, "data")
 
 
 def make_metrics(folder: Path) -> None:
@@ -447,7 +448,7 @@ TARGETS = (
         rewritten(*(f"source/{name}" for name in CONFIGS), by=as_json),
         lambda folder: taken(folder / "source", base=None),
     ),
-    Target("asked.json", make_asked, rewritten(f"run/{conversion.ASKED}", by=as_json), use_asked),
+    Target("asked.json", make_asked, rewritten(f"run/{records.ASKED}", by=as_json), use_asked),
     Target("metrics.jsonl", make_metrics, rewritten("metrics.jsonl", by=as_lines), use_metrics),
     Target(
         "report",

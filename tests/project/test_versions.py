@@ -73,7 +73,7 @@ def test_recipe_of_0_1_0_is_read_without_removed_and_with_renamed_keys(tmp_path)
     assert "\n" not in caught.value.message
     renew(written)
     path.write_text(yaml.safe_dump(written))
-    assert load(str(path)).recipe.model_dump(mode="json") == written
+    assert load(str(path)).recipe.model_dump(mode="json") == {**written, "keep": "all"}  # a setting that is new
 
 
 def test_run_of_0_1_0_is_refused_and_kept(old_run, tmp_path):
