@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,21 @@ from dcgen_convert.recipe.schema import Recipe
 from dcgen_convert.stages import folders, memory
 from dcgen_convert.stages.job import Job, prepare
 
-STAGES = {  # task -> the stage that shares it
-    "pictures": folders.DATA,
-    "latents": folders.LATENTS,
-    "captions": folders.LATENTS,
-    "train-head": folders.ALIGN_HEAD,
-    "adapt": "adapt-{number}",
-    "calibration": folders.QUANTIZE,
-    "blocks": folders.QUANTIZE,
-}
+
+def tasks_of(job: Job, crew: Member, arguments: dict[str, Any]) -> dict[str, tuple[str, Callable[[], object]]]:
+    """Name of a task -> the stage that shares it, and what a rank does."""
+    from dcgen_convert.stages import adapt, align_head, latents, pictures, quantize
+
+    return {
+        "pictures": (folders.DATA, lambda: pictures.draw_part(job, crew)),
+        "latents": (folders.LATENTS, lambda: latents.encode_part(job, crew, **arguments)),
+        "captions": (folders.LATENTS, lambda: latents.caption_part(job, crew)),
+        "fit-head": (folders.ALIGN_HEAD, lambda: align_head.fit_part(job, crew, **arguments)),
+        "train-head": (folders.ALIGN_HEAD, lambda: align_head.train(job, **arguments)),
+        "adapt": ("adapt-{number}", lambda: adapt.train_phase(job, **arguments)),
+        "calibration": (folders.QUANTIZE, lambda: quantize.record_part(job, crew, **arguments)),
+        "blocks": (folders.QUANTIZE, lambda: quantize.quantize_part(job, crew, **arguments)),
+    }
 
 
 class Performer:
@@ -37,21 +44,10 @@ class Performer:
 
     def __call__(self, document: dict[str, Any], task: str, arguments: dict[str, Any]) -> None:
         self.console.say(f"task {task}")
-        from dcgen_convert.stages import adapt, align_head, latents, pictures, quantize
-
         job = self._job = self._job or self._prepare(document)
-        perform = {
-            "pictures": lambda: pictures.draw_part(job, self.crew),
-            "latents": lambda: latents.encode_part(job, self.crew, **arguments),
-            "captions": lambda: latents.caption_part(job, self.crew),
-            "fit-head": lambda: align_head.fit_part(job, self.crew, **arguments),
-            "train-head": lambda: align_head.train(job, **arguments),
-            "adapt": lambda: adapt.train_phase(job, **arguments),
-            "calibration": lambda: quantize.record_part(job, self.crew, **arguments),
-            "blocks": lambda: quantize.quantize_part(job, self.crew, **arguments),
-        }
-        with memory.named(STAGES[task].format(**arguments)):
-            perform[task]()
+        stage, perform = tasks_of(job, self.crew, arguments)[task]
+        with memory.named(stage.format(**arguments)):
+            perform()
 
     def _prepare(self, document: dict[str, Any]) -> Job:
         path = Path(document["run"])
