@@ -2,6 +2,7 @@
 
 RECIPE = "recipe.json"  # in a run folder: the settings that the run was started with
 OPEN = "open.json"  # in a run folder: the stages that may still have to run
+TRANSFORMER = "transformer"  # of a stage, a source or a bundle: the folder of the network
 LOCK = "lock"  # in a run folder: held by the process that works there
 MANIFEST = "dcgen_manifest.json"  # in a bundle: what it holds and what it was made from
 MODULES = "modules.safetensors"  # whole tensors of the embedder and the head under the network's own names, float32

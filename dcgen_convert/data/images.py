@@ -10,16 +10,18 @@ import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy
-import torch
 from PIL import Image
-from torch import Tensor
 
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import atomic_write, json_text, read_lines, read_text, understood
 from dcgen_convert.data import decoding, gathering, metadata
 from dcgen_convert.data.tally import Tally
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 INDEX = "index.jsonl"
 EXAMPLE = '{"file": "images/fox.png", "caption": "a red fox"}'
@@ -176,6 +178,8 @@ def read_pixels(file: Path, height: int, width: int | None = None) -> Tensor:
     Raises:
         InputError: the file is missing, no image, or cut off.
     """
+    import torch
+
     width = width or height
     image, _ = decoding.decode(file)
     across, down = min(image.width, image.height * width / height), min(image.height, image.width * height / width)
@@ -198,5 +202,7 @@ def is_whole(file: Path) -> bool:
 
 def to_image(pixels: Tensor) -> Image.Image:
     """(3, H, W) in [-1, 1] -> PIL image."""
+    import torch
+
     array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(array)

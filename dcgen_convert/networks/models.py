@@ -9,10 +9,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.names import TRANSFORMER as TRANSFORMER
 from dcgen_convert.families.base import Network
 from dcgen_convert.networks.folder import load_folder
-
-TRANSFORMER = "transformer"
 
 
 def load(folder: Path, dtype: torch.dtype, modules: Path | None = None, device: str = "cpu") -> Network:

@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from dcgen_convert.data import given
 from dcgen_convert.families import catalog
 from dcgen_convert.networks import autoencoder_files
 from dcgen_convert.planning import needs
@@ -100,7 +99,7 @@ def _checkpoints(recipe: Recipe, sizes: Shapes) -> dict[str, float]:
 
 def _kinds(recipe: Recipe, sizes: Shapes) -> dict[str, float]:
     """Bytes by kind, but for checkpoints, if nothing is removed."""
-    count, data, converted = recipe.data.count, recipe.data, sizes.converted
+    count, converted = recipe.data.count, sizes.converted
     sides = {phase.resolution for phase in recipe.adapt.phases}
     cells = sum(grid.c * (side // grid.f) ** 2 for grid in (sizes.old, sizes.new) for side in sides)
     fetched = sum(row["bytes"] or 0 for row in downloads(recipe, sizes) if not row["cached"])
@@ -111,9 +110,7 @@ def _kinds(recipe: Recipe, sizes: Shapes) -> dict[str, float]:
     imported = bool(recipe.base or recipe.loras) or (sizes.source.path is not None and sizes.source.path.is_file())
     return {
         "downloads": fetched,
-        "pictures": count * data.resolution**2 * PNG_BYTES_PER_PIXEL
-        if data.kind == "synthetic"
-        else given.shard_bytes(given.parse_all(data.paths)),
+        "pictures": _pictures(recipe),
         "latents": count * cells * BF16,
         "text": count * sizes.text * sizes.base.text_width * BF16 if recipe.latents.text == "cache" else 0,
         "import": dense if imported else 0,
@@ -124,6 +121,16 @@ def _kinds(recipe: Recipe, sizes: Shapes) -> dict[str, float]:
         "quantised": quantised,
         "bundle": (quantised or dense) + companions,
     }
+
+
+def _pictures(recipe: Recipe) -> float:
+    """Bytes of the pictures that the run keeps: drawn, or copied out of shards."""
+    data = recipe.data
+    if data.kind == "synthetic":
+        return data.count * data.resolution**2 * PNG_BYTES_PER_PIXEL
+    from dcgen_convert.data import given  # it needs an imaging library
+
+    return given.shard_bytes(given.parse_all(data.paths))
 
 
 def _spool(recipe: Recipe, sizes: Shapes) -> float:

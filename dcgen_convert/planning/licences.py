@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dcgen_convert.checkpoint.licence import front_matter, licence_of
-from dcgen_convert.data import given, hub, prompt_lists
+from dcgen_convert.data import hub, prompt_lists
 from dcgen_convert.families import catalog
 from dcgen_convert.families.licences import DECLARED, TERMS, UNKNOWN
 from dcgen_convert.recipe.identity import Identity
@@ -30,6 +30,8 @@ def licences(resolved: Resolved) -> list[dict[str, Any]]:
     if found is None or not found.folder:
         rows.append(_model("autoencoder", recipe.ae, None, found.repo if found else recipe.ae))
     if recipe.data.kind == "folder":
+        from dcgen_convert.data import given  # it needs an imaging library
+
         texts = [given.parse(path).where for path in recipe.data.paths]
     else:
         texts = [prompt_lists.split(recipe.data.prompts)[0]]

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Literal
 
+from dcgen_convert.core.names import TRANSFORMER
 from dcgen_convert.networks.autoencoder_files import NORMALISED
-from dcgen_convert.networks.models import TRANSFORMER
 from dcgen_convert.recipe.schema import Recipe
 
 Keep = Literal["all", "resume", "bundle"]
