@@ -11,7 +11,7 @@ from typing import Any
 from dcgen_convert.core.disk import check_disk
 from dcgen_convert.core.errors import DcgenError, InputError, ResourceError
 from dcgen_convert.core.journal import removed
-from dcgen_convert.data import given, hub, prompts
+from dcgen_convert.data import hub, prompts
 from dcgen_convert.families import Family
 from dcgen_convert.planning import costs, memory, speed
 from dcgen_convert.planning.bill import bill
@@ -191,6 +191,8 @@ def _notes(fetch: list[dict], resolved: Resolved, family: Family) -> list[str]:
             notes.append(f"offline, and {row['repo']} is not in the cache: fetch it before converting")
     data = resolved.recipe.data
     if data.kind == "folder":
+        from dcgen_convert.data import given  # it needs an imaging library
+
         local = [source for source in given.parse_all(data.paths) if not hub.is_address(source.where)]
         notes += [f"data.path {source.where} does not exist yet" for source in local if not source.path.exists()]
     if (

@@ -118,7 +118,7 @@ def test_a_converted_bundle_is_drawn_for_calibration_and_keeps_its_lineage(quant
     work.prepare()
     work.record()
     assert len(read_calls(work.request.work_folder / CALLS)) == 1
-    sources = {"base": work.source.record(str(twin)), **work.lineage()}
+    sources = {"base": work.source.record(str(twin)), **manifests.sources_of(work.source.root)}
     conversion = {"layout": "stock", "recipe": {"adapt": {"phases": [{"resolution": 96}]}}}
     record = {**read_json(twin / manifests.FILE), "sources": sources, "conversion": conversion}
     card = render(record, family=work.source.family, layout="source", title="t")

@@ -8,7 +8,7 @@ LIGHT = [
     ["--help"],
     ["--version"],
     ["convert", "--help"],
-    ["plan", "flux-krea", "--json"],
+    ["plan", "flux-krea", "--json", "--disk", "2000"],
     ["plan", "sana-1.6b"],
     ["recipes", "list"],
     ["recipes", "show", "flux-krea"],
@@ -33,7 +33,8 @@ def test_no_heavy_import(python, args):
 
 
 @pytest.mark.parametrize(
-    "args, limit", [(["--help"], 0.5), (["recipes", "list"], 1.0), (["plan", "flux-krea", "--json"], 1.0)]
+    "args, limit",
+    [(["--help"], 0.5), (["recipes", "list"], 1.0), (["plan", "flux-krea", "--json", "--disk", "2000"], 1.0)],
 )
 def test_answers_at_once(cli, args, limit):
     """Seconds of processor time: what the answer costs, whatever else the machine is doing."""

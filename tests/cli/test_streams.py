@@ -70,7 +70,8 @@ def test_quiet_leaves_only_the_result(python):
 
 
 @pytest.mark.parametrize(
-    "args", [("plan", "flux-krea", "--json"), ("--help",), ("completion", "zsh"), ("plan", "x", "--json")]
+    "args",
+    [("plan", "flux-krea", "--json", "--disk", "2000"), ("--help",), ("completion", "zsh"), ("plan", "x", "--json")],
 )
 def test_a_closed_stdout_is_no_error(tmp_path, args):
     command = [sys.executable, "-m", "dcgen_convert.cli", *args]
