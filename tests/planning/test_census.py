@@ -42,16 +42,17 @@ CONFIG = dict(
 
 
 class Census(TorchDispatchMode):
-    """Bytes of the storages that operations inside it made: `now`, and the highest, `peak`."""
+    """Bytes of the storages on ``device`` that operations inside it made: `now`, and the highest, `peak`."""
 
-    def __init__(self):
+    def __init__(self, device="cpu"):
         super().__init__()
+        self.device = device
         self.sizes, self.now, self.peak = {}, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type in ("cpu", "meta"):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == self.device:
                 self._note(tensor.untyped_storage())
         return out
 
