@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -15,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def environment(**extra: str) -> dict[str, str]:
     """This process's environment without anything that changes output, plus `extra`."""
     unwanted = ("NO_COLOR", "FORCE_COLOR", "CI", "RANK", "WORLD_SIZE", "LOCAL_RANK", "HF_TOKEN", "PYTHONPATH")
-    kept = {key: value for key, value in os.environ.items() if key not in unwanted and not key.startswith("DCGEN_")}
+    quiet = {*unwanted, *warm.OWN}  # a run in this process may have set some
+    kept = {key: value for key, value in os.environ.items() if key not in quiet and not key.startswith("DCGEN_")}
     return {**kept, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "COLUMNS": "110", **extra}
 
 
