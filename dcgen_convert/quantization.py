@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -325,13 +325,13 @@ class SourceQuantisation:
         first = drawing.seed + compare.SEED
         texts = prompts.make(drawing.prompts or "builtin", COMPARED, first, class_names(self.source))
         seeds = [first + i for i in range(COMPARED)]
-        call = {"steps": defaults["steps"], "guidance": defaults["guidance"], "length": defaults["text_length"]}
-        call |= {"side": defaults["height"], "batch": BATCH}
-        draw = partial(compare.draw_all, self.source.family, texts, seeds, self.console, **call)
+        sizes = {"side": defaults["height"], "length": defaults["text_length"], "batch": BATCH}
+        sheet = compare.Comparison(self.source.family, texts, seeds, **sizes, console=self.console)
+        steps, guidance = defaults["steps"], defaults["guidance"]
         runtime = compare.runtime_of(bundle, torch.bfloat16)
-        drawn = {"converted": draw(self.pipeline)}
+        drawn = {"converted": sheet.draw(self.pipeline, steps, guidance)}
         form = self.request.section.format
-        drawn[form] = draw(lambda: loading_bundle.load(bundle, torch.bfloat16, runtime)[0])
+        drawn[form] = sheet.draw(lambda: loading_bundle.load(bundle, torch.bfloat16, runtime)[0], steps, guidance)
         found = {"psnr_quantised_db": round(psnr(drawn[form], drawn["converted"], peak=2.0), 2), "runtime": runtime}
         pictures = compare.written(drawn, texts, self.request.work_folder / "grid.png")
         add_metrics(bundle, self.source.family, "verify", found, pictures)

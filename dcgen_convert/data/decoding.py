@@ -118,6 +118,7 @@ def decode(file: Path) -> tuple[Image.Image, list[str]]:
         image.load()
         colours, opacity = _separated(image)
         stated = png_colour.stated(file) if image.format == "PNG" else None
+        converted: Image.Image | None
         if stated:
             converted = png_colour.to_srgb(colours, stated)
         else:

@@ -46,7 +46,7 @@ def stated(file: Path) -> Colours | None:
     if b"iCCP" in found or b"sRGB" in found or len(found.get(b"gAMA", b"")) != 4:
         return None
     gamma = int.from_bytes(found[b"gAMA"]) / 100_000
-    points = (*SRGB, WHITE)
+    points: tuple[tuple[float, float], ...] = (*SRGB, WHITE)
     if len(found.get(b"cHRM", b"")) == 32:
         values = [value / 100_000 for value in struct.unpack(">8I", found[b"cHRM"])]
         white, *rest = zip(values[::2], values[1::2], strict=True)

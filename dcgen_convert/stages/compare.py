@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,15 +42,14 @@ def run(job: Job, stage: Stage, bundle: Path) -> PictureGrid:
     texts = captions.others(job, count, job.recipe.seed + SEED)
     seeds = [job.recipe.seed + SEED + i for i in range(count)]
     settings, steps, guidance = job.recipe.data, job.recipe.bundle.steps, job.recipe.bundle.guidance
-    sizes = {"side": job.resolution, "length": job.text_length, "batch": settings.batch}
-    draw = partial(draw_all, job.family, texts, seeds, job.console, **sizes)
-    base = {"steps": settings.steps, "guidance": settings.guidance}
-    drawn = {"source": draw(lambda: source_pipeline.load(job.source, job.dtype), **base)}
+    sheet = Comparison(job.family, texts, seeds, job.resolution, job.text_length, settings.batch, job.console)
+    source = partial(source_pipeline.load, job.source, job.dtype)
+    drawn = {"source": sheet.draw(source, settings.steps, settings.guidance)}
     if job.recipe.quantize.format != "none":
-        drawn["converted"] = draw(lambda: _twin(job), steps=steps, guidance=guidance)
+        drawn["converted"] = sheet.draw(lambda: _twin(job), steps, guidance)
     name = "converted" if job.recipe.quantize.format == "none" else job.recipe.quantize.format
     runtime = runtime_of(bundle, job.dtype)
-    drawn[name] = draw(lambda: loading.load(bundle, job.dtype, runtime)[0], steps=steps, guidance=guidance)
+    drawn[name] = sheet.draw(lambda: loading.load(bundle, job.dtype, runtime)[0], steps, guidance)
     stage.metrics["runtime"] = runtime
     scale, device = job.recipe.latents.scale_override, pipelines.device()
     codec = autoencoders.load(job.target, device=device, scale=scale, console=job.console)
@@ -93,31 +93,36 @@ def _twin(job: Job) -> Any:
     return converted_pipeline(job, models.load(job.folders.converted, job.dtype, device=pipelines.device()))
 
 
-def draw_all(
-    family: Family,
-    texts: list[str],
-    seeds: list[int],
-    console: Console,
-    load: Callable[[], Any],
-    *,
-    batch: int,
-    **call: Any,
-) -> Tensor:
-    """Pictures of ``texts``, ``batch`` at once. The pipeline that ``load`` returns is freed before the next is loaded.
+@dataclass(frozen=True)
+class Comparison:
+    """The pictures that several pipelines draw: prompts with their seeds, side in px, text tokens, pictures at once."""
 
-    Args:
-        call: side, steps, guidance and length of `pipelines.draw`.
-    """
-    drawn = _drawn(partial(pipelines.draw, family, load(), **call), texts, seeds, console, batch)
-    release()
-    return drawn
+    family: Family
+    texts: list[str]
+    seeds: list[int]
+    side: int
+    length: int
+    batch: int
+    console: Console
 
+    def draw(self, load: Callable[[], Any], steps: int, guidance: float) -> Tensor:
+        """The pictures of one pipeline. What ``load`` returns is freed before the next one is loaded."""
+        drawn = self._drawn(load(), steps, guidance)
+        release()
+        return drawn
 
-def _drawn(
-    draw: Callable[[list[str], list[int]], Tensor], texts: list[str], seeds: list[int], console: Console, batch: int
-) -> Tensor:
-    def part(places: range) -> Tensor:
-        return draw([texts[place] for place in places], [seeds[place] for place in places])
+    def _drawn(self, pipeline: Any, steps: int, guidance: float) -> Tensor:
+        def part(places: range) -> Tensor:
+            return pipelines.draw(
+                self.family,
+                pipeline,
+                [self.texts[place] for place in places],
+                [self.seeds[place] for place in places],
+                side=self.side,
+                steps=steps,
+                guidance=guidance,
+                length=self.length,
+            )
 
-    drawing = AtOnce("verify: drawing", console.warn)
-    return torch.cat(list(drawing.parts(range(len(texts)), part, batch)))
+        drawing = AtOnce("verify: drawing", self.console.warn)
+        return torch.cat(list(drawing.parts(range(len(self.texts)), part, self.batch)))
