@@ -9,6 +9,7 @@ from dcgen_convert.checkpoint.licence import front_matter, licence_of
 from dcgen_convert.data import hub, prompt_lists
 from dcgen_convert.families import catalog
 from dcgen_convert.families.licences import DECLARED, TERMS, UNKNOWN
+from dcgen_convert.planning.costs import hub_cache
 from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.loading import Resolved
 
@@ -95,10 +96,12 @@ def _name(fields: dict[str, Any]) -> str:
 
 def _published(repo: str | None, stated: str | None) -> str:
     """What the hub's cache says of a repository, else what its authors declared when the tables were written."""
-    from huggingface_hub import try_to_load_from_cache
+    found = UNKNOWN
+    if repo and repo.count("/") == 1 and (hub_cache() / f"models--{repo.replace('/', '--')}").is_dir():
+        from huggingface_hub import try_to_load_from_cache  # it takes a quarter of a second
 
-    cached = try_to_load_from_cache(repo, "README.md") if repo and repo.count("/") == 1 else None
-    found = _name(front_matter(Path(cached))) if isinstance(cached, str) else UNKNOWN
+        cached = try_to_load_from_cache(repo, "README.md", cache_dir=hub_cache())
+        found = _name(front_matter(Path(cached))) if isinstance(cached, str) else UNKNOWN
     if found != UNKNOWN:
         return found
     known = stated if stated in TERMS else DECLARED.get(repo or "")
