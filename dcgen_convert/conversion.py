@@ -159,7 +159,7 @@ def convert(  # noqa: PLR0913  every option of the verb by its name
             steps = steps[: stages.index(until) + 1]
         asked = records.asked(run, [step.name for step in steps], start)
         parts = needs.parts(resolved.recipe, job.source.imported)
-        lost = [step.name for step in steps if step.name == folders.BUNDLE and not (output / MANIFEST).exists()]
+        lost = [step.name for step in steps if _bundle_is_gone(step, output)]
         survey = Survey(run, steps, asked, lost, parts)
         survey.require_output(output, force)
         survey.require_consent(consent)
@@ -186,14 +186,18 @@ def _require_memory(job: Job, survey: Survey) -> None:
         require_fits(job.recipe, job.identity, job.crew.world, memory_per_rank(job.crew.world))
 
 
+def _bundle_is_gone(step: Step, output: Path) -> bool:
+    """Whether the step writes the bundle, and what it wrote is not there."""
+    return step.name == folders.BUNDLE and not (output / MANIFEST).exists()
+
+
 def _run_steps(job: Job, steps: list[Step], output: Path, asked: list[str], parts: list[Part]) -> dict[str, Any]:
     done: list[dict[str, Any]] = []
     known: dict[str, Found] = {}
     for step in steps:
         made_from = wanted(step, known)
         found = job.run.look(made_from)
-        lost = step.name == folders.BUNDLE and not (output / MANIFEST).exists()
-        again = lost or step.name in asked
+        again = _bundle_is_gone(step, output) or step.name in asked
         if again or found.state != "holds":
             if gone := cleaned_for(step.name, known, parts):  # a stage before it came out different
                 what = f"{step.name} must run again, and clean has removed the files of {gone[0]} that it reads"

@@ -16,7 +16,6 @@ from dcgen_convert.bundle import loading as loading_bundle
 from dcgen_convert.bundle import manifest
 from dcgen_convert.bundle.expected import expected_tensors
 from dcgen_convert.bundle.layout import BundleParts, add_metrics, check_output, require_room, write_bundle
-from dcgen_convert.bundle.loading import adapter_part
 from dcgen_convert.bundle.sample import check_size
 from dcgen_convert.bundle.verify import verify
 from dcgen_convert.checkpoint.headers import read_weights
@@ -36,7 +35,7 @@ from dcgen_convert.networks import models, pipelines
 from dcgen_convert.recipe import loading
 from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.schema import Quantize
-from dcgen_convert.stages import compare
+from dcgen_convert.stages import compare, source_pipeline
 from dcgen_convert.stages.captions import class_names
 from dcgen_convert.stages.quantize import SINGLE_FILE, measured, settings_of
 from dcgen_convert.stages.steps import KEEP
@@ -310,10 +309,8 @@ class SourceQuantisation:
 
     def pipeline(self) -> Any:
         """The source in 16 bits."""
-        source = self.source
-        model = models.load(source.transformer, torch.bfloat16, device=pipelines.device())
-        with adapter_part(source.root, source.index, torch.bfloat16) as vae:
-            return pipelines.load_pipeline(source, torch.bfloat16, transformer=model, **vae)
+        model = models.load(self.source.transformer, torch.bfloat16, device=pipelines.device())
+        return source_pipeline.load(self.source, torch.bfloat16, transformer=model)
 
     def compare(self) -> dict[str, Any]:
         """Draw a few pictures with the source and with the bundle, put them into the card, and say how far apart they

@@ -32,6 +32,7 @@ from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import atomic_save, read_object, understood, write_json
 from dcgen_convert.data import buckets
 from dcgen_convert.data.buckets import Span
+from dcgen_convert.data.held_out import held_out_rows
 
 INDEX = "index.json"
 CAPTIONS = "captions.safetensors"
@@ -190,7 +191,7 @@ def hold_out(names: Sequence[str], before: Sequence[int] = (), rows: int = 0) ->
         names: one per row.
         before: what was held out of the first ``rows``; the others of them were trained on, and stay so.
     """
-    wanted = min(max(1, len(names) // 20), 512)
+    wanted = held_out_rows(len(names))
     new = range(rows, len(names))
     order = sorted(new, key=lambda row: hashlib.sha256(names[row].encode(errors="surrogateescape")).digest())
     return sorted([*before, *order[: max(0, wanted - len(before))]])

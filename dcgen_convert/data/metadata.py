@@ -34,7 +34,7 @@ def captions(root: Path, pictures: Iterable[Path], column: str | None = None) ->
 
 def _rows(table: Path, column: str | None) -> Iterable[tuple[Path, str]]:
     names = tables.columns(table)
-    caption = column or next((name for name in prompt_lists.COLUMNS if name in names), None)
+    caption = prompt_lists.column_of(names, column)
     for wanted in (FILE, caption):
         if wanted not in names:
             missing = wanted or " or ".join(prompt_lists.COLUMNS)

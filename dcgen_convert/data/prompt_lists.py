@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,11 @@ def ordered(texts: tuple[str, ...], seed: int) -> list[str]:
     return sorted(texts, key=lambda text: hashlib.sha256(f"{seed} {text}".encode()).digest())
 
 
+def column_of(names: Sequence[str], column: str | None) -> str | None:
+    """The column of captions: ``column``, or the first of COLUMNS that a table has; None without one."""
+    return column or next((name for name in COLUMNS if name in names), None)
+
+
 def split(name: str) -> tuple[str, str | None]:
     """`PLACE:COLUMN` -> both. A colon before a slash belongs to the place: that of hf:// too."""
     place, colon, column = name.rpartition(":")
@@ -111,7 +116,7 @@ def _texts(file: Path, column: str | None) -> Iterator[str]:
                 yield line.strip()
         return
     names = tables.columns(file)
-    chosen = column or next((name for name in COLUMNS if name in names), None)
+    chosen = column_of(names, column)
     if names and chosen not in names:
         wanted = repr(column) if column else " or ".join(COLUMNS)
         raise InputError(

@@ -86,7 +86,7 @@ def _from_parquet(
 ) -> Iterator[tuple[str, str]]:
     names = tables.columns(shard)
     picture = next((name for name in PICTURE_COLUMNS if name in names), None)
-    caption = column or next((name for name in prompt_lists.COLUMNS if name in names), None)
+    caption = prompt_lists.column_of(names, column)
     for kind, found in (("pictures", picture), ("captions", caption)):
         if found not in names:
             raise InputError(

@@ -14,22 +14,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from dcgen_convert.data.held_out import held_out_rows
 from dcgen_convert.families import catalog
 from dcgen_convert.planning.arithmetic import forward_flops, side_passes, train_flops
+from dcgen_convert.planning.costs import BF16, QUANTISED_BYTES
 from dcgen_convert.planning.rates import CPUS, H100, Device
 from dcgen_convert.planning.shapes import Shapes
-from dcgen_convert.recipe.head_rows import head_samples
+from dcgen_convert.recipe.head_rows import LEVELS, head_samples
 from dcgen_convert.recipe.schema import Phase, Recipe
 
 SMALL = 100_000_000
 """Models below this many parameters are planned for two CPU cores, larger ones for H100s."""
-BF16 = 2
 ENCODE, DECODE = 5e6, 9e6
 """FLOPs per pixel of an autoencoder at full width. Counted by torch on the published configs: AutoencoderKL 4.2 and 9.5
 million, DC-AE f32 and f64 4.9 and 8.0 million."""
 TINY_AUTOENCODER = 20_000_000  # parameters; one below has about this share of the FLOPs:
 TINY_SHARE = 0.02
-QUANTILES = 5  # noise levels of a held-out loss
 SMOOTHINGS = 21  # candidates of svdquant.smooth
 ROUNDINGS = 3  # passes of GPTQ over a layer: the first and two refits
 CHECKPOINT_SECONDS = 600.0  # between two checkpoints of a training
@@ -133,9 +133,9 @@ def _priced(work: Work, device: Device, gpus: int, measured: float | None) -> di
 def _prepared(sizes: Shapes) -> Iterator[Work]:
     dense = BF16 * sizes.base.parameters
     if sizes.source.hub_id:
-        yield Work("download", "fetch", dense + BF16 * _extra(sizes), "bytes", "network", 1, False)
+        yield Work("download", "fetch", dense + BF16 * sizes.companions, "bytes", "network", 1, False)
     yield Work("surgery", "start", 1, "processes", "starts", 1, False)
-    yield Work("surgery", "hash the source", dense + BF16 * _extra(sizes), "bytes", "hash", 1, False)
+    yield Work("surgery", "hash the source", dense + BF16 * sizes.companions, "bytes", "hash", 1, False)
     yield Work("surgery", "copy", 2 * dense, "bytes", "disk", 1, False)
 
 
@@ -144,8 +144,8 @@ def _data(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
     if data.kind == "folder":
         yield Work("data", "hash", data.count * pixels, "bytes", "hash", 1, False)
         return
-    once, passes = forward_flops(sizes.base, sizes.old.tokens(data.resolution), sizes.text), _guided(sizes, data)
-    yield Work("data", "load", BF16 * (sizes.base.parameters + _extra(sizes)), "bytes", "disk", 1, False)
+    once, passes = forward_flops(sizes.base, sizes.old.tokens(data.resolution), sizes.text), sizes.passes(data.guidance)
+    yield Work("data", "load", BF16 * (sizes.base.parameters + sizes.companions), "bytes", "disk", 1, False)
     yield Work("data", "encode prompts", data.count, "pictures", "matmul", passes * _text_flops(sizes))
     yield Work("data", "draw", data.count * data.steps, "denoising steps", "matmul", passes * once)
     yield Work("data", "decode", data.count, "pictures", "convolution", pixels * DECODE * _base_share(sizes))
@@ -189,9 +189,9 @@ def _phase(recipe: Recipe, sizes: Shapes, phase: Phase, number: int) -> Iterator
         each += _text_flops(sizes)
     yield Work(name, "load", BF16 * sizes.converted.parameters, "bytes", "disk", 1, False)
     yield Work(name, "train", phase.steps * phase.batch, "samples", "matmul", each)
-    held_out = min(max(1, recipe.data.count // 20), 512)
+    held_out = held_out_rows(recipe.data.count)
     looks = 2 + (phase.steps // watch.evaluate_every if watch.evaluate_every else 0)
-    passes = QUANTILES * (1 + side_passes(recipe.adapt))
+    passes = LEVELS * (1 + side_passes(recipe.adapt))
     yield Work(name, "evaluate", looks * held_out * passes, "forward passes", "matmul", once)
     if watch.grid_every:
         drawn = phase.steps // watch.grid_every * watch.pictures
@@ -213,7 +213,7 @@ def _quantised(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
     once = _once(sizes, last)
     steps = section.calibration.steps or recipe.bundle.steps
     calls = section.calibration.prompts * steps
-    guided = 2 if sizes.family.guidance == "cfg" and recipe.bundle.guidance > 1 else 1
+    guided = sizes.passes(recipe.bundle.guidance)
     yield Work("quantize", "calibrate", calls, "denoising steps", "matmul", guided * once)
     yield Work("quantize", "run the blocks", guided * calls, "forward passes", "matmul", once, False)
     spool = 2.0 * BF16 * sizes.tokens(last) * sizes.converted.width * sizes.converted.blocks
@@ -225,7 +225,7 @@ def _quantised(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
     yield Work("quantize", "decompose", len(layers), "linears", "float32", flops / max(1, len(layers)))
     columns = ROUNDINGS * sum(layer.inputs for layer in layers)
     yield Work("quantize", "round", columns, "columns", "columns", 1)
-    yield Work("quantize", "write", 2 * 0.65 * sizes.converted.parameters, "bytes", "disk", 1, False)
+    yield Work("quantize", "write", 2 * QUANTISED_BYTES * sizes.converted.parameters, "bytes", "disk", 1, False)
 
 
 def layer_flops(outputs: int, inputs: int, rank: int) -> float:
@@ -236,9 +236,8 @@ def layer_flops(outputs: int, inputs: int, rank: int) -> float:
 
 
 def _finished(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
-    share = 0.325 if recipe.quantize.format != "none" else 1.0  # of bf16: 4 bits, scales, the 16-bit branch
-    dense, extra = BF16 * sizes.converted.parameters, BF16 * _extra(sizes)
-    whole = share * dense + extra
+    stored = QUANTISED_BYTES if recipe.quantize.format != "none" else BF16
+    whole = stored * sizes.converted.parameters + BF16 * sizes.companions
     yield Work("bundle", "copy", 2 * whole, "bytes", "disk", 1, False)
     yield Work("bundle", "hash", whole, "bytes", "hash", 1, False)
     yield Work("verify", "start", 1, "processes", "starts", 1, False)
@@ -247,10 +246,10 @@ def _finished(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
     count, last = recipe.evaluate.prompts, recipe.adapt.phases[-1]
     if count:
         data, pixels = recipe.data, float(last.resolution**2)
-        base = forward_flops(sizes.base, sizes.old.tokens(last.resolution), sizes.text) * _guided(sizes, data)
+        base = forward_flops(sizes.base, sizes.old.tokens(last.resolution), sizes.text) * sizes.passes(data.guidance)
         yield Work("verify", "draw with the source", count * data.steps, "denoising steps", "matmul", base, False)
         models = 1 if recipe.quantize.format == "none" else 2
-        guided = 2 if sizes.family.guidance == "cfg" and recipe.bundle.guidance > 1 else 1
+        guided = sizes.passes(recipe.bundle.guidance)
         drawn = models * count * recipe.bundle.steps
         each = guided * _once(sizes, last)
         yield Work("verify", "draw with the bundle", drawn, "denoising steps", "matmul", each, False)
@@ -272,19 +271,9 @@ def _trained(recipe: Recipe, phase: Phase, once: float) -> float:
     return train_flops(once, full=phase.mode == "full", checkpointing=recipe.adapt.checkpointing, passes=passes)
 
 
-def _guided(sizes: Shapes, data: Any) -> int:
-    """Passes of the model per denoising step: classifier-free guidance has two."""
-    return 2 if sizes.family.guidance == "cfg" and data.guidance > 1 else 1
-
-
-def _extra(sizes: Shapes) -> int:
-    """Parameters of text encoders and autoencoder; 0 where nothing tells them."""
-    return sizes.source.entry.extra_parameters if sizes.source.entry else 0
-
-
 def _text_flops(sizes: Shapes) -> float:
     """FLOPs of encoding one prompt: nearly all of the companions' parameters are those of the text encoder."""
-    return 2.0 * _extra(sizes) * sizes.text
+    return 2.0 * sizes.companions * sizes.text
 
 
 def _base_share(sizes: Shapes) -> float:

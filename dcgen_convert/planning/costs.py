@@ -24,7 +24,7 @@ def downloads(recipe: Recipe, sizes: Shapes) -> list[dict]:
     found = []
     source, entry = sizes.source, sizes.source.entry
     if source.hub_id:
-        size = BF16 * (sizes.base.parameters + (entry.extra_parameters if entry else 0))
+        size = BF16 * (sizes.base.parameters + sizes.companions)
         found.append(_download("source", source.hub_id, size, entry.gated if entry else None))
     base_repo = _base_repo(source)
     if base_repo:
@@ -104,8 +104,8 @@ def _kinds(recipe: Recipe, sizes: Shapes) -> dict[str, float]:
     cells = sum(grid.c * (side // grid.f) ** 2 for grid in (sizes.old, sizes.new) for side in sides)
     fetched = sum(row["bytes"] or 0 for row in downloads(recipe, sizes) if not row["cached"])
     quantised = QUANTISED_BYTES * converted.parameters if recipe.quantize.format != "none" else 0.0
-    entry, ae = sizes.source.entry, catalog.find_autoencoder(recipe.ae)
-    companions = BF16 * ((entry.extra_parameters if entry else 0) + (ae.parameters if ae else 0))
+    ae = catalog.find_autoencoder(recipe.ae)
+    companions = BF16 * (sizes.companions + (ae.parameters if ae else 0))
     dense = BF16 * converted.parameters
     imported = bool(recipe.base or recipe.loras) or (sizes.source.path is not None and sizes.source.path.is_file())
     return {
@@ -138,6 +138,6 @@ def _spool(recipe: Recipe, sizes: Shapes) -> float:
     section, last = recipe.quantize, recipe.adapt.phases[-1]
     if section.format == "none":
         return 0.0
-    guided = 2 if sizes.family.guidance == "cfg" and recipe.bundle.guidance > 1 else 1
+    guided = sizes.passes(recipe.bundle.guidance)
     calls = guided * section.calibration.prompts * (section.calibration.steps or recipe.bundle.steps)
     return 2.0 * calls * BF16 * sizes.tokens(last) * sizes.converted.width

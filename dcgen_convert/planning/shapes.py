@@ -32,6 +32,15 @@ class Shapes:
     def old(self) -> Grid:
         return self.source.grid
 
+    @property
+    def companions(self) -> int:
+        """Parameters of the source's text encoders and autoencoder; 0 where nothing tells them."""
+        return self.source.entry.extra_parameters if self.source.entry else 0
+
+    def passes(self, guidance: float) -> int:
+        """Forward passes of a denoising step: classifier-free guidance has two."""
+        return 2 if self.family.guidance == "cfg" and guidance > 1 else 1
+
     def trainable(self, phase: Phase) -> Trainable:
         """What a phase trains: LoRA on its targets and the whole embedder and head, or everything."""
         family = self.family

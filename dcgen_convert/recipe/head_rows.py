@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dcgen_convert.data.held_out import held_out_rows
 from dcgen_convert.recipe.schema import Recipe
 
 FIRST = 16  # rows per input of the first solution
@@ -50,7 +51,7 @@ def head_samples(recipe: Recipe, inputs: int, tokens: int) -> HeadSamples:
     """
     if recipe.align_head.method != "least-squares":
         return HeadSamples(0, 0, 0, 0)
-    held_out = min(max(1, recipe.data.count // 20), 512)  # data.cache.hold_out
+    held_out = held_out_rows(recipe.data.count)
     pictures = recipe.data.count - held_out
     most = pictures * useful_draws(recipe.align_head.draws, pictures * tokens, inputs)
     usual = min(most, math.ceil(USUAL * inputs / (UNIT * tokens)) * UNIT)
