@@ -16,18 +16,22 @@ from click.shell_completion import CompletionItem
 from dcgen_convert.cli import completion
 from dcgen_convert.cli.options import (
     ADOPT,
+    ANY_TEXT,
     CONTEXT,
+    FOLDER,
     FORCE,
     FROM,
     JOB,
     MACHINE,
     OUTPUT,
+    PLACE,
     QUANTIZE,
     RANKS,
     RECIPE,
     SOURCE,
     TRUST,
     UNTIL,
+    argument,
     option,
     output_options,
     stack,
@@ -89,11 +93,11 @@ def cli() -> None:
 @cli.command(context_settings=CONTEXT)
 @SOURCE
 @stack(RECIPE + MACHINE + JOB)
-@option("-o", "--output", metavar="DIR", type=click.Path(), help="Folder of the bundle. Default: ./NAME-AE[-FORMAT].")
+@option("-o", "--output", metavar="DIR", type=PLACE, help="Folder of the bundle. Default: ./NAME-AE[-FORMAT].")
 @option(
     "--run-dir",
     metavar="DIR",
-    type=click.Path(),
+    type=PLACE,
     help="Folder of the run's artefacts. Default: ./runs/NAME-AE[-FORMAT].",
 )
 @FROM
@@ -152,7 +156,7 @@ def quantize(session: Session, source: str, **values: Any) -> int:
 
 @cli.command(context_settings=CONTEXT)
 @SOURCE
-@option("-o", "--output", metavar="DIR", type=click.Path(), required=True, help="Folder of the bundle.")
+@option("-o", "--output", metavar="DIR", type=PLACE, required=True, help="Folder of the bundle.")
 @stack(ADOPT)
 @stack(OUTPUT)
 @click.pass_obj
@@ -165,7 +169,7 @@ def adopt(session: Session, source: str, **values: Any) -> int:
 
 
 @cli.command(context_settings=CONTEXT)
-@click.argument("run", type=click.Path(exists=True, file_okay=False))
+@argument("run", type=FOLDER)
 @FROM
 @UNTIL
 @FORCE
@@ -180,7 +184,7 @@ def resume(session: Session, run: str, **values: Any) -> int:
 
 
 @cli.command(context_settings=CONTEXT)
-@click.argument("path", type=click.Path())
+@argument("path", type=PLACE)
 @stack(OUTPUT)
 @click.pass_obj
 def inspect(session: Session, path: str, **values: Any) -> int:
@@ -196,11 +200,11 @@ def inspect(session: Session, path: str, **values: Any) -> int:
 
 
 @cli.command(context_settings=CONTEXT)
-@click.argument("bundle", type=click.Path(exists=True, file_okay=False))
+@argument("bundle", type=FOLDER)
 @option(
     "--against",
     metavar="SOURCE",
-    type=click.Path(),
+    type=PLACE,
     help="Also compare untouched tensors with this source. Default: off.",
 )
 @TRUST
@@ -218,15 +222,22 @@ def verify(session: Session, bundle: str, against: str | None, trust_remote_code
 
 
 @cli.command(context_settings=CONTEXT)
-@click.argument("bundle", type=click.Path(exists=True, file_okay=False))
+@argument("bundle", type=FOLDER)
 @option(
-    "-p", "--prompt", "prompts", multiple=True, required=True, metavar="PROMPT", help="Text of a picture; repeatable."
+    "-p",
+    "--prompt",
+    "prompts",
+    multiple=True,
+    required=True,
+    metavar="PROMPT",
+    type=ANY_TEXT,
+    help="Text of a picture; repeatable.",
 )
 @option(
     "-o",
     "--output",
     metavar="DIR",
-    type=click.Path(),
+    type=PLACE,
     default="samples",
     show_default=True,
     help="Folder of the images.",
@@ -256,7 +267,7 @@ def sample(session: Session, bundle: str, prompts: tuple[str, ...], output: str,
 
 
 @cli.command(context_settings=CONTEXT)
-@click.argument("run", type=click.Path(exists=True, file_okay=False))
+@argument("run", type=FOLDER)
 @stack(OUTPUT)
 @click.pass_obj
 def report(session: Session, run: str, **values: Any) -> int:
@@ -270,7 +281,7 @@ def report(session: Session, run: str, **values: Any) -> int:
 
 
 @cli.command(context_settings=CONTEXT)
-@click.argument("folder", type=click.Path(), default="runs")
+@argument("folder", type=PLACE, default="runs")
 @stack(OUTPUT)
 @click.pass_obj
 def runs(session: Session, folder: str, **values: Any) -> int:
@@ -285,7 +296,7 @@ def runs(session: Session, folder: str, **values: Any) -> int:
 
 
 @cli.command(context_settings=CONTEXT)
-@click.argument("run", type=click.Path(exists=True, file_okay=False))
+@argument("run", type=FOLDER)
 @option(
     "--keep",
     type=click.Choice(["resume", "bundle"]),
@@ -306,8 +317,8 @@ def clean(session: Session, run: str, keep: Literal["resume", "bundle"], yes: bo
 
 
 @cli.command(context_settings=CONTEXT)
-@click.argument("bundle", type=click.Path(exists=True, file_okay=False))
-@click.argument("repo")
+@argument("bundle", type=FOLDER)
+@argument("repo")
 @option("--private", is_flag=True, help="Make the repository private. Default: public.")
 @stack(OUTPUT)
 @click.pass_obj

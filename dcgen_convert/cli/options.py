@@ -16,8 +16,41 @@ F = TypeVar("F", bound=Callable[..., Any])
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
+class Filled(click.types.StringParamType):
+    """A text that is not empty. `--hostfile "$HOSTS"` with a variable that is not set must not count as no option."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(_filled(self, value, param, ctx), param, ctx)
+
+
+class FilledPath(click.Path):
+    """A path that is not empty, for the same reason: an empty one would be the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(_filled(self, value, param, ctx), param, ctx)
+
+
+def _filled(kind: click.ParamType, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+    if isinstance(value, str) and not value.strip():
+        kind.fail("it is empty", param, ctx)
+    return value
+
+
+PLACE = FilledPath()
+FOLDER = FilledPath(exists=True, file_okay=False)
+ANY_TEXT = click.STRING  # of the few options whose text may be empty
+
+
 def option(*names: str, help: str, **settings: Any) -> Callable[[F], F]:
+    """A click option. A text must not be empty, unless its type is ANY_TEXT."""
+    if not any(key in settings for key in ("type", "is_flag")) and "/" not in "".join(names):
+        settings["type"] = Filled()
     return click.option(*names, help=help, **settings)
+
+
+def argument(name: str, **settings: Any) -> Callable[[F], F]:
+    """A click argument that must not be empty."""
+    return click.argument(name, **{"type": Filled(), **settings})
 
 
 def stack(decorators: list[Callable[[F], F]]) -> Callable[[F], F]:
@@ -31,7 +64,7 @@ def stack(decorators: list[Callable[[F], F]]) -> Callable[[F], F]:
     return apply
 
 
-SOURCE = click.argument("source", shell_complete=completion.sources)
+SOURCE = argument("source", shell_complete=completion.sources)
 
 FROM = option(
     "--from",
@@ -73,10 +106,10 @@ RECIPE = [
            help="Add the LoRA to the weights, or keep it in a file of its own. Default: the recipe's."),
     option("--layout", type=click.Choice(["stock", "official"]),
            help="Pipeline class of the bundle. Default: stock (diffusers' own)."),
-    option("--data", metavar="PATH[:COLUMN][=SHARE]", type=click.Path(), multiple=True,
+    option("--data", metavar="PATH[:COLUMN][=SHARE]", type=PLACE, multiple=True,
            help="Your pictures: a folder with captions, a .jsonl, shards (.tar, .parquet) or hf://datasets/ORG/NAME; "
            "repeatable, with a share each. Default: pictures drawn by the base model."),
-    option("--prompts", metavar="FILE[:COLUMN]", type=click.Path(),
+    option("--prompts", metavar="FILE[:COLUMN]", type=PLACE,
            help="Prompts of the pictures that are drawn: .txt with one per line, a column of a .jsonl, .csv, .tsv or "
            ".parquet, or hf://datasets/ORG/NAME:COLUMN. Default: the recipe's."),
     option("--resolution", metavar="PX", type=click.IntRange(min=1),
@@ -123,7 +156,7 @@ QUANTIZE = [
            help="Rank of the 16-bit branch, a multiple of 16."),
     option("--calibration", metavar="N|none", type=CountOrNone(), default="64", show_default=True,
            help="Number of calibration pictures; none: use the weights alone."),
-    option("--prompts", metavar="FILE[:COLUMN]", type=click.Path(),
+    option("--prompts", metavar="FILE[:COLUMN]", type=PLACE,
            help="Prompts of the calibration pictures, as `convert` takes them. Default: the catalogue's, else built-in "
            "ones."),
     option("--resolution", metavar="PX", type=click.IntRange(min=1),
@@ -138,7 +171,7 @@ QUANTIZE = [
            help="A diffusers folder; nunchaku adds the classic single file (FLUX.1)."),
     option("--fuse-qkv/--no-fuse-qkv", "fuse_qkv", default=False,
            help="Quantise q, k and v as one layer with one smoothing. Default: off; --container nunchaku always does."),
-    option("-o", "--output", metavar="DIR", type=click.Path(),
+    option("-o", "--output", metavar="DIR", type=PLACE,
            help="Folder of the result. Default: ./NAME-FORMAT."),
 ]  # fmt: skip
 
@@ -161,7 +194,7 @@ RANKS = [
     option("--gpus", metavar="N", type=click.IntRange(min=1),
            help="Number of ranks to start on this host. Without GPUs they are CPU processes. Default: 1, or the ranks "
            "of a launcher."),
-    option("--hostfile", metavar="F", type=click.Path(),
+    option("--hostfile", metavar="F", type=PLACE,
            help="DeepSpeed hostfile of several hosts. Default: this host only."),
 ]  # fmt: skip
 
@@ -186,9 +219,9 @@ MACHINE = [
 
 OUTPUT = [
     option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout. Default: off, a line of text."),
-    option("--events", metavar="FILE", type=click.Path(),
+    option("--events", metavar="FILE", type=PLACE,
            help="Append progress to FILE, one JSON object per line. Default: off."),
-    option("--log-file", metavar="FILE", type=click.Path(),
+    option("--log-file", metavar="FILE", type=PLACE,
            help="Append a log to FILE. Default: log.txt in the run folder."),
     option("-q", "--quiet", is_flag=True, help="Show only warnings and errors on stderr. Default: off."),
     option("-v", "--verbose", is_flag=True, help="Show details and tracebacks on stderr too. Default: off."),

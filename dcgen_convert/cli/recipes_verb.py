@@ -9,13 +9,13 @@ from typing import Any
 import click
 
 from dcgen_convert.cli import completion
-from dcgen_convert.cli.options import CONTEXT, OUTPUT, option, output_options, stack
+from dcgen_convert.cli.options import CONTEXT, OUTPUT, PLACE, argument, option, output_options, stack
 from dcgen_convert.cli.session import Session
 from dcgen_convert.core.errors import AccessError, InputError, RecipeError
 from dcgen_convert.core.files import read_lines
 from dcgen_convert.recipe import shelf
 
-NAME = click.argument("name", shell_complete=completion.recipes)
+NAME = argument("name", shell_complete=completion.recipes)
 
 
 @click.group(context_settings=CONTEXT)
@@ -63,7 +63,7 @@ def show(session: Session, name: str, **values: Any) -> int:
 
 @recipes.command(context_settings=CONTEXT)
 @NAME
-@click.argument("file", type=click.Path())
+@argument("file", type=PLACE)
 @option("--force", is_flag=True, help="Overwrite FILE. Default: off.")
 @stack(OUTPUT)
 @click.pass_obj
@@ -95,10 +95,12 @@ def copy(session: Session, name: str, file: str, force: bool, **values: Any) -> 
 def validate(session: Session, name: str, **values: Any) -> int:
     """Check recipe NAME (or a file): keys, types, combinations, autoencoder, sizes. Exit 2 when it cannot work."""
     console = session.begin(**output_options(values))
+    from dcgen_convert.planning.absent import require_here
     from dcgen_convert.planning.plan import require_possible
     from dcgen_convert.recipe import loading
 
     resolved = loading.load(_known(name))
+    require_here(resolved.recipe)
     with suppress(AccessError):  # of a source whose config is not here yet, its own stage asks
         require_possible(resolved.recipe, resolved.identity.here)
     console.result({"schema": "dcgen.result/1", "status": "done", "recipe": name, "valid": True}, f"{name}: valid")

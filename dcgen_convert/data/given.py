@@ -85,6 +85,15 @@ def shard_bytes(sources: Sequence[PictureSource]) -> int:
     return sum(shard.stat().st_size for place in places for shard in _shards(place))
 
 
+def require_here(sources: Sequence[PictureSource]) -> None:
+    """InputError for a source that is not on this machine; those of the hub are found out later."""
+    for source in sources:
+        if not hub.is_address(source.where) and not source.path.exists():
+            raise InputError(
+                f"no pictures: {source.where} does not exist", "correct --data, or data.path in the recipe"
+            )
+
+
 def are_here(sources: Sequence[PictureSource]) -> bool:
     """Whether all sources on this machine are there; those of the hub are found out later."""
     return all(hub.is_address(source.where) or source.path.exists() for source in sources)
@@ -99,6 +108,7 @@ def take(sources: Sequence[PictureSource], count: int, work: Path, offline: bool
         InputError: a source cannot be used. AccessError: it is on the hub and cannot be had.
         ResourceError: the disk has no room for the pictures of shards.
     """
+    require_here(sources)
     if is_plain(sources, work):
         return images.take(sources[0].path, count)
     work.mkdir(parents=True, exist_ok=True)
@@ -128,8 +138,6 @@ class _Opened:
         self.place = source.path
         if hub.is_address(source.where):
             self.place = hub.fetch(source.where, {*HUB_SUFFIXES, *decoding.suffixes()}, offline)
-        if not self.place.exists():
-            raise InputError(f"{self.place} does not exist", "correct the path")
         self.shards = _shards(self.place)
         if self.shards:
             self.counts = [shards.count(shard) for shard in self.shards]

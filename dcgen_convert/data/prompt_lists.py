@@ -89,6 +89,12 @@ def place_of(name: str) -> tuple[Path, str | None]:
     return Path(place).expanduser(), column
 
 
+def require_here(name: str) -> None:
+    """InputError for a file or folder that is not on this machine; a data set of the hub is found out later."""
+    if not hub.is_address(name):
+        _place(name, offline=True)
+
+
 def _place(name: str, offline: bool) -> tuple[Path, str | None]:
     if hub.is_address(name):
         address, column = split(name)

@@ -17,7 +17,7 @@ from typing import Any
 from dcgen_convert.data.held_out import held_out_rows
 from dcgen_convert.families import catalog
 from dcgen_convert.planning.arithmetic import forward_flops, side_passes, train_flops
-from dcgen_convert.planning.costs import BF16, QUANTISED_BYTES
+from dcgen_convert.planning.costs import BF16, QUANTISED_BYTES, picture_bytes
 from dcgen_convert.planning.rates import CPUS, H100, Device
 from dcgen_convert.planning.shapes import Shapes
 from dcgen_convert.recipe.head_rows import LEVELS, head_samples
@@ -143,6 +143,7 @@ def _data(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
     data, pixels = recipe.data, float(recipe.data.resolution**2)
     if data.kind == "folder":
         yield Work("data", "hash", data.count * pixels, "bytes", "hash", 1, False)
+        yield Work("data", "copy out of shards", 2 * picture_bytes(recipe), "bytes", "disk", 1, False)
         return
     once, passes = forward_flops(sizes.base, sizes.old.tokens(data.resolution), sizes.text), sizes.passes(data.guidance)
     yield Work("data", "load", BF16 * (sizes.base.parameters + sizes.companions), "bytes", "disk", 1, False)

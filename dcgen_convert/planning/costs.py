@@ -110,7 +110,7 @@ def _kinds(recipe: Recipe, sizes: Shapes) -> dict[str, float]:
     imported = bool(recipe.base or recipe.loras) or (sizes.source.path is not None and sizes.source.path.is_file())
     return {
         "downloads": fetched,
-        "pictures": _pictures(recipe),
+        "pictures": picture_bytes(recipe),
         "latents": count * cells * BF16,
         "text": count * sizes.text * sizes.base.text_width * BF16 if recipe.latents.text == "cache" else 0,
         "import": dense if imported else 0,
@@ -123,7 +123,7 @@ def _kinds(recipe: Recipe, sizes: Shapes) -> dict[str, float]:
     }
 
 
-def _pictures(recipe: Recipe) -> float:
+def picture_bytes(recipe: Recipe) -> float:
     """Bytes of the pictures that the run keeps: drawn, or copied out of shards."""
     data = recipe.data
     if data.kind == "synthetic":

@@ -11,9 +11,10 @@ from typing import Any
 from dcgen_convert.core.disk import check_disk
 from dcgen_convert.core.errors import DcgenError, InputError, ResourceError
 from dcgen_convert.core.journal import removed
-from dcgen_convert.data import hub, prompts
+from dcgen_convert.data import prompts
 from dcgen_convert.families import Family
 from dcgen_convert.planning import costs, memory, speed
+from dcgen_convert.planning.absent import absent
 from dcgen_convert.planning.bill import bill
 from dcgen_convert.planning.fit import Fit, decide, head_phase, training
 from dcgen_convert.planning.licences import licences
@@ -46,7 +47,7 @@ def plan(resolved: Resolved, gpu_bytes: float = GPU_BYTES, disk_bytes: float | N
     fits = _fits(recipe, sizes, gpus, gpu_bytes)
     quantization, _ = quantised_linears(recipe.quantize, sizes)
     space = costs.disk(recipe, sizes)
-    problems = [*_impossible(recipe, sizes), *_too_large(fits), *_too_full(space["peak"], disk_bytes)]
+    problems = [*absent(recipe), *_impossible(recipe, sizes), *_too_large(fits), *_too_full(space["peak"], disk_bytes)]
     fetch = costs.downloads(recipe, sizes)
     doubt = sizes.family.doubt(source.name, source.scheduler or {})
     return {
@@ -190,11 +191,6 @@ def _notes(fetch: list[dict], resolved: Resolved, family: Family) -> list[str]:
         if resolved.machine.offline:
             notes.append(f"offline, and {row['repo']} is not in the cache: fetch it before converting")
     data = resolved.recipe.data
-    if data.kind == "folder":
-        from dcgen_convert.data import given  # it needs an imaging library
-
-        local = [source for source in given.parse_all(data.paths) if not hub.is_address(source.where)]
-        notes += [f"data.path {source.where} does not exist yet" for source in local if not source.path.exists()]
     if (
         data.kind == "synthetic"
         and "class_labels" not in family.text_keys

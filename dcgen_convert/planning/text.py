@@ -106,12 +106,15 @@ def _time(time: dict) -> list[str]:
     lines = [
         f"time on {where}: {_span(time)}{hours}",
         *textwrap.wrap(f"[{time['basis']}]", 110, initial_indent="  ", subsequent_indent="   "),
-        f"  {'stage':<15}{'wall-clock':>14}  {'range':<24}  of which",
     ]
+    table = [("stage", "wall-clock", "range", "of which")]
     for row in time["stages"]:
         span = f"{_hours(row['wall_hours_low'])} to {_hours(row['wall_hours_high'])}"
-        lines.append(f"  {row['stage']:<15}{_hours(row['wall_hours']):>14}  {span:<24}  {_parts(row, gpus)}")
-    return lines
+        table.append((row["stage"], _hours(row["wall_hours"]), span, _parts(row, gpus)))
+    widths = [max(len(line[column]) for line in table) for column in range(3)]
+    return lines + [
+        f"  {line[0]:<{widths[0]}}  {line[1]:>{widths[1]}}  {line[2]:<{widths[2]}}  {line[3]}" for line in table
+    ]
 
 
 def _span(time: dict) -> str:

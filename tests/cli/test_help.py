@@ -4,6 +4,7 @@ import click
 import pytest
 
 from dcgen_convert.cli.app import cli as group
+from dcgen_convert.core.errors import explain
 
 
 def commands(command: click.Command, path: str = ""):
@@ -33,3 +34,29 @@ def test_the_contract_of_convert():
     options = [parameter for parameter in group.commands["convert"].params if isinstance(parameter, click.Option)]
     known = {name for option in options for name in (*option.opts, *option.secondary_opts)}
     assert wanted <= known
+
+
+TEXTS = [
+    (path, command, parameter)
+    for path, command in commands(group)
+    for parameter in command.params
+    if isinstance(parameter.type, click.Path | click.types.StringParamType)
+]
+
+
+def given(parameter: click.Parameter, value: str) -> list[str]:
+    return [parameter.opts[0], value] if isinstance(parameter, click.Option) else [value]
+
+
+@pytest.mark.parametrize("empty", ["", " "])
+@pytest.mark.parametrize(("path", "command", "parameter"), TEXTS, ids=[f"{p} {q.name}" for p, _, q in TEXTS])
+def test_an_empty_text_is_refused_by_every_option_and_argument(path, command, parameter, empty):
+    """--hostfile "$HOSTS" with a variable that is not set ran on this host alone. A prompt may be empty."""
+    wanted = [one for one in command.params if one is parameter or one.required]
+    arguments = [word for one in wanted for word in given(one, empty if one is parameter else ".")]
+    if (path, parameter.name) == ("sample", "prompts"):
+        assert command.make_context(path, arguments).params["prompts"] == (empty,)
+        return
+    with pytest.raises(click.BadParameter, match="it is empty") as caught:
+        command.make_context(path, arguments)
+    assert explain(caught.value).exit_code == 2

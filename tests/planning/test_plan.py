@@ -165,6 +165,29 @@ def test_ranks_divide_only_what_they_share():
     assert "time on 8 x H100: " in text and "GPU-hours, about" in text and " on one GPU" in text
 
 
+def test_the_copying_out_of_shards_is_billed(tmp_path):
+    shard = tmp_path / "a.tar"
+    with open(shard, "wb") as file:
+        file.truncate(3_600 * 10**9)  # sparse: an hour at the disk's speed of 1 GB/s, read and written
+    doc = document("flux-krea", sets=["data.kind=folder", f"data.path={shard}"])
+    parts = {part["what"]: part for part in row(doc, "data")["work"]}
+    assert parts["copy out of shards"]["wall_hours"] == pytest.approx(2, rel=0.01)
+    plain = document("flux-krea", sets=OWN)
+    assert [part["what"] for part in row(plain, "data")["work"]] == ["hash"]
+
+
+def test_the_table_of_the_time_has_straight_columns():
+    lines = plan.render(document("flux-krea", ae="dc-ae-f64", gpus=1)).splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("  stage  "))
+    place, table = lines[start].index("of which"), []
+    for line in lines[start:]:
+        if not line:
+            break
+        table.append(line)
+    assert "days to " in "".join(table) and len(table) > 8
+    assert all(line[place - 2 : place] == "  " and line[place] != " " for line in table)
+
+
 def test_what_a_rehearsal_measured_takes_the_place_of_the_rate():
     resolved = loading.load("flux-krea", machine=machine.Machine(offline=True))
     sizes = shapes_of(resolved.recipe, resolved.identity)

@@ -1,0 +1,40 @@
+"""What a recipe names on this machine, and what is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.data import prompt_lists, prompts
+from dcgen_convert.recipe.schema import Recipe
+
+
+def absent(recipe: Recipe) -> list[InputError]:
+    """The errors that a conversion would stop with: pictures, prompts and LoRA files that cannot be found."""
+    return list(_absent(recipe))
+
+
+def require_here(recipe: Recipe) -> None:
+    """InputError for the first thing that is not there."""
+    for problem in _absent(recipe):
+        raise problem
+
+
+def _absent(recipe: Recipe) -> Iterator[InputError]:
+    data = recipe.data
+    try:
+        if data.kind == "folder":
+            from dcgen_convert.data import given  # it needs an imaging library
+
+            given.require_here(given.parse_all(data.paths))
+        elif data.prompts not in prompts.KINDS:
+            prompt_lists.require_here(data.prompts)
+    except InputError as error:
+        yield error
+    for text in recipe.loras:
+        from dcgen_convert.checkpoint import lora  # it needs numpy
+
+        try:
+            lora.parse(text)
+        except InputError as error:
+            yield error
