@@ -230,6 +230,19 @@ def fresh_folder(path: Path) -> Path:
     return path
 
 
+def once(folder: Path, made_of: dict[str, Any], write: Callable[[Path], None]) -> Path:
+    """Call ``write(folder)`` unless the marker beside the folder says that it is made of the same; return the folder.
+
+    The marker is written last, so an interrupted write is repeated.
+    """
+    marker = folder.with_name(f"{folder.name}.json")
+    if not (folder.is_dir() and marker.exists() and read_json(marker) == made_of):
+        marker.unlink(missing_ok=True)
+        write(folder)
+        write_json(marker, made_of)
+    return folder
+
+
 def copy_file(origin: Path, path: Path, advance: Callable[[int], object] | None = None) -> str:
     """Copy a file, whole or not at all.
 

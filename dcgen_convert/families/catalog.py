@@ -85,8 +85,8 @@ def _tiny(name: str) -> Path:
 
 _BFL = "flux-1-dev-non-commercial-license"
 # FLUX: T5-XXL encoder 4,762,310,656 + CLIP-L 123,060,480 + AutoencoderKL 83,819,683. SANA: Gemma-2-2B 2,614,341,888 +
-# DC-AE 312 M. DiT: the VAE of Stable Diffusion 83,653,863.
-_FLUX_EXTRA, _SANA_EXTRA, _DIT_EXTRA = 4_969_190_819, 2_926_341_888, 83_653_863
+# DC-AE 312,250,275. DiT: the VAE of Stable Diffusion 83,653,863.
+_FLUX_EXTRA, _SANA_EXTRA, _DIT_EXTRA = 4_969_190_819, 2_926_592_163, 83_653_863
 _SD_EXTRA = 123_060_480 + _DIT_EXTRA
 
 SOURCES: dict[str, SourceEntry] = {

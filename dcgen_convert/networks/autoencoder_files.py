@@ -8,15 +8,14 @@ C latent channels, K <= C of them in use, W width of the innermost level, f comp
 
 from __future__ import annotations
 
-import math
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.core.files import atomic_save, fresh_folder, read_json, read_object, sha256, write_json
-from dcgen_convert.families import catalog
+from dcgen_convert.core.files import atomic_save, fresh_folder, once, read_json, read_object, sha256, write_json
+from dcgen_convert.families import catalog, deep_autoencoders
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 SUFFIX = ".safetensors"
 TEXTS = ("README*", "LICENSE*")
 NORMALISED = "autoencoder"  # folder in the stage `latents`
-WIDTHS = (128, 256, 512, 512, 1024, 1024, 2048, 2048)
 
 
 def is_file(name: str) -> bool:
@@ -62,55 +60,22 @@ def file_and_config(name: str) -> tuple[Path, dict[str, Any]]:
 def published_config(alias: str) -> dict[str, Any]:
     """Config of a published DC-AE 1.0 of the kinds `in`, `mix` and `sana-1.x`.
 
-    Source: arXiv 2410.10733 and the authors' list of models.
-
     Raises:
         InputError: another kind; diffusers cannot translate the tensor names of its original files.
     """
     entry = catalog.AUTOENCODERS[alias]
-    kind = (entry.repo or "").partition("dc-ae-f")[2]
-    levels = int(math.log2(entry.factor)) + 1
-    common = {
-        "_class_name": "AutoencoderDC",
-        "latent_channels": entry.channels,
-        "encoder_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * (levels - 3),
-        "decoder_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * (levels - 3),
-        "encoder_block_out_channels": list(WIDTHS[:levels]),
-        "decoder_block_out_channels": list(WIDTHS[:levels]),
-        "scaling_factor": entry.scaling_factor,
-    }
-    if "-sana-" in kind:
-        scales: list[list[int]] = [[]] * 3 + [[5]] * 3
-        return {
-            **common,
-            "encoder_layers_per_block": [2, 2, 2, 3, 3, 3],
-            "decoder_layers_per_block": [3] * 6,
-            "encoder_qkv_multiscales": scales,
-            "decoder_qkv_multiscales": scales,
-            "downsample_block_type": "conv",
-            "upsample_block_type": "interpolate",
-        }
-    if "-in-" not in kind and "-mix-" not in kind:
+    if deep_autoencoders.kind_of(entry) not in (deep_autoencoders.IN, deep_autoencoders.SANA):
         raise InputError(
             f"the original files of {alias} cannot be read: diffusers cannot translate their tensor names",
             f"use --ae {alias}, which takes {entry.repo or 'the shipped folder'}, or give a folder with a config.json",
         )
-    inner = levels - 3
-    return {
-        **common,
-        "encoder_layers_per_block": [0, 4, 8] + [2] * inner,
-        "decoder_layers_per_block": [0, 5, 10] + [2] * inner,
-        "encoder_qkv_multiscales": [[]] * levels,
-        "decoder_qkv_multiscales": [[]] * levels,
-        "decoder_norm_types": ["batch_norm"] * 3 + ["rms_norm"] * inner,
-        "decoder_act_fns": ["relu"] * 3 + ["silu"] * inner,
-    }
+    return deep_autoencoders.config_of(entry)
 
 
 def folder_of_file(name: str, work: Path) -> Path:
     """Write FILE.safetensors[:CONFIG] as an AutoencoderDC folder in ``work``, unless it is there; return the folder."""
     path, config = file_and_config(name)
-    return _once(
+    return once(
         work / "autoencoder",
         {"file": sha256(path), "config": config},
         lambda folder: write_file_as_folder(path, config, folder),
@@ -120,20 +85,7 @@ def folder_of_file(name: str, work: Path) -> Path:
 def prefix_of_folder(origin: Path, channels: int, work: Path) -> Path:
     """Write the first ``channels`` latent channels of the autoencoder ``origin`` as a folder in ``work``; return it."""
     made_of = {path.name: sha256(path) for path in sorted(origin.glob(f"*{SUFFIX}"))} | {"channels": channels}
-    return _once(work / f"autoencoder-{channels}", made_of, lambda folder: write_rewritten(origin, folder, channels))
-
-
-def _once(folder: Path, made_of: dict[str, Any], write: Callable[[Path], None]) -> Path:
-    """Call ``write(folder)`` unless the marker beside the folder says that it is made of the same; return the folder.
-
-    The marker is written last, so an interrupted write is repeated.
-    """
-    marker = folder.with_suffix(".json")
-    if not (marker.exists() and read_json(marker) == made_of):
-        marker.unlink(missing_ok=True)
-        write(folder)
-        write_json(marker, made_of)
-    return folder
+    return once(work / f"autoencoder-{channels}", made_of, lambda folder: write_rewritten(origin, folder, channels))
 
 
 def write_file_as_folder(path: Path, config: dict[str, Any], output: Path) -> None:

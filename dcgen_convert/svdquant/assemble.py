@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dcgen_convert.checkpoint.headers import read_header
+from dcgen_convert.checkpoint.shards import write_folder
 from dcgen_convert.checkpoint.stream import Item, whole
 from dcgen_convert.core import names
 from dcgen_convert.core.errors import CheckFailed
@@ -15,7 +16,6 @@ from dcgen_convert.core.files import fsync, write_json
 from dcgen_convert.families import QuantTargets
 from dcgen_convert.svdquant.quantisation import Quantisation
 from dcgen_convert.svdquant.settings import AWQ_GROUP, QuantSettings
-from dcgen_convert.svdquant.shards import write_folder
 
 
 def assemble(quantisation: Quantisation, output: Path, records: list[dict[str, Any]]) -> None:

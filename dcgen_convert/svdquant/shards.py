@@ -1,4 +1,4 @@
-"""Weight files of a model folder: shards with their index, streamed; and small files from tensors in memory."""
+"""Small weight files from tensors in memory."""
 
 from __future__ import annotations
 
@@ -9,12 +9,7 @@ from pathlib import Path
 import torch
 
 from dcgen_convert.checkpoint import stream
-from dcgen_convert.core.files import write_json
 from dcgen_convert.svdquant.source import NAMES
-
-SHARD_BYTES = 5 * 1000**3  # a file is closed before it would pass this size: the usual size of shards on the hub
-STEM = "diffusion_pytorch_model"
-METADATA = {"format": "pt"}
 
 
 @dataclass(frozen=True)
@@ -37,28 +32,3 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dic
         name: Given(NAMES[tensor.dtype], tuple(tensor.shape), tensor.contiguous()) for name, tensor in tensors.items()
     }
     stream.write(path, items, metadata)
-
-
-def write_folder(folder: Path, items: Mapping[str, stream.Item]) -> None:
-    """The weight files of a diffusers model folder: one file, or shards of at most `SHARD_BYTES` with their index.
-
-    The tensors are dealt to the shards in the order of ``items``.
-    """
-    shards: list[dict[str, stream.Item]] = [{}]
-    filled = 0
-    for name, item in items.items():
-        if shards[-1] and filled + item.size > SHARD_BYTES:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = item
-        filled += item.size
-    if len(shards) == 1:
-        stream.write(folder / f"{STEM}.safetensors", items, METADATA)
-        return
-    where: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"{STEM}-{number:05d}-of-{len(shards):05d}.safetensors"
-        stream.write(folder / file, shard, METADATA)
-        where |= dict.fromkeys(shard, file)
-    total = {"total_size": sum(item.size for item in items.values())}
-    write_json(folder / f"{STEM}.safetensors.index.json", {"metadata": total, "weight_map": where})

@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from dcgen_convert.checkpoint.shards import write_folder
 from dcgen_convert.checkpoint.stream import Item
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.files import write_json
@@ -26,7 +27,6 @@ from dcgen_convert.families import QuantTargets
 from dcgen_convert.svdquant import layer
 from dcgen_convert.svdquant.quantize import quantize
 from dcgen_convert.svdquant.settings import QuantSettings
-from dcgen_convert.svdquant.shards import write_folder
 from dcgen_convert.svdquant.skeleton import build
 
 CONFIG = {

@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from dcgen_convert.checkpoint import shards
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.families import QuantTargets
@@ -24,7 +25,6 @@ from dcgen_convert.ranks.crew import Crew
 from dcgen_convert.recipe.schema import Quantize
 from dcgen_convert.stages.quantize import settings_of
 from dcgen_convert.svdquant import quantize as module
-from dcgen_convert.svdquant import shards
 from dcgen_convert.svdquant.quantize import quantize
 from dcgen_convert.svdquant.settings import QuantSettings
 
