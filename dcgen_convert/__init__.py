@@ -17,6 +17,7 @@ from dcgen_convert.core.version import __version__
 TYPE_CHECKING = False  # typing is not imported for it: the command must hear signals soon after its start
 if TYPE_CHECKING:
     from dcgen_convert.api.calls import adopt, clean, convert, inspect, plan, quantize, resume, runs, sample, verify
+    from dcgen_convert.api.rehearsing import rehearse
     from dcgen_convert.api.results import (
         Adopted,
         Cleaned,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         Pictures,
         Plan,
         Quantised,
+        Rehearsed,
         Runs,
         Verdict,
     )
@@ -54,6 +56,7 @@ __all__ = [
     "Quantised",
     "RankLost",
     "RecipeError",
+    "Rehearsed",
     "ResourceError",
     "Runs",
     "Verdict",
@@ -64,13 +67,14 @@ __all__ = [
     "inspect",
     "plan",
     "quantize",
+    "rehearse",
     "resume",
     "runs",
     "sample",
     "verify",
 ]
 
-_HOMES = ("api.calls", "api.results", "core.errors")
+_HOMES = ("api.calls", "api.rehearsing", "api.results", "core.errors")
 
 
 def __getattr__(name: str) -> object:

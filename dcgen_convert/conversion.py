@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from dcgen_convert.bundle.manifest import FILE as MANIFEST
+from dcgen_convert.core import clock
 from dcgen_convert.core.console import NULL, Console
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import write_json
@@ -146,7 +147,8 @@ def convert(  # noqa: PLR0913  every option of the verb by its name
         sizes = {name: path.stat().st_size for name, path in job.source.content_files.items()}
         if not resolved.machine.check:
             job.source.known.update(records.believed(sizes, before.get("source") or {}))
-        with console.progress("hash the source", sum(sizes.values()), "B") as bar:
+        total = sum(sizes.values())
+        with console.progress("hash the source", total, "B") as bar, clock.timed("hash the source", total):
             contents = job.source.contents(bar.advance)
         record["source"] = {name: [sizes.get(name), digest] for name, digest in contents.items()}
         force = force or before.get("replace") == str(output)
@@ -203,7 +205,7 @@ def _run_steps(job: Job, steps: list[Step], output: Path, asked: list[str], part
                 what = f"{step.name} must run again, and clean has removed the files of {gone[0]} that it reads"
                 raise InputError(what, f"add --from {gone[0]} to make them again")
             _tell(job.console, step.name, found, again)
-            with memory.named(step.name), job.run.stage(made_from, found, again) as stage:
+            with memory.named(step.name), job.run.stage(made_from, found, again) as stage, memory.watched(stage):
                 records.answered(job.run, step.name)  # now: when it is cut off, it continues
                 step.function(job, stage)
             found = job.run.look(made_from)
@@ -215,8 +217,9 @@ def _run_steps(job: Job, steps: list[Step], output: Path, asked: list[str], part
         records.passed(job.run, step.name)
         retain(job.run, job.recipe, parts, [*known], job.console)
         record = found.record
-        job.console.event("stage", name=step.name, seconds=record["seconds"], metrics=record["metrics"])
-        done.append({"name": step.name, "seconds": record["seconds"], "metrics": record["metrics"]})
+        row = {"seconds": record["seconds"], "metrics": record["metrics"], "peak": record.get("peak", {})}
+        job.console.event("stage", name=step.name, **row)
+        done.append({"name": step.name, **row})
     if steps[-1].name != folders.VERIFY:
         return {"status": "stopped", "run": str(job.run.path), "stages": done}
     verified = done[-1]["metrics"]

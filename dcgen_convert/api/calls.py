@@ -31,6 +31,7 @@ from dcgen_convert.api.settings import JobSettings, Settings
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError, InternalError, explain
 from dcgen_convert.core.limits import require as require_range
+from dcgen_convert.core.limits import require_text
 from dcgen_convert.core.track import require, tracking
 from dcgen_convert.ranks import join, launch
 from dcgen_convert.ranks.crew import SOLO, Crew
@@ -39,7 +40,7 @@ from dcgen_convert.recipe.settings import leaves
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def explained() -> Iterator[None]:
     """Turn the known exceptions of libraries into `DcgenError`, as the command line does."""
     try:
         yield
@@ -50,9 +51,14 @@ def _explained() -> Iterator[None]:
         raise error from exc
 
 
-@_explained()
+@explained()
 def plan(
-    source: str | Path, *, gpu_memory: float | None = None, disk: float | None = None, **settings: Unpack[Settings]
+    source: str | Path,
+    *,
+    gpu_memory: float | None = None,
+    disk: float | None = None,
+    measured: str | Path | None = None,
+    **settings: Unpack[Settings],
 ) -> Plan:
     """What a conversion of ``source`` will cost, from configs alone: no weights, no GPU, no torch.
 
@@ -60,26 +66,36 @@ def plan(
         source: recipe, .yaml, catalogue name, folder, .safetensors, .gguf or hub id.
         gpu_memory: GiB per GPU that training must fit in; None: those of a card that is sold as 80 GB.
         disk: GB that are free on the machine that will convert; None: what is free here.
+        measured: the file that `rehearse` has written on the machine that will convert. None: assumed rates.
         settings: see `api.settings.Settings`.
 
     Raises:
         RecipeError, InputError: settings or a source that cannot work.
         AccessError: the source is neither here nor reachable.
     """
-    return plan_of(resolve(source, settings), gpu_memory, disk)
+    return plan_of(resolve(source, settings), gpu_memory, disk, measured)
 
 
-def plan_of(resolved: Resolved, gpu_memory: float | None = None, disk: float | None = None) -> Plan:
+def plan_of(
+    resolved: Resolved,
+    gpu_memory: float | None = None,
+    disk: float | None = None,
+    measured: str | Path | None = None,
+) -> Plan:
     """`plan` of a recipe that is resolved already."""
     from dcgen_convert.planning import plan as planning
+    from dcgen_convert.planning import rehearsal
 
+    if measured is not None:
+        require_text("measured", str(measured))
     require_range(gpu_memory=gpu_memory, disk=disk)
     memory = planning.GPU_BYTES if gpu_memory is None else gpu_memory * 2**30
     free = shutil.disk_usage(Path.cwd()).free if disk is None else disk * 1e9
-    return Plan.of(planning.plan(resolved, memory, free))
+    found = None if measured is None else rehearsal.read(Path(measured), resolved.recipe)
+    return Plan.of(planning.plan(resolved, memory, free, found))
 
 
-@_explained()
+@explained()
 def convert(
     source: str | Path,
     *,
@@ -113,14 +129,14 @@ def convert(
     """
     job = order(source, settings, output, run_dir)
     steps = {"start": start, "until": until, "force": force}
-    if _needs_ranks(job):
+    if needs_ranks(job):
         folders = {"output": job.output, "run_dir": job.run_dir}
         values = {**settings, **folders, **steps, "yes": True, "quiet": quiet}
         return Conversion.of(command.run("convert", str(source), values))
-    return carry_out(job, _console(quiet, job.run_dir), start=start, until=until, force=force)
+    return carry_out(job, console_of(quiet, job.run_dir), start=start, until=until, force=force)
 
 
-@_explained()
+@explained()
 def resume(  # noqa: PLR0913  every option of the verb by its name
     run_dir: str | Path,
     *,
@@ -153,9 +169,9 @@ def resume(  # noqa: PLR0913  every option of the verb by its name
     steps = {"start": start, "until": until, "force": force}
     job = recorded(Path(run_dir).absolute())
     job = job.on(**places if any(places.values()) else {}, **{k: v for k, v in watched.items() if v is not None})
-    if _needs_ranks(job):
+    if needs_ranks(job):
         return Conversion.of(command.run("resume", str(job.run_dir), {**places, **watched, **steps, "quiet": quiet}))
-    return carry_out(job, _console(quiet, job.run_dir), start=start, until=until, force=force)
+    return carry_out(job, console_of(quiet, job.run_dir), start=start, until=until, force=force)
 
 
 def recorded(run_dir: Path) -> Order:
@@ -197,7 +213,7 @@ def carry_out(
     return Conversion.of(done)
 
 
-def _needs_ranks(job: Order) -> bool:
+def needs_ranks(job: Order) -> bool:
     """Whether the command must start several ranks. InputError in a process that is one of several itself."""
     if join.world() > 1:
         raise InputError(
@@ -208,12 +224,12 @@ def _needs_ranks(job: Order) -> bool:
     return launch.wanted(job.resolved.machine)
 
 
-def _console(quiet: bool, run_dir: Path | None = None) -> Console:
+def console_of(quiet: bool, run_dir: Path | None = None) -> Console:
     """What the functions speak through: lines on stderr, and a log in the run folder."""
     return Console(log_file=run_dir and run_dir / join.log_name(0), quiet=quiet)
 
 
-@_explained()
+@explained()
 def quantize(  # noqa: PLR0913  every option of the verb by its name
     source: str | Path,
     *,
@@ -266,11 +282,11 @@ def quantize(  # noqa: PLR0913  every option of the verb by its name
     )
     target = Path(output or f"{short_name(str(source))}-{section.format}").absolute()
     request = Request(str(source), target, section, drawing, base, loras)
-    done = quantize_source(request, console or _console(quiet))
+    done = quantize_source(request, console or console_of(quiet))
     return Quantised(**{**done, "bundle": target})
 
 
-@_explained()
+@explained()
 def adopt(  # noqa: PLR0913  every option of the verb by its name
     source: str | Path,
     output: str | Path,
@@ -308,11 +324,11 @@ def adopt(  # noqa: PLR0913  every option of the verb by its name
     named = {key: None if value is None else str(value) for key, value in texts.items()}
     wish = Wish(str(source), resolution=resolution, revision=revision, **named)
     target = Path(output).absolute()
-    done = adopting(wish, target, console or _console(quiet))
+    done = adopting(wish, target, console or console_of(quiet))
     return Adopted(**{**done, "bundle": target})
 
 
-@_explained()
+@explained()
 def verify(
     bundle: str | Path,
     *,
@@ -335,12 +351,12 @@ def verify(
     """
     from dcgen_convert.bundle import verify as checking
 
-    console = console or _console(quiet)
+    console = console or console_of(quiet)
     found = checking.verify(Path(bundle), console, against, trust_remote_code=trust_remote_code)
     return Verdict(**{**found, "bundle": Path(bundle)})
 
 
-@_explained()
+@explained()
 def sample(  # noqa: PLR0913  every option of the verb by its name
     bundle: str | Path,
     prompts: str | Sequence[str],
@@ -382,7 +398,7 @@ def sample(  # noqa: PLR0913  every option of the verb by its name
         Path(bundle),
         texts,
         Path(output),
-        console or _console(quiet),
+        console or console_of(quiet),
         height=height,
         width=width,
         steps=steps,
@@ -394,7 +410,7 @@ def sample(  # noqa: PLR0913  every option of the verb by its name
     return Pictures(**{**done, "images": [Path(image) for image in done["images"]]})
 
 
-@_explained()
+@explained()
 def inspect(path: str | Path) -> Inspection:
     """What a checkpoint, folder or bundle is, from JSON files and headers alone: no weights, no torch.
 
@@ -407,7 +423,7 @@ def inspect(path: str | Path) -> Inspection:
     return Inspection(Path(facts.pop("path")), facts.pop("kind"), facts.pop("family"), facts)
 
 
-@_explained()
+@explained()
 def runs(folder: str | Path = "runs") -> Runs:
     """The run folders in ``folder``, with state, size and age. Nothing is changed.
 
@@ -419,7 +435,7 @@ def runs(folder: str | Path = "runs") -> Runs:
     return Runs(runs_in(Path(folder)))
 
 
-@_explained()
+@explained()
 def clean(
     run_dir: str | Path,
     *,
@@ -448,7 +464,7 @@ def clean(
     from dcgen_convert.stages import clean as cleaning
 
     resolved, output = conversion.recorded(Path(run_dir))
-    run = Run(Path(run_dir), console or _console(quiet), check=False)
+    run = Run(Path(run_dir), console or console_of(quiet), check=False)
     with run.locked():
         rows = cleaning.look(run, resolved.recipe, output, keep)
         document = cleaning.describe(rows)

@@ -90,6 +90,45 @@ class Conversion(Result):
 
 
 @dataclass(frozen=True)
+class Rehearsed(Result):
+    """What a rehearsal measured, and what the real run will take by it.
+
+    file: where this document is kept, for `plan --measured`. run, bundle: what the rehearsal made. random: whether its
+    weights were. conversion: settings that the real run has in common with it; recipe: what it ran. device, ranks, gpu,
+    memory: the machine, whether it has GPUs, and the bytes that each rank could train in. stages: "seconds", "rest",
+    "work" (kind -> count and seconds_each) and "peak" (bytes of "host" and "gpu"). time: the bill, as in `Plan`.
+    """
+
+    SCHEMA: ClassVar[str] = "dcgen.rehearsal/1"
+
+    file: Path
+    run: Path
+    bundle: Path
+    random: bool
+    conversion: dict[str, Any]
+    recipe: dict[str, Any]
+    device: str
+    ranks: int
+    gpu: bool
+    memory: float
+    stages: list[dict[str, Any]]
+    time: dict[str, Any]
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> Rehearsed:
+        values = {key: value for key, value in document.items() if key != "schema"}
+        return cls(**values | {key: Path(values[key]) for key in ("file", "run", "bundle")})
+
+    def text(self) -> str:
+        """The figures and the bill, for people."""
+        from dcgen_convert.planning import rehearsal
+        from dcgen_convert.planning.text import bill_lines
+
+        lines = [f"rehearsed on {self.ranks} x {self.device}:", *rehearsal.table(self.stages), ""]
+        return "\n".join([*lines, *bill_lines(self.time), f"{self.file} keeps these figures for plan --measured"])
+
+
+@dataclass(frozen=True)
 class Quantised(Result):
     """What `quantize` has made: the bundle folder, figures of the whole model, the checks that it passed, and one
     record per linear.

@@ -132,14 +132,56 @@ def convert(session: Session, source: str, **values: Any) -> int:
     type=click.FloatRange(min=0, min_open=True),
     help="Free disk space, in GB, of the machine that will convert. Default: what is free here.",
 )
+@option(
+    "--measured",
+    metavar="FILE",
+    type=click.Path(),
+    help="File that `rehearse` has written on the machine that will convert. Default: assumed rates.",
+)
 @stack(OUTPUT)
 @click.pass_obj
-def plan(session: Session, source: str, gpu_memory: float | None, disk: float | None, **values: Any) -> int:
+def plan(session: Session, source: str, **values: Any) -> int:
     """Say what a conversion will cost: tokens, speed-up, memory, disk, downloads, hours; and where each setting comes
     from."""
     from dcgen_convert.cli import verbs
 
-    return verbs.plan(session, source, values, gpu_memory, disk)
+    return verbs.plan(session, source, values)
+
+
+@cli.command(context_settings=CONTEXT)
+@SOURCE
+@stack(RECIPE + MACHINE + JOB)
+@option(
+    "--random",
+    is_flag=True,
+    help="Random weights of the right sizes in place of SOURCE, a catalogue name, and of the autoencoder: nothing is "
+    "downloaded. Default: off.",
+)
+@option(
+    "--pictures",
+    metavar="N",
+    type=click.IntRange(min=2),
+    help="Pictures to rehearse with. Default: 2, or as many as the run draws at once if that takes a minute at most.",
+)
+@option(
+    "--steps",
+    metavar="N",
+    type=click.IntRange(min=2),
+    help="Drawing steps, and steps of each training. Default: 2, and more of a training whose steps are short.",
+)
+@option(
+    "--run-dir",
+    metavar="DIR",
+    type=click.Path(),
+    help="Folder of the rehearsal; it takes rehearsal.json. Default: ./runs/NAME-AE[-FORMAT]-rehearsal.",
+)
+@stack(OUTPUT)
+@click.pass_obj
+def rehearse(session: Session, source: str, **values: Any) -> int:
+    """Run every stage at full size on a few pictures, and say what the real run will take: seconds, memory, hours."""
+    from dcgen_convert.cli import verbs
+
+    return verbs.rehearse(session, source, values)
 
 
 @cli.command(context_settings=CONTEXT)

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import click
 
-from dcgen_convert.api import calls
+from dcgen_convert.api import calls, rehearsing
 from dcgen_convert.api.order import Order, order
-from dcgen_convert.api.results import Adopted, Conversion, Quantised, Runs
+from dcgen_convert.api.results import Adopted, Conversion, Quantised, Rehearsed, Runs
 from dcgen_convert.cli.options import job_options, output_options, recipe_options
 from dcgen_convert.cli.session import Session
 from dcgen_convert.core.console import Console, wants_live
@@ -68,7 +68,7 @@ def resume(session: Session, run_dir: Path, values: dict[str, Any]) -> int:
     return _on_ranks(session, job, work)
 
 
-def _on_ranks(session: Session, job: Order, work: Callable[[Crew], Conversion]) -> int:
+def _on_ranks(session: Session, job: Order, work: Callable[[Crew], Conversion | Rehearsed]) -> int:
     """Start the ranks and wait for them; or, as one of them (or alone), do the work."""
     from dcgen_convert.ranks import launch
 
@@ -89,14 +89,22 @@ def _on_ranks(session: Session, job: Order, work: Callable[[Crew], Conversion]) 
     return finish(console, work(crew))
 
 
-def plan(
-    session: Session, source: str, values: dict[str, Any], gpu_memory: float | None = None, disk: float | None = None
-) -> int:
+def rehearse(session: Session, source: str, values: dict[str, Any]) -> int:
+    """Every stage at full size on a few pictures; what it measured stands in rehearsal.json."""
+    shown = output_options(values)
+    job = rehearsing.order(source, recipe_options(values), values["run_dir"], values["random"])
+    console = session.begin(**shown, run_dir=job.run_dir)
+    sizes = {name: values[name] for name in ("random", "pictures", "steps")}
+    return _on_ranks(session, job, lambda crew: rehearsing.carry_out(job, console, crew, **sizes))
+
+
+def plan(session: Session, source: str, values: dict[str, Any]) -> int:
     """What a conversion will cost. Exit 4 when memory or disk is too small, 2 when it cannot be at all."""
     console = session.begin(**output_options(values))
     from dcgen_convert.planning.text import render
 
-    found = calls.plan(source, gpu_memory=gpu_memory, disk=disk, **recipe_options(values))
+    about: dict[str, Any] = {name: values.get(name) for name in ("gpu_memory", "disk", "measured")}
+    found = calls.plan(source, **about, **recipe_options(values))
     document = found.document()
     console.result(document, render(document))
     return found.exit_code
@@ -128,8 +136,11 @@ def clean(console: Console, run: str, keep: Literal["resume", "bundle"], yes: bo
     return 0
 
 
-def finish(console: Console, done: Conversion | Quantised | Adopted) -> int:
+def finish(console: Console, done: Conversion | Rehearsed | Quantised | Adopted) -> int:
     """Show the result: the bundle's path, or the run folder when the conversion stopped before the bundle."""
+    if isinstance(done, Rehearsed):
+        console.result(done.document(), done.text())
+        return 0
     path = done.run if isinstance(done, Conversion) and done.bundle is None else done.bundle
     console.result(done.document(), str(path))
     return 0

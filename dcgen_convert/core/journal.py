@@ -38,7 +38,8 @@ MARKER = "stage.json"
 STARTED = "started.json"
 CLEANED = "cleaned"  # key of the marker: outputs that `clean` has removed
 SEAL = "seal"  # key of the marker: fingerprint of what stands beside it
-TIMES = ("seconds", "begun", "spent")  # keys that the seal does not cover
+TIMES = ("seconds", "begun", "spent")  # keys that the seal does not cover, nor PEAK
+PEAK = "peak"  # key of the marker: highest memory of the stage, bytes of "host" and "gpu"
 LONG_READ = 10_000_000_000  # bytes whose check takes long enough to be announced
 
 
@@ -261,6 +262,7 @@ class Run:
             "origin": origin or result,
             "history": history,
             "seconds": round(spent + time.time() - started["begun"], 2),
+            PEAK: stage.peak,
         }
         self._checked[_seal(record)] = ()
         write_json(folder / MARKER, {**record, SEAL: _seal(record)})
@@ -336,11 +338,12 @@ class Run:
 
 
 class Stage:
-    """What a stage's function gets: its folder, and a table for the figures that it reports."""
+    """What a stage's function gets: its folder, and a table for the figures that it reports. peak: bytes of memory."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.metrics: dict[str, Any] = {}
+        self.peak: dict[str, int] = {}
 
 
 def _size(path: Path) -> int | None:
@@ -367,7 +370,7 @@ def _plain(document: Any) -> Any:
 
 
 def _seal(record: dict[str, Any]) -> str:
-    return fingerprint({key: value for key, value in record.items() if key not in (SEAL, *TIMES)})
+    return fingerprint({key: value for key, value in record.items() if key not in (SEAL, PEAK, *TIMES)})
 
 
 def _remove(path: Path) -> None:

@@ -27,6 +27,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "resolution": (1, SIDE),
     "steps": (1, COUNT),
     "count": (1, COUNT),
+    "pictures": (2, COUNT),
     "guidance": (0, AMOUNT),
     "seed": (0, SEED),
     "gpus": (1, RANKS),

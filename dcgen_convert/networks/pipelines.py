@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Container, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dcgen_convert.checkpoint import trust
 from dcgen_convert.checkpoint.source import Source
-from dcgen_convert.core import pulse
+from dcgen_convert.core import clock, pulse
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.families import Family, Text
 from dcgen_convert.families.base import Network, Pipeline
@@ -81,7 +81,31 @@ def draw(
         pipeline, list(prompts), height=side, width=side, steps=steps, guidance=guidance, length=length
     )
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    return pipeline(**call, generator=generators, output_type="pt").images.float().cpu() * 2 - 1
+    with passes_timed(getattr(pipeline, family.component), pictures=len(prompts), steps=steps):
+        return pipeline(**call, generator=generators, output_type="pt").images.float().cpu() * 2 - 1
+
+
+@contextmanager
+def passes_timed(network: nn.Module, pictures: int, steps: int) -> Iterator[None]:
+    """Tell the clock of a rehearsal how long the text encoders, the passes of ``network`` and the autoencoder take."""
+    running = clock.running()
+    if running is None:
+        yield
+        return
+    times = [running.now()]  # the start, then before and after every pass
+    note = lambda *_: times.append(running.now())  # noqa: E731
+    hooks = [network.register_forward_pre_hook(note), network.register_forward_hook(note)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    end, passes = running.now(), times[1:]
+    running.add("encode prompts", pictures, passes[0] - times[0])
+    each = pictures * steps * 2 / len(passes)  # classifier-free guidance may be two passes, or one of twice the size
+    for begun, ended in zip(passes[::2], [*passes[2::2], passes[-1]], strict=True):
+        running.add("draw", each, ended - begun)  # up to the next pass: the scheduler's work belongs to the step
+    running.add("decode", pictures, end - passes[-1])
 
 
 def decode_apart(vae: Network, pictures: int, side: int) -> None:

@@ -1,8 +1,10 @@
 """The bill of a conversion: every stage that takes time, on N ranks, from counted work and the rates of a device.
 
 A stage is a list of kinds of work. Each has a count (pictures, steps, bytes), the cost of one unit, and whether the
-ranks share it. What is not shared is done by rank 0 while the others wait, so it costs N times its GPU-hours. Where a
-rehearsal has measured the seconds of one unit, they take the place of the assumed rate.
+ranks share it. What is not shared is done by rank 0 while the others wait, so it costs N times its GPU-hours.
+
+A rehearsal measures the seconds of one unit, which take the place of the assumed rate, and of each stage the rest: what
+a stage takes beyond these units. Work that does not grow with pictures and steps (`fixed`) is part of that rest.
 
 N tokens of a picture, D width of the transformer, K input channels of a linear.
 """
@@ -12,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from dcgen_convert.data.held_out import held_out_rows
 from dcgen_convert.families import catalog
@@ -46,6 +48,7 @@ class Work:
         kind: the rate of `rates.Device` that it is measured in.
         each: FLOPs, bytes, pixels or columns of one unit.
         shared: whether the ranks divide it among them.
+        fixed: whether it is the same however many pictures are taken and steps done.
     """
 
     stage: str
@@ -55,6 +58,25 @@ class Work:
     kind: str
     each: float
     shared: bool = True
+    fixed: bool = False
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a rehearsal measured of a stage, on one rank. each: kind of work -> seconds of one unit; rest: seconds."""
+
+    each: dict[str, float]
+    rest: float
+
+
+class Observed(Protocol):
+    """What a bill reads of a rehearsal."""
+
+    @property
+    def stages(self) -> dict[str, Measured]: ...
+
+    @property
+    def machine(self) -> Device: ...
 
 
 def device_for(sizes: Shapes) -> Device:
@@ -75,19 +97,21 @@ def works(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
     yield from _finished(recipe, sizes)
 
 
-def bill(recipe: Recipe, sizes: Shapes, gpus: int, measured: dict[str, dict[str, float]] | None = None) -> dict:
+def bill(recipe: Recipe, sizes: Shapes, gpus: int, rehearsed: Observed | None = None) -> dict:
     """Wall-clock hours, GPU-hours and price, in all and of every stage, each with its range and basis.
 
     Args:
         gpus: ranks that share the work.
-        measured: stage -> what -> seconds of one unit on one rank.
+        rehearsed: what a rehearsal found, of the device that is planned for.
     """
-    device, known = device_for(sizes), measured or {}
+    device = rehearsed.machine if rehearsed else device_for(sizes)
+    known = rehearsed.stages if rehearsed else {}
     rows: dict[str, dict[str, Any]] = {}
-    for work in works(recipe, sizes):
+    for work in _with_rests(works(recipe, sizes), known):
         if not work.count:
             continue
-        part = _priced(work, device, gpus, known.get(work.stage, {}).get(work.what))
+        found = known.get(work.stage)
+        part = _priced(work, device, gpus, found.each.get(work.what) if found else None)
         row = rows.setdefault(work.stage, {"stage": work.stage, **dict.fromkeys(HOURS, 0.0), "work": []})
         for key in HOURS:
             row[key] += part[key]
@@ -109,11 +133,28 @@ def bill(recipe: Recipe, sizes: Shapes, gpus: int, measured: dict[str, dict[str,
 
 
 HOURS = ("wall_hours", "wall_hours_low", "wall_hours_high")
+REST = "the rest"
+
+
+def _with_rests(every: Iterator[Work], known: dict[str, Measured]) -> Iterator[Work]:
+    """The work, with the measured rest of a stage in place of what is fixed in it."""
+    begun: set[str] = set()
+    for work in every:
+        if work.stage not in known:
+            yield work
+            continue
+        if work.stage not in begun:
+            begun.add(work.stage)
+            yield Work(work.stage, REST, 1, "stages", REST, known[work.stage].rest, False)
+        if not work.fixed:
+            yield work
 
 
 def _priced(work: Work, device: Device, gpus: int, measured: float | None) -> dict[str, Any]:
     """A kind of work with its wall-clock hours."""
     ranks = min(gpus, max(1, math.ceil(work.count))) if work.shared else 1
+    if work.kind == REST:
+        measured = work.each
     if measured is not None:
         seconds = low = high = work.count * measured
     else:
@@ -130,23 +171,29 @@ def _priced(work: Work, device: Device, gpus: int, measured: float | None) -> di
     }
 
 
+def _fixed(stage: str, what: str, count: float, unit: str, kind: str, each: float = 1) -> Work:
+    """Work of rank 0 that does not grow with pictures and steps."""
+    return Work(stage, what, count, unit, kind, each, shared=False, fixed=True)
+
+
 def _prepared(sizes: Shapes) -> Iterator[Work]:
     dense = BF16 * sizes.base.parameters
     if sizes.source.hub_id:
         yield Work("download", "fetch", dense + BF16 * sizes.companions, "bytes", "network", 1, False)
-    yield Work("surgery", "start", 1, "processes", "starts", 1, False)
-    yield Work("surgery", "hash the source", dense + BF16 * sizes.companions, "bytes", "hash", 1, False)
-    yield Work("surgery", "copy", 2 * dense, "bytes", "disk", 1, False)
+    yield _fixed("start", "import the libraries", 1, "processes", "starts")
+    yield _fixed("start", "hash the source", dense + BF16 * sizes.companions, "bytes", "hash")
+    yield _fixed("surgery", "copy", 2 * dense, "bytes", "disk")
 
 
 def _data(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
     data, pixels = recipe.data, float(recipe.data.resolution**2)
     if data.kind == "folder":
-        yield Work("data", "hash", data.count * pixels, "bytes", "hash", 1, False)
-        yield Work("data", "copy out of shards", 2 * picture_bytes(recipe), "bytes", "disk", 1, False)
+        yield Work("data", "hash", data.count, "pictures", "hash", pixels, False)
+        if copied := picture_bytes(recipe):
+            yield Work("data", "copy out of shards", data.count, "pictures", "disk", 2 * copied / data.count, False)
         return
     once, passes = forward_flops(sizes.base, sizes.old.tokens(data.resolution), sizes.text), sizes.passes(data.guidance)
-    yield Work("data", "load", BF16 * (sizes.base.parameters + sizes.companions), "bytes", "disk", 1, False)
+    yield _fixed("data", "load", BF16 * (sizes.base.parameters + sizes.companions), "bytes", "disk")
     yield Work("data", "encode prompts", data.count, "pictures", "matmul", passes * _text_flops(sizes))
     yield Work("data", "draw", data.count * data.steps, "denoising steps", "matmul", passes * once)
     yield Work("data", "decode", data.count, "pictures", "convolution", pixels * DECODE * _base_share(sizes))
@@ -158,11 +205,12 @@ def _latents(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
     pixels = sum(float(side**2) for side in _sides(recipe))
     yield Work("latents", "check", count, "pictures", "pixels", source / 2, False)
     yield Work("latents", "read", count * len(_sides(recipe)), "pictures", "pixels", source / 2)
+    yield _fixed("latents", "load", BF16 * sizes.companions, "bytes", "disk")
     both = ENCODE * (_base_share(sizes) + _new_share(recipe))
     yield Work("latents", "encode", count * pixels, "pixels", "convolution", both)
     cells = sum(g.c * (side // g.f) ** 2 for g in (sizes.old, sizes.new) for side in _sides(recipe))
     text = sizes.text * sizes.base.text_width if recipe.latents.text == "cache" else 0
-    yield Work("latents", "write", BF16 * count * (cells + text), "bytes", "disk", 1, False)
+    yield Work("latents", "write", count * len(_sides(recipe)), "pictures", "disk", BF16 * (cells + text), False)
     if recipe.latents.text == "cache":
         yield Work("latents", "encode captions", count, "captions", "matmul", _text_flops(sizes))
 
@@ -170,15 +218,19 @@ def _latents(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
 def _aligned(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
     align, first = recipe.align_head, recipe.adapt.phases[0]
     cells = sum(grid.c * (first.resolution // grid.f) ** 2 for grid in (sizes.old, sizes.new))
-    yield Work("align-embedder", "read latents", BF16 * recipe.data.count * cells, "bytes", "disk", 1, False)
+    yield Work("align-embedder", "read latents", recipe.data.count, "pictures", "disk", BF16 * cells, False)
     inputs = sizes.new.c
     solve = 2.0 * sizes.new.tokens(first.resolution) * (inputs + 1) * (inputs + sizes.base.width)
     yield Work("align-embedder", "sum", recipe.data.count, "pictures", "float32", solve, False)
+    yield _fixed("align-head", "load", BF16 * sizes.converted.parameters, "bytes", "disk")
     once = _once(sizes, first)
     tokens, width = sizes.new.tokens(first.resolution), sizes.base.width
     start = head_samples(recipe, width, tokens)
     yield Work("align-head", "start", start.usual + start.held_out, "samples", "matmul", start.passes * once)
     yield Work("align-head", "sum", start.usual, "samples", "float32", 2.0 * tokens * width**2)
+    looks = 2 if align.steps else 1
+    looked = looks * held_out_rows(recipe.data.count)
+    yield Work("align-head", "evaluate", looked, "pictures", "matmul", _looked(recipe, once), False)
     if align.steps:
         yield Work("align-head", "train", align.steps * align.batch, "samples", "matmul", _trained(recipe, first, once))
 
@@ -188,25 +240,24 @@ def _phase(recipe: Recipe, sizes: Shapes, phase: Phase, number: int) -> Iterator
     each = _trained(recipe, phase, once)
     if recipe.latents.text == "encode":
         each += _text_flops(sizes)
-    yield Work(name, "load", BF16 * sizes.converted.parameters, "bytes", "disk", 1, False)
+    yield _fixed(name, "load", BF16 * sizes.converted.parameters, "bytes", "disk")
     yield Work(name, "train", phase.steps * phase.batch, "samples", "matmul", each)
     held_out = held_out_rows(recipe.data.count)
     looks = 2 + (phase.steps // watch.evaluate_every if watch.evaluate_every else 0)
-    passes = LEVELS * (1 + side_passes(recipe.adapt))
-    yield Work(name, "evaluate", looks * held_out * passes, "forward passes", "matmul", once)
+    yield Work(name, "evaluate", looks * held_out, "pictures", "matmul", _looked(recipe, once))
     if watch.grid_every:
         drawn = phase.steps // watch.grid_every * watch.pictures
         yield Work(name, "grids", drawn * recipe.bundle.steps, "denoising steps", "matmul", once, False)
     state = 16.0 * sizes.trainable(phase).trained
     rate = device_for(sizes).rates["matmul"].expected
     saves = 1 + int(phase.steps * phase.batch * each / rate / CHECKPOINT_SECONDS)
-    yield Work(name, "checkpoints", saves * state, "bytes", "disk", 1, False)
+    yield Work(name, "checkpoints", saves, "checkpoints", "disk", state, False)
     dense = BF16 * sizes.converted.parameters
-    yield Work(f"merge-{number}", "merge", 2 * dense, "bytes", "disk", 1, False)
-    yield Work(f"merge-{number}", "load", 2 * dense, "bytes", "disk", 1, False)
+    yield _fixed(f"merge-{number}", "merge", 2 * dense, "bytes", "disk")
+    yield _fixed(f"merge-{number}", "load", 2 * dense, "bytes", "disk")
     both = once + forward_flops(sizes.base, sizes.old.tokens(phase.resolution), sizes.text)
     pictures = min(GAP_PICTURES, held_out)
-    yield Work(f"merge-{number}", "gap", pictures, "pictures", "matmul", both, False)
+    yield Work(f"merge-{number}", "gap", 2 * pictures, "passes", "matmul", both / 2, False)
 
 
 def _quantised(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
@@ -215,18 +266,23 @@ def _quantised(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
     steps = section.calibration.steps or recipe.bundle.steps
     calls = section.calibration.prompts * steps
     guided = sizes.passes(recipe.bundle.guidance)
-    yield Work("quantize", "calibrate", calls, "denoising steps", "matmul", guided * once)
+    yield Work("quantize", "draw", calls, "denoising steps", "matmul", guided * once)
+    prompts, pixels = section.calibration.prompts, float(last.resolution**2)
+    yield Work("quantize", "encode prompts", prompts, "pictures", "matmul", guided * _text_flops(sizes))
+    yield Work("quantize", "decode", prompts, "pictures", "convolution", pixels * DECODE * _new_share(recipe))
     yield Work("quantize", "run the blocks", guided * calls, "forward passes", "matmul", once, False)
     spool = 2.0 * BF16 * sizes.tokens(last) * sizes.converted.width * sizes.converted.blocks
-    yield Work("quantize", "keep block outputs", guided * calls * spool, "bytes", "disk", 1, False)
+    yield Work("quantize", "keep block outputs", guided * calls, "forward passes", "disk", spool, False)
     linears = {layer.name: layer for layer in sizes.converted.layers if not layer.convolution}
     shapes = {name: (layer.outputs, layer.inputs) for name, layer in linears.items()}
     layers = [linears[name] for name in sizes.family.quant_targets(shapes, section.dense).svdq]
     flops = sum(layer_flops(layer.outputs, layer.inputs, section.rank) for layer in layers)
-    yield Work("quantize", "decompose", len(layers), "linears", "float32", flops / max(1, len(layers)))
+    yield Work(
+        "quantize", "decompose", len(layers), "linears", "float32", flops / max(1, len(layers)), fixed=True
+    )  # fmt: skip
     columns = ROUNDINGS * sum(layer.inputs for layer in layers)
-    yield Work("quantize", "round", columns, "columns", "columns", 1)
-    yield Work("quantize", "write", 2 * QUANTISED_BYTES * sizes.converted.parameters, "bytes", "disk", 1, False)
+    yield Work("quantize", "round", columns, "columns", "columns", 1, fixed=True)
+    yield _fixed("quantize", "write", 2 * QUANTISED_BYTES * sizes.converted.parameters, "bytes", "disk")
 
 
 def layer_flops(outputs: int, inputs: int, rank: int) -> float:
@@ -239,23 +295,25 @@ def layer_flops(outputs: int, inputs: int, rank: int) -> float:
 def _finished(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
     stored = QUANTISED_BYTES if recipe.quantize.format != "none" else BF16
     whole = stored * sizes.converted.parameters + BF16 * sizes.companions
-    yield Work("bundle", "copy", 2 * whole, "bytes", "disk", 1, False)
-    yield Work("bundle", "hash", whole, "bytes", "hash", 1, False)
-    yield Work("verify", "start", 1, "processes", "starts", 1, False)
-    yield Work("verify", "hash", whole, "bytes", "hash", 1, False)
-    yield Work("verify", "load", 3 * whole, "bytes", "disk", 1, False)
+    yield _fixed("bundle", "copy", 2 * whole, "bytes", "disk")
+    yield _fixed("bundle", "hash", whole, "bytes", "hash")
+    yield _fixed("verify", "start", 1, "processes", "starts")
+    yield _fixed("verify", "hash", whole, "bytes", "hash")
+    yield _fixed("verify", "load", 3 * whole, "bytes", "disk")
     count, last = recipe.evaluate.prompts, recipe.adapt.phases[-1]
     if count:
         data, pixels = recipe.data, float(last.resolution**2)
         base = forward_flops(sizes.base, sizes.old.tokens(last.resolution), sizes.text) * sizes.passes(data.guidance)
         yield Work("verify", "draw with the source", count * data.steps, "denoising steps", "matmul", base, False)
-        models = 1 if recipe.quantize.format == "none" else 2
-        guided = sizes.passes(recipe.bundle.guidance)
-        drawn = models * count * recipe.bundle.steps
-        each = guided * _once(sizes, last)
-        yield Work("verify", "draw with the bundle", drawn, "denoising steps", "matmul", each, False)
-        decode = (models + 1) * DECODE * _new_share(recipe) + ENCODE * _new_share(recipe) + DECODE * _base_share(sizes)
-        yield Work("verify", "autoencoders", count * pixels, "pixels", "convolution", decode, False)
+        models = ["draw with the bundle", *([] if recipe.quantize.format == "none" else ["draw in 16 bits"])]
+        each = sizes.passes(recipe.bundle.guidance) * _once(sizes, last)
+        for name in models:
+            yield Work("verify", name, count * recipe.bundle.steps, "denoising steps", "matmul", each, False)
+        drawn, new, old = (1 + len(models)) * count, _new_share(recipe), _base_share(sizes)
+        yield Work("verify", "encode prompts", drawn, "pictures", "matmul", _text_flops(sizes), False)
+        decode = pixels * DECODE * (len(models) * new + old) / (1 + len(models))
+        yield Work("verify", "decode", drawn, "pictures", "convolution", decode, False)
+        yield Work("verify", "round trip", count, "pictures", "convolution", pixels * (ENCODE + DECODE) * new, False)
 
 
 def _sides(recipe: Recipe) -> list[int]:
@@ -270,6 +328,11 @@ def _once(sizes: Shapes, phase: Phase) -> float:
 def _trained(recipe: Recipe, phase: Phase, once: float) -> float:
     passes = side_passes(recipe.adapt, phase.consistency)
     return train_flops(once, full=phase.mode == "full", checkpointing=recipe.adapt.checkpointing, passes=passes)
+
+
+def _looked(recipe: Recipe, once: float) -> float:
+    """FLOPs of the held-out loss of one picture, at every level of noise."""
+    return LEVELS * (1 + side_passes(recipe.adapt)) * once
 
 
 def _text_flops(sizes: Shapes) -> float:

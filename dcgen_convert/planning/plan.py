@@ -13,12 +13,14 @@ from dcgen_convert.core.errors import DcgenError, InputError, ResourceError
 from dcgen_convert.core.journal import removed
 from dcgen_convert.data import prompts
 from dcgen_convert.families import Family
-from dcgen_convert.planning import costs, memory, speed
+from dcgen_convert.planning import costs, memory, speed, stage_memory
 from dcgen_convert.planning.absent import absent
-from dcgen_convert.planning.bill import bill
+from dcgen_convert.planning.bill import bill, device_for
 from dcgen_convert.planning.fit import Fit, decide, head_phase, training
 from dcgen_convert.planning.licences import licences
 from dcgen_convert.planning.quantised import quantised_linears
+from dcgen_convert.planning.rates import CPUS
+from dcgen_convert.planning.rehearsal import Rehearsal
 from dcgen_convert.planning.shapes import Shapes, shapes_of
 from dcgen_convert.planning.text import render
 from dcgen_convert.recipe import geometry
@@ -32,12 +34,18 @@ __all__ = ["Fit", "fit_phase", "head_phase", "plan", "render", "require_disk", "
 GPU_BYTES = memory.GPUS["H100-80"] * memory.GIB
 
 
-def plan(resolved: Resolved, gpu_bytes: float = GPU_BYTES, disk_bytes: float | None = None) -> dict:
+def plan(
+    resolved: Resolved,
+    gpu_bytes: float = GPU_BYTES,
+    disk_bytes: float | None = None,
+    found: Rehearsal | None = None,
+) -> dict:
     """The plan of a resolved recipe as one JSON-able document; status "feasible" or "infeasible".
 
     Args:
         gpu_bytes: memory per GPU that training must fit in, in bytes.
         disk_bytes: free disk space of the machine that will convert; None: not known, and not judged.
+        found: what a rehearsal measured.
     """
     recipe, gpus = resolved.recipe, resolved.machine.gpus or 1
     source = resolved.identity
@@ -47,7 +55,8 @@ def plan(resolved: Resolved, gpu_bytes: float = GPU_BYTES, disk_bytes: float | N
     fits = _fits(recipe, sizes, gpus, gpu_bytes)
     quantization, _ = quantised_linears(recipe.quantize, sizes)
     space = costs.disk(recipe, sizes)
-    problems = [*absent(recipe), *_impossible(recipe, sizes), *_too_large(fits), *_too_full(space["peak"], disk_bytes)]
+    problems = [*absent(recipe), *_impossible(recipe, sizes), *_too_large(fits)]
+    problems += [*_too_heavy(recipe, sizes, fits, gpu_bytes), *_too_full(space["peak"], disk_bytes)]
     fetch = costs.downloads(recipe, sizes)
     doubt = sizes.family.doubt(source.name, source.scheduler or {})
     return {
@@ -75,11 +84,14 @@ def plan(resolved: Resolved, gpu_bytes: float = GPU_BYTES, disk_bytes: float | N
             "lora_linears": trained.linears,
             "text_tokens": sizes.text,
         },
-        "memory": _memory(fits[-1], training(recipe, last, sizes), gpu_bytes),
+        "memory": {
+            **_memory(fits[-1], training(recipe, last, sizes), gpu_bytes),
+            "stages": _stages_memory(recipe, sizes, fits, found),
+        },
         "quantization": quantization,
         "disk": space,
         "downloads": fetch,
-        "time": bill(recipe, sizes, gpus),
+        "time": bill(recipe, sizes, gpus, found),
         "settings": _settings(resolved),
     }
 
@@ -112,6 +124,32 @@ def _too_large(fits: list[Fit]) -> list[DcgenError]:
     """Trainings that do not fit into the GPUs, each once."""
     found = dict.fromkeys(fit.problem for fit in fits if fit.problem)
     return [ResourceError(*problem) for problem in found]
+
+
+def _too_heavy(recipe: Recipe, sizes: Shapes, fits: list[Fit], gpu_bytes: float) -> list[DcgenError]:
+    """Stages whose networks leave no room for a single picture on a GPU. Trainings are judged by their own fit."""
+    if device_for(sizes) is CPUS:
+        return []
+    return [
+        ResourceError(
+            f"stage {need.stage} needs {need.gpu(1) / memory.GIB:.1f} GiB for one picture, and a GPU has "
+            f"{gpu_bytes / memory.GIB:.1f} GiB",
+            "use a GPU with more memory",
+        )
+        for need in stage_memory.needs(recipe, sizes, fits)
+        if not need.stage.startswith(("adapt", "align-head")) and need.gpu(1) > gpu_bytes
+    ]
+
+
+def _stages_memory(recipe: Recipe, sizes: Shapes, fits: list[Fit], found: Rehearsal | None) -> list[dict]:
+    """Memory of every stage on each rank."""
+    every = list(stage_memory.needs(recipe, sizes, fits))
+    if found is None:
+        return stage_memory.rows(every, device_for(sizes) is not CPUS)
+    then = Recipe.model_validate(found.recipe)
+    before = stage_memory.needs(then, sizes, _fits(then, sizes, found.ranks, found.memory))
+    measured = stage_memory.Peaks(found.peaks, {need.stage: need for need in before})
+    return stage_memory.rows(every, found.gpu, measured)
 
 
 def _too_full(needed: float, free: float | None) -> list[DcgenError]:

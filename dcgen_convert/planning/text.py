@@ -47,6 +47,7 @@ def render(doc: dict) -> str:
         f"  why: {chosen['reason']}",
         f"  [{doc['memory']['basis']}]",
         *_memory_table(doc["memory"]["table"]),
+        *_stages_memory(doc["memory"]["stages"]),
         "",
         *_quantization(doc["quantization"]),
         f"disk at the peak, with keep {doc['disk']['keep']}: {size(doc['disk']['peak'])}  [{doc['disk']['basis']}]",
@@ -55,7 +56,7 @@ def render(doc: dict) -> str:
     for row in doc["downloads"]:
         state = "in the cache" if row["cached"] else "gated" if row["gated"] else "open"
         lines.append(f"download {row['role']}: {row['repo']} {size(row['bytes'])} ({state})")
-    lines += ["", *_time(doc["time"]), "", "settings (value, from):"]
+    lines += ["", *bill_lines(doc["time"]), "", "settings (value, from):"]
     width = max(map(len, doc["settings"]))
     lines += [f"  {key:<{width}}  {item['value']!s:<20}  {item['origin']}" for key, item in doc["settings"].items()]
     lines += ["", *licence_lines(doc["licences"])]
@@ -97,7 +98,17 @@ def _memory_table(rows: list[dict]) -> list[str]:
     return lines
 
 
-def _time(time: dict) -> list[str]:
+def _stages_memory(rows: list[dict]) -> list[str]:
+    """Memory of every stage, per rank."""
+    lines = [f"  {'memory per rank':<17}{'GPU':>11}{'host':>11}  pictures at once"]
+    for row in rows:
+        gpu = f"{row['gpu_gib']:.1f} GiB" if row["gpu_gib"] else ""
+        host = f"{row['host_gib']:.1f} GiB"
+        lines.append(f"  {row['stage']:<17}{gpu:>11}{host:>11}  {row['at_once']}  ({row['basis']})")
+    return lines
+
+
+def bill_lines(time: dict) -> list[str]:
     """The bill: wall-clock with its range, GPU-hours, and what each stage spends it on."""
     gpus, price = time["gpus"], f", about {time['price_usd']:,.0f} USD" if time["price_usd"] else ""
     one = time["device"] == "2 CPU cores"

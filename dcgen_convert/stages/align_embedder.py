@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dcgen_convert.core import names
+from dcgen_convert.core import clock, names
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.files import atomic_save
 from dcgen_convert.core.journal import Stage
@@ -126,7 +126,10 @@ class Problem:
         x, y = self.rows([0])
         equations = NormalEquations(x.shape[-1], y.shape[-1])
         for part in buckets.batches((cache or self.cache).spans, batch):
-            equations.add(*self.rows(list(part), cache))
+            with clock.timed("read latents", len(part)):
+                found = self.rows(list(part), cache)
+            with clock.timed("sum", len(part)):
+                equations.add(*found)
         return equations
 
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dcgen_convert.core import names
+from dcgen_convert.core import clock, names
 from dcgen_convert.core.files import atomic_save, read_object, sealed, write_json
 from dcgen_convert.core.journal import Stage
 from dcgen_convert.core.progress import Bar
@@ -113,7 +113,8 @@ def module_state(job: Job, model: nn.Module) -> dict[str, Tensor]:
 def heldout_loss(job: Job, task: phases.Task, rows: LatentCache) -> float:
     """Loss of the recipe's objective on held-out rows, mean over fixed quantiles of t."""
     batches = [(list(part), *rows.batch(list(part))) for part in buckets.batches(rows.spans, job.recipe.latents.batch)]
-    return objective.evaluate_loss(task.loss(), batches, job.recipe.seed, task.sampling, pipelines.device())["mean"]
+    with clock.timed("evaluate", sum(len(part) for part, _, _ in batches)):
+        return objective.evaluate_loss(task.loss(), batches, job.recipe.seed, task.sampling, pipelines.device())["mean"]
 
 
 def start_head(job: Job, task: phases.Task, held_out: LatentCache, folder: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dcgen_convert.bundle import loading
 from dcgen_convert.bundle.layout import PictureGrid
+from dcgen_convert.core import clock
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.files import replacing
 from dcgen_convert.core.journal import Stage
@@ -44,17 +45,21 @@ def run(job: Job, stage: Stage, bundle: Path) -> PictureGrid:
     settings, steps, guidance = job.recipe.data, job.recipe.bundle.steps, job.recipe.bundle.guidance
     sheet = Comparison(job.family, texts, seeds, job.resolution, job.text_length, settings.batch, job.console)
     source = partial(source_pipeline.load, job.source, job.dtype)
-    drawn = {"source": sheet.draw(source, settings.steps, settings.guidance)}
+    with clock.renamed({"draw": "draw with the source"}):
+        drawn = {"source": sheet.draw(source, settings.steps, settings.guidance)}
     if job.recipe.quantize.format != "none":
-        drawn["converted"] = sheet.draw(lambda: _twin(job), steps, guidance)
+        with clock.renamed({"draw": "draw in 16 bits"}):
+            drawn["converted"] = sheet.draw(lambda: _twin(job), steps, guidance)
     name = "converted" if job.recipe.quantize.format == "none" else job.recipe.quantize.format
     runtime = runtime_of(bundle, job.dtype)
-    drawn[name] = sheet.draw(lambda: loading.load(bundle, job.dtype, runtime)[0], steps, guidance)
+    with clock.renamed({"draw": "draw with the bundle"}):
+        drawn[name] = sheet.draw(lambda: loading.load(bundle, job.dtype, runtime)[0], steps, guidance)
     stage.metrics["runtime"] = runtime
     scale, device = job.recipe.latents.scale_override, pipelines.device()
     codec = autoencoders.load(job.target, device=device, scale=scale, console=job.console)
     parts = drawn["source"].split(job.recipe.latents.batch)
-    drawn["round trip"] = torch.cat([codec.decode(codec.encode(part)) for part in parts])
+    with clock.timed("round trip", count):
+        drawn["round trip"] = torch.cat([codec.decode(codec.encode(part)) for part in parts])
     if "converted" in drawn and name != "converted":
         stage.metrics["psnr_quantised_db"] = round(psnr(drawn[name], drawn["converted"], peak=2.0), 2)
     if job.recipe.evaluate.metrics == "tiny-world":

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dcgen_convert.core import pulse
+from dcgen_convert.core import clock, pulse
 from dcgen_convert.core.files import TEMPORARY, save_tensors
 from dcgen_convert.data import buckets
 from dcgen_convert.data.cache import LatentCache
@@ -73,7 +73,9 @@ def walk(job: Job, transformer: Path, rows: LatentCache, side: int) -> Iterator[
         sampling = sampling_of(job.family, job.recipe.adapt, latent.shape[1:], model.config, job.scheduler)
         drawn = objective.draw(job.recipe.seed, 0, [index], latent.shape[1:], sampling, objective.EVALUATION)
         drawn = replace(drawn, t=torch.full((1,), T))
-        yield index, block_tokens(job.family, model, *objective.to_device((latent, text, drawn), pipelines.device()))
+        with clock.timed("gap"):
+            tokens = block_tokens(job.family, model, *objective.to_device((latent, text, drawn), pipelines.device()))
+        yield index, tokens
         pulse.bump()
 
 

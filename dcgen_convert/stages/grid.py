@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dcgen_convert.core import clock
 from dcgen_convert.core.files import replacing
 from dcgen_convert.data import buckets
 from dcgen_convert.data.cache import LatentCache
@@ -73,7 +74,8 @@ def drawing(job: Job, rows: LatentCache, folder: Path) -> Callable[[Velocity, in
             noise = torch.stack([torch.randn(z0.shape[1:], generator=generator) for generator in generators]).to(device)
             levels = noise_levels(job.family, settings.steps, z0.shape[2] * z0.shape[3], job.scheduler)
             combine = job.family.guidance == "cfg"
-            latents.append((sample(velocity, noise, levels, text, null, settings.guidance, combine), z0))
+            with clock.timed("grids", len(part) * settings.steps):
+                latents.append((sample(velocity, noise, levels, text, null, settings.guidance, combine), z0))
         if job.crew.rank:
             return
         scale = job.recipe.latents.scale_override

@@ -29,6 +29,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dcgen_convert.core import clock
 from dcgen_convert.core.files import atomic_save, fresh_folder
 from dcgen_convert.core.journal import fingerprint
 from dcgen_convert.core.progress import Bar
@@ -133,7 +134,10 @@ class HeadFit:
                 drawn = objective.draw_evaluation(recipe.seed, unit.number, rows, shape, sampling)
             else:
                 drawn = objective.draw(recipe.seed, DRAW_STREAM + unit.number, rows, shape, sampling)
-            equations.add(*self._rows(*objective.to_device((z0, text, drawn), pipelines.device())))
+            with clock.timed("start", len(rows)):
+                found = self._rows(*objective.to_device((z0, text, drawn), pipelines.device()))
+            with clock.timed("sum", len(rows)):
+                equations.add(*found)
 
     def _rows(self, z0: Tensor, text: Text, drawn: Draws) -> tuple[Tensor, Tensor, Tensor]:
         """Features (B, N, K), goals (B, N, C) and weights (B, N) of pictures."""

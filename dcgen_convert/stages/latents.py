@@ -19,7 +19,7 @@ from PIL.Image import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dcgen_convert.core import pulse
+from dcgen_convert.core import clock, pulse
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_json, replacing, write_json
 from dcgen_convert.core.journal import Stage
@@ -54,7 +54,9 @@ def run(job: Job, stage: Stage) -> None:
     kept = rows_before(job)
     known = set(kept)
     new = [picture for picture in pictures_stage.listed(job) if picture not in known]
-    pictures = [*kept, *arranged(job, readable(job, new, len(kept) + len(new)))]
+    with clock.timed("check", len(new)):
+        good = readable(job, new, len(kept) + len(new))
+    pictures = [*kept, *arranged(job, good)]
     pictures_stage.require_two(len(pictures))
     held_out = cache.hold_out(
         [row_name(job, picture) for picture in pictures], held_before(stage, len(kept)), len(kept)
@@ -292,13 +294,19 @@ def encode_pictures(job: Job, pictures: list[Picture], codecs: dict[str, Codec],
         encoded: dict[str, list[Tensor]] = {name: [part["z"][:done]] if done else [] for name, part in parts.items()}
         read = partial(pixels_of, pictures, span)
         reading = ahead(rows[done:], read, depth=2 * batch)  # threads decode while the device encodes
-        while part := list(islice(reading, batch)):
+        while True:
+            with clock.timed("read", min(batch, len(rows) - done)):
+                part = list(islice(reading, batch))
+            if not part:
+                break
             pixels = torch.stack(part)
-            for name, codec in codecs.items():
-                encoded[name].append(codec.encode(pixels))
+            with clock.timed("encode", pixels[:, 0].numel()):
+                for name, codec in codecs.items():
+                    encoded[name].append(codec.encode(pixels))
             bar.advance(len(pixels))
-        for name, tensors in encoded.items():
-            cache.write_shard(folder, f"{name}-{span.table}", number, {"z": torch.cat(tensors)})
+        with clock.timed("write", len(rows)):
+            for name, tensors in encoded.items():
+                cache.write_shard(folder, f"{name}-{span.table}", number, {"z": torch.cat(tensors)})
 
 
 def check_scale(job: Job, stage: Stage, codec: Codec, resolution: int) -> None:
@@ -373,7 +381,8 @@ def caption_part(job: Job, bar: Bar) -> None:
         encoders = encoders or source_pipeline.text_encoders(job.source, job.dtype)
         parts = [before] if done else []
         encode = partial(pipelines.encode_text, job.family, encoders, length=job.text_length)
-        for part in encoding.parts(texts, encode, batch):
-            parts.append(part)
-            bar.advance(cache.rows_of(part))
+        with clock.timed("encode captions", len(texts)):
+            for part in encoding.parts(texts, encode, batch):
+                parts.append(part)
+                bar.advance(cache.rows_of(part))
         cache.write_shard(folder, "text", number, {key: torch.cat([part[key] for part in parts]) for key in parts[0]})

@@ -1,14 +1,21 @@
-"""What to do when a stage was short of memory: each stage has a setting of its own."""
+"""How much memory a stage took, and what to do when it was short of it: each stage has a setting of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
+import torch
+
+from dcgen_convert.core import clock
 from dcgen_convert.core.errors import ResourceError, is_out_of_memory
+from dcgen_convert.core.journal import Stage
 from dcgen_convert.stages import folders
 from dcgen_convert.stages.depends import ADAPT, MERGE, kind_of
 
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+FORGET = "5"  # what Linux wants to be told to forget the highest memory so far
 WHOLE = "the stage holds one network at a time: use a machine with more memory"
 TRAINING = "raise --zero or --offload, or use more or larger GPUs"
 LOWER = {
@@ -39,3 +46,26 @@ def named(stage: str) -> Iterator[None]:
         hint = LOWER.get(kind_of(stage), WHOLE).format(int(number) - 1 if number.isdigit() else "*")
         what = str(error).partition("\n")[0][:300] or "(no message)"
         raise ResourceError(f"stage {stage}: out of memory: {what}", f"{hint}; then resume the run") from error
+
+
+@contextmanager
+def watched(stage: Stage) -> Iterator[None]:
+    """Note the highest memory in here as ``stage.peak``: "host", resident bytes of this process, and "gpu"."""
+    clock.begin(stage.folder.name)
+    with suppress(OSError):  # not Linux, or not allowed: the peak is then that of the whole process
+        RESET.write_text(FORGET)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    yield
+    if (host := highest()) is not None:
+        stage.peak["host"] = host
+    if torch.cuda.is_available():
+        stage.peak["gpu"] = torch.cuda.max_memory_reserved()
+
+
+def highest() -> int | None:
+    """Highest resident memory of this process since it was told to forget; None where the system does not say."""
+    with suppress(OSError):
+        lines = STATUS.read_text().splitlines()
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
+    return None

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
+from dcgen_convert.core import clock
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import hashes, replacing
 from dcgen_convert.core.journal import MARKER, Stage
@@ -85,7 +86,8 @@ def require_two(count: int) -> None:
 def run(job: Job, stage: Stage) -> None:
     """Writes index.jsonl, and pictures/ when they are drawn."""
     if job.recipe.data.kind == "folder":
-        pictures = job.given
+        with clock.timed("hash", job.recipe.data.count):
+            pictures = job.given
         job.console.say(f"data: {job.taken[1]}")
     else:
         if job.recipe.data.prompts not in prompts.KINDS and (
@@ -177,6 +179,6 @@ def draw_part(job: Job, bar: Bar) -> None:
         drawn = [pixels for part in drawing.parts(batch, draw) for pixels in part]
         missing = [(picture, pixels) for picture, pixels in zip(batch, drawn, strict=True) if not picture.file.exists()]
         for picture, pixels in missing:
-            with replacing(picture.file) as temporary:
+            with clock.timed("write"), replacing(picture.file) as temporary:
                 images.to_image(pixels).save(temporary, format="PNG", compress_level=1)
         bar.advance(len(missing))

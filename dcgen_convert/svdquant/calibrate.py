@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dcgen_convert.checkpoint.headers import Entry
-from dcgen_convert.core import pulse
+from dcgen_convert.core import clock, pulse
 from dcgen_convert.core.errors import CheckFailed, InputError
 from dcgen_convert.svdquant import trees
 from dcgen_convert.svdquant.settings import QuantSettings
@@ -84,6 +84,7 @@ class Walker:
         self.dtype = run_dtype(settings.device)
         self._latest: dict[str, str] = {}  # module list -> the block whose output is kept
         self._call = 0
+        self._blocks, self._rows = len(blocks), 0  # rows: pictures of the call, twice with guidance in one pass
         for block in blocks:
             self._stop_at(block)
         self.catch_up(done)
@@ -111,7 +112,8 @@ class Walker:
         collector = _Collector(module, block, inside, len(self.calls), self.settings)
         self._run_and_stop_at(block)
         for call in range(len(self.calls)):
-            self._forward(call)
+            with clock.timed("run the blocks", lambda: self._rows / self._blocks):
+                self._forward(call)
             collector.end_call()
         collector.close()
         module.to("meta")
@@ -137,8 +139,10 @@ class Walker:
     def _forward(self, call: int) -> str | None:
         self._call = call
         pulse.bump()
+        given = read_call(self.calls[call], self.settings.device, self.dtype)
+        self._rows = next(len(value) for value in given.values() if isinstance(value, list) or torch.is_tensor(value))
         try:
-            self.model(**read_call(self.calls[call], self.settings.device, self.dtype))
+            self.model(**given)
         except _Reached as reached:
             return reached.block
         return None
@@ -159,7 +163,9 @@ class Walker:
         module = self.model.get_submodule(block)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            self.spool.put(block, self._call, type(module).forward(module, *args, **kwargs))
+            output = type(module).forward(module, *args, **kwargs)
+            with clock.timed("keep block outputs", self._rows / self._blocks):
+                self.spool.put(block, self._call, output)
             raise _Reached(block)
 
         module.forward = forward

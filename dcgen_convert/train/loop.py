@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from dcgen_convert.core import clock
 from dcgen_convert.core.console import NULL, Console
 from dcgen_convert.core.errors import CheckFailed, InputError, Terminated
 from dcgen_convert.core.files import read_lines
@@ -220,7 +221,8 @@ class Loop:
             return self.goal.loss_of(*to_device(feed.take((step, positions)), engine.device))
 
         try:
-            record = engine.step(micro_loss, positions_of(engine), stop)
+            with clock.timed("train", engine.micro_batch * engine.accumulation):
+                record = engine.step(micro_loss, positions_of(engine), stop)
             median = self.curve.add(record.loss)
             if median is not None:
                 raise CheckFailed(f"the loss of step {step} jumped to {record.loss:.4g} from a median of {median:.4g}")
@@ -255,7 +257,8 @@ class Loop:
     def _save(self) -> None:
         if self._metrics:
             self._metrics.flush()
-        save(self.engine, self.checkpoints, {"identity": self.goal.identity, "history": self.history})
+        with clock.timed("checkpoints"):
+            save(self.engine, self.checkpoints, {"identity": self.goal.identity, "history": self.history})
         self._saved = time.monotonic()
 
     def _tell_of_stop(self) -> None:

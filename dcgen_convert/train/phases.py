@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from dcgen_convert.bundle.scheduler import flux2_shift
+from dcgen_convert.core import clock
 from dcgen_convert.core.errors import RecipeError
 from dcgen_convert.core.files import read_object, write_json
 from dcgen_convert.core.names import EXPORT
@@ -278,7 +279,8 @@ def _evaluate(engine: Engine, goal: Goal, place: Place) -> dict[str, float] | No
     def through_engine(z0: Tensor, text: Text, draws: Draws) -> Tensor:
         return engine.evaluate(lambda parts: goal.loss_of(*parts), (z0, text, draws))
 
-    return evaluate_loss(through_engine, batches, place.seed, goal.sampling, engine.device, combine)
+    with clock.timed("evaluate", sum(map(len, own))):
+        return evaluate_loss(through_engine, batches, place.seed, goal.sampling, engine.device, combine)
 
 
 def _evaluate_once(engine: Engine, goal: Goal, place: Place) -> dict[str, float] | None:

@@ -97,7 +97,8 @@ def test_what_cannot_fit_is_refused_with_a_change_that_does(name, gib):
     assert doc["status"] == "infeasible"
     change = re.search(r"use --zero (\d) --offload (\w+)(?: --gpus (\d+))? with micro_batch 1", doc["problems"][0])
     settings = {"zero": change[1], "offload": change[2], "phases.*.micro_batch": 1}
-    assert planned(gpus=change[3] and int(change[3]), **settings)["status"] == "feasible"
+    after = planned(gpus=change[3] and int(change[3]), **settings)["problems"]
+    assert not [problem for problem in after if problem.startswith("training")]
 
 
 def test_other_families_beside_the_paper():
@@ -141,8 +142,8 @@ def test_hours_follow_the_work():
     assert trained(long) == pytest.approx(2 * trained(short))
     assert sum(row["wall_hours"] for row in long["time"]["stages"]) == pytest.approx(long["time"]["wall_hours"])
     stages = [row["stage"] for row in document("flux-krea", **{"quantize.format": "nvfp4"})["time"]["stages"]]
-    assert stages == ["download", "surgery", "data", "latents", "align-embedder", "align-head", "adapt-1", "merge-1",
-                      "adapt-2", "merge-2", "quantize", "bundle", "verify"]  # fmt: skip
+    assert stages == ["download", "start", "surgery", "data", "latents", "align-embedder", "align-head", "adapt-1",
+                      "merge-1", "adapt-2", "merge-2", "quantize", "bundle", "verify"]  # fmt: skip
     assert (
         row(document("flux-krea", sets=["adapt.objective=flow"]), "adapt-2")["wall_hours"]
         < row(document("flux-krea"), "adapt-2")["wall_hours"]
@@ -186,17 +187,6 @@ def test_the_table_of_the_time_has_straight_columns():
         table.append(line)
     assert "days to " in "".join(table) and len(table) > 8
     assert all(line[place - 2 : place] == "  " and line[place] != " " for line in table)
-
-
-def test_what_a_rehearsal_measured_takes_the_place_of_the_rate():
-    resolved = loading.load("flux-krea", machine=machine.Machine(offline=True))
-    sizes = shapes_of(resolved.recipe, resolved.identity)
-    found = bill.bill(resolved.recipe, sizes, 2, {"data": {"draw": 0.25}})
-    data = next(row for row in found["stages"] if row["stage"] == "data")
-    part = next(part for part in data["work"] if part["what"] == "draw")
-    assert part["basis"] == "measured" and part["wall_hours"] == pytest.approx(100_000 * 20 * 0.25 / 2 / 3600)
-    assert part["wall_hours_low"] == part["wall_hours_high"] == part["wall_hours"]
-    assert found["basis"].startswith("1 of ")
 
 
 def test_the_flops_of_an_autoencoder_are_those_that_torch_counts():
