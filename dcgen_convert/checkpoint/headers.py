@@ -15,6 +15,7 @@ from typing import Any
 from dcgen_convert.checkpoint import variants
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import require_regular
+from dcgen_convert.core.journal import cleaned_stage
 
 BYTES = {
     "F64": 8,
@@ -139,9 +140,13 @@ def read_weights(folder: Path) -> dict[str, Entry]:
     A precision variant (`model.fp16.safetensors`) is read only if there are no plain files.
 
     Raises:
-        InputError: no weights, only pickles, a shard missing, or an index that disagrees with its shards.
+        InputError: no weights, weights that `clean` has removed, only pickles, a shard missing, or an index that
+            disagrees with its shards.
     """
     folder = Path(folder)
+    if stage := cleaned_stage(folder):
+        again = f"dcgen-convert resume {stage.parent} --from {stage.name} makes them again"
+        raise InputError(f"{folder}: clean has removed its weights", again)
     names = [path.name for path in folder.glob("*")] if folder.is_dir() else []
     chosen = variants.chosen(names, folder)
     index = next((name for name in chosen if name.endswith(".json")), None)

@@ -375,14 +375,21 @@ def push(session: Session, bundle: str, repo: str, private: bool, **values: Any)
 
 
 @cli.command(context_settings=CONTEXT)
+@option(
+    "--run-dir",
+    metavar="DIR",
+    type=PLACE,
+    help="Also try whether DIR, which need not exist yet, can hold a run: locks, rename, fsync, links, file sizes, "
+    "space. Default: off.",
+)
 @stack(OUTPUT)
 @click.pass_obj
-def doctor(session: Session, **values: Any) -> int:
+def doctor(session: Session, run_dir: str | None, **values: Any) -> int:
     """Say what this machine can do: GPUs, kernels, DeepSpeed ops, disk, hub access."""
     console = session.begin(**output_options(values))
     from dcgen_convert.cli import doctor as checks
 
-    found = checks.examine()
+    found = checks.examine(None if run_dir is None else Path(run_dir))
     console.result({"schema": "dcgen.doctor/1", "status": "done", "checks": found}, checks.render(found))
     return 0
 

@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from dcgen_convert.cli import run_disk
 from dcgen_convert.core.disk import existing
 from dcgen_convert.planning.costs import hub_cache
 from dcgen_convert.planning.text import size
@@ -24,8 +25,12 @@ IMPORT_SECONDS = 120
 ANSWER_SECONDS = 5.0
 
 
-def examine() -> dict[str, dict[str, Any]]:
-    """Every check by name: {"state": "ok" | "limited" | "missing", "text": one line, ...facts}."""
+def examine(run_dir: Path | None = None) -> dict[str, dict[str, Any]]:
+    """Every check by name: {"state": "ok" | "limited" | "missing", "text": one line, ...facts}.
+
+    Args:
+        run_dir: also try whether this folder, which need not exist yet, can hold a run.
+    """
     checks: dict[str, Callable[[], dict[str, Any]]] = {
         "python": _python,
         "torch": _torch,
@@ -38,7 +43,8 @@ def examine() -> dict[str, dict[str, Any]]:
         "disk": _disk,
         "hub": _hub,
     }
-    return {name: check() for name, check in checks.items()}
+    found = {name: check() for name, check in checks.items()}
+    return found if run_dir is None else {**found, **run_disk.examine(run_dir)}
 
 
 def render(found: dict[str, dict[str, Any]]) -> str:

@@ -373,6 +373,15 @@ def _seal(record: dict[str, Any]) -> str:
     return fingerprint({key: value for key, value in record.items() if key not in (SEAL, PEAK, *TIMES)})
 
 
+def cleaned_stage(folder: Path) -> Path | None:
+    """The stage of a run whose files in ``folder`` `clean` has removed; None for any other folder."""
+    for stage in (folder, folder.parent):
+        if (stage / MARKER).is_file():
+            gone = [stage / name for name in read_object(stage / MARKER).get(CLEANED, ())]
+            return stage if any(folder in path.parents for path in gone) else None
+    return None
+
+
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)

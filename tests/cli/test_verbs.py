@@ -85,13 +85,14 @@ def test_completion_offers_names(cli, words, offered):
     assert offered in [line.partition(",")[2] for line in cli(env=env).stdout.splitlines()]
 
 
-def test_doctor(cli):
-    done = cli("doctor", "--json")
+def test_doctor(cli, tmp_path):
+    done = cli("doctor", "--run-dir", "runs", "--json")
     checks = json.loads(done.stdout)["checks"]
     assert done.returncode == 0
     assert set(checks) >= {"torch", "gpus", "4-bit kernels", "deepspeed", "disk", "hub"}
     assert {check["state"] for check in checks.values()} <= {"ok", "limited", "missing"}
     assert checks["hub"]["offline"] is True
+    assert checks["run locks"]["state"] == "ok" and not (tmp_path / "runs").exists()
     assert checks["deepspeed"]["state"] != "missing", checks["deepspeed"]["text"]
 
 
