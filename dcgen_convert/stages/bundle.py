@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from dcgen_convert.bundle.verify import verify
 from dcgen_convert.checkpoint.licence import licence_of, licence_of_source
 from dcgen_convert.checkpoint.record import source_record
 from dcgen_convert.core import names
+from dcgen_convert.core.errors import CheckFailed
 from dcgen_convert.core.files import copy_file, read_json, write_json
 from dcgen_convert.core.journal import MARKER, Stage
 from dcgen_convert.networks import autoencoders, models
@@ -49,11 +51,13 @@ def describe(job: Job) -> dict[str, Any]:
     """The manifest's facts: recipe, sources with hashes, defaults, and what every stage measured."""
     records = [read_json(path) for path in sorted(job.run.path.glob(f"*/{MARKER}"))]
     config = autoencoders.describe(job.target)
+    base = job.source.record(job.recipe.source)
+    require_unchanged(job.source.known, base)
     return manifest.build(
         recipe=job.recipe.model_dump(mode="json"),
         family=job.family.name,
         sources={
-            "base": job.source.record(job.recipe.source),
+            "base": base,
             "autoencoder": source_record(job.ae.name, job.target, job.ae.revision),
             **manifest.sources_of(job.source.root),
         },
@@ -75,6 +79,22 @@ def describe(job: Job) -> dict[str, Any]:
         times={record["stage"]: record["seconds"] for record in records},
         metrics={record["stage"]: record["metrics"] for record in records},
     )
+
+
+def require_unchanged(known: Mapping[str, str], record: Mapping[str, Any]) -> None:
+    """CheckFailed when a file of the source is not what it was when the job began, hours or days ago.
+
+    Args:
+        known: name -> SHA-256 of what the stages were made from.
+        record: of the source as it is now, for the manifest.
+    """
+    now = {**record.get("base", {}).get("files", {}), **record["files"]}
+    changed = [name for name, digest in now.items() if known.get(name, digest) != digest]
+    if changed:
+        raise CheckFailed(
+            f"{changed[0]} of {record['name']} has changed since this conversion began",
+            "put the file back; or resume, and the stages that depend on it run again",
+        )
 
 
 def check(job: Job, stage: Stage, output: Path) -> None:

@@ -362,13 +362,11 @@ def encode_captions(job: Job, stage: Stage, pictures: list[Picture]) -> None:
             job.crew.share("captions", bar, together=False),
         ):
             caption_part(job, bar)
-    if not (stage.folder / cache.shard_name("null", 0)).exists():
-        encoders = source_pipeline.text_encoders(job.source, job.dtype)
-        cache.write_shard(stage.folder, "null", 0, pipelines.encode_text(job.family, encoders, [""], job.text_length))
+    _empty_prompt(job)
 
 
 def caption_part(job: Job, bar: Bar) -> None:
-    """Write this rank's shards of the table "text"; rows that are already there are kept."""
+    """Write this rank's shards of the table "text"; rows that are already there are kept. Rank 0 writes "null" too."""
     folder, batch, encoders = job.folders.latents, job.recipe.latents.batch, None
     captions, encoding = cache.Captions(folder), AtOnce("latents: text encoding", job.console.warn)
     for _, number, rows in own_shards(job, [[range(len(captions))]], rows_per_shard(job)):
@@ -386,3 +384,13 @@ def caption_part(job: Job, bar: Bar) -> None:
                 parts.append(part)
                 bar.advance(cache.rows_of(part))
         cache.write_shard(folder, "text", number, {key: torch.cat([part[key] for part in parts]) for key in parts[0]})
+    if job.crew.rank == 0:
+        _empty_prompt(job, encoders)  # now, while the encoders are loaded
+
+
+def _empty_prompt(job: Job, encoders: Any = None) -> None:
+    """Write the table "null", if it is not there. ``encoders`` are loaded where they are not given."""
+    if not (job.folders.latents / cache.shard_name("null", 0)).exists():
+        encoders = encoders or source_pipeline.text_encoders(job.source, job.dtype)
+        null = pipelines.encode_text(job.family, encoders, [""], job.text_length)
+        cache.write_shard(job.folders.latents, "null", 0, null)

@@ -12,6 +12,7 @@ from conftest import SHORT
 from safetensors.torch import load_file
 from stopping import Stopping
 
+from dcgen_convert.checkpoint.source import Source
 from dcgen_convert.conversion import convert
 from dcgen_convert.core.console import NULL, Console
 from dcgen_convert.core.errors import CheckFailed, InputError, Terminated
@@ -19,7 +20,7 @@ from dcgen_convert.core.files import read_json, write_json
 from dcgen_convert.core.journal import SEAL, fingerprint
 from dcgen_convert.data.images import to_image
 from dcgen_convert.recipe.loading import load
-from dcgen_convert.stages import align_head
+from dcgen_convert.stages import align_head, bundle, source_pipeline
 
 STEPS, STOP, PICTURES = 12, 5, 24
 SETTINGS = {**SHORT, "data.count": PICTURES, "evaluate.prompts": 0, "align_head.steps": 0, "bundle.steps": 1}
@@ -335,3 +336,24 @@ def test_a_run_that_keeps_little_holds_and_makes_again_only_what_is_asked_for(co
     convert(job(copy, "adapt.clip=0.2"), copy / "stopped", copy / "out", NULL, start="adapt-1", until="adapt-1")
     assert losses(copy, "whole") == losses(copy, "stopped")
     assert not (whole / "adapt-1" / "checkpoints").exists() and list((whole / "latents").glob("*.safetensors"))
+
+
+def test_the_text_encoders_are_loaded_once(copy, monkeypatch):
+    """The empty prompt is encoded while they are loaded for the captions."""
+    loads, really = [], source_pipeline.text_encoders
+    monkeypatch.setattr(source_pipeline, "text_encoders", lambda *given: loads.append(given) or really(*given))
+    convert(job(copy), copy / "whole", copy / "out", NULL, start="latents", until="latents")
+    assert len(loads) == 1
+
+
+def test_a_source_that_changes_while_the_job_runs_is_named(weights):
+    source = Source("tiny-flux", weights / "tiny-flux")
+    record = source.record("tiny-flux")
+    bundle.require_unchanged(source.contents(), record)
+    name = "transformer/diffusion_pytorch_model.safetensors"
+    assert name in source.known  # both know it by the same name
+    other = {**record, "files": {**record["files"], name: "another"}}
+    for changed in (other, {**record, "files": {}, "base": other}):
+        with pytest.raises(CheckFailed, match=f"{name} of tiny-flux has changed") as caught:
+            bundle.require_unchanged(source.contents(), changed)
+        assert "resume" in caught.value.hint
