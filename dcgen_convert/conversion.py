@@ -136,6 +136,8 @@ def convert(  # noqa: PLR0913  every option of the verb by its name
         job = prepare(resolved, run, console, crew)
         for line in licences.lines(licences.licences(resolved)):
             console.say(line)
+        for line in resolved.derivation:
+            console.say(line)
         pictures.require(job)
         require_possible(resolved.recipe, resolved.identity)
         require_disk(resolved, run.path, output, until)

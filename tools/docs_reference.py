@@ -12,12 +12,12 @@ from pathlib import Path
 
 import click
 
+from dcgen_convert.api import order
 from dcgen_convert.cli.app import cli
 from dcgen_convert.core import errors
 from dcgen_convert.families import catalog
 from dcgen_convert.planning import plan as planning
-from dcgen_convert.ranks import machine
-from dcgen_convert.recipe import loading, shelf
+from dcgen_convert.recipe import shelf
 from dcgen_convert.recipe.schema import Recipe
 from dcgen_convert.stages import depends
 
@@ -92,6 +92,7 @@ def values(field: Mapping) -> str:
         "boolean": "`true`, `false`",
         "null": "`null`",
         "array": "list",
+        "object": "table",
     }
     limits = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     bounds = [f"{sign} {_number(field[name])}" for name, sign in limits.items() if name in field]
@@ -221,13 +222,8 @@ def plans() -> str:
     """What `plan` says of FLUX.1 Krea."""
     rows = []
     for name, side, gpus in CASES:
-        resolved = loading.load(
-            "flux-krea",
-            flags={"ae": name},  # the base draws the pictures, at 1024 px
-            sets=[f"adapt.phases.1.resolution={side}"],
-            machine=machine.Machine(gpus=gpus, offline=True),
-        )
-        found = planning.plan(resolved)
+        sets = [f"adapt.phases.1.resolution={side}"]  # the base draws the pictures, at 1024 px
+        found = planning.plan(order.resolve("flux-krea", {"ae": name, "sets": sets, "gpus": gpus, "offline": True}))
         tokens, time = found["tokens"][-1], found["time"]
         days = [f"{time[key] / 24:.1f}" for key in ("wall_hours", "wall_hours_low", "wall_hours_high")]
         rows.append(

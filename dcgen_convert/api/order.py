@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,12 @@ from pydantic import ValidationError
 
 from dcgen_convert.api.settings import JOB, JobSettings
 from dcgen_convert.core.errors import RecipeError
+from dcgen_convert.core.files import read_object
 from dcgen_convert.core.limits import require, require_text
+from dcgen_convert.core.names import RECIPE
+from dcgen_convert.planning import budget
+from dcgen_convert.planning.shapes import shapes_of
+from dcgen_convert.ranks import hosts
 from dcgen_convert.ranks.machine import Machine
 from dcgen_convert.recipe import loading
 from dcgen_convert.recipe.loading import Resolved
@@ -35,16 +41,30 @@ class Order:
 
 
 def resolve(source: str | Path, settings: Mapping[str, Any]) -> Resolved:
-    """The recipe for ``source`` with ``settings`` over it (those of `JobSettings`).
+    """The recipe for ``source`` with ``settings`` over it (those of `JobSettings`), and what its budget gives.
 
     Raises:
         TypeError: a setting that does not exist.
         RecipeError, InputError: settings or a source that cannot work.
     """
+    return _within_budget(_loaded(source, settings))
+
+
+def _within_budget(resolved: Resolved, before: Mapping[str, Any] | None = None) -> Resolved:
+    """The recipe with the numbers that its budget gives. before: what the run folder says of its job."""
+    sizes = partial(shapes_of, resolved.recipe, resolved.identity)
+    return budget.applied(resolved, sizes, hosts.world_of(resolved.machine), before)
+
+
+def _loaded(source: str | Path, settings: Mapping[str, Any]) -> Resolved:
+    """`resolve` before the budget is looked at."""
     if unknown := sorted(settings.keys() - JobSettings.__annotations__.keys()):
         raise TypeError(f"unexpected keyword argument {unknown[0]!r}; known: {', '.join(JobSettings.__annotations__)}")
     given = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
     zero, data = given.get("zero"), _paths(given.get("data"))
+    hours = [given.get(name) for name in ("max_gpu_hours", "hours")]
+    if hours.count(None) == 1:  # one of them is the budget, whatever the recipe says of the other
+        hours = [value or 0 for value in hours]
     flags = {
         "ae": given.get("ae"),
         "base": given.get("base"),
@@ -62,6 +82,8 @@ def resolve(source: str | Path, settings: Mapping[str, Any]) -> Resolved:
         "adapt.zero": int(zero) if isinstance(zero, str) and zero.isdigit() else zero,
         "adapt.offload": given.get("offload"),
         "revision": given.get("revision"),
+        "budget.gpu_hours": hours[0],
+        "budget.hours": hours[1],
     }
     return loading.load(
         str(source),
@@ -98,10 +120,12 @@ def order(
         AccessError: a model is neither here nor reachable; nothing has been written then, and nothing heavy imported.
     """
     require_folders(output=output, run_dir=run_dir)
-    resolved = resolve(source, settings)
+    resolved = _loaded(source, settings)
     require_access(resolved.recipe, resolved.identity)
     name = default_name(resolved)
-    return Order(resolved, Path(run_dir or Path("runs") / name).absolute(), Path(output or name).absolute())
+    run = Path(run_dir or Path("runs") / name).absolute()
+    before = read_object(run / RECIPE) if (run / RECIPE).is_file() else None
+    return Order(_within_budget(resolved, before), run, Path(output or name).absolute())
 
 
 def require_folders(**folders: str | Path | None) -> None:

@@ -28,6 +28,7 @@ class Plan(Result):
 
     Sizes are in bytes, but memory is in GiB. `time["wall_hours"]` and `time["gpu_hours"]` are estimates, with a range
     and with a row for each stage; `time["basis"]` names their basis.
+    budget: "gpu_hours" and "hours" that may be spent (0: no limit), and "derivation": what follows from them, and why.
     settings: dotted key -> {"value", "origin"}. exit_code: that of the command: 0, 2 or 4.
     licences: what is known of the terms of each source; None: unknown.
     """
@@ -49,6 +50,7 @@ class Plan(Result):
     disk: dict[str, Any]
     downloads: list[dict[str, Any]]
     time: dict[str, Any]
+    budget: dict[str, Any]
     settings: dict[str, dict[str, Any]]
 
     @property

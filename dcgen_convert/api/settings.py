@@ -27,6 +27,8 @@ class Settings(TypedDict, total=False):
     zero: ZeRO stage; "auto" takes the smallest that fits. offload: what is kept in host memory.
     revision: git revision of the source on the hub.
     gpus: number of ranks on this host. hostfile: DeepSpeed hostfile of several hosts.
+    max_gpu_hours: GPU-hours that the whole conversion may take; 0: the recipe as written, without a budget.
+    hours: the same in hours of wall-clock.
     offline: use local files and the cache only.
     """
 
@@ -49,6 +51,8 @@ class Settings(TypedDict, total=False):
     revision: str | None
     gpus: int | None
     hostfile: str | Path | None
+    max_gpu_hours: float | None
+    hours: float | None
     offline: bool
 
 

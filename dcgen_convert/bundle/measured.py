@@ -40,6 +40,12 @@ def _training(metrics: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator
                 f"Training, phase {number}{side}: loss on pictures that were kept apart, before and after",
                 f"{before:.4g} and {after:.4g}",
             )
+        early = record.get("ended")
+        if isinstance(early, Mapping):
+            yield (
+                f"Training, phase {number}{side}: ended early, because its part of the budget was spent",
+                f"step {early.get('step')} of {early.get('of')}",
+            )
         gap = record.get("gap")
         if isinstance(gap, list) and gap:
             yield (

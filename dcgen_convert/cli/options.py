@@ -122,6 +122,11 @@ RECIPE = [
     option("--offload", type=click.Choice(["none", "optimizer", "all"]),
            help="What is kept in host memory. Default: the recipe's (none); none disables."),
     option("--revision", metavar="REV", help="Git revision of the source on the hub. Default: the catalogue's."),
+    option("--max-gpu-hours", metavar="H", type=click.FloatRange(min=0),
+           help="GPU-hours that all stages together may take. Steps and pictures follow from it. Default: the "
+           "recipe's; 0 disables: the recipe as written."),
+    option("--hours", metavar="H", type=click.FloatRange(min=0),
+           help="The same budget in hours of wall-clock, on the GPUs of the job. Default: the recipe's; 0 disables."),
 ]  # fmt: skip
 
 

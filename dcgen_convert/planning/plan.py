@@ -23,6 +23,7 @@ from dcgen_convert.planning.rates import CPUS
 from dcgen_convert.planning.rehearsal import Rehearsal
 from dcgen_convert.planning.shapes import Shapes, shapes_of
 from dcgen_convert.planning.text import render
+from dcgen_convert.ranks import hosts
 from dcgen_convert.recipe import geometry
 from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.loading import Resolved
@@ -47,7 +48,7 @@ def plan(
         disk_bytes: free disk space of the machine that will convert; None: not known, and not judged.
         found: what a rehearsal measured.
     """
-    recipe, gpus = resolved.recipe, resolved.machine.gpus or 1
+    recipe, gpus = resolved.recipe, hosts.world_of(resolved.machine)
     source = resolved.identity
     sizes = shapes_of(recipe, source)
     last = recipe.adapt.phases[-1]
@@ -92,6 +93,7 @@ def plan(
         "disk": space,
         "downloads": fetch,
         "time": bill(recipe, sizes, gpus, found),
+        "budget": {**recipe.budget.model_dump(mode="json"), "derivation": [*resolved.derivation]},
         "settings": _settings(resolved),
     }
 

@@ -56,7 +56,7 @@ def render(doc: dict) -> str:
     for row in doc["downloads"]:
         state = "in the cache" if row["cached"] else "gated" if row["gated"] else "open"
         lines.append(f"download {row['role']}: {row['repo']} {size(row['bytes'])} ({state})")
-    lines += ["", *bill_lines(doc["time"]), "", "settings (value, from):"]
+    lines += ["", *_budget(doc["budget"]), *bill_lines(doc["time"]), "", "settings (value, from):"]
     width = max(map(len, doc["settings"]))
     lines += [f"  {key:<{width}}  {item['value']!s:<20}  {item['origin']}" for key, item in doc["settings"].items()]
     lines += ["", *licence_lines(doc["licences"])]
@@ -106,6 +106,13 @@ def _stages_memory(rows: list[dict]) -> list[str]:
         host = f"{row['host_gib']:.1f} GiB"
         lines.append(f"  {row['stage']:<17}{gpu:>11}{host:>11}  {row['at_once']}  ({row['basis']})")
     return lines
+
+
+def _budget(budget: dict) -> list[str]:
+    """What follows from the budget, and why."""
+    if not budget["derivation"]:
+        return []
+    return ["budget:", *(f"  {line}" for line in budget["derivation"]), ""]
 
 
 def bill_lines(time: dict) -> list[str]:

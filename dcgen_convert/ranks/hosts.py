@@ -24,7 +24,9 @@ from typing import IO, Any
 
 from dcgen_convert.core.errors import InputError, RankLost
 from dcgen_convert.core.files import read_lines
+from dcgen_convert.ranks import join
 from dcgen_convert.ranks.join import NODE
+from dcgen_convert.ranks.machine import Machine
 
 SSH = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=5"]
 LINE = re.compile(r"([A-Za-z0-9_][\w.@:%-]*)\s+slots=(\d{1,4})")  # a host that began with - would be an option of ssh
@@ -95,6 +97,17 @@ def ranks_of(hostfile: str, most: int | None) -> dict[str, int]:
         if subprocess.run([*SSH, host, "true"], stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode:
             raise InputError(f"{host} of the hostfile is not reachable by ssh without a password", f"ssh {host} true")
     return each
+
+
+def world_of(machine: Machine) -> int:
+    """Ranks of a job on ``machine``, on all hosts; those of the launcher that started this process count too.
+
+    Raises:
+        InputError: the hostfile is not there, or damaged.
+    """
+    if machine.hostfile:
+        return sum(min(count, machine.gpus or count) for count in slots(machine.hostfile).values())
+    return machine.gpus or join.world()
 
 
 def is_here(host: str) -> bool:

@@ -31,12 +31,14 @@ class Resolved:
     origins: dotted key -> "flag --ae" | "--set" | "env DCGEN_CONVERT_..." | "recipe NAME" | "family default (recipe
         NAME)" | "default" | "derived: ...".
     known: what `load` has understood of the source already.
+    derivation: why the numbers that follow from a budget are what they are, line by line; empty without a budget.
     """
 
     recipe: Recipe
     origins: dict[str, str]
     machine: Machine = field(default_factory=Machine)
     known: Identity | None = field(default=None, repr=False, compare=False)
+    derivation: tuple[str, ...] = ()
 
     @cached_property
     def identity(self) -> Identity:

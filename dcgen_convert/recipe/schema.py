@@ -28,6 +28,7 @@ from dcgen_convert.recipe.kinds import (
     Pictures,
     PicturesOrZero,
     Seed,
+    Share,
     Side,
     Text,
 )
@@ -52,6 +53,8 @@ FolderName = Annotated[str, AfterValidator(_folder_name)]
 # and the result is the same but for the order of float sums. No fingerprint and no checkpoint holds them, so a change
 # throws no work away. * is the number of a phase; the name of a section stands for all of its settings.
 LAYOUT = (
+    "budget",
+    "data.share",
     "data.batch",
     "data.max_broken",
     "latents.batch",
@@ -60,6 +63,7 @@ LAYOUT = (
     "adapt.zero",
     "adapt.offload",
     "adapt.phases.*.micro_batch",
+    "adapt.phases.*.share",
     "quantize.calibration.batch",
     "evaluate",
     "watch",
@@ -109,6 +113,10 @@ class Data(Section):
     )
     max_broken: Fraction = Field(
         default=0.01, description="fraction of unreadable pictures tolerated; 0 tolerates none"
+    )
+    share: Share | None = Field(
+        default=None,
+        description="share of a budget that the pictures and their latents get; null: what they cost as written",
     )
 
     @property
@@ -200,6 +208,9 @@ class Phase(Section):
         default=0.0,
         description="for few-step models: consistency distillation (arXiv 2303.01469). The teacher is the model from "
         "the start of the phase, the targets lie at this fraction of t; 0 disables, then adapt.objective is used",
+    )
+    share: Share | None = Field(
+        default=None, description="share of a budget that the phase gets; null: what its steps cost as written"
     )
 
     @model_validator(mode="before")
@@ -331,6 +342,19 @@ class Watch(Section):
     pictures: Pictures = Field(default=8, description="held-out captions drawn in a grid")
 
 
+class Budget(Section):
+    """What the whole conversion may cost, every stage included. Under a budget, `data.count` and the `steps` of the
+    phases are the most that is done; how many are done follows from the shares.
+    """
+
+    gpu_hours: AmountOrZero | dict[Count, AmountOrZero] = Field(
+        default=0.0,
+        description="GPU-hours. Or a table: for models with at most so many image tokens at the last resolution, so "
+        "many GPU-hours; more tokens have no budget. 0 disables: the recipe is carried out as written",
+    )
+    hours: AmountOrZero = Field(default=0.0, description="hours of wall-clock on the GPUs of the job; 0 disables")
+
+
 class Recipe(Section):
     """One conversion, completely. `alpha` of each phase is filled (= rank) when the recipe leaves it out."""
 
@@ -355,6 +379,7 @@ class Recipe(Section):
     )
     seed: Seed = Field(default=0, description="seed of every random draw")
     dtype: Literal["fp32", "bf16"] = Field(default="bf16", description="weights and activations in training")
+    budget: Budget = Field(default_factory=Budget)
     data: Data = Field(default_factory=Data)
     latents: Latents = Field(default_factory=Latents)
     align_embedder: AlignEmbedder = Field(default_factory=AlignEmbedder)
@@ -387,6 +412,9 @@ class Recipe(Section):
                 "adapt.shift flux2 is a shift per size, more than a scheduler's config holds for data.buckets: use "
                 "model or a number"
             )
+        given = [part.share or 0.0 for part in (self.data, *self.adapt.phases)]
+        if sum(given) > 1 + 1e-9:
+            raise ValueError(f"the shares of data and of the phases add up to {sum(given):g}, more than the whole")
         if self.latents.normalise == "channel" and self.latents.scale_override:
             raise ValueError(
                 "latents.normalise channel leaves no scaling factor to override: drop latents.scale_override"

@@ -36,6 +36,8 @@ FLAGS = {
     "adapt.offload": "--offload",
     "revision": "--revision",
     "bundle.layout": "--layout",
+    "budget.gpu_hours": "--max-gpu-hours",
+    "budget.hours": "--hours",
 }
 """Recipe key -> the option that sets it."""
 REMOVED = ("adapt.null_pass", "align_embedder.noise_aware")

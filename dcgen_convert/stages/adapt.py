@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from dcgen_convert.checkpoint import merge
@@ -9,7 +10,7 @@ from dcgen_convert.core import names
 from dcgen_convert.core.files import copy_file
 from dcgen_convert.core.journal import Stage
 from dcgen_convert.networks import models
-from dcgen_convert.stages import gap, grid
+from dcgen_convert.stages import allowance, gap, grid
 from dcgen_convert.stages.job import Job
 from dcgen_convert.stages.layout import first_device, fitted
 from dcgen_convert.train import phases
@@ -21,19 +22,25 @@ def adapt_phase(job: Job, stage: Stage, number: int) -> None:
     """Writes export/ (LoRA, embedder, head), checkpoints and metrics.jsonl; reports losses and the per-block gap."""
     phase = job.recipe.adapt.phases[number - 1]
     layout = fitted(job, phase, "adapt")
-    with job.crew.share("adapt", number=number, layout=layout):
-        record = train_phase(job, number, layout)
+    seconds = allowance.seconds(job, number)
+    with job.crew.share("adapt", number=number, layout=layout, seconds=seconds):
+        record = train_phase(job, number, layout, seconds)
     record.pop("exports")
     stage.metrics.update(record)
     before, after = record["evaluation"]["before"]["mean"], record["evaluation"]["after"]["mean"]
     job.console.say(
-        f"adapt {number}: {phase.mode}, {phase.steps} steps at {phase.resolution} px, held-out loss {before:.4f} -> "
-        f"{after:.4f}"
+        f"adapt {number}: {phase.mode}, {record['steps']} steps at {phase.resolution} px, held-out loss "
+        f"{before:.4f} -> {after:.4f}"
     )
 
 
-def train_phase(job: Job, number: int, layout: dict[str, Any]) -> dict[str, Any]:
-    """Train phase ``number``, on every rank, with the layout that rank 0 chose: zero, offload, micro_batch."""
+def train_phase(job: Job, number: int, layout: dict[str, Any], seconds: float | None) -> dict[str, Any]:
+    """Train phase ``number``, on every rank, with the layout that rank 0 chose: zero, offload, micro_batch.
+
+    Args:
+        seconds: that it may take from now on; None: as long as its steps take.
+    """
+    deadline = None if seconds is None else time.monotonic() + seconds
     recipe, folder = job.recipe, job.folders.adapt(number)
     phase = recipe.adapt.phases[number - 1]
     rows, held_out = job.rows(phase.resolution).split()
@@ -43,7 +50,7 @@ def train_phase(job: Job, number: int, layout: dict[str, Any]) -> dict[str, Any]
     task = phases.Task(model, job.family, adapt, rows, job.scheduler)
     drawing = grid.drawing(job, held_out, folder)
     intervals = Intervals(recipe.watch.evaluate_every, recipe.watch.grid_every, drawing)
-    place = Place(folder, job.console, recipe.seed, held_out=held_out, intervals=intervals)
+    place = Place(folder, job.console, recipe.seed, held_out=held_out, intervals=intervals, deadline=deadline)
     phase = phase.model_copy(update={"micro_batch": layout["micro_batch"]})
     return phases.adapt_phase(task, phase, recipe.dtype, place)
 

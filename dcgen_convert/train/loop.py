@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +34,7 @@ from dcgen_convert.train.engine import Engine, StepRecord
 from dcgen_convert.train.objective import Draws, LossOf, SamplingOf, draw, to_device
 from dcgen_convert.train.order import BatchOrder
 from dcgen_convert.train.prefetch import Prefetch
+from dcgen_convert.train.settings import Turn
 from dcgen_convert.train.watch import NONE, Intervals, TrainingWatch, kept_lines
 
 SPIKE = 10.0  # a loss this many times the recent median stops the run
@@ -88,6 +89,7 @@ class Place:
         saving: when to write a checkpoint.
         held_out: rows for the evaluation before, after and at intervals; None: no evaluation.
         intervals: when to evaluate and to draw on the way.
+        deadline: `time.monotonic()` of this process after which the training ends early; None: it does not.
     """
 
     folder: Path
@@ -96,6 +98,7 @@ class Place:
     saving: Saving = Saving(steps=0, minutes=10)  # a kill costs ten minutes at most
     held_out: Samples | None = None
     intervals: Intervals = NONE
+    deadline: float | None = None
 
 
 @dataclass(frozen=True)
@@ -119,10 +122,14 @@ class Goal:
 
 @dataclass(frozen=True)
 class Resumed:
-    """step: of the checkpoint that a run goes on from; history: what was changed on the way, in words."""
+    """What a run goes on from.
+
+    step: of the checkpoint. history: what was changed on the way, in words. ended: time had run out, so it is the last.
+    """
 
     step: int
     history: list[str]
+    ended: bool
 
 
 @dataclass
@@ -160,14 +167,19 @@ class Loop:
         self.order = BatchOrder(goal.samples.spans, engine.settings.batch, place.seed)
         self.curve = Curve()
         self.history: list[str] = []
+        self.ended = False
         self._metrics: _Metrics | None = None
         self._saved = time.monotonic()
 
     def run(self) -> dict[str, Any]:
         """Train to ``engine.settings.steps``, from the newest checkpoint if there is one. Collective.
 
+        It ends earlier when the deadline of its place has passed. The last checkpoint then says so: a run that is
+        resumed from it does not train on. A cosine is shortened on the way, so that it ends at the deadline.
+
         Returns:
-            steps, seconds, samples_per_second, data_wait_seconds, loss_first and loss_last (means of the first / last
+            steps, ended (only when it ended early: its "step", the steps that it was to have, the last learning rate),
+            seconds, samples_per_second, data_wait_seconds, loss_first and loss_last (means of the first / last
             20 steps; on rank 0 of the whole run, also when it was cut off), resumed_from.
         Raises:
             CheckFailed: NaN or a loss spike; the message names the step, the hint the checkpoint that was kept.
@@ -178,7 +190,7 @@ class Loop:
         if len(self.goal.samples) == 0:
             raise InputError(f"{label}: there are no samples to train on")
         resumed = _resume(engine, self.checkpoints, self.goal.identity, self.console)
-        self.history = resumed.history if resumed else []
+        self.history, self.ended = (resumed.history, resumed.ended) if resumed else ([], False)
         first, start = engine.step_count, time.monotonic()
         self._saved = start
         feed = _feed(engine, self.goal.samples, self.goal.sampling, self.place.seed)
@@ -188,11 +200,13 @@ class Loop:
                 self._metrics = _Metrics(self.place.folder / METRICS, first)
                 self.curve.losses = self._metrics.losses_before()
                 self.watch.forget(first)
-            while engine.step_count < engine.settings.steps:
+            while not self.ended and engine.step_count < engine.settings.last:
                 waited = feed.waited
                 record = self._step(feed, signals.pending)
                 self._report(record, feed.waited - waited, bar)
+                self.ended = self._time_is_up()
                 if self._must_save(record):
+                    self._aim((time.monotonic() - start) / (engine.step_count - first))
                     self._save()
                 if record.stop:
                     self._tell_of_stop()
@@ -204,6 +218,7 @@ class Loop:
         done = engine.step_count - first
         return {
             "steps": engine.step_count,
+            **self._early(),
             "resumed_from": resumed.step if resumed else None,
             "seconds": round(seconds, 3),
             "samples_per_second": round(done * engine.settings.batch / seconds, 3) if done else None,
@@ -252,13 +267,47 @@ class Loop:
         saving, step = self.place.saving, self.engine.step_count
         late = bool(saving.minutes) and self._any_rank(time.monotonic() - self._saved > 60 * saving.minutes)
         due = bool(saving.steps) and step % saving.steps == 0
-        return record.stop or late or due or self.watch.wants_grid(step) or step == self.engine.settings.steps
+        last = self.ended or step == self.engine.settings.last
+        return record.stop or late or due or self.watch.wants_grid(step) or last
+
+    def _time_is_up(self) -> bool:
+        """Whether the deadline has passed on any rank."""
+        deadline = self.place.deadline
+        return deadline is not None and self._any_rank(time.monotonic() > deadline)
+
+    def _aim(self, seconds: float) -> None:
+        """Let a cosine end at the step that the deadline will stop it at, as far as one step takes ``seconds``."""
+        engine, deadline = self.engine, self.place.deadline
+        settings, step = engine.settings, engine.step_count
+        if deadline is None or self.ended or settings.schedule != "cosine":
+            return
+        if not settings.warmup < step < settings.last:
+            return
+        more = max(1, int((deadline - time.monotonic()) / seconds))
+        end = distributed.of_rank_0(min(step + more, settings.steps), engine.device)
+        if end != settings.last:
+            engine.settings = settings.turned(step, end)
+
+    def _early(self) -> dict[str, Any]:
+        """What is to be said of a training that ended before its last step."""
+        step, settings = self.engine.step_count, self.engine.settings
+        if step >= settings.steps:
+            return {}
+        rate = settings.learning_rate(step - 1)
+        self.console.warn(
+            f"{self.goal.label}: its part of the budget is spent, so it ended after step {step} of {settings.steps}, "
+            f"at learning rate {rate:.3g}"
+        )
+        return {"ended": {"step": step, "of": settings.steps, "learning_rate": rate}}
 
     def _save(self) -> None:
         if self._metrics:
             self._metrics.flush()
+        early = {"ended": True} if self.ended else {}
+        turn = {"turn": self.engine.settings.turn} if self.engine.settings.turn else {}
+        extra = {"identity": self.goal.identity, "history": self.history, **early, **turn}
         with clock.timed("checkpoints"):
-            save(self.engine, self.checkpoints, {"identity": self.goal.identity, "history": self.history})
+            save(self.engine, self.checkpoints, extra)
         self._saved = time.monotonic()
 
     def _tell_of_stop(self) -> None:
@@ -301,6 +350,7 @@ def _resume(engine: Engine, checkpoints: Path, identity: dict[str, Any], console
     if cut:
         console.warn(f"{cut} is damaged: the checkpoint before it is used")
     history: list[str] = []
+    ended = False
     if found is not None:
         extra = found[1]["extra"]
         changed = _changes(extra["identity"], json.loads(json.dumps(identity)))
@@ -315,10 +365,14 @@ def _resume(engine: Engine, checkpoints: Path, identity: dict[str, Any], console
         if shown:
             history = [*history, f"from step {found[1]['step']} on: {', '.join(shown)}"]
             console.say(f"{history[-1]}")
+        if "engine.steps" not in changed:  # with other steps it is another schedule, and another end
+            ended = bool(extra.get("ended"))
+            turn = extra.get("turn")
+            engine.settings = replace(engine.settings, turn=Turn(*turn) if turn else None)
     if load(engine, checkpoints) is None:
         return None
     console.say(f"continuing from the checkpoint of step {engine.step_count} in {checkpoints}")
-    return Resumed(engine.step_count, history)
+    return Resumed(engine.step_count, history, ended)
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any], place: str = "") -> dict[str, tuple[Any, Any]]:

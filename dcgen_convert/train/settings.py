@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from dcgen_convert.core.errors import RecipeError
 
 ZERO_STAGES = (0, 1, 2, 3)
 SCHEDULES = ("constant", "cosine")
 OFFLOADS = ("none", "optimizer", "all")
+
+
+class Turn(NamedTuple):
+    """Where a cosine changes its end: at ``step``, with ``progress`` of it behind, it goes on to end at ``end``."""
+
+    step: int
+    progress: float
+    end: int
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,7 @@ class EngineSettings:
         ema: decay of the moving average of the trained weights; 0 disables it.
         checkpointing: recompute activations in the backward pass.
         betas, eps, weight_decay: AdamW's, by default those of the published recipes (arXiv 2509.25180).
+        turn: of a cosine that ends at another step than ``steps``; None: none does.
     """
 
     steps: int
@@ -47,6 +57,16 @@ class EngineSettings:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0
+    turn: Turn | None = None
+
+    @property
+    def last(self) -> int:
+        """Steps that are really done, unless time runs out: fewer than ``steps`` when the schedule was shortened."""
+        return min(self.steps, self.turn.end) if self.turn else self.steps
+
+    def turned(self, step: int, end: int) -> EngineSettings:
+        """The same, with a cosine that goes on from ``step`` without a jump and ends at ``end``."""
+        return replace(self, turn=Turn(step, self._progress(step), end))
 
     def __post_init__(self) -> None:
         """RecipeError for a combination that cannot train or would train something else."""
@@ -96,8 +116,14 @@ class EngineSettings:
             return (step + 1) / self.warmup
         if self.schedule == "constant":
             return 1.0
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, self._progress(step))))
+
+    def _progress(self, step: int) -> float:
+        """How much of the cosine lies behind ``step``: 0 after the warm-up, 1 at the end."""
+        if self.turn and step >= self.turn.step:
+            gone = (step - self.turn.step) / max(1, self.turn.end - self.turn.step)
+            return self.turn.progress + (1 - self.turn.progress) * gone
+        return max(0, step - self.warmup) / max(1, self.steps - self.warmup)
 
     def ema_decay(self, step: int) -> float:
         """Decay used after optimizer step ``step``: short of ``ema`` at first, so that the start is forgotten.

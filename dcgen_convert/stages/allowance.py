@@ -1,0 +1,49 @@
+"""How long a phase may train under the recipe's budget: its part of the time that is left.
+
+The plan's rates are assumptions. When the work before a phase took longer than planned, or its own steps do, the phase
+ends early instead of spending more than the budget.
+"""
+
+from __future__ import annotations
+
+from dcgen_convert.planning.bill import bill
+from dcgen_convert.planning.shapes import shapes_of
+from dcgen_convert.recipe.schema import Recipe
+from dcgen_convert.stages import folders
+from dcgen_convert.stages.depends import IMPORT
+from dcgen_convert.stages.job import Job
+
+RESERVE = 0.01  # of the time of a phase: for the evaluation and the export at its end
+
+
+def seconds(job: Job, number: int) -> float | None:
+    """Wall-clock seconds that phase ``number`` may still take; None without a budget. 0 when all is spent.
+
+    Time of earlier starts counts, of this stage and of those before it, as if they had as many ranks as this one.
+    """
+    total = budget_seconds(job.recipe, job.crew.world)
+    if total is None:
+        return None
+    rows = bill(job.recipe, shapes_of(job.recipe, job.identity), job.crew.world)["stages"]
+    planned = {row["stage"]: 3600 * row["wall_hours"] for row in rows}
+    phases = [folders.adapt_stage(later) for later in range(number, len(job.recipe.adapt.phases) + 1)]
+    other = [*map(folders.merge_stage, range(number, len(job.recipe.adapt.phases) + 1))]
+    after = sum(planned.get(name, 0.0) for name in (*other, folders.QUANTIZE, folders.BUNDLE, folders.VERIFY))
+    left = total - after - sum(job.run.spent(name) for name in _before(number))
+    own = left * planned[phases[0]] / sum(planned[name] for name in phases)
+    return max(0.0, own * (1 - RESERVE) - job.run.spent(phases[0]))
+
+
+def budget_seconds(recipe: Recipe, ranks: int) -> float | None:
+    """Wall-clock seconds that the whole conversion may take on so many ranks; None without a budget."""
+    hours, wall = recipe.budget.gpu_hours, recipe.budget.hours
+    assert not isinstance(hours, dict), "a budget that was applied is one number"
+    limits = [limit for limit in (hours / ranks, wall) if limit]
+    return 3600 * min(limits) if limits else None
+
+
+def _before(number: int) -> list[str]:
+    """Stages that come before phase ``number``."""
+    first = [IMPORT, folders.SURGERY, folders.DATA, folders.LATENTS, folders.ALIGN_EMBEDDER, folders.ALIGN_HEAD]
+    done = range(1, number)
+    return [*first, *map(folders.adapt_stage, done), *map(folders.merge_stage, done)]

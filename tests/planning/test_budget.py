@@ -1,0 +1,177 @@
+"""A budget of GPU-hours: what follows from it costs no more, and nearly as much; what the user names stays."""
+
+import json
+import random
+
+import pytest
+
+from dcgen_convert.api.order import order, resolve
+from dcgen_convert.core.errors import DcgenError
+from dcgen_convert.core.names import RECIPE
+from dcgen_convert.planning import budget, plan
+from dcgen_convert.planning.bill import bill
+from dcgen_convert.planning.shapes import shapes_of
+from dcgen_convert.recipe import loading, shelf
+
+DEFAULTS = [  # source, autoencoder, GPU-hours: 15, 8, 1 and half an H100-day
+    ("flux-krea", "dc-ae-f32", 360),
+    ("flux-krea", "dc-ae-f64", 192),
+    ("sana-1.6b", None, 24),
+    ("dit-xl-512", None, 12),
+]
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def cost(resolved, gpus=1, measured=None) -> float:
+    return bill(resolved.recipe, shapes_of(resolved.recipe, resolved.identity), gpus, measured)["gpu_hours"]
+
+
+@pytest.mark.parametrize("gpus", [1, 8])
+@pytest.mark.parametrize(("source", "ae", "hours"), DEFAULTS)
+def test_the_shipped_budgets_pay_for_every_stage(source, ae, hours, gpus):
+    resolved = resolve(source, {"ae": ae, "gpus": gpus, "quantize": "nvfp4"})
+    assert 0.9 * hours <= cost(resolved, gpus) <= hours
+    assert resolved.recipe.budget.gpu_hours == hours
+    assert resolved.origins["data.count"] == f"derived: budget of {hours} GPU-hours"
+    assert resolved.derivation[0].startswith(f"The budget is {hours} GPU-hours: ")
+
+
+@pytest.mark.parametrize("name", ["flux-krea", "sana-sprint-1.6b", "image", "tiny-flux-long", "few-steps"])
+def test_no_budget_is_exceeded_and_nothing_is_left_over(name):
+    """Random budgets between the smallest and the recipe as written, on 1 to 64 GPUs."""
+    rng = random.Random(name)
+    written = resolve(name, {"max_gpu_hours": 0})
+    sizes = shapes_of(written.recipe, written.identity)
+    for _ in range(4):
+        gpus = rng.choice([1, 2] if "tiny" in name else [1, 2, 8, 64])
+        whole = bill(written.recipe, sizes, gpus)["gpu_hours"]
+        hours = whole * rng.uniform(0.3, 1.1)
+        changed, lines = budget.derive(written.recipe, sizes, gpus, hours)
+        spent = bill(changed, sizes, gpus)["gpu_hours"]
+        assert spent <= hours, (gpus, hours)
+        if changed == written.recipe:
+            assert whole <= hours
+            continue
+        phases = zip(changed.adapt.phases, written.recipe.adapt.phases, strict=True)
+        capped = changed.data.count == written.recipe.data.count and all(a.steps == b.steps for a, b in phases)
+        assert capped or spent >= 0.9 * hours, (gpus, hours)
+        assert lines[-1] == f"In all: {spent:,.4g} of {hours:,.4g} GPU-hours."
+
+
+def test_the_shares_decide_what_each_part_gets():
+    shares = {"data.share": 0.5, "adapt.phases.0.share": 0.1, "adapt.phases.1.share": 0.4}
+    sets = [f"{key}={value}" for key, value in shares.items()]
+    resolved = resolve("flux-krea", {"max_gpu_hours": 100, "sets": sets})
+    stages = bill(resolved.recipe, shapes_of(resolved.recipe, resolved.identity), 1)["stages"]
+    found = {row["stage"]: row["gpu_hours"] for row in stages}
+    assert found["data"] + found["latents"] == pytest.approx(50, rel=0.05)
+    assert found["adapt-1"] == pytest.approx(10, rel=0.05)
+    assert found["adapt-2"] == pytest.approx(40, rel=0.05)
+    with pytest.raises(DcgenError, match=r"add up to 1\.3, more than the whole"):
+        resolve("flux-krea", {"sets": [*sets, "data.share=0.8"]})
+
+
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_a_budget_that_is_too_small_names_the_smallest(gpus):
+    with pytest.raises(DcgenError, match="the smallest is") as caught:
+        resolve("flux-krea", {"max_gpu_hours": 0.5, "gpus": gpus})
+    assert caught.value.exit_code == 2
+    smallest = float(caught.value.message.rpartition(" ")[2])
+    assert f"--max-gpu-hours {smallest:g} or more" in caught.value.hint
+    assert cost(resolve("flux-krea", {"max_gpu_hours": smallest, "gpus": gpus}), gpus) <= smallest
+    with pytest.raises(DcgenError, match="the smallest is"):
+        resolve("flux-krea", {"max_gpu_hours": 0.98 * smallest, "gpus": gpus})
+    with pytest.raises(DcgenError, match="the smallest is") as caught:
+        resolve("flux-krea", {"hours": 0.1, "gpus": gpus})
+    hours = float(caught.value.hint.partition("--hours ")[2].partition(" ")[0])
+    assert resolve("flux-krea", {"hours": hours, "gpus": gpus}).derivation
+
+
+def test_what_the_user_names_stays_and_the_rest_follows(monkeypatch):
+    monkeypatch.setenv("DCGEN_CONVERT_DATA__COUNT", "5000")
+    sets = ["adapt.phases.0.steps=3000", "align_head.steps=200", "adapt.phases.1.warmup=7"]
+    resolved = resolve("flux-krea", {"max_gpu_hours": 200, "sets": sets})
+    recipe, lines = resolved.recipe, "\n".join(resolved.derivation)
+    assert (recipe.data.count, recipe.adapt.phases[0].steps, recipe.align_head.steps) == (5000, 3000, 200)
+    assert recipe.adapt.phases[1].warmup == 7
+    assert 180 <= cost(resolved) <= 200
+    assert "data.count stays 5,000: it was asked for." in lines
+    assert "adapt.phases.0.steps stays 3,000: it was asked for." in lines
+    assert resolved.origins["adapt.phases.0.steps"] == "--set"
+    assert resolved.origins["adapt.phases.1.steps"] == "derived: budget of 200 GPU-hours"
+
+
+def test_wall_clock_is_the_same_budget_on_the_gpus_of_the_job():
+    by_hours = resolve("flux-krea", {"hours": 24, "gpus": 8})
+    by_gpu_hours = resolve("flux-krea", {"max_gpu_hours": 192, "gpus": 8})
+    assert by_hours.recipe.adapt == by_gpu_hours.recipe.adapt
+    assert by_hours.recipe.data == by_gpu_hours.recipe.data
+    assert "24 h 00 min on 8 x H100" in by_hours.derivation[0]
+    both = resolve("flux-krea", {"hours": 24, "max_gpu_hours": 100, "gpus": 8})
+    assert cost(both, 8) <= 100
+
+
+def test_zero_carries_the_published_recipe_out():
+    published = resolve("flux-krea", {"max_gpu_hours": 0})
+    written = loading.load("flux-krea").recipe
+    assert published.recipe.model_copy(update={"budget": written.budget}) == written
+    assert [phase.steps for phase in published.recipe.adapt.phases] == [10_000, 100_000]
+    assert published.derivation == ()
+
+
+def test_a_size_that_no_budget_was_made_for_has_none():
+    large = resolve("flux-krea", {"ae": "dc-ae-f64", "resolution": 4096, "data": "pictures"})
+    assert "no budget for a model with 4,096 image tokens" in large.derivation[0]
+    assert large.recipe.adapt.phases[-1].steps == 100_000
+
+
+@pytest.mark.parametrize("name", [name for name in shelf.names() if "tiny" in name or "/" in name])
+def test_the_miniatures_have_no_budget(name):
+    resolved = resolve(name, {})
+    assert resolved.recipe == loading.load(name).recipe
+    assert resolved.derivation == ()
+
+
+def test_measured_seconds_decide_instead_of_assumed_rates():
+    resolved = resolve("flux-krea", {"max_gpu_hours": 0})
+    recipe, sizes = resolved.recipe, shapes_of(resolved.recipe, resolved.identity)
+    rows = bill(recipe, sizes, 1)["stages"]
+    part = next(part for row in rows if row["stage"] == "adapt-2" for part in row["work"] if part["what"] == "train")
+    seconds = 3600 * part["wall_hours"] / part["count"]
+    slow = {"adapt-2": {"train": 3 * seconds}}
+    changed, _ = budget.derive(recipe, sizes, 1, 360, (), slow)
+    usual, _ = budget.derive(recipe, sizes, 1, 360)
+    assert 324 <= bill(changed, sizes, 1, slow)["gpu_hours"] <= 360
+    assert changed.adapt.phases[1].steps == pytest.approx(usual.adapt.phases[1].steps / 3, rel=0.05)
+
+
+def test_plan_shows_the_derivation():
+    resolved = resolve("flux-krea", {"gpus": 8})
+    document = plan.plan(resolved)
+    assert document["budget"] == {"gpu_hours": 360.0, "hours": 0.0, "derivation": list(resolved.derivation)}
+    text = plan.render(document)
+    assert all(line in text for line in resolved.derivation)
+    assert document["time"]["gpu_hours"] <= 360
+    json.dumps(document)
+
+
+def test_a_run_keeps_its_numbers_when_the_same_command_comes_again(tmp_path):
+    """Another rate, or another number of GPUs, must not throw away what is done."""
+    settings = {"max_gpu_hours": 0.09, "sets": ["budget.hours=0"]}
+    first = order("tiny-flux", settings, None, tmp_path).resolved
+    assert first.recipe.data.count < 1024
+    record = {"recipe": first.recipe.model_dump(mode="json"), "machine": {"gpus": None}}
+    record["recipe"]["data"]["count"] -= 100
+    (tmp_path / RECIPE).write_text(json.dumps(record))
+    again = order("tiny-flux", {**settings, "gpus": 2}, None, tmp_path).resolved
+    assert again.recipe.data.count == first.recipe.data.count - 100
+    assert again.derivation == ("The run has its numbers already, from the same budget of 0.09 GPU-hours. They stay.",)
+    other = order("tiny-flux", {**settings, "max_gpu_hours": 0.1}, None, tmp_path).resolved
+    assert other.recipe.data.count > again.recipe.data.count
+    deeper = order("tiny-flux", {**settings, "ae": "tiny-dc-ae-f64"}, None, tmp_path).resolved
+    assert deeper.derivation != again.derivation
