@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,6 @@ from pydantic import ValidationError
 
 from dcgen_convert.api.settings import JOB, JobSettings
 from dcgen_convert.core.errors import RecipeError
-from dcgen_convert.core.files import read_object
 from dcgen_convert.core.limits import require, require_text
 from dcgen_convert.core.names import RECIPE
 from dcgen_convert.planning import budget
@@ -50,8 +49,8 @@ def resolve(source: str | Path, settings: Mapping[str, Any]) -> Resolved:
     return _within_budget(_loaded(source, settings))
 
 
-def _within_budget(resolved: Resolved, before: Mapping[str, Any] | None = None) -> Resolved:
-    """The recipe with the numbers that its budget gives. before: what the run folder says of its job."""
+def _within_budget(resolved: Resolved, before: Callable[[], Resolved | None] = lambda: None) -> Resolved:
+    """The recipe with the numbers that its budget gives. before: what the run folder was started with."""
     sizes = partial(shapes_of, resolved.recipe, resolved.identity)
     return budget.applied(resolved, sizes, hosts.world_of(resolved.machine), before)
 
@@ -124,8 +123,14 @@ def order(
     require_access(resolved.recipe, resolved.identity)
     name = default_name(resolved)
     run = Path(run_dir or Path("runs") / name).absolute()
-    before = read_object(run / RECIPE) if (run / RECIPE).is_file() else None
-    return Order(_within_budget(resolved, before), run, Path(output or name).absolute())
+    return Order(_within_budget(resolved, partial(_begun, run)), run, Path(output or name).absolute())
+
+
+def _begun(run: Path) -> Resolved | None:
+    """What the run in this folder was started with; None where there is none."""
+    from dcgen_convert.stages.records import recorded
+
+    return recorded(run)[0] if (run / RECIPE).is_file() else None
 
 
 def require_folders(**folders: str | Path | None) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.progress import duration
@@ -54,14 +53,14 @@ class Dial:
 
 
 def applied(
-    resolved: Resolved, sizes: Callable[[], Shapes], gpus: int, before: Mapping[str, Any] | None = None
+    resolved: Resolved, sizes: Callable[[], Shapes], gpus: int, before: Callable[[], Resolved | None] = lambda: None
 ) -> Resolved:
     """``resolved`` with the numbers that its budget gives; as it is when it has none.
 
     Args:
         sizes: of the conversion; asked only if there is a budget.
         gpus: ranks of the job.
-        before: what the run folder says of its job (recipe.json). With the same budget its numbers stay.
+        before: what the run folder was started with, if it is there. With the same budget its numbers stay.
     Raises:
         InputError: the budget is too small; the message names the smallest.
     """
@@ -69,20 +68,18 @@ def applied(
     if not recipe.budget.gpu_hours and not recipe.budget.hours:
         return resolved
     shapes = sizes()
-    hours, origin = _allowed(resolved, shapes, gpus)
+    hours = _allowed(recipe, shapes, gpus)
     chosen = recipe.budget.model_copy(update={"gpu_hours": _of_tokens(recipe, shapes) or 0.0})
-    origins = {key: value for key, value in resolved.origins.items() if not key.startswith("budget.gpu_hours")}
-    origins["budget.gpu_hours"] = origin
-    recipe = recipe.model_copy(update={"budget": chosen})
-    resolved = replace(resolved, recipe=recipe, origins=origins)
+    recipe, origins = recipe.model_copy(update={"budget": chosen}), resolved.origins
+    resolved = replace(resolved, recipe=recipe)
     if not hours:
         tokens = shapes.new.tokens(recipe.adapt.phases[-1].resolution)
         line = f"The recipe has no budget for a model with {tokens:,} image tokens: it is carried out as written."
         return replace(resolved, derivation=(line, "Option --max-gpu-hours sets a budget."))
     said = {key for key, value in origins.items() if value.startswith(EXPLICIT)}
-    kept = _kept(recipe, resolved.machine.gpus, before)
+    kept = _kept(resolved, before())
     if kept:
-        changed = _with(recipe, shapes, {key: value for key, value in kept.items() if key not in said}, said)
+        changed = _set(recipe, {key: value for key, value in kept.items() if key not in said})
         lines = [f"The run has its numbers already, from the same budget of {hours:,.4g} GPU-hours. They stay."]
     else:
         changed, lines = derive(recipe, shapes, gpus, hours, said)
@@ -142,14 +139,10 @@ def derive(
     return changed, [*lines, f"In all: {cost(values):,.4g} of {hours:,.4g} GPU-hours."]
 
 
-def _allowed(resolved: Resolved, sizes: Shapes, gpus: int) -> tuple[float, str]:
-    """GPU-hours that may be spent (0: no budget), and where that number comes from."""
-    recipe, origins = resolved.recipe, resolved.origins
-    found = _of_tokens(recipe, sizes) or 0.0
-    own = [value for key, value in origins.items() if key.startswith("budget.gpu_hours")]
-    wall = recipe.budget.hours * gpus
-    both = [hours for hours in (found, wall) if hours]
-    return min(both, default=0.0), own[0] if own else "default"
+def _allowed(recipe: Recipe, sizes: Shapes, gpus: int) -> float:
+    """GPU-hours that may be spent; 0: no budget."""
+    both = (_of_tokens(recipe, sizes) or 0.0, recipe.budget.hours * gpus)
+    return min((hours for hours in both if hours), default=0.0)
 
 
 def _of_tokens(recipe: Recipe, sizes: Shapes) -> float | None:
@@ -213,37 +206,48 @@ def _short(value: float) -> int:
 
 def _with(recipe: Recipe, sizes: Shapes, values: Mapping[str, int], said: Collection[str]) -> Recipe:
     """The recipe with ``values`` for the parts, and with what follows from them."""
-    count = values.get(COUNT, recipe.data.count)
-    phases = []
+    found = dict(values)
     for number, phase in enumerate(recipe.adapt.phases):
         steps = values.get(_steps(number), phase.steps)
-        free = steps != phase.steps and f"adapt.phases.{number}.warmup" not in said
-        warmup = min(phase.warmup, steps // WARM) if free else phase.warmup
-        phases.append(phase.model_copy(update={"steps": steps, "warmup": warmup}))
-    head: dict[str, Any] = {} if HEAD_STEPS in said else {"steps": 0}
-    if DRAWS not in said:
-        rows = count * sizes.new.tokens(recipe.adapt.phases[0].resolution)
-        head["draws"] = min(recipe.align_head.draws, math.ceil(2 * USUAL * sizes.base.width / rows))
+        if steps != phase.steps:
+            found[f"adapt.phases.{number}.warmup"] = min(phase.warmup, steps // WARM)
+    rows = values.get(COUNT, recipe.data.count) * sizes.new.tokens(recipe.adapt.phases[0].resolution)
+    found[DRAWS] = min(recipe.align_head.draws, math.ceil(2 * USUAL * sizes.base.width / rows))
+    found[HEAD_STEPS] = 0
+    return _set(recipe, {key: value for key, value in found.items() if key not in said})
+
+
+def _set(recipe: Recipe, values: Mapping[str, int]) -> Recipe:
+    """The recipe with the numbers that a budget decides, by their dotted keys."""
+
+    def of(prefix: str) -> dict[str, int]:
+        return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+
+    phases = enumerate(recipe.adapt.phases)
+    changed = tuple(phase.model_copy(update=of(f"adapt.phases.{number}.")) for number, phase in phases)
     return recipe.model_copy(
         update={
-            "data": recipe.data.model_copy(update={"count": count}),
-            "adapt": recipe.adapt.model_copy(update={"phases": tuple(phases)}),
-            "align_head": recipe.align_head.model_copy(update=head),
+            "data": recipe.data.model_copy(update=of("data.")),
+            "align_head": recipe.align_head.model_copy(update=of("align_head.")),
+            "adapt": recipe.adapt.model_copy(update={"phases": changed}),
         }
     )
 
 
-def _kept(recipe: Recipe, gpus: int | None, before: Mapping[str, Any] | None) -> dict[str, int]:
+def _kept(resolved: Resolved, before: Resolved | None) -> dict[str, int]:
     """The numbers of a run that was begun with the same budget, for the same models and sizes; else none."""
     if before is None:
         return {}
-    theirs, mine = before["recipe"], recipe.model_dump(mode="json")
-    sides = [[phase["resolution"] for phase in part["adapt"]["phases"]] for part in (theirs, mine)]
-    same = all(theirs.get(key) == mine[key] for key in ("budget", "source", "ae", "ae_channels"))
-    if not same or sides[0] != sides[1] or (recipe.budget.hours and before["machine"]["gpus"] != gpus):
+    mine, theirs = resolved.recipe, before.recipe
+    same = all(getattr(mine, key) == getattr(theirs, key) for key in ("budget", "source", "ae", "ae_channels"))
+    sides = [[phase.resolution for phase in recipe.adapt.phases] for recipe in (mine, theirs)]
+    ranks = not mine.budget.hours or before.machine.gpus == resolved.machine.gpus
+    if not same or sides[0] != sides[1] or not ranks:
         return {}
-    phases = enumerate(theirs["adapt"]["phases"])
-    return {COUNT: theirs["data"]["count"], **{_steps(number): phase["steps"] for number, phase in phases}}
+    found = {COUNT: theirs.data.count, HEAD_STEPS: theirs.align_head.steps, DRAWS: theirs.align_head.draws}
+    for number, phase in enumerate(theirs.adapt.phases):
+        found |= {_steps(number): phase.steps, f"adapt.phases.{number}.warmup": phase.warmup}
+    return found
 
 
 def _too_small(smallest: float, hours: float, gpus: int, recipe: Recipe) -> InputError:

@@ -47,8 +47,8 @@ RENAMED = {"quantize.share": "quantize.fuse_qkv"}
 
 
 def leaves(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """(dotted key, value) of every leaf; a list of mappings is walked by index, other lists are leaves."""
-    if isinstance(value, dict) and value:
+    """(dotted key, value) of every leaf. A list of mappings is walked by index; other lists, and tables, are leaves."""
+    if isinstance(value, dict) and value and not _is_table(value):
         items: Iterable = value.items()
     elif isinstance(value, (list, tuple)) and value and all(isinstance(item, dict) for item in value):
         items = enumerate(value)
@@ -57,6 +57,11 @@ def leaves(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:
         return
     for key, item in items:
         yield from leaves(item, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _is_table(value: Mapping) -> bool:
+    """Whether it is one value, a table of numbers ({256: 192}), and no group of settings."""
+    return bool(value) and all(str(key).isdigit() for key in value)
 
 
 def schema_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
@@ -92,7 +97,7 @@ class Layers:
     def _merge(self, into: dict, values: Mapping, prefix: str, origin: str) -> None:
         for key, value in values.items():
             dotted = f"{prefix}{key}"
-            if isinstance(value, Mapping):
+            if isinstance(value, Mapping) and not _is_table(value):
                 if not isinstance(into.get(key), dict):
                     into[key] = {}
                 self._merge(into[key], value, f"{dotted}.", origin)

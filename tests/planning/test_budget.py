@@ -8,6 +8,7 @@ import pytest
 from dcgen_convert.api.order import order, resolve
 from dcgen_convert.core.errors import DcgenError
 from dcgen_convert.core.names import RECIPE
+from dcgen_convert.core.version import __version__
 from dcgen_convert.planning import budget, plan
 from dcgen_convert.planning.bill import bill
 from dcgen_convert.planning.shapes import shapes_of
@@ -165,7 +166,7 @@ def test_a_run_keeps_its_numbers_when_the_same_command_comes_again(tmp_path):
     settings = {"max_gpu_hours": 0.09, "sets": ["budget.hours=0"]}
     first = order("tiny-flux", settings, None, tmp_path).resolved
     assert first.recipe.data.count < 1024
-    record = {"recipe": first.recipe.model_dump(mode="json"), "machine": {"gpus": None}}
+    record = {"recipe": first.recipe.model_dump(mode="json"), "machine": {}, "output": "x", "version": __version__}
     record["recipe"]["data"]["count"] -= 100
     (tmp_path / RECIPE).write_text(json.dumps(record))
     again = order("tiny-flux", {**settings, "gpus": 2}, None, tmp_path).resolved
