@@ -73,7 +73,7 @@ def plan(
         RecipeError, InputError: settings or a source that cannot work.
         AccessError: the source is neither here nor reachable.
     """
-    return plan_of(resolve(source, settings), gpu_memory, disk, measured)
+    return plan_of(resolve(source, settings, measured), gpu_memory, disk, measured)
 
 
 def plan_of(

@@ -15,8 +15,8 @@ from dcgen_convert.api.settings import JOB, JobSettings
 from dcgen_convert.core.errors import RecipeError
 from dcgen_convert.core.limits import require, require_text
 from dcgen_convert.core.names import RECIPE
-from dcgen_convert.planning import budget
-from dcgen_convert.planning.shapes import shapes_of
+from dcgen_convert.planning import budget, rehearsal
+from dcgen_convert.planning.shapes import Shapes, shapes_of
 from dcgen_convert.ranks import hosts
 from dcgen_convert.ranks.machine import Machine
 from dcgen_convert.recipe import loading
@@ -39,20 +39,25 @@ class Order:
         return replace(self, resolved=replace(self.resolved, machine=replace(self.resolved.machine, **machine)))
 
 
-def resolve(source: str | Path, settings: Mapping[str, Any]) -> Resolved:
+def resolve(source: str | Path, settings: Mapping[str, Any], measured: str | Path | None = None) -> Resolved:
     """The recipe for ``source`` with ``settings`` over it (those of `JobSettings`), and what its budget gives.
 
+    Args:
+        measured: file of a rehearsal; None: the budget pays for what assumed rates say.
     Raises:
         TypeError: a setting that does not exist.
         RecipeError, InputError: settings or a source that cannot work.
     """
-    return _within_budget(_loaded(source, settings))
+    loaded = _loaded(source, settings)
+    if measured is None:
+        return budget.applied(loaded, *_of_job(loaded))
+    require_text("measured", str(measured))
+    return budget.applied(loaded, *_of_job(loaded), rehearsal.read(Path(measured), loaded.recipe))
 
 
-def _within_budget(resolved: Resolved, before: Callable[[], Resolved | None] = lambda: None) -> Resolved:
-    """The recipe with the numbers that its budget gives. before: what the run folder was started with."""
-    sizes = partial(shapes_of, resolved.recipe, resolved.identity)
-    return budget.applied(resolved, sizes, hosts.world_of(resolved.machine), before)
+def _of_job(resolved: Resolved) -> tuple[Callable[[], Shapes], int]:
+    """What a budget is applied with: the sizes of the models, and the number of ranks."""
+    return partial(shapes_of, resolved.recipe, resolved.identity), hosts.world_of(resolved.machine)
 
 
 def _loaded(source: str | Path, settings: Mapping[str, Any]) -> Resolved:
@@ -123,7 +128,8 @@ def order(
     require_access(resolved.recipe, resolved.identity)
     name = default_name(resolved)
     run = Path(run_dir or Path("runs") / name).absolute()
-    return Order(_within_budget(resolved, partial(_begun, run)), run, Path(output or name).absolute())
+    resolved = budget.applied(resolved, *_of_job(resolved), before=partial(_begun, run))
+    return Order(resolved, run, Path(output or name).absolute())
 
 
 def _begun(run: Path) -> Resolved | None:

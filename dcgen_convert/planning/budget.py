@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.progress import duration
-from dcgen_convert.planning.bill import bill, device_for
+from dcgen_convert.planning.bill import Observed, bill
 from dcgen_convert.planning.shapes import Shapes
 from dcgen_convert.recipe.head_rows import USUAL
 from dcgen_convert.recipe.loading import Resolved
@@ -30,7 +30,6 @@ LEAST_STEPS = 50
 WARM = 4  # the warm-up takes at most this part of a phase
 ENOUGH, TRIES = 0.995, 40  # the search for k ends at this part of the budget
 EXPLICIT = ("flag ", "--set", "env ")  # origins of what the user has said for this conversion
-Measured = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -53,13 +52,18 @@ class Dial:
 
 
 def applied(
-    resolved: Resolved, sizes: Callable[[], Shapes], gpus: int, before: Callable[[], Resolved | None] = lambda: None
+    resolved: Resolved,
+    sizes: Callable[[], Shapes],
+    gpus: int,
+    measured: Observed | None = None,
+    before: Callable[[], Resolved | None] = lambda: None,
 ) -> Resolved:
     """``resolved`` with the numbers that its budget gives; as it is when it has none.
 
     Args:
         sizes: of the conversion; asked only if there is a budget.
         gpus: ranks of the job.
+        measured: what a rehearsal found; None: assumed rates.
         before: what the run folder was started with, if it is there. With the same budget its numbers stay.
     Raises:
         InputError: the budget is too small; the message names the smallest.
@@ -82,7 +86,7 @@ def applied(
         changed = _set(recipe, {key: value for key, value in kept.items() if key not in said})
         lines = [f"The run has its numbers already, from the same budget of {hours:,.4g} GPU-hours. They stay."]
     else:
-        changed, lines = derive(recipe, shapes, gpus, hours, said)
+        changed, lines = derive(recipe, shapes, gpus, hours, said, measured)
     old, new = (dict(leaves(part.model_dump(mode="json"))) for part in (recipe, changed))
     derived = {key: f"derived: budget of {hours:,.4g} GPU-hours" for key in new if new[key] != old.get(key)}
     return replace(resolved, recipe=changed, origins={**origins, **derived}, derivation=tuple(lines))
@@ -94,14 +98,14 @@ def derive(
     gpus: int,
     hours: float,
     said: Collection[str] = (),
-    measured: Measured | None = None,
+    measured: Observed | None = None,
 ) -> tuple[Recipe, list[str]]:
     """The recipe that ``hours`` GPU-hours pay for, and why its numbers are what they are, line by line.
 
     Args:
         gpus: ranks that share the work.
         said: dotted keys whose values stay, because the user named them.
-        measured: stage -> kind of work -> seconds of one unit on one rank, as `bill` takes it.
+        measured: what a rehearsal found; None: assumed rates.
     Raises:
         InputError: the budget is too small; the message names the smallest.
     """
@@ -110,9 +114,10 @@ def derive(
         made = _with(recipe, sizes, values, said)
         return float(bill(made, sizes, gpus, measured)["gpu_hours"])
 
-    written = float(bill(recipe, sizes, gpus, measured)["gpu_hours"])
+    whole_bill = bill(recipe, sizes, gpus, measured)
+    written = float(whole_bill["gpu_hours"])
     allowed = f"The budget is {hours:,.4g} GPU-hours: {duration(hours / gpus * 3600)} on {gpus} x "
-    allowed += f"{device_for(sizes).name}. The recipe as written takes {written:,.4g}"
+    allowed += f"{whole_bill['device']}. The recipe as written takes {written:,.4g}"
     if written <= hours:
         return recipe, [f"{allowed}, so it is carried out as written."]
     bounds = _parts(recipe, said)

@@ -29,12 +29,13 @@ ANY_SCALE = 1000.0  # two pictures, or random weights, say nothing of an autoenc
 # What may differ between a rehearsal and the run that is planned from it: how much is done, and what only decides how
 # it is looked at.
 FREE = (
-    "name", "seed", "keep", "data.count", "data.steps", "data.batch", "data.max_broken", "data.prompts",
+    "name", "seed", "keep", "budget", "data.share",
+    "data.count", "data.steps", "data.batch", "data.max_broken", "data.prompts",
     "data.guidance", "latents.batch", "latents.scale_tolerance", "latents.scale_override", "align_embedder",
     "align_head.steps", "align_head.batch", "align_head.lr", "align_head.warmup", "align_head.draws", "align_head.clip",
     "adapt.ema", "adapt.clip", "adapt.text_drop", "quantize.calibration", "bundle.steps", "evaluate", "watch",
 )  # fmt: skip
-FREE_OF_A_PHASE = ("steps", "batch", "micro_batch", "lr", "warmup", "schedule", "clip", "alpha")
+FREE_OF_A_PHASE = ("share", "steps", "batch", "micro_batch", "lr", "warmup", "schedule", "clip", "alpha")
 
 
 def small(
@@ -84,6 +85,7 @@ def small(
     watch = {"evaluate_every": 0, "grid_every": grid, "pictures": min(FEWEST, recipe.watch.pictures)}
     calibration = {"prompts": min(FEWEST, recipe.quantize.calibration.prompts), "steps": FEWEST}
     changes: dict[str, Any] = {
+        "budget": {"gpu_hours": 0.0, "hours": 0.0},
         "data": {"count": count, "steps": drawing},
         "latents": {"scale_tolerance": ANY_SCALE},
         "adapt": {"phases": tuple(phases)},

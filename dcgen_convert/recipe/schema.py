@@ -412,7 +412,7 @@ class Recipe(Section):
                 "adapt.shift flux2 is a shift per size, more than a scheduler's config holds for data.buckets: use "
                 "model or a number"
             )
-        given = [part.share or 0.0 for part in (self.data, *self.adapt.phases)]
+        given = [self.data.share or 0.0, *(phase.share or 0.0 for phase in self.adapt.phases)]
         if sum(given) > 1 + 1e-9:
             raise ValueError(f"the shares of data and of the phases add up to {sum(given):g}, more than the whole")
         if self.latents.normalise == "channel" and self.latents.scale_override:

@@ -2,6 +2,7 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,7 +11,8 @@ from dcgen_convert.core.errors import DcgenError
 from dcgen_convert.core.names import RECIPE
 from dcgen_convert.core.version import __version__
 from dcgen_convert.planning import budget, plan
-from dcgen_convert.planning.bill import bill
+from dcgen_convert.planning.bill import Measured, bill
+from dcgen_convert.planning.rates import H100
 from dcgen_convert.planning.shapes import shapes_of
 from dcgen_convert.recipe import loading, shelf
 
@@ -144,7 +146,7 @@ def test_measured_seconds_decide_instead_of_assumed_rates():
     rows = bill(recipe, sizes, 1)["stages"]
     part = next(part for row in rows if row["stage"] == "adapt-2" for part in row["work"] if part["what"] == "train")
     seconds = 3600 * part["wall_hours"] / part["count"]
-    slow = {"adapt-2": {"train": 3 * seconds}}
+    slow = SimpleNamespace(stages={"adapt-2": Measured({"train": 3 * seconds}, 0.0)}, machine=H100)
     changed, _ = budget.derive(recipe, sizes, 1, 360, (), slow)
     usual, _ = budget.derive(recipe, sizes, 1, 360)
     assert 324 <= bill(changed, sizes, 1, slow)["gpu_hours"] <= 360
