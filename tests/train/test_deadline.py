@@ -3,7 +3,7 @@
 import json
 import math
 from dataclasses import replace
-from itertools import pairwise
+from itertools import count, pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +28,8 @@ class Clock(Hook):
     def __init__(self, monkeypatch, last=math.inf):
         super().__init__(self.tick)
         self.now, self.last, self.warned = 0, last, []
-        monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: self.now))
+        moments = count()
+        monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: self.now + 1e-6 * next(moments)))
 
     def tick(self, _info):
         self.now += 1
