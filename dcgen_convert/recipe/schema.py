@@ -68,6 +68,7 @@ LAYOUT = (
     "evaluate",
     "watch",
     "keep",
+    "compile",
 )
 
 
@@ -397,6 +398,11 @@ class Recipe(Section):
         description="what the run folder keeps while the stages go on. all: everything; resume: all that a later stage "
         "reads, but no checkpoints of finished trainings and no calibration; bundle: only what a stage that is not "
         "done yet must read",
+    )
+    compile: bool = Field(
+        default=False,
+        description="true: torch compiles the blocks of the network that draws and of the one that trains (not with "
+        "ZeRO 3): the first step takes minutes, the others less, and results differ by the order of float sums",
     )
 
     @model_validator(mode="after")

@@ -46,6 +46,8 @@ def train_phase(job: Job, number: int, layout: dict[str, Any], seconds: float | 
     rows, held_out = job.rows(phase.resolution).split()
     aligned = job.folders.align_head / names.MODULES if number == 1 else None
     model = models.load(job.folders.dense_before(number), job.dtype, aligned, first_device(layout))
+    if recipe.compile and layout["zero"] < 3:
+        models.compile_blocks(job.family, model)
     adapt = recipe.adapt.model_copy(update={"zero": layout["zero"], "offload": layout["offload"]})
     task = phases.Task(model, job.family, adapt, rows, job.scheduler)
     drawing = grid.drawing(job, held_out, folder)

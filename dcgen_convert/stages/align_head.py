@@ -97,6 +97,8 @@ def train(job: Job, layout: dict[str, Any], model: nn.Module | None = None) -> d
     device = first_device(layout)
     model = surgical(job, job.folders.align_head / START, device) if model is None else model.to(device)
     recipe = job.recipe
+    if recipe.compile and layout["zero"] < 3:
+        models.compile_blocks(job.family, model)
     adapt = recipe.adapt.model_copy(update={"zero": layout["zero"], "offload": layout["offload"]})
     rows = job.rows(recipe.adapt.phases[0].resolution).split()[0]
     task = phases.Task(model, job.family, adapt, rows, job.scheduler)

@@ -14,7 +14,7 @@ from dcgen_convert.core.journal import MARKER, Stage
 from dcgen_convert.core.progress import Bar
 from dcgen_convert.data import decoding, images, prompts
 from dcgen_convert.data.images import Picture
-from dcgen_convert.networks import pipelines, text_lengths
+from dcgen_convert.networks import models, pipelines, text_lengths
 from dcgen_convert.networks.at_once import AtOnce
 from dcgen_convert.stages import captions, source_pipeline
 from dcgen_convert.stages.job import Job
@@ -161,6 +161,8 @@ def draw_part(job: Job, bar: Bar) -> None:
     if not batches:
         return
     pipeline = source_pipeline.load(job.source, job.dtype)
+    if job.recipe.compile:
+        models.compile_blocks(job.family, getattr(pipeline, job.family.component))
     drawing = AtOnce("data: drawing", job.console.warn)
 
     def draw(part: list[Picture]) -> Tensor:

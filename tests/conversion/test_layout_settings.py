@@ -20,7 +20,7 @@ from dcgen_convert.core.files import read_json
 from dcgen_convert.core.journal import Run
 from dcgen_convert.planning import needs
 from dcgen_convert.recipe.loading import load
-from dcgen_convert.recipe.schema import LAYOUT, AlignEmbedder, AlignHead, Evaluate, Watch
+from dcgen_convert.recipe.schema import LAYOUT, AlignEmbedder, AlignHead, Budget, Evaluate, Watch
 from dcgen_convert.recipe.settings import leaves
 from dcgen_convert.stages import depends
 from dcgen_convert.stages.job import prepare
@@ -77,7 +77,8 @@ AGAIN = {
     },
     **{f"quantize.{name}": ["quantize"] for name in ("format", "rank", "dense", "container", "fuse_qkv")},
     **{f"quantize.calibration.{name}": ["quantize"] for name in ("prompts", "steps")},
-    **{name: [] for name in LAYOUT if name not in ("watch", "evaluate")},
+    **{name: [] for name in LAYOUT if name not in ("watch", "evaluate", "budget")},
+    **{f"budget.{name}": [] for name in Budget.model_fields},
     **{f"watch.{name}": [] for name in Watch.model_fields},
     **{f"evaluate.{name}": [] for name in Evaluate.model_fields},
 }  # fmt: skip
@@ -93,6 +94,7 @@ CHANGES = {
     "adapt.zero=1": [],
     "adapt.offload=optimizer": [],
     "adapt.phases.0.micro_batch=4": [],
+    "compile=true": [],
     "quantize.calibration.batch=3": [],
     "watch.evaluate_every=7": [],
     "evaluate.prompts=3": [],

@@ -478,3 +478,12 @@ def test_one_lora_step_changes_exactly_the_planned_tensors_and_merge_reaches_all
         for name in weights - changed:
             merged.get_parameter(name).add_(1.0)
         assert torch.equal(family.predict(merged, z0, draws.t, text, draws.guidance), again)
+
+
+def test_compiling_marks_every_block_and_changes_no_name(source):
+    """What compiled blocks compute is measured in tests/benchmarks/compiled.py: compiling takes a minute."""
+    model = models.load(source.transformer, torch.float32)
+    before = list(model.state_dict())
+    models.compile_blocks(source.family, model)
+    compiled = [module for module in model.modules() if module._compiled_call_impl is not None]
+    assert set(compiled) == set(source.family.block_modules(model)) and list(model.state_dict()) == before
