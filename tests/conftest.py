@@ -57,6 +57,10 @@ SHORT = {
 STAGES = ("surgery", "data", "latents", "align-embedder", "align-head", "adapt-1", "merge-1", "quantize")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every", action="store_true", help="every kind of work on the pretend device, on every family")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.option.loadscopereorder = False  # xdist would begin with the files that have most tests
 

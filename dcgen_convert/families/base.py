@@ -385,8 +385,15 @@ def token_ids(rows: int, columns: int, like: Tensor) -> Tensor:
     """FLUX's position ids (0, row, column) of an image's tokens, (N, 3), with the dtype and the device of ``like``."""
     import torch
 
-    ids = torch.cartesian_prod(torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float())
-    return ids.to(like)
+    axes = (torch.arange(length, dtype=torch.float32, device=like.device) for length in (1, rows, columns))
+    return torch.cartesian_prod(*axes).to(like.dtype)
+
+
+def constant_rows(like: Tensor, *values: float) -> Tensor:
+    """``values`` for each picture of ``like`` (B, ...): (B, values) in its dtype, made on its device."""
+    import torch
+
+    return torch.cat([like.new_full((len(like), 1), value) for value in values], dim=1)
 
 
 def added_positions(embed: Any, channels: int, height: int, width: int) -> Tensor:

@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.families.base import Family, Network, Pipeline, Text, padded
+from dcgen_convert.families.base import Family, Network, Pipeline, Text, constant_rows, padded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,19 +66,18 @@ class CogView4(Family):
         mu = self.mu(z.shape[2] * z.shape[3] // self.patch(model.config, z.shape[1]) ** 2, {})
         steps = t / (mu - (mu - 1) * t)
         pixels = model.config.get("pixels_per_latent", 8)
-        size = torch.tensor([[z.shape[2] * pixels, z.shape[3] * pixels]], dtype=z.dtype, device=z.device)
+        size = constant_rows(z, z.shape[2] * pixels, z.shape[3] * pixels)
         fine, outputs, start = self.expose(z, model.config), [], 0
         # The network has no mask for text tokens. So captions of the same length go through it together, in order.
         for length, run in groupby(text["text_mask"].sum(1).long().tolist()):
             rows = slice(start, start := start + len(list(run)))
-            count = rows.stop - rows.start
             output = model(
                 hidden_states=fine[rows],
                 encoder_hidden_states=text["encoder_hidden_states"][rows, :length],
                 timestep=steps[rows] * 1000,
-                original_size=size.expand(count, 2),
-                target_size=size.expand(count, 2),
-                crop_coords=torch.zeros_like(size).expand(count, 2),
+                original_size=size[rows],
+                target_size=size[rows],
+                crop_coords=torch.zeros_like(size[rows]),
                 return_dict=False,
             )[0]
             outputs.append(output)

@@ -10,6 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 TRAIN_STEPS = 1000
@@ -36,11 +37,17 @@ def noise_times(schedule: Schedule) -> Tensor:
     return (1 - abar).sqrt() / (abar.sqrt() + (1 - abar).sqrt())
 
 
+@cache
+def _times_on(schedule: Schedule, device: torch.device) -> Tensor:
+    """`noise_times` on a device, sent once."""
+    return noise_times(schedule).to(device)
+
+
 def step_at(t: Tensor, schedule: Schedule) -> Tensor:
     """Step (0..999, with fractions) whose noise level is t, interpolated linearly between two steps; (B,) float32."""
     import torch
 
-    table = noise_times(schedule).to(t.device)
+    table = _times_on(schedule, t.device)
     t = t.to(torch.float64).clamp(table[0], table[-1])
     upper = torch.searchsorted(table, t).clamp(1, TRAIN_STEPS - 1)
     low, high = table[upper - 1], table[upper]

@@ -53,15 +53,15 @@ class Flux2(Family):
         import torch
 
         patch = self.patch(model.config, z.shape[1])
-        rows, columns = torch.arange(z.shape[2] // patch), torch.arange(z.shape[3] // patch)
-        words = torch.arange(text["encoder_hidden_states"].shape[1])
-        zero = torch.zeros(1, dtype=torch.long)
+        rows, columns = (torch.arange(side // patch, device=z.device) for side in z.shape[2:])
+        words = torch.arange(text["encoder_hidden_states"].shape[1], device=z.device)
+        zero = torch.zeros(1, dtype=torch.long, device=z.device)
         output = model(
             hidden_states=self.tokens(z, patch),
             timestep=t.to(z.dtype),
             guidance=guidance_input(model, guidance, z),
-            img_ids=torch.cartesian_prod(zero, rows, columns, zero).to(z.device),  # axes: time, row, column, word
-            txt_ids=torch.cartesian_prod(zero, zero, zero, words).to(z.device),
+            img_ids=torch.cartesian_prod(zero, rows, columns, zero),  # axes: time, row, column, word
+            txt_ids=torch.cartesian_prod(zero, zero, zero, words),
             return_dict=False,
             **text,
         )[0]

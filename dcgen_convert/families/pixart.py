@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dcgen_convert.families import ddpm
-from dcgen_convert.families.base import Family, Network, Pipeline, Text, added_positions
+from dcgen_convert.families.base import Family, Network, Pipeline, Text, added_positions, constant_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,16 +71,14 @@ class PixArt(Family):
 
     def predict(self, model: Network, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
         """epsilon at z_t."""
-        import torch
-
         time = ddpm.step_at(t, ddpm.LINEAR)
         size: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if sized(model.config):
             pixels = model.config.get("pixels_per_latent", 8)
             height, width = z.shape[2] * pixels, z.shape[3] * pixels
             size = {
-                "resolution": torch.tensor([[height, width]], dtype=z.dtype, device=z.device).expand(len(z), 2),
-                "aspect_ratio": torch.tensor([[height / width]], dtype=z.dtype, device=z.device).expand(len(z), 1),
+                "resolution": constant_rows(z, height, width),
+                "aspect_ratio": constant_rows(z, height / width),
             }
         output = model(ddpm.network_input(z, t), timestep=time, added_cond_kwargs=size, return_dict=False, **text)[0]
         return output[:, : z.shape[1]]  # the rest is the learned sigma; the stock pipeline drops it too

@@ -63,10 +63,8 @@ class ZImage(Family):
     def predict(self, model: Network, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
         import torch
 
-        captions = [
-            row[mask.bool()]
-            for row, mask in zip(text["encoder_hidden_states"], text["encoder_attention_mask"], strict=True)
-        ]
+        lengths = text["encoder_attention_mask"].long().sum(1).tolist()  # of all pictures at once: the host waits
+        captions = [row[:length] for row, length in zip(text["encoder_hidden_states"], lengths, strict=True)]
         frames = list(self.expose(z, model.config).unsqueeze(2))  # B of (C / 4, 1, 2 h, 2 w)
         output = model(frames, (1 - t).to(z.dtype), captions, return_dict=False)[0]
         return self.collect(torch.stack(output).squeeze(2), z.shape[1])

@@ -44,14 +44,14 @@ def sample(
     Args:
         combine: classifier-free guidance v_0 + g (v_c - v_0) of two passes; else g goes into the network.
     """
-    for t, following in pairwise(levels):
-        times = t.expand(len(z)).to(z.device)
+    for t, following in pairwise(levels.to(z.device)):
+        times = t.expand(len(z))
         g = torch.full_like(times, 1.0 if combine else guidance)
         v = velocity(z, times, text, g)
         if combine and guidance != 1:
             v_0 = velocity(z, times, null, g)
             v = v_0 + guidance * (v - v_0)
-        z = z + (following - t).to(z.device) * v
+        z = z + (following - t) * v
     return z
 
 
@@ -81,9 +81,7 @@ def drawing(job: Job, rows: LatentCache, folder: Path) -> Callable[[Velocity, in
         scale = job.recipe.latents.scale_override
         codec = autoencoders.load(job.target, device=device, scale=scale, console=job.console)
         columns = zip((f"step {step}", "round trip"), zip(*latents, strict=True), strict=True)
-        pictures = {
-            title: [to_image(pixels) for z in parts for pixels in codec.decode(z.cpu())] for title, parts in columns
-        }
+        pictures = {title: [to_image(pixels) for z in parts for pixels in codec.decode(z)] for title, parts in columns}
         sheet = grid(pictures, rows.captions([row for part in chosen for row in part]))
         (folder / SAMPLES).mkdir(exist_ok=True)
         with replacing(folder / SAMPLES / f"step-{step:06d}.png") as temporary:

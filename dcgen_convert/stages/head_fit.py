@@ -103,6 +103,7 @@ class HeadFit:
         self.rows = [sum(map(self._count, part)) for part in self.parts]
         self.key = fingerprint([task.rows.spans, task.rows.shapes, [*unseen.rows]])[:16]  # names the rows
         self._features: list[Tensor] = []
+        self._null = objective.Resident(task.rows.null)
 
     def _cache(self, unit: Unit) -> Samples:
         return self.unseen if unit.held_out else self.task.rows
@@ -141,7 +142,7 @@ class HeadFit:
 
     def _rows(self, z0: Tensor, text: Text, drawn: Draws) -> tuple[Tensor, Tensor, Tensor]:
         """Features (B, N, K), goals (B, N, C) and weights (B, N) of pictures."""
-        family, adapt, null = self.job.family, self.job.recipe.adapt, self.task.rows.null
+        family, adapt, null = self.job.family, self.job.recipe.adapt, self._null.on(z0.device)
         z = objective.noised(z0, drawn.eps, drawn.t)
         x = self._seen(z, drawn.t, objective.drop_text(text, null, drawn.dropped), drawn.guidance)
         if adapt.objective == "guidance-corrected":

@@ -123,6 +123,17 @@ def noised(z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     return (1 - t) * z0 + t * eps
 
 
+class Resident:
+    """A condition of one row that is sent to a device once: it stays there for the passes to come."""
+
+    def __init__(self, text: Text) -> None:
+        self._text = text
+
+    def on(self, device: torch.device) -> Text:
+        self._text = {key: value.to(device) for key, value in self._text.items()}
+        return self._text
+
+
 def drop_text(text: Text, null: Text, dropped: Tensor) -> Text:
     """``text`` with the null condition (batch of one) in the dropped samples; ``dropped`` is (B,) bool."""
     null = {key: null[key].to(value.device, value.dtype) for key, value in text.items()}
@@ -250,12 +261,18 @@ def evaluate_loss(
     Returns:
         {"t0.12": loss at t = 0.12 (the mean over the samples), ..., "mean": their mean}.
     """
-    own: Figures = [[] for _ in batches]
+    levels: list[list[float]] = [[] for _ in batches]
+    losses: list[Tensor] = []
     for number in range(len(QUANTILES)):
-        for figures, (positions, z0, text) in zip(own, batches, strict=True):
+        for found, (positions, z0, text) in zip(levels, batches, strict=True):
             drawn = draw_evaluation(seed, number, positions, z0.shape[1:], sampling(z0.shape[1:]))
-            loss = loss_of(*to_device((z0, text, drawn), device)).item()
-            figures.append((loss, drawn.t[0].item(), len(z0)))
+            found.append(drawn.t[0].item())
+            losses.append(loss_of(*to_device((z0, text, drawn), device)))
+    read = torch.stack(losses).tolist() if losses else []  # at the end: the host does not wait after every batch
+    own: Figures = [
+        [(loss, t, len(z0)) for loss, t in zip(read[place :: len(batches)], levels[place], strict=True)]
+        for place, (_, z0, _) in enumerate(batches)
+    ]
     result: dict[str, float] = {}
     for quantile in zip(*combine(own), strict=True):
         count = sum(size for _, _, size in quantile)

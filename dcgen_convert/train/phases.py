@@ -30,6 +30,7 @@ from dcgen_convert.train.objective import (
     Draws,
     Figures,
     LossOf,
+    Resident,
     Sampling,
     consistency_loss,
     evaluate_loss,
@@ -76,20 +77,22 @@ class Task:
 
     def loss(self) -> LossOf:
         """(z0, text, draws) -> scalar. Call before the engine is made: the frozen teacher is the model as it is now."""
-        family, model, null = self.family, self.model, self.rows.null
+        family, model, null = self.family, self.model, Resident(self.rows.null)
         if self.consistency:
             return self._consistency_loss()
         if self.adapt.objective == "flow":
             weighting = self.adapt.weighting
-            return lambda z0, text, draws: flow_loss(family, model, z0, text, draws, null, weighting)
+            return lambda z0, text, draws: flow_loss(family, model, z0, text, draws, null.on(z0.device), weighting)
         shown = self.adapt.data_guidance
         branch: Callable[[], AbstractContextManager[None]] = nullcontext
         if self.adapt.null_branch == "teacher":
             branch = lora.frozen_teacher(model, self.modules)
-        return lambda z0, text, draws: guidance_corrected_loss(family, model, z0, text, draws, null, branch, shown)
+        return lambda z0, text, draws: guidance_corrected_loss(
+            family, model, z0, text, draws, null.on(z0.device), branch, shown
+        )
 
     def _consistency_loss(self) -> LossOf:
-        family, model, null, ratio = self.family, self.model, self.rows.null, self.consistency
+        family, model, null, ratio = self.family, self.model, Resident(self.rows.null), self.consistency
         before = lora.frozen_teacher(model, self.modules)
 
         def teacher(z: Tensor, t: Tensor, text: Text, guidance: Tensor) -> Tensor:
@@ -97,7 +100,7 @@ class Task:
                 return velocity(family, model, z, t, text, guidance)
 
         def loss(z0: Tensor, text: Text, draws: Draws) -> Tensor:
-            return consistency_loss(family, model, z0, text, draws, null, teacher, ratio)
+            return consistency_loss(family, model, z0, text, draws, null.on(z0.device), teacher, ratio)
 
         return loss
 
