@@ -14,6 +14,8 @@ from dcgen_convert.families import Family
 from dcgen_convert.families.base import Network
 from dcgen_convert.networks.folder import load_folder
 
+VARIANTS = 64  # of a compiled block
+
 
 def load(folder: Path, dtype: torch.dtype, modules: Path | None = None, device: str = "cpu") -> Network:
     """The diffusers transformer in ``folder``, frozen, in eval mode.
@@ -38,6 +40,9 @@ def compile_blocks(family: Family, model: Network) -> None:
 
     Names and weights stay as they are. Results differ from those without by the order of float sums.
     """
+    # Torch gives up compiling after 8 variants of a block, without an error. There are more: with and without
+    # gradients, with the adapter on and off, batches of several sizes.
+    torch._dynamo.config.recompile_limit = VARIANTS  # noqa: SLF001  its documented name
     for block in family.block_modules(model):
         block.compile()
 
