@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from dcgen_convert.planning.bill import Measured, bill
 from dcgen_convert.planning.rates import H100
 from dcgen_convert.planning.shapes import shapes_of
 from dcgen_convert.recipe import loading, shelf
+from dcgen_convert.recipe.schema import Budget
 
 DEFAULTS = [  # source, autoencoder, GPU-hours: 15, 8, 1 and half an H100-day
     ("flux-krea", "dc-ae-f32", 360),
@@ -115,6 +117,8 @@ def test_wall_clock_is_the_same_budget_on_the_gpus_of_the_job():
     assert by_hours.recipe.adapt == by_gpu_hours.recipe.adapt
     assert by_hours.recipe.data == by_gpu_hours.recipe.data
     assert "24 h 00 min on 8 x H100" in by_hours.derivation[0]
+    longer = resolve("flux-krea", {"hours": 60, "gpus": 8})  # more than the recipe's own budget
+    assert 360 < cost(longer, 8) <= 480
     both = resolve("flux-krea", {"hours": 24, "max_gpu_hours": 100, "gpus": 8})
     assert cost(both, 8) <= 100
 
@@ -150,6 +154,8 @@ def test_measured_seconds_decide_instead_of_assumed_rates():
     changed, _ = budget.derive(recipe, sizes, 1, 360, (), slow)
     usual, _ = budget.derive(recipe, sizes, 1, 360)
     assert 324 <= bill(changed, sizes, 1, slow)["gpu_hours"] <= 360
+    asked = replace(resolved, recipe=recipe.model_copy(update={"budget": Budget(gpu_hours=360.0)}), origins={})
+    assert budget.applied(asked, lambda: sizes, 1, slow).recipe.adapt == changed.adapt
     assert changed.adapt.phases[1].steps == pytest.approx(usual.adapt.phases[1].steps / 3, rel=0.05)
 
 
