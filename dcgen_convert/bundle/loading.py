@@ -27,7 +27,7 @@ from dcgen_convert.core.errors import InputError, ResourceError
 from dcgen_convert.core.files import read_json
 from dcgen_convert.families.base import Family
 from dcgen_convert.networks.parts import check as check_parts
-from dcgen_convert.networks.pipelines import quiet_diffusers
+from dcgen_convert.networks.pipelines import placed, quiet_diffusers
 
 if TYPE_CHECKING:
     import torch
@@ -98,7 +98,7 @@ def load(
     if (bundle / names.LORA).is_file():
         pipeline.load_lora_weights(bundle, weight_name=names.LORA, use_safetensors=True, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device), runtime
+    return placed(pipeline, device), runtime
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from dcgen_convert.core.names import TRANSFORMER as TRANSFORMER
 from dcgen_convert.families import Family
 from dcgen_convert.families.base import Network
 from dcgen_convert.networks.folder import load_folder
+from dcgen_convert.networks.wide import widen
 
 VARIANTS = 64  # of a compiled block
 
@@ -32,7 +33,9 @@ def load(folder: Path, dtype: torch.dtype, modules: Path | None = None, device: 
     model = load_folder(folder, TRANSFORMER, dtype)
     if modules:
         load_modules(model, modules)
-    return model.eval().requires_grad_(False).to(device)
+    model = model.eval().requires_grad_(False).to(device)
+    widen(model)
+    return model
 
 
 def compile_blocks(family: Family, model: Network) -> None:

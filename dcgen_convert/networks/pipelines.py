@@ -18,6 +18,7 @@ from dcgen_convert.families.base import Network, Pipeline
 from dcgen_convert.families.grid import tile_sizes
 from dcgen_convert.networks import parts
 from dcgen_convert.networks.at_once import TILED
+from dcgen_convert.networks.wide import widen
 
 TOGETHER = 8 * 1024**2  # px that an autoencoder decodes at once at most: 13 GB in bfloat16
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -45,7 +46,16 @@ def load_pipeline(source: Source, dtype: torch.dtype, **components: Any) -> Pipe
     network = getattr(pipeline, source.family.component)
     if network is not None:  # a sign of life per pass of the network: a batch of large pictures takes many minutes
         network.register_forward_hook(pulse.bump)
-    return pipeline.to(device())
+    return placed(pipeline, device())
+
+
+def placed(pipeline: Pipeline, where: str) -> Pipeline:
+    """The pipeline on the device ``where``, ready to compute there."""
+    pipeline.to(where)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            widen(part)
+    return pipeline
 
 
 def load_text_encoders(source: Source, dtype: torch.dtype) -> Pipeline:
