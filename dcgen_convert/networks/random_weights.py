@@ -46,7 +46,7 @@ class Drawn(Item):
         scaled = (self.numbers * self.scale).to(getattr(torch, TORCH[self.dtype]))
         while left:
             piece = scaled[start : start + left]
-            yield memoryview(piece.view(torch.uint8).numpy())
+            yield piece.view(torch.uint8).numpy().data
             left, start = left - len(piece), 0
 
 
@@ -59,7 +59,7 @@ class Ones(Item):
         ones = torch.ones(min(left, CHUNK // 8), dtype=getattr(torch, TORCH[self.dtype]))
         while left:
             piece = ones[:left]
-            yield memoryview(piece.view(torch.uint8).numpy())
+            yield piece.view(torch.uint8).numpy().data
             left -= len(piece)
 
 
