@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from dcgen_convert.core import limits
@@ -28,6 +28,17 @@ def _expression(text: str) -> str:
     return text
 
 
+def _hours(value: object) -> object:
+    table = value if isinstance(value, dict) else {"1": value}
+    sizes, hours = [str(size) for size in table], list(table.values())
+    numbers = all(isinstance(number, int | float) and not isinstance(number, bool) for number in hours)
+    right = numbers and all(0 <= number <= limits.AMOUNT for number in hours)
+    if not table or not right or not all(size.isdecimal() and int(size) for size in sizes):
+        what = f"must be GPU-hours from 0 to {limits.AMOUNT:,.0f}, or a table of them such as {{256: 192}}"
+        raise PydanticCustomError(UNUSABLE, "{fault}", {"fault": f"{what}, not {limits.shown(value)}"})
+    return value
+
+
 Count = Annotated[int, Field(ge=1, le=limits.COUNT)]
 CountOrZero = Annotated[int, Field(ge=0, le=limits.COUNT)]
 Pictures = Annotated[int, Field(ge=1, le=limits.PICTURES)]
@@ -38,6 +49,7 @@ LoraRank = Annotated[int, Field(ge=1, le=limits.LORA_RANK)]
 Seed = Annotated[int, Field(ge=0, le=limits.SEED)]
 Amount = Annotated[float, Field(ge=limits.SMALLEST, le=limits.AMOUNT)]
 AmountOrZero = Annotated[float, Field(ge=0, le=limits.AMOUNT)]
+GpuHours = Annotated[float | dict[int, float], BeforeValidator(_hours)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, AfterValidator(_usable)]

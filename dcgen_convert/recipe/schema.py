@@ -24,6 +24,7 @@ from dcgen_convert.recipe.kinds import (
     CountOrZero,
     Expression,
     Fraction,
+    GpuHours,
     LoraRank,
     Pictures,
     PicturesOrZero,
@@ -348,7 +349,7 @@ class Budget(Section):
     phases are the most that is done; how many are done follows from the shares.
     """
 
-    gpu_hours: AmountOrZero | dict[Count, AmountOrZero] = Field(
+    gpu_hours: GpuHours = Field(
         default=0.0,
         description="GPU-hours. Or a table: for models with at most so many image tokens at the last resolution, so "
         "many GPU-hours; more tokens have no budget. 0 disables: the recipe is carried out as written",

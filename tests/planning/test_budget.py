@@ -137,6 +137,14 @@ def test_a_size_that_no_budget_was_made_for_has_none():
     assert large.recipe.adapt.phases[-1].steps == 100_000
 
 
+@pytest.mark.parametrize(
+    "value", ["-3", ".nan", "abc", "[1]", "null", "{}", "{256: -1}", "{a: 1}", "{0: 5}", "true", "{256: true}"]
+)
+def test_what_is_no_budget_is_one_sentence(value):
+    with pytest.raises(DcgenError, match=r"^budget.gpu_hours must be GPU-hours from 0 to 1,000,000,000, or a table"):
+        resolve("flux-krea", {"sets": [f"budget.gpu_hours={value}"]})
+
+
 @pytest.mark.parametrize("name", [name for name in shelf.names() if "tiny" in name or "/" in name])
 def test_the_miniatures_have_no_budget(name):
     resolved = resolve(name, {})
