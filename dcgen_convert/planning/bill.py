@@ -84,14 +84,14 @@ def device_for(sizes: Shapes) -> Device:
     return CPUS if sizes.base.parameters < SMALL else H100
 
 
-def works(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
-    """All work of a conversion, stage by stage."""
+def works(recipe: Recipe, sizes: Shapes, gpus: int = 1) -> Iterator[Work]:
+    """All work of a conversion on ``gpus`` ranks, stage by stage."""
     yield from _prepared(sizes)
     yield from _data(recipe, sizes)
     yield from _latents(recipe, sizes)
     yield from _aligned(recipe, sizes)
     for number, phase in enumerate(recipe.adapt.phases, 1):
-        yield from _phase(recipe, sizes, phase, number)
+        yield from _phase(recipe, sizes, phase, number, gpus)
     if recipe.quantize.format != "none":
         yield from _quantised(recipe, sizes)
     yield from _finished(recipe, sizes)
@@ -107,7 +107,7 @@ def bill(recipe: Recipe, sizes: Shapes, gpus: int, rehearsed: Observed | None = 
     device = rehearsed.machine if rehearsed else device_for(sizes)
     known = rehearsed.stages if rehearsed else {}
     rows: dict[str, dict[str, Any]] = {}
-    for work in _with_rests(works(recipe, sizes), known):
+    for work in _with_rests(works(recipe, sizes, gpus), known):
         if not work.count:
             continue
         found = known.get(work.stage)
@@ -235,7 +235,7 @@ def _aligned(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
         yield Work("align-head", "train", align.steps * align.batch, "samples", "matmul", _trained(recipe, first, once))
 
 
-def _phase(recipe: Recipe, sizes: Shapes, phase: Phase, number: int) -> Iterator[Work]:
+def _phase(recipe: Recipe, sizes: Shapes, phase: Phase, number: int, gpus: int) -> Iterator[Work]:
     name, once, watch = f"adapt-{number}", _once(sizes, phase), recipe.watch
     each = _trained(recipe, phase, once)
     if recipe.latents.text == "encode":
@@ -250,7 +250,7 @@ def _phase(recipe: Recipe, sizes: Shapes, phase: Phase, number: int) -> Iterator
         yield Work(name, "grids", drawn * recipe.bundle.steps, "denoising steps", "matmul", once, False)
     state = 16.0 * sizes.trainable(phase).trained
     rate = device_for(sizes).rates["matmul"].expected
-    saves = 1 + int(phase.steps * phase.batch * each / rate / CHECKPOINT_SECONDS)
+    saves = 1 + int(phase.steps * phase.batch * each / rate / gpus / CHECKPOINT_SECONDS)
     yield Work(name, "checkpoints", saves, "checkpoints", "disk", state, False)
     dense = BF16 * sizes.converted.parameters
     yield _fixed(f"merge-{number}", "merge", 2 * dense, "bytes", "disk")

@@ -156,6 +156,9 @@ def test_ranks_divide_only_what_they_share():
     for alone, together in zip(one["stages"], eight["stages"], strict=True):
         for part, other in zip(alone["work"], together["work"], strict=True):
             expected = 8 if part["shared"] and part["count"] >= 8 else 1
+            if part["what"] == "checkpoints":  # one for ten minutes of training, which are over sooner
+                expected = part["count"] / other["count"]
+                assert 4 < expected <= 8
             assert part["wall_hours"] / other["wall_hours"] == pytest.approx(expected), part["what"]
             low, high = part["wall_hours_low"], part["wall_hours_high"]
             assert low < part["wall_hours"] < high
