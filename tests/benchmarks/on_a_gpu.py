@@ -157,7 +157,9 @@ def host(check: Check) -> dict[str, Any]:
     png = check.folder / "picture.png"
     check.rates["pixels"] = side**2 / seconds_of(lambda: to_image(pixels).save(png, compress_level=1), times=3)
     libraries = "import torch, diffusers, transformers, deepspeed, peft"
-    start = seconds_of(lambda: subprocess.run([sys.executable, "-c", libraries], check=True, stdout=2), warm=0)
+    start = seconds_of(
+        lambda: subprocess.run([sys.executable, "-c", libraries], check=True, stdout=subprocess.DEVNULL), warm=0
+    )
     check.rates["starts"] = 1 / start
     return {"cores": os.cpu_count()}
 
@@ -176,7 +178,7 @@ def solvers(check: Check) -> dict[str, Any]:
 
     whole = seconds_of(layer)
     scale = tensor_scale(weight, "nvfp4")
-    micro = group_scales(weight, scale, "nvfp4")
+    micro = group_scales(weight, "nvfp4", scale)
     lower = gptq.factor(gptq.shrink(gatherer.total / gatherer.count, gatherer.count))
     assert lower is not None, "damped Hessians have a factor"
     rounding = seconds_of(lambda: gptq.gptq(weight, lower, micro, scale, "nvfp4"))
