@@ -6,9 +6,10 @@ A hash is of a tensor's bytes alone, whatever file and shard they lie in.
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dcgen_convert.checkpoint.headers import Entry
+from dcgen_convert.checkpoint.headers import Entry, read_weights
 from dcgen_convert.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -45,6 +46,13 @@ def tensor_sha256(entry: Entry) -> str:
             digest.update(chunk)
             left -= len(chunk)
     return digest.hexdigest()
+
+
+def same_tensors(one: Path, other: Path) -> bool:
+    """Whether two folders of weights hold the same tensors: names, shapes, dtypes and bytes."""
+    first, second = read_weights(one), read_weights(other)
+    kinds = [{name: (entry.dtype, entry.shape) for name, entry in found.items()} for found in (first, second)]
+    return kinds[0] == kinds[1] and all(tensor_sha256(first[name]) == tensor_sha256(second[name]) for name in first)
 
 
 def read_tensor(entry: Entry, first: int = 0, last: int | None = None) -> Tensor:

@@ -35,6 +35,9 @@ READ_ONCE = 1_000_000  # tokens of a cache that is small enough to be kept in me
 
 def run(job: Job, stage: Stage) -> None:
     """Writes modules.safetensors (the embedder); reports the MSE before, after, at the optimum and on held-out rows."""
+    if job.keeps_latents:
+        keep(job, stage)
+        return
     settings = job.recipe.align_embedder
     resolution = job.recipe.adapt.phases[0].resolution
     cache = job.rows(resolution)
@@ -68,6 +71,16 @@ def run(job: Job, stage: Stage) -> None:
         f"{seconds:.2f} s"
     )
     atomic_save(as_module(module, job.family.embedder, weight, bias), stage.folder / names.MODULES)
+
+
+def keep(job: Job, stage: Stage) -> None:
+    """Write the embedder of the source: it reads these latents already."""
+    name = job.family.embedder
+    module = linear(embedding(job.folders.surgery / models.TRANSFORMER, name), name)
+    bias = torch.zeros(len(module.weight)) if module.bias is None else module.bias.detach()
+    atomic_save(as_module(module, name, module.weight.detach(), bias), stage.folder / names.MODULES)
+    stage.metrics["method"] = "kept"
+    job.console.say("align embedder: kept as it is")
 
 
 def check_heldout(

@@ -71,7 +71,8 @@ def start(job: Job, stage: Stage, task: phases.Task, held_out: LatentCache) -> d
         models.load_modules(task.model, modules)
         return read_object(record)
     begun = time.perf_counter()
-    found: dict[str, Any] = {"method": job.recipe.align_head.method, **start_head(job, task, held_out, stage.folder)}
+    method = "kept" if job.keeps_latents else job.recipe.align_head.method
+    found: dict[str, Any] = {"method": method, **start_head(job, task, held_out, stage.folder)}
     found["start_seconds"] = round(time.perf_counter() - begun, 2)
     found["loss_start"] = heldout_loss(job, task, held_out)
     job.console.say(
@@ -120,11 +121,13 @@ def heldout_loss(job: Job, task: phases.Task, rows: LatentCache) -> float:
 
 
 def start_head(job: Job, task: phases.Task, held_out: LatentCache, folder: Path) -> dict[str, Any]:
-    """Fill the head in place: least squares, Xavier or zero. What is to be reported of it.
+    """Fill the head in place: least squares, Xavier or zero; or keep it. What is to be reported of it.
 
     Args:
         folder: takes the sums of the least squares while they grow.
     """
+    if job.keeps_latents:
+        return {}
     settings = job.recipe.align_head
     head = linear(task.model, job.family.head)
     with torch.no_grad():

@@ -13,6 +13,7 @@ from dcgen_convert.checkpoint import trust
 from dcgen_convert.checkpoint.headers import read_weights
 from dcgen_convert.checkpoint.open import load_source
 from dcgen_convert.checkpoint.source import Source, resolve_folder
+from dcgen_convert.checkpoint.tensors import same_tensors
 from dcgen_convert.core import names
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError, RecipeError
@@ -104,6 +105,21 @@ class Job:
     def converted_config(self) -> dict[str, Any]:
         """Config of the transformer on the new latents."""
         return self.family.convert_config(self.source.config, self.ae.factor, self.ae.channels, self.resolution)
+
+    @cached_property
+    def keeps_latents(self) -> bool:
+        """Whether the source works on the latents of the new autoencoder already: then nothing has to be aligned.
+
+        Such a source is a bundle, with the same autoencoder: equal tensors, and an equal scale.
+        """
+        config, latents = read_json(self.source.vae / "config.json"), self.recipe.latents
+        channels = self.ae.channels
+        if autoencoder_grid(config) != (self.ae.factor, channels) or latents.normalise != "none":
+            return False
+        if self.family.patch(self.source.config, channels) != 1:
+            return False
+        scale = latents.scale_override or read_json(self.ae.folder / "config.json").get("scaling_factor")
+        return config.get("scaling_factor") == scale and same_tensors(self.source.vae, self.ae.folder)
 
     @cached_property
     def scheduler(self) -> dict[str, Any]:

@@ -31,6 +31,9 @@ def run(job: Job, stage: Stage) -> None:
     autoencoders.load(job.ae.folder)
     config = job.converted_config
     replaced = new_shapes(job, config)
+    if job.keeps_latents:
+        job.console.say("surgery: SOURCE works on these latents already: its embedder and its head stay as they are")
+        replaced = {}
     output = stage.folder / TRANSFORMER
     output.mkdir(exist_ok=True)
     files: dict[Path, dict[str, Entry]] = {}
@@ -56,7 +59,8 @@ def run(job: Job, stage: Stage) -> None:
     )
     stage.metrics.update(replaced=sorted(replaced), untouched=len(job.source.tensors) - len(replaced))
     job.console.say(
-        f"surgery: new {', '.join(sorted(replaced))}; {stage.metrics['untouched']} tensors untouched; config {changed}"
+        f"surgery: new {', '.join(sorted(replaced)) or 'nothing'}; {stage.metrics['untouched']} tensors untouched; "
+        f"config {changed}"
     )
 
 

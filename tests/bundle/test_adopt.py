@@ -8,6 +8,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -15,6 +16,7 @@ import torch
 from conftest import WEIGHTS
 from diffusers import AutoencoderDC
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from dcgen_convert.api.order import quantisation
 from dcgen_convert.bundle import loading
@@ -30,11 +32,11 @@ from dcgen_convert.checkpoint.open import load_source
 from dcgen_convert.core.console import NULL, Console
 from dcgen_convert.core.errors import AccessError, DcgenError, InputError
 from dcgen_convert.core.files import read_json, write_json
-from dcgen_convert.core.journal import Run
-from dcgen_convert.networks import autoencoders, pipelines
+from dcgen_convert.core.journal import Run, Stage
+from dcgen_convert.networks import autoencoders, models, pipelines
 from dcgen_convert.quantization import Drawing, Request, quantize_source
 from dcgen_convert.recipe import loading as recipes
-from dcgen_convert.stages import source_pipeline, surgery
+from dcgen_convert.stages import align_embedder, align_head, source_pipeline, surgery
 from dcgen_convert.stages.job import find_autoencoder, prepare
 
 from .conftest import autoencoder_dc, flux_transformer, make_bundle
@@ -371,3 +373,37 @@ def test_a_bundle_is_the_source_of_another_conversion(published, tmp_path, capfd
     (bundle / "pytorch_lora_weights.safetensors").touch()
     with pytest.raises(InputError, match="keeps its LoRA in a file of its own"):
         load_source("bundle", str(bundle))
+
+
+def test_a_bundle_keeps_embedder_and_head_with_the_autoencoder_that_it_has(published, tmp_path, capfd):
+    """Nothing is made anew then; with one other weight in the autoencoder it is."""
+    bundle, other = tmp_path / "bundle", tmp_path / "other"
+    made(published, bundle, resolution=SIDE)
+    shutil.copytree(published / "vae", other)
+    weights = load_file(other / "diffusion_pytorch_model.safetensors")
+    weights[max(weights)][0] += 1
+    save_file(weights, other / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+
+    def job_for(target):
+        asked = recipes.load(str(bundle), flags={"ae": str(target)}, sets=["dtype=fp32"], env={})
+        return prepare(asked, Run(tmp_path / f"run-{target.name}", NULL), Console())
+
+    assert not job_for(other).keeps_latents
+    job = job_for(published / "vae")
+    assert job.keeps_latents
+    stage = Stage(job.folders.surgery)
+    stage.folder.mkdir(parents=True)
+    surgery.run(job, stage)
+    assert stage.metrics["replaced"] == [] and "stay as they are" in capfd.readouterr().err
+    source, result = (models.load(folder / "transformer", torch.float32) for folder in (bundle, stage.folder))
+    before, after = source.state_dict(), result.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    aligned = Stage(job.folders.align_embedder)
+    aligned.folder.mkdir()
+    align_embedder.run(job, aligned)
+    kept = load_file(aligned.folder / "modules.safetensors")
+    assert kept.keys() == {"x_embedder.weight", "x_embedder.bias"} and aligned.metrics["method"] == "kept"
+    assert all(torch.equal(kept[name], before[name].float()) for name in kept)
+    head = source.proj_out.weight.clone()
+    assert align_head.start_head(job, SimpleNamespace(model=source), None, tmp_path) == {}
+    assert torch.equal(source.proj_out.weight, head) and head.any()
