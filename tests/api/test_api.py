@@ -40,9 +40,9 @@ import dcgen_convert
 for module in pkgutil.walk_packages(dcgen_convert.__path__, "dcgen_convert."):
     if not module.name.endswith("__main__"):
         importlib.import_module(module.name)
-from dcgen_convert.api import calls, results
+from dcgen_convert.api import calls, rehearsing, results
 from dcgen_convert.core import errors
-homes = [vars(calls), vars(results), vars(errors)]
+homes = [vars(calls), vars(rehearsing), vars(results), vars(errors)]
 for name in dcgen_convert.__all__:
     if name != "__version__":
         assert any(getattr(dcgen_convert, name) is home.get(name) for home in homes), name
@@ -142,7 +142,7 @@ def test_keywords_become_the_options_that_mean_the_same():
 
 DOCUMENTS = {  # frozen: scripts read these keys
     "plan": "schema status problems exit_code notes source licences autoencoder tokens speedup speedup_paper training "
-    "memory quantization disk downloads time settings",
+    "memory quantization disk downloads time budget settings",
     "convert": "schema status bundle run stages metrics",
     "stopped": "schema status run stages",
     "quantize": "schema status bundle metrics checks layers",
@@ -179,10 +179,10 @@ def test_wrong_arguments_are_refused_in_one_sentence():
 
 
 def test_known_exceptions_of_libraries_become_ours_and_others_stay(tmp_path):
-    with pytest.raises(errors.InputError, match="a JSON file is damaged") as caught, calls._explained():
+    with pytest.raises(errors.InputError, match="a JSON file is damaged") as caught, calls.explained():
         json.loads("{")
     assert isinstance(caught.value.__cause__, ValueError)
-    with pytest.raises(ZeroDivisionError), calls._explained():
+    with pytest.raises(ZeroDivisionError), calls.explained():
         _ = 1 / 0
 
 
