@@ -27,6 +27,7 @@ WEIGHTS = Path(__file__).parent.parent / "dcgen_convert" / "tiny" / "weights"
 LONGEST = (
     "ranks/test_launch.py",
     "conversion/test_convert.py",
+    "conversion/test_at_each_stage.py",
     "train/test_train_checkpoints.py",
     "ranks/test_crew.py",
     "families/test_convert_families.py",
