@@ -28,11 +28,14 @@ def _expression(text: str) -> str:
     return text
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _hours(value: object) -> object:
     table = value if isinstance(value, dict) else {"1": value}
     sizes, hours = [str(size) for size in table], list(table.values())
-    numbers = all(isinstance(number, int | float) and not isinstance(number, bool) for number in hours)
-    right = numbers and all(0 <= number <= limits.AMOUNT for number in hours)
+    right = all(_is_number(number) and 0 <= float(str(number)) <= limits.AMOUNT for number in hours)
     if not table or not right or not all(size.isdecimal() and int(size) for size in sizes):
         what = f"must be GPU-hours from 0 to {limits.AMOUNT:,.0f}, or a table of them such as {{256: 192}}"
         raise PydanticCustomError(UNUSABLE, "{fault}", {"fault": f"{what}, not {limits.shown(value)}"})
