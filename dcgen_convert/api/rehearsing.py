@@ -115,7 +115,9 @@ def carry_out(
     def micro_batch(phase: Phase) -> int:
         return decide(resolved.recipe, phase, sizes, crew.world, memory).micro_batch
 
-    recipe, told = rehearsal.small(resolved.recipe, sizes, crew.world, micro_batch, pictures, steps)
+    name = torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} CPU cores"
+    device = rehearsal.device_of(name, gpu)
+    recipe, told = rehearsal.small(resolved.recipe, sizes, crew.world, device, micro_batch, pictures, steps)
     for line in told:
         console.say(f"rehearsal: {line}")
     if random:
@@ -133,7 +135,7 @@ def carry_out(
         random=random,
         conversion=rehearsal.conversion_of(resolved.recipe),
         recipe=recipe.model_dump(mode="json"),
-        device=torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} CPU cores",
+        device=name,
         ranks=crew.world,
         gpu=gpu,
         memory=memory,

@@ -15,7 +15,7 @@ from typing import Any
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_object, understood
 from dcgen_convert.core.progress import duration
-from dcgen_convert.planning.bill import REST, Measured, device_for, works
+from dcgen_convert.planning.bill import REST, Measured, works
 from dcgen_convert.planning.rates import CPUS, H100, Device
 from dcgen_convert.planning.shapes import Shapes
 from dcgen_convert.recipe.schema import Phase, Recipe
@@ -42,6 +42,7 @@ def small(
     recipe: Recipe,
     sizes: Shapes,
     ranks: int,
+    device: Device,
     micro_batch: Callable[[Phase], int],
     pictures: int | None = None,
     steps: int | None = None,
@@ -52,11 +53,11 @@ def small(
     assumed rates. Else two, and one.
 
     Args:
-        ranks: of this rehearsal.
+        ranks, device: of this rehearsal.
         micro_batch: phase -> pictures that a rank of the real run trains on at once.
         pictures, steps: as the user wants them; None: derived.
     """
-    rates, every = device_for(sizes).rates, list(works(recipe, sizes))
+    rates, every = device.rates, list(works(recipe, sizes))
 
     def seconds(stage: str, what: str) -> float:
         """Of one unit, by the assumed rates; 0 for what the run does not do."""
@@ -76,7 +77,7 @@ def small(
     for number, (phase, (size, _)) in enumerate(zip(recipe.adapt.phases, sized, strict=True), 1):
         phases.append(phase.model_copy(update={"steps": long, "batch": size * ranks, "micro_batch": None}))
         told.append(f"phase {number}: {long} steps of {size * ranks} pictures of {phase.resolution} px")
-    head = recipe.align_head
+    head = recipe.align_head.model_copy(update={"draws": min(FEWEST, recipe.align_head.draws)})
     if head.steps:
         size, most = _sized(max(1, head.batch // ranks), seconds("align-head", "train"), steps)
         head = head.model_copy(update={"steps": most, "batch": size * ranks})

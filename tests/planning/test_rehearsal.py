@@ -11,14 +11,14 @@ from dcgen_convert.core.errors import InputError
 from dcgen_convert.planning import bill, plan, rehearsal, stage_memory
 from dcgen_convert.planning.fit import decide
 from dcgen_convert.planning.memory import GIB
-from dcgen_convert.planning.rates import CPUS
+from dcgen_convert.planning.rates import CPUS, H100
 from dcgen_convert.planning.shapes import shapes_of
 from dcgen_convert.recipe import loading
 
 LITTLE = ("--set", "align_head.draws=1", "--set", "watch.pictures=2")
 
 
-def made(name: str, ranks: int = 1, gib: float = 79.1, **asked):
+def made(name: str, ranks: int = 1, gib: float = 79.1, device=H100, **asked):
     """(real recipe, that of its rehearsal, what is said of it)."""
     resolved = loading.load(name)
     sizes = shapes_of(resolved.recipe, resolved.identity)
@@ -26,7 +26,7 @@ def made(name: str, ranks: int = 1, gib: float = 79.1, **asked):
     def micro_batch(phase):
         return decide(resolved.recipe, phase, sizes, ranks, gib * GIB).micro_batch
 
-    return resolved.recipe, *rehearsal.small(resolved.recipe, sizes, ranks, micro_batch, **asked)
+    return resolved.recipe, *rehearsal.small(resolved.recipe, sizes, ranks, device, micro_batch, **asked)
 
 
 def test_work_within_work_counts_once_and_the_first_piece_apart(monkeypatch):
@@ -62,11 +62,10 @@ def test_work_that_fails_does_not_disturb_what_follows():
     assert found.figures() == {"start": {"later": found.figures()["start"]["later"]}} and not found.inner
 
 
-@pytest.mark.parametrize("name", ["flux-krea", "tiny-flux"])
-def test_where_a_step_is_short_all_is_done_at_the_size_of_the_real_run(name):
+@pytest.mark.parametrize("name, ranks, device", [("flux-krea", 8, H100), ("tiny-flux", 1, CPUS)])
+def test_where_a_step_is_short_all_is_done_at_the_size_of_the_real_run(name, ranks, device):
     """On H100s the full batches; there memory is that of the real run."""
-    recipe, small, told = made(name, 8 if name == "flux-krea" else 1)
-    ranks = 8 if name == "flux-krea" else 1
+    recipe, small, told = made(name, ranks, device=device)
     assert small.data.count >= recipe.data.batch * ranks or small.data.count == recipe.data.count
     for phase, real in zip(small.adapt.phases, recipe.adapt.phases, strict=True):
         assert (phase.resolution, phase.rank, phase.mode) == (real.resolution, real.rank, real.mode)
@@ -75,10 +74,9 @@ def test_where_a_step_is_short_all_is_done_at_the_size_of_the_real_run(name):
     assert any("drawing steps" in line for line in told)
 
 
-def test_where_a_step_is_long_little_is_done(monkeypatch):
+def test_where_a_step_is_long_little_is_done():
     """On two CPU cores SANA draws two pictures, and trains on one of 1024 px at once."""
-    monkeypatch.setattr(rehearsal, "device_for", lambda _: CPUS)
-    _, small, _ = made("sana-1.6b", gib=20)
+    _, small, _ = made("sana-1.6b", gib=20, device=CPUS)
     assert small.data.count == 2 and [phase.batch for phase in small.adapt.phases] == [3, 1]
     assert [phase.steps for phase in small.adapt.phases] == [2, 2] and small.align_head.batch == 3
     assert [phase.resolution for phase in small.adapt.phases] == [512, 1024]
