@@ -135,7 +135,7 @@ def convert(session: Session, source: str, **values: Any) -> int:
 @option(
     "--measured",
     metavar="FILE",
-    type=click.Path(),
+    type=PLACE,
     help="File that `rehearse` has written on the machine that will convert. Default: assumed rates.",
 )
 @stack(OUTPUT)
@@ -172,7 +172,7 @@ def plan(session: Session, source: str, **values: Any) -> int:
 @option(
     "--run-dir",
     metavar="DIR",
-    type=click.Path(),
+    type=PLACE,
     help="Folder of the rehearsal; it takes rehearsal.json. Default: ./runs/NAME-AE[-FORMAT]-rehearsal.",
 )
 @stack(OUTPUT)

@@ -117,7 +117,7 @@ def test_zero_3_starts_from_the_cpu(zero, place, job, device, handed_over):
     """So that no rank needs the whole model on its device: the engine moves a rank's own shards. Phases and head."""
     chosen = {"zero": zero, "offload": "none", "micro_batch": 2}
     with pytest.raises(Stopped):
-        adapt.train_phase(job, 1, chosen)
+        adapt.train_phase(job, 1, chosen, None)
     assert handed_over["devices"] == {place}
     model = align_head.surgical(job, job.folders.align_embedder / names.MODULES, device)
     with pytest.raises(Stopped):

@@ -63,8 +63,9 @@ def converted(request, tiny, source, tmp_path_factory):
     side = tiny[1].deep_side or 2 * factor
     config = source.family.convert_config(source.config, factor, channels, side)
     job = SimpleNamespace(
-        source=source, family=source.family, ae=ae, resolution=side, converted_config=config, console=NULL
-    )
+        source=source, family=source.family, ae=ae, resolution=side, converted_config=config, console=NULL,
+        keeps_latents=False,
+    )  # fmt: skip
     surgery.run(job, Stage(folder))
     model = models.load(folder / models.TRANSFORMER, torch.float32)
     generator = torch.Generator().manual_seed(5)

@@ -73,7 +73,11 @@ def test_recipe_of_0_1_0_is_read_without_removed_and_with_renamed_keys(tmp_path)
     assert "\n" not in caught.value.message
     renew(written)
     path.write_text(yaml.safe_dump(written))
-    assert load(str(path)).recipe.model_dump(mode="json") == {**written, "keep": "all"}  # a setting that is new
+    found = load(str(path)).recipe.model_dump(mode="json")
+    assert found.pop("keep") == "all" and found.pop("compile") is False  # settings that are new
+    assert not any(found.pop("budget").values())
+    assert [part.pop("share") for part in (found["data"], *found["adapt"]["phases"])] == [None] * 2
+    assert found == written
 
 
 def test_run_of_0_1_0_is_refused_and_kept(old_run, tmp_path):

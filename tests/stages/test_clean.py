@@ -12,7 +12,7 @@ from dcgen_convert.cli.session import Session
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.errors import InputError, ResourceError
 from dcgen_convert.core.files import read_json, write_json
-from dcgen_convert.core.journal import SEAL, Run, Wanted, fingerprint, removed
+from dcgen_convert.core.journal import PEAK, SEAL, TIMES, Run, Wanted, fingerprint, removed
 from dcgen_convert.core.version import __version__
 from dcgen_convert.evaluate.report import write_report
 from dcgen_convert.planning import needs
@@ -96,8 +96,7 @@ def clean(run, keep="bundle", delete=True):
 def age(run, stage, seconds):
     """Make believe that a stage took so long."""
     record = {key: value for key, value in run.record(stage).items() if key != SEAL}
-    times = ("seconds", "begun", "spent")
-    seal = fingerprint({key: value for key, value in record.items() if key not in times})
+    seal = fingerprint({key: value for key, value in record.items() if key not in (PEAK, *TIMES)})
     write_json(run.path / stage / "stage.json", {**record, "seconds": seconds, SEAL: seal})
 
 
@@ -208,7 +207,7 @@ def test_what_is_made_again_and_equal_changes_nothing_behind_it(run):
     grown = Wanted("data", {}, extends=True)
     record = {key: value for key, value in run.record("data").items() if key != SEAL}
     record["origin"] = "of fewer pictures"
-    seal = fingerprint({key: value for key, value in record.items() if key != "seconds"})
+    seal = fingerprint({key: value for key, value in record.items() if key not in (PEAK, *TIMES)})
     write_json(run.path / "data" / "stage.json", {**record, SEAL: seal})
     with run.stage(grown, run.look(grown), again=True) as stage:
         fill(stage)
