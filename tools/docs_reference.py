@@ -72,11 +72,10 @@ def sections(section: Mapping, known: Mapping, prefix: str = "") -> Iterator[tup
 
 
 def nested(field: Mapping) -> str | None:
-    """Name of the section that a field holds, once or as a list."""
-    reference = (
-        field.get("$ref") or field.get("items", {}).get("$ref") if isinstance(field.get("items", {}), Mapping) else None
-    )
-    return reference.rpartition("/")[2] if reference else None
+    """Name of the section that a field holds: once, as a list, or where it is not null."""
+    within = [field, field.get("items"), *field.get("anyOf", ())]
+    found = [part["$ref"].rpartition("/")[2] for part in within if isinstance(part, Mapping) and "$ref" in part]
+    return found[0] if found else None
 
 
 def values(field: Mapping) -> str:

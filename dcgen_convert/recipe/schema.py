@@ -8,13 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, model_validator
 
 from dcgen_convert.recipe.kinds import (
     Amount,
@@ -33,6 +27,8 @@ from dcgen_convert.recipe.kinds import (
     Side,
     Text,
 )
+from dcgen_convert.recipe.pictures import Data, PhaseData
+from dcgen_convert.recipe.section import Section
 
 
 def _folder_name(name: str) -> str:
@@ -71,60 +67,6 @@ LAYOUT = (
     "keep",
     "compile",
 )
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _truth_is_no_number(cls, values: object) -> object:
-        """`count: true` would be 1; as a text it is refused by its key, and is still true where true is meant."""
-        if not isinstance(values, dict):
-            return values
-        return {key: str(value).lower() if isinstance(value, bool) else value for key, value in values.items()}
-
-
-class Data(Section):
-    """Where the training pictures come from."""
-
-    kind: Literal["synthetic", "folder"] = Field(
-        default="synthetic", description="synthetic: drawn by the base model; folder: your images and captions"
-    )
-    path: Text | tuple[Text, ...] | None = Field(
-        default=None,
-        description="your pictures, or a list of several sources: a folder, a .jsonl, shards (.tar, .parquet) or "
-        "hf://datasets/ORG/NAME; :COLUMN names the captions, =0.7 the share of a source; needed by kind folder",
-    )
-    prompts: Text = Field(
-        default="builtin",
-        description="builtin, tiny-world, FILE.txt with one prompt per line, FILE:COLUMN of a .jsonl, .csv, .tsv or "
-        ".parquet, or hf://datasets/ORG/NAME:COLUMN (synthetic only)",
-    )
-    count: Count = Field(default=10_000, description="pictures; a folder is read up to this many")
-    steps: Count = Field(default=20, description="denoising steps per synthetic picture")
-    guidance: AmountOrZero = Field(
-        default=3.5, description="guidance while drawing; 1 disables classifier-free guidance"
-    )
-    batch: Batch = Field(default=8, description="pictures drawn or encoded at once")
-    resolution: Side = Field(default=1024, description="picture side in px")
-    buckets: bool = Field(
-        default=False,
-        description="true: pictures of a folder keep their shapes, at sizes of about resolution^2 px; false: centre "
-        "squares",
-    )
-    max_broken: Fraction = Field(
-        default=0.01, description="fraction of unreadable pictures tolerated; 0 tolerates none"
-    )
-    share: Share | None = Field(
-        default=None,
-        description="share of a budget that the pictures and their latents get; null: what they cost as written",
-    )
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """The sources of `path`."""
-        return (self.path,) if isinstance(self.path, str) else tuple(self.path or ())
 
 
 class Latents(Section):
@@ -211,9 +153,21 @@ class Phase(Section):
         description="for few-step models: consistency distillation (arXiv 2303.01469). The teacher is the model from "
         "the start of the phase, the targets lie at this fraction of t; 0 disables, then adapt.objective is used",
     )
+    data: PhaseData | None = Field(
+        default=None, description="pictures of this phase alone; null: the recipe's, in section `data`"
+    )
     share: Share | None = Field(
         default=None, description="share of a budget that the phase gets; null: what its steps cost as written"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _data_of_its_own(cls, values: object) -> object:
+        """A group that says nothing is no data of its own: `--set adapt.phases.0.data.path=null` takes them away."""
+        data = values.get("data") if isinstance(values, dict) else None
+        if isinstance(values, dict) and isinstance(data, dict) and all(value is None for value in data.values()):
+            return {**values, "data": None} if data.keys() <= PhaseData.model_fields.keys() else values
+        return values
 
     @model_validator(mode="before")
     @classmethod
@@ -408,17 +362,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        if self.data.kind == "folder" and not self.data.path:
-            raise ValueError("data.kind is folder but data.path is empty: give --data FOLDER")
-        if self.data.buckets and self.data.kind != "folder":
-            raise ValueError(
-                "data.buckets keeps the shapes of your own pictures, drawn ones are squares: give --data FOLDER"
-            )
-        if self.data.buckets and self.adapt.shift == "flux2":
-            raise ValueError(
-                "adapt.shift flux2 is a shift per size, more than a scheduler's config holds for data.buckets: use "
-                "model or a number"
-            )
+        for number in self.sets:
+            self._require_pictures(f"adapt.phases.{number - 1}.data" if number else "data", self.data_of(number))
         given = [self.data.share or 0.0, *(phase.share or 0.0 for phase in self.adapt.phases)]
         if sum(given) > 1 + 1e-9:
             raise ValueError(f"the shares of data and of the phases add up to {sum(given):g}, more than the whole")
@@ -435,6 +380,42 @@ class Recipe(Section):
                 "merge_lora is false but the last phase trains every weight: there is no LoRA to keep apart"
             )
         return self
+
+    def _require_pictures(self, name: str, data: Data) -> None:
+        """ValueError for settings of pictures, called ``name``, that cannot be together."""
+        option = "--data FOLDER" if name == "data" else f"--set {name}.path=FOLDER"
+        if data.kind == "folder" and not data.path:
+            raise ValueError(f"{name}.kind is folder but {name}.path is empty: give {option}")
+        if data.buckets and data.kind != "folder":
+            raise ValueError(
+                f"{name}.buckets keeps the shapes of your own pictures, drawn ones are squares: give {option}"
+            )
+        if data.buckets and self.adapt.shift == "flux2":
+            raise ValueError(
+                f"adapt.shift flux2 is a shift per size, more than a scheduler's config holds for {name}.buckets: use "
+                "model or a number"
+            )
+
+    # -- sets: the pictures of section `data` (set 0), and of a phase with data of its own (set n: of phase n) --
+
+    def set_of(self, number: int) -> int:
+        """The set of pictures that phase ``number`` (the first is 1) is trained on."""
+        return number if self.adapt.phases[number - 1].data else 0
+
+    @property
+    def sets(self) -> tuple[int, ...]:
+        """The sets that a phase is trained on."""
+        return tuple(sorted({self.set_of(number) for number, _ in enumerate(self.adapt.phases, 1)}))
+
+    def data_of(self, number: int) -> Data:
+        """The settings of set ``number``."""
+        own = self.adapt.phases[number - 1].data if number else None
+        return own.over(self.data) if own else self.data
+
+    def sides(self, number: int) -> list[int]:
+        """Picture sides in px that set ``number`` is used at."""
+        phases = enumerate(self.adapt.phases, 1)
+        return sorted({phase.resolution for n, phase in phases if self.set_of(n) == number})
 
 
 def result_settings(recipe: Recipe) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dcgen_convert.core import yaml_text
 from dcgen_convert.core.errors import RecipeError
 from dcgen_convert.core.limits import shown
 from dcgen_convert.recipe.kinds import UNUSABLE
+from dcgen_convert.recipe.pictures import PhaseData
 from dcgen_convert.recipe.schema import Phase, Recipe
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def schema_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
         key = f"{prefix}{name}"
         if key == "adapt.phases":
             keys += [f"{key}.*.{inner}" for inner in Phase.model_fields]
+            keys += [f"{key}.*.data.{inner}" for inner in PhaseData.model_fields]
         elif isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
             keys += schema_keys(info.annotation, f"{key}.")
         else:
@@ -176,7 +178,9 @@ class Layers:
                     )
                 node = node[int(part)]
             elif isinstance(node, dict):
-                node = node.setdefault(part, {})
+                if node.get(part) is None:  # absent, or the group that is null by default
+                    node[part] = {}
+                node = node[part]
             else:
                 raise RecipeError(unknown_key(key), "dcgen-convert recipes show NAME prints every key")
         if not isinstance(node, dict):

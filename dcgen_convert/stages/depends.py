@@ -26,6 +26,7 @@ IMPORT, ADAPT, MERGE = "import", "adapt", "merge"
 SOURCE, AUTOENCODER, RESOLUTION = "the source", "the autoencoder", "the resolution of the last phase"
 NETWORK = "the source's network"  # its files, and those of no component; SOURCE: all files
 PICTURES = "the contents of data.path"
+PHASE = "adapt.phases.*"  # without its data: they are the inputs of stages of their own
 TRAINING = (
     "seed", "dtype", "adapt.objective", "adapt.null_branch", "adapt.guidance_range", "adapt.data_guidance",
     "adapt.shift", "adapt.weighting", "adapt.text_drop", "adapt.ema",
@@ -45,7 +46,7 @@ DEPENDS: dict[str, tuple[str, ...]] = {
     ),
     folders.ALIGN_EMBEDDER: (NETWORK, "seed", "align_embedder"),
     folders.ALIGN_HEAD: ("align_head", *TRAINING),
-    ADAPT: ("adapt.phases.*", "adapt.clip", *TRAINING),
+    ADAPT: (PHASE, "adapt.clip", *TRAINING),
     MERGE: ("merge_lora",),
     folders.QUANTIZE: (
         "seed", "dtype", "data.prompts", "latents.text_length", "bundle.steps", "bundle.guidance", "quantize",
@@ -64,7 +65,7 @@ FACTS = {
     NETWORK: ("source", "base", "loras", "revision"),
     AUTOENCODER: ("ae", "ae_channels"),
     RESOLUTION: ("adapt.phases.*.resolution",),
-    PICTURES: (),
+    PICTURES: ("data.min_side",),
     CAPTIONS: ("seed", "data.count", "data.prompts"),
     "adapt.phases.resolution": ("adapt.phases.*.resolution",),
 }
@@ -77,6 +78,9 @@ def stages_of(setting: str) -> list[str]:
     """
     if _within(setting, LAYOUT):
         return []
+    if setting == f"{PHASE}.data" or setting.startswith(f"{PHASE}.data."):  # the phase's own stages for its pictures
+        found = stages_of(setting.removeprefix(f"{PHASE}.")) if setting.count(".") > 3 else [folders.DATA]
+        return [stage for stage in found if stage in (folders.DATA, folders.LATENTS)]
     behind = {
         stage: [inner for name in names for inner in FACTS.get(name, (name,))] for stage, names in DEPENDS.items()
     }
@@ -137,7 +141,7 @@ def _value(job: Job, settings: dict[str, Any], name: str, number: int) -> Any:
         "latents.text_length": lambda: job.text_length,
         "latents": lambda: {**settings["latents"], "text_length": job.text_length},
         "adapt.phases.resolution": lambda: sorted({phase.resolution for phase in job.recipe.adapt.phases}),
-        "adapt.phases.*": lambda: settings["adapt"]["phases"][number - 1],
+        PHASE: lambda: {key: value for key, value in settings["adapt"]["phases"][number - 1].items() if key != "data"},
         "align_embedder": lambda: _embedder(settings["align_embedder"]),
         "align_head": lambda: _head(settings["align_head"]),
     }

@@ -42,7 +42,8 @@ from dcgen_convert.train.settings import EngineSettings
 from dcgen_convert.train.watch import TrainingWatch
 
 if TYPE_CHECKING:
-    from dcgen_convert.recipe.schema import Adapt, AlignHead, Phase, Section
+    from dcgen_convert.recipe.schema import Adapt, AlignHead, Phase
+    from dcgen_convert.recipe.section import Section
 
 LAYOUT = layout_names("adapt")  # settings that do not change the loss curve
 
@@ -326,5 +327,8 @@ def _keep(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def _curve(section: Section) -> dict[str, Any]:
-    """A recipe section as JSON values, without the settings that only decide the layout."""
-    return {key: value for key, value in section.model_dump(mode="json").items() if key not in LAYOUT}
+    """A recipe section as JSON values, without the settings that only decide the layout.
+
+    The data of a phase stands in the rows that it trains on.
+    """
+    return {key: value for key, value in section.model_dump(mode="json").items() if key not in (*LAYOUT, "data")}

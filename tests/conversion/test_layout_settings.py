@@ -20,6 +20,7 @@ from dcgen_convert.core.files import read_json
 from dcgen_convert.core.journal import Run
 from dcgen_convert.planning import needs
 from dcgen_convert.recipe.loading import load
+from dcgen_convert.recipe.pictures import PhaseData
 from dcgen_convert.recipe.schema import LAYOUT, AlignEmbedder, AlignHead, Budget, Evaluate, Watch
 from dcgen_convert.recipe.settings import leaves
 from dcgen_convert.stages import depends
@@ -56,6 +57,7 @@ AGAIN = {
     "dtype": ["data", "latents", *TRAINED, "quantize"],
     "merge_lora": ["merge", "bundle"],
     "data.path": [],
+    "data.min_side": ["data"],
     "data.prompts": ["data", "quantize"],
     "data.buckets": ["latents"],
     "latents.text_length": ["data", "latents", "quantize"],
@@ -75,6 +77,10 @@ AGAIN = {
         f"adapt.phases.*.{name}": ["adapt"]
         for name in ("mode", "steps", "rank", "alpha", "lr", "warmup", "schedule", "batch", "targets", "consistency")
     },
+    "adapt.phases.*.data": ["data"],
+    **{f"adapt.phases.*.data.{name}": ["data"] for name in PhaseData.model_fields if name not in ("path", "buckets")},
+    "adapt.phases.*.data.path": [],
+    "adapt.phases.*.data.buckets": ["latents"],
     **{f"quantize.{name}": ["quantize"] for name in ("format", "rank", "dense", "container", "fuse_qkv")},
     **{f"quantize.calibration.{name}": ["quantize"] for name in ("prompts", "steps")},
     **{name: [] for name in LAYOUT if name not in ("watch", "evaluate", "budget")},
@@ -169,7 +175,9 @@ def test_what_is_needed_follows_the_walk(first):
 
 
 def test_the_table_of_all_settings_is_this_one():
-    names = {re.sub(r"\.\d+\.", ".*.", key) for key, _ in leaves(resolved().recipe.model_dump(mode="json"))}
+    recipes = [resolved().recipe, resolved(["adapt.phases.0.data.count=16"]).recipe]
+    found = [key for recipe in recipes for key, _ in leaves(recipe.model_dump(mode="json"))]
+    names = {re.sub(r"\.\d+\.", ".*.", key) for key in found}
     assert {name: depends.stages_of(name) for name in sorted(names)} == dict(sorted(AGAIN.items()))
 
 
