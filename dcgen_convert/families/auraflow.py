@@ -38,6 +38,9 @@ class AuraFlow(Family):
     default_guidance = 3.5
     text_length = 256
 
+    def most_pixels(self, config: dict[str, Any]) -> int | None:
+        return (16 * self.table_side(config)) ** 2  # its positions are learnt, and trained to the end of their table
+
     def convert_config(self, config: dict[str, Any], factor: int, channels: int, side: int) -> dict[str, Any]:
         # pos_embed_max_size stays: the position table is learnt. The model crops its centre as before.
         return {

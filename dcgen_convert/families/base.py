@@ -245,8 +245,12 @@ class Family:
         return None
 
     def most_pixels(self, config: dict[str, Any]) -> int | None:
-        """Pixels of the largest pictures that the model was trained to draw; None: not known."""
-        return None
+        """Pixels of the largest pictures that the model was trained to draw; None: not known.
+
+        Here: what the config's sample_size says, in cells of an f8 autoencoder.
+        """
+        size = config.get("sample_size")
+        return (8 * size) ** 2 if isinstance(size, int) else None
 
     def grid_step(self, config: dict[str, Any]) -> int:
         """Both sides of a latent are multiples of this number and of the patch. A U-Net halves its grid repeatedly."""

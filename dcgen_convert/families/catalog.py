@@ -29,6 +29,7 @@ class SourceEntry:
             config is in `folder`.
         vae_factor, vae_channels, patch: f, c and p of the model's own latents.
         recipe: the shipped recipe that converts the model.
+        trained_side: px per side of the largest pictures that it was trained on; None: its family says it.
         extra_parameters: parameters of the text encoders and the autoencoder. They are downloaded with the transformer.
     """
 
@@ -45,6 +46,7 @@ class SourceEntry:
     revision: str | None = None
     folder: Path | None = None
     extra_parameters: int = 0
+    trained_side: int | None = None
 
     @property
     def where(self) -> str:
@@ -208,6 +210,7 @@ SOURCES: dict[str, SourceEntry] = {
             patch=2,
             recipe="tiny-flux",
             folder=_tiny("tiny-flux"),
+            trained_side=128,
         ),
         SourceEntry(
             name="tiny-sana",

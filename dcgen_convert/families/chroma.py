@@ -38,6 +38,9 @@ class Chroma(Family):
     default_guidance = 5.0
     text_length = 512
 
+    def most_pixels(self, config: dict[str, Any]) -> int | None:
+        return 1024**2  # of Chroma1-HD; Chroma1-Base saw 512 px only, which no config tells
+
     def convert_config(self, config: dict[str, Any], factor: int, channels: int, side: int) -> dict[str, Any]:
         return {**config, "in_channels": channels, "out_channels": channels}
 

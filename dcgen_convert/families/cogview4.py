@@ -32,6 +32,9 @@ class CogView4(Family):
     default_guidance = 3.5
     text_length = 256
 
+    def most_pixels(self, config: dict[str, Any]) -> int | None:
+        return 2**21  # as its authors say
+
     def convert_config(self, config: dict[str, Any], factor: int, channels: int, side: int) -> dict[str, Any]:
         # The transformer itself packs 2 x 2 cells: it reads the adapter's grid, twice as fine as the deep latent.
         return {

@@ -38,6 +38,9 @@ class Flux2(Family):
     default_guidance = 4.0
     text_length = 512
 
+    def most_pixels(self, config: dict[str, Any]) -> int | None:
+        return 4_000_000  # "up to 4 megapixels", as its authors say
+
     def convert_config(self, config: dict[str, Any], factor: int, channels: int, side: int) -> dict[str, Any]:
         return {**config, "in_channels": channels, "out_channels": channels}
 

@@ -50,6 +50,9 @@ class HiDream(Family):
     def only_side(self, config: dict[str, Any], cell: int) -> int | None:
         return CELLS * cell
 
+    def most_pixels(self, config: dict[str, Any]) -> int | None:
+        return (8 * CELLS) ** 2
+
     def convert_config(self, config: dict[str, Any], factor: int, channels: int, side: int) -> dict[str, Any]:
         """The patch follows from ``side``, because the stock pipeline always draws on a grid of CELLS x CELLS."""
         patch = CELLS * factor // side

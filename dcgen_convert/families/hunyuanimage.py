@@ -46,6 +46,9 @@ class HunyuanImage(Family):
     def patch(self, config: dict[str, Any], channels: int) -> int:
         return math.isqrt(config["in_channels"] * math.prod(config["patch_size"]) // channels)
 
+    def most_pixels(self, config: dict[str, Any]) -> int | None:
+        return 2048**2  # "2K", the only size that its authors give
+
     def convert_config(self, config: dict[str, Any], factor: int, channels: int, side: int) -> dict[str, Any]:
         if config.get("use_meanflow"):
             raise InputError(

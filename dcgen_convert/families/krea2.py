@@ -32,6 +32,9 @@ class Krea2(Family):
     def patch(self, config: dict[str, Any], channels: int) -> int:
         return math.isqrt(config["in_channels"] // channels)  # the pipeline packs; the size is in its model_index.json
 
+    def most_pixels(self, config: dict[str, Any]) -> int | None:
+        return 6400 * 16**2  # the last of the tokens on the line of mu in its pipeline
+
     def convert_config(self, config: dict[str, Any], factor: int, channels: int, side: int) -> dict[str, Any]:
         return {**config, "in_channels": channels}
 

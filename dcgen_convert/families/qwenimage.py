@@ -36,6 +36,9 @@ class QwenImage(Family):
     def patch(self, config: dict[str, Any], channels: int) -> int:
         return math.isqrt(config["in_channels"] // channels)  # of packed tokens; patch_size belongs to the output alone
 
+    def most_pixels(self, config: dict[str, Any]) -> int | None:
+        return 1328**2  # the square of the sizes that its authors give
+
     def convert_config(self, config: dict[str, Any], factor: int, channels: int, side: int) -> dict[str, Any]:
         return {**config, "in_channels": channels, "out_channels": channels, "patch_size": 1}
 

@@ -41,7 +41,7 @@ class Sana(Family):
 
     def most_pixels(self, config: dict[str, Any]) -> int | None:
         size = config.get("sample_size")
-        return int(1.1 * (32 * size) ** 2) if size in BINNED else None  # its bins differ a little in area
+        return (32 * size) ** 2 if size else None  # cells of an f32 autoencoder
 
     def convert_config(self, config: dict[str, Any], factor: int, channels: int, side: int) -> dict[str, Any]:
         size = config.get("sample_size")

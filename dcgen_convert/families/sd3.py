@@ -36,6 +36,11 @@ class SD3(Family):
     default_guidance = 4.5
     text_length = 256
 
+    def most_pixels(self, config: dict[str, Any]) -> int | None:
+        if config.get("dual_attention_layers"):
+            return 2_000_000  # 3.5 medium: "0.25 to 2 megapixels", as its authors say
+        return super().most_pixels(config)
+
     def convert_config(self, config: dict[str, Any], factor: int, channels: int, side: int) -> dict[str, Any]:
         # pos_embed_max_size stays: the sincos table is in the checkpoint. The model crops its centre as before.
         return {

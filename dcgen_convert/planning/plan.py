@@ -24,7 +24,7 @@ from dcgen_convert.planning.rehearsal import Rehearsal
 from dcgen_convert.planning.shapes import Shapes, shapes_of
 from dcgen_convert.planning.text import render
 from dcgen_convert.ranks import hosts
-from dcgen_convert.recipe import geometry
+from dcgen_convert.recipe import drawable, geometry
 from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.loading import Resolved
 from dcgen_convert.recipe.schema import Phase, Recipe
@@ -230,6 +230,7 @@ def _notes(fetch: list[dict], resolved: Resolved, family: Family) -> list[str]:
             notes.append(f"{row['repo']} is gated: accept its licence at {row['accept_at']} and set HF_TOKEN")
         if resolved.machine.offline:
             notes.append(f"offline, and {row['repo']} is not in the cache: fetch it before converting")
+    notes += [found.told for found in drawable.drawn_beyond(resolved.recipe, resolved.identity)]
     data = resolved.recipe.data
     if (
         data.kind == "synthetic"

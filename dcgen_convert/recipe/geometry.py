@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 from dcgen_convert.core.errors import AccessError, RecipeError
 from dcgen_convert.data import buckets
@@ -16,6 +15,7 @@ from dcgen_convert.families import Family, authors, catalog
 from dcgen_convert.families.grid import Grid, autoencoder_grid
 from dcgen_convert.networks import autoencoder_files
 from dcgen_convert.recipe import sources
+from dcgen_convert.recipe.drawable import require_drawable
 from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.reader import Reader
 from dcgen_convert.recipe.schema import Recipe
@@ -100,13 +100,13 @@ def check(recipe: Recipe, source: Identity) -> None:
         for phase in recipe.adapt.phases:
             bucket_sizes(family, config, old, new, phase.resolution)
     _require_shift(recipe)
-    _require_drawable(recipe, family, config)
     only = family.only_side(config, old.f)
     if only and recipe.data.kind == "synthetic" and recipe.data.resolution != only:
         raise RecipeError(
             f"data.resolution is {recipe.data.resolution} px, but the pipeline of {recipe.source} draws {only} px only",
             f"use {only} px (--resolution), or give pictures of your own with --data",
         )
+    require_drawable(recipe, source.here)
 
 
 def _require_shift(recipe: Recipe) -> None:
@@ -117,17 +117,6 @@ def _require_shift(recipe: Recipe) -> None:
         raise RecipeError(
             f"adapt.shift is flux2, which cannot be written for the {len(sizes)} sizes {shown} px",
             "--set adapt.shift=model keeps the base's own rule, a number is one shift for all sizes",
-        )
-
-
-def _require_drawable(recipe: Recipe, family: Family, config: dict[str, Any]) -> None:
-    """RecipeError when the base model shall draw pictures that are larger than those that it was trained on."""
-    side, most = recipe.data.resolution, family.most_pixels(config)
-    if recipe.data.kind == "synthetic" and most is not None and side**2 > most:
-        raise RecipeError(
-            f"data.resolution is {side} px, but {recipe.source} was trained to draw pictures of up to "
-            f"{math.isqrt(most)} px: larger ones come out broken",
-            f"give pictures of {side} px of your own with --data, or use a smaller --resolution",
         )
 
 

@@ -5,14 +5,16 @@ f is the spatial compression of an autoencoder, c the number of its latent chann
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from dcgen_convert import families
-from dcgen_convert.core.errors import InputError
-from dcgen_convert.families import Family, bases, catalog, legacy
+from dcgen_convert.core.errors import AccessError, InputError
+from dcgen_convert.core.names import MANIFEST
+from dcgen_convert.families import Family, bases, catalog, components, legacy
 from dcgen_convert.families.bases import Base
 from dcgen_convert.families.catalog import SourceEntry
 from dcgen_convert.families.grid import MOST, Grid, autoencoder_grid
@@ -173,6 +175,33 @@ class Identity:
     def scheduler(self) -> dict[str, Any] | None:
         """Config of the scheduler in the user's folder; None where there is none."""
         return self._beside("scheduler", "scheduler_config.json")
+
+    @cached_property
+    def stock_scheduler(self) -> dict[str, Any] | None:
+        """Config of the scheduler of any source, as `rehearse --random` writes it; None where it is not here."""
+        if self.path is not None:
+            return self.scheduler
+        if self.entry is not None and self.entry.folder is not None:
+            return self.reader.optional(self.entry.folder / "scheduler" / "scheduler_config.json")
+        if self.entry is not None:
+            return components.layout_of(self.entry).parts["scheduler"].config
+        with suppress(AccessError):
+            return self.reader.hub(self.name, "scheduler/scheduler_config.json", self.offline)
+        return None
+
+    @cached_property
+    def most_pixels(self) -> int | None:
+        """Pixels of the largest pictures that it was trained on; None: not known. A bundle's manifest tells them.
+
+        Raises:
+            AccessError: as for `config`.
+        """
+        if self.entry is not None and self.entry.trained_side is not None:
+            return self.entry.trained_side**2
+        if made := self._beside(MANIFEST):
+            with suppress(KeyError, TypeError):
+                return int(made["defaults"]["height"] * made["defaults"]["width"])
+        return self.family.most_pixels(self.config)
 
     def _beside(self, *parts: str) -> dict[str, Any] | None:
         return None if self.path is None else self.reader.optional(self.path.joinpath(*parts))

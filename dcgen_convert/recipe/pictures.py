@@ -38,6 +38,11 @@ class Data(Section):
         description="smaller pictures of a folder are left out, in px of the shorter side; null: the largest "
         "resolution that they are used at. A smaller number allows pictures to be enlarged",
     )
+    beyond_base: bool = Field(
+        default=False,
+        description="true: the base model draws larger pictures than it was trained on, with the timestep shift of "
+        "the largest of its training; false: such pictures are refused",
+    )
     buckets: bool = Field(
         default=False,
         description="true: pictures of a folder keep their shapes, at sizes of about resolution^2 px; false: centre "

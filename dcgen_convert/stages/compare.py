@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ from dcgen_convert.data import images
 from dcgen_convert.evaluate.grids import grid
 from dcgen_convert.evaluate.metrics import psnr
 from dcgen_convert.families import Family
+from dcgen_convert.families.grid import Grid
 from dcgen_convert.networks import autoencoders, models, pipelines
 from dcgen_convert.networks.at_once import AtOnce, release
+from dcgen_convert.recipe.drawable import own_side
 from dcgen_convert.stages import captions, source_pipeline
 from dcgen_convert.stages.job import Job
 from dcgen_convert.stages.preview import converted_pipeline
@@ -44,9 +46,12 @@ def run(job: Job, stage: Stage, bundle: Path) -> PictureGrid:
     seeds = [job.recipe.seed + SEED + i for i in range(count)]
     settings, steps, guidance = job.recipe.data, job.recipe.bundle.steps, job.recipe.bundle.guidance
     sheet = Comparison(job.family, texts, seeds, job.resolution, job.text_length, settings.batch, job.console)
+    own = own_side(job.identity, Grid(job.ae.factor, job.ae.channels, 1), job.resolution)
+    if own != job.resolution:
+        job.console.say(f"verify: the base model draws at {own} px, as it was not trained on {job.resolution} px")
     source = partial(source_pipeline.load, job.source, job.dtype)
     with clock.renamed({"draw": "draw with the source"}):
-        drawn = {"source": sheet.draw(source, settings.steps, settings.guidance)}
+        drawn = {"source": replace(sheet, side=own).draw(source, settings.steps, settings.guidance)}
     if job.recipe.quantize.format != "none":
         with clock.renamed({"draw": "draw in 16 bits"}):
             drawn["converted"] = sheet.draw(lambda: _twin(job), steps, guidance)

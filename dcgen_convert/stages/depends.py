@@ -17,6 +17,7 @@ from dcgen_convert.core.files import read_object, sha256
 from dcgen_convert.core.journal import MARKER, differing, fingerprint
 from dcgen_convert.data import given, hub, images, prompt_lists, prompts
 from dcgen_convert.data.images import Picture
+from dcgen_convert.recipe import drawable
 from dcgen_convert.recipe.schema import LAYOUT, result_settings
 from dcgen_convert.stages import captions, folders
 from dcgen_convert.stages.captions import CAPTIONS, texts_of
@@ -27,6 +28,7 @@ SOURCE, AUTOENCODER, RESOLUTION = "the source", "the autoencoder", "the resoluti
 NETWORK = "the source's network"  # its files, and those of no component; SOURCE: all files
 PICTURES = "the contents of data.path"
 PHASE = "adapt.phases.*"  # without its data: they are the inputs of stages of their own
+BEYOND = "the shift beyond the base's size"
 TRAINING = (
     "seed", "dtype", "adapt.objective", "adapt.null_branch", "adapt.guidance_range", "adapt.data_guidance",
     "adapt.shift", "adapt.weighting", "adapt.text_drop", "adapt.ema",
@@ -39,7 +41,7 @@ DEPENDS: dict[str, tuple[str, ...]] = {
     folders.SURGERY: (NETWORK, AUTOENCODER, RESOLUTION),
     folders.DATA: (
         SOURCE, PICTURES, CAPTIONS, "seed", "dtype", "data.kind", "data.count", "data.steps", "data.guidance",
-        "data.resolution", "latents.text_length",
+        "data.resolution", BEYOND, "latents.text_length",
     ),
     folders.LATENTS: (
         SOURCE, AUTOENCODER, "dtype", "data.buckets", "latents", "adapt.phases.resolution",
@@ -55,7 +57,9 @@ DEPENDS: dict[str, tuple[str, ...]] = {
     folders.VERIFY: (),
 }  # fmt: skip
 VERSIONS = {**dict.fromkeys(DEPENDS, 1), folders.ALIGN_HEAD: 2}
-DRAWN = (SOURCE, CAPTIONS, "seed", "dtype", "data.steps", "data.guidance", "data.resolution", "latents.text_length")
+DRAWN = (
+    SOURCE, CAPTIONS, "seed", "dtype", "data.steps", "data.guidance", "data.resolution", BEYOND, "latents.text_length",
+)  # fmt: skip
 GROWS = ("data.count", PICTURES, CAPTIONS)  # pictures are kept one by one
 
 
@@ -66,6 +70,7 @@ FACTS = {
     AUTOENCODER: ("ae", "ae_channels"),
     RESOLUTION: ("adapt.phases.*.resolution",),
     PICTURES: ("data.min_side",),
+    BEYOND: ("data.beyond_base",),
     CAPTIONS: ("seed", "data.count", "data.prompts"),
     "adapt.phases.resolution": ("adapt.phases.*.resolution",),
 }
@@ -123,6 +128,8 @@ def _counts(job: Job, stage: str, number: int, name: str) -> bool:
     """Whether a setting has a part in this job's result of the stage."""
     if stage == folders.DATA:
         own = job.recipe.data.kind == "folder"
+        if name == BEYOND and not drawable.drawn_beyond(job.recipe, job.identity):
+            return False
         return name not in DRAWN if own else name != PICTURES
     if name == "merge_lora" and kind_of(stage) == MERGE:
         return number == len(job.recipe.adapt.phases)
@@ -136,6 +143,7 @@ def _value(job: Job, settings: dict[str, Any], name: str, number: int) -> Any:
         AUTOENCODER: lambda: job.ae.fingerprint,
         RESOLUTION: lambda: job.resolution,
         PICTURES: lambda: _given(job),
+        BEYOND: lambda: [found.shift for found in drawable.drawn_beyond(job.recipe, job.identity)],
         CAPTIONS: lambda: _captions(job, job.recipe.data.count),
         "data.prompts": lambda: _prompts(job),
         "latents.text_length": lambda: job.text_length,

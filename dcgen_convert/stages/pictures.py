@@ -16,6 +16,7 @@ from dcgen_convert.data import decoding, images, prompts
 from dcgen_convert.data.images import Picture
 from dcgen_convert.networks import models, pipelines, text_lengths
 from dcgen_convert.networks.at_once import AtOnce
+from dcgen_convert.recipe import drawable
 from dcgen_convert.stages import captions, source_pipeline
 from dcgen_convert.stages.job import Job
 
@@ -33,6 +34,8 @@ def require(job: Job) -> None:
     if (job.folders.data / MARKER).exists():
         return
     count = settings.count
+    for found in drawable.drawn_beyond(job.recipe, job.identity):
+        job.console.warn(found.told)
     if settings.kind == "folder":
         pictures, _ = job.taken
         broken: list[str] = []
@@ -161,6 +164,7 @@ def draw_part(job: Job, bar: Bar) -> None:
     if not batches:
         return
     pipeline = source_pipeline.load(job.source, job.dtype)
+    source_pipeline.cap_shift(pipeline, job.identity, settings.resolution)
     if job.recipe.compile:
         models.compile_blocks(job.family, getattr(pipeline, job.family.component))
     drawing = AtOnce("data: drawing", job.console.warn)

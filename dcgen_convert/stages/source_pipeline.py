@@ -8,10 +8,13 @@ from typing import Any
 import torch
 
 from dcgen_convert.bundle.loading import adapter_part, own_adapter
+from dcgen_convert.bundle.scheduler import scheduler_config
 from dcgen_convert.checkpoint import trust
 from dcgen_convert.checkpoint.source import Source
 from dcgen_convert.families.base import Pipeline
 from dcgen_convert.networks import pipelines
+from dcgen_convert.recipe import drawable
+from dcgen_convert.recipe.identity import Identity
 
 
 def load(source: Source, dtype: torch.dtype, **components: Any) -> Pipeline:
@@ -27,3 +30,14 @@ def load(source: Source, dtype: torch.dtype, **components: Any) -> Pipeline:
 def text_encoders(source: Source, dtype: torch.dtype) -> Pipeline:
     """The pipeline without transformer and autoencoder. It can encode prompts."""
     return load(source, dtype, **{source.family.component: None, "vae": None})
+
+
+def cap_shift(pipeline: Pipeline, source: Identity, side: int) -> None:
+    """Let the pipeline of ``source`` draw ``side`` px with the largest timestep shift of its training at most.
+
+    Only a dynamic shift, at a size beyond the training, is replaced: by a static one, in a copy of the scheduler.
+    """
+    found = drawable.beyond(source, side)
+    if found is not None and found.shift is not None:
+        config = scheduler_config(dict(pipeline.scheduler.config), found.shift)
+        pipeline.scheduler = pipeline.scheduler.from_config(config)

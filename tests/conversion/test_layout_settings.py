@@ -67,7 +67,7 @@ AGAIN = {
     "bundle.layout": ["bundle"],
     "bundle.steps": ["quantize", "bundle"],
     "bundle.guidance": ["quantize", "bundle"],
-    **{f"data.{name}": ["data"] for name in ("kind", "count", "steps", "guidance", "resolution")},
+    **{f"data.{name}": ["data"] for name in ("kind", "count", "steps", "guidance", "resolution", "beyond_base")},
     **{f"latents.{name}": ["latents"] for name in ("text", "normalise")},
     **{f"align_embedder.{name}": ["align-embedder"] for name in AlignEmbedder.model_fields},
     **{f"align_head.{name}": ["align-head"] for name in AlignHead.model_fields},

@@ -1,20 +1,23 @@
 """The whole plan: every shipped recipe, offline; speed-ups beside the paper's; disk, downloads and hours."""
 
 import json
+import math
 import re
 import shutil
 
 import pytest
 from conftest import WEIGHTS
 
-from dcgen_convert import conversion
+from dcgen_convert import conversion, families
 from dcgen_convert.core import disk
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.errors import InputError, RecipeError, ResourceError
+from dcgen_convert.families.grid import Grid
 from dcgen_convert.planning import bill, costs, plan
 from dcgen_convert.planning.shapes import shapes_of
 from dcgen_convert.ranks import machine
-from dcgen_convert.recipe import loading, shelf
+from dcgen_convert.recipe import drawable, loading, shelf
+from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.settings import leaves
 from dcgen_convert.svdquant.targets import plan_targets
 
@@ -235,12 +238,43 @@ def test_a_plan_says_no_where_the_disk_is_too_small():
     assert "the disk is too small, 6" in doc["problems"][0] and "plan --disk GB" in doc["problems"][0]
 
 
-def test_sizes_that_the_base_cannot_draw_are_refused_by_every_verb():
-    for name, side in (("flux-krea", 2048), ("flux-krea", 4096), ("sana-1.6b", 2048)):
-        with pytest.raises(RecipeError, match=f"data.resolution is {side} px.*trained to draw") as caught:
-            loading.load(name, flags={"resolution": side}, machine=machine.Machine(offline=True))
-        assert "--data" in caught.value.hint
-    loading.load("flux-krea", flags={"resolution": 1280})
+@pytest.mark.parametrize(
+    "name, side, words",
+    [
+        ("flux-krea", 2048, "for 16,384 its scheduler would use mu 3.23, after at most 1.15"),
+        ("flux-krea", 4096, "up to 1414 px, 7,812 image tokens: for 65,536 its scheduler would use mu 11.55"),
+        (
+            "tiny-flux",
+            256,
+            "up to 128 px, 64 image tokens: for 256 its scheduler would use mu 0.63, after at most 0.50",
+        ),
+        ("sana-1.6b", 2048, "up to 1024 px, 1,024 image tokens: larger ones, of 4,096"),
+        ("tiny-sana", 256, "up to 128 px, 16 image tokens"),
+        ("sd-1.5", 1024, "up to 512 px"),
+    ],
+)
+def test_sizes_that_the_base_cannot_draw_are_refused_by_every_verb(name, side, words):
+    machines, flags = machine.Machine(offline=True), {"resolution": side}
+    with pytest.raises(RecipeError, match=f"data.resolution is {side} px.*{words}") as caught:
+        loading.load(name, flags=flags, machine=machines)
+    assert "--data" in caught.value.hint and "beyond_base=true" in caught.value.hint
+    loading.load(name, flags={"data.kind": "folder", "data.path": ".", **flags}, machine=machines)
+    said = loading.load(name, flags=flags, sets=["data.beyond_base=true"], machine=machines)
+    assert any(f"draws pictures of {side} px" in note for note in plan.plan(said)["notes"])
+
+
+def test_mu_beyond_the_training_is_capped_where_it_is_dynamic():
+    dev = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "max_image_seq_len": 4096}
+    found = drawable.capped_shift(families.get("flux"), dev, 65_536, 7_812)
+    assert found["mu"] == pytest.approx(0.5 + 0.65 * (65_536 - 256) / 3_840)
+    assert (found["capped"], found["shift"]) == (1.15, pytest.approx(math.exp(1.15)))
+    assert drawable.capped_shift(families.get("flux"), {"use_dynamic_shifting": False}, 65_536, 7_812) is None
+    assert drawable.capped_shift(families.get("cogview4"), dev, 65_536, 7_812) is None  # its network knows the shift
+
+
+@pytest.mark.parametrize("side, own", [(4096, 1024), (2048, 512), (1024, 1024), (3072, 768), (8192, 1408)])
+def test_the_base_draws_beside_the_bundle_at_a_size_that_it_knows(side, own):
+    assert drawable.own_side(Identity("flux-krea"), Grid(64, 128, 1), side) == own
 
 
 def test_a_shift_that_no_config_can_hold_is_refused_by_every_verb():
