@@ -136,7 +136,7 @@ def convert(  # noqa: PLR0913  every option of the verb by its name
         job = prepare(resolved, run, console, crew)
         for line in licences.lines(licences.licences(resolved)):
             console.say(line)
-        for line in resolved.derivation:
+        for line in (*resolved.told, *resolved.derivation):
             console.say(line)
         pictures.require(job)
         require_possible(resolved.recipe, resolved.identity)

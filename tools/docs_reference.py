@@ -221,8 +221,8 @@ def plans() -> str:
     """What `plan` says of FLUX.1 Krea."""
     rows = []
     for name, side, gpus in CASES:
-        sets = [f"adapt.phases.1.resolution={side}"]  # the base draws the pictures, at 1024 px
-        found = planning.plan(order.resolve("flux-krea", {"ae": name, "sets": sets, "gpus": gpus, "offline": True}))
+        own = {"resolution": side, "data": "FOLDER"} if side > 1024 else {}
+        found = planning.plan(order.resolve("flux-krea", {"ae": name, "gpus": gpus, "offline": True, **own}))
         tokens, time = found["tokens"][-1], found["time"]
         days = [f"{time[key] / 24:.1f}" for key in ("wall_hours", "wall_hours_low", "wall_hours_high")]
         rows.append(

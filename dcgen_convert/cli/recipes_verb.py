@@ -47,7 +47,7 @@ def show(session: Session, name: str, **values: Any) -> int:
     from dcgen_convert.recipe import loading
     from dcgen_convert.recipe.settings import leaves
 
-    resolved = loading.load(_known(name))
+    resolved = loading.load(_known(name), complete=False)
     rows = dict(leaves(resolved.recipe.model_dump(mode="json")))
     width = max(map(len, rows))
     text = "\n".join(f"{key:<{width}} = {_yaml(value):<24} # {resolved.origins[key]}" for key, value in rows.items())

@@ -224,7 +224,7 @@ def _tokens(resolved: Resolved, sizes: Shapes) -> list[dict]:
 
 def _notes(fetch: list[dict], resolved: Resolved, family: Family) -> list[str]:
     """What is experimental, missing or gated; none of it stops a plan."""
-    notes = [family.experimental] if family.experimental else []
+    notes = [*resolved.told, *([family.experimental] if family.experimental else [])]
     for row in (row for row in fetch if not row["cached"]):
         if row["gated"]:
             notes.append(f"{row['repo']} is gated: accept its licence at {row['accept_at']} and set HF_TOKEN")

@@ -41,6 +41,20 @@ class Beyond:
     shift: float | None = None
 
     @property
+    def cannot(self) -> str:
+        """Why such pictures are no use, in words."""
+        what = (
+            f"{self.source} was trained to draw pictures of up to {math.isqrt(self.most)} px, {self.trained:,} image "
+            "tokens: "
+        )
+        if self.mu is None:
+            return f"{what}larger ones, of {self.tokens:,}, come out broken"
+        return (
+            f"{what}for {self.tokens:,} its scheduler would use mu {self.mu:.2f}, after at most {self.capped:.2f} in "
+            "training, and the pictures come out broken"
+        )
+
+    @property
     def told(self) -> str:
         """One sentence: what is drawn, and with which shift."""
         what = f"{self.source} draws pictures of {self.side} px, and was trained up to {math.isqrt(self.most)} px"
@@ -92,20 +106,10 @@ def require_drawable(recipe: Recipe, source: Identity) -> None:
     for key, side in drawn_sides(recipe):
         if found := beyond(source, side):
             raise RecipeError(
-                f"{key} is {side} px, but {found.source} was trained to draw pictures of up to "
-                f"{math.isqrt(found.most)} px, {found.trained:,} image tokens: {_outcome(found)}",
+                f"{key} is {side} px, but {found.cannot}",
                 f"give pictures of {side} px of your own with --data, or use a smaller --resolution; "
                 f"--set data.beyond_base=true draws them all the same{_capped(found)}",
             )
-
-
-def _outcome(found: Beyond) -> str:
-    if found.mu is None:
-        return f"larger ones, of {found.tokens:,}, come out broken"
-    return (
-        f"for {found.tokens:,} its scheduler would use mu {found.mu:.2f}, after at most {found.capped:.2f} in "
-        "training, and the pictures come out broken"
-    )
 
 
 def _capped(found: Beyond) -> str:

@@ -7,16 +7,18 @@ default. `load` is the only entrance; it returns a `Resolved`, whose `origins` n
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from pydantic import ValidationError
 
-from dcgen_convert.core.errors import RecipeError
+from dcgen_convert.core.errors import AccessError, RecipeError
 from dcgen_convert.families import Family
 from dcgen_convert.ranks.machine import Machine
-from dcgen_convert.recipe import geometry, sources
+from dcgen_convert.recipe import curricula, drawable, geometry, sources
 from dcgen_convert.recipe.identity import Identity
+from dcgen_convert.recipe.pictures import Data
 from dcgen_convert.recipe.schema import Recipe
 from dcgen_convert.recipe.settings import Layers, one_sentence
 from dcgen_convert.recipe.shelf import read
@@ -32,6 +34,7 @@ class Resolved:
         NAME)" | "default" | "derived: ...".
     known: what `load` has understood of the source already.
     derivation: why the numbers that follow from a budget are what they are, line by line; empty without a budget.
+    told: what stands behind an option that sets much at once, in sentences.
     """
 
     recipe: Recipe
@@ -39,6 +42,7 @@ class Resolved:
     machine: Machine = field(default_factory=Machine)
     known: Identity | None = field(default=None, repr=False, compare=False)
     derivation: tuple[str, ...] = ()
+    told: tuple[str, ...] = ()
 
     @cached_property
     def identity(self) -> Identity:
@@ -55,6 +59,7 @@ def load(
     env: Mapping[str, str] | None = None,
     recipe: str | None = None,
     machine: Machine | None = None,
+    complete: bool = True,
 ) -> Resolved:
     """Resolve SOURCE (recipe name, .yaml, catalogue source, path or hub id) and every setting over it.
 
@@ -63,6 +68,7 @@ def load(
         sets: "key=value" texts; `lora.KEY` and `adapt.phases.*.KEY` address all LoRA phases / all phases.
         env: environment; only DCGEN_CONVERT_* is read, `__` separates levels. None reads nothing.
         recipe: a recipe to use for a SOURCE that is not one.
+        complete: refuse a recipe that lacks what a conversion needs, such as pictures for its phases.
     Raises:
         RecipeError: unknown key, wrong type, impossible combination, unknown autoencoder, a size that is no multiple
             of f*p.
@@ -72,24 +78,61 @@ def load(
     asked = Identity(str(name_or_path), str(completing) if completing else None, machine.offline)
     chosen, replaces = sources.recipe_for(asked, recipe)
     layers = Layers()
-    for label, values in read(chosen):
+    chain, larger = curricula.apply(read(chosen), (flags or {}).get("resolution"))
+    for label, values in chain:
         layers.add(values, f"family default (recipe {label})" if replaces and not recipe else f"recipe {label}")
     if replaces and chosen == Family.recipe:
         layers.add(sources.family_defaults(asked), "family default")
     if replaces:
         layers.add({"source": asked.name, "name": sources.short_name(asked.name)}, "argument SOURCE")
+    if larger:
+        layers.add({"name": curricula.named(str(layers.values.get("name")), larger)}, f"recipe {larger}")
     layers.add_environment(env or {}, ENV_PREFIX)
     layers.add_sets(sets)
     for key, value in (flags or {}).items():
         if value is not None:
             layers.add_flag(key, value)
-    complete, origins = _validated(layers)
-    if (complete.source, complete.base) != (asked.name, asked.base):
-        asked = replace(asked, name=complete.source, base=complete.base)
+    found, origins = _validated(layers)
+    if (found.source, found.base) != (asked.name, asked.base):
+        asked = replace(asked, name=found.source, base=found.base)
         sources.require_source(asked)
-    resolved = Resolved(complete, origins, machine, asked)
-    geometry.check(complete, resolved.identity)
+    resolved = Resolved(found, origins, machine, asked, told=_told(found, flags, larger))
+    if complete:
+        require_pictures(found, resolved.identity)
+    geometry.check(found, resolved.identity)
     return resolved
+
+
+def _told(recipe: Recipe, flags: Mapping[str, object] | None, larger: str | None) -> tuple[str, ...]:
+    """What stands behind an option that sets much at once."""
+    if larger is None:
+        return ()
+    sides = ", then ".join(f"{phase.resolution} px" for phase in recipe.adapt.phases)
+    side = (flags or {}).get("resolution")
+    return (f"--resolution {side} takes the settings of the recipe {larger}: phases at {sides}.",)
+
+
+def require_pictures(recipe: Recipe, source: Identity) -> None:
+    """RecipeError that names the phases which train on a folder of pictures, where none is given."""
+    empty = [number for number in recipe.sets if _is_empty(recipe.data_of(number))]
+    if not empty:
+        return
+    phases = [pair for pair in enumerate(recipe.adapt.phases, 1) if recipe.set_of(pair[0]) in empty]
+    named = [f"adapt.phases.{number - 1} ({phase.resolution} px)" for number, phase in phases]
+    key = "data" if recipe.data.kind == "folder" else f"adapt.phases.{empty[0] - 1}.data"
+    option = "--data FOLDER" if key == "data" else f"--set {key}.path=FOLDER"
+    with suppress(AccessError):
+        if found := drawable.beyond(source.here, max(phase.resolution for _, phase in phases)):
+            option += f"; {found.cannot}"
+    raise RecipeError(
+        f"{key}.kind is folder but {key}.path is empty: {' and '.join(named)} need{'s' * (len(named) == 1)} pictures "
+        "of your own",
+        f"give {option}",
+    )
+
+
+def _is_empty(data: Data) -> bool:
+    return data.kind == "folder" and not data.path
 
 
 def revive(values: Mapping[str, object], origin: str) -> Recipe:

@@ -384,8 +384,6 @@ class Recipe(Section):
     def _require_pictures(self, name: str, data: Data) -> None:
         """ValueError for settings of pictures, called ``name``, that cannot be together."""
         option = "--data FOLDER" if name == "data" else f"--set {name}.path=FOLDER"
-        if data.kind == "folder" and not data.path:
-            raise ValueError(f"{name}.kind is folder but {name}.path is empty: give {option}")
         if data.buckets and data.kind != "folder":
             raise ValueError(
                 f"{name}.buckets keeps the shapes of your own pictures, drawn ones are squares: give {option}"

@@ -123,7 +123,7 @@ def test_plan_refuses_what_cannot_fit_and_names_the_change(cli):
         (("plan", "flux-krea", "--ae", "dc-ae-f63"), 2, "did you mean 'dc-ae-f64'?"),
         (("plan", "flux-krea", "--resolution", "1000"), 2, "f*p = 8*2 = 16"),
         (("plan", "flux-krea", "--set", "adapt.ema"), 2, "KEY=VALUE"),
-        (("plan", "flux-krea", "--ae", "dc-ae-f64", "--resolution", "4096"), 2, "trained to draw pictures of up to"),
+        (("plan", "flux-krea", "--ae", "dc-ae-f64", "--resolution", "4096"), 2, "adapt.phases.1 (4096 px) need"),
         (("plan", "sana-1.6b", "--quantize", "nvfp4", "--disk", "2000"), 2, ""),
         (("plan", "model.ckpt"), 2, "pickle"),
         (("inspect", "nothing"), 2, "no such file"),

@@ -132,8 +132,8 @@ def test_zero_carries_the_published_recipe_out():
 
 
 def test_a_size_that_no_budget_was_made_for_has_none():
-    large = resolve("flux-krea", {"ae": "dc-ae-f64", "resolution": 4096, "data": "pictures"})
-    assert "no budget for a model with 4,096 image tokens" in large.derivation[0]
+    large = resolve("flux-krea", {"resolution": 1536, "data": "pictures"})
+    assert "no budget for a model with 2,304 image tokens" in large.derivation[0]
     assert large.recipe.adapt.phases[-1].steps == 100_000
 
 

@@ -42,13 +42,14 @@ def row(doc: dict, stage: str) -> dict:
 
 @pytest.mark.parametrize("name", shelf.names())
 def test_every_shipped_recipe_passes_offline(name):
-    doc = document(name)
+    sets = OWN if name.endswith(("-2k", "-4k")) else ()
+    doc = document(name, sets=sets)
     assert doc["status"] == "feasible"
     assert doc["tokens"][-1]["ratio"] >= 4
     assert doc["time"]["gpu_hours"] > 0
     text = plan.render(doc)
     assert text.splitlines()[-1] == "verdict: feasible"
-    for key, value in leaves(loading.load(name).recipe.model_dump(mode="json")):
+    for key, value in leaves(loading.load(name, sets=sets).recipe.model_dump(mode="json")):
         assert doc["settings"][key]["value"] == value
         assert key in text
 
@@ -241,25 +242,26 @@ def test_a_plan_says_no_where_the_disk_is_too_small():
 @pytest.mark.parametrize(
     "name, side, words",
     [
-        ("flux-krea", 2048, "for 16,384 its scheduler would use mu 3.23, after at most 1.15"),
-        ("flux-krea", 4096, "up to 1414 px, 7,812 image tokens: for 65,536 its scheduler would use mu 11.55"),
+        ("flux-krea", 1536, "for 9,216 its scheduler would use mu 2.02, after at most 1.15"),
+        ("flux-krea-4k", 4096, "up to 1414 px, 7,812 image tokens: for 65,536 its scheduler would use mu 11.55"),
         (
             "tiny-flux",
             256,
             "up to 128 px, 64 image tokens: for 256 its scheduler would use mu 0.63, after at most 0.50",
         ),
-        ("sana-1.6b", 2048, "up to 1024 px, 1,024 image tokens: larger ones, of 4,096"),
+        ("sana-1.6b", 1536, "up to 1024 px, 1,024 image tokens: larger ones, of 2,304"),
         ("tiny-sana", 256, "up to 128 px, 16 image tokens"),
         ("sd-1.5", 1024, "up to 512 px"),
     ],
 )
 def test_sizes_that_the_base_cannot_draw_are_refused_by_every_verb(name, side, words):
     machines, flags = machine.Machine(offline=True), {"resolution": side}
+    drawn = ["data.kind=synthetic", *(["adapt.phases.0.data.resolution=1024"] if "4k" in name else [])]
     with pytest.raises(RecipeError, match=f"data.resolution is {side} px.*{words}") as caught:
-        loading.load(name, flags=flags, machine=machines)
+        loading.load(name, flags=flags, sets=drawn, machine=machines)
     assert "--data" in caught.value.hint and "beyond_base=true" in caught.value.hint
     loading.load(name, flags={"data.kind": "folder", "data.path": ".", **flags}, machine=machines)
-    said = loading.load(name, flags=flags, sets=["data.beyond_base=true"], machine=machines)
+    said = loading.load(name, flags=flags, sets=[*drawn, "data.beyond_base=true"], machine=machines)
     assert any(f"draws pictures of {side} px" in note for note in plan.plan(said)["notes"])
 
 

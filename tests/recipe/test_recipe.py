@@ -14,6 +14,7 @@ from dcgen_convert.recipe.settings import leaves, schema_keys
 NAMES = shelf.names()
 SHIPPED = {
     "image", "few-steps", "flux-krea", "flux-dev", "flux-schnell", "sana-1.6b", "sana-sprint-1.6b", "sd-1.5",
+    "flux-krea-2k", "flux-krea-4k", "sana-1.6b-2k", "sana-1.6b-4k",
     "dit-xl-256", "dit-xl-512",
     "tiny-flux", "tiny-flux-long", "tiny-sana", "tiny-sana-long", "tiny-dit", "tiny-dit-long",
     "ablations/compression", "ablations/dit-sd-vae-to-dc-ae",
@@ -47,7 +48,7 @@ def test_the_strongest_layer_wins(tmp_path_factory, layers):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_leaf_of_every_shipped_recipe_has_an_origin(name):
-    resolved = loading.load(name)
+    resolved = loading.load(name, complete=False)
     values = dict(leaves(resolved.recipe.model_dump()))
     assert set(resolved.origins) == set(values)
     assert all(resolved.origins.values())
@@ -102,8 +103,58 @@ def test_resolution_sets_the_last_phase_and_caps_the_others():
         found = loading.load("flux-krea", flags={"resolution": value}, sets=["data.kind=folder", "data.path=."]).recipe
         return found.data.resolution, [phase.resolution for phase in found.adapt.phases]
 
-    assert sides(2048) == (2048, [512, 2048])
+    assert sides(1536) == (1536, [512, 1536])
     assert sides(256) == (256, [256, 256])
+
+
+def sides(resolved) -> list[int]:
+    return [phase.resolution for phase in resolved.recipe.adapt.phases]
+
+
+@pytest.mark.parametrize(
+    "source, side, name, phases",
+    [
+        ("flux-krea", 2048, "flux-krea-2k", [2048]),
+        ("flux-krea", 3072, "flux-krea-2k", [3072]),
+        ("flux-krea", 4096, "flux-krea-4k", [2048, 4096]),
+        ("flux-krea-2k", 4096, "flux-krea-2k-4k", [2048, 4096]),
+        ("flux-krea-4k", 4096, "flux-krea-4k", [2048, 4096]),
+        ("flux-dev", 4096, "flux-dev-4k", [2048, 4096]),
+        ("sana-1.6b", 4096, "sana-1.6b-4k", [2048, 4096]),
+        ("flux-schnell", 1024, "flux-schnell", [512, 1024, 1024]),
+    ],
+)
+def test_large_pictures_take_the_curriculum_of_their_size(source, side, name, phases, tmp_path):
+    given = {"data.kind": "folder", "data.path": str(tmp_path)}
+    found = loading.load(source, flags={"resolution": side, **given})
+    assert (found.recipe.name, sides(found), found.recipe.source) == (
+        name,
+        phases,
+        source.removesuffix("-2k").removesuffix("-4k"),
+    )
+    if source in ("flux-krea", "sana-1.6b") and side == 4096:
+        same = loading.load(f"{source}-4k", flags=given)
+        assert found.recipe == same.recipe and f"recipe {source}-4k" in found.told[0]
+    said = loading.load(source, flags={"resolution": side, "ae": "dc-ae-f32", **given}, sets=["lora.steps=7"])
+    assert said.recipe.ae == "dc-ae-f32" and {phase.steps for phase in said.recipe.adapt.phases} == {7}
+
+
+def test_phases_of_ones_own_stay_under_a_larger_size(tmp_path):
+    mine = [{"resolution": 1024, "steps": 3}, {"resolution": 1536, "steps": 4}]
+    data = {"kind": "folder", "path": str(tmp_path)}
+    path = write(tmp_path / "mine.yaml", extends="flux-krea", seed=9, data=data, adapt={"phases": mine})
+    found = loading.load(path, flags={"resolution": 4096})
+    assert (sides(found), found.recipe.seed, found.recipe.adapt.shift) == ([1024, 4096], 9, "model")
+    with pytest.raises(RecipeError, match="larger of .* is no table of sizes"):
+        loading.load(write(tmp_path / "odd.yaml", extends="flux-krea", larger={"big": "flux-krea-2k"}))
+
+
+@pytest.mark.parametrize("source, flags", [("flux-krea", {"resolution": 4096}), ("flux-krea-4k", {})])
+def test_phases_without_pictures_are_named(source, flags):
+    wanted = r"adapt.phases.0 \(2048 px\) and adapt.phases.1 \(4096 px\) need pictures of your own"
+    with pytest.raises(RecipeError, match=wanted) as caught:
+        loading.load(source, flags=flags)
+    assert "give --data FOLDER" in caught.value.hint and "mu 11.55" in caught.value.hint
 
 
 def test_environment_reaches_nested_keys_and_phases():
@@ -132,7 +183,8 @@ WRONG = {
     "adapt.checkpointing=perhaps": "adapt.checkpointing must be true or false, not 'perhaps' (from --set)",
     "data=3": "data must be a group of settings, not 3 (from --set)",
     "evaluate.prompts=1": "prompts is 1, and metrics tiny-world compares at least 2 pictures: give 2, or 0 for none",
-    "data.kind=folder": "data.kind is folder but data.path is empty: give --data FOLDER",
+    "data.kind=folder": "data.kind is folder but data.path is empty: adapt.phases.0 (128 px) needs pictures of your "
+    "own",
     "seed=1" + "0" * 22: f"seed must be at most 9,223,372,036,854,775,807, not 1{'0' * 22} (from --set)",
     "data.count=1000000000000": "data.count must be at most 1,000,000,000, not 1000000000000 (from --set)",
     "data.count=-3": "data.count must be at least 1, not -3 (from --set)",
