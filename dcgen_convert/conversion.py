@@ -77,6 +77,7 @@ def walk(job: Job, output: Path, force: bool) -> Iterator[Step]:
     yield Step(
         folders.LATENTS, latents.run, inputs(folders.LATENTS), (folders.DATA,), ("*.safetensors", "*.json", "*.jsonl"),
         repair="file", extends=True, continues=lambda old, new: depends.latents_continue(job, old, new),
+        recorded=recorded(folders.LATENTS),
     )  # fmt: skip
     aligned = (folders.SURGERY, folders.LATENTS)
     yield Step(
@@ -138,6 +139,7 @@ def convert(  # noqa: PLR0913  every option of the verb by its name
             console.say(line)
         for line in (*resolved.told, *resolved.derivation):
             console.say(line)
+        console.say(job.alignment.told)
         pictures.require(job)
         require_possible(resolved.recipe, resolved.identity)
         require_disk(resolved, run.path, output, until)

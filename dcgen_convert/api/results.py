@@ -31,6 +31,8 @@ class Plan(Result):
     budget: "gpu_hours" and "hours" that may be spent (0: no limit), and "derivation": what follows from them, and why.
     settings: dotted key -> {"value", "origin"}. exit_code: that of the command: 0, 2 or 4.
     licences: what is known of the terms of each source; None: unknown.
+    alignment: what the first layer is fitted to ("target"), at which "resolution", at which "side" in px the base sees
+    the pictures for it, and the "reason".
     """
 
     SCHEMA: ClassVar[str] = "dcgen.plan/2"
@@ -42,6 +44,7 @@ class Plan(Result):
     licences: list[dict[str, Any]]
     autoencoder: dict[str, Any]
     tokens: list[dict[str, Any]]
+    alignment: dict[str, Any]
     speedup: dict[str, Any]
     speedup_paper: dict[str, Any] | None
     training: dict[str, Any]

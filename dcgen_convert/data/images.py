@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -169,19 +170,29 @@ def size_of(file: Path) -> tuple[int, int]:
 
 
 def read_pixels(file: Path, height: int, width: int | None = None) -> Tensor:
-    """(3, height, width) float32 in [-1, 1]: the largest centred part of that shape, resized with Lanczos.
-
-    The part begins at a whole pixel.
+    """(3, height, width) float32 in [-1, 1]: the picture in a file as `fitted`.
 
     Args:
         width: None: a square of ``height``.
     Raises:
         InputError: the file is missing, no image, or cut off.
     """
+    return read_sizes(file, [(height, width or height)])[0]
+
+
+def read_sizes(file: Path, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """The picture in a file, read once, at several sizes (height, width); else as `read_pixels`."""
+    image, _ = decoding.decode(file)
+    return [fitted(image, *size) for size in sizes]
+
+
+def fitted(image: Image.Image, height: int, width: int) -> Tensor:
+    """(3, height, width) float32 in [-1, 1]: the largest centred part of that shape, resized with Lanczos.
+
+    The part begins at a whole pixel. It is the same part for all sizes of one shape.
+    """
     import torch
 
-    width = width or height
-    image, _ = decoding.decode(file)
     across, down = min(image.width, image.height * width / height), min(image.height, image.width * height / width)
     left, top = (image.width - across) // 2, (image.height - down) // 2
     if image.size != (width, height):

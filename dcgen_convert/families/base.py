@@ -252,6 +252,10 @@ class Family:
         size = config.get("sample_size")
         return (8 * size) ** 2 if isinstance(size, int) else None
 
+    def least_pixels(self, config: dict[str, Any]) -> int | None:
+        """Pixels of the smallest pictures that the model was trained to draw; None: not known."""
+        return None
+
     def grid_step(self, config: dict[str, Any]) -> int:
         """Both sides of a latent are multiples of this number and of the patch. A U-Net halves its grid repeatedly."""
         return 1

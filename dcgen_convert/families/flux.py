@@ -48,6 +48,9 @@ class Flux(Family):
     def most_pixels(self, config: dict[str, Any]) -> int | None:
         return 2_000_000  # "0.1 to 2.0 megapixels", as its authors say
 
+    def least_pixels(self, config: dict[str, Any]) -> int | None:
+        return 100_000
+
     def convert_config(self, config: dict[str, Any], factor: int, channels: int, side: int) -> dict[str, Any]:
         reads, writes = config["in_channels"], config.get("out_channels") or config["in_channels"]
         if reads != writes:

@@ -202,13 +202,13 @@ def _data(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
 
 def _latents(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
     count, source = recipe.data.count, float(recipe.data.resolution**2)
-    pixels = sum(float(side**2) for side in _sides(recipe))
     yield Work("latents", "check", count, "pictures", "pixels", source / 2, False)
     yield Work("latents", "read", count * len(_sides(recipe)), "pictures", "pixels", source / 2)
     yield _fixed("latents", "load", BF16 * sizes.companions, "bytes", "disk")
-    both = ENCODE * (_base_share(sizes) + _new_share(recipe))
-    yield Work("latents", "encode", count * pixels, "pixels", "convolution", both)
-    cells = sum(g.c * (side // g.f) ** 2 for g in (sizes.old, sizes.new) for side in _sides(recipe))
+    new, old = sum(float(side**2) for side in _sides(recipe)), float(sizes.alignment.side**2)
+    each = ENCODE * (old * _base_share(sizes) + new * _new_share(recipe)) / (old + new)
+    yield Work("latents", "encode", count * (old + new), "pixels", "convolution", each)
+    cells = sizes.latent_numbers(_sides(recipe))
     text = sizes.text * sizes.base.text_width if recipe.latents.text == "cache" else 0
     yield Work("latents", "write", count * len(_sides(recipe)), "pictures", "disk", BF16 * (cells + text), False)
     if recipe.latents.text == "cache":
@@ -217,7 +217,7 @@ def _latents(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
 
 def _aligned(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
     align, first = recipe.align_head, recipe.adapt.phases[0]
-    cells = sum(grid.c * (first.resolution // grid.f) ** 2 for grid in (sizes.old, sizes.new))
+    cells = sizes.latent_numbers([first.resolution])
     yield Work("align-embedder", "read latents", recipe.data.count, "pictures", "disk", BF16 * cells, False)
     inputs = sizes.new.c
     solve = 2.0 * sizes.new.tokens(first.resolution) * (inputs + 1) * (inputs + sizes.base.width)
@@ -255,7 +255,8 @@ def _phase(recipe: Recipe, sizes: Shapes, phase: Phase, number: int, gpus: int) 
     dense = BF16 * sizes.converted.parameters
     yield _fixed(f"merge-{number}", "merge", 2 * dense, "bytes", "disk")
     yield _fixed(f"merge-{number}", "load", 2 * dense, "bytes", "disk")
-    both = once + forward_flops(sizes.base, sizes.old.tokens(phase.resolution), sizes.text)
+    both = _once(sizes, recipe.adapt.phases[0])
+    both += forward_flops(sizes.base, sizes.old.tokens(sizes.alignment.side), sizes.text)
     pictures = min(GAP_PICTURES, held_out)
     yield Work(f"merge-{number}", "gap", 2 * pictures, "passes", "matmul", both / 2, False)
 

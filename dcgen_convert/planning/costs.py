@@ -101,7 +101,6 @@ def _kinds(recipe: Recipe, sizes: Shapes) -> dict[str, float]:
     """Bytes by kind, but for checkpoints, if nothing is removed."""
     count, converted = recipe.data.count, sizes.converted
     sides = {phase.resolution for phase in recipe.adapt.phases}
-    cells = sum(grid.c * (side // grid.f) ** 2 for grid in (sizes.old, sizes.new) for side in sides)
     fetched = sum(row["bytes"] or 0 for row in downloads(recipe, sizes) if not row["cached"])
     quantised = QUANTISED_BYTES * converted.parameters if recipe.quantize.format != "none" else 0.0
     ae = catalog.find_autoencoder(recipe.ae)
@@ -111,7 +110,7 @@ def _kinds(recipe: Recipe, sizes: Shapes) -> dict[str, float]:
     return {
         "downloads": fetched,
         "pictures": picture_bytes(recipe),
-        "latents": count * cells * BF16,
+        "latents": count * sizes.latent_numbers(sides) * BF16,
         "text": count * sizes.text * sizes.base.text_width * BF16 if recipe.latents.text == "cache" else 0,
         "import": dense if imported else 0,
         "surgery": 0 if imported else dense,  # what import wrote is linked, but for embedder and head

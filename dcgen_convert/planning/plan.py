@@ -76,6 +76,7 @@ def plan(
         "licences": licences(resolved),
         "autoencoder": {"name": recipe.ae, **vars(sizes.new)},
         "tokens": _tokens(resolved, sizes),
+        "alignment": {**vars(sizes.alignment), "told": sizes.alignment.told},
         "speedup": speed.speedup(sizes, last.resolution),
         "speedup_paper": speed.measured(sizes.family.name, last.resolution, sizes.new.f),
         "training": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dcgen_convert.families import Family
@@ -9,20 +10,25 @@ from dcgen_convert.families.grid import Grid
 from dcgen_convert.planning.arithmetic import Trainable, trainable
 from dcgen_convert.planning.layers import Structure
 from dcgen_convert.planning.structures import structure
-from dcgen_convert.recipe import geometry
+from dcgen_convert.recipe import alignment, geometry
+from dcgen_convert.recipe.alignment import Alignment
 from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.schema import Phase, Recipe
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """Before and after the swap. text: tokens per prompt, 0 for class-conditional models."""
+    """Before and after the swap.
+
+    text: tokens per prompt, 0 for class-conditional models; alignment: at which size the base sees the pictures.
+    """
 
     source: Identity
     base: Structure
     converted: Structure
     new: Grid
     text: int
+    alignment: Alignment
 
     @property
     def family(self) -> Family:
@@ -36,6 +42,11 @@ class Shapes:
     def companions(self) -> int:
         """Parameters of the source's text encoders and autoencoder; 0 where nothing tells them."""
         return self.source.entry.extra_parameters if self.source.entry else 0
+
+    def latent_numbers(self, sides: Iterable[int]) -> float:
+        """Numbers in the latents of one picture, at every one of ``sides``; the base's are for the alignment only."""
+        new = sum(self.new.c * (side // self.new.f) ** 2 for side in sides)
+        return new + self.old.c * (self.alignment.side // self.old.f) ** 2
 
     def passes(self, guidance: float) -> int:
         """Forward passes of a denoising step: classifier-free guidance has two."""
@@ -60,7 +71,8 @@ def shapes_of(recipe: Recipe, source: Identity) -> Shapes:
     """
     config, family = source.config, source.family
     new = geometry.new_grid(recipe.ae, source.offline, recipe.ae_channels, source.reader)
+    aligned = alignment.alignment(recipe, source, new)
     base = structure(config)
     converted = structure(family.convert_config(config, new.f, new.c, recipe.adapt.phases[-1].resolution))
     text = (recipe.latents.text_length or family.text_length) if base.text_width else 0
-    return Shapes(source, base, converted, new, text)
+    return Shapes(source, base, converted, new, text, aligned)

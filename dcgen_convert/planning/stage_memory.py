@@ -14,7 +14,7 @@ from dcgen_convert.families import catalog
 from dcgen_convert.planning.fit import Fit
 from dcgen_convert.planning.memory import CONTEXT, FRAGMENTATION, GIB
 from dcgen_convert.planning.shapes import Shapes
-from dcgen_convert.recipe.schema import Phase, Recipe
+from dcgen_convert.recipe.schema import Recipe
 
 PROCESS = 0.7 * GIB  # a Python process that has imported torch, diffusers and DeepSpeed; measured
 LIVE = 12  # numbers per token and width that a block keeps alive in a pass without gradients: assumed
@@ -91,9 +91,9 @@ def needs(recipe: Recipe, sizes: Shapes, fits: list[Fit]) -> Iterator[Need]:
     sums = 8.0 * 3 * sizes.converted.width**2
     head = Need("align-head", converted, once, batch, sums, converted)
     yield _larger(head, fits[0]) if recipe.align_head.steps else head
-    for number, (phase, fit) in enumerate(zip(recipe.adapt.phases, fits[-len(sides) :], strict=True), 1):
+    for number, fit in enumerate(fits[-len(sides) :], 1):
         yield _larger(Need(f"adapt-{number}", converted, loaded=converted), fit)
-        yield Need(f"merge-{number}", max(base, converted), _gap(sizes, phase, e), 1, loaded=max(base, converted))
+        yield Need(f"merge-{number}", max(base, converted), _gap(sizes, e), 1, loaded=max(base, converted))
     side, tokens = last.resolution, sizes.new.tokens(last.resolution)
     if recipe.quantize.format != "none":
         batch = min(recipe.quantize.calibration.batch or data.batch, recipe.quantize.calibration.prompts)
@@ -122,9 +122,9 @@ def rows(every: list[Need], on_gpu: bool, measured: Peaks | None = None) -> list
     return found
 
 
-def _gap(sizes: Shapes, phase: Phase, element: int) -> float:
+def _gap(sizes: Shapes, element: int) -> float:
     """Bytes of the tokens after every block of one picture, and of the pass that makes them."""
-    tokens = float(sizes.old.tokens(phase.resolution) + sizes.text)
+    tokens = float(sizes.old.tokens(sizes.alignment.side) + sizes.text)
     return tokens * sizes.base.width * element * (sizes.base.blocks + LIVE)
 
 

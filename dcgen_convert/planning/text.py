@@ -32,6 +32,7 @@ def render(doc: dict) -> str:
             f"tokens at {row['resolution']} px: {row['before']:,} -> {row['after']:,} ({row['ratio']:g} x fewer)"
         )
         lines += _buckets(row.get("buckets", []))
+    lines.append(doc["alignment"]["told"])
     speed, paper = doc["speedup"], doc["speedup_paper"]
     lines.append(f"speed-up of a step at {speed['resolution']} px: {speed['value']:.1f} x  [{speed['basis']}]")
     if paper:

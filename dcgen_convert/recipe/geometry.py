@@ -15,6 +15,7 @@ from dcgen_convert.families import Family, authors, catalog
 from dcgen_convert.families.grid import Grid, autoencoder_grid
 from dcgen_convert.networks import autoencoder_files
 from dcgen_convert.recipe import sources
+from dcgen_convert.recipe.alignment import alignment
 from dcgen_convert.recipe.drawable import require_drawable
 from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.reader import Reader
@@ -99,6 +100,7 @@ def check(recipe: Recipe, source: Identity) -> None:
     if recipe.data.buckets:
         for phase in recipe.adapt.phases:
             bucket_sizes(family, config, old, new, phase.resolution)
+    alignment(recipe, source.here, new)  # refuses a target that the base does not have
     _require_shift(recipe)
     only = family.only_side(config, old.f)
     if only and recipe.data.kind == "synthetic" and recipe.data.resolution != only:

@@ -203,5 +203,17 @@ class Identity:
                 return int(made["defaults"]["height"] * made["defaults"]["width"])
         return self.family.most_pixels(self.config)
 
+    @property
+    def trained_pixels(self) -> tuple[int, int] | None:
+        """Pixels of the smallest and of the largest pictures that it was trained on; None: not known.
+
+        Raises:
+            AccessError: as for `config`.
+        """
+        most, family = self.most_pixels, self.family
+        one = most != family.most_pixels(self.config)  # the catalogue or the manifest tells one size
+        least = most if one else family.least_pixels(self.config)
+        return None if least is None or most is None else (least, most)
+
     def _beside(self, *parts: str) -> dict[str, Any] | None:
         return None if self.path is None else self.reader.optional(self.path.joinpath(*parts))

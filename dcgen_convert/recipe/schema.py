@@ -99,9 +99,16 @@ class AlignEmbedder(Section):
     method: Literal["ridge", "adamw", "none"] = Field(
         default="ridge", description="ridge: closed form; adamw: the paper's; none: Xavier start, no alignment"
     )
-    pooling: Literal["average", "bilinear"] = Field(
-        default="average",
-        description="average: average the base's finer tokens; bilinear: interpolate the new tokens to the base's grid",
+    target: Literal["pooled", "home"] | None = Field(
+        default=None,
+        description="what the embedder is fitted to. home: the base's tokens of the same picture at the size where it "
+        "has as many tokens; pooled: its finer tokens at the size of the first phase; null: home where the base was "
+        "trained on that size",
+    )
+    pooling: Literal["average", "bilinear"] | None = Field(
+        default=None,
+        description="for target pooled. average: average the base's finer tokens; bilinear: interpolate the new tokens "
+        "to the base's grid; null: average",
     )
     ridge: AmountOrZero = Field(
         default=1e-6, description="ridge, relative to the mean of the Gram diagonal; 0 disables"
@@ -109,6 +116,15 @@ class AlignEmbedder(Section):
     steps: CountOrZero = Field(default=20_000, description="steps (adamw only)")
     lr: Amount = Field(default=1e-4, description="learning rate (adamw only)")
     batch: Batch = Field(default=64, description="pictures per step")
+
+    @model_validator(mode="after")
+    def _home_pools_nothing(self) -> AlignEmbedder:
+        if self.target == "home" and self.pooling is not None:
+            raise ValueError(
+                f"align_embedder.pooling is {self.pooling}, but target home takes the base's tokens one by one: leave "
+                "out pooling"
+            )
+        return self
 
 
 class AlignHead(Section):

@@ -67,4 +67,6 @@ def merge_phase(job: Job, stage: Stage, number: int) -> None:
         lora = None
     dense, modules = job.folders.dense_before(number), export / names.MODULES
     stage.metrics.update(merge.merge(dense, merged, lora=lora, modules=modules, console=job.console))
-    stage.metrics["gap"] = gap.measure(job, merged, job.rows(phase.resolution).split()[1], stage.folder)
+    shown = job.alignment
+    stage.metrics["gap"] = gap.measure(job, merged, job.rows(shown.resolution).split()[1], stage.folder)
+    stage.metrics.update(gap_side=shown.resolution, gap_base_side=shown.side)

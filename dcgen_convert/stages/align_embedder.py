@@ -3,6 +3,9 @@
 Loss (stage 1 of arXiv 2509.25180): L = || e_new(z_dc) - AvgPool_s(e_base(z_base)) ||^2. Both sides are linear in the
 latents, so one ridge regression over pictures of all shapes gives the optimum. C and C0 are the channels, N and N0 the
 tokens (new, base), D is the width.
+
+With the target "home" (recipe/alignment.py) z_base is of the picture at the size where N0 = N. Then s = 1: nothing is
+pooled.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ def run(job: Job, stage: Stage) -> None:
         embedding(folder, job.family.embedder)
         for folder in (job.source.transformer, job.folders.surgery / models.TRANSFORMER)
     )
-    problem = Problem(job, teacher, student, cache, settings.pooling)
+    problem = Problem(job, teacher, student, cache, settings.pooling or "average")
 
     seen, unseen = (problem.equations(job.recipe.latents.batch, part) for part in cache.split())
     equations = seen + unseen
@@ -66,6 +69,7 @@ def run(job: Job, stage: Stage) -> None:
     stage.metrics.update(
         method=settings.method, mse_before=before, mse_after=after, mse_optimum=optimum, solve_seconds=round(seconds, 4)
     )
+    stage.metrics.update(target=job.alignment.target, base_side=job.alignment.side)
     job.console.say(
         f"align embedder: {settings.method}, MSE {before:.5g} (Xavier) -> {after:.5g}, optimum {optimum:.5g}, "
         f"{seconds:.2f} s"
@@ -117,7 +121,8 @@ class Problem:
     def rows(self, indices: list[int], cache: LatentCache | None = None) -> tuple[Tensor, Tensor]:
         """x (B, N', C p p) and y (B, N', D) of rows of one span of ``cache`` (None: all rows).
 
-        N' is the number of tokens of the new grid (pooling "average") or of the base's grid ("bilinear").
+        N' is the number of tokens of the new grid (pooling "average") or of the base's grid ("bilinear"). For the
+        target home both grids are the same.
         """
         z_base, z = (cache or self.cache).pairs(indices)
         grid_base = (z_base.shape[2] // self.patch_base, z_base.shape[3] // self.patch_base)

@@ -25,6 +25,7 @@ from dcgen_convert.stages.job import Job
 
 IMPORT, ADAPT, MERGE = "import", "adapt", "merge"
 SOURCE, AUTOENCODER, RESOLUTION = "the source", "the autoencoder", "the resolution of the last phase"
+BASE_VIEW = "the pictures that the base sees"  # in the first phase, and at which size: align_embedder.target
 NETWORK = "the source's network"  # its files, and those of no component; SOURCE: all files
 PICTURES = "the contents of data.path"
 PHASE = "adapt.phases.*"  # without its data: they are the inputs of stages of their own
@@ -44,7 +45,7 @@ DEPENDS: dict[str, tuple[str, ...]] = {
         "data.resolution", BEYOND, "latents.text_length",
     ),
     folders.LATENTS: (
-        SOURCE, AUTOENCODER, "dtype", "data.buckets", "latents", "adapt.phases.resolution",
+        SOURCE, AUTOENCODER, "dtype", "data.buckets", "latents", "adapt.phases.resolution", BASE_VIEW,
     ),
     folders.ALIGN_EMBEDDER: (NETWORK, "seed", "align_embedder"),
     folders.ALIGN_HEAD: ("align_head", *TRAINING),
@@ -73,6 +74,7 @@ FACTS = {
     BEYOND: ("data.beyond_base",),
     CAPTIONS: ("seed", "data.count", "data.prompts"),
     "adapt.phases.resolution": ("adapt.phases.*.resolution",),
+    BASE_VIEW: ("align_embedder.target",),
 }
 
 
@@ -111,7 +113,12 @@ def inputs(job: Job, stage: str, number: int = 0) -> dict[str, Any]:
 
 
 def recorded(job: Job, stage: str, old: dict[str, Any]) -> dict[str, Any]:
-    """The inputs that a marker holds, by today's names: earlier ones know all files of the source as one fact."""
+    """The inputs that a marker holds, by today's names.
+
+    Earlier ones know all files of the source as one fact, and no other target of the alignment than pooled.
+    """
+    if stage == folders.LATENTS and BASE_VIEW not in old:  # it had the base's latents of every phase, at its size
+        return {**old, BASE_VIEW: _pooled_view(job)}
     if SOURCE not in old or NETWORK not in DEPENDS[kind_of(stage)]:
         return old
     rest = {name: value for name, value in old.items() if name != SOURCE}
@@ -150,7 +157,8 @@ def _value(job: Job, settings: dict[str, Any], name: str, number: int) -> Any:
         "latents": lambda: {**settings["latents"], "text_length": job.text_length},
         "adapt.phases.resolution": lambda: sorted({phase.resolution for phase in job.recipe.adapt.phases}),
         PHASE: lambda: {key: value for key, value in settings["adapt"]["phases"][number - 1].items() if key != "data"},
-        "align_embedder": lambda: _embedder(settings["align_embedder"]),
+        BASE_VIEW: lambda: {**_pooled_view(job), "side": job.alignment.side},
+        "align_embedder": lambda: _embedder(job, settings["align_embedder"]),
         "align_head": lambda: _head(settings["align_head"]),
     }
     if name in facts:
@@ -161,10 +169,17 @@ def _value(job: Job, settings: dict[str, Any], name: str, number: int) -> Any:
     return value
 
 
-def _embedder(section: dict[str, Any]) -> dict[str, Any]:
-    """The settings that the method reads."""
+def _pooled_view(job: Job) -> dict[str, int]:
+    """The resolution of the first phase, and the size at which the base sees its pictures when it pools."""
+    return dict.fromkeys(("resolution", "side"), job.recipe.adapt.phases[0].resolution)
+
+
+def _embedder(job: Job, section: dict[str, Any]) -> dict[str, Any]:
+    """The settings that the method and the target read."""
     read = {"ridge": ("ridge",), "adamw": ("steps", "lr", "batch"), "none": ()}[section["method"]]
-    return {key: section[key] for key in ("method", "pooling", *read)}
+    home = job.alignment.target == "home"
+    target = {"target": "home"} if home else {"pooling": section["pooling"] or "average"}  # as earlier markers say it
+    return {**{key: section[key] for key in ("method", *read)}, **target}
 
 
 def _head(section: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 The paper uses it as a sign of alignment: for FLUX the distance after block 0 / 5 / 10 / 15 falls from 0.24 / 4.88 /
 53.6 / 345 to 0.02 / 0.37 / 2.24 / 12.5. Both models see the same pictures at the same t, each with noise of its own
-latent space. The base's tokens are average-pooled onto the converted grid.
+latent space. The base sees them as it did for the alignment: at the home size, where both have the same tokens, or at
+the same size as the converted model, and then its tokens are average-pooled onto the converted grid. So it is measured
+on the pictures of the first phase, and the figures of all phases can be compared.
 
 One model is in memory at a time. The tokens of the converted model go to files first, a file per picture: those after
 all 57 blocks of FLUX are .36 GB in bfloat16 for one picture of 1024 px at f32, and 11 GB for all pictures.
@@ -43,6 +45,7 @@ def measure(job: Job, converted: Path, rows: LatentCache, work: Path) -> list[fl
 
     Args:
         converted: transformer folder.
+        rows: of the first phase, which have latents of the base.
         work: folder that takes the tokens for a while.
     """
     device = pipelines.device()

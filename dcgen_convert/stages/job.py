@@ -25,6 +25,7 @@ from dcgen_convert.networks import autoencoder_files, parts
 from dcgen_convert.networks.pipelines import stock_pipeline
 from dcgen_convert.ranks.crew import SOLO, Crew
 from dcgen_convert.recipe import sources
+from dcgen_convert.recipe.alignment import Alignment, alignment
 from dcgen_convert.recipe.geometry import bucket_sizes
 from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.loading import Resolved
@@ -107,6 +108,15 @@ class Job:
         return self.family.convert_config(self.source.config, self.ae.factor, self.ae.channels, self.resolution)
 
     @cached_property
+    def alignment(self) -> Alignment:
+        """What the embedder is fitted to, and at which size the base sees the pictures for it.
+
+        Raises:
+            RecipeError: the base does not have the target that the recipe asks for.
+        """
+        return alignment(self.recipe, self.identity, Grid(self.ae.factor, self.ae.channels, 1))
+
+    @cached_property
     def keeps_latents(self) -> bool:
         """Whether the source works on the latents of the new autoencoder already: then nothing has to be aligned.
 
@@ -144,7 +154,9 @@ class Job:
         }
         # as they look when they were written to JSON and read again
         sizes = {str(px): [[*size] for size in found] for px, found in self.buckets.items()}
-        return {**key, "buckets": sizes} if sizes else key
+        shown = self.alignment
+        home = {"home": [shown.resolution, shown.side]} if shown.target == "home" else {}
+        return {**key, **home, **({"buckets": sizes} if sizes else {})}
 
     @cached_property
     def pictures_root(self) -> Path:
@@ -260,7 +272,7 @@ def prepare(resolved: Resolved, run: Run, console: Console, crew: Crew = SOLO) -
     parts.check(source.base if isinstance(source, Imported) else source.root, source.index)
     ae = find_autoencoder(recipe.ae, run.path, channels=recipe.ae_channels, offline=offline)
     job = Job(recipe, identity, source, ae, run, console, crew)
-    _ = job.buckets  # refuses what cannot have any
+    _ = job.buckets, job.alignment  # refuse what cannot have them
     if told := of_bundle(job):
         console.say(told)
     if recipe.quantize.format != "none":

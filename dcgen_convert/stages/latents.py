@@ -129,6 +129,22 @@ def stacked(pictures: list[Picture], rows: Iterable[int], span: Span) -> Tensor:
     return torch.stack([pixels_of(pictures, span, row) for row in rows])
 
 
+def views(pictures: list[Picture], sizes: dict[str, tuple[int, int]], row: int) -> dict[str, Tensor]:
+    """Pixels of a row as each autoencoder sees it, (3, height, width)."""
+    return dict(zip(sizes, images.read_sizes(pictures[row].file, [*sizes.values()]), strict=True))
+
+
+def sizes_of(job: Job, span: Span) -> dict[str, tuple[int, int]]:
+    """(height, width) in px of the pictures of a span, by autoencoder.
+
+    The base sees them in the first phase only, at the size of the alignment: no later stage reads its latents.
+    """
+    sizes = {"target": (span.height, span.width)}
+    if span.table.partition("-")[0] == str(job.alignment.resolution):
+        sizes["base"] = job.alignment.size(span.height, span.width)
+    return sizes
+
+
 def pixels_of(pictures: list[Picture], span: Span, row: int) -> Tensor:
     """Pixels of a row, (3, height, width)."""
     return images.read_pixels(pictures[row].file, span.height, span.width)
@@ -282,28 +298,29 @@ def own_shards(job: Job, tables: Iterable[list[range]], size: int) -> Iterator[t
 
 
 def encode_pictures(job: Job, pictures: list[Picture], codecs: dict[str, Codec], spans: list[Span], bar: Bar) -> None:
-    """Write this rank\'s shards base-TABLE and target-TABLE; rows that are already there are kept."""
+    """Write this rank\'s shards target-TABLE, and base-TABLE where it is needed; rows that are there are kept."""
     folder, batch, tables = job.folders.latents, job.recipe.latents.batch, list(buckets.tables(spans).values())
     for table, number, rows in own_shards(job, [[span.rows for span in part] for part in tables], rows_per_shard(job)):
         span = tables[table][0]
-        parts = {name: cache.shard_before(folder, f"{name}-{span.table}", number) for name in codecs}
+        sizes = sizes_of(job, span)
+        parts = {name: cache.shard_before(folder, f"{name}-{span.table}", number) for name in sizes}
         done = min(cache.rows_of(part) for part in parts.values())
         bar.advance(done)
         if done == len(rows):
             continue
         encoded: dict[str, list[Tensor]] = {name: [part["z"][:done]] if done else [] for name, part in parts.items()}
-        read = partial(pixels_of, pictures, span)
+        read = partial(views, pictures, sizes)
         reading = ahead(rows[done:], read, depth=2 * batch)  # threads decode while the device encodes
         while True:
             with clock.timed("read", min(batch, len(rows) - done)):
                 part = list(islice(reading, batch))
             if not part:
                 break
-            pixels = torch.stack(part)
-            with clock.timed("encode", pixels[:, 0].numel()):
-                for name, codec in codecs.items():
-                    encoded[name].append(codec.encode(pixels))
-            bar.advance(len(pixels))
+            pixels = {name: torch.stack([view[name] for view in part]) for name in sizes}
+            with clock.timed("encode", sum(seen[:, 0].numel() for seen in pixels.values())):
+                for name, seen in pixels.items():
+                    encoded[name].append(codecs[name].encode(seen))
+            bar.advance(len(part))
         with clock.timed("write", len(rows)):
             for name, tensors in encoded.items():
                 cache.write_shard(folder, f"{name}-{span.table}", number, {"z": torch.cat(tensors)})
