@@ -1,10 +1,11 @@
-"""The user's pictures: one source or several, each a folder, a list, shards or a data set of the hub.
+"""The user's pictures: one source or several, each a folder, a list, shards, a data set of the hub or the tiny world.
 
 A folder or list alone stays where it is, and so do its names. Otherwise every source gets a number, and a folder in
 ``work``: a link to the user's folder, or the pictures that were copied out of shards.
 
     1/            link to the folder, or to the folder of the list
     2.unpacked/   pictures of shards, with pictures.jsonl and, written last, unpacked.json
+    3.drawn-256/  pictures of the tiny world, drawn at 256 px
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from pathlib import Path
 from dcgen_convert.core.disk import check_disk
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import TEMPORARY, atomic_write, fresh_folder, json_text, read_json, write_json
-from dcgen_convert.data import decoding, gathering, hub, images, prompt_lists, shards
+from dcgen_convert.data import decoding, drawn, gathering, hub, images, prompt_lists, shards
 from dcgen_convert.data.images import Picture
 from dcgen_convert.data.tally import Tally
 
 LIST, UNPACKED = ".jsonl", "unpacked.json"
 PICTURES = "pictures.jsonl"
+ENDLESS = 1 << 40  # pictures of a source that is drawn as it is asked for
 HUB_SUFFIXES = (*shards.SUFFIXES, ".txt", LIST, ".csv")
 
 
@@ -42,6 +44,11 @@ class PictureSource:
     def path(self) -> Path:
         return Path(self.where).expanduser()
 
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether it is no path on this machine: a data set of the hub, or pictures that are drawn first."""
+        return hub.is_address(self.where) or drawn.side_of(self.where) is not None
+
 
 def parse(text: str) -> PictureSource:
     """`PATH`, `PATH:COLUMN`, `PATH=SHARE` or `PATH:COLUMN=SHARE`; also with an address of the hub for PATH."""
@@ -50,7 +57,8 @@ def parse(text: str) -> PictureSource:
         text, share = found[1], float(found[2])
         if share <= 0:
             raise InputError(f"the share of {text} is {share:g}", "leave the source out, or give a larger share")
-    where, column = (text, None) if Path(text).expanduser().exists() else prompt_lists.split(text)
+    whole = Path(text).expanduser().exists() or drawn.side_of(text)
+    where, column = (text, None) if whole else prompt_lists.split(text)
     return PictureSource(where, column, share)
 
 
@@ -65,7 +73,7 @@ def parse_all(texts: Sequence[str]) -> list[PictureSource]:
 
 def is_plain(sources: Sequence[PictureSource], work: Path) -> bool:
     """Whether the pictures stay where they are, and ``work`` is not needed."""
-    if len(sources) != 1 or hub.is_address(sources[0].where) or sources[0].share is not None:
+    if len(sources) != 1 or sources[0].is_elsewhere or sources[0].share is not None:
         return False
     path = sources[0].path
     if not path.exists():
@@ -81,14 +89,14 @@ def _shards(place: Path) -> list[Path]:
 
 def shard_bytes(sources: Sequence[PictureSource]) -> int:
     """Bytes of the shards on this machine: what their pictures need in the run folder, at most."""
-    places = [source.path for source in sources if not hub.is_address(source.where) and source.path.exists()]
+    places = [source.path for source in sources if not source.is_elsewhere and source.path.exists()]
     return sum(shard.stat().st_size for place in places for shard in _shards(place))
 
 
 def require_here(sources: Sequence[PictureSource]) -> None:
     """InputError for a source that is not on this machine; those of the hub are found out later."""
     for source in sources:
-        if not hub.is_address(source.where) and not source.path.exists():
+        if not source.is_elsewhere and not source.path.exists():
             raise InputError(
                 f"no pictures: {source.where} does not exist", "correct --data, or data.path in the recipe"
             )
@@ -96,7 +104,7 @@ def require_here(sources: Sequence[PictureSource]) -> None:
 
 def are_here(sources: Sequence[PictureSource]) -> bool:
     """Whether all sources on this machine are there; those of the hub are found out later."""
-    return all(hub.is_address(source.where) or source.path.exists() for source in sources)
+    return all(source.is_elsewhere or source.path.exists() for source in sources)
 
 
 def take(sources: Sequence[PictureSource], count: int, work: Path, offline: bool = False) -> tuple[list[Picture], str]:
@@ -136,6 +144,11 @@ class _Opened:
     def __init__(self, source: PictureSource, number: int, work: Path, offline: bool) -> None:
         self.source, self.work, self.number = source, work, number
         self.place = source.path
+        self.shards: list[Path] = []
+        self.side = drawn.side_of(source.where)
+        if self.side:
+            self.size = ENDLESS
+            return
         if hub.is_address(source.where):
             self.place = hub.fetch(source.where, {*HUB_SUFFIXES, *decoding.suffixes()}, offline)
         self.shards = _shards(self.place)
@@ -148,6 +161,9 @@ class _Opened:
 
     def take(self, quota: int) -> tuple[list[Picture], Tally]:
         """At most ``quota`` pictures, those of the smallest hashes of names: more of them hold the same ones."""
+        if self.side:
+            self.size = quota
+            return drawn.draw(self.work / f"{self.number}.drawn-{self.side}", quota, self.side), Tally()
         if self.shards:
             return self._unpack(quota)
         return images.chosen(self.every, quota, self.work), self.left_out

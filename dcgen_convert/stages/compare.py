@@ -87,13 +87,16 @@ def runtime_of(bundle: Path, dtype: torch.dtype) -> str:
 
 
 def figures(job: Job, stage: Stage, drawn: dict[str, Tensor], texts: list[str]) -> None:
-    """Attribute accuracy and Frechet distance of every column."""
+    """Attribute accuracy and Frechet distance of every column; of large pictures that of their parts too."""
     from dcgen_convert.evaluate import tiny_world
+    from dcgen_convert.tiny import world
 
     for name, pictures in drawn.items():
         key = name.replace(" ", "_")
         stage.metrics[f"accuracy_{key}"] = round(tiny_world.accuracy(pictures, texts), 4)
         stage.metrics[f"frechet_{key}"] = round(tiny_world.distance(pictures, texts), 2)
+        if job.resolution >= 2 * world.SIDE:
+            stage.metrics[f"crops_frechet_{key}"] = round(tiny_world.distance_of_crops(pictures, texts), 2)
     shown = ", ".join(f"{name} {stage.metrics['accuracy_' + name.replace(' ', '_')]:.1%}" for name in drawn)
     job.console.say(f"evaluate: attribute accuracy {shown} on {len(texts)} prompts")
 
