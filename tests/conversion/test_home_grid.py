@@ -24,6 +24,7 @@ SHAPES = {(256, 256): 3, (150, 250): 3}  # height, width: pictures
 HOME = {(256, 256): (128, 128), (192, 320): (96, 160)}  # of the buckets at 256 px
 SETTINGS = {
     "data.buckets": "true",
+    "data.min_side": 150,
     "adapt.phases": "[{resolution: 256, steps: 1}, {resolution: 128, steps: 1}]",
     "latents.batch": 2,
     "latents.scale_tolerance": 0.9,
