@@ -12,3 +12,8 @@ RECORDS = "quantization.json"  # beside 4-bit weights: the record of every layer
 EXPORT = "export"  # of a phase: the folder of the trained weights
 CHECKPOINTS = "checkpoints"  # of a training: the folder of its checkpoints
 TRAINING = "training"  # of stage align-head: the folder of its training
+
+
+def of_set(stage: str, number: int) -> str:
+    """Name of stage "data" or "latents" of a set of pictures: "data" of set 0, "data-2" of the one of phase 2."""
+    return f"{stage}-{number}" if number else stage

@@ -11,7 +11,7 @@ from dcgen_convert.recipe.schema import Recipe
 
 def absent(recipe: Recipe) -> list[InputError]:
     """The errors that a conversion would stop with: pictures, prompts and LoRA files that cannot be found."""
-    return list(_absent(recipe))
+    return [*{error.message: error for error in _absent(recipe)}.values()]
 
 
 def require_here(recipe: Recipe) -> None:
@@ -21,16 +21,17 @@ def require_here(recipe: Recipe) -> None:
 
 
 def _absent(recipe: Recipe) -> Iterator[InputError]:
-    data = recipe.data
-    try:
-        if data.kind == "folder":
-            from dcgen_convert.data import given  # it needs an imaging library
+    for number in recipe.sets:
+        data = recipe.data_of(number)
+        try:
+            if data.kind == "folder":
+                from dcgen_convert.data import given  # it needs an imaging library
 
-            given.require_here(given.parse_all(data.paths))
-        elif data.prompts not in prompts.KINDS:
-            prompt_lists.require_here(data.prompts)
-    except InputError as error:
-        yield error
+                given.require_here(given.parse_all(data.paths))
+            elif data.prompts not in prompts.KINDS:
+                prompt_lists.require_here(data.prompts)
+        except InputError as error:
+            yield error
     for text in recipe.loras:
         from dcgen_convert.checkpoint import lora  # it needs numpy
 

@@ -16,12 +16,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from dcgen_convert.core import names
 from dcgen_convert.data.held_out import held_out_rows
 from dcgen_convert.families import catalog
 from dcgen_convert.planning.arithmetic import forward_flops, side_passes, train_flops
-from dcgen_convert.planning.costs import BF16, QUANTISED_BYTES, picture_bytes
+from dcgen_convert.planning.costs import BF16, QUANTISED_BYTES, of_alignment, picture_bytes
 from dcgen_convert.planning.rates import CPUS, H100, Device
 from dcgen_convert.planning.shapes import Shapes
+from dcgen_convert.recipe.drawable import own_side
 from dcgen_convert.recipe.head_rows import LEVELS, head_samples
 from dcgen_convert.recipe.schema import Phase, Recipe
 
@@ -87,8 +89,9 @@ def device_for(sizes: Shapes) -> Device:
 def works(recipe: Recipe, sizes: Shapes, gpus: int = 1) -> Iterator[Work]:
     """All work of a conversion on ``gpus`` ranks, stage by stage."""
     yield from _prepared(sizes)
-    yield from _data(recipe, sizes)
-    yield from _latents(recipe, sizes)
+    for number in recipe.sets:
+        yield from _data(recipe, sizes, number)
+        yield from _latents(recipe, sizes, number)
     yield from _aligned(recipe, sizes)
     for number, phase in enumerate(recipe.adapt.phases, 1):
         yield from _phase(recipe, sizes, phase, number, gpus)
@@ -120,6 +123,8 @@ def bill(recipe: Recipe, sizes: Shapes, gpus: int, rehearsed: Observed | None = 
     total = {key: sum(row[key] for row in stages) for key in (*HOURS, "gpu_hours")}
     found = sum(part["basis"] == "measured" for row in stages for part in row["work"])
     basis = f"counted work; rates assumed: {device.assumed}"
+    if any(recipe.data_of(number).kind == "folder" for number in recipe.sets):
+        basis += "; your pictures are taken to be as large as the phase that they are for"
     if found:
         basis = f"{found} of {sum(len(row['work']) for row in stages)} kinds of work measured in a rehearsal; {basis}"
     return {
@@ -185,37 +190,47 @@ def _prepared(sizes: Shapes) -> Iterator[Work]:
     yield _fixed("surgery", "copy", 2 * dense, "bytes", "disk")
 
 
-def _data(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
-    data, pixels = recipe.data, float(recipe.data.resolution**2)
+def _pixels(recipe: Recipe, number: int) -> float:
+    """Pixels of one picture of set ``number``: as it is drawn, or as large as it must be at least."""
+    data = recipe.data_of(number)
+    return float((data.resolution if data.kind == "synthetic" else max(recipe.sides(number))) ** 2)
+
+
+def _data(recipe: Recipe, sizes: Shapes, number: int) -> Iterator[Work]:
+    stage, data = names.of_set("data", number), recipe.data_of(number)
+    pixels = _pixels(recipe, number)
     if data.kind == "folder":
-        yield Work("data", "hash", data.count, "pictures", "hash", pixels, False)
-        if copied := picture_bytes(recipe):
-            yield Work("data", "copy out of shards", data.count, "pictures", "disk", 2 * copied / data.count, False)
+        yield Work(stage, "hash", data.count, "pictures", "hash", pixels, False)
+        if copied := picture_bytes(recipe, number):
+            yield Work(stage, "copy out of shards", data.count, "pictures", "disk", 2 * copied / data.count, False)
         return
     once, passes = forward_flops(sizes.base, sizes.old.tokens(data.resolution), sizes.text), sizes.passes(data.guidance)
-    yield _fixed("data", "load", BF16 * (sizes.base.parameters + sizes.companions), "bytes", "disk")
-    yield Work("data", "encode prompts", data.count, "pictures", "matmul", passes * _text_flops(sizes))
-    yield Work("data", "draw", data.count * data.steps, "denoising steps", "matmul", passes * once)
-    yield Work("data", "decode", data.count, "pictures", "convolution", pixels * DECODE * _base_share(sizes))
-    yield Work("data", "write", data.count, "pictures", "pixels", pixels)
+    yield _fixed(stage, "load", BF16 * (sizes.base.parameters + sizes.companions), "bytes", "disk")
+    yield Work(stage, "encode prompts", data.count, "pictures", "matmul", passes * _text_flops(sizes))
+    yield Work(stage, "draw", data.count * data.steps, "denoising steps", "matmul", passes * once)
+    yield Work(stage, "decode", data.count, "pictures", "convolution", pixels * DECODE * _base_share(sizes))
+    yield Work(stage, "write", data.count, "pictures", "pixels", pixels)
 
 
-def _latents(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
-    count, source = recipe.data.count, float(recipe.data.resolution**2)
-    yield Work("latents", "check", count, "pictures", "pixels", source / 2, False)
-    yield Work("latents", "read", count * len(_sides(recipe)), "pictures", "pixels", source / 2)
-    yield _fixed("latents", "load", BF16 * sizes.companions, "bytes", "disk")
-    new, old = sum(float(side**2) for side in _sides(recipe)), float(sizes.alignment.side**2)
+def _latents(recipe: Recipe, sizes: Shapes, number: int) -> Iterator[Work]:
+    stage, data, sides = names.of_set("latents", number), recipe.data_of(number), recipe.sides(number)
+    aligned = number == recipe.set_of(1)  # the base's latents are for the alignment only
+    source = _pixels(recipe, number)
+    yield Work(stage, "check", data.count, "pictures", "decoding", source, False)
+    yield Work(stage, "read", data.count * len(sides), "pictures", "decoding", source)
+    yield _fixed(stage, "load", BF16 * sizes.companions, "bytes", "disk")
+    new, old = sum(float(side**2) for side in sides), aligned * float(sizes.alignment.side**2)
     each = ENCODE * (old * _base_share(sizes) + new * _new_share(recipe)) / (old + new)
-    yield Work("latents", "encode", count * (old + new), "pixels", "convolution", each)
-    cells = sizes.latent_numbers(_sides(recipe))
+    yield Work(stage, "encode", data.count * (old + new), "pixels", "convolution", each)
+    cells = sizes.latent_numbers(sides, aligned)
     text = sizes.text * sizes.base.text_width if recipe.latents.text == "cache" else 0
-    yield Work("latents", "write", count * len(_sides(recipe)), "pictures", "disk", BF16 * (cells + text), False)
+    yield Work(stage, "write", data.count * len(sides), "pictures", "disk", BF16 * (cells + text) / len(sides), False)
     if recipe.latents.text == "cache":
-        yield Work("latents", "encode captions", count, "captions", "matmul", _text_flops(sizes))
+        yield Work(stage, "encode captions", data.count, "captions", "matmul", _text_flops(sizes))
 
 
 def _aligned(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
+    recipe = of_alignment(recipe)
     align, first = recipe.align_head, recipe.adapt.phases[0]
     cells = sizes.latent_numbers([first.resolution])
     yield Work("align-embedder", "read latents", recipe.data.count, "pictures", "disk", BF16 * cells, False)
@@ -242,7 +257,7 @@ def _phase(recipe: Recipe, sizes: Shapes, phase: Phase, number: int, gpus: int) 
         each += _text_flops(sizes)
     yield _fixed(name, "load", BF16 * sizes.converted.parameters, "bytes", "disk")
     yield Work(name, "train", phase.steps * phase.batch, "samples", "matmul", each)
-    held_out = held_out_rows(recipe.data.count)
+    held_out = held_out_rows(recipe.data_of(recipe.set_of(number)).count)
     looks = 2 + (phase.steps // watch.evaluate_every if watch.evaluate_every else 0)
     yield Work(name, "evaluate", looks * held_out, "pictures", "matmul", _looked(recipe, once))
     if watch.grid_every:
@@ -304,7 +319,8 @@ def _finished(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
     count, last = recipe.evaluate.prompts, recipe.adapt.phases[-1]
     if count:
         data, pixels = recipe.data, float(last.resolution**2)
-        base = forward_flops(sizes.base, sizes.old.tokens(last.resolution), sizes.text) * sizes.passes(data.guidance)
+        own = own_side(sizes.source, sizes.new, last.resolution)
+        base = forward_flops(sizes.base, sizes.old.tokens(own), sizes.text) * sizes.passes(data.guidance)
         yield Work("verify", "draw with the source", count * data.steps, "denoising steps", "matmul", base, False)
         models = ["draw with the bundle", *([] if recipe.quantize.format == "none" else ["draw in 16 bits"])]
         each = sizes.passes(recipe.bundle.guidance) * _once(sizes, last)
@@ -315,10 +331,6 @@ def _finished(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
         decode = pixels * DECODE * (len(models) * new + old) / (1 + len(models))
         yield Work("verify", "decode", drawn, "pictures", "convolution", decode, False)
         yield Work("verify", "round trip", count, "pictures", "convolution", pixels * (ENCODE + DECODE) * new, False)
-
-
-def _sides(recipe: Recipe) -> list[int]:
-    return sorted({phase.resolution for phase in recipe.adapt.phases})
 
 
 def _once(sizes: Shapes, phase: Phase) -> float:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.progress import duration
@@ -21,12 +22,12 @@ from dcgen_convert.planning.bill import Observed, bill
 from dcgen_convert.planning.shapes import Shapes
 from dcgen_convert.recipe.head_rows import USUAL
 from dcgen_convert.recipe.loading import Resolved
-from dcgen_convert.recipe.schema import Recipe
+from dcgen_convert.recipe.schema import Phase, Recipe
 from dcgen_convert.recipe.settings import leaves
 
-COUNT, DRAWS, HEAD_STEPS = "data.count", "align_head.draws", "align_head.steps"
-LEAST = {COUNT: 256}  # pictures below which nothing is learned; for steps of a phase:
-LEAST_STEPS = 50
+DRAWS, HEAD_STEPS = "align_head.draws", "align_head.steps"
+COUNT = "data.count"  # ends the keys of all numbers of pictures
+LEAST, LEAST_STEPS = 256, 50  # pictures of a set, and steps of a phase, below which nothing is learned
 WARM = 4  # the warm-up takes at most this part of a phase
 ENOUGH, TRIES = 0.995, 40  # the search for k ends at this part of the budget
 EXPLICIT = ("flag ", "--set", "env ")  # origins of what the user has said for this conversion
@@ -161,9 +162,19 @@ def _of_tokens(recipe: Recipe, sizes: Shapes) -> float | None:
 
 def _parts(recipe: Recipe, said: Collection[str]) -> list[Dial]:
     """What the budget decides, without what the user has named."""
-    written = {COUNT: recipe.data.count}
-    written |= {_steps(number): phase.steps for number, phase in enumerate(recipe.adapt.phases)}
-    return [Dial(key, min(most, LEAST.get(key, LEAST_STEPS)), most) for key, most in written.items() if key not in said]
+    written = _counts(recipe) | {_steps(number): phase.steps for number, phase in enumerate(recipe.adapt.phases)}
+    least = {key: LEAST if key.endswith(COUNT) else LEAST_STEPS for key in written}
+    return [Dial(key, min(most, least[key]), most) for key, most in written.items() if key not in said]
+
+
+def _count(number: int) -> str:
+    """The key of the number of pictures in set ``number``."""
+    return f"adapt.phases.{number - 1}.{COUNT}" if number else COUNT
+
+
+def _counts(recipe: Recipe) -> dict[str, int]:
+    """The number of pictures of every set that a phase is trained on, by its key."""
+    return {_count(number): recipe.data_of(number).count for number in recipe.sets}
 
 
 def _steps(number: int) -> str:
@@ -172,7 +183,7 @@ def _steps(number: int) -> str:
 
 def _shared(recipe: Recipe, parts: list[Dial]) -> list[Dial]:
     """The parts with their shares. Those without one divide the rest in proportion to what they cost as written."""
-    given = {COUNT: recipe.data.share}
+    given: dict[str, float | None] = {_count(number): None for number in recipe.sets} | {COUNT: recipe.data.share}
     given |= {_steps(number): phase.share for number, phase in enumerate(recipe.adapt.phases)}
     rest = 1.0 - sum(share or 0.0 for share in given.values())
     open_cost = sum(part.each * part.most for part in parts if given[part.key] is None) or 1.0
@@ -216,7 +227,9 @@ def _with(recipe: Recipe, sizes: Shapes, values: Mapping[str, int], said: Collec
         steps = values.get(_steps(number), phase.steps)
         if steps != phase.steps:
             found[f"adapt.phases.{number}.warmup"] = min(phase.warmup, steps // WARM)
-    rows = values.get(COUNT, recipe.data.count) * sizes.new.tokens(recipe.adapt.phases[0].resolution)
+    aligned = recipe.set_of(1)
+    pictures = values.get(_count(aligned), _first_count(recipe))
+    rows = pictures * sizes.new.tokens(recipe.adapt.phases[0].resolution)
     found[DRAWS] = min(recipe.align_head.draws, math.ceil(2 * USUAL * sizes.base.width / rows))
     found[HEAD_STEPS] = 0
     return _set(recipe, {key: value for key, value in found.items() if key not in said})
@@ -228,8 +241,14 @@ def _set(recipe: Recipe, values: Mapping[str, int]) -> Recipe:
     def of(prefix: str) -> dict[str, int]:
         return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
 
-    phases = enumerate(recipe.adapt.phases)
-    changed = tuple(phase.model_copy(update=of(f"adapt.phases.{number}.")) for number, phase in phases)
+    def of_phase(number: int, phase: Phase) -> Phase:
+        found: dict[str, Any] = of(f"adapt.phases.{number}.")
+        count = found.pop(COUNT, None)
+        if phase.data is not None and count is not None:
+            found["data"] = phase.data.model_copy(update={"count": count})
+        return phase.model_copy(update=found)
+
+    changed = tuple(of_phase(number, phase) for number, phase in enumerate(recipe.adapt.phases))
     return recipe.model_copy(
         update={
             "data": recipe.data.model_copy(update=of("data.")),
@@ -249,7 +268,7 @@ def _kept(resolved: Resolved, before: Resolved | None) -> dict[str, int]:
     ranks = not mine.budget.hours or before.machine.gpus == resolved.machine.gpus
     if not same or sides[0] != sides[1] or not ranks:
         return {}
-    found = {COUNT: theirs.data.count, HEAD_STEPS: theirs.align_head.steps, DRAWS: theirs.align_head.draws}
+    found = {**_counts(theirs), HEAD_STEPS: theirs.align_head.steps, DRAWS: theirs.align_head.draws}
     for number, phase in enumerate(theirs.adapt.phases):
         found |= {_steps(number): phase.steps, f"adapt.phases.{number}.warmup": phase.warmup}
     return found
@@ -267,7 +286,7 @@ def _too_small(smallest: float, hours: float, gpus: int, recipe: Recipe) -> Inpu
 
 def _named(recipe: Recipe, said: Collection[str]) -> list[tuple[str, int]]:
     """What the budget would have decided, but the user has said: (key, value)."""
-    values = {COUNT: recipe.data.count, HEAD_STEPS: recipe.align_head.steps, DRAWS: recipe.align_head.draws}
+    values = {**_counts(recipe), HEAD_STEPS: recipe.align_head.steps, DRAWS: recipe.align_head.draws}
     values |= {_steps(number): phase.steps for number, phase in enumerate(recipe.adapt.phases)}
     return [(key, value) for key, value in values.items() if key in said]
 
@@ -275,15 +294,22 @@ def _named(recipe: Recipe, said: Collection[str]) -> list[tuple[str, int]]:
 def _line(recipe: Recipe, changed: Recipe, part: Dial, value: int) -> str:
     """One part in a sentence."""
     cost, share = f"{value * part.each:,.3g} GPU-hours", f"{part.share:.0%} of the rest"
-    if part.key == COUNT:
-        own = recipe.data.kind == "folder"
+    if part.key.endswith(COUNT):
+        number = next(number for number in recipe.sets if _count(number) == part.key)
+        own, sides = recipe.data_of(number).kind == "folder", " and ".join(map(str, recipe.sides(number)))
         what = f"at most {value:,} of your pictures" if own else f"{value:,} pictures, drawn and encoded"
+        what += f" for {sides} px" if len(recipe.sets) > 1 else ""
     else:
         phase = changed.adapt.phases[int(part.key.split(".")[2])]
         warm = f", {phase.warmup:,} of them to warm up" if phase.warmup else ""
         what = f"{value:,} steps at {phase.resolution} px{warm}"
     why = "all that the recipe asks for" if value == part.most else f"the recipe asks for {part.most:,}"
     return f"{part.key}: {what}, for {cost}. Its share is {share}; {why}."
+
+
+def _first_count(recipe: Recipe) -> int:
+    """The number of pictures that the alignment has."""
+    return recipe.data_of(recipe.set_of(1)).count
 
 
 def _lines_of_head(recipe: Recipe, changed: Recipe) -> list[str]:
@@ -295,7 +321,7 @@ def _lines_of_head(recipe: Recipe, changed: Recipe) -> list[str]:
         )
     if before.draws != after.draws:
         lines.append(
-            f"{DRAWS}: {after.draws} instead of {before.draws}. With {changed.data.count:,} pictures that is at least "
-            f"twice the rows that the start of the head is expected to take."
+            f"{DRAWS}: {after.draws} instead of {before.draws}. With {_first_count(changed):,} pictures that is at "
+            "least twice the rows that the start of the head is expected to take."
         )
     return lines

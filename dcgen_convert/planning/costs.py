@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from dcgen_convert.core import names
 from dcgen_convert.families import catalog
 from dcgen_convert.networks import autoencoder_files
 from dcgen_convert.planning import needs
@@ -58,6 +59,16 @@ def hub_cache(env: Mapping[str, str] = os.environ) -> Path:
     return Path(env.get("HF_HUB_CACHE") or home / "hub").expanduser()
 
 
+def of_set(recipe: Recipe, number: int) -> Recipe:
+    """The recipe with the pictures of set ``number`` as its `data`."""
+    return recipe.model_copy(update={"data": recipe.data_of(number)})
+
+
+def of_alignment(recipe: Recipe) -> Recipe:
+    """The recipe with the pictures of its first phase, on which embedder and head are aligned, as its `data`."""
+    return of_set(recipe, recipe.set_of(1))
+
+
 def disk(recipe: Recipe, sizes: Shapes) -> dict:
     """Bytes on disk by kind, and at the peak: ``recipe.keep`` says what is removed on the way."""
     kinds = _kinds(recipe, sizes)
@@ -80,8 +91,11 @@ def run_peak(recipe: Recipe, sizes: Shapes, until: str | None = None, bundle: fl
     held = {
         ("import", "weights"): kinds["import"],
         ("surgery", "weights"): kinds["surgery"],
-        ("data", "pictures"): kinds["pictures"],
-        ("latents", "latents"): kinds["latents"] + kinds["text"],
+        **{(names.of_set("data", number), "pictures"): picture_bytes(recipe, number) for number in recipe.sets},
+        **{
+            (names.of_set("latents", number), "latents"): sum(_cached(recipe, sizes, number).values())
+            for number in recipe.sets
+        },
         ("quantize", "weights"): kinds["quantised"],
         ("quantize", "spool"): kinds["spool"],
         ("bundle", "bundle"): bundle,
@@ -99,8 +113,8 @@ def _checkpoints(recipe: Recipe, sizes: Shapes) -> dict[str, float]:
 
 def _kinds(recipe: Recipe, sizes: Shapes) -> dict[str, float]:
     """Bytes by kind, but for checkpoints, if nothing is removed."""
-    count, converted = recipe.data.count, sizes.converted
-    sides = {phase.resolution for phase in recipe.adapt.phases}
+    converted = sizes.converted
+    cached = [_cached(recipe, sizes, number) for number in recipe.sets]
     fetched = sum(row["bytes"] or 0 for row in downloads(recipe, sizes) if not row["cached"])
     quantised = QUANTISED_BYTES * converted.parameters if recipe.quantize.format != "none" else 0.0
     ae = catalog.find_autoencoder(recipe.ae)
@@ -109,9 +123,9 @@ def _kinds(recipe: Recipe, sizes: Shapes) -> dict[str, float]:
     imported = bool(recipe.base or recipe.loras) or (sizes.source.path is not None and sizes.source.path.is_file())
     return {
         "downloads": fetched,
-        "pictures": picture_bytes(recipe),
-        "latents": count * sizes.latent_numbers(sides) * BF16,
-        "text": count * sizes.text * sizes.base.text_width * BF16 if recipe.latents.text == "cache" else 0,
+        "pictures": sum(picture_bytes(recipe, number) for number in recipe.sets),
+        "latents": sum(part["latents"] for part in cached),
+        "text": sum(part["text"] for part in cached),
         "import": dense if imported else 0,
         "surgery": 0 if imported else dense,  # what import wrote is linked, but for embedder and head
         "checkpoints": 0.0,
@@ -122,9 +136,17 @@ def _kinds(recipe: Recipe, sizes: Shapes) -> dict[str, float]:
     }
 
 
-def picture_bytes(recipe: Recipe) -> float:
-    """Bytes of the pictures that the run keeps: drawn, or copied out of shards."""
-    data = recipe.data
+def _cached(recipe: Recipe, sizes: Shapes, number: int) -> dict[str, float]:
+    """Bytes of the latents and of the text embeddings of set ``number``."""
+    count, aligned = recipe.data_of(number).count, number == recipe.set_of(1)
+    text = sizes.text * sizes.base.text_width if recipe.latents.text == "cache" else 0
+    numbers = sizes.latent_numbers(recipe.sides(number), aligned)
+    return {"latents": BF16 * count * numbers, "text": BF16 * count * float(text)}
+
+
+def picture_bytes(recipe: Recipe, number: int) -> float:
+    """Bytes of the pictures of set ``number`` that the run keeps: drawn, or copied out of shards."""
+    data = recipe.data_of(number)
     if data.kind == "synthetic":
         return data.count * data.resolution**2 * PNG_BYTES_PER_PIXEL
     from dcgen_convert.data import given  # it needs an imaging library

@@ -30,12 +30,15 @@ def licences(resolved: Resolved) -> list[dict[str, Any]]:
     found = catalog.AUTOENCODERS.get(recipe.ae)
     if found is None or not found.folder:
         rows.append(_model("autoencoder", recipe.ae, None, found.repo if found else recipe.ae))
-    if recipe.data.kind == "folder":
-        from dcgen_convert.data import given  # it needs an imaging library
+    texts: dict[str, None] = {}
+    for number in recipe.sets:
+        data = recipe.data_of(number)
+        if data.kind == "folder":
+            from dcgen_convert.data import given  # it needs an imaging library
 
-        texts = [given.parse(path).where for path in recipe.data.paths]
-    else:
-        texts = [prompt_lists.split(recipe.data.prompts)[0]]
+            texts |= dict.fromkeys(given.parse(path).where for path in data.paths)
+        else:
+            texts |= {prompt_lists.split(data.prompts)[0]: None}
     rows += [_data_set(text) for text in texts if hub.is_address(text)]
     return [row for row in rows if row]
 

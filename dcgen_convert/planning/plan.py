@@ -232,13 +232,10 @@ def _notes(fetch: list[dict], resolved: Resolved, family: Family) -> list[str]:
         if resolved.machine.offline:
             notes.append(f"offline, and {row['repo']} is not in the cache: fetch it before converting")
     notes += [found.told for found in drawable.drawn_beyond(resolved.recipe, resolved.identity)]
-    data = resolved.recipe.data
-    if (
-        data.kind == "synthetic"
-        and "class_labels" not in family.text_keys
-        and (doubt := prompts.doubt(data.prompts, data.count))
-    ):
-        notes.append(doubt)
+    if "class_labels" not in family.text_keys:
+        every = (resolved.recipe.data_of(number) for number in resolved.recipe.sets)
+        doubts = (prompts.doubt(data.prompts, data.count) for data in every if data.kind == "synthetic")
+        notes += dict.fromkeys(doubt for doubt in doubts if doubt)
     return notes
 
 

@@ -43,10 +43,12 @@ class Shapes:
         """Parameters of the source's text encoders and autoencoder; 0 where nothing tells them."""
         return self.source.entry.extra_parameters if self.source.entry else 0
 
-    def latent_numbers(self, sides: Iterable[int]) -> float:
-        """Numbers in the latents of one picture, at every one of ``sides``; the base's are for the alignment only."""
+    def latent_numbers(self, sides: Iterable[int], aligned: bool = True) -> float:
+        """Numbers in the latents of one picture, at every one of ``sides``; those of the base are for the alignment
+        only.
+        """
         new = sum(self.new.c * (side // self.new.f) ** 2 for side in sides)
-        return new + self.old.c * (self.alignment.side // self.old.f) ** 2
+        return new + aligned * self.old.c * (self.alignment.side // self.old.f) ** 2
 
     def passes(self, guidance: float) -> int:
         """Forward passes of a denoising step: classifier-free guidance has two."""

@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dcgen_convert.core.names import of_set
 from dcgen_convert.families import catalog
 from dcgen_convert.planning.fit import Fit
 from dcgen_convert.planning.memory import CONTEXT, FRAGMENTATION, GIB
 from dcgen_convert.planning.shapes import Shapes
+from dcgen_convert.recipe.drawable import own_side
 from dcgen_convert.recipe.schema import Recipe
 
 PROCESS = 0.7 * GIB  # a Python process that has imported torch, diffusers and DeepSpeed; measured
@@ -81,14 +83,18 @@ def needs(recipe: Recipe, sizes: Shapes, fits: list[Fit]) -> Iterator[Need]:
 
     data, last, steps = recipe.data, recipe.adapt.phases[-1], recipe.bundle
     yield Need("surgery", 0.0, loaded=codecs)
-    if data.kind == "synthetic":
-        tokens = sizes.old.tokens(data.resolution)
-        yield drawing("data", base, tokens, data.resolution, min(data.batch, data.count), data.guidance)
-    batch = min(recipe.latents.batch, data.count)
-    yield Need("latents", max(codecs, companions), share * ENCODE * float(max(sides) ** 2), batch, loaded=companions)
+    for number in recipe.sets:
+        own = recipe.data_of(number)
+        if own.kind == "synthetic":
+            tokens, stage = sizes.old.tokens(own.resolution), of_set("data", number)
+            yield drawing(stage, base, tokens, own.resolution, min(own.batch, own.count), own.guidance)
+        batch, side = min(recipe.latents.batch, own.count), max(recipe.sides(number))
+        stage = of_set("latents", number)
+        yield Need(stage, max(codecs, companions), share * ENCODE * float(side**2), batch, loaded=companions)
     yield Need("align-embedder", 0.0, loaded=FP32 * 8.0 * sizes.base.width * 4096)
     once = LIVE * e * sizes.converted.width * float(sizes.tokens(recipe.adapt.phases[0]))
     sums = 8.0 * 3 * sizes.converted.width**2
+    batch = min(recipe.latents.batch, recipe.data_of(recipe.set_of(1)).count)
     head = Need("align-head", converted, once, batch, sums, converted)
     yield _larger(head, fits[0]) if recipe.align_head.steps else head
     for number, fit in enumerate(fits[-len(sides) :], 1):
@@ -100,7 +106,8 @@ def needs(recipe: Recipe, sizes: Shapes, fits: list[Fit]) -> Iterator[Need]:
         yield drawing("quantize", converted, tokens, side, batch, steps.guidance)
     yield Need("bundle", 0.0, loaded=GIB / 4)
     count = recipe.evaluate.prompts
-    verified = drawing("verify", max(base, converted), sizes.old.tokens(side), side, min(data.batch, count or 1), 2.0)
+    tokens = max(tokens, sizes.old.tokens(own_side(sizes.source, sizes.new, side)))  # of the bundle, or of the source
+    verified = drawing("verify", max(base, converted), tokens, side, min(data.batch, count or 1), 2.0)
     yield replace(verified, loaded=verified.loaded + PROCESS)  # a second process draws a picture
 
 

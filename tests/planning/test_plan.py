@@ -265,6 +265,24 @@ def test_sizes_that_the_base_cannot_draw_are_refused_by_every_verb(name, side, w
     assert any(f"draws pictures of {side} px" in note for note in plan.plan(said)["notes"])
 
 
+def test_the_4k_curriculum_costs_what_its_pictures_and_phases_cost():
+    flags = {"ae": "dc-ae-f64", "resolution": 4096, "quantize.format": "nvfp4"}
+    doc = document("flux-krea", gpus=8, sets=OWN, **flags)
+    assert (doc["status"], doc["alignment"]["side"]) == ("feasible", 512)
+    assert doc["time"]["gpu_hours"] <= 240 and doc["disk"]["peak"] <= 1e12
+    found = {row["stage"]: {part["what"]: part["count"] for part in row["work"]} for row in doc["time"]["stages"]}
+    assert "draw" not in found["data"] and found["latents-2"]["check"] == found["latents-2"]["read"] == 20_000
+    assert found["latents"]["encode"] == 50_000 * (2048**2 + 512**2)  # the base sees the first phase's only
+    assert found["latents-2"]["encode"] == 20_000 * 4096**2
+    assert found["verify"]["draw with the source"] == 16 * 20
+    draws = {part["what"]: part["wall_hours"] for part in row(doc, "verify")["work"]}
+    assert draws["draw with the source"] == pytest.approx(draws["draw in 16 bits"], rel=0.1)  # both have 4,096 tokens
+    grown = document("flux-krea", gpus=8, sets=[*OWN, "adapt.phases.1.data.count=40000"], **flags)
+    assert row(grown, "latents-2")["wall_hours"] > 1.9 * row(doc, "latents-2")["wall_hours"]
+    cached = 2 * (50_000 * (32**2 * 128 + 64**2 * 16) + 20_000 * 64**2 * 128)
+    assert doc["disk"]["bytes"]["latents"] == cached
+
+
 def test_mu_beyond_the_training_is_capped_where_it_is_dynamic():
     dev = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "max_image_seq_len": 4096}
     found = drawable.capped_shift(families.get("flux"), dev, 65_536, 7_812)
