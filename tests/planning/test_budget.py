@@ -137,7 +137,7 @@ def test_the_pictures_of_a_phase_are_a_part_of_their_own():
     first, second = found.recipe.adapt.phases
     assert 256 < second.data.count < 20_000 and 256 < found.recipe.data.count < 50_000
     assert 1_000 < first.steps < 4_000 and 1_000 < second.steps < 3_000
-    assert bill.bill(found.recipe, shapes_of(found.recipe, found.identity), 8)["gpu_hours"] <= 120
+    assert bill(found.recipe, shapes_of(found.recipe, found.identity), 8)["gpu_hours"] <= 120
     assert found.origins["adapt.phases.1.data.count"] == "derived: budget of 120 GPU-hours"
     assert any("of your pictures for 4096 px" in line for line in found.derivation)
     said = resolve("flux-krea", {**flags, "sets": ["adapt.phases.1.data.count=9000"]})
