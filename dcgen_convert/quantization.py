@@ -304,7 +304,7 @@ class SourceQuantisation:
 
         with self.console.progress("calibration", count, "prompts") as bar:
             bar.advance(count - sum(last - first for first, last in batches))
-            record_calls(folder, source.family, self.pipeline, pictures, bar, batches)
+            record_calls(folder, source.family, self.pipeline, pictures, bar, batches, self.console.warn)
         write_json(folder / DONE, {"calls": len(read_calls(folder))})
 
     def pipeline(self) -> Any:

@@ -25,6 +25,7 @@ from dcgen_convert.core.progress import Bar
 from dcgen_convert.data import buckets
 from dcgen_convert.data.cache import LatentCache
 from dcgen_convert.networks import models, pipelines
+from dcgen_convert.networks.at_once import AtOnce
 from dcgen_convert.planning.fit import head_phase
 from dcgen_convert.stages import head_fit
 from dcgen_convert.stages.align_embedder import linear, xavier
@@ -115,9 +116,16 @@ def module_state(job: Job, model: nn.Module) -> dict[str, Tensor]:
 
 def heldout_loss(job: Job, task: phases.Task, rows: LatentCache) -> float:
     """Loss of the recipe's objective on held-out rows, mean over fixed quantiles of t."""
-    batches = [(list(part), *rows.batch(list(part))) for part in buckets.batches(rows.spans, job.recipe.latents.batch)]
-    with clock.timed("evaluate", sum(len(part) for part, _, _ in batches)):
-        return objective.evaluate_loss(task.loss(), batches, job.recipe.seed, task.sampling, pipelines.device())["mean"]
+
+    def with_at_once(pictures: range) -> float:
+        parts = [list(part) for part in buckets.batches(rows.spans, len(pictures))]
+        batches = [(part, *rows.batch(part)) for part in parts]
+        with clock.timed("evaluate", len(rows)):
+            loss = objective.evaluate_loss(task.loss(), batches, job.recipe.seed, task.sampling, pipelines.device())
+        return loss["mean"]
+
+    halving = AtOnce("align head: held-out loss", job.console.warn)
+    return next(halving.parts(range(job.recipe.latents.batch), with_at_once))  # the first is of as many as fit
 
 
 def start_head(job: Job, task: phases.Task, held_out: LatentCache, folder: Path) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from dcgen_convert.core.progress import Bar
 from dcgen_convert.data.cache import LatentCache
 from dcgen_convert.families import Text
 from dcgen_convert.networks import pipelines
+from dcgen_convert.networks.at_once import AtOnce
 from dcgen_convert.recipe.head_rows import HELD_OUT, UNIT, ends, reason_to_end, useful_draws
 from dcgen_convert.stages.align_embedder import linear
 from dcgen_convert.stages.job import Job
@@ -104,6 +105,7 @@ class HeadFit:
         self.key = fingerprint([task.rows.spans, task.rows.shapes, [*unseen.rows]])[:16]  # names the rows
         self._features: list[Tensor] = []
         self._null = objective.Resident(task.rows.null)
+        self._halving = AtOnce("align head: least squares", job.console.warn)
 
     def _cache(self, unit: Unit) -> Samples:
         return self.unseen if unit.held_out else self.task.rows
@@ -125,10 +127,10 @@ class HeadFit:
             handle.remove()
 
     def add(self, equations: NormalEquations, unit: Unit) -> None:
-        """The rows of a unit, at most ``latents.batch`` pictures at once."""
+        """The rows of a unit, at most ``latents.batch`` pictures at once, and fewer where memory is short."""
         cache, recipe = self._cache(unit), self.job.recipe
-        for at in range(0, len(unit.rows), recipe.latents.batch):
-            rows = unit.rows[at : at + recipe.latents.batch]
+
+        def found(rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
             z0, text = cache.batch(rows)
             shape, sampling = z0.shape[1:], self.task.sampling(z0.shape[1:])
             if unit.held_out:
@@ -136,9 +138,11 @@ class HeadFit:
             else:
                 drawn = objective.draw(recipe.seed, DRAW_STREAM + unit.number, rows, shape, sampling)
             with clock.timed("start", len(rows)):
-                found = self._rows(*objective.to_device((z0, text, drawn), pipelines.device()))
-            with clock.timed("sum", len(rows)):
-                equations.add(*found)
+                return self._rows(*objective.to_device((z0, text, drawn), pipelines.device()))
+
+        for part in self._halving.parts(unit.rows, found, recipe.latents.batch):
+            with clock.timed("sum", len(part[0])):
+                equations.add(*part)
 
     def _rows(self, z0: Tensor, text: Text, drawn: Draws) -> tuple[Tensor, Tensor, Tensor]:
         """Features (B, N, K), goals (B, N, C) and weights (B, N) of pictures."""

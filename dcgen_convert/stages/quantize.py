@@ -82,7 +82,8 @@ def record_part(job: Job, bar: Bar, batches: Sequence[Sequence[int]]) -> None:
         return converted_pipeline(job, models.load(job.folders.converted, job.dtype, device=pipelines.device()))
 
     own = [(first, last) for first, last in batches[job.crew.rank :: job.crew.world]]
-    record_calls(job.folders.quantize / CALLS, job.family, pipeline, calibration_set(job), bar, own)
+    warn = job.console.warn
+    record_calls(job.folders.quantize / CALLS, job.family, pipeline, calibration_set(job), bar, own, warn)
 
 
 def measured(transformer: Path, targets: QuantTargets, settings: QuantSettings) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from dcgen_convert.core.files import read_object, replacing, sha256, write_json
 from dcgen_convert.core.progress import Bar
 from dcgen_convert.families import Family
 from dcgen_convert.networks import pipelines
+from dcgen_convert.networks.at_once import AtOnce
 from dcgen_convert.svdquant import trees
 
 PROMPT_SEED = 7_919  # calibration prompts and noise are not those of the training pictures
@@ -79,33 +80,43 @@ def record_calls(
     pictures: CalibrationSet,
     bar: Bar,
     batches: Sequence[tuple[int, int]],
+    tell: Callable[[str], object] = lambda _: None,
 ) -> None:
     """Draw ``batches`` of ``pictures``, and keep what the transformer is given: one file of `trees` per forward call.
+
+    Where memory is short, a batch is halved.
 
     Args:
         pipeline: makes the pipeline; not called without a batch. It is gone afterwards: quantising needs the memory.
         batches: [first, last) of each, from `CalibrationSet.missing`.
+        tell: takes a message about short memory.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not batches:
         return
-    given: list[Path] = []  # files of the batch in work
-    drawing = pipeline()
+    given: list[Path] = []  # files of the pictures in work
+    begun: list[int] = []  # first pictures
+    drawing, halving = pipeline(), AtOnce("calibration", tell)
 
     def keep(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bound = inspect.signature(module.forward).bind(*args, **kwargs)  # some pipelines pass the latents by position
-        given.append(folder / f"call-{first:05d}-{len(given):05d}.safetensors")
+        given.append(folder / f"call-{begun[-1]:05d}-{len(given):05d}.safetensors")
         with replacing(given[-1]) as temporary:
             trees.save(bound.arguments, temporary)
+
+    def draw(part: range) -> None:
+        given.clear()
+        begun.append(part.start)
+        pictures.draw_batch(part.start, part.stop, family, drawing)
+        calls = {path.name: sha256(path) for path in given}
+        write_json(folder / f"drawn-{part.start:05d}.json", {"pictures": [part.start, part.stop], "calls": calls})
+        bar.advance(len(part))
 
     handle = drawing.transformer.register_forward_pre_hook(keep, with_kwargs=True)
     try:
         for first, last in batches:
-            given.clear()
-            pictures.draw_batch(first, last, family, drawing)
-            calls = {path.name: sha256(path) for path in given}
-            write_json(folder / f"drawn-{first:05d}.json", {"pictures": [first, last], "calls": calls})
-            bar.advance(last - first)
+            for _ in halving.parts(range(first, last), draw):
+                pass
     finally:
         handle.remove()
 

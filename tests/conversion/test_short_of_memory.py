@@ -7,13 +7,17 @@ import pytest
 import torch
 
 from dcgen_convert import conversion
+from dcgen_convert.core import names
 from dcgen_convert.core.console import NULL, Console
 from dcgen_convert.core.errors import ResourceError
 from dcgen_convert.core.journal import Run, Stage
 from dcgen_convert.data import images
-from dcgen_convert.networks import pipelines
-from dcgen_convert.stages import compare, pictures
+from dcgen_convert.networks import models, pipelines
+from dcgen_convert.stages import align_head, compare, pictures, quantize
 from dcgen_convert.stages.job import prepare
+from dcgen_convert.stages.preview import converted_pipeline
+from dcgen_convert.svdquant.record import CALLS, read_calls, record_calls
+from dcgen_convert.train import objective, phases
 
 SHORT = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
@@ -52,6 +56,48 @@ def test_drawing_goes_on_with_half_the_batch(converted, job, tmp_path, monkeypat
         side, former = job.recipe.data.resolution, converted / "run" / "data" / "pictures" / picture.file.name
         now, before = (images.read_pixels(file, side) for file in (picture.file, former))
         assert (now - before).abs().max() <= 2 / 255 + 1e-6
+
+
+def test_the_head_is_fitted_with_fewer_pictures_at_once(job, tmp_path, monkeypatch, capsys):
+    """Its least squares and its held-out loss: as with the batch that was asked for, up to the order of sums."""
+    job = replace(job, console=Console())
+    rows, held_out = job.rows(job.resolution).split()
+    model = align_head.surgical(job, job.folders.align_embedder / names.MODULES, "cpu")
+    task = phases.Task(model, job.family, job.recipe.adapt, rows, job.scheduler)
+
+    def fitted(folder):
+        folder.mkdir()
+        weight, bias, _ = align_head.fit_head(job, task, held_out, folder)
+        return weight, bias, align_head.heldout_loss(job, task, held_out)
+
+    weight, bias, loss = fitted(tmp_path / "whole")
+    original = objective.predict
+
+    def predict(family, model, z, *rest):
+        if len(z) > 3:
+            raise SHORT
+        return original(family, model, z, *rest)
+
+    monkeypatch.setattr(objective, "predict", predict)
+    fewer = fitted(tmp_path / "fewer")
+    told = capsys.readouterr().err
+    assert "align head: least squares: out of memory with" in told and "align head: held-out loss: out of" in told
+    assert torch.allclose(fewer[0], weight, rtol=1e-3, atol=1e-4) and torch.allclose(fewer[1], bias, atol=1e-4)
+    assert fewer[2] == pytest.approx(loss, rel=1e-5)
+
+
+def test_the_calibration_is_drawn_in_halves(converted, job, tmp_path, monkeypatch):
+    """Two pictures that do not fit together are recorded one by one, as the shared run recorded them."""
+    told = []
+    texts = replace(quantize.calibration_set(job), batch=2)
+    short_above(1, monkeypatch)
+    network = models.load(job.folders.converted, job.dtype)
+    with NULL.progress("calibration", 2) as bar:
+        record_calls(tmp_path, job.family, lambda: converted_pipeline(job, network), texts, bar, [(0, 2)], told.append)
+    assert told == ["calibration: out of memory with 2 pictures at once, going on with 1"]
+    assert texts.missing(tmp_path) == []
+    for ours, theirs in zip(read_calls(tmp_path), read_calls(job.folders.quantize / CALLS), strict=True):
+        assert ours.name == theirs.name and ours.read_bytes() == theirs.read_bytes()
 
 
 def test_a_stage_that_cannot_go_on_names_its_setting(job, tmp_path, monkeypatch):
