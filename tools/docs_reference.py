@@ -234,6 +234,26 @@ def plans() -> str:
     return table(head, rows)
 
 
+def large_plans() -> str:
+    """What `plan` says of FLUX.1 Krea at 4096 px on eight GPUs: with the recipe as written, and with budgets."""
+    rows = []
+    for hours in (None, 120, 72):
+        own = {"ae": "dc-ae-f64", "resolution": 4096, "quantize": "nvfp4", "data": "FOLDER_4K", "max_gpu_hours": hours}
+        resolved = order.resolve("flux-krea", {**own, "gpus": 8, "offline": True})
+        found, recipe = planning.plan(resolved), resolved.recipe
+        time, phases = found["time"], recipe.adapt.phases
+        counts = " and ".join(f"{recipe.data_of(recipe.set_of(n)).count:,}" for n in (1, 2))
+        rows.append(
+            ("as written" if hours is None else f"`--max-gpu-hours {hours}`", f"{counts}",
+             f"{phases[0].steps:,} of {phases[0].batch}", f"{phases[1].steps:,} of {phases[1].batch}",
+             f"{found['disk']['peak'] / 1e12:.1f} TB", f"{time['gpu_hours'] / 24:.1f}",
+             f"{8 * time['wall_hours_low'] / 24:.1f} to {8 * time['wall_hours_high'] / 24:.1f}",
+             f"{time['price_usd']:,.0f} USD")
+        )  # fmt: skip
+    head = ("", "pictures of 2048 and 4096 px", "steps at 2048 px", "steps at 4096 px", "disk", "H100-days", "range")
+    return table((*head, "price"), rows)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "recipe": recipe_keys,
     "cli": verbs,
@@ -242,6 +262,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "sources": sources,
     "autoencoders": autoencoders,
     "plan": plans,
+    "plan_4k": large_plans,
 }
 
 
