@@ -160,15 +160,8 @@ def resolve_folder(
     repo_or_path: str, *, revision: str | None = None, offline: bool = False, patterns: list[str] | None = None
 ) -> tuple[Path, str | None]:
     """A local folder for a path or a hub id (downloaded into the hub cache): (folder, commit)."""
-    path = Path(os.path.expanduser(repo_or_path))
-    if path.is_dir():
+    if (path := folder_at(repo_or_path)) is not None:
         return path.resolve(), None
-    if path.exists():
-        raise InputError(f"{path} is a file, a folder is wanted", "give the folder that holds its config.json")
-    if repo_or_path.count("/") != 1 or repo_or_path.startswith((".", "/", "~")):
-        raise InputError(
-            f"{repo_or_path} does not exist", "give a recipe, a catalogue name, a folder or a hub id (org/name)"
-        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -182,6 +175,24 @@ def resolve_folder(
             "connect to the network, or give a folder",
         ) from error
     return folder, folder.name
+
+
+def folder_at(repo_or_path: str) -> Path | None:
+    """The local folder that is meant; None for a hub id.
+
+    Raises:
+        InputError: it is a file, or a path that does not exist.
+    """
+    path = Path(os.path.expanduser(repo_or_path))
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InputError(f"{path} is a file, a folder is wanted", "give the folder that holds its config.json")
+    if repo_or_path.count("/") != 1 or repo_or_path.startswith((".", "/", "~")):
+        raise InputError(
+            f"{repo_or_path} does not exist", "give a recipe, a catalogue name, a folder or a hub id (org/name)"
+        )
+    return None
 
 
 def check_scheduler(root: Path, family: Family) -> None:

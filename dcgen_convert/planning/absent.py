@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.data import prompt_lists, prompts
+from dcgen_convert.families import catalog
 from dcgen_convert.recipe.schema import Recipe
 
 
 def absent(recipe: Recipe) -> list[InputError]:
-    """The errors that a conversion would stop with: pictures, prompts and LoRA files that cannot be found."""
+    """The errors that a conversion would stop with: pictures, prompts, a base and LoRA files that cannot be found."""
     return [*{error.message: error for error in _absent(recipe)}.values()]
 
 
@@ -30,6 +31,13 @@ def _absent(recipe: Recipe) -> Iterator[InputError]:
                 given.require_here(given.parse_all(data.paths))
             elif data.prompts not in prompts.KINDS:
                 prompt_lists.require_here(data.prompts)
+        except InputError as error:
+            yield error
+    if recipe.base is not None and catalog.find_source(recipe.base) is None:
+        from dcgen_convert.checkpoint import source  # it needs numpy
+
+        try:
+            source.folder_at(recipe.base)
         except InputError as error:
             yield error
     for text in recipe.loras:

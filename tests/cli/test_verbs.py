@@ -48,6 +48,7 @@ MISSING = {
     "list": ({"data": {"kind": "folder", "path": "missing.jsonl"}}, "no pictures: missing.jsonl does not exist"),
     "shards": ({"data": {"kind": "folder", "path": ["a.tar=.5", "b.tar=.5"]}}, "no pictures: a.tar does not exist"),
     "prompts": ({"data": {"prompts": "missing.txt"}}, "prompts file missing.txt does not exist"),
+    "base": ({"base": "./missing"}, "./missing does not exist"),
     "lora": ({"loras": ["missing.safetensors:0.5"]}, "missing.safetensors is no file"),
 }
 
