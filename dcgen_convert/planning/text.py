@@ -7,6 +7,8 @@ import textwrap
 from dcgen_convert.core.progress import duration
 from dcgen_convert.planning.licences import lines as licence_lines
 
+WIDTH = 100  # columns of the tables of a plan, and of what their figures rest on
+
 
 def size(value: float | None) -> str:
     """Bytes for people, in decimal units as disks are sold."""
@@ -42,17 +44,21 @@ def render(doc: dict) -> str:
         "",
         f"trained: {training['trained']:,} of {training['parameters']:,} parameters "
         f"({training['lora_linears']} LoRA linears)",
-        f"memory per GPU: {chosen['total']:.1f} GiB of {doc['memory']['gpu_gib']:g} with "
-        f"ZeRO-{chosen['zero']}, offload {chosen['offload']}, "
-        f"{chosen['gpus']} GPU(s), micro-batch {chosen['micro_batch']} (at most {chosen['max_micro_batch']})",
+        *_wrapped(
+            f"memory per GPU: {chosen['total']:.1f} GiB of {doc['memory']['gpu_gib']:g} with "
+            f"ZeRO-{chosen['zero']}, offload {chosen['offload']}, "
+            f"{chosen['gpus']} GPU(s), micro-batch {chosen['micro_batch']} (at most {chosen['max_micro_batch']})"
+        ),
         f"  why: {chosen['reason']}",
-        f"  [{doc['memory']['basis']}]",
+        *_wrapped(f"[{doc['memory']['basis']}]", "  "),
         *_memory_table(doc["memory"]["table"]),
         *_stages_memory(doc["memory"]["stages"]),
         "",
         *_quantization(doc["quantization"]),
-        f"disk at the peak, with keep {doc['disk']['keep']}: {size(doc['disk']['peak'])}  [{doc['disk']['basis']}]",
-        "  " + ", ".join(f"{kind} {size(value)}" for kind, value in doc["disk"]["bytes"].items() if value),
+        *_wrapped(
+            f"disk at the peak, with keep {doc['disk']['keep']}: {size(doc['disk']['peak'])}  [{doc['disk']['basis']}]"
+        ),
+        *_wrapped(", ".join(f"{kind} {size(value)}" for kind, value in doc["disk"]["bytes"].items() if value), "  "),
     ]
     for row in doc["downloads"]:
         state = "in the cache" if row["cached"] else "gated" if row["gated"] else "open"
@@ -70,8 +76,15 @@ def _buckets(rows: list[dict]) -> list[str]:
     if not rows:
         return []
     shown = ", ".join(f"{row['height']}x{row['width']}={row['after']:,}" for row in rows)
-    text = f"{len(rows)} buckets, height x width in px and tokens after: {shown}"
-    return textwrap.wrap(text, 110, initial_indent="  ", subsequent_indent="    ")
+    return _wrapped(f"{len(rows)} buckets, height x width in px and tokens after: {shown}", "  ")
+
+
+def _wrapped(text: str, indent: str = "") -> list[str]:
+    """``text`` in lines of WIDTH columns; all but the first are indented by two more."""
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=indent, subsequent_indent=f"{indent}  ", break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip
 
 
 def _quantization(part: dict | None) -> list[str]:
@@ -84,17 +97,20 @@ def _quantization(part: dict | None) -> list[str]:
 
 def _memory_table(rows: list[dict]) -> list[str]:
     cards = [key.removeprefix("max_micro_batch_") for key in rows[0] if key.startswith("max_micro_batch_")]
-    head = f"  {'ZeRO / offload':<18}{'GPUs':>5}{'weights':>9}{'grads':>7}{'optim':>7}{'act':>7}{'step':>7}"
-    head += f"{'other':>7}{'total':>8}{'host':>7}"
-    lines = [head + "".join(f"  max mb {card}" for card in cards)]
+    head = f"  {'ZeRO / offload':<15}{'GPUs':>5}{'weights':>8}{'grads':>6}{'optim':>6}{'act':>6}{'step':>6}"
+    head += f"{'other':>6}{'total':>6}{'host':>6}"
+    lines = [
+        "  in GiB, with one picture per pass; mb: the largest micro-batch that fits",
+        head + "".join(f"  mb {card}" for card in cards),
+    ]
     for row in rows:
         name = f"{row['zero']}" + ("" if row["offload"] == "none" else f" + {row['offload']}")
-        numbers = f"{row['gpus']:>5}{row['weights']:>9.1f}{row['grads']:>7.1f}{row['optimizer']:>7.1f}"
+        numbers = f"{row['gpus']:>5}{row['weights']:>8.1f}{row['grads']:>6.1f}{row['optimizer']:>6.1f}"
         numbers += (
-            f"{row['activations']:>7.2f}{row['step']:>7.1f}{row['other']:>7.1f}{row['total']:>8.1f}{row['host']:>7.1f}"
+            f"{row['activations']:>6.2f}{row['step']:>6.1f}{row['other']:>6.1f}{row['total']:>6.1f}{row['host']:>6.1f}"
         )
         lines.append(
-            f"  {name:<18}{numbers}" + "".join(f"{row[f'max_micro_batch_{card}']:>{9 + len(card)}}" for card in cards)
+            f"  {name:<15}{numbers}" + "".join(f"{row[f'max_micro_batch_{card}']:>{5 + len(card)}}" for card in cards)
         )
     return lines
 
@@ -124,16 +140,18 @@ def bill_lines(time: dict) -> list[str]:
     hours = "" if one else f", {time['gpu_hours']:,.0f} GPU-hours{price}"
     lines = [
         f"time on {where}: {_span(time)}{hours}",
-        *textwrap.wrap(f"[{time['basis']}]", 110, initial_indent="  ", subsequent_indent="   "),
+        *_wrapped(f"[{time['basis']}]", "  "),
     ]
     table = [("stage", "wall-clock", "range", "of which")]
     for row in time["stages"]:
         span = f"{_hours(row['wall_hours_low'])} to {_hours(row['wall_hours_high'])}"
         table.append((row["stage"], _hours(row["wall_hours"]), span, _parts(row, gpus)))
     widths = [max(len(line[column]) for line in table) for column in range(3)]
-    return lines + [
-        f"  {line[0]:<{widths[0]}}  {line[1]:>{widths[1]}}  {line[2]:<{widths[2]}}  {line[3]}" for line in table
-    ]
+    for line in table:
+        start = f"  {line[0]:<{widths[0]}}  {line[1]:>{widths[1]}}  {line[2]:<{widths[2]}}  "
+        first, *more = textwrap.wrap(line[3], max(40, WIDTH - len(start))) or [""]
+        lines += [start + first, *(" " * len(start) + part for part in more)]
+    return lines
 
 
 def _span(time: dict) -> str:

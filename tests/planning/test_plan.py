@@ -194,6 +194,8 @@ def test_the_table_of_the_time_has_straight_columns():
         table.append(line)
     assert "days to " in "".join(table) and len(table) > 8
     assert all(line[place - 2 : place] == "  " and line[place] != " " for line in table)
+    memory = next(number for number, line in enumerate(lines) if line.startswith("  ZeRO / offload"))
+    assert max(map(len, [*table, *lines[memory : memory + 22]])) <= 100
 
 
 def test_the_flops_of_an_autoencoder_are_those_that_torch_counts():
