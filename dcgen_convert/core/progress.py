@@ -101,7 +101,7 @@ class LineProgress:
         now = self._clock()
         fraction = self.done / self.total if self.total else 0.0
         tenth = fraction - self._last_fraction >= EVERY_FRACTION - 1e-9 and now - self._last_time >= QUIET_SECONDS
-        if (tenth or now - self._last_time >= EVERY_SECONDS) and self.done != self.total:
+        if (tenth or now - self._last_time >= EVERY_SECONDS) and self.done not in (0, self.total):
             self._last_fraction = int(fraction / EVERY_FRACTION + 1e-9) * EVERY_FRACTION
             self._last_time = now
             self._line(fraction, now - self._start)

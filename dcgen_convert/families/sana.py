@@ -43,6 +43,9 @@ class Sana(Family):
         size = config.get("sample_size")
         return (32 * size) ** 2 if size else None  # cells of an f32 autoencoder
 
+    def least_pixels(self, config: dict[str, Any]) -> int | None:
+        return self.most_pixels(config)  # its pictures of other shapes have the same area
+
     def convert_config(self, config: dict[str, Any], factor: int, channels: int, side: int) -> dict[str, Any]:
         size = config.get("sample_size")
         # The pipeline chooses its resolution bins by sample_size, not by the autoencoder: a value with bins must stay.

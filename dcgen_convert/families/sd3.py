@@ -41,6 +41,9 @@ class SD3(Family):
             return 2_000_000  # 3.5 medium: "0.25 to 2 megapixels", as its authors say
         return super().most_pixels(config)
 
+    def least_pixels(self, config: dict[str, Any]) -> int | None:
+        return 250_000 if config.get("dual_attention_layers") else None
+
     def convert_config(self, config: dict[str, Any], factor: int, channels: int, side: int) -> dict[str, Any]:
         # pos_embed_max_size stays: the sincos table is in the checkpoint. The model crops its centre as before.
         return {

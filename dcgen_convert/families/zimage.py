@@ -44,6 +44,9 @@ class ZImage(Family):
     def most_pixels(self, config: dict[str, Any]) -> int | None:
         return 2048**2  # "512 x 512 to 2048 x 2048", as its authors say
 
+    def least_pixels(self, config: dict[str, Any]) -> int | None:
+        return 512**2
+
     def convert_config(self, config: dict[str, Any], factor: int, channels: int, side: int) -> dict[str, Any]:
         if list(config.get("all_patch_size", (2,))) != [2] or list(config.get("all_f_patch_size", (1,))) != [1]:
             raise InputError("this Z-Image model has other patch sizes than 2 x 2, which its stock pipeline cannot run")

@@ -95,7 +95,7 @@ def figures(job: Job, stage: Stage, drawn: dict[str, Tensor], texts: list[str]) 
         key = name.replace(" ", "_")
         stage.metrics[f"accuracy_{key}"] = round(tiny_world.accuracy(pictures, texts), 4)
         stage.metrics[f"frechet_{key}"] = round(tiny_world.distance(pictures, texts), 2)
-        if job.resolution >= 2 * world.SIDE:
+        if pictures.shape[-1] >= 2 * world.SIDE:
             stage.metrics[f"crops_frechet_{key}"] = round(tiny_world.distance_of_crops(pictures, texts), 2)
     shown = ", ".join(f"{name} {stage.metrics['accuracy_' + name.replace(' ', '_')]:.1%}" for name in drawn)
     job.console.say(f"evaluate: attribute accuracy {shown} on {len(texts)} prompts")

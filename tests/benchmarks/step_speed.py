@@ -34,7 +34,9 @@ def measured(folder: Path, batch: int) -> tuple[float, float, list[int], int]:
     job = prepare(Resolved(Recipe.model_validate(read_json(folder / RECIPE)["recipe"]), {}), Run(folder, NULL), NULL)
     rows = job.rows(job.resolution)
     indices = list(range(batch))
-    latents, text = rows.pairs(indices), rows.batch(indices)[1]
+    target, text = rows.batch(indices)
+    side = job.resolution // job.identity.grid.f  # the base's own latents in the run may be of smaller pictures
+    latents = torch.randn(batch, job.identity.grid.c, side, side), target
     pair = [models.load(job.source.transformer, job.dtype), models.load(job.folders.converted, job.dtype)]
     times: list[list[float]] = [[], []]
     tokens = [

@@ -72,6 +72,17 @@ def test_a_short_loop_has_its_closing_line_only():
     assert lines_of(200, 0.01, 200) == ["work: 200 step in 2 s  loss 0.25"]
 
 
+def test_nothing_done_for_more_than_a_minute_is_no_rate():
+    now = [0.0]
+    stream = io.StringIO()
+    with LineProgress(Console(stderr=stream), "work", 10, "step", clock=lambda: now[0]) as bar:
+        now[0] = 70.0
+        bar.advance(0)  # what was there before: nothing
+        assert not stream.getvalue()
+        bar.advance(1)
+    assert "10 %  1/10 step  70 s each" in stream.getvalue()
+
+
 def test_one_line_per_minute_when_tenths_are_slow():
     lines = lines_of(9, 70.0, 100)
     assert len(lines) == 10
