@@ -16,7 +16,8 @@ SHIPPED = {
     "image", "few-steps", "flux-krea", "flux-dev", "flux-schnell", "sana-1.6b", "sana-sprint-1.6b", "sd-1.5",
     "flux-krea-2k", "flux-krea-4k", "sana-1.6b-2k", "sana-1.6b-4k",
     "dit-xl-256", "dit-xl-512",
-    "tiny-flux", "tiny-flux-long", "tiny-flux-256", "tiny-flux-512", "tiny-sana", "tiny-sana-long", "tiny-dit", "tiny-dit-long",
+    "tiny-flux", "tiny-flux-long", "tiny-flux-256", "tiny-flux-512",
+    "tiny-sana", "tiny-sana-long", "tiny-dit", "tiny-dit-long",
     "ablations/compression", "ablations/dit-sd-vae-to-dc-ae",
     "ablations/no-alignment", "ablations/full-finetune", "ablations/plain-flow-loss",
 }  # fmt: skip
