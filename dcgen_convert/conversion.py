@@ -3,6 +3,9 @@
     (import ->) surgery -> data -> latents -> align-embedder -> align-head
             -> adapt-1 -> merge-1 (-> adapt-2 -> merge-2 ...) (-> quantize) -> bundle -> verify
 
+A phase with data of its own (phase n) has stages data-n and latents-n, made before any training begins. Data that no
+phase is trained on are not made.
+
 Some sources are no plain pipeline folder: a single file, or a source with LoRAs to fuse. Stage import writes such a
 source as a pipeline folder. Import and surgery read every byte of the inputs. They come first, so that a damaged
 checkpoint is found before hours of synthesis.
@@ -53,7 +56,6 @@ def walk(job: Job, output: Path, force: bool) -> Iterator[Step]:
         bundle,
         depends,
         imported,
-        latents,
         quantize,
         surgery,
     )
@@ -70,16 +72,10 @@ def walk(job: Job, output: Path, force: bool) -> Iterator[Step]:
     yield Step(
         folders.SURGERY, surgery.run, inputs(folders.SURGERY), result=weights, recorded=recorded(folders.SURGERY)
     )  # fmt: skip
-    yield Step(
-        folders.DATA, pictures.run, inputs(folders.DATA), repair="file", extends=True,
-        continues=lambda old, _: depends.data_continues(job, old),
-    )  # fmt: skip
-    yield Step(
-        folders.LATENTS, latents.run, inputs(folders.LATENTS), (folders.DATA,), ("*.safetensors", "*.json", "*.jsonl"),
-        repair="file", extends=True, continues=lambda old, new: depends.latents_continue(job, old, new),
-        recorded=recorded(folders.LATENTS),
-    )  # fmt: skip
-    aligned = (folders.SURGERY, folders.LATENTS)
+    first = folders.latents_stage(job.recipe.sets[0])
+    for number in job.recipe.sets:
+        yield from _of_pictures(job.of_set(number), first)
+    aligned = (folders.SURGERY, first)
     yield Step(
         folders.ALIGN_EMBEDDER, align_embedder.run, inputs(folders.ALIGN_EMBEDDER), aligned, modules,
         recorded=recorded(folders.ALIGN_EMBEDDER),
@@ -91,7 +87,8 @@ def walk(job: Job, output: Path, force: bool) -> Iterator[Step]:
     dense = folders.SURGERY
     for number in range(1, len(job.recipe.adapt.phases) + 1):
         name, merged = folders.adapt_stage(number), folders.merge_stage(number)
-        before = (folders.LATENTS, dense, *([folders.ALIGN_HEAD] if number == 1 else []))
+        rows = folders.latents_stage(job.recipe.set_of(number))
+        before = (rows, dense, *([folders.ALIGN_HEAD] if number == 1 else []))
         yield Step(
             name, partial(adapt.adapt_phase, number=number), inputs(name, number), before, (f"{EXPORT}/*",),
             continues=training(name),
@@ -103,11 +100,31 @@ def walk(job: Job, output: Path, force: bool) -> Iterator[Step]:
         result = (*weights, quantize.SINGLE_FILE)
         yield Step(folders.QUANTIZE, quantize.run, inputs(folders.QUANTIZE), (dense,), result)
         dense = folders.QUANTIZE
-    parts = (dense, *([folders.LATENTS] if job.recipe.latents.normalise == "channel" else []))
+    parts = (dense, *([first] if job.recipe.latents.normalise == "channel" else []))
     told = {**inputs(folders.BUNDLE), "output": str(output)}
     yield Step(folders.BUNDLE, partial(bundle.write, output=output, force=force), told, parts)
     drawn = {"evaluate": job.recipe.evaluate.model_dump(mode="json")}
     yield Step(folders.VERIFY, partial(bundle.check, output=output), drawn, (folders.BUNDLE,))
+
+
+def _of_pictures(job: Job, first: str) -> Iterator[Step]:
+    """The two stages of the pictures of ``job``; stage ``first`` rewrites the autoencoder where channels are
+    normalised.
+    """
+    from dcgen_convert.stages import depends, latents
+
+    data, name = folders.data_stage(job.pictures), folders.latents_stage(job.pictures)
+    rewritten = job.recipe.latents.normalise == "channel" and name != first
+    yield Step(
+        data, lambda _, stage: pictures.run(job, stage), depends.inputs(job, data), repair="file", extends=True,
+        continues=lambda old, _: depends.data_continues(job, old),
+    )  # fmt: skip
+    yield Step(
+        name, lambda _, stage: latents.run(job, stage), depends.inputs(job, name),
+        (data, *([first] if rewritten else [])), ("*.safetensors", "*.json", "*.jsonl"),
+        repair="file", extends=True, continues=lambda old, new: depends.latents_continue(job, old, new),
+        recorded=lambda old: depends.recorded(job, name, old),
+    )  # fmt: skip
 
 
 def convert(  # noqa: PLR0913  every option of the verb by its name
@@ -140,7 +157,8 @@ def convert(  # noqa: PLR0913  every option of the verb by its name
         for line in (*resolved.told, *resolved.derivation):
             console.say(line)
         console.say(job.alignment.told)
-        pictures.require(job)
+        for number in job.recipe.sets:
+            pictures.require(job.of_set(number))
         require_possible(resolved.recipe, resolved.identity)
         require_disk(resolved, run.path, output, until)
         record = {

@@ -24,6 +24,7 @@ from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import TEMPORARY, atomic_write, fresh_folder, json_text, read_json, write_json
 from dcgen_convert.data import decoding, drawn, gathering, hub, images, prompt_lists, shards
 from dcgen_convert.data.images import Picture
+from dcgen_convert.data.sieve import ENOUGH, Sieve
 from dcgen_convert.data.tally import Tally
 
 LIST, UNPACKED = ".jsonl", "unpacked.json"
@@ -107,18 +108,37 @@ def are_here(sources: Sequence[PictureSource]) -> bool:
     return all(source.is_elsewhere or source.path.exists() for source in sources)
 
 
-def take(sources: Sequence[PictureSource], count: int, work: Path, offline: bool = False) -> tuple[list[Picture], str]:
+def require_large(sources: Sequence[PictureSource], sieve: Sieve) -> None:
+    """InputError when too few pictures on this machine pass ``sieve``. Those in shards are found out later."""
+    passed = 0
+    for source in sources:
+        if source.is_elsewhere or _shards(source.path):
+            return
+        listed = source.path.suffix == LIST
+        files = [one.file for one in images.read_folder(source.path)] if listed else gathering.gather(source.path)[0]
+        for file in files:
+            passed += sieve.passes(file)
+            if passed == ENOUGH:
+                return
+    sieve.require(passed)
+
+
+def take(
+    sources: Sequence[PictureSource], count: int, work: Path, offline: bool = False, sieve: Sieve | None = None
+) -> tuple[list[Picture], str]:
     """At most ``count`` pictures of all sources, and what is taken and what is left out, in words.
 
     With shares as many pictures are taken as the shares allow: a source that is too small makes all smaller.
 
+    Args:
+        sieve: leaves small pictures out; None: none is too small.
     Raises:
         InputError: a source cannot be used. AccessError: it is on the hub and cannot be had.
         ResourceError: the disk has no room for the pictures of shards.
     """
     require_here(sources)
     if is_plain(sources, work):
-        return images.take(sources[0].path, count)
+        return images.take(sources[0].path, count, sieve)
     work.mkdir(parents=True, exist_ok=True)
     opened = [_Opened(source, number, work, offline) for number, source in enumerate(sources, 1)]
     shares = [source.share for source in sources if source.share is not None]
@@ -130,7 +150,7 @@ def take(sources: Sequence[PictureSource], count: int, work: Path, offline: bool
     pictures: list[Picture] = []
     told = []
     for one, quota in zip(opened, quotas, strict=True):
-        found, left_out = one.take(quota)
+        found, left_out = one.take(quota, sieve)
         pictures += found
         rest = f", {left_out.total} left out {left_out.reasons()}" if left_out.total else ""
         told.append(f"{one.source.where} {len(found)} of {one.size} pictures{rest}")
@@ -159,14 +179,18 @@ class _Opened:
         self.every, self.left_out = images.gather(self._link(), source.column)
         self.size = len(self.every)
 
-    def take(self, quota: int) -> tuple[list[Picture], Tally]:
+    def take(self, quota: int, sieve: Sieve | None) -> tuple[list[Picture], Tally]:
         """At most ``quota`` pictures, those of the smallest hashes of names: more of them hold the same ones."""
         if self.side:
             self.size = quota
-            return drawn.draw(self.work / f"{self.number}.drawn-{self.side}", quota, self.side), Tally()
-        if self.shards:
-            return self._unpack(quota)
-        return images.chosen(self.every, quota, self.work), self.left_out
+            every, left_out = drawn.draw(self.work / f"{self.number}.drawn-{self.side}", quota, self.side), Tally()
+        else:
+            every, left_out = self._unpack(quota) if self.shards else (self.every, self.left_out)
+        before = set(sieve.small) if sieve else set()
+        pictures = images.chosen(every, quota, self.work, sieve)
+        for file in (file for file in (sieve.small if sieve else ()) if file not in before):
+            left_out.add(sieve.reason if sieve else "", file.name)
+        return pictures, left_out
 
     def _link(self) -> Path:
         """The user's folder as a folder of ``work``; of a list, the list in it."""

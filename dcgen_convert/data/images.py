@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from PIL import Image
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import atomic_write, json_text, read_lines, read_text, understood
 from dcgen_convert.data import decoding, gathering, metadata
+from dcgen_convert.data.sieve import Sieve
 from dcgen_convert.data.tally import Tally
 
 if TYPE_CHECKING:
@@ -45,17 +47,22 @@ def read_folder(path: Path) -> list[Picture]:
     return gather(path)[0]
 
 
-def take(path: Path, count: int) -> tuple[list[Picture], str]:
-    """At most ``count`` pictures of `gather`, and a sentence that says what is taken, and what is left out and why."""
+def take(path: Path, count: int, sieve: Sieve | None = None) -> tuple[list[Picture], str]:
+    """At most ``count`` pictures of `gather`, and a sentence that says what is taken, and what is left out and why.
+
+    Args:
+        sieve: leaves small pictures out; None: none is too small.
+    """
     every, left_out = gather(path)
     root = path.expanduser().absolute()
     root = root if root.is_dir() else root.parent
-    pictures = chosen(every, count, root)
-    kept = set(pictures)
+    pictures = chosen(every, count, root, sieve)
+    kept, small = set(pictures), sieve.small if sieve else {}
     for picture in every:
         if picture not in kept:
-            left_out.add(f"because data.count is {count}", os.path.relpath(picture.file, root))
-    told = f"{len(pictures)} {f'of {len(every)} ' if len(every) > count else ''}pictures taken"
+            why = sieve.reason if sieve and picture.file in small else f"because data.count is {count}"
+            left_out.add(why, os.path.relpath(picture.file, root))
+    told = f"{len(pictures)} {f'of {len(every)} ' if len(every) > len(pictures) else ''}pictures taken"
     if left_out.total:
         told += f", {left_out.total} left out {left_out.reasons()}"
     return pictures, told
@@ -145,18 +152,21 @@ def read_index(path: Path, root: Path) -> list[Picture]:
         return [replace(one, sha256=record["sha256"]) for one, record in zip(pictures, records, strict=True)]
 
 
-def chosen(pictures: list[Picture], count: int, root: Path) -> list[Picture]:
+def chosen(pictures: list[Picture], count: int, root: Path, sieve: Sieve | None = None) -> list[Picture]:
     """``count`` of the pictures, in their order, from everywhere in the data: those of the smallest hashes of names.
 
-    A larger count chooses the same ones and more. Names are relative to ``root``, so the data may be moved.
+    A larger count chooses the same ones and more. Names are relative to ``root``, so the data may be moved. What does
+    not pass ``sieve`` does not count.
     """
     if len(pictures) <= count:
-        return pictures
+        return [picture for picture in pictures if sieve is None or sieve.passes(picture.file)]
 
     def key(number: int) -> bytes:
         return hashlib.sha256(os.fsencode(os.path.relpath(pictures[number].file, root))).digest()
 
-    return [pictures[number] for number in sorted(sorted(range(len(pictures)), key=key)[:count])]
+    order = sorted(range(len(pictures)), key=key)
+    passing = (number for number in order if sieve is None or sieve.passes(pictures[number].file))
+    return [pictures[number] for number in sorted(islice(passing, count))]
 
 
 def size_of(file: Path) -> tuple[int, int]:

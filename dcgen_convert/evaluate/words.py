@@ -86,6 +86,7 @@ FIGURES = {
     r"svdq": "linear layers in 4 bits with 4-bit activations (SVDQuant)",
     r"awq": "linear layers in 4 bits with 16-bit activations (AWQ)",
     r"skipped\.(.+)": r"linear layers that stay in 16 bits: \1",
+    r"min_side": "shorter side in px below which pictures were left out",
     r"layout": "names of the tensors in the source",
     r"tensors": "tensors",
     r"losses": "what the source's format has lost already",

@@ -23,14 +23,8 @@ def require_here(recipe: Recipe) -> None:
 
 def _absent(recipe: Recipe) -> Iterator[InputError]:
     for number in recipe.sets:
-        data = recipe.data_of(number)
         try:
-            if data.kind == "folder":
-                from dcgen_convert.data import given  # it needs an imaging library
-
-                given.require_here(given.parse_all(data.paths))
-            elif data.prompts not in prompts.KINDS:
-                prompt_lists.require_here(data.prompts)
+            _require_pictures(recipe, number)
         except InputError as error:
             yield error
     if recipe.base is not None and catalog.find_source(recipe.base) is None:
@@ -47,3 +41,18 @@ def _absent(recipe: Recipe) -> Iterator[InputError]:
             lora.parse(text)
         except InputError as error:
             yield error
+
+
+def _require_pictures(recipe: Recipe, number: int) -> None:
+    """InputError for pictures or prompts of set ``number`` that are not here, or for pictures that are too small."""
+    data = recipe.data_of(number)
+    if data.kind != "folder":
+        if data.prompts not in prompts.KINDS:
+            prompt_lists.require_here(data.prompts)
+        return
+    from dcgen_convert.data import given, sieve  # they need an imaging library
+
+    sources, side = given.parse_all(data.paths), data.min_side or recipe.sides(number)[-1]
+    given.require_here(sources)
+    needed = sieve.area(side) if data.buckets else sieve.square(side)
+    given.require_large(sources, sieve.Sieve(side, f"{recipe.data_key(number)}.min_side", needed))

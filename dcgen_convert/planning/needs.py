@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Literal
 
-from dcgen_convert.core.names import TRANSFORMER
+from dcgen_convert.core.names import TRANSFORMER, of_set
 from dcgen_convert.networks.autoencoder_files import NORMALISED
 from dcgen_convert.recipe.schema import Recipe
 
@@ -61,8 +61,7 @@ def stages(recipe: Recipe, imported: bool) -> list[str]:
     return [
         *first,
         "surgery",
-        "data",
-        "latents",
+        *(of_set(stage, number) for number in recipe.sets for stage in ("data", "latents")),
         "align-embedder",
         "align-head",
         *phases,
@@ -78,19 +77,14 @@ def parts(recipe: Recipe, imported: bool) -> list[Part]:
     adapts = tuple(name for name in names if name.startswith("adapt-"))
     merges = tuple(name for name in names if name.startswith("merge-"))
     quantise = tuple(name for name in names if name == "quantize")
-    drawing = ("data",) if recipe.data.kind == "synthetic" else ()
+    drawing = tuple(of_set("data", n) for n in recipe.sets if recipe.data_of(n).kind == "synthetic")
     weights, tensors = (f"{TRANSFORMER}/*.safetensors",), ("*.safetensors",)
-    training = ("align-embedder", "align-head", *adapts, *merges)
     from_source = ("surgery", *drawing, "align-embedder", *merges, "bundle", "verify")
     steps, again = "more steps of this training", "--from a stage that reads them"
     found = [
         Part("surgery", "weights", "the transformer with new first and last layers, untrained", weights,
              ("align-embedder", "align-head", "adapt-1", "merge-1"), again),
-        Part("data", "pictures", "the training pictures", ("pictures/*",), ("latents",),
-             "more pictures, or another autoencoder"),
-        Part("latents", "autoencoder", "the autoencoder with rescaled channels", (f"{NORMALISED}/*.safetensors",),
-             (*adapts, *quantise, "bundle", "verify"), again),
-        Part("latents", "latents", "latents and text embeddings", tensors, training, "more training"),
+        *_of_pictures(recipe, (*adapts, *quantise, "bundle", "verify")),
         Part("align-embedder", "layers", "the new first layer", tensors, ("align-head",), again),
         Part("align-head", "checkpoints", "checkpoints of its training", ("training/*.safetensors", "start.safetensors",
              "training/*checkpoint.json"), (), steps),
@@ -113,6 +107,27 @@ def parts(recipe: Recipe, imported: bool) -> list[Part]:
                  "the repair of a damaged 4-bit file"),
             Part("quantize", "weights", "the converted transformer in 4 bits", tensors, ("bundle",), again),
         ]  # fmt: skip
+    return found
+
+
+def _of_pictures(recipe: Recipe, users: tuple[str, ...]) -> list[Part]:
+    """What the stages of every set of pictures leave; ``users`` of the autoencoder that the first one rewrites."""
+    found = []
+    for number in recipe.sets:
+        data, latents, first = of_set("data", number), of_set("latents", number), number == recipe.sets[0]
+        every = [n for n, _ in enumerate(recipe.adapt.phases, 1)]
+        trained = [f"adapt-{n}" for n in every if recipe.set_of(n) == number]
+        aligned = ("align-embedder", "align-head"), [f"merge-{n}" for n in every]  # a merge measures the gap there
+        readers = (*aligned[0], *trained, *aligned[1]) if first else (*trained,)
+        found.append(Part(data, "pictures", "the training pictures", ("pictures/*",), (latents,),
+                          "more pictures, or another autoencoder"))  # fmt: skip
+        if first:
+            others = tuple(of_set("latents", n) for n in recipe.sets if n != number)
+            rewritten = (f"{NORMALISED}/*.safetensors",)
+            found.append(Part(latents, "autoencoder", "the autoencoder with rescaled channels", rewritten,
+                              (*others, *users), "--from a stage that reads them"))  # fmt: skip
+        tensors = ("*.safetensors",)
+        found.append(Part(latents, "latents", "latents and text embeddings", tensors, readers, "more training"))
     return found
 
 

@@ -75,7 +75,9 @@ def small(
     long = min(steps for _, steps in sized)  # the same for all: each draws one grid, at its end
     phases = []
     for number, (phase, (size, _)) in enumerate(zip(recipe.adapt.phases, sized, strict=True), 1):
-        phases.append(phase.model_copy(update={"steps": long, "batch": size * ranks, "micro_batch": None}))
+        own = phase.data and phase.data.model_copy(update={"count": count, "steps": drawing})
+        short = {"steps": long, "batch": size * ranks, "micro_batch": None, "data": own}
+        phases.append(phase.model_copy(update=short))
         told.append(f"phase {number}: {long} steps of {size * ranks} pictures of {phase.resolution} px")
     head = recipe.align_head.model_copy(update={"draws": min(FEWEST, recipe.align_head.draws)})
     if head.steps:

@@ -68,8 +68,7 @@ def drawn_sides(recipe: Recipe) -> Iterator[tuple[str, int]]:
     for number in recipe.sets:
         data = recipe.data_of(number)
         if data.kind == "synthetic":
-            name = f"adapt.phases.{number - 1}.data" if number else "data"
-            yield f"{name}.resolution", data.resolution
+            yield f"{recipe.data_key(number)}.resolution", data.resolution
 
 
 def beyond(source: Identity, side: int) -> Beyond | None:

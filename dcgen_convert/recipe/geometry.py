@@ -7,6 +7,7 @@ square picture of ``side`` px has (side / (f p))^2 tokens.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from dcgen_convert.core.errors import AccessError, RecipeError
@@ -18,6 +19,7 @@ from dcgen_convert.recipe import sources
 from dcgen_convert.recipe.alignment import alignment
 from dcgen_convert.recipe.drawable import require_drawable
 from dcgen_convert.recipe.identity import Identity
+from dcgen_convert.recipe.pictures import Data
 from dcgen_convert.recipe.reader import Reader
 from dcgen_convert.recipe.schema import Recipe
 
@@ -86,29 +88,48 @@ def check(recipe: Recipe, source: Identity) -> None:
     except AccessError:
         return
     authors.refuse(source.pipeline.index, source.pipeline.name, family)
-    sides = {"data.resolution": recipe.data.resolution}
+    drawn = {f"{recipe.data_key(number)}.resolution": recipe.data_of(number) for number in recipe.sets}
+    sides = {key: data.resolution for key, data in drawn.items()}
     sides |= {f"adapt.phases.{i}.resolution": phase.resolution for i, phase in enumerate(recipe.adapt.phases)}
     for key, side in sides.items():
         _require_tokens(key, side, {"source": old, "autoencoder": new})
     for key, side in sides.items():
-        for grid in (old, new) if key == "data.resolution" else (new,):
+        for grid in (old, new) if key in drawn else (new,):
             _require_halvings(key, side, grid, family.grid_step(config), family.name)
     pipeline = source.pipeline
     if pipeline.scheduler is not None:
         family.check_scheduler(pipeline.scheduler)
     sources.check_few_steps(recipe, family, pipeline.index)
-    if recipe.data.buckets:
-        for phase in recipe.adapt.phases:
-            bucket_sizes(family, config, old, new, phase.resolution)
+    for number in recipe.sets:
+        if recipe.data_of(number).buckets:
+            for side in recipe.sides(number):
+                bucket_sizes(family, config, old, new, side)
+        _require_not_enlarged(recipe, number)
     alignment(recipe, source.here, new)  # refuses a target that the base does not have
     _require_shift(recipe)
-    only = family.only_side(config, old.f)
-    if only and recipe.data.kind == "synthetic" and recipe.data.resolution != only:
-        raise RecipeError(
-            f"data.resolution is {recipe.data.resolution} px, but the pipeline of {recipe.source} draws {only} px only",
-            f"use {only} px (--resolution), or give pictures of your own with --data",
-        )
+    _require_only_side(recipe, drawn, family.only_side(config, old.f))
     require_drawable(recipe, source.here)
+
+
+def _require_not_enlarged(recipe: Recipe, number: int) -> None:
+    """RecipeError when the pictures of a set are drawn smaller than they are used, and `min_side` does not allow it."""
+    data, side, key = recipe.data_of(number), recipe.sides(number)[-1], recipe.data_key(number)
+    if data.kind == "synthetic" and data.resolution < min(side, data.min_side or side):
+        raise RecipeError(
+            f"{key}.resolution is {data.resolution} px, but the pictures are used at {side} px",
+            f"--set {key}.resolution={side} draws them at that size; --set {key}.min_side={data.resolution} allows "
+            "them to be enlarged",
+        )
+
+
+def _require_only_side(recipe: Recipe, drawn: Mapping[str, Data], only: int | None) -> None:
+    """RecipeError for pictures to draw, by their setting, of another size than the ``only`` one of the pipeline."""
+    for key, data in drawn.items():
+        if only and data.kind == "synthetic" and data.resolution != only:
+            raise RecipeError(
+                f"{key} is {data.resolution} px, but the pipeline of {recipe.source} draws {only} px only",
+                f"use {only} px (--resolution), or give pictures of your own with --data",
+            )
 
 
 def _require_shift(recipe: Recipe) -> None:

@@ -51,8 +51,9 @@ def head_samples(recipe: Recipe, inputs: int, tokens: int) -> HeadSamples:
     """
     if recipe.align_head.method != "least-squares":
         return HeadSamples(0, 0, 0, 0)
-    held_out = held_out_rows(recipe.data.count)
-    pictures = recipe.data.count - held_out
+    count = recipe.data_of(recipe.sets[0]).count
+    held_out = held_out_rows(count)
+    pictures = count - held_out
     most = pictures * useful_draws(recipe.align_head.draws, pictures * tokens, inputs)
     usual = min(most, math.ceil(USUAL * inputs / (UNIT * tokens)) * UNIT)
     passes = 2 if recipe.adapt.objective == "guidance-corrected" else 1

@@ -379,7 +379,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         for number in self.sets:
-            self._require_pictures(f"adapt.phases.{number - 1}.data" if number else "data", self.data_of(number))
+            self._require_pictures(self.data_key(number), self.data_of(number))
         given = [self.data.share or 0.0, *(phase.share or 0.0 for phase in self.adapt.phases)]
         if sum(given) > 1 + 1e-9:
             raise ValueError(f"the shares of data and of the phases add up to {sum(given):g}, more than the whole")
@@ -418,13 +418,17 @@ class Recipe(Section):
 
     @property
     def sets(self) -> tuple[int, ...]:
-        """The sets that a phase is trained on."""
-        return tuple(sorted({self.set_of(number) for number, _ in enumerate(self.adapt.phases, 1)}))
+        """The sets that phases are trained on, in the order of their first use. Alignment takes the first."""
+        return tuple(dict.fromkeys(self.set_of(number) for number, _ in enumerate(self.adapt.phases, 1)))
 
     def data_of(self, number: int) -> Data:
         """The settings of set ``number``."""
         own = self.adapt.phases[number - 1].data if number else None
         return own.over(self.data) if own else self.data
+
+    def data_key(self, number: int) -> str:
+        """Dotted key of the settings of set ``number``."""
+        return f"adapt.phases.{number - 1}.data" if number else "data"
 
     def sides(self, number: int) -> list[int]:
         """Picture sides in px that set ``number`` is used at."""

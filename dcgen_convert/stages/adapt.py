@@ -43,7 +43,7 @@ def train_phase(job: Job, number: int, layout: dict[str, Any], seconds: float | 
     deadline = None if seconds is None else time.monotonic() + seconds
     recipe, folder = job.recipe, job.folders.adapt(number)
     phase = recipe.adapt.phases[number - 1]
-    rows, held_out = job.rows(phase.resolution).split()
+    rows, held_out = job.of_phase(number).rows(phase.resolution).split()
     aligned = job.folders.align_head / names.MODULES if number == 1 else None
     model = models.load(job.folders.dense_before(number), job.dtype, aligned, first_device(layout))
     if recipe.compile and layout["zero"] < 3:
@@ -68,5 +68,5 @@ def merge_phase(job: Job, stage: Stage, number: int) -> None:
     dense, modules = job.folders.dense_before(number), export / names.MODULES
     stage.metrics.update(merge.merge(dense, merged, lora=lora, modules=modules, console=job.console))
     shown = job.alignment
-    stage.metrics["gap"] = gap.measure(job, merged, job.rows(shown.resolution).split()[1], stage.folder)
+    stage.metrics["gap"] = gap.measure(job, merged, job.of_phase(1).rows(shown.resolution).split()[1], stage.folder)
     stage.metrics.update(gap_side=shown.resolution, gap_base_side=shown.side)

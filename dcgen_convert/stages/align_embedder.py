@@ -43,7 +43,7 @@ def run(job: Job, stage: Stage) -> None:
         return
     settings = job.recipe.align_embedder
     resolution = job.recipe.adapt.phases[0].resolution
-    cache = job.rows(resolution)
+    cache = job.of_phase(1).rows(resolution)
     teacher, student = (
         embedding(folder, job.family.embedder)
         for folder in (job.source.transformer, job.folders.surgery / models.TRANSFORMER)

@@ -43,7 +43,7 @@ def run(job: Job, stage: Stage) -> None:
     """Writes modules.safetensors (embedder and head); reports the held-out loss after the start and after training."""
     settings = job.recipe.align_head
     resolution = job.recipe.adapt.phases[0].resolution
-    train_rows, held_out = job.rows(resolution).split()
+    train_rows, held_out = job.of_phase(1).rows(resolution).split()
     embedder = job.folders.align_embedder / names.MODULES
     model = surgical(job, embedder, pipelines.device())
     task = phases.Task(model, job.family, job.recipe.adapt, train_rows, job.scheduler)
@@ -102,7 +102,7 @@ def train(job: Job, layout: dict[str, Any], model: nn.Module | None = None) -> d
     if recipe.compile and layout["zero"] < 3:
         models.compile_blocks(job.family, model)
     adapt = recipe.adapt.model_copy(update={"zero": layout["zero"], "offload": layout["offload"]})
-    rows = job.rows(recipe.adapt.phases[0].resolution).split()[0]
+    rows = job.of_phase(1).rows(recipe.adapt.phases[0].resolution).split()[0]
     task = phases.Task(model, job.family, adapt, rows, job.scheduler)
     place = Place(job.folders.align_head / names.TRAINING, job.console, recipe.seed)
     return phases.train_head(task, recipe.align_head, recipe.dtype, layout["micro_batch"], place)
@@ -173,7 +173,7 @@ def fit_head(job: Job, task: phases.Task, held_out: LatentCache, folder: Path) -
 
 def fit_part(job: Job, bar: Bar, begun: int) -> None:
     """What the other ranks do of `fit_head`."""
-    rows, held_out = job.rows(job.recipe.adapt.phases[0].resolution).split()
+    rows, held_out = job.of_phase(1).rows(job.recipe.adapt.phases[0].resolution).split()
     model = surgical(job, job.folders.align_embedder / names.MODULES, pipelines.device())
     task = phases.Task(model, job.family, job.recipe.adapt, rows, job.scheduler)
     head_fit.work(HeadFit(job, task, held_out, job.folders.align_head), bar, begun)

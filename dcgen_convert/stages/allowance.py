@@ -29,7 +29,7 @@ def seconds(job: Job, number: int) -> float | None:
     phases = [folders.adapt_stage(later) for later in range(number, len(job.recipe.adapt.phases) + 1)]
     other = [*map(folders.merge_stage, range(number, len(job.recipe.adapt.phases) + 1))]
     after = sum(planned.get(name, 0.0) for name in (*other, folders.QUANTIZE, folders.BUNDLE, folders.VERIFY))
-    left = total - after - sum(job.run.spent(name) for name in _before(number))
+    left = total - after - sum(job.run.spent(name) for name in _before(job.recipe, number))
     own = left * planned[phases[0]] / sum(planned[name] for name in phases)
     return max(0.0, own * (1 - RESERVE) - job.run.spent(phases[0]))
 
@@ -42,8 +42,9 @@ def budget_seconds(recipe: Recipe, ranks: int) -> float | None:
     return 3600 * min(limits) if limits else None
 
 
-def _before(number: int) -> list[str]:
+def _before(recipe: Recipe, number: int) -> list[str]:
     """Stages that come before phase ``number``."""
-    first = [IMPORT, folders.SURGERY, folders.DATA, folders.LATENTS, folders.ALIGN_EMBEDDER, folders.ALIGN_HEAD]
+    pictures = [stage(of) for of in recipe.sets for stage in (folders.data_stage, folders.latents_stage)]
+    first = [IMPORT, folders.SURGERY, *pictures, folders.ALIGN_EMBEDDER, folders.ALIGN_HEAD]
     done = range(1, number)
     return [*first, *map(folders.adapt_stage, done), *map(folders.merge_stage, done)]

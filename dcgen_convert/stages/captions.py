@@ -11,7 +11,7 @@ from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_object, write_json
 from dcgen_convert.core.journal import fingerprint
 from dcgen_convert.data import earlier_prompts, prompt_lists, prompts
-from dcgen_convert.stages.folders import DATA
+from dcgen_convert.stages.folders import data_stage
 from dcgen_convert.stages.job import Job
 
 FILE = "prompts.json"
@@ -64,7 +64,7 @@ def _begun(job: Job) -> tuple[str, ...]:
     """
     path = job.folders.data / FILE
     if not path.exists():
-        before = job.run.inputs(DATA)
+        before = job.run.inputs(data_stage(job.pictures))
         count = int(before.get("data.count") or 0)
         return EARLIER if count and fingerprint(_earlier(job, count)) == before.get(CAPTIONS) else ()
     try:

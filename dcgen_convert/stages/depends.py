@@ -17,7 +17,6 @@ from dcgen_convert.core.files import read_object, sha256
 from dcgen_convert.core.journal import MARKER, differing, fingerprint
 from dcgen_convert.data import given, hub, images, prompt_lists, prompts
 from dcgen_convert.data.images import Picture
-from dcgen_convert.recipe import drawable
 from dcgen_convert.recipe.schema import LAYOUT, result_settings
 from dcgen_convert.stages import captions, folders
 from dcgen_convert.stages.captions import CAPTIONS, texts_of
@@ -117,7 +116,9 @@ def recorded(job: Job, stage: str, old: dict[str, Any]) -> dict[str, Any]:
 
     Earlier ones know all files of the source as one fact, and no other target of the alignment than pooled.
     """
-    if stage == folders.LATENTS and BASE_VIEW not in old:  # it had the base's latents of every phase, at its size
+    if (
+        stage == folders.LATENTS and job.is_aligned and BASE_VIEW not in old
+    ):  # it had the base's latents of every phase, at its size
         return {**old, BASE_VIEW: _pooled_view(job)}
     if SOURCE not in old or NETWORK not in DEPENDS[kind_of(stage)]:
         return old
@@ -133,11 +134,13 @@ def _network(job: Job, contents: dict[str, str]) -> dict[str, str]:
 
 def _counts(job: Job, stage: str, number: int, name: str) -> bool:
     """Whether a setting has a part in this job's result of the stage."""
-    if stage == folders.DATA:
+    if kind_of(stage) == folders.DATA:
         own = job.recipe.data.kind == "folder"
-        if name == BEYOND and not drawable.drawn_beyond(job.recipe, job.identity):
+        if name == BEYOND and job.beyond is None:
             return False
         return name not in DRAWN if own else name != PICTURES
+    if name == BASE_VIEW:
+        return job.is_aligned
     if name == "merge_lora" and kind_of(stage) == MERGE:
         return number == len(job.recipe.adapt.phases)
     return True
@@ -150,12 +153,12 @@ def _value(job: Job, settings: dict[str, Any], name: str, number: int) -> Any:
         AUTOENCODER: lambda: job.ae.fingerprint,
         RESOLUTION: lambda: job.resolution,
         PICTURES: lambda: _given(job),
-        BEYOND: lambda: [found.shift for found in drawable.drawn_beyond(job.recipe, job.identity)],
+        BEYOND: lambda: [job.beyond.shift] if job.beyond else [],
         CAPTIONS: lambda: _captions(job, job.recipe.data.count),
         "data.prompts": lambda: _prompts(job),
         "latents.text_length": lambda: job.text_length,
         "latents": lambda: {**settings["latents"], "text_length": job.text_length},
-        "adapt.phases.resolution": lambda: sorted({phase.resolution for phase in job.recipe.adapt.phases}),
+        "adapt.phases.resolution": lambda: job.resolutions,
         PHASE: lambda: {key: value for key, value in settings["adapt"]["phases"][number - 1].items() if key != "data"},
         BASE_VIEW: lambda: {**_pooled_view(job), "side": job.alignment.side},
         "align_embedder": lambda: _embedder(job, settings["align_embedder"]),

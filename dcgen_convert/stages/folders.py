@@ -5,12 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from dcgen_convert.core.names import of_set
 from dcgen_convert.networks.models import TRANSFORMER
 
 SURGERY, DATA, LATENTS = "surgery", "data", "latents"
 ALIGN_EMBEDDER, ALIGN_HEAD = "align-embedder", "align-head"
 QUANTIZE, BUNDLE, VERIFY = "quantize", "bundle", "verify"
 BEGUN = "begun.json"  # of stage bundle: it writes, or has written, the output folder
+
+
+def data_stage(number: int) -> str:
+    """Name of the stage that makes the pictures of set ``number``."""
+    return of_set(DATA, number)
+
+
+def latents_stage(number: int) -> str:
+    """Name of the stage that encodes the pictures of set ``number``."""
+    return of_set(LATENTS, number)
 
 
 def adapt_stage(number: int) -> str:
@@ -30,10 +41,12 @@ class Folders:
     Attributes:
         run: the run folder.
         phases: number of phases of adaptation.
+        pictures: number of the set whose pictures and latents are meant.
     """
 
     run: Path
     phases: int
+    pictures: int = 0
 
     @property
     def surgery(self) -> Path:
@@ -41,11 +54,11 @@ class Folders:
 
     @property
     def data(self) -> Path:
-        return self.run / DATA
+        return self.run / data_stage(self.pictures)
 
     @property
     def latents(self) -> Path:
-        return self.run / LATENTS
+        return self.run / latents_stage(self.pictures)
 
     @property
     def align_embedder(self) -> Path:

@@ -19,18 +19,20 @@ from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError, RecipeError
 from dcgen_convert.core.files import hashes, read_json, read_object, sha256
 from dcgen_convert.core.journal import MARKER, Run
+from dcgen_convert.data.buckets import nearest
 from dcgen_convert.families import Family, Text, catalog, legacy
 from dcgen_convert.families.grid import Grid, autoencoder_grid
 from dcgen_convert.networks import autoencoder_files, parts
 from dcgen_convert.networks.pipelines import stock_pipeline
 from dcgen_convert.ranks.crew import SOLO, Crew
-from dcgen_convert.recipe import sources
+from dcgen_convert.recipe import drawable, sources
 from dcgen_convert.recipe.alignment import Alignment, alignment
+from dcgen_convert.recipe.drawable import Beyond
 from dcgen_convert.recipe.geometry import bucket_sizes
 from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.loading import Resolved
 from dcgen_convert.recipe.schema import Recipe
-from dcgen_convert.stages.folders import ALIGN_HEAD, Folders, adapt_stage
+from dcgen_convert.stages.folders import ALIGN_HEAD, Folders, adapt_stage, latents_stage
 from dcgen_convert.svdquant import targets
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from dcgen_convert.data.cache import LatentCache
     from dcgen_convert.data.given import PictureSource
     from dcgen_convert.data.images import Picture
+    from dcgen_convert.data.sieve import Sieve
 
 T = TypeVar("T")
 AE_PATTERNS = ["config.json", "*.safetensors", "*.safetensors.index.json", "README.md", "LICENSE*"]
@@ -63,7 +66,12 @@ class Autoencoder:
 
 @dataclass(frozen=True)
 class Job:
-    """One conversion."""
+    """One conversion.
+
+    Attributes:
+        pictures: number of the set of pictures that `data` of the recipe, and the folders of pictures and latents, are
+            of. 0: section `data`; n: the data of phase n.
+    """
 
     recipe: Recipe
     identity: Identity
@@ -72,6 +80,7 @@ class Job:
     run: Run
     console: Console
     crew: Crew = SOLO
+    pictures: int = 0
     _found: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -80,7 +89,33 @@ class Job:
 
     @cached_property
     def folders(self) -> Folders:
-        return Folders(self.run.path, len(self.recipe.adapt.phases))
+        return Folders(self.run.path, len(self.recipe.adapt.phases), self.pictures)
+
+    def of_phase(self, number: int) -> Job:
+        """This job with the pictures that phase ``number`` (the first is 1) is trained on."""
+        return self.of_set(self.recipe.set_of(number))
+
+    def of_set(self, number: int) -> Job:
+        """This job with the pictures of set ``number``."""
+        if number == self.pictures:
+            return self
+        assert not self.pictures, "a job of one set does not know the pictures of the others"
+
+        def view(job: Job) -> Job:
+            recipe = job.recipe.model_copy(update={"data": job.recipe.data_of(number)})
+            return replace(job, recipe=recipe, pictures=number)
+
+        return self.remembered(f"set {number}", view)
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether the embedder is aligned on these pictures: those of the first phase."""
+        return self.pictures == self.recipe.sets[0]
+
+    @property
+    def resolutions(self) -> list[int]:
+        """Picture sides in px that the pictures are used at, ascending."""
+        return self.recipe.sides(self.pictures)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -145,7 +180,7 @@ class Job:
             "model": self.family.name,
             "weights": self.source.fingerprint,
             "autoencoder": self.ae.fingerprint,
-            "resolutions": sorted({phase.resolution for phase in self.recipe.adapt.phases}),
+            "resolutions": self.resolutions,
             "text": latents.text,
             "text_length": self.text_length,
             "scale": latents.scale_override,
@@ -155,7 +190,7 @@ class Job:
         # as they look when they were written to JSON and read again
         sizes = {str(px): [[*size] for size in found] for px, found in self.buckets.items()}
         shown = self.alignment
-        home = {"home": [shown.resolution, shown.side]} if shown.target == "home" else {}
+        home = {"home": [shown.resolution, shown.side]} if shown.target == "home" and self.is_aligned else {}
         return {**key, **home, **({"buckets": sizes} if sizes else {})}
 
     @cached_property
@@ -173,7 +208,7 @@ class Job:
     @property
     def sources_folder(self) -> Path:
         """Links to the user's data, and what was copied out of shards; absent where one plain folder is read."""
-        return self.run.path / "sources"
+        return self.run.path / names.of_set("sources", self.pictures)
 
     @cached_property
     def pictures_from(self) -> list[PictureSource]:
@@ -188,7 +223,38 @@ class Job:
         from dcgen_convert.data import given
 
         sources, count = self.pictures_from, self.recipe.data.count
-        return given.take(sources, count, self.sources_folder, self.identity.offline)
+        return given.take(sources, count, self.sources_folder, self.identity.offline, self.sieve)
+
+    @property
+    def beyond(self) -> Beyond | None:
+        """What the base does where it draws larger pictures than it was trained on; None: it draws none."""
+        data = self.recipe.data
+        return drawable.beyond(self.identity, data.resolution) if data.kind == "synthetic" else None
+
+    @cached_property
+    def min_side(self) -> int:
+        """Shorter side in px that the user's pictures must have; 0 in a run that was begun when all were taken."""
+        if self.recipe.data.min_side is not None:
+            return self.recipe.data.min_side
+        marker = self.folders.data / MARKER
+        begun = read_object(marker)["metrics"].get("min_side", 0) if marker.exists() else self.resolutions[-1]
+        return self.resolutions[-1] if begun else 0
+
+    @cached_property
+    def sieve(self) -> Sieve:
+        """Leaves out the user's pictures that are too small for the largest size that they are used at."""
+        from dcgen_convert.data.sieve import Sieve, square
+
+        key, side = f"{self.recipe.data_key(self.pictures)}.min_side", self.resolutions[-1]
+        shapes, share = self.buckets.get(side), self.min_side / side
+        if shapes is None:
+            return Sieve(self.min_side, key, square(self.min_side))
+
+        def needed(size: tuple[float, float]) -> tuple[float, float]:
+            height, width = nearest(shapes, int(size[0]), int(size[1]))
+            return width * share, height * share
+
+        return Sieve(self.min_side, key, needed)
 
     @cached_property
     def given(self) -> list[Picture]:
@@ -215,12 +281,14 @@ class Job:
         if not self.recipe.data.buckets:
             return {}
         f, c = autoencoder_grid(read_json(self.source.vae / "config.json"))
-        config, resolutions = self.source.config, sorted({phase.resolution for phase in self.recipe.adapt.phases})
+        config = self.source.config
         base, new = Grid(f, c, self.family.patch(config, c)), Grid(self.ae.factor, self.ae.channels, 1)
-        return {px: bucket_sizes(self.family, config, base, new, px) for px in resolutions}
+        return {px: bucket_sizes(self.family, config, base, new, px) for px in self.resolutions}
 
     def rows(self, resolution: int) -> LatentCache:
-        """The latent cache of this run. Where the recipe encodes on the fly, the first caption loads the encoders."""
+        """The latent cache of these pictures. Where the recipe encodes on the fly, the first caption loads the
+        encoders.
+        """
         from dcgen_convert.data.cache import LatentCache
         from dcgen_convert.networks import pipelines
         from dcgen_convert.stages import source_pipeline
@@ -235,9 +303,12 @@ class Job:
 
     @property
     def target(self) -> Path:
-        """Folder of the autoencoder that the bundle gets: the given one, or the one that stage `latents` rewrote."""
-        normalised = self.recipe.latents.normalise == "channel"
-        return self.folders.latents / autoencoder_files.NORMALISED if normalised else self.ae.folder
+        """Folder of the autoencoder that the bundle gets: the given one, or what stage `latents` of the first phase's
+        pictures rewrote.
+        """
+        if self.recipe.latents.normalise != "channel":
+            return self.ae.folder
+        return self.run.path / latents_stage(self.recipe.sets[0]) / autoencoder_files.NORMALISED
 
 
 def prepare(resolved: Resolved, run: Run, console: Console, crew: Crew = SOLO) -> Job:
@@ -272,7 +343,9 @@ def prepare(resolved: Resolved, run: Run, console: Console, crew: Crew = SOLO) -
     parts.check(source.base if isinstance(source, Imported) else source.root, source.index)
     ae = find_autoencoder(recipe.ae, run.path, channels=recipe.ae_channels, offline=offline)
     job = Job(recipe, identity, source, ae, run, console, crew)
-    _ = job.buckets, job.alignment  # refuse what cannot have them
+    for number in recipe.sets:
+        _ = job.of_set(number).buckets  # refuse what cannot have any
+    _ = job.alignment  # refuses a target that the base does not have
     if told := of_bundle(job):
         console.say(told)
     if recipe.quantize.format != "none":

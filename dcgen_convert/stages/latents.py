@@ -49,8 +49,8 @@ LAYOUT = "layout.json"  # rows per shard: of the first pictures, and of all that
 
 
 def run(job: Job, stage: Stage) -> None:
-    """Encode every readable picture at every resolution of the recipe's phases."""
-    resolutions = sorted({phase.resolution for phase in job.recipe.adapt.phases})
+    """Encode every readable picture at every resolution of the phases that are trained on these pictures."""
+    resolutions = job.resolutions
     kept = rows_before(job)
     known = set(kept)
     new = [picture for picture in pictures_stage.listed(job) if picture not in known]
@@ -66,7 +66,7 @@ def run(job: Job, stage: Stage) -> None:
         write_json(stage.folder / LAYOUT, {"rows_per_shard": shard_rows(len(pictures))})
     write_json(stage.folder / HELD_OUT, held_out)
     images.write_index(stage.folder / images.ROWS, pictures, job.pictures_root)
-    if job.recipe.latents.normalise == "channel":
+    if job.recipe.latents.normalise == "channel" and job.is_aligned:
         normalise(job, pictures, spans[resolutions[0]])
     codecs = load_codecs(job)
     target = codecs["target"]
@@ -74,7 +74,7 @@ def run(job: Job, stage: Stage) -> None:
     with job.console.progress("latents", len(pictures) * len(resolutions), "pictures") as bar:
         for resolution in resolutions:
             check_early(job, pictures, target, spans[resolution])
-            with job.crew.share("latents", bar, together=False, spans=spans[resolution]):
+            with job.crew.share("latents", bar, together=False, of=job.pictures, spans=spans[resolution]):
                 encode_pictures(job, pictures, codecs, spans[resolution], bar)
             check_scale(job, stage, target, resolution)
     del codecs, target
@@ -82,6 +82,10 @@ def run(job: Job, stage: Stage) -> None:
     encode_captions(job, stage, pictures)
     bucketed = spans if job.recipe.data.buckets else None
     cache.write_index(stage.folder, len(pictures), rows_per_shard(job), held_out, job.latents_key, bucketed)
+
+
+def say(job: Job, text: str) -> None:
+    job.console.say(f"{job.folders.latents.name}: {text}")
 
 
 def rows_before(job: Job) -> list[Picture]:
@@ -120,7 +124,7 @@ def spans_of(job: Job, stage: Stage, pictures: list[Picture], resolutions: list[
             f"{parts[0].height}x{parts[0].width} {sum(len(part.rows) for part in parts)}" for parts in filled
         )
         stage.metrics[f"buckets_{px}"] = shown
-        job.console.say(f"latents: {px} px, pictures by height x width: {shown}")
+        say(job, f"{px} px, pictures by height x width: {shown}")
     return spans
 
 
@@ -140,7 +144,7 @@ def sizes_of(job: Job, span: Span) -> dict[str, tuple[int, int]]:
     The base sees them in the first phase only, at the size of the alignment: no later stage reads its latents.
     """
     sizes = {"target": (span.height, span.width)}
-    if span.table.partition("-")[0] == str(job.alignment.resolution):
+    if job.is_aligned and span.table.partition("-")[0] == str(job.alignment.resolution):
         sizes["base"] = job.alignment.size(span.height, span.width)
     return sizes
 
@@ -171,9 +175,7 @@ def normalise(job: Job, pictures: list[Picture], spans: list[Span]) -> None:
             f"latent channel {int(rms.argmin())} is zero on every picture", "set latents.normalise to none"
         )
     autoencoder_files.write_rewritten(job.ae.folder, job.target, rms=rms)
-    job.console.say(
-        f"latents: channels divided by their RMS, {rms.min():.3g} to {rms.max():.3g}, inside the autoencoder's weights"
-    )
+    say(job, f"channels divided by their RMS, {rms.min():.3g} to {rms.max():.3g}, inside the autoencoder's weights")
 
 
 def powers(job: Job, pictures: list[Picture], codec: Codec, spans: list[Span], count: int) -> Tensor:
@@ -218,7 +220,7 @@ def readable(job: Job, pictures: list[Picture], count: int) -> list[Picture]:
 
     Says what had to be done about some of the others.
     """
-    side = max(phase.resolution for phase in job.recipe.adapt.phases)
+    side = job.resolutions[-1]
     broken: list[str] = []
     left_out, seen, kept = Tally(), Tally(), []
     for picture, (size, found, problem) in zip(pictures, ahead(pictures, decoded, depth=READ_AHEAD), strict=True):
@@ -234,9 +236,9 @@ def readable(job: Job, pictures: list[Picture], count: int) -> list[Picture]:
         kept.append(picture)
     require_few(job, broken, count)
     if broken:
-        job.console.say(f"latents: {len(kept)} pictures taken, {len(broken)} left out {left_out.reasons()}")
+        say(job, f"{len(kept)} pictures taken, {len(broken)} left out {left_out.reasons()}")
     for note in seen.counts:
-        job.console.say(f"latents: pictures {note} ({seen.of(note)})")
+        say(job, f"pictures {note} ({seen.of(note)})")
     return kept
 
 
@@ -264,9 +266,7 @@ def roundtrip(job: Job, stage: Stage, pictures: list[Picture], codec: Codec, spa
     with replacing(stage.folder / "roundtrip.png") as temporary:
         grid(columns, captions).save(temporary, format="PNG")
     psnr = round(-10 * math.log10(max(square / count / 4, 1e-10)), 2)
-    job.console.say(
-        f"latents: autoencoder round trip {psnr} dB on {len(captions)} pictures (the ceiling of any converted model)"
-    )
+    say(job, f"autoencoder round trip {psnr} dB on {len(captions)} pictures (the ceiling of any converted model)")
     return psnr
 
 
@@ -349,9 +349,7 @@ def check_scale(job: Job, stage: Stage, codec: Codec, resolution: int) -> None:
         },
     )
     stage.metrics[f"latent_rms_{resolution}"] = round(rms, 4)
-    job.console.say(
-        f"latents: {resolution} px, scaling factor {scale:.4g} in the config, {measured:.4g} measured (1/RMS)"
-    )
+    say(job, f"{resolution} px, scaling factor {scale:.4g} in the config, {measured:.4g} measured (1/RMS)")
     require_scale(job, scale, measured)
 
 
@@ -376,7 +374,7 @@ def encode_captions(job: Job, stage: Stage, pictures: list[Picture]) -> None:
     if job.recipe.latents.text == "cache":
         with (
             job.console.progress("text embeddings", len(pictures), "captions") as bar,
-            job.crew.share("captions", bar, together=False),
+            job.crew.share("captions", bar, together=False, of=job.pictures),
         ):
             caption_part(job, bar)
     _empty_prompt(job)
@@ -385,7 +383,7 @@ def encode_captions(job: Job, stage: Stage, pictures: list[Picture]) -> None:
 def caption_part(job: Job, bar: Bar) -> None:
     """Write this rank's shards of the table "text"; rows that are already there are kept. Rank 0 writes "null" too."""
     folder, batch, encoders = job.folders.latents, job.recipe.latents.batch, None
-    captions, encoding = cache.Captions(folder), AtOnce("latents: text encoding", job.console.warn)
+    captions, encoding = cache.Captions(folder), AtOnce(f"{folder.name}: text encoding", job.console.warn)
     for _, number, rows in own_shards(job, [[range(len(captions))]], rows_per_shard(job)):
         before = cache.shard_before(folder, "text", number)
         done = cache.rows_of(before)

@@ -16,7 +16,6 @@ from dcgen_convert.data import decoding, images, prompts
 from dcgen_convert.data.images import Picture
 from dcgen_convert.networks import models, pipelines, text_lengths
 from dcgen_convert.networks.at_once import AtOnce
-from dcgen_convert.recipe import drawable
 from dcgen_convert.stages import captions, source_pipeline
 from dcgen_convert.stages.job import Job
 
@@ -34,10 +33,11 @@ def require(job: Job) -> None:
     if (job.folders.data / MARKER).exists():
         return
     count = settings.count
-    for found in drawable.drawn_beyond(job.recipe, job.identity):
-        job.console.warn(found.told)
+    if job.beyond:
+        job.console.warn(job.beyond.told)
     if settings.kind == "folder":
         pictures, _ = job.taken
+        job.sieve.require(len(pictures))
         broken: list[str] = []
         for picture in pictures:
             try:
@@ -88,19 +88,21 @@ def require_two(count: int) -> None:
 
 def run(job: Job, stage: Stage) -> None:
     """Writes index.jsonl, and pictures/ when they are drawn."""
+    name = stage.folder.name
     if job.recipe.data.kind == "folder":
         with clock.timed("hash", job.recipe.data.count):
             pictures = job.given
-        job.console.say(f"data: {job.taken[1]}")
+        job.console.say(f"{name}: {job.taken[1]}")
+        stage.metrics["min_side"] = job.min_side
     else:
         if job.recipe.data.prompts not in prompts.KINDS and (
             note := captions.prompt_list(job).told(job.recipe.data.prompts, job.recipe.data.count)
         ):
-            job.console.say(f"data: {note}")
+            job.console.say(f"{name}: {note}")
         pictures = synthesise(job)
     images.write_index(stage.folder / images.INDEX, pictures, job.pictures_root)
     stage.metrics.update(pictures=len(pictures), captions=len({picture.caption for picture in pictures}))
-    job.console.say(f"data: {len(pictures)} pictures, {stage.metrics['captions']} distinct captions")
+    job.console.say(f"{name}: {len(pictures)} pictures, {stage.metrics['captions']} distinct captions")
     tell_captions(job, [picture.caption for picture in pictures])
 
 
@@ -136,7 +138,7 @@ def synthesise(job: Job) -> list[Picture]:
     if missing:
         with job.console.progress("synthesis by the base model", len(pictures), "pictures") as bar:
             bar.advance(len(pictures) - missing)
-            with job.crew.share("pictures", bar, together=False):
+            with job.crew.share("pictures", bar, together=False, of=job.pictures):
                 draw_part(job, bar)
     files = [picture.file for picture in pictures]
     return [replace(picture, sha256=digest) for picture, digest in zip(pictures, hashes(files), strict=True)]
@@ -167,7 +169,7 @@ def draw_part(job: Job, bar: Bar) -> None:
     source_pipeline.cap_shift(pipeline, job.identity, settings.resolution)
     if job.recipe.compile:
         models.compile_blocks(job.family, getattr(pipeline, job.family.component))
-    drawing = AtOnce("data: drawing", job.console.warn)
+    drawing = AtOnce(f"{job.folders.data.name}: drawing", job.console.warn)
 
     def draw(part: list[Picture]) -> Tensor:
         return pipelines.draw(

@@ -24,9 +24,12 @@ def tasks_of(job: Job, crew: Member, arguments: dict[str, Any]) -> dict[str, tup
     from dcgen_convert.stages import adapt, align_head, latents, pictures, quantize
 
     return {
-        "pictures": (folders.DATA, lambda: pictures.draw_part(job, crew)),
-        "latents": (folders.LATENTS, lambda: latents.encode_part(job, crew, **arguments)),
-        "captions": (folders.LATENTS, lambda: latents.caption_part(job, crew)),
+        "pictures": (folders.DATA, lambda: pictures.draw_part(job.of_set(arguments["of"]), crew)),
+        "latents": (
+            folders.LATENTS,
+            lambda: latents.encode_part(job.of_set(arguments["of"]), crew, arguments["spans"]),
+        ),
+        "captions": (folders.LATENTS, lambda: latents.caption_part(job.of_set(arguments["of"]), crew)),
         "fit-head": (folders.ALIGN_HEAD, lambda: align_head.fit_part(job, crew, **arguments)),
         "train-head": (folders.ALIGN_HEAD, lambda: align_head.train(job, **arguments)),
         "adapt": ("adapt-{number}", lambda: adapt.train_phase(job, **arguments)),

@@ -170,9 +170,11 @@ def test_which_stages_a_file_of_the_source_runs_again(first, part, wanted):
         assert step.recorded(old) == step.inputs
 
 
-def test_what_is_needed_follows_the_walk(first):
+@pytest.mark.parametrize("own", [[], ["adapt.phases.0.data.count=16"]])
+def test_what_is_needed_follows_the_walk(first, own):
     """Stages that a stage builds on have a part that it reads, so `clean` cannot take it away too early."""
-    job = prepare(resolved(["quantize.format=nvfp4", "latents.normalise=channel"]), Run(first[0] / "run", NULL), NULL)
+    sets = ["quantize.format=nvfp4", "latents.normalise=channel", *own]
+    job = prepare(resolved(sets), Run(first[0] / "run", NULL), NULL)
     steps, parts = list(conversion.walk(job, first[0] / "out", False)), needs.parts(job.recipe, False)
     assert [step.name for step in steps] == needs.stages(job.recipe, False)
     read = {(part.stage, reader) for part in parts for reader in part.readers}

@@ -1,6 +1,7 @@
 """What the stages `data` and `latents` say of the user's pictures, and what is refused before any work is done."""
 
 import io
+import json
 import tarfile
 from dataclasses import replace
 
@@ -8,9 +9,10 @@ import pytest
 from PIL import Image
 
 from dcgen_convert.core.console import NULL, Console
-from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.errors import InputError, RecipeError
 from dcgen_convert.core.journal import Found, Run, Wanted
 from dcgen_convert.data import images
+from dcgen_convert.planning import absent
 from dcgen_convert.recipe.loading import load
 from dcgen_convert.stages import depends, latents, pictures
 from dcgen_convert.stages.job import prepare
@@ -40,7 +42,7 @@ def given(path, run, *sets):
 
 
 def test_what_was_done_about_pictures_and_captions_is_told(data, tmp_path):
-    job, said = given(data, tmp_path / "run", "data.max_broken=0.2")
+    job, said = given(data, tmp_path / "run", "data.max_broken=0.2", "data.min_side=1")
     taken, told = images.take(data, 100)
     assert told == "10 pictures taken"
     (tmp_path / "broken.png").write_bytes(b"no picture")
@@ -53,6 +55,69 @@ def test_what_was_done_about_pictures_and_captions_is_told(data, tmp_path):
     assert "pictures smaller than 128 px, enlarged (1: small.png)" in text
     assert "1 of 10 captions are empty" in text
     assert f"1 of 10 captions are longer than {job.text_length} tokens and are cut" in text
+
+
+@pytest.mark.parametrize("text", ["", "data.buckets=on"])
+def test_small_pictures_are_left_out_and_counted(text, data, tmp_path):
+    job, _ = given(data, tmp_path / "run", *filter(None, [text]))
+    pictures.require(job)
+    why = "because they are smaller than 128 px (data.min_side) (1: small.png)"
+    assert len(job.given) == 9 and job.taken[1] == f"9 of 10 pictures taken, 1 left out {why}"
+    job, _ = given(data, tmp_path / "run", "data.min_side=64", *filter(None, [text]))
+    assert len(job.given) == 10 and job.taken[1] == "10 pictures taken"
+    job, _ = given(data, tmp_path / "run", "data.count=9")  # small ones do not count
+    assert len(job.given) == 9 and "data.count" not in job.taken[1]
+
+
+@pytest.mark.parametrize("kind", ["folder", "list", "shard"])
+@pytest.mark.parametrize("kept", [0, 1])
+def test_too_few_large_pictures_are_refused_before_any_work(kind, kept, data, tmp_path):
+    """By `recipes validate` and `plan` too, but for pictures in shards: those are counted when they are copied."""
+    for number in range(kept):
+        Image.new("RGB", (512, 512)).save(data / f"large{number}.png")
+        (data / f"large{number}.txt").write_text("a disc")
+    place = tmp_path / {"folder": "same", "list": "all.jsonl", "shard": "all.tar"}[kind]
+    if kind == "list":
+        files = sorted(map(str, data.glob("*.png")))
+        place.write_text("".join(json.dumps({"file": file, "caption": "a disc"}) + "\n" for file in files))
+    elif kind == "shard":
+        with tarfile.open(place, "w") as tar:
+            for file in sorted(data.iterdir()):
+                tar.add(file, file.name)
+    else:
+        place = data
+    sets = ["adapt.phases.0.resolution=256", "data.resolution=256"]
+    job, _ = given(place, tmp_path / ".run", *sets)
+    try:
+        message = (
+            rf"10 pictures in .* smaller than the 256 px .* 160 x 160 px, and {'1 is' if kept else 'none is'} large"
+        )
+        with pytest.raises(InputError, match=message) as caught:
+            pictures.require(job)
+        assert caught.value.exit_code == 2 and "--set data.min_side=160 allows" in caught.value.hint
+        if kind != "shard":
+            assert [str(problem) for problem in absent.absent(job.recipe)] == [str(caught.value)]
+        pictures.require(given(place, tmp_path / ".run2", *sets, "data.min_side=160")[0])
+    finally:
+        for file in data.glob("large*"):
+            file.unlink()
+
+
+def test_a_run_that_was_begun_when_small_pictures_were_taken_keeps_them(data, tmp_path):
+    job, _ = given(data, tmp_path / "run", "data.min_side=1")
+    for stated, count in ((None, 10), (128, 9)):
+        with job.run.stage(Wanted("data", depends.inputs(job, "data")), Found("nothing")) as stage:
+            pictures.run(job, stage)
+            stage.metrics.pop("min_side")
+            stage.metrics |= {"min_side": stated} if stated else {}
+        assert len(given(data, tmp_path / "run")[0].given) == count
+
+
+def test_pictures_that_are_drawn_are_not_enlarged_silently():
+    sets = ["data.resolution=64", "adapt.phases.0.resolution=128"]
+    with pytest.raises(RecipeError, match="data.resolution is 64 px, but the pictures are used at 128 px"):
+        load("tiny-flux", sets=sets)
+    load("tiny-flux", sets=[*sets, "data.min_side=64"])
 
 
 def test_more_pictures_than_the_count(data):
