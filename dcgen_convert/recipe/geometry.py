@@ -104,11 +104,12 @@ def check(recipe: Recipe, source: Identity) -> None:
         if recipe.data_of(number).buckets:
             for side in recipe.sides(number):
                 bucket_sizes(family, config, old, new, side)
-        _require_not_enlarged(recipe, number)
     alignment(recipe, source.here, new)  # refuses a target that the base does not have
     _require_shift(recipe)
     _require_only_side(recipe, drawn, family.only_side(config, old.f))
     require_drawable(recipe, source.here)
+    for number in recipe.sets:
+        _require_not_enlarged(recipe, number)
 
 
 def _require_not_enlarged(recipe: Recipe, number: int) -> None:
