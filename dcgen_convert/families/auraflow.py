@@ -39,7 +39,8 @@ class AuraFlow(Family):
     text_length = 256
 
     def most_pixels(self, config: dict[str, Any]) -> int | None:
-        return (16 * self.table_side(config)) ** 2  # its positions are learnt, and trained to the end of their table
+        side = self.table_side(config)
+        return side and (16 * side) ** 2  # its positions are learnt, and trained to the end of their table
 
     def convert_config(self, config: dict[str, Any], factor: int, channels: int, side: int) -> dict[str, Any]:
         # pos_embed_max_size stays: the position table is learnt. The model crops its centre as before.

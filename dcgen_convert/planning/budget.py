@@ -183,7 +183,8 @@ def _steps(number: int) -> str:
 
 def _shared(recipe: Recipe, parts: list[Dial]) -> list[Dial]:
     """The parts with their shares. Those without one divide the rest in proportion to what they cost as written."""
-    given: dict[str, float | None] = {_count(number): None for number in recipe.sets} | {COUNT: recipe.data.share}
+    given: dict[str, float | None] = dict.fromkeys(map(_count, recipe.sets))
+    given |= {COUNT: recipe.data.share}
     given |= {_steps(number): phase.share for number, phase in enumerate(recipe.adapt.phases)}
     rest = 1.0 - sum(share or 0.0 for share in given.values())
     open_cost = sum(part.each * part.most for part in parts if given[part.key] is None) or 1.0

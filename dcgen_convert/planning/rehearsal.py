@@ -209,6 +209,7 @@ def conversion_of(recipe: Recipe) -> dict[str, Any]:
         if not any(key == free or key.startswith(f"{free}.") for free in FREE)
     }
     for number, phase in enumerate(phases):
+        phase["data"] = {key: value for key, value in (phase["data"] or {}).items() if f"data.{key}" not in FREE}
         kept |= {f"adapt.phases.{number}.{key}": value for key, value in phase.items() if key not in FREE_OF_A_PHASE}
     plain: dict[str, Any] = json.loads(json.dumps(kept))
     return plain

@@ -87,6 +87,14 @@ def test_the_user_may_say_how_much():
     assert small.data.count == 6 and small.data.steps == small.adapt.phases[0].steps == small.align_head.steps == 3
 
 
+def test_another_number_of_pictures_is_the_same_conversion():
+    sets = ["data.kind=folder", "data.path=.", "adapt.phases.1.data.count=9"]
+    some = loading.load("flux-krea-4k", sets=sets[:2]).recipe
+    fewer = loading.load("flux-krea-4k", sets=sets).recipe
+    other = loading.load("flux-krea-4k", sets=[*sets, "adapt.phases.1.data.min_side=2048"]).recipe
+    assert rehearsal.conversion_of(some) == rehearsal.conversion_of(fewer) != rehearsal.conversion_of(other)
+
+
 def test_what_is_measured_takes_the_place_of_what_is_fixed_and_of_the_rates():
     resolved = loading.load("flux-krea")
     sizes = shapes_of(resolved.recipe, resolved.identity)
