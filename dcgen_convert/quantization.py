@@ -6,13 +6,13 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from dcgen_convert.bundle import loading as loading_bundle
 from dcgen_convert.bundle import manifest
 from dcgen_convert.bundle.expected import expected_tensors
 from dcgen_convert.bundle.layout import BundleParts, add_metrics, check_output, require_room, write_bundle
@@ -25,10 +25,9 @@ from dcgen_convert.checkpoint.open import load_source
 from dcgen_convert.checkpoint.source import Source
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import CheckFailed, InputError
-from dcgen_convert.core.files import read_json, write_json
+from dcgen_convert.core.files import TEMPORARY, read_json, write_json
 from dcgen_convert.core.progress import duration
 from dcgen_convert.data import prompts
-from dcgen_convert.evaluate.metrics import psnr
 from dcgen_convert.families import QuantTargets, authors
 from dcgen_convert.families.grid import autoencoder_grid
 from dcgen_convert.networks import models, pipelines
@@ -323,13 +322,15 @@ class SourceQuantisation:
         texts = prompts.make(drawing.prompts or "builtin", COMPARED, first, class_names(self.source))
         seeds = [first + i for i in range(COMPARED)]
         sizes = {"side": defaults["height"], "length": defaults["text_length"], "batch": BATCH}
-        sheet = compare.Comparison(self.source.family, texts, seeds, **sizes, console=self.console)
         steps, guidance = defaults["steps"], defaults["guidance"]
-        runtime = compare.runtime_of(bundle, torch.bfloat16)
-        drawn = {"converted": sheet.draw(self.pipeline, steps, guidance)}
-        form = self.request.section.format
-        drawn[form] = sheet.draw(lambda: loading_bundle.load(bundle, torch.bfloat16, runtime)[0], steps, guidance)
-        found = {"psnr_quantised_db": round(psnr(drawn[form], drawn["converted"], peak=2.0), 2), "runtime": runtime}
+        runtime, form = compare.runtime_of(bundle, torch.bfloat16), self.request.section.format
+        with TemporaryDirectory(prefix=TEMPORARY, dir=self.request.work_folder) as work:
+            sheet = compare.Comparison(self.source.family, texts, seeds, **sizes, console=self.console, work=Path(work))
+            drawn = {"converted": sheet.draw("converted", self.pipeline, steps, guidance)}
+            quantised = partial(compare.of_bundle, bundle, torch.bfloat16, runtime)
+            drawn[form] = sheet.draw(form, quantised, steps, guidance)
+            apart = compare.distance(drawn[form], drawn["converted"])
+        found = {"psnr_quantised_db": round(apart, 2), "runtime": runtime}
         pictures = compare.written(drawn, texts, self.request.work_folder / "grid.png")
         add_metrics(bundle, self.source.family, "verify", found, pictures)
         self.console.say(f"quantize: {found['psnr_quantised_db']} dB from the 16-bit pictures, on {COMPARED} prompts")

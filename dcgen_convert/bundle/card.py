@@ -16,8 +16,8 @@ from dcgen_convert.bundle.markdown import block, code, one_line, plain, table
 from dcgen_convert.checkpoint.licence import FIELDS
 from dcgen_convert.families.base import Family
 from dcgen_convert.families.grid import tile_sizes
+from dcgen_convert.families.pixel_memory import TILED
 
-STOCK_TILES = (512, 448)  # px, of diffusers' AutoencoderDC
 PICTURES = "pictures.png"  # in the bundle: the grid that the card shows
 AUTHORS = "https://github.com/dc-ai-projects/DC-Gen"
 PACKAGES = ("diffusers", "transformers", "torch", "dcgen-convert")  # whose versions the card names
@@ -173,10 +173,11 @@ def _usage(card: Card) -> str:
             "`from_pretrained` the autoencoder too (`vae=`), loaded by `AutoModel.from_pretrained` from the folder "
             "`vae`."
         )
-    elif card.converted and tile_sizes(card.factor) != STOCK_TILES:
+    if card.converted and card.layout != "official":
         tile, stride = tile_sizes(card.factor)
         text.append(
-            f"Tiled decoding needs its sizes here: `pipe.vae.enable_tiling({tile}, {tile}, {stride}, {stride})`."
+            f"Pictures above {TILED} px need less memory in tiles: "
+            f"`pipe.vae.enable_tiling({tile}, {tile}, {stride}, {stride})` before the call."
         )
     if card.format == "nvfp4":
         text.append(

@@ -108,11 +108,14 @@ def draw(  # noqa: PLR0913  what a pipeline is called with
     """
     import torch
 
+    from dcgen_convert.networks import tiles
+
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     call = family.pipeline_call(
         pipeline, prompts, height=height, width=width, steps=steps, guidance=guidance, length=length
     )
-    pixels = pipeline(**call, generator=generators, output_type="pt").images  # (B, 3, H, W) in [0, 1]
+    with tiles.by_size(pipeline.vae, len(prompts), height, width):
+        pixels = pipeline(**call, generator=generators, output_type="pt").images  # (B, 3, H, W) in [0, 1]
     if not torch.isfinite(pixels).all():
         raise CheckFailed(
             f"the picture of {prompts[0]!r} holds numbers that are not finite", "dcgen-convert verify names the tensor"

@@ -15,13 +15,22 @@ if TYPE_CHECKING:
 
     Font = FreeTypeFont | ImageFont
 
+SIDE = 192  # px of a cell
 GAP = 4  # px between cells
 TITLE = 18  # px of the column titles
 CAPTION = 14  # px of a row's caption
 INK, PAPER = (32, 32, 32), (255, 255, 255)
 
 
-def grid(columns: Mapping[str, Sequence[Image]], captions: Sequence[str], side: int = 192) -> Image:
+def cell(picture: Image, side: int = SIDE) -> Image:
+    """The picture as a grid shows it: a square of ``side`` px, its own aspect ratio on paper."""
+    from PIL import ImageOps
+
+    picture = picture.convert("RGB")
+    return picture if picture.size == (side, side) else ImageOps.pad(picture, (side, side), color=PAPER)
+
+
+def grid(columns: Mapping[str, Sequence[Image]], captions: Sequence[str], side: int = SIDE) -> Image:
     """One picture of all pictures: columns side by side under their titles, and a caption above each row.
 
     Args:
@@ -33,7 +42,7 @@ def grid(columns: Mapping[str, Sequence[Image]], captions: Sequence[str], side: 
         InputError: a column has more or fewer pictures than there are captions, or the grid would be empty.
     """
     from PIL import Image as images
-    from PIL import ImageDraw, ImageFont, ImageOps
+    from PIL import ImageDraw, ImageFont
 
     for title, pictures in columns.items():
         if len(pictures) != len(captions):
@@ -51,8 +60,7 @@ def grid(columns: Mapping[str, Sequence[Image]], captions: Sequence[str], side: 
         top = TITLE + y * (CAPTION + side + GAP)
         pen.text((GAP, top), _fit(pen, caption, caption_font, width - 2 * GAP), INK, font=caption_font)
         for x, pictures in enumerate(columns.values()):
-            cell = ImageOps.pad(pictures[y].convert("RGB"), (side, side), color=PAPER)
-            sheet.paste(cell, (GAP + x * (side + GAP), top + CAPTION))
+            sheet.paste(cell(pictures[y], side), (GAP + x * (side + GAP), top + CAPTION))
     return sheet
 
 

@@ -56,6 +56,13 @@ def features(pictures: Tensor) -> Tensor:
     return torch.cat([judge().embed(part) for part in pictures.split(100)])
 
 
+def centre(pictures: Tensor) -> Tensor:
+    """The middle of each picture, (B, 3, 2 SIDE, 2 SIDE). Both sides must be at least twice SIDE."""
+    side = 2 * world.SIDE
+    top, left = ((length - side) // 2 for length in pictures.shape[-2:])
+    return pictures[..., top : top + side, left : left + side]
+
+
 def crops(pictures: Tensor) -> Tensor:
     """Four parts of each picture at the evaluator's own size: those that meet in its centre, (4 B, 3, SIDE, SIDE).
 
@@ -64,10 +71,7 @@ def crops(pictures: Tensor) -> Tensor:
     Args:
         pictures: (B, 3, H, W), both sides at least twice SIDE.
     """
-    side = world.SIDE
-    top, left = ((length - 2 * side) // 2 for length in pictures.shape[-2:])
-    corners = ((top + down, left + right) for down in (0, side) for right in (0, side))
-    return torch.cat([pictures[..., y : y + side, x : x + side] for y, x in corners])
+    return torch.cat([part for row in centre(pictures).chunk(2, -2) for part in row.chunk(2, -1)])
 
 
 def distance(pictures: Tensor, captions: list[str], seed: int = 31) -> float:
@@ -78,9 +82,13 @@ def distance(pictures: Tensor, captions: list[str], seed: int = 31) -> float:
     return frechet(features(pictures), features(_real(len(pictures), captions, seed, world.SIDE)))
 
 
-def distance_of_crops(pictures: Tensor, captions: list[str], seed: int = 31) -> float:
-    """The same between `crops` of the pictures, (B, 3, side, side), and of pictures that are drawn at their size."""
-    real = _real(len(pictures), captions, seed, pictures.shape[-1])
+def distance_of_crops(pictures: Tensor, captions: list[str], side: int, seed: int = 31) -> float:
+    """The same between `crops` of the pictures and of pictures that are drawn at ``side`` px.
+
+    Args:
+        pictures: of ``side`` px, or the `centre` of each.
+    """
+    real = _real(len(pictures), captions, seed, side)
     return frechet(features(crops(pictures)), features(crops(real)))
 
 

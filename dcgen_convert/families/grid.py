@@ -56,9 +56,11 @@ def _sensible(number: Any) -> TypeGuard[int]:
     return type(number) is int and 0 < number <= MOST
 
 
-def tile_sizes(factor: int) -> tuple[int, int]:
-    """(side, stride) in px of the tiles of an AutoencoderDC with this factor: those of diffusers where they fit.
+def tile_sizes(factor: int, tile: int = 1024) -> tuple[int, int]:
+    """(side, stride) in px of the tiles of an autoencoder with this factor: whole latent cells, at least 8 a side.
 
-    They do not fit at f128: the stride of 448 px is 3.5 latent cells, and the tiles would be put together wrongly.
+    The stride is 7/8 of the tile. The tiles of diffusers (512, stride 448) overlap by one cell at f64, and at f128
+    their stride is 3.5 cells, so that they would be put together wrongly.
     """
-    return (512, 448) if 448 % factor == 0 else (8 * factor, 7 * factor)
+    cells = max(8, tile // factor)
+    return cells * factor, cells * 7 // 8 * factor

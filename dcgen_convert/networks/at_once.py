@@ -15,17 +15,6 @@ import torch
 
 from dcgen_convert.core.errors import is_out_of_memory
 
-# Class of an autoencoder -> dtype -> bytes per px of (encode, decode) at their peak, without the weights: all tensors
-# that are alive, counted at the published sizes (128 channels at full resolution; Qwen-Image 96). A test counts them.
-BYTES: dict[str, dict[torch.dtype, tuple[int, int]]] = {
-    "AutoencoderKL": {torch.float32: (2572, 3137), torch.bfloat16: (1286, 1568)},
-    "AutoencoderKLFlux2": {torch.float32: (2572, 3137), torch.bfloat16: (1286, 1568)},
-    "AutoencoderKLHunyuanImage": {torch.float32: (1536, 1792), torch.bfloat16: (768, 896)},
-    "AutoencoderKLQwenImage": {torch.float32: (5000, 6923), torch.bfloat16: (2500, 3462)},
-    "AutoencoderDC": {torch.float32: (2564, 2852), torch.bfloat16: (1792, 1936)},
-}
-ENCODE, DECODE = 0, 1
-TILED = 2048  # px of a side; larger pictures are taken in tiles that overlap
 SHARE = 0.8  # of the free memory: the allocator wastes some, and convolutions want room to work in
 
 T = TypeVar("T")
@@ -39,15 +28,9 @@ def free_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def pictures(kind: str, dtype: torch.dtype, way: int, pixels: int, free: int) -> int:
-    """Pictures of ``pixels`` px that an autoencoder of class ``kind`` can encode or decode together; at least 1.
-
-    Args:
-        way: ENCODE or DECODE.
-        free: bytes.
-    """
-    known = BYTES[kind].get(dtype, BYTES[kind][torch.float32])
-    return max(1, int(SHARE * free) // (known[way] * pixels))
+def pictures(each: float, free: int) -> int:
+    """Pictures that need ``each`` bytes that fit into ``free`` bytes; at least 1."""
+    return max(1, int(SHARE * free / each))
 
 
 def release() -> None:

@@ -8,7 +8,7 @@ B batch, C latent channels, H W px, h = H / f.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,14 @@ from dcgen_convert.checkpoint import trust
 from dcgen_convert.core.console import NULL, Console
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_object
+from dcgen_convert.families import pixel_memory
 from dcgen_convert.families.base import Network
 from dcgen_convert.families.grid import autoencoder_grid, tile_sizes
-from dcgen_convert.networks import at_once
-from dcgen_convert.networks.at_once import DECODE, ENCODE, TILED, AtOnce
+from dcgen_convert.families.pixel_memory import DECODE, ENCODE
+from dcgen_convert.networks import at_once, tiles
+from dcgen_convert.networks.at_once import AtOnce
 from dcgen_convert.networks.folder import load_folder
+from dcgen_convert.networks.wide import widen
 
 CLASSES = (
     "AutoencoderDC",
@@ -48,8 +51,8 @@ class Codec:
             p x p patch.
         frames: whether the autoencoder's pixels and latents have a frame axis, (B, 3, 1, H, W).
 
-    Results are on the CPU. As many pictures are taken at once as memory holds. Those with a side above TILED px are
-    taken in tiles.
+    Results are on the CPU. Pictures are taken together up to `pixel_memory.TOGETHER` px and as memory holds them,
+    larger ones one by one, and those above `tiles.TILED` px in tiles.
     """
 
     model: Network
@@ -74,16 +77,19 @@ class Codec:
         height, width = (side * self.factor for side in latents.shape[-2:])
         return self._in_parts(DECODE, self._decode, latents, height, width)
 
+    def needs(self, way: int, height: int, width: int) -> int:
+        """Bytes of one picture of this size, in px, beside the weights. way: ENCODE or DECODE."""
+        config = {"_class_name": type(self.model).__name__, **self.model.config}
+        known = pixel_memory.bytes_per_pixel(config)
+        each = known["bf16" if self.model.dtype is torch.bfloat16 else "fp32"][way]
+        return pixel_memory.picture_bytes(each, way, height, width)
+
     def _in_parts(self, way: int, work: Callable[[Tensor], Tensor], rows: Tensor, height: int, width: int) -> Tensor:
-        large, before = max(height, width) > TILED, self.model.use_tiling
-        pixels = min(height * width, TILED**2) if large else height * width  # no tile is larger
         free = at_once.free_bytes(self.model.device)
-        limit = at_once.pictures(type(self.model).__name__, self.model.dtype, way, pixels, free)
-        self.model.use_tiling = before or large
-        try:
-            return torch.cat(list(self._at_once[way].parts(rows, lambda part: work(part).cpu(), limit)))
-        finally:
-            self.model.use_tiling = before
+        fits = at_once.pictures(self.needs(way, height, width), free)
+        limit = min(fits, pixel_memory.together(len(rows), height * width))
+        with tiles.by_size(self.model, 1, height, width):
+            return joined(self._at_once[way].parts(rows, lambda part: work(part).cpu(), limit))
 
     @torch.no_grad()
     def _encode(self, pixels: Tensor) -> Tensor:
@@ -129,6 +135,7 @@ def load(
         tile, stride = tile_sizes(factor)
         model.enable_tiling(tile, tile, stride, stride)
         model.disable_tiling()
+    widen(model)
     codec = Codec(
         model.eval().requires_grad_(False).to(device),
         factor,
@@ -144,6 +151,12 @@ def load(
             "2, 2)"
         )
     return codec
+
+
+def joined(parts: Iterable[Tensor]) -> Tensor:
+    """The parts one after the other; a single one is not copied."""
+    every = list(parts)
+    return every[0] if len(every) == 1 else torch.cat(every)
 
 
 def normalisation(model: Network, config: dict[str, Any], scale: float | None) -> tuple[float | Tensor, float | Tensor]:

@@ -14,13 +14,10 @@ from dcgen_convert.checkpoint.source import Source
 from dcgen_convert.core import clock, pulse
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.families import Family, Text
-from dcgen_convert.families.base import Network, Pipeline
-from dcgen_convert.families.grid import tile_sizes
-from dcgen_convert.networks import parts
-from dcgen_convert.networks.at_once import TILED
+from dcgen_convert.families.base import Pipeline
+from dcgen_convert.networks import parts, tiles
 from dcgen_convert.networks.wide import widen
 
-TOGETHER = 8 * 1024**2  # px that an autoencoder decodes at once at most: 13 GB in bfloat16
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -85,13 +82,14 @@ def draw(
 
     The noise of a picture follows from its seed. In another batch its pixels are the same but for rounding.
     """
-    # by size alone, so that a picture does not depend on the memory that is free
-    decode_apart(pipeline.vae, pictures=len(prompts), side=side)
     call = family.pipeline_call(
         pipeline, list(prompts), height=side, width=side, steps=steps, guidance=guidance, length=length
     )
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    with passes_timed(getattr(pipeline, family.component), pictures=len(prompts), steps=steps):
+    with (
+        tiles.by_size(pipeline.vae, len(prompts), side, side),
+        passes_timed(getattr(pipeline, family.component), pictures=len(prompts), steps=steps),
+    ):
         return pipeline(**call, generator=generators, output_type="pt").images.float().cpu() * 2 - 1
 
 
@@ -116,17 +114,6 @@ def passes_timed(network: nn.Module, pictures: int, steps: int) -> Iterator[None
     for begun, ended in zip(passes[::2], [*passes[2::2], passes[-1]], strict=True):
         running.add("draw", each, ended - begun)  # up to the next pass: the scheduler's work belongs to the step
     running.add("decode", pictures, end - passes[-1])
-
-
-def decode_apart(vae: Network, pictures: int, side: int) -> None:
-    """Let an autoencoder decode many large pictures one by one, and huge ones in tiles."""
-    if side > TILED and type(vae).__name__ == "AutoencoderDC":  # its own tiles do not fit every factor
-        tile, stride = tile_sizes(vae.spatial_compression_ratio)
-        vae.enable_tiling(tile, tile, stride, stride)
-    elif side > TILED:
-        vae.enable_tiling()
-    if hasattr(vae, "enable_slicing") and pictures * side**2 > TOGETHER:
-        vae.enable_slicing()
 
 
 def quiet_diffusers() -> AbstractContextManager[None]:

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from dcgen_convert.bundle import loading
 from dcgen_convert.bundle.layout import PictureGrid
 from dcgen_convert.core import clock
 from dcgen_convert.core.console import Console
-from dcgen_convert.core.files import replacing
+from dcgen_convert.core.files import TEMPORARY, replacing
 from dcgen_convert.core.journal import Stage
 from dcgen_convert.data import images
-from dcgen_convert.evaluate.grids import grid
-from dcgen_convert.evaluate.metrics import psnr
-from dcgen_convert.families import Family
+from dcgen_convert.evaluate import tiny_world
+from dcgen_convert.evaluate.grids import cell, grid
+from dcgen_convert.families import Family, pixel_memory
 from dcgen_convert.families.grid import Grid
-from dcgen_convert.networks import autoencoders, models, pipelines
+from dcgen_convert.networks import models, pipelines
 from dcgen_convert.networks.at_once import AtOnce, release
 from dcgen_convert.recipe.drawable import own_side
-from dcgen_convert.stages import captions, source_pipeline
+from dcgen_convert.stages import captions, precision, source_pipeline
 from dcgen_convert.stages.job import Job
 from dcgen_convert.stages.preview import converted_pipeline
+from dcgen_convert.tiny import world
+from dcgen_convert.tiny.evaluator import seen
 
 SEED = 104_729  # prompts and noise that no training picture used
 ROWS = 8  # of the grid
@@ -45,39 +51,73 @@ def run(job: Job, stage: Stage, bundle: Path) -> PictureGrid:
     texts = captions.others(job, count, job.recipe.seed + SEED)
     seeds = [job.recipe.seed + SEED + i for i in range(count)]
     settings, steps, guidance = job.recipe.data, job.recipe.bundle.steps, job.recipe.bundle.guidance
-    sheet = Comparison(job.family, texts, seeds, job.resolution, job.text_length, settings.batch, job.console)
     own = own_side(job.identity, Grid(job.ae.factor, job.ae.channels, 1), job.resolution)
     if own != job.resolution:
         job.console.say(f"verify: the base model draws at {own} px, as it was not trained on {job.resolution} px")
-    source = partial(source_pipeline.load, job.source, job.dtype)
-    with clock.renamed({"draw": "draw with the source"}):
-        drawn = {"source": replace(sheet, side=own).draw(source, settings.steps, settings.guidance)}
-    if job.recipe.quantize.format != "none":
-        with clock.renamed({"draw": "draw in 16 bits"}):
-            drawn["converted"] = sheet.draw(lambda: _twin(job), steps, guidance)
-    name = "converted" if job.recipe.quantize.format == "none" else job.recipe.quantize.format
-    runtime = runtime_of(bundle, job.dtype)
-    with clock.renamed({"draw": "draw with the bundle"}):
-        drawn[name] = sheet.draw(lambda: loading.load(bundle, job.dtype, runtime)[0], steps, guidance)
-    stage.metrics["runtime"] = runtime
-    scale, device = job.recipe.latents.scale_override, pipelines.device()
-    codec = autoencoders.load(job.target, device=device, scale=scale, console=job.console)
-    parts = drawn["source"].split(job.recipe.latents.batch)
-    with clock.timed("round trip", count):
-        drawn["round trip"] = torch.cat([codec.decode(codec.encode(part)) for part in parts])
-    if "converted" in drawn and name != "converted":
-        stage.metrics["psnr_quantised_db"] = round(psnr(drawn[name], drawn["converted"], peak=2.0), 2)
+    with TemporaryDirectory(prefix=TEMPORARY, dir=stage.folder) as work:
+        sizes = job.resolution, job.text_length, settings.batch
+        sheet = Comparison(job.family, texts, seeds, *sizes, job.console, Path(work))
+        source = partial(source_pipeline.load, job.source, job.dtype)
+        with clock.renamed({"draw": "draw with the source"}):
+            drawn = {"source": replace(sheet, side=own).draw("source", source, settings.steps, settings.guidance)}
+        if job.recipe.quantize.format != "none":
+            with clock.renamed({"draw": "draw in 16 bits"}):
+                drawn["converted"] = sheet.draw("converted", lambda: _twin(job), steps, guidance)
+        name = "converted" if job.recipe.quantize.format == "none" else job.recipe.quantize.format
+        runtime = runtime_of(bundle, job.dtype)
+        with clock.renamed({"draw": "draw with the bundle"}):
+            drawn[name] = sheet.draw(name, partial(of_bundle, bundle, job.dtype, runtime), steps, guidance)
+        stage.metrics["runtime"] = runtime
+        codec = precision.load(job, "target")
+        with clock.timed("round trip", count):
+            trips = (codec.decode(codec.encode(picture)) for picture in drawn["source"].pictures())
+            drawn["round trip"] = replace(sheet, side=own).shown("round trip", trips)
+        if "converted" in drawn and name != "converted":
+            stage.metrics["psnr_quantised_db"] = round(distance(drawn[name], drawn["converted"]), 2)
     if job.recipe.evaluate.metrics == "tiny-world":
         figures(job, stage, drawn, texts)
     return written(drawn, texts, stage.folder / "grid.png")
 
 
-def written(drawn: dict[str, Tensor], texts: list[str], file: Path) -> PictureGrid:
+@dataclass(frozen=True)
+class Column:
+    """What was drawn by one pipeline: the pictures as files of 8 bits, and what is kept of them in memory.
+
+    side: px. cells: the first ROWS pictures, as the grid shows them. judged: (1, 3, s, s) of every picture, as the
+    evaluator of the tiny world sees it; centres: the same of its middle, where the picture is larger than that.
+    """
+
+    side: int
+    files: list[Path] = field(default_factory=list)
+    cells: list[Image] = field(default_factory=list)
+    judged: list[Tensor] = field(default_factory=list)
+    centres: list[Tensor] = field(default_factory=list)
+
+    def pictures(self) -> Iterator[Tensor]:
+        """The pictures one by one, (1, 3, side, side) in [-1, 1]."""
+        for file in self.files:
+            yield images.read_pixels(file, self.side)[None]
+
+
+def distance(one: Column, other: Column) -> float:
+    """PSNR in dB over all pictures of two columns."""
+    square, count = 0.0, 0
+    for a, b in zip(one.pictures(), other.pictures(), strict=True):
+        square, count = square + (a - b).square().sum(dtype=torch.float64).item(), count + a.numel()
+    return math.inf if square == 0 else 10 * math.log10(4 * count / square)
+
+
+def written(drawn: dict[str, Column], texts: list[str], file: Path) -> PictureGrid:
     """Write the first ROWS pictures of every column to ``file``."""
-    columns = {title: [images.to_image(picture) for picture in part[:ROWS]] for title, part in drawn.items()}
+    columns = {title: column.cells for title, column in drawn.items()}
     with replacing(file) as temporary:
         grid(columns, texts[:ROWS]).save(temporary, format="PNG")
     return PictureGrid(file, [TITLES.get(title, title) for title in drawn], texts[:ROWS])
+
+
+def of_bundle(bundle: Path, dtype: torch.dtype, runtime: str) -> Any:
+    """The pipeline of a bundle."""
+    return loading.load(bundle, dtype, runtime)[0]
 
 
 def runtime_of(bundle: Path, dtype: torch.dtype) -> str:
@@ -86,17 +126,16 @@ def runtime_of(bundle: Path, dtype: torch.dtype) -> str:
     return "emulated" if runtime == "dequantised" else runtime  # else the activations' 4 bits would be left out
 
 
-def figures(job: Job, stage: Stage, drawn: dict[str, Tensor], texts: list[str]) -> None:
+def figures(job: Job, stage: Stage, drawn: dict[str, Column], texts: list[str]) -> None:
     """Attribute accuracy and Frechet distance of every column; of large pictures that of their parts too."""
-    from dcgen_convert.evaluate import tiny_world
-    from dcgen_convert.tiny import world
-
-    for name, pictures in drawn.items():
+    for name, column in drawn.items():
+        pictures = torch.cat(column.judged)
         key = name.replace(" ", "_")
         stage.metrics[f"accuracy_{key}"] = round(tiny_world.accuracy(pictures, texts), 4)
         stage.metrics[f"frechet_{key}"] = round(tiny_world.distance(pictures, texts), 2)
-        if pictures.shape[-1] >= 2 * world.SIDE:
-            stage.metrics[f"crops_frechet_{key}"] = round(tiny_world.distance_of_crops(pictures, texts), 2)
+        if column.centres:
+            apart = tiny_world.distance_of_crops(torch.cat(column.centres), texts, column.side)
+            stage.metrics[f"crops_frechet_{key}"] = round(apart, 2)
     shown = ", ".join(f"{name} {stage.metrics['accuracy_' + name.replace(' ', '_')]:.1%}" for name in drawn)
     job.console.say(f"evaluate: attribute accuracy {shown} on {len(texts)} prompts")
 
@@ -108,7 +147,10 @@ def _twin(job: Job) -> Any:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The pictures that several pipelines draw: prompts with their seeds, side in px, text tokens, pictures at once."""
+    """The pictures that several pipelines draw: prompts with their seeds, side in px, text tokens, pictures at once.
+
+    A picture is written to the folder ``work`` as soon as it is drawn, so that memory holds few of them.
+    """
 
     family: Family
     texts: list[str]
@@ -117,14 +159,29 @@ class Comparison:
     length: int
     batch: int
     console: Console
+    work: Path
 
-    def draw(self, load: Callable[[], Any], steps: int, guidance: float) -> Tensor:
+    def draw(self, name: str, load: Callable[[], Any], steps: int, guidance: float) -> Column:
         """The pictures of one pipeline. What ``load`` returns is freed before the next one is loaded."""
-        drawn = self._drawn(load(), steps, guidance)
+        drawn = self.shown(name, self._drawn(load(), steps, guidance))
         release()
         return drawn
 
-    def _drawn(self, pipeline: Any, steps: int, guidance: float) -> Tensor:
+    def shown(self, name: str, parts: Iterable[Tensor]) -> Column:
+        """A column of pictures that come in parts, (B, 3, H, W) in [-1, 1]."""
+        column = Column(self.side)
+        for pixels in chain.from_iterable(parts):
+            image, file = images.to_image(pixels), self.work / f"{name.replace(' ', '-')}-{len(column.files)}.png"
+            image.save(file, format="PNG", compress_level=1)
+            column.files.append(file)
+            column.judged.append(seen(pixels[None]))
+            if self.side >= 2 * world.SIDE:
+                column.centres.append(tiny_world.centre(pixels[None]).clone())
+            if len(column.cells) < ROWS:
+                column.cells.append(cell(image))
+        return column
+
+    def _drawn(self, pipeline: Any, steps: int, guidance: float) -> Iterator[Tensor]:
         def part(places: range) -> Tensor:
             return pipelines.draw(
                 self.family,
@@ -138,4 +195,5 @@ class Comparison:
             )
 
         drawing = AtOnce("verify: drawing", self.console.warn)
-        return torch.cat(list(drawing.parts(range(len(self.texts)), part, self.batch)))
+        most = pixel_memory.together(self.batch, self.side**2, pixel_memory.DRAWN)
+        return drawing.parts(range(len(self.texts)), part, most)

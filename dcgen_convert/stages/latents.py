@@ -29,12 +29,13 @@ from dcgen_convert.data.ahead import ahead
 from dcgen_convert.data.buckets import Span
 from dcgen_convert.data.images import Picture
 from dcgen_convert.data.tally import Tally
-from dcgen_convert.evaluate.grids import grid
+from dcgen_convert.evaluate.grids import cell, grid
+from dcgen_convert.families import pixel_memory
 from dcgen_convert.networks import autoencoder_files, autoencoders, pipelines
 from dcgen_convert.networks.at_once import AtOnce, release
 from dcgen_convert.networks.autoencoders import Codec
 from dcgen_convert.stages import pictures as pictures_stage
-from dcgen_convert.stages import source_pipeline
+from dcgen_convert.stages import precision, source_pipeline
 from dcgen_convert.stages.job import Job
 from dcgen_convert.stages.pictures import require_few
 
@@ -68,6 +69,8 @@ def run(job: Job, stage: Stage) -> None:
     images.write_index(stage.folder / images.ROWS, pictures, job.pictures_root)
     if job.recipe.latents.normalise == "channel" and job.is_aligned:
         normalise(job, pictures, spans[resolutions[0]])
+    first = [(span, row) for span, rows in looked_at(spans[resolutions[-1]], precision.PICTURES) for row in rows]
+    precision.decide(job, stage, pictures, first)
     codecs = load_codecs(job)
     target = codecs["target"]
     stage.metrics["roundtrip_psnr_db"] = roundtrip(job, stage, pictures, target, spans[resolutions[-1]])
@@ -178,9 +181,14 @@ def normalise(job: Job, pictures: list[Picture], spans: list[Span]) -> None:
     say(job, f"channels divided by their RMS, {rms.min():.3g} to {rms.max():.3g}, inside the autoencoder's weights")
 
 
+def at_once(job: Job, span: Span) -> int:
+    """Pictures of the span's size that are read and encoded together."""
+    return pixel_memory.together(job.recipe.latents.batch, span.height * span.width)
+
+
 def powers(job: Job, pictures: list[Picture], codec: Codec, spans: list[Span], count: int) -> Tensor:
     """Mean square of every latent channel over up to ``count`` pictures, (C,) float64."""
-    square, samples, batch = torch.zeros(codec.channels, dtype=torch.float64), 0, job.recipe.latents.batch
+    square, samples, batch = torch.zeros(codec.channels, dtype=torch.float64), 0, at_once(job, spans[0])
     for span, rows in looked_at(spans, count):
         for start in range(0, len(rows), batch):
             z = codec.encode(stacked(pictures, rows[start : start + batch], span))
@@ -203,10 +211,7 @@ def check_early(job: Job, pictures: list[Picture], codec: Codec, spans: list[Spa
 
 def load_codecs(job: Job) -> dict[str, Codec]:
     """Both autoencoders: "base" and "target"."""
-    place: dict[str, Any] = {"device": pipelines.device(), "console": job.console}
-    base = autoencoders.load(job.source.vae, **place)
-    target = autoencoders.load(job.target, scale=job.recipe.latents.scale_override, **place)
-    return {"base": base, "target": target}
+    return {name: precision.load(job, name) for name in precision.NAMES}
 
 
 def encode_part(job: Job, bar: Bar, spans: list[list[Any]]) -> None:
@@ -257,12 +262,13 @@ def roundtrip(job: Job, stage: Stage, pictures: list[Picture], codec: Codec, spa
     columns: dict[str, list[Image]] = {"picture": [], "round trip": []}
     captions, square, count = [], 0.0, 0
     for span, rows in looked_at(spans, ROUNDTRIP):
-        pixels = stacked(pictures, rows, span)
-        again = codec.decode(codec.encode(pixels))
-        columns["picture"] += map(images.to_image, pixels)
-        columns["round trip"] += map(images.to_image, again)
-        captions += [pictures[row].caption for row in rows]
-        square, count = square + (again - pixels).square().sum(dtype=torch.float64).item(), count + pixels.numel()
+        for row in rows:
+            pixels = stacked(pictures, [row], span)
+            again = codec.decode(codec.encode(pixels))
+            columns["picture"].append(cell(images.to_image(pixels[0])))
+            columns["round trip"].append(cell(images.to_image(again[0])))
+            captions.append(pictures[row].caption)
+            square, count = square + (again - pixels).square().sum(dtype=torch.float64).item(), count + pixels.numel()
     with replacing(stage.folder / "roundtrip.png") as temporary:
         grid(columns, captions).save(temporary, format="PNG")
     psnr = round(-10 * math.log10(max(square / count / 4, 1e-10)), 2)
@@ -299,10 +305,10 @@ def own_shards(job: Job, tables: Iterable[list[range]], size: int) -> Iterator[t
 
 def encode_pictures(job: Job, pictures: list[Picture], codecs: dict[str, Codec], spans: list[Span], bar: Bar) -> None:
     """Write this rank\'s shards target-TABLE, and base-TABLE where it is needed; rows that are there are kept."""
-    folder, batch, tables = job.folders.latents, job.recipe.latents.batch, list(buckets.tables(spans).values())
+    folder, tables = job.folders.latents, list(buckets.tables(spans).values())
     for table, number, rows in own_shards(job, [[span.rows for span in part] for part in tables], rows_per_shard(job)):
         span = tables[table][0]
-        sizes = sizes_of(job, span)
+        sizes, batch = sizes_of(job, span), at_once(job, span)
         parts = {name: cache.shard_before(folder, f"{name}-{span.table}", number) for name in sizes}
         done = min(cache.rows_of(part) for part in parts.values())
         bar.advance(done)

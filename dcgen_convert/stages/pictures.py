@@ -14,6 +14,7 @@ from dcgen_convert.core.journal import MARKER, Stage
 from dcgen_convert.core.progress import Bar
 from dcgen_convert.data import decoding, images, prompts
 from dcgen_convert.data.images import Picture
+from dcgen_convert.families import pixel_memory
 from dcgen_convert.networks import models, pipelines, text_lengths
 from dcgen_convert.networks.at_once import AtOnce
 from dcgen_convert.stages import captions, source_pipeline
@@ -155,14 +156,15 @@ def intended(job: Job) -> list[Picture]:
 def draw_part(job: Job, bar: Bar) -> None:
     """Draw what is missing among this rank's pictures. Each rank has every `world`-th picture.
 
-    A batch in which one picture is missing is drawn as a whole: in another batch a picture would be rounded otherwise.
-    So with the same data.batch a run that was cut off draws the very same pictures. Where memory is short, a batch is
-    halved.
+    A batch has up to data.batch pictures, and as many as `pixel_memory.DRAWN` px are. One in which a picture is missing
+    is drawn as a whole: in another batch a picture would be rounded otherwise. So with the same data.batch a run that
+    was cut off draws the very same pictures. Where memory is short, a batch is halved.
     """
     settings = job.recipe.data
+    batch = pixel_memory.together(settings.batch, settings.resolution**2, pixel_memory.DRAWN)
     own = intended(job)[job.crew.rank :: job.crew.world]
-    batches = [own[start : start + settings.batch] for start in range(0, len(own), settings.batch)]
-    batches = [batch for batch in batches if not all(picture.file.exists() for picture in batch)]
+    batches = [own[start : start + batch] for start in range(0, len(own), batch)]
+    batches = [part for part in batches if not all(picture.file.exists() for picture in part)]
     if not batches:
         return
     pipeline = source_pipeline.load(job.source, job.dtype)
@@ -183,9 +185,10 @@ def draw_part(job: Job, bar: Bar) -> None:
             length=job.text_length,
         )
 
-    for batch in batches:
-        drawn = [pixels for part in drawing.parts(batch, draw) for pixels in part]
-        missing = [(picture, pixels) for picture, pixels in zip(batch, drawn, strict=True) if not picture.file.exists()]
+    for together in batches:
+        drawn = [pixels for part in drawing.parts(together, draw) for pixels in part]
+        pairs = zip(together, drawn, strict=True)
+        missing = [(picture, pixels) for picture, pixels in pairs if not picture.file.exists()]
         for picture, pixels in missing:
             with clock.timed("write"), replacing(picture.file) as temporary:
                 images.to_image(pixels).save(temporary, format="PNG", compress_level=1)

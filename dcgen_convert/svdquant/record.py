@@ -12,7 +12,7 @@ import torch
 
 from dcgen_convert.core.files import read_object, replacing, sha256, write_json
 from dcgen_convert.core.progress import Bar
-from dcgen_convert.families import Family
+from dcgen_convert.families import Family, pixel_memory
 from dcgen_convert.networks import pipelines
 from dcgen_convert.networks.at_once import AtOnce
 from dcgen_convert.svdquant import trees
@@ -49,11 +49,12 @@ class CalibrationSet:
             if all(file.exists() and sha256(file) == digest for file, digest in calls.items()):
                 done.update(range(*record["pictures"]))
         found: list[tuple[int, int]] = []
+        most = pixel_memory.together(self.batch, self.side**2, pixel_memory.DRAWN)
         for picture in range(len(self.texts)):
             if picture in done:
                 continue
             first, last = found[-1] if found else (0, -1)
-            if picture == last and last - first < self.batch:
+            if picture == last and last - first < most:
                 found[-1] = first, picture + 1
             else:
                 found.append((picture, picture + 1))

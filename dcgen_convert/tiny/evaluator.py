@@ -16,6 +16,13 @@ from dcgen_convert.tiny import world
 FEATURES = 96
 
 
+def seen(pictures: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) in the size that the evaluator looks at, (B, 3, 128, 128)."""
+    if pictures.shape[-2:] == (world.SIDE, world.SIDE):
+        return pictures
+    return F.interpolate(pictures, size=(world.SIDE, world.SIDE), mode="area")
+
+
 class Evaluator(nn.Module):
     """Convolutions with stride 2 down to a 4 x 4 grid, features from it, and one linear head per attribute."""
 
@@ -30,10 +37,8 @@ class Evaluator(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(FEATURES, len(names)) for names in world.ATTRIBUTES.values())
 
     def embed(self, pictures: Tensor) -> Tensor:
-        """(B, 3, 128, 128) in [-1, 1] -> (B, FEATURES)."""
-        if pictures.shape[-1] != world.SIDE:
-            pictures = F.interpolate(pictures, size=(world.SIDE, world.SIDE), mode="area")
-        return self.features(self.trunk(pictures).flatten(1))
+        """(B, 3, H, W) in [-1, 1] -> (B, FEATURES)."""
+        return self.features(self.trunk(seen(pictures)).flatten(1))
 
     def forward(self, pictures: Tensor) -> list[Tensor]:
         """Logits per attribute, each (B, number of values)."""

@@ -1,0 +1,76 @@
+"""Bytes per pixel that an autoencoder needs at its peak, beside its weights, and how many pictures it takes together.
+
+All tensors that are alive were counted at the published sizes, with pictures of 1024 px; a test counts them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dcgen_convert.families import deep_autoencoders as deep
+from dcgen_convert.families.catalog import AUTOENCODERS
+
+ENCODE, DECODE = 0, 1
+TOGETHER = 1024**2  # px that an autoencoder encodes or decodes together; a larger picture is taken alone
+DRAWN = 8 * 1024**2  # px that a pipeline draws together; a larger picture is drawn alone
+TILED = 2048  # px of a side; larger pictures are taken in tiles that overlap
+TILE = 1024  # px of a tile's side
+RESULTS = (12, 40)  # bytes per px of a picture in tiles: its three colours in float32; tiles, rows and the whole
+
+# dtype -> (encode, decode)
+Bytes = dict[str, tuple[int, int]]
+SHALLOW: dict[str, Bytes] = {  # by class
+    "AutoencoderKL": {"fp32": (2572, 3137), "bf16": (1286, 1568)},
+    "AutoencoderKLFlux2": {"fp32": (2572, 3137), "bf16": (1286, 1568)},
+    "AutoencoderKLHunyuanImage": {"fp32": (1536, 1792), "bf16": (768, 896)},
+    "AutoencoderKLQwenImage": {"fp32": (5000, 6923), "bf16": (2500, 3462)},
+}
+DEEP: dict[tuple[str | None, int], Bytes] = {  # by make and factor
+    (deep.IN, 32): {"fp32": (1281, 972), "bf16": (896, 678)},
+    (deep.IN, 64): {"fp32": (1281, 1098), "bf16": (896, 741)},
+    (deep.IN, 128): {"fp32": (1281, 1225), "bf16": (896, 804)},
+    (deep.SANA, 32): {"fp32": (2564, 2447), "bf16": (1792, 1734)},
+    (deep.LITE, 32): {"fp32": (2564, 1157), "bf16": (1792, 834)},
+    (deep.FIFTEEN, 32): {"fp32": (1281, 1153), "bf16": (896, 832)},
+    (deep.FIFTEEN, 64): {"fp32": (1281, 1153), "bf16": (896, 832)},
+}
+OTHER = {0: DEEP[deep.IN, 32], 1: DEEP[deep.SANA, 32]}  # of another make: without or with layers at full size
+WIDTH = 128  # channels at full size of those that were counted
+
+
+def bytes_per_pixel(config: Mapping[str, Any]) -> Bytes:
+    """dtype -> (encode, decode) of the autoencoder with this config.json; in proportion for one of another width."""
+    if config.get("_class_name") in SHALLOW:
+        return _scaled(SHALLOW[config["_class_name"]], config.get("block_out_channels"))
+    for entry in AUTOENCODERS.values():
+        if deep.kind_of(entry) is not None and _same(config, deep.config_of(entry)):
+            return DEEP[deep.kind_of(entry), entry.factor]
+    layers = [config.get(f"{side}_layers_per_block") or (1,) for side in ("encoder", "decoder")]
+    return _scaled(OTHER[int(any(part[0] for part in layers))], config.get("encoder_block_out_channels"))
+
+
+def picture_bytes(each: float, way: int, height: int, width: int) -> int:
+    """Bytes of one picture of this size, in px, that needs ``each`` bytes per px where it is taken whole.
+
+    In tiles one tile is worked on, beside the picture (way ENCODE), or the results of all tiles until they are put
+    together (DECODE).
+    """
+    if max(height, width) <= TILED:
+        return int(each * height * width)
+    return int(each * TILE**2 + RESULTS[way] * height * width)
+
+
+def together(batch: int, pixels: int, most: int = TOGETHER) -> int:
+    """Pictures of ``pixels`` px that are taken together: up to ``batch``, and up to ``most`` px; at least 1."""
+    return max(1, min(batch, most // pixels))
+
+
+def _same(config: Mapping[str, Any], published: Mapping[str, Any]) -> bool:
+    keys = [f"{side}_{what}" for side in ("encoder", "decoder") for what in ("block_out_channels", "layers_per_block")]
+    return all(list(config.get(key) or ()) == list(published[key]) for key in keys)
+
+
+def _scaled(known: Bytes, widths: Sequence[int] | None) -> Bytes:
+    share = widths[0] / WIDTH if widths else 1.0
+    return {dtype: (round(share * encode), round(share * decode)) for dtype, (encode, decode) in known.items()}

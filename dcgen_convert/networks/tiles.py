@@ -1,0 +1,48 @@
+"""Large pictures through any autoencoder: in tiles that overlap, and one after the other.
+
+It follows from the size of the pictures alone, so that no picture depends on the memory that is free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from dcgen_convert.families import pixel_memory
+from dcgen_convert.families.base import Network
+from dcgen_convert.families.grid import autoencoder_grid, tile_sizes
+
+TILED, TILE = pixel_memory.TILED, pixel_memory.TILE
+
+
+def is_tiled(height: int, width: int) -> bool:
+    """Whether pictures of this size, in px, are taken in tiles."""
+    return max(height, width) > TILED
+
+
+@contextmanager
+def by_size(vae: Network, pictures: int, height: int, width: int) -> Iterator[None]:
+    """Let ``vae`` take pictures of this size, in px, in tiles where they are large, and one by one where they are many.
+
+    What it was set to before holds again afterwards. An autoencoder that is set to tiles by its user keeps them.
+    """
+    before = {name: value for name, value in vars(vae).items() if name.startswith(("tile_", "use_"))}
+    try:
+        if is_tiled(height, width) and not vae.use_tiling:
+            _set_tiles(vae)
+        if hasattr(vae, "use_slicing") and pictures * height * width > pixel_memory.TOGETHER:
+            vae.enable_slicing()
+        yield
+    finally:
+        vars(vae).update(before)
+
+
+def _set_tiles(vae: Network) -> None:
+    """Tiles of TILE px; each class keeps them in another place. Those of AutoencoderKL overlap by a quarter."""
+    factor = autoencoder_grid({"_class_name": type(vae).__name__, **vae.config})[0]
+    if hasattr(vae, "tile_sample_min_size"):
+        vae.enable_tiling()
+        vae.tile_sample_min_size, vae.tile_latent_min_size = TILE, TILE // factor
+    else:
+        tile, stride = tile_sizes(factor, TILE)
+        vae.enable_tiling(tile, tile, stride, stride)

@@ -1,0 +1,105 @@
+"""In which precision each autoencoder works: bfloat16 where that changes no picture visibly, else float32.
+
+It is measured once for each autoencoder, on the first pictures of the run, and written to PRECISION: so every rank,
+every stage and every later part of the run takes the same.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from dcgen_convert.core.files import read_object, write_json
+from dcgen_convert.core.journal import Stage
+from dcgen_convert.data import images
+from dcgen_convert.data.buckets import Span
+from dcgen_convert.data.images import Picture
+from dcgen_convert.networks import autoencoders, pipelines
+from dcgen_convert.networks.at_once import release
+from dcgen_convert.networks.autoencoders import Codec
+from dcgen_convert.networks.pipelines import DTYPES
+from dcgen_convert.stages.job import Job
+
+PRECISION = "precision.json"
+PICTURES = 4  # that are measured on
+SAFE_DB = 40.0  # PSNR of the two round trips from which on nobody sees a difference
+NAMES = {"base": "the base's autoencoder", "target": "the new autoencoder"}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """dtype: "bf16" or "fp32". psnr_db: of a bfloat16 round trip against one in float32; None: not measured."""
+
+    dtype: str
+    psnr_db: float | None
+
+
+def load(job: Job, name: str, dtype: torch.dtype | None = None) -> Codec:
+    """The autoencoder "base" or "target" in the precision that was decided on, or in ``dtype``."""
+    dtype = dtype or DTYPES[decided(job, name).dtype]
+    place = {"device": pipelines.device(), "console": job.console}
+    if name == "base":
+        return autoencoders.load(job.source.vae, dtype, **place)
+    return autoencoders.load(job.target, dtype, scale=job.recipe.latents.scale_override, **place)
+
+
+def decided(job: Job, name: str) -> Precision:
+    """What `decide` wrote; float32 in a run of an earlier version, which did not decide."""
+    path = job.folders.latents / PRECISION
+    return Precision(**read_object(path)[name]) if path.exists() else Precision("fp32", None)
+
+
+def decide(job: Job, stage: Stage, pictures: list[Picture], rows: list[tuple[Span, int]]) -> None:
+    """Write PRECISION, if it is not there.
+
+    Args:
+        rows: of ``pictures`` to measure on, each with the span that holds its size.
+    """
+    path = stage.folder / PRECISION
+    if not path.exists():
+        found = {name: _measured(job, name, pictures, rows[:PICTURES]) for name in NAMES}
+        write_json(path, {name: asdict(one) for name, one in found.items()})
+        for name, one in found.items():
+            job.console.say(f"latents: {NAMES[name]} works in {_told(job, one)}")
+    for name in NAMES:
+        one = decided(job, name)
+        stage.metrics[f"precision_{name}"] = one.dtype
+        if one.psnr_db is not None:
+            stage.metrics[f"psnr_bf16_{name}_db"] = one.psnr_db
+
+
+def has_bfloat16(device: str) -> bool:
+    """Whether the device computes in bfloat16. A CPU with instructions for it gains memory only, and is left out."""
+    return device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _measured(job: Job, name: str, pictures: list[Picture], rows: list[tuple[Span, int]]) -> Precision:
+    if job.recipe.dtype != "bf16" or not has_bfloat16(pipelines.device()):
+        return Precision("fp32", None)
+    exact = _round_trips(load(job, name, torch.float32), pictures, rows)
+    release()
+    rounded = _round_trips(load(job, name, torch.bfloat16), pictures, rows)
+    release()
+    error = sum((a - b).square().sum(dtype=torch.float64).item() for a, b in zip(exact, rounded, strict=True))
+    psnr = 10 * math.log10(4 / max(error / sum(a.numel() for a in exact), 1e-12))
+    return Precision("bf16" if psnr >= SAFE_DB else "fp32", round(psnr, 1))
+
+
+def _round_trips(codec: Codec, pictures: list[Picture], rows: list[tuple[Span, int]]) -> list[Tensor]:
+    """Each picture decoded again, (1, 3, height, width) in [-1, 1]."""
+    found = []
+    for span, row in rows:
+        pixels = images.read_pixels(pictures[row].file, span.height, span.width)[None]
+        found.append(codec.decode(codec.encode(pixels)))
+    return found
+
+
+def _told(job: Job, found: Precision) -> str:
+    if found.psnr_db is None:
+        why = "the recipe's dtype is fp32" if job.recipe.dtype != "bf16" else "this device does not compute in bfloat16"
+        return f"float32: {why}"
+    measured = f"a round trip in bfloat16 is {found.psnr_db:g} dB from one in float32"
+    return f"bfloat16: {measured}" if found.dtype == "bf16" else f"float32: {measured}, less than {SAFE_DB:g} dB"
