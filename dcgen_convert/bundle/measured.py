@@ -24,6 +24,9 @@ def _autoencoder(latents: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     value = _mean(latents.get("roundtrip_psnr_db"))
     if value is not None:
         yield words.ROUND_TRIP, f"{value:.1f} dB"
+    value = _mean(latents.get("psnr_bf16_target_db"))
+    if value is not None:
+        yield words.BFLOAT16, f"{value:.1f} dB"
 
 
 def _training(metrics: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -207,8 +207,10 @@ def fitted(image: Image.Image, height: int, width: int) -> Tensor:
     left, top = (image.width - across) // 2, (image.height - down) // 2
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + across, top + down))
-    array = numpy.asarray(image, dtype=numpy.float32)
-    return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1)
+    array = numpy.array(image, dtype=numpy.float32)
+    array /= 127.5  # in place: a large picture is not copied
+    array -= 1
+    return torch.from_numpy(array).permute(2, 0, 1)
 
 
 def is_whole(file: Path) -> bool:

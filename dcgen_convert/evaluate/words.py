@@ -27,6 +27,8 @@ CHECKS = {
 }  # the steps of `verify`, in order
 
 ROUND_TRIP = "The autoencoder alone: pictures encoded and decoded again (PSNR in dB; higher is better)"
+BFLOAT16 = "The autoencoder in bfloat16 against itself in float32 (PSNR in dB; from 40 on nobody sees a difference)"
+BFLOAT16_BASE = "The base's autoencoder in bfloat16 against itself in float32 (PSNR in dB)"
 QUANTISED = "4-bit pictures against 16-bit ones from the same noise (PSNR in dB; higher is better)"
 ACCURACY = "Asked-for attributes that the pictures show"
 FRECHET = "Frechet distance to reference pictures (lower is better)"
@@ -37,6 +39,7 @@ FIGURES = {
     r"pictures": "pictures",
     r"captions": "different captions",
     r"roundtrip_psnr_db": ROUND_TRIP,
+    r"precision_(base|target)": r"precision in which the autoencoder worked: \1",
     r"latent_rms_(\d+)": r"size (RMS) of a scaled latent at \1 px; near 1 is right",
     r"buckets_(\d+)": r"pictures of each shape at \1 px",
     r"replaced": "tensors that are new",
@@ -76,6 +79,8 @@ FIGURES = {
     r"gap_base_side": "side in px at which the base saw them",
     r"gap\.(\w+)": rf"{GAP}, \1",
     r"psnr_quantised_db": QUANTISED,
+    r"psnr_bf16_base_db": BFLOAT16_BASE,
+    r"psnr_bf16_target_db": BFLOAT16,
     r"accuracy_(\w+)": rf"{ACCURACY}: \1",
     r"frechet_(\w+)": rf"{FRECHET}: \1",
     r"crops_frechet_(\w+)": r"The same for parts of 128 px, which the judge sees pixel by pixel: \1",

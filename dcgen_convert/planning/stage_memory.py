@@ -8,30 +8,38 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from dcgen_convert.core.names import of_set
-from dcgen_convert.families import catalog
+from dcgen_convert.families import catalog, deep_autoencoders, pixel_memory
+from dcgen_convert.families.pixel_memory import DECODE, ENCODE, Bytes, together
 from dcgen_convert.planning.fit import Fit
 from dcgen_convert.planning.memory import CONTEXT, FRAGMENTATION, GIB
 from dcgen_convert.planning.shapes import Shapes
+from dcgen_convert.recipe.alignment import alignment
 from dcgen_convert.recipe.drawable import own_side
 from dcgen_convert.recipe.schema import Recipe
 
 PROCESS = 0.7 * GIB  # a Python process that has imported torch, diffusers and DeepSpeed; measured
 LIVE = 12  # numbers per token and width that a block keeps alive in a pass without gradients: assumed
 FP32 = 4
-ENCODE, DECODE = 2564, 2852  # bytes per px of an autoencoder in fp32 at its peak: as networks.at_once counts them
-TINY_PIXELS = 0.15  # share of these for the embedded autoencoders
-TINY = 20_000_000  # parameters; those have fewer
-TOGETHER = 8 * 1024**2  # px that an autoencoder decodes at once at most: as networks.pipelines does
+DEEP_FACTOR = 32  # a base with this f draws with a deep autoencoder of its own
+PIXELS = 100  # bytes per px of a picture that is read, on the host: what is decoded, read ahead, and put together
+DRAWN = 48  # bytes per px of a picture that was drawn, on the host: as it came, moved, and in 8 bits
+OWN = {
+    "flux2": "AutoencoderKLFlux2",
+    "qwenimage": "AutoencoderKLQwenImage",
+    "hunyuanimage": "AutoencoderKLHunyuanImage",
+}
 
 
 @dataclass(frozen=True)
 class Need:
     """Bytes of a stage. weights: networks that are in memory together; each: for one picture; at_once: pictures.
 
-    fixed: beside the networks, whatever the pictures. loaded: what is read from disk at once.
+    fixed: beside the networks, whatever the pictures. loaded: what is read from disk at once. pixels: of the pictures
+    themselves, on the host.
     """
 
     stage: str
@@ -40,6 +48,7 @@ class Need:
     at_once: int = 1
     fixed: float = 0.0
     loaded: float = 0.0
+    pixels: float = 0.0
 
     def gpu(self, at_once: int | None = None) -> float:
         """Bytes on a GPU."""
@@ -51,8 +60,8 @@ class Need:
     def host(self, on_gpu: bool) -> float:
         """Bytes of one rank in the memory of the machine."""
         if on_gpu:
-            return PROCESS + self.loaded
-        return PROCESS + max(self.loaded, self.weights + self.fixed + self.each * self.at_once)
+            return PROCESS + self.loaded + self.pixels
+        return PROCESS + self.pixels + max(self.loaded, self.weights + self.fixed + self.each * self.at_once)
 
 
 @dataclass(frozen=True)
@@ -72,25 +81,33 @@ def needs(recipe: Recipe, sizes: Shapes, fits: list[Fit]) -> Iterator[Need]:
     sides = [phase.resolution for phase in recipe.adapt.phases]
     entry = catalog.find_autoencoder(recipe.ae)
     codecs = FP32 * float((entry.parameters if entry else 0) + min(sizes.companions, 320_000_000))
-    share = TINY_PIXELS if entry is not None and entry.parameters < TINY else 1.0
+    ours, theirs = autoencoder_bytes(recipe, sizes)
 
-    def drawing(stage: str, network: float, tokens: int, side: int, batch: int, guidance: float) -> Need:
-        width = sizes.converted.width
-        passes = LIVE * e * width * (tokens + sizes.text) * sizes.passes(guidance)
-        pixels = float(side**2)
-        decode = share * DECODE * e / FP32 * min(pixels, max(1.0, TOGETHER / batch))
-        return Need(stage, network + companions, max(passes, decode), batch, loaded=network + companions)
+    def drawing(stage: str, network: float, codec: Bytes, tokens: int, side: int, batch: int, guidance: float) -> Need:
+        batch = together(batch, side**2, pixel_memory.DRAWN)
+        kept = DRAWN * float(side**2) * batch
+        passes = LIVE * e * sizes.converted.width * (tokens + sizes.text) * sizes.passes(guidance)
+        decode = work(codec["fp32" if e == FP32 else "bf16"], DECODE, side, batch)
+        each = max(passes, decode / batch)
+        networks = network + companions
+        return Need(stage, networks, each, batch, loaded=networks, pixels=kept)
 
     data, last, steps = recipe.data, recipe.adapt.phases[-1], recipe.bundle
     yield Need("surgery", 0.0, loaded=codecs)
+    seen = alignment(recipe, sizes.source, sizes.new).side  # of the pictures that the base sees
     for number in recipe.sets:
         own = recipe.data_of(number)
         if own.kind == "synthetic":
             tokens, stage = sizes.old.tokens(own.resolution), of_set("data", number)
-            yield drawing(stage, base, tokens, own.resolution, min(own.batch, own.count), own.guidance)
-        batch, side = min(recipe.latents.batch, own.count), max(recipe.sides(number))
-        stage = of_set("latents", number)
-        yield Need(stage, max(codecs, companions), share * ENCODE * float(side**2), batch, loaded=companions)
+            yield drawing(stage, base, theirs, tokens, own.resolution, min(own.batch, own.count), own.guidance)
+        side = max(recipe.sides(number))
+        batch = together(min(recipe.latents.batch, own.count), side**2)
+        both = [work(ours["fp32"], way, side, batch) for way in (ENCODE, DECODE)] + [
+            work(theirs["fp32"], way, seen, together(recipe.latents.batch, seen**2)) for way in (ENCODE, DECODE)
+        ]
+        read = PIXELS * float(side**2) * batch
+        weights = max(codecs if e == FP32 else 1.5 * codecs, companions)  # in both precisions, until one is chosen
+        yield Need(of_set("latents", number), weights, max(both) / batch, batch, loaded=companions, pixels=read)
     yield Need("align-embedder", 0.0, loaded=FP32 * 8.0 * sizes.base.width * 4096)
     once = LIVE * e * sizes.converted.width * float(sizes.tokens(recipe.adapt.phases[0]))
     sums = 8.0 * 3 * sizes.converted.width**2
@@ -103,12 +120,36 @@ def needs(recipe: Recipe, sizes: Shapes, fits: list[Fit]) -> Iterator[Need]:
     side, tokens = last.resolution, sizes.new.tokens(last.resolution)
     if recipe.quantize.format != "none":
         batch = min(recipe.quantize.calibration.batch or data.batch, recipe.quantize.calibration.prompts)
-        yield drawing("quantize", converted, tokens, side, batch, steps.guidance)
+        yield drawing("quantize", converted, ours, tokens, side, batch, steps.guidance)
     yield Need("bundle", 0.0, loaded=GIB / 4)
     count = recipe.evaluate.prompts
-    tokens = max(tokens, sizes.old.tokens(own_side(sizes.source, sizes.new, side)))  # of the bundle, or of the source
-    verified = drawing("verify", max(base, converted), tokens, side, min(data.batch, count or 1), 2.0)
+    tokens = max(tokens, sizes.old.tokens(own_side(sizes.source, sizes.new, side)))
+    verified = drawing("verify", max(base, converted), ours, tokens, side, min(data.batch, count or 1), 2.0)
+    trip = Need("verify", codecs, max(work(ours["fp32"], way, side, 1) for way in (ENCODE, DECODE)))
+    if trip.gpu(1) > verified.gpu():
+        verified = replace(verified, weights=trip.weights, each=trip.each, at_once=1)
     yield replace(verified, loaded=verified.loaded + PROCESS)  # a second process draws a picture
+
+
+def autoencoder_bytes(recipe: Recipe, sizes: Shapes) -> tuple[Bytes, Bytes]:
+    """What the new autoencoder and the base's need per px; of one whose config is not at hand, the most of its kind."""
+    reader, entry, source = sizes.source.reader, catalog.find_autoencoder(recipe.ae), sizes.source
+    if entry is not None and deep_autoencoders.kind_of(entry) is not None:
+        ours: dict[str, Any] = deep_autoencoders.config_of(entry)
+    else:
+        ours = reader.optional(Path(entry.where if entry else recipe.ae) / "config.json") or {}
+    folder = source.entry.folder if source.entry else None
+    theirs = source.vae or (reader.optional(folder / "vae" / "config.json") if folder else None)
+    if theirs is None and sizes.old.f >= DEEP_FACTOR and sizes.family.name not in OWN:
+        theirs = {}
+    theirs = theirs if theirs is not None else {"_class_name": OWN.get(sizes.family.name, "AutoencoderKL")}
+    return pixel_memory.bytes_per_pixel(ours), pixel_memory.bytes_per_pixel(theirs)
+
+
+def work(each: tuple[int, int], way: int, side: int, count: int) -> float:
+    """Bytes that an autoencoder works with for ``count`` squares of ``side`` px; it takes large ones one by one."""
+    picture = float(pixel_memory.picture_bytes(each[way], way, side, side))
+    return picture * together(count, side**2)
 
 
 def rows(every: list[Need], on_gpu: bool, measured: Peaks | None = None) -> list[dict[str, Any]]:

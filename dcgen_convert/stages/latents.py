@@ -69,8 +69,8 @@ def run(job: Job, stage: Stage) -> None:
     images.write_index(stage.folder / images.ROWS, pictures, job.pictures_root)
     if job.recipe.latents.normalise == "channel" and job.is_aligned:
         normalise(job, pictures, spans[resolutions[0]])
-    first = [(span, row) for span, rows in looked_at(spans[resolutions[-1]], precision.PICTURES) for row in rows]
-    precision.decide(job, stage, pictures, first)
+    precision.decide(job, stage, pictures, first_views(job, spans))
+    release()
     codecs = load_codecs(job)
     target = codecs["target"]
     stage.metrics["roundtrip_psnr_db"] = roundtrip(job, stage, pictures, target, spans[resolutions[-1]])
@@ -150,6 +150,15 @@ def sizes_of(job: Job, span: Span) -> dict[str, tuple[int, int]]:
     if job.is_aligned and span.table.partition("-")[0] == str(job.alignment.resolution):
         sizes["base"] = job.alignment.size(span.height, span.width)
     return sizes
+
+
+def first_views(job: Job, spans: dict[int, list[Span]]) -> dict[str, tuple[int, int, list[int]]]:
+    """What each autoencoder is tried on: the first pictures, at the largest size that it sees."""
+    largest, aligned = spans[max(spans)][0], spans[job.alignment.resolution][0]
+    return {
+        name: (*sizes_of(job, span)[name], list(span.rows[: precision.PICTURES]))
+        for name, span in (("base", aligned), ("target", largest))
+    }
 
 
 def pixels_of(pictures: list[Picture], span: Span, row: int) -> Tensor:

@@ -10,15 +10,12 @@ import math
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor
 
 from dcgen_convert.core.files import read_object, write_json
 from dcgen_convert.core.journal import Stage
 from dcgen_convert.data import images
-from dcgen_convert.data.buckets import Span
 from dcgen_convert.data.images import Picture
 from dcgen_convert.networks import autoencoders, pipelines
-from dcgen_convert.networks.at_once import release
 from dcgen_convert.networks.autoencoders import Codec
 from dcgen_convert.networks.pipelines import DTYPES
 from dcgen_convert.stages.job import Job
@@ -52,19 +49,19 @@ def decided(job: Job, name: str) -> Precision:
     return Precision(**read_object(path)[name]) if path.exists() else Precision("fp32", None)
 
 
-def decide(job: Job, stage: Stage, pictures: list[Picture], rows: list[tuple[Span, int]]) -> None:
+def decide(job: Job, stage: Stage, pictures: list[Picture], views: dict[str, tuple[int, int, list[int]]]) -> None:
     """Write PRECISION, if it is not there.
 
     Args:
-        rows: of ``pictures`` to measure on, each with the span that holds its size.
+        views: autoencoder -> height and width in px, and the rows of ``pictures`` to measure on.
     """
     path = stage.folder / PRECISION
     if not path.exists():
-        found = {name: _measured(job, name, pictures, rows[:PICTURES]) for name in NAMES}
+        found = {name: _measured(job, name, pictures, *view) for name, view in views.items()}
         write_json(path, {name: asdict(one) for name, one in found.items()})
         for name, one in found.items():
             job.console.say(f"latents: {NAMES[name]} works in {_told(job, one)}")
-    for name in NAMES:
+    for name in views:
         one = decided(job, name)
         stage.metrics[f"precision_{name}"] = one.dtype
         if one.psnr_db is not None:
@@ -76,25 +73,17 @@ def has_bfloat16(device: str) -> bool:
     return device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def _measured(job: Job, name: str, pictures: list[Picture], rows: list[tuple[Span, int]]) -> Precision:
+def _measured(job: Job, name: str, pictures: list[Picture], height: int, width: int, rows: list[int]) -> Precision:
     if job.recipe.dtype != "bf16" or not has_bfloat16(pipelines.device()):
         return Precision("fp32", None)
-    exact = _round_trips(load(job, name, torch.float32), pictures, rows)
-    release()
-    rounded = _round_trips(load(job, name, torch.bfloat16), pictures, rows)
-    release()
-    error = sum((a - b).square().sum(dtype=torch.float64).item() for a, b in zip(exact, rounded, strict=True))
-    psnr = 10 * math.log10(4 / max(error / sum(a.numel() for a in exact), 1e-12))
+    exact, rounded = load(job, name, torch.float32), load(job, name, torch.bfloat16)
+    error, count = 0.0, 0
+    for row in rows[:PICTURES]:
+        pixels = images.read_pixels(pictures[row].file, height, width)[None]
+        apart = exact.decode(exact.encode(pixels)) - rounded.decode(rounded.encode(pixels))
+        error, count = error + apart.square().sum(dtype=torch.float64).item(), count + apart.numel()
+    psnr = 10 * math.log10(4 / max(error / count, 1e-12))
     return Precision("bf16" if psnr >= SAFE_DB else "fp32", round(psnr, 1))
-
-
-def _round_trips(codec: Codec, pictures: list[Picture], rows: list[tuple[Span, int]]) -> list[Tensor]:
-    """Each picture decoded again, (1, 3, height, width) in [-1, 1]."""
-    found = []
-    for span, row in rows:
-        pixels = images.read_pixels(pictures[row].file, span.height, span.width)[None]
-        found.append(codec.decode(codec.encode(pixels)))
-    return found
 
 
 def _told(job: Job, found: Precision) -> str:
