@@ -154,11 +154,11 @@ def sizes_of(job: Job, span: Span) -> dict[str, tuple[int, int]]:
 
 def first_views(job: Job, spans: dict[int, list[Span]]) -> dict[str, tuple[int, int, list[int]]]:
     """What each autoencoder is tried on: the first pictures, at the largest size that it sees."""
-    largest, aligned = spans[max(spans)][0], spans[job.alignment.resolution][0]
-    return {
-        name: (*sizes_of(job, span)[name], list(span.rows[: precision.PICTURES]))
-        for name, span in (("base", aligned), ("target", largest))
-    }
+    shown = {"target": spans[max(spans)][0]}
+    if job.alignment.resolution in spans:
+        shown["base"] = spans[job.alignment.resolution][0]
+    most = precision.PICTURES
+    return {name: (*sizes_of(job, span)[name], list(span.rows[:most])) for name, span in shown.items()}
 
 
 def pixels_of(pictures: list[Picture], span: Span, row: int) -> Tensor:

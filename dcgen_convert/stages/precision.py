@@ -55,7 +55,7 @@ def decide(job: Job, stage: Stage, pictures: list[Picture], views: dict[str, tup
     Args:
         views: autoencoder -> height and width in px, and the rows of ``pictures`` to measure on.
     """
-    path = stage.folder / PRECISION
+    path = job.folders.latents / PRECISION
     if not path.exists():
         found = {name: _measured(job, name, pictures, *view) for name, view in views.items()}
         write_json(path, {name: asdict(one) for name, one in found.items()})
