@@ -82,13 +82,13 @@ def distance(pictures: Tensor, captions: list[str], seed: int = 31) -> float:
     return frechet(features(pictures), features(_real(len(pictures), captions, seed, world.SIDE)))
 
 
-def distance_of_crops(pictures: Tensor, captions: list[str], side: int, seed: int = 31) -> float:
-    """The same between `crops` of the pictures and of pictures that are drawn at ``side`` px.
+def distance_of_crops(pictures: Tensor, captions: list[str], seed: int = 31, side: int | None = None) -> float:
+    """The same between `crops` of the pictures, (B, 3, side, side), and of pictures that are drawn at their size.
 
     Args:
-        pictures: of ``side`` px, or the `centre` of each.
+        side: px; only needed where ``pictures`` are the `centre` of each.
     """
-    real = _real(len(pictures), captions, seed, side)
+    real = _real(len(pictures), captions, seed, side or pictures.shape[-1])
     return frechet(features(crops(pictures)), features(crops(real)))
 
 

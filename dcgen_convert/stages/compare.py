@@ -134,7 +134,7 @@ def figures(job: Job, stage: Stage, drawn: dict[str, Column], texts: list[str]) 
         stage.metrics[f"accuracy_{key}"] = round(tiny_world.accuracy(pictures, texts), 4)
         stage.metrics[f"frechet_{key}"] = round(tiny_world.distance(pictures, texts), 2)
         if column.centres:
-            apart = tiny_world.distance_of_crops(torch.cat(column.centres), texts, column.side)
+            apart = tiny_world.distance_of_crops(torch.cat(column.centres), texts, side=column.side)
             stage.metrics[f"crops_frechet_{key}"] = round(apart, 2)
     shown = ", ".join(f"{name} {stage.metrics['accuracy_' + name.replace(' ', '_')]:.1%}" for name in drawn)
     job.console.say(f"evaluate: attribute accuracy {shown} on {len(texts)} prompts")

@@ -69,8 +69,9 @@ def run(job: Job, stage: Stage) -> None:
     images.write_index(stage.folder / images.ROWS, pictures, job.pictures_root)
     if job.recipe.latents.normalise == "channel" and job.is_aligned:
         normalise(job, pictures, spans[resolutions[0]])
-    precision.decide(job, stage, pictures, first_views(job, spans))
-    release()
+    if job.is_aligned:
+        precision.decide(job, stage, pictures, first_views(job, spans))
+        release()
     codecs = load_codecs(job)
     target = codecs["target"]
     stage.metrics["roundtrip_psnr_db"] = roundtrip(job, stage, pictures, target, spans[resolutions[-1]])
@@ -154,9 +155,7 @@ def sizes_of(job: Job, span: Span) -> dict[str, tuple[int, int]]:
 
 def first_views(job: Job, spans: dict[int, list[Span]]) -> dict[str, tuple[int, int, list[int]]]:
     """What each autoencoder is tried on: the first pictures, at the largest size that it sees."""
-    shown = {"target": spans[max(spans)][0]}
-    if job.alignment.resolution in spans:
-        shown["base"] = spans[job.alignment.resolution][0]
+    shown = {"base": spans[job.alignment.resolution][0], "target": spans[max(spans)][0]}
     most = precision.PICTURES
     return {name: (*sizes_of(job, span)[name], list(span.rows[:most])) for name, span in shown.items()}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
@@ -18,6 +19,7 @@ from dcgen_convert.data.images import Picture
 from dcgen_convert.networks import autoencoders, pipelines
 from dcgen_convert.networks.autoencoders import Codec
 from dcgen_convert.networks.pipelines import DTYPES
+from dcgen_convert.stages.folders import latents_stage
 from dcgen_convert.stages.job import Job
 
 PRECISION = "precision.json"
@@ -43,9 +45,14 @@ def load(job: Job, name: str, dtype: torch.dtype | None = None) -> Codec:
     return autoencoders.load(job.target, dtype, scale=job.recipe.latents.scale_override, **place)
 
 
+def file_of(job: Job) -> Path:
+    """The record, beside the latents of the first phase: one for the run."""
+    return job.run.path / latents_stage(job.recipe.sets[0]) / PRECISION
+
+
 def decided(job: Job, name: str) -> Precision:
     """What `decide` wrote; float32 in a run of an earlier version, which did not decide."""
-    path = job.folders.latents / PRECISION
+    path = file_of(job)
     return Precision(**read_object(path)[name]) if path.exists() else Precision("fp32", None)
 
 
@@ -55,7 +62,7 @@ def decide(job: Job, stage: Stage, pictures: list[Picture], views: dict[str, tup
     Args:
         views: autoencoder -> height and width in px, and the rows of ``pictures`` to measure on.
     """
-    path = job.folders.latents / PRECISION
+    path = file_of(job)
     if not path.exists():
         found = {name: _measured(job, name, pictures, *view) for name, view in views.items()}
         write_json(path, {name: asdict(one) for name, one in found.items()})
