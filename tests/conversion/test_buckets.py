@@ -28,6 +28,7 @@ ASSIGNED = {(160, 240): (96, 160), (240, 160): (160, 96), (128, 128): (128, 128)
 COUNT = sum(SHAPES.values())
 SETTINGS = {
     "data.buckets": "on",
+    "data.min_side": 1,
     "adapt.phases.0.batch": 4,
     "align_head.batch": 4,
     "latents.batch": 4,

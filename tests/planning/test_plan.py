@@ -23,6 +23,7 @@ from dcgen_convert.svdquant.targets import plan_targets
 
 from .test_memory import TABLE
 
+SMALL_FIRST = ["adapt.phases.0.data.resolution=1024", "adapt.phases.0.data.min_side=1024"]
 OWN = ["data.kind=folder", f"data.path={WEIGHTS}"]  # pictures of one's own: the base need not draw them
 
 
@@ -258,7 +259,7 @@ def test_a_plan_says_no_where_the_disk_is_too_small():
 )
 def test_sizes_that_the_base_cannot_draw_are_refused_by_every_verb(name, side, words):
     machines, flags = machine.Machine(offline=True), {"resolution": side}
-    drawn = ["data.kind=synthetic", *(["adapt.phases.0.data.resolution=1024"] if "4k" in name else [])]
+    drawn = ["data.kind=synthetic", *(SMALL_FIRST if "4k" in name else [])]
     with pytest.raises(RecipeError, match=f"data.resolution is {side} px.*{words}") as caught:
         loading.load(name, flags=flags, sets=drawn, machine=machines)
     assert "--data" in caught.value.hint and "beyond_base=true" in caught.value.hint
