@@ -273,6 +273,7 @@ def test_the_4k_curriculum_costs_what_its_pictures_and_phases_cost():
     doc = document("flux-krea", gpus=8, sets=OWN, **flags)
     assert (doc["status"], doc["alignment"]["side"]) == ("feasible", 512)
     assert doc["time"]["gpu_hours"] <= 240 and doc["disk"]["peak"] <= 1e12
+    assert max(stage["gpu_gib"] for stage in doc["memory"]["stages"]) <= 80e9 / 2**30
     found = {row["stage"]: {part["what"]: part["count"] for part in row["work"]} for row in doc["time"]["stages"]}
     assert "draw" not in found["data"] and found["latents-2"]["check"] == found["latents-2"]["read"] == 20_000
     assert found["latents"]["encode"] == 50_000 * (2048**2 + 512**2)  # the base sees the first phase's only
