@@ -75,7 +75,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("work", type=Path)
     parser.add_argument("geometries", nargs="*", choices=[*GEOMETRIES, []])
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=2)
     given = parser.parse_args()
     main(given.work, given.geometries, given.steps, given.seeds)
