@@ -251,6 +251,9 @@ def _limits(card: Card) -> str:
     buckets = (card.trained.get("data") or {}).get("buckets")
     shapes = "pictures of several shapes with the area of these squares" if buckets else "squares"
     trained = f"Trained at {', '.join(f'{side} x {side}' for side in sides)} px ({shapes})."
+    for number, phase in enumerate(phases):
+        if phase.get("data"):
+            trained += f" Phase {number + 1} had pictures of its own (`adapt.phases.{number}.data` in the manifest)."
     if card.adopted:
         side = card.adopted["side"]
         trained = f"Meant for {side} x {side} px. At which sizes it was trained is not known here."

@@ -86,10 +86,14 @@ def test_code_loads_the_folder_or_the_repository(parts):
 
 def test_card_names_versions_sizes_and_limits(parts):
     flux = parts("flux")
-    recipe = {"adapt": {"phases": [{"resolution": 64}, {"resolution": 96}]}, "data": {"buckets": True}}
+    recipe = {
+        "adapt": {"phases": [{"resolution": 64}, {"resolution": 96, "data": {"path": "p"}}]},
+        "data": {"buckets": True},
+    }
     card = render(manifest_of(flux, recipe=recipe), family=flux.family, title="t")
     assert "diffusers>=0.42" in card and f"diffusers {version('diffusers')}" in card
     assert "Trained at 64 x 64, 96 x 96 px (pictures of several shapes" in card
+    assert "Phase 2 had pictures of its own (`adapt.phases.1.data` in" in card and "Phase 1 had" not in card
     assert "multiples of 32 px" in card and "edges of a mask on multiples of 32 px" in card
     assert "ComfyUI cannot draw" in card and "`x_embedder`" in card and "Give height and width" in card
     assert f"draws {64 * flux.factor} x {64 * flux.factor} px, whatever" in card  # 128 cells of half a factor
