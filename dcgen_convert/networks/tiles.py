@@ -34,7 +34,8 @@ def by_size(vae: Network, pictures: int, height: int, width: int) -> Iterator[No
             vae.enable_slicing()
         yield
     finally:
-        vars(vae).update(before)
+        for name, value in before.items():
+            setattr(vae, name, value)
 
 
 def _set_tiles(vae: Network) -> None:

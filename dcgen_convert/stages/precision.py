@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,7 +40,7 @@ class Precision:
 def load(job: Job, name: str, dtype: torch.dtype | None = None) -> Codec:
     """The autoencoder "base" or "target" in the precision that was decided on, or in ``dtype``."""
     dtype = dtype or DTYPES[decided(job, name).dtype]
-    place = {"device": pipelines.device(), "console": job.console}
+    place: dict[str, Any] = {"device": pipelines.device(), "console": job.console}
     if name == "base":
         return autoencoders.load(job.source.vae, dtype, **place)
     return autoencoders.load(job.target, dtype, scale=job.recipe.latents.scale_override, **place)
