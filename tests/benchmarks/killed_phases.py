@@ -23,8 +23,6 @@ from conftest import start_cli
 from dcgen_convert.core.names import MANIFEST
 
 ARGUMENTS = ("three.yaml", "-y", "-o", "bundle", "--run-dir", "run")
-UNEQUAL = ("times", "hardware", "created")  # keys of the manifest
-RESUMED = ("resumed_from", "seconds", "samples_per_s")
 
 
 def bundle(folder: Path) -> dict[str, bytes]:
@@ -80,4 +78,4 @@ def main(kills: int, seed: int) -> int:
 
 if __name__ == "__main__":
     given = [int(word) for word in sys.argv[1:]]
-    sys.exit(main(*[*given, 10, 0][: max(2, len(given))] if len(given) != 1 else (given[0], 0)))
+    sys.exit(main(*(given + [10, 0][len(given) :])))
