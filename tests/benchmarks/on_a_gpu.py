@@ -23,6 +23,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from torch import nn
 
 from dcgen_convert import families
 from dcgen_convert.core.files import read_json, sha256
-from dcgen_convert.data.images import to_image
+from dcgen_convert.data.images import read_pixels, to_image
 from dcgen_convert.families import catalog
 from dcgen_convert.families.deep_autoencoders import config_of
 from dcgen_convert.networks.autoencoders import Codec
@@ -156,6 +157,9 @@ def host(check: Check) -> dict[str, Any]:
     pixels = torch.rand(3, side, side) * 2 - 1
     png = check.folder / "picture.png"
     check.rates["pixels"] = side**2 / seconds_of(lambda: to_image(pixels).save(png, compress_level=1), times=3)
+    with ThreadPoolExecutor(8) as threads:  # as data.ahead reads
+        read = seconds_of(lambda: list(threads.map(lambda _: read_pixels(png, side), range(16))), times=1)
+    check.rates["decoding"] = 16 * side**2 / read
     libraries = "import torch, diffusers, transformers, deepspeed, peft"
     start = seconds_of(
         lambda: subprocess.run([sys.executable, "-c", libraries], check=True, stdout=subprocess.DEVNULL), warm=0

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dcgen_convert import families
+from dcgen_convert.core.console import NULL
 from dcgen_convert.core.files import read_json
 from dcgen_convert.families import catalog, ddpm
 from dcgen_convert.networks import pipelines
@@ -137,7 +138,8 @@ def test_features_of_the_head(task, device, tmp_path, little_memory):
     recipe = SimpleNamespace(
         adapt=task.adapt, seed=0, latents=SimpleNamespace(batch=BATCH), align_head=SimpleNamespace(draws=1)
     )
-    job = SimpleNamespace(family=task.family, recipe=recipe, crew=SimpleNamespace(rank=0, world=1))
+    ranks = SimpleNamespace(rank=0, world=1)
+    job = SimpleNamespace(family=task.family, recipe=recipe, crew=ranks, console=NULL)
     fit = HeadFit(job, task, task.rows, tmp_path)
     equations = NormalEquations(fit.inputs, task.rows.shapes[0][0], device)
     with fit.listening():
