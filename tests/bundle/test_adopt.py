@@ -351,9 +351,7 @@ def test_a_bundle_is_the_source_of_another_conversion(published, tmp_path, capfd
     """Pictures and latents of the source are those of its own autoencoder; only embedder and head get new shapes."""
     bundle = tmp_path / "bundle"
     made(published, bundle, resolution=SIDE)
-    asked = recipes.load(
-        str(bundle), flags={"ae": "tiny-dc-ae-f64"}, sets=["dtype=fp32", "data.resolution=128"], env={}
-    )
+    asked = recipes.load(str(bundle), flags={"ae": "tiny-dc-ae-f64", "resolution": 128}, sets=["dtype=fp32"], env={})
     job = prepare(asked, Run(tmp_path / "run", NULL), Console())
     assert "SOURCE is a bundle: its pictures and its latents (f32, 32 channels)" in capfd.readouterr().err
     pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -387,7 +385,7 @@ def test_a_bundle_keeps_embedder_and_head_with_the_autoencoder_that_it_has(publi
     save_file(weights, other / "diffusion_pytorch_model.safetensors", {"format": "pt"})
 
     def job_for(target):
-        asked = recipes.load(str(bundle), flags={"ae": str(target)}, sets=["dtype=fp32", "data.resolution=128"], env={})
+        asked = recipes.load(str(bundle), flags={"ae": str(target), "resolution": 128}, sets=["dtype=fp32"], env={})
         return prepare(asked, Run(tmp_path / f"run-{target.name}", NULL), Console())
 
     assert not job_for(other).keeps_latents
