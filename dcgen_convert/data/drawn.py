@@ -13,7 +13,6 @@ import torch
 
 from dcgen_convert.core import pulse
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.core.files import replacing
 from dcgen_convert.data import images, prompts
 from dcgen_convert.data.images import Picture
 from dcgen_convert.tiny import world
@@ -47,8 +46,7 @@ def draw(folder: Path, count: int, side: int) -> list[Picture]:
         picture = Picture(folder / f"{number:07d}.png", caption)
         if not (picture.file.exists() and images.is_whole(picture.file)):
             pixels = world.draw(torch.tensor([world.parse(caption)]), DRAWING_SEED + number, side)[0]
-            with replacing(picture.file) as temporary:
-                images.to_image(pixels).save(temporary, format="PNG", compress_level=1)
+            images.write(pixels, picture.file)
             pulse.bump()
         pictures.append(picture)
     return pictures

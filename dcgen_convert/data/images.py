@@ -18,7 +18,7 @@ import numpy
 from PIL import Image
 
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.core.files import atomic_write, json_text, read_lines, read_text, understood
+from dcgen_convert.core.files import atomic_write, json_text, read_lines, read_text, replacing, understood
 from dcgen_convert.data import decoding, gathering, metadata
 from dcgen_convert.data.sieve import Sieve
 from dcgen_convert.data.tally import Tally
@@ -211,6 +211,12 @@ def fitted(image: Image.Image, height: int, width: int) -> Tensor:
     array /= 127.5  # in place: a large picture is not copied
     array -= 1
     return torch.from_numpy(array).permute(2, 0, 1)
+
+
+def write(pixels: Tensor, file: Path) -> None:
+    """Write pixels, (3, H, W) in [-1, 1], as PNG: the whole file or nothing."""
+    with replacing(file) as temporary:
+        to_image(pixels).save(temporary, format="PNG", compress_level=1)
 
 
 def is_whole(file: Path) -> bool:

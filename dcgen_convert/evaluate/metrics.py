@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -19,6 +20,14 @@ def psnr(a: Tensor, b: Tensor, peak: float = 1.0) -> float:
         raise InputError(f"PSNR compares pictures of one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
     error = (a.double() - b.double()).square().mean().item()
     return math.inf if error == 0 else 10 * math.log10(peak**2 / error)
+
+
+def psnr_of(pairs: Iterable[tuple[Tensor, Tensor]], peak: float = 1.0) -> float:
+    """`psnr` over all pictures of ``pairs``, which come one after the other and are not kept."""
+    square, count = 0.0, 0
+    for a, b in pairs:
+        square, count = square + (a - b).square().sum(dtype=torch.float64).item(), count + a.numel()
+    return math.inf if square == 0 else 10 * math.log10(peak**2 * count / square)
 
 
 def frechet(a: Tensor, b: Tensor) -> float:

@@ -22,7 +22,7 @@ from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_object
 from dcgen_convert.families import pixel_memory
 from dcgen_convert.families.base import Network
-from dcgen_convert.families.grid import autoencoder_grid, tile_sizes
+from dcgen_convert.families.grid import autoencoder_grid
 from dcgen_convert.families.pixel_memory import DECODE, ENCODE
 from dcgen_convert.networks import at_once, tiles
 from dcgen_convert.networks.at_once import AtOnce
@@ -131,10 +131,6 @@ def load(
     if bad:
         raise InputError(f"the autoencoder {folder} holds NaN or infinite values in {bad}", "fetch the file again")
     factor, channels = autoencoder_grid(config)
-    if config["_class_name"] == "AutoencoderDC":  # tiling stays off, but enable_tiling() finds tile sizes that fit
-        tile, stride = tile_sizes(factor)
-        model.enable_tiling(tile, tile, stride, stride)
-        model.disable_tiling()
     widen(model)
     codec = Codec(
         model.eval().requires_grad_(False).to(device),

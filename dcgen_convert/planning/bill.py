@@ -214,7 +214,7 @@ def _data(recipe: Recipe, sizes: Shapes, number: int) -> Iterator[Work]:
 
 def _latents(recipe: Recipe, sizes: Shapes, number: int) -> Iterator[Work]:
     stage, data, sides = names.of_set("latents", number), recipe.data_of(number), recipe.sides(number)
-    aligned = number == recipe.set_of(1)  # the base's latents are for the alignment only
+    aligned = number == recipe.aligned_set  # the base's latents are for the alignment only
     source = _pixels(recipe, number)
     yield Work(stage, "check", data.count, "pictures", "decoding", source, False)
     yield Work(stage, "read", data.count * len(sides), "pictures", "decoding", source)

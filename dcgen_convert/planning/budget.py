@@ -228,7 +228,7 @@ def _with(recipe: Recipe, sizes: Shapes, values: Mapping[str, int], said: Collec
         steps = values.get(_steps(number), phase.steps)
         if steps != phase.steps:
             found[f"adapt.phases.{number}.warmup"] = min(phase.warmup, steps // WARM)
-    aligned = recipe.set_of(1)
+    aligned = recipe.aligned_set
     pictures = values.get(_count(aligned), _first_count(recipe))
     rows = pictures * sizes.new.tokens(recipe.adapt.phases[0].resolution)
     found[DRAWS] = min(recipe.align_head.draws, math.ceil(2 * USUAL * sizes.base.width / rows))
@@ -310,7 +310,7 @@ def _line(recipe: Recipe, changed: Recipe, part: Dial, value: int) -> str:
 
 def _first_count(recipe: Recipe) -> int:
     """The number of pictures that the alignment has."""
-    return recipe.data_of(recipe.set_of(1)).count
+    return recipe.data_of(recipe.aligned_set).count
 
 
 def _lines_of_head(recipe: Recipe, changed: Recipe) -> list[str]:

@@ -66,7 +66,7 @@ def of_set(recipe: Recipe, number: int) -> Recipe:
 
 def of_alignment(recipe: Recipe) -> Recipe:
     """The recipe with the pictures of its first phase, on which embedder and head are aligned, as its `data`."""
-    return of_set(recipe, recipe.set_of(1))
+    return of_set(recipe, recipe.aligned_set)
 
 
 def disk(recipe: Recipe, sizes: Shapes) -> dict:
@@ -138,7 +138,7 @@ def _kinds(recipe: Recipe, sizes: Shapes) -> dict[str, float]:
 
 def _cached(recipe: Recipe, sizes: Shapes, number: int) -> dict[str, float]:
     """Bytes of the latents and of the text embeddings of set ``number``."""
-    count, aligned = recipe.data_of(number).count, number == recipe.set_of(1)
+    count, aligned = recipe.data_of(number).count, number == recipe.aligned_set
     text = sizes.text * sizes.base.text_width if recipe.latents.text == "cache" else 0
     numbers = sizes.latent_numbers(recipe.sides(number), aligned)
     return {"latents": BF16 * count * numbers, "text": BF16 * count * float(text)}

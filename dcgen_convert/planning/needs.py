@@ -114,7 +114,7 @@ def _of_pictures(recipe: Recipe, users: tuple[str, ...]) -> list[Part]:
     """What the stages of every set of pictures leave; ``users`` of the autoencoder that the first one rewrites."""
     found = []
     for number in recipe.sets:
-        data, latents, first = of_set("data", number), of_set("latents", number), number == recipe.sets[0]
+        data, latents, first = of_set("data", number), of_set("latents", number), number == recipe.aligned_set
         every = [n for n, _ in enumerate(recipe.adapt.phases, 1)]
         trained = [f"adapt-{n}" for n in every if recipe.set_of(n) == number]
         aligned = ("align-embedder", "align-head"), [f"merge-{n}" for n in every]  # a merge measures the gap there

@@ -17,7 +17,6 @@ from dcgen_convert.families.pixel_memory import DECODE, ENCODE, Bytes, together
 from dcgen_convert.planning.fit import Fit
 from dcgen_convert.planning.memory import CONTEXT, FRAGMENTATION, GIB
 from dcgen_convert.planning.shapes import Shapes
-from dcgen_convert.recipe.alignment import alignment
 from dcgen_convert.recipe.drawable import own_side
 from dcgen_convert.recipe.schema import Recipe
 
@@ -94,7 +93,7 @@ def needs(recipe: Recipe, sizes: Shapes, fits: list[Fit]) -> Iterator[Need]:
 
     data, last, steps = recipe.data, recipe.adapt.phases[-1], recipe.bundle
     yield Need("surgery", 0.0, loaded=codecs)
-    seen = alignment(recipe, sizes.source, sizes.new).side  # of the pictures that the base sees
+    seen = sizes.alignment.side  # of the pictures that the base sees
     for number in recipe.sets:
         own = recipe.data_of(number)
         if own.kind == "synthetic":
@@ -111,7 +110,7 @@ def needs(recipe: Recipe, sizes: Shapes, fits: list[Fit]) -> Iterator[Need]:
     yield Need("align-embedder", 0.0, loaded=FP32 * 8.0 * sizes.base.width * 4096)
     once = LIVE * e * sizes.converted.width * float(sizes.tokens(recipe.adapt.phases[0]))
     sums = 8.0 * 3 * sizes.converted.width**2
-    batch = min(recipe.latents.batch, recipe.data_of(recipe.set_of(1)).count)
+    batch = min(recipe.latents.batch, recipe.data_of(recipe.aligned_set).count)
     head = Need("align-head", converted, once, batch, sums, converted)
     yield _larger(head, fits[0]) if recipe.align_head.steps else head
     for number, fit in enumerate(fits[-len(sides) :], 1):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dcgen_convert.core.errors import RecipeError
@@ -82,10 +82,10 @@ def beyond(source: Identity, side: int) -> Beyond | None:
         return None
     found = Beyond(source.name, side, grid.tokens(side), most, most // grid.token_px**2)
     capped = capped_shift(source.family, source.pipeline.stock_scheduler or {}, found.tokens, found.trained)
-    return found if capped is None else Beyond(**{**vars(found), **capped})
+    return found if capped is None else replace(found, **capped)
 
 
-def capped_shift(family: Family, scheduler: Mapping[str, Any], tokens: int, trained: int) -> dict[str, float] | None:
+def capped_shift(family: Family, scheduler: Mapping[str, Any], tokens: int, trained: int) -> dict[str, Any] | None:
     """mu at ``tokens``, the largest of the training, and its shift r. None: the scheduler's shift never changes.
 
     The line of mu ends at max_image_seq_len tokens, or where the training ended if that was before.

@@ -51,7 +51,7 @@ def head_samples(recipe: Recipe, inputs: int, tokens: int) -> HeadSamples:
     """
     if recipe.align_head.method != "least-squares":
         return HeadSamples(0, 0, 0, 0)
-    count = recipe.data_of(recipe.sets[0]).count
+    count = recipe.data_of(recipe.aligned_set).count
     held_out = held_out_rows(count)
     pictures = count - held_out
     most = pictures * useful_draws(recipe.align_head.draws, pictures * tokens, inputs)

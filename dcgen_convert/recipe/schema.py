@@ -418,8 +418,13 @@ class Recipe(Section):
 
     @property
     def sets(self) -> tuple[int, ...]:
-        """The sets that phases are trained on, in the order of their first use. Alignment takes the first."""
+        """The sets that phases are trained on, in the order of their first use."""
         return tuple(dict.fromkeys(self.set_of(number) for number, _ in enumerate(self.adapt.phases, 1)))
+
+    @property
+    def aligned_set(self) -> int:
+        """The set that embedder and head are aligned on: the one of the first phase."""
+        return self.set_of(1)
 
     def data_of(self, number: int) -> Data:
         """The settings of set ``number``."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,8 +23,8 @@ from dcgen_convert.core.journal import Stage
 from dcgen_convert.data import images
 from dcgen_convert.evaluate import tiny_world
 from dcgen_convert.evaluate.grids import cell, grid
+from dcgen_convert.evaluate.metrics import psnr_of
 from dcgen_convert.families import Family, pixel_memory
-from dcgen_convert.families.grid import Grid
 from dcgen_convert.networks import models, pipelines
 from dcgen_convert.networks.at_once import AtOnce, release
 from dcgen_convert.recipe.drawable import own_side
@@ -51,7 +50,7 @@ def run(job: Job, stage: Stage, bundle: Path) -> PictureGrid:
     texts = captions.others(job, count, job.recipe.seed + SEED)
     seeds = [job.recipe.seed + SEED + i for i in range(count)]
     settings, steps, guidance = job.recipe.data, job.recipe.bundle.steps, job.recipe.bundle.guidance
-    own = own_side(job.identity, Grid(job.ae.factor, job.ae.channels, 1), job.resolution)
+    own = own_side(job.identity, job.ae.grid, job.resolution)
     if own != job.resolution:
         job.console.say(f"verify: the base model draws at {own} px, as it was not trained on {job.resolution} px")
     with TemporaryDirectory(prefix=TEMPORARY, dir=stage.folder) as work:
@@ -101,10 +100,7 @@ class Column:
 
 def distance(one: Column, other: Column) -> float:
     """PSNR in dB over all pictures of two columns."""
-    square, count = 0.0, 0
-    for a, b in zip(one.pictures(), other.pictures(), strict=True):
-        square, count = square + (a - b).square().sum(dtype=torch.float64).item(), count + a.numel()
-    return math.inf if square == 0 else 10 * math.log10(4 * count / square)
+    return psnr_of(zip(one.pictures(), other.pictures(), strict=True), peak=2.0)
 
 
 def written(drawn: dict[str, Column], texts: list[str], file: Path) -> PictureGrid:

@@ -57,6 +57,11 @@ class Autoencoder:
     factor: int
     channels: int
 
+    @property
+    def grid(self) -> Grid:
+        """Its latent space, with the patch of a converted model."""
+        return Grid(self.factor, self.channels, 1)
+
     @cached_property
     def fingerprint(self) -> str:
         return sha256(self.folder / "config.json") + "".join(
@@ -110,7 +115,7 @@ class Job:
     @property
     def is_aligned(self) -> bool:
         """Whether the embedder is aligned on these pictures: those of the first phase."""
-        return self.pictures == self.recipe.sets[0]
+        return self.pictures == self.recipe.aligned_set
 
     @property
     def resolutions(self) -> list[int]:
@@ -149,7 +154,7 @@ class Job:
         Raises:
             RecipeError: the base does not have the target that the recipe asks for.
         """
-        return alignment(self.recipe, self.identity, Grid(self.ae.factor, self.ae.channels, 1))
+        return alignment(self.recipe, self.identity, self.ae.grid)
 
     @cached_property
     def keeps_latents(self) -> bool:
@@ -282,8 +287,8 @@ class Job:
             return {}
         f, c = autoencoder_grid(read_json(self.source.vae / "config.json"))
         config = self.source.config
-        base, new = Grid(f, c, self.family.patch(config, c)), Grid(self.ae.factor, self.ae.channels, 1)
-        return {px: bucket_sizes(self.family, config, base, new, px) for px in self.resolutions}
+        base = Grid(f, c, self.family.patch(config, c))
+        return {px: bucket_sizes(self.family, config, base, self.ae.grid, px) for px in self.resolutions}
 
     def rows(self, resolution: int) -> LatentCache:
         """The latent cache of these pictures. Where the recipe encodes on the fly, the first caption loads the
@@ -308,7 +313,7 @@ class Job:
         """
         if self.recipe.latents.normalise != "channel":
             return self.ae.folder
-        return self.run.path / latents_stage(self.recipe.sets[0]) / autoencoder_files.NORMALISED
+        return self.run.path / latents_stage(self.recipe.aligned_set) / autoencoder_files.NORMALISED
 
 
 def prepare(resolved: Resolved, run: Run, console: Console, crew: Crew = SOLO) -> Job:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 from dcgen_convert.core import clock
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.core.files import hashes, replacing
+from dcgen_convert.core.files import hashes
 from dcgen_convert.core.journal import MARKER, Stage
 from dcgen_convert.core.progress import Bar
 from dcgen_convert.data import decoding, images, prompts
@@ -190,6 +190,6 @@ def draw_part(job: Job, bar: Bar) -> None:
         pairs = zip(together, drawn, strict=True)
         missing = [(picture, pixels) for picture, pixels in pairs if not picture.file.exists()]
         for picture, pixels in missing:
-            with clock.timed("write"), replacing(picture.file) as temporary:
-                images.to_image(pixels).save(temporary, format="PNG", compress_level=1)
+            with clock.timed("write"):
+                images.write(pixels, picture.file)
         bar.advance(len(missing))

@@ -6,7 +6,6 @@ every stage and every later part of the run takes the same.
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from dcgen_convert.core.files import read_object, write_json
 from dcgen_convert.core.journal import Stage
 from dcgen_convert.data import images
 from dcgen_convert.data.images import Picture
+from dcgen_convert.evaluate.metrics import psnr_of
 from dcgen_convert.networks import autoencoders, pipelines
 from dcgen_convert.networks.autoencoders import Codec
 from dcgen_convert.networks.pipelines import DTYPES
@@ -25,6 +25,7 @@ from dcgen_convert.stages.job import Job
 
 PRECISION = "precision.json"
 PICTURES = 4  # that are measured on
+HIGHEST_DB = 126.0  # stands for equal round trips: JSON knows no infinity
 SAFE_DB = 40.0  # PSNR of the two round trips from which on nobody sees a difference
 NAMES = {"base": "the base's autoencoder", "target": "the new autoencoder"}
 
@@ -48,7 +49,7 @@ def load(job: Job, name: str, dtype: torch.dtype | None = None) -> Codec:
 
 def file_of(job: Job) -> Path:
     """The record, beside the latents of the first phase: one for the run."""
-    return job.run.path / latents_stage(job.recipe.sets[0]) / PRECISION
+    return job.run.path / latents_stage(job.recipe.aligned_set) / PRECISION
 
 
 def decided(job: Job, name: str) -> Precision:
@@ -85,12 +86,9 @@ def _measured(job: Job, name: str, pictures: list[Picture], height: int, width: 
     if job.recipe.dtype != "bf16" or not has_bfloat16(pipelines.device()):
         return Precision("fp32", None)
     exact, rounded = load(job, name, torch.float32), load(job, name, torch.bfloat16)
-    error, count = 0.0, 0
-    for row in rows[:PICTURES]:
-        pixels = images.read_pixels(pictures[row].file, height, width)[None]
-        apart = exact.decode(exact.encode(pixels)) - rounded.decode(rounded.encode(pixels))
-        error, count = error + apart.square().sum(dtype=torch.float64).item(), count + apart.numel()
-    psnr = 10 * math.log10(4 / max(error / count, 1e-12))
+    seen = (images.read_pixels(pictures[row].file, height, width)[None] for row in rows[:PICTURES])
+    trips = ((exact.decode(exact.encode(pixels)), rounded.decode(rounded.encode(pixels))) for pixels in seen)
+    psnr = min(psnr_of(trips, peak=2.0), HIGHEST_DB)
     return Precision("bf16" if psnr >= SAFE_DB else "fp32", round(psnr, 1))
 
 

@@ -96,27 +96,28 @@ def record_calls(
     if not batches:
         return
     given: list[Path] = []  # files of the pictures in work
-    begun: list[int] = []  # first pictures
+    first = 0  # of these pictures
     drawing, halving = pipeline(), AtOnce("calibration", tell)
 
     def keep(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bound = inspect.signature(module.forward).bind(*args, **kwargs)  # some pipelines pass the latents by position
-        given.append(folder / f"call-{begun[-1]:05d}-{len(given):05d}.safetensors")
+        given.append(folder / f"call-{first:05d}-{len(given):05d}.safetensors")
         with replacing(given[-1]) as temporary:
             trees.save(bound.arguments, temporary)
 
     def draw(part: range) -> None:
+        nonlocal first
         given.clear()
-        begun.append(part.start)
-        pictures.draw_batch(part.start, part.stop, family, drawing)
+        first = part.start
+        pictures.draw_batch(first, part.stop, family, drawing)
         calls = {path.name: sha256(path) for path in given}
-        write_json(folder / f"drawn-{part.start:05d}.json", {"pictures": [part.start, part.stop], "calls": calls})
+        write_json(folder / f"drawn-{first:05d}.json", {"pictures": [first, part.stop], "calls": calls})
         bar.advance(len(part))
 
     handle = drawing.transformer.register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        for first, last in batches:
-            for _ in halving.parts(range(first, last), draw):
+        for batch in batches:
+            for _ in halving.parts(range(*batch), draw):
                 pass
     finally:
         handle.remove()

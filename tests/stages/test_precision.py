@@ -13,7 +13,7 @@ from dcgen_convert.tiny import world
 
 
 class Recipe:
-    dtype, sets = "bf16", (0,)
+    dtype, aligned_set = "bf16", 0
 
 
 class Job:
