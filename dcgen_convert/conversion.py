@@ -72,7 +72,7 @@ def walk(job: Job, output: Path, force: bool) -> Iterator[Step]:
     yield Step(
         folders.SURGERY, surgery.run, inputs(folders.SURGERY), result=weights, recorded=recorded(folders.SURGERY)
     )  # fmt: skip
-    first = folders.latents_stage(job.recipe.sets[0])
+    first = folders.latents_stage(job.recipe.aligned_set)
     for number in job.recipe.sets:
         yield from _of_pictures(job.of_set(number), first)
     aligned = (folders.SURGERY, first)
@@ -152,6 +152,10 @@ def convert(  # noqa: PLR0913  every option of the verb by its name
     with run.locked():
         before = records.read(run.path / RECIPE) if (run.path / RECIPE).exists() else {}
         job = prepare(resolved, run, console, crew)
+        stages = needs.stages(job.recipe, job.source.imported)
+        for name in (start, until):
+            if name is not None and name not in stages:
+                raise InputError(f"no stage is called {name!r}", f"the stages are {', '.join(stages)}")
         for line in licences.lines(licences.licences(resolved)):
             console.say(line)
         for line in (*resolved.told, *resolved.derivation):
@@ -175,10 +179,6 @@ def convert(  # noqa: PLR0913  every option of the verb by its name
         record["source"] = {name: [sizes.get(name), digest] for name, digest in contents.items()}
         force = force or before.get("replace") == str(output)
         every = steps = list(walk(job, output, force))
-        stages = [step.name for step in steps]
-        for name in (start, until):
-            if name is not None and name not in stages:
-                raise InputError(f"no stage is called {name!r}", f"the stages are {', '.join(stages)}")
         if until is not None:
             steps = steps[: stages.index(until) + 1]
         asked = records.asked(run, [step.name for step in steps], start)
