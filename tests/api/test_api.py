@@ -141,8 +141,8 @@ def test_keywords_become_the_options_that_mean_the_same():
 
 
 DOCUMENTS = {  # frozen: scripts read these keys
-    "plan": "schema status problems exit_code notes source licences autoencoder tokens speedup speedup_paper training "
-    "memory quantization disk downloads time budget settings",
+    "plan": "schema status problems exit_code notes source licences autoencoder tokens alignment speedup speedup_paper "
+    "training memory quantization disk downloads time budget settings",
     "convert": "schema status bundle run stages metrics",
     "stopped": "schema status run stages",
     "quantize": "schema status bundle metrics checks layers",
