@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dcgen_convert.evaluate import words
+from dcgen_convert.evaluation import words
 
 
 def rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:

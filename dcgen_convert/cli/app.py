@@ -315,7 +315,7 @@ def sample(session: Session, bundle: str, prompts: tuple[str, ...], output: str,
 def report(session: Session, run: str, **values: Any) -> int:
     """Write an HTML report of the run in folder RUN: pictures, losses, gap of every block, metrics, times."""
     console = session.begin(**output_options(values))
-    from dcgen_convert.evaluate.report import write_report
+    from dcgen_convert.evaluation.report import write_report
 
     path = write_report(Path(run))
     console.result({"schema": "dcgen.result/1", "status": "done", "report": str(path)}, str(path))

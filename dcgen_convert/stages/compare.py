@@ -21,9 +21,9 @@ from dcgen_convert.core.console import Console
 from dcgen_convert.core.files import TEMPORARY, replacing
 from dcgen_convert.core.journal import Stage
 from dcgen_convert.data import images
-from dcgen_convert.evaluate import tiny_world
-from dcgen_convert.evaluate.grids import cell, grid
-from dcgen_convert.evaluate.metrics import psnr_of
+from dcgen_convert.evaluation import tiny_world
+from dcgen_convert.evaluation.grids import cell, grid
+from dcgen_convert.evaluation.metrics import psnr_of
 from dcgen_convert.families import Family, pixel_memory
 from dcgen_convert.networks import models, pipelines
 from dcgen_convert.networks.at_once import AtOnce, release

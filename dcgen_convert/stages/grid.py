@@ -18,7 +18,7 @@ from dcgen_convert.core.files import replacing
 from dcgen_convert.data import buckets
 from dcgen_convert.data.cache import LatentCache
 from dcgen_convert.data.images import to_image
-from dcgen_convert.evaluate.grids import grid
+from dcgen_convert.evaluation.grids import grid
 from dcgen_convert.families import Family, Text
 from dcgen_convert.networks import autoencoders, pipelines
 from dcgen_convert.stages.job import Job

@@ -29,7 +29,7 @@ from dcgen_convert.data.ahead import ahead
 from dcgen_convert.data.buckets import Span
 from dcgen_convert.data.images import Picture
 from dcgen_convert.data.tally import Tally
-from dcgen_convert.evaluate.grids import cell, grid
+from dcgen_convert.evaluation.grids import cell, grid
 from dcgen_convert.families import pixel_memory
 from dcgen_convert.networks import autoencoder_files, autoencoders, pipelines
 from dcgen_convert.networks.at_once import AtOnce, release

@@ -16,7 +16,7 @@ from dcgen_convert.core.files import read_object, write_json
 from dcgen_convert.core.journal import Stage
 from dcgen_convert.data import images
 from dcgen_convert.data.images import Picture
-from dcgen_convert.evaluate.metrics import psnr_of
+from dcgen_convert.evaluation.metrics import psnr_of
 from dcgen_convert.networks import autoencoders, pipelines
 from dcgen_convert.networks.autoencoders import Codec
 from dcgen_convert.networks.pipelines import DTYPES

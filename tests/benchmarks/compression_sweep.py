@@ -18,8 +18,8 @@ from pathlib import Path
 from conversion import convert
 from step_speed import measured
 
-from dcgen_convert.evaluate.charts import HEIGHT, LEFT, WIDTH, Points, chart_elements, colours, finite_points
-from dcgen_convert.evaluate.tiny_world import judge
+from dcgen_convert.evaluation.charts import HEIGHT, LEFT, WIDTH, Points, chart_elements, colours, finite_points
+from dcgen_convert.evaluation.tiny_world import judge
 from dcgen_convert.families import catalog
 from dcgen_convert.networks import autoencoders
 from dcgen_convert.tiny import world

@@ -21,7 +21,7 @@ from diffusers import SanaSprintPipeline
 
 from dcgen_convert import families
 from dcgen_convert.data.images import to_image
-from dcgen_convert.evaluate import tiny_world
+from dcgen_convert.evaluation import tiny_world
 from dcgen_convert.networks import models, pipelines
 from dcgen_convert.tiny import world
 from tools.tiny import assemble, parts

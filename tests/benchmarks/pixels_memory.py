@@ -66,7 +66,7 @@ def in_a_process(*case) -> float:
 
 def seams(folder: Path, side: int, tile: int) -> float:
     """PSNR in dB of a round trip in tiles of ``tile`` px against a whole one of ``side`` px."""
-    from dcgen_convert.evaluate.metrics import psnr
+    from dcgen_convert.evaluation.metrics import psnr
     from dcgen_convert.networks import autoencoders, tiles
     from dcgen_convert.tiny import world
 

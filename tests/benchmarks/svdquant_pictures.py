@@ -20,8 +20,8 @@ from dcgen_convert.checkpoint.source import Source
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.files import write_json
 from dcgen_convert.data import prompts
-from dcgen_convert.evaluate import tiny_world
-from dcgen_convert.evaluate.metrics import psnr
+from dcgen_convert.evaluation import tiny_world
+from dcgen_convert.evaluation.metrics import psnr
 from dcgen_convert.families.catalog import find_source
 from dcgen_convert.networks import models, pipelines
 from dcgen_convert.recipe import loading

@@ -13,7 +13,7 @@ from dcgen_convert.core import names
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.journal import Run
 from dcgen_convert.data.images import to_image
-from dcgen_convert.evaluate.grids import grid
+from dcgen_convert.evaluation.grids import grid
 from dcgen_convert.networks import models
 from dcgen_convert.stages.job import prepare
 from dcgen_convert.stages.preview import converted_pipeline

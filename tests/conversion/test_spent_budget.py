@@ -7,7 +7,7 @@ from conftest import copy_stages, run_cli
 from dcgen_convert.bundle import measured
 from dcgen_convert.core.files import read_json
 from dcgen_convert.core.names import RECIPE
-from dcgen_convert.evaluate.report import write_report
+from dcgen_convert.evaluation.report import write_report
 
 
 def test_a_phase_without_time_ends_at_once_and_a_resumed_run_leaves_it_so(converted, tmp_path):

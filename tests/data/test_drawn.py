@@ -9,7 +9,7 @@ from PIL import Image
 
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.data import drawn, given
-from dcgen_convert.evaluate import tiny_world
+from dcgen_convert.evaluation import tiny_world
 from dcgen_convert.recipe.loading import load
 from dcgen_convert.tiny import world
 

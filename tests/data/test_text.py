@@ -8,7 +8,7 @@ import pytest
 from dcgen_convert.core import files
 from dcgen_convert.core.errors import InputError, explain
 from dcgen_convert.data import images, prompts
-from dcgen_convert.evaluate import report
+from dcgen_convert.evaluation import report
 from dcgen_convert.ranks import hosts
 from dcgen_convert.recipe import shelf
 

@@ -18,7 +18,7 @@ import yaml
 from conftest import run_cli
 
 from dcgen_convert.cli.app import cli
-from dcgen_convert.evaluate.words import CHECKS
+from dcgen_convert.evaluation.words import CHECKS
 from dcgen_convert.recipe import loading
 from dcgen_convert.recipe.settings import schema_keys
 

@@ -10,7 +10,7 @@ from planning.test_census import Census
 
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import ResourceError, explain, is_out_of_memory
-from dcgen_convert.evaluate.metrics import psnr
+from dcgen_convert.evaluation.metrics import psnr
 from dcgen_convert.families import catalog, components, deep_autoencoders, pixel_memory
 from dcgen_convert.networks import at_once, autoencoders, pipelines, tiles
 from dcgen_convert.stages import memory, tasks

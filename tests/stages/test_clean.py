@@ -14,7 +14,7 @@ from dcgen_convert.core.errors import InputError, ResourceError
 from dcgen_convert.core.files import read_json, write_json
 from dcgen_convert.core.journal import PEAK, SEAL, TIMES, Run, Wanted, fingerprint, removed
 from dcgen_convert.core.version import __version__
-from dcgen_convert.evaluate.report import write_report
+from dcgen_convert.evaluation.report import write_report
 from dcgen_convert.planning import needs
 from dcgen_convert.recipe.loading import load
 from dcgen_convert.stages.steps import Step, Survey, wanted

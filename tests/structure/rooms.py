@@ -25,7 +25,7 @@ FLOORS = (  # from the top down
     ("recipe", "svdquant"),
     ("networks",),
     ("checkpoint",),
-    ("families", "evaluate", "data", "ranks"),
+    ("families", "evaluation", "data", "ranks"),
     ("tiny", "core"),
 )
 

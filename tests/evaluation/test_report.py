@@ -12,9 +12,9 @@ from PIL import Image
 
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import write_json
-from dcgen_convert.evaluate import words
-from dcgen_convert.evaluate.charts import MOST, bar_chart, line_chart, thin
-from dcgen_convert.evaluate.report import charts, finished_stages, scalars, write_report
+from dcgen_convert.evaluation import words
+from dcgen_convert.evaluation.charts import MOST, bar_chart, line_chart, thin
+from dcgen_convert.evaluation.report import charts, finished_stages, scalars, write_report
 
 
 class Balanced(HTMLParser):

@@ -23,9 +23,9 @@ from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import atomic_write, read_json, read_lines, read_object, understood
 from dcgen_convert.core.journal import CLEANED, MARKER
 from dcgen_convert.core.spelling import plain
-from dcgen_convert.evaluate import words
-from dcgen_convert.evaluate.charts import line_chart
-from dcgen_convert.evaluate.layers import layer_section
+from dcgen_convert.evaluation import words
+from dcgen_convert.evaluation.charts import line_chart
+from dcgen_convert.evaluation.layers import layer_section
 
 REPORT = "report.html"
 PICTURES = 8  # per stage; grids first

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.evaluate.metrics import frechet
+from dcgen_convert.evaluation.metrics import frechet
 from dcgen_convert.tiny import world
 from dcgen_convert.tiny.evaluator import Evaluator
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from dcgen_convert.evaluate.charts import bar_chart
+from dcgen_convert.evaluation.charts import bar_chart
 
 WORST = 16  # layers drawn
 COLUMNS = {  # heading -> key of a layer's record

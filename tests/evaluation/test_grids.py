@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.evaluate.grids import CAPTION, GAP, TITLE, grid
+from dcgen_convert.evaluation.grids import CAPTION, GAP, TITLE, grid
 
 
 def plain(colour, size=(64, 64)):

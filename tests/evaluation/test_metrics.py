@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.evaluate.metrics import frechet, psnr
+from dcgen_convert.evaluation.metrics import frechet, psnr
 
 
 def test_psnr_of_a_known_error():

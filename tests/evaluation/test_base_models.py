@@ -7,7 +7,7 @@ import torch
 
 from dcgen_convert.checkpoint.open import load_source
 from dcgen_convert.data import prompts
-from dcgen_convert.evaluate import tiny_world
+from dcgen_convert.evaluation import tiny_world
 from dcgen_convert.families.catalog import find_source
 from dcgen_convert.networks import pipelines
 from dcgen_convert.recipe import loading
