@@ -55,11 +55,13 @@ def main(work: Path, names: list[str]) -> None:
 
 def convert(folder: Path, options: list[str], shared: Path) -> dict:
     """The result document of a conversion into ``folder``, which starts from a copy of the run in ``shared`` if that
-    is there.
+    is there. Trainings and what follows from them are not copied: the rows differ there, and more than ten minutes of
+    work are not deleted without being asked for.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if (shared / "run").exists() and not (folder / "run").exists():
-        shutil.copytree(shared / "run", folder / "run")
+        other = shutil.ignore_patterns("adapt-*", "merge-*", "bundle", "quantize", "verify")
+        shutil.copytree(shared / "run", folder / "run", ignore=other)
     command = [sys.executable, "-m", "dcgen_convert.cli", "convert", *options]
     command += ["-o", str(folder / "bundle"), "--run-dir", str(folder / "run"), "-y", "--json"]
     with open(folder / "log.txt", "a") as log:
