@@ -41,11 +41,7 @@ def frechet(a: Tensor, b: Tensor) -> float:
     Raises:
         InputError: fewer than two samples, features of different lengths, or features that are not finite.
     """
-    for features in (a, b):
-        if features.ndim != 2 or len(features) < 2 or features.shape[1] != a.shape[1]:
-            raise InputError(f"features must be (N >= 2, D) with one D, got {tuple(a.shape)} and {tuple(b.shape)}")
-        if not torch.isfinite(features).all():
-            raise InputError("features hold NaN or infinity")
+    require_sets(a, b)
     a, b = a.double(), b.double()
     cov_a, cov_b = (torch.atleast_2d(torch.cov(features.T)) for features in (a, b))  # (D, D)
     values, vectors = torch.linalg.eigh(cov_a)
@@ -53,3 +49,12 @@ def frechet(a: Tensor, b: Tensor) -> float:
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
     distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
     return max(0.0, distance.item())
+
+
+def require_sets(a: Tensor, b: Tensor) -> None:
+    """InputError unless ``a`` and ``b`` are sets of features of one length, (N, D) and (M, D), that are finite."""
+    for features in (a, b):
+        if features.ndim != 2 or len(features) < 2 or features.shape[1] != a.shape[-1]:
+            raise InputError(f"features must be (N >= 2, D) with one D, got {tuple(a.shape)} and {tuple(b.shape)}")
+        if not torch.isfinite(features).all():
+            raise InputError("features hold NaN or infinity")

@@ -31,10 +31,22 @@ def judge() -> Evaluator:
 
 def accuracy(pictures: Tensor, captions: list[str]) -> float:
     """Fraction of attributes that are right, 0..1, of pictures (B, 3, H, W) in [-1, 1]."""
+    return right(pictures, captions).mean().item()
+
+
+def right(pictures: Tensor, captions: list[str]) -> Tensor:
+    """Fraction of attributes that are right in each picture, (B,) float64 in 0..1.
+
+    Args:
+        pictures: (B, 3, H, W) in [-1, 1].
+    """
     wanted = [asked(caption) for caption in captions]
-    shown = judge().read(pictures)
-    right = [float(shown[i, column] == value) for i, labels in enumerate(wanted) for column, value in labels.items()]
-    return sum(right) / len(right)
+    shown = torch.cat([judge().read(part) for part in pictures.split(100)])
+    found = [
+        sum(int(shown[i, column]) == value for column, value in labels.items()) / len(labels)
+        for i, labels in enumerate(wanted)
+    ]
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def asked(caption: str) -> dict[int, int]:

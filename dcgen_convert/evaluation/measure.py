@@ -1,0 +1,68 @@
+"""What a measure is. `measures` holds the table of all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where the networks of the measures lie, as the user gave it: a folder, a hub id or a file. None: not given."""
+
+    clip: str | None = None
+    dino: str | None = None
+    pickscore: str | None = None
+    inception: str | None = None
+    detector: str | None = None
+
+
+class Measure:
+    """One measure of pictures.
+
+    Attributes:
+        name: how users call it.
+        kind: "score": a number per picture. "distance": one number for two sets of pictures.
+        better: which of two values is the better one.
+        label: what it says, for tables and charts.
+        unit: of its numbers; "" where they have none.
+    """
+
+    name: ClassVar[str]
+    kind: ClassVar[Literal["score", "distance"]]
+    better: ClassVar[Literal["higher", "lower"]]
+    label: ClassVar[str]
+    unit: ClassVar[str] = ""
+
+
+class Score(Measure):
+    """A measure that gives every picture a number."""
+
+    kind = "score"
+    better = "higher"
+
+    def scores(self, pictures: Tensor, captions: list[str]) -> Tensor:
+        """(B,) float64 on the CPU; NaN where the measure does not apply to the caption.
+
+        Args:
+            pictures: (B, 3, H, W) in [-1, 1].
+            captions: one per picture.
+        """
+        raise NotImplementedError
+
+
+class Distance(Measure):
+    """A measure of two sets of pictures. It is 0 for a set and itself, and the same in both directions."""
+
+    kind = "distance"
+    better = "lower"
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """(B, D) float32 on the CPU, from pictures (B, 3, H, W) in [-1, 1]. Each row depends on its picture alone."""
+        raise NotImplementedError
+
+    def distance(self, a: Tensor, b: Tensor) -> float:
+        """The distance of two sets by their features, (N, D) and (M, D), N and M at least 2."""
+        raise NotImplementedError

@@ -1,0 +1,142 @@
+"""The table of all measures, and the choice among them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from dcgen_convert.core.errors import AccessError, InputError
+from dcgen_convert.evaluation import tiny_world
+from dcgen_convert.evaluation.measure import Distance, Measure, Score, Weights
+from dcgen_convert.evaluation.plain import Colour, Sharpness
+from dcgen_convert.evaluation.tiny_measures import SIDE_OF_CROPS, Accuracy, CropsFrechet, TinyCmmd, TinyFrechet
+
+__all__ = ["Distance", "Known", "Measure", "Score", "Setting", "Weights", "chosen", "known"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a choice of measures depends on.
+
+    Attributes:
+        captions: of the pictures.
+        side: the shorter side of the pictures in px; None: not known.
+        device: where networks run.
+        offline: fetch nothing from the hub.
+        asked: the measure was asked for by its name. Otherwise nothing is fetched for it.
+    """
+
+    weights: Weights
+    captions: Sequence[str]
+    side: int | None = None
+    device: str = "cpu"
+    offline: bool = False
+    asked: bool = False
+
+
+class NotAtHand(AccessError):
+    """What a measure needs is not on this machine, and the user has not said where else it is."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """One measure of the table.
+
+    Attributes:
+        measure: its class.
+        build: makes it; NotAtHand where something is missing.
+        needs: what it needs, in words; "" for nothing.
+        unfit: why it does not apply to these captions and pictures; None where it does.
+    """
+
+    measure: type[Measure]
+    build: Callable[[Setting], Measure]
+    needs: str = ""
+    unfit: Callable[[Setting], str | None] = lambda _: None
+
+    @property
+    def name(self) -> str:
+        return self.measure.name
+
+
+def known() -> dict[str, Known]:
+    """Name -> measure, of all that there are."""
+    tiny = "captions of the tiny world"
+    every = (
+        Known(Accuracy, lambda _: Accuracy(), tiny, _not_tiny),
+        Known(TinyFrechet, lambda _: TinyFrechet(), tiny, _not_tiny),
+        Known(TinyCmmd, lambda _: TinyCmmd(), tiny, _not_tiny),
+        Known(CropsFrechet, lambda _: CropsFrechet(), f"{tiny}, pictures of {SIDE_OF_CROPS} px and more", _no_crops),
+        Known(Sharpness, lambda _: Sharpness()),
+        Known(Colour, lambda _: Colour()),
+    )
+    return {one.name: one for one in every}
+
+
+def chosen(
+    names: Iterable[str] | None,
+    weights: Weights,
+    captions: Sequence[str],
+    *,
+    side: int | None = None,
+    device: str = "cpu",
+    offline: bool = False,
+) -> tuple[list[Measure], dict[str, str]]:
+    """The measures that are to be used, and the names of those left out with the reason.
+
+    No network is loaded yet: its folder is found, and its config is read.
+
+    Args:
+        names: None: every measure that can run with what is at hand. Otherwise these, in this order.
+        side: the shorter side of the pictures in px; None: not known, so measures that need it are left out.
+        device: where networks run.
+        offline: fetch nothing from the hub.
+
+    Raises:
+        InputError: no measure has this name; it does not apply to these captions or pictures; the weights that the user
+            named are of another kind.
+        AccessError: what a measure needs that was asked for is not at hand.
+    """
+    table = known()
+    measures, left_out = [], {}
+    for name in table if names is None else dict.fromkeys(names):
+        if name not in table:
+            raise _unknown(name, table)
+        setting = Setting(weights, captions, side, device, offline, asked=names is not None)
+        reason = table[name].unfit(setting)
+        if reason and setting.asked:
+            raise InputError(f"the measure {name} cannot be used: {reason}", "leave it out of the measures")
+        try:
+            if not reason:
+                measures.append(table[name].build(setting))
+        except NotAtHand as error:
+            if setting.asked:
+                raise
+            reason = f"{error.message} ({error.hint})" if error.hint else error.message
+        if reason:
+            left_out[name] = reason
+    return measures, left_out
+
+
+def _unknown(name: str, table: Iterable[str]) -> InputError:
+    hits = difflib.get_close_matches(name, list(table), n=1, cutoff=0.4)
+    nearest = f"did you mean {hits[0]}? " if hits else ""
+    return InputError(f"there is no measure {name[:80]!r}", f"{nearest}There are {', '.join(table)}")
+
+
+def _not_tiny(setting: Setting) -> str | None:
+    for caption in setting.captions:
+        try:
+            tiny_world.asked(caption)
+        except InputError:
+            return f"the tiny world has no caption {caption[:80]!r}"
+    return None if setting.captions else "there are no captions"
+
+
+def _no_crops(setting: Setting) -> str | None:
+    if reason := _not_tiny(setting):
+        return reason
+    if setting.side is None:
+        return "the size of the pictures is not known"
+    return None if setting.side >= SIDE_OF_CROPS else f"it needs pictures of {SIDE_OF_CROPS} px and more"
