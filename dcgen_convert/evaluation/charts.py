@@ -12,6 +12,7 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 12, 12, 44  # px around the plot
 COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#8e5ea2", "#c98b00", "#555555")
 MOST = 400  # points drawn per line; a longer series is cut into equal pieces, and their means are drawn
 FEW = 8  # a line of at most this many points has a mark at each point
+STYLE = "text { font: 11px system-ui, sans-serif; } .rule { stroke: #e4e4e4; }"  # of an SVG file
 LOG_SPAN = 30.0  # the axis is logarithmic where max / min is above this
 
 Points = Sequence[tuple[float, float]]
@@ -29,6 +30,22 @@ def line_chart(series: Mapping[str, Points], *, x_label: str, y_label: str) -> s
     label = f"{escape(y_label)} over {escape(x_label)}"
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(drawn)}</svg>'
     return svg + _legend(series) if drawn else "<p>no finite values</p>"
+
+
+def line_file(series: Mapping[str, Points], *, x_label: str, y_label: str) -> str:
+    """`line_chart` as an SVG file: the legend is a line of text under the chart. Empty without a point."""
+    series = finite_points(series)
+    drawn = chart_elements(series, x_label, y_label)
+    box = f'viewBox="0 0 {WIDTH} {HEIGHT + 20}" width="{WIDTH}" height="{HEIGHT + 20}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {box}>'
+    back = f'<style>{STYLE}</style><rect width="{WIDTH}" height="{HEIGHT + 20}" fill="#fff"/>'
+    names = "".join(
+        f'<tspan fill="{colour}" dx="12">&#9632; {escape(name)}</tspan>'
+        for name, colour in zip(series, colours(len(series)), strict=True)
+    )
+    return (
+        f'{head}{back}{"".join(drawn)}<text x="{LEFT - 12}" y="{HEIGHT + 10}">{names}</text></svg>\n' if drawn else ""
+    )
 
 
 def finite_points(series: Mapping[str, Points]) -> dict[str, list[tuple[float, float]]]:

@@ -11,6 +11,8 @@ from dcgen_convert.core import yaml_text
 from dcgen_convert.core.errors import RecipeError
 from dcgen_convert.core.files import read_text
 
+EXPERIMENTS = "experiments"  # folder of claims and the conversions that test them (tools/experiments.py): no recipes
+
 
 def root() -> Path:
     """The folder of shipped recipes: inside the installed package, or beside it in a checkout."""
@@ -22,7 +24,8 @@ def root() -> Path:
 def names() -> list[str]:
     """Every shipped recipe: `tiny-flux`, `ablations/no-alignment`, ..."""
     base = root()
-    return sorted(path.relative_to(base).with_suffix("").as_posix() for path in base.rglob("*.yaml"))
+    found = (path.relative_to(base) for path in base.rglob("*.yaml"))
+    return sorted(path.with_suffix("").as_posix() for path in found if path.parts[0] != EXPERIMENTS)
 
 
 def find(name_or_path: str, beside: Path | None = None) -> Path | None:

@@ -11,14 +11,12 @@ where it stopped. The table goes to stdout and WORK/table.md, the curve to WORK/
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from html import escape
 from pathlib import Path
 
 from conversion import convert
 from step_speed import measured
 
-from dcgen_convert.evaluation.charts import HEIGHT, LEFT, WIDTH, Points, chart_elements, colours, finite_points
+from dcgen_convert.evaluation.charts import line_file
 from dcgen_convert.evaluation.tiny_world import judge
 from dcgen_convert.families import catalog
 from dcgen_convert.networks import autoencoders
@@ -27,7 +25,6 @@ from tools.tiny import assemble, parts
 
 PART = "dc-f128c512"
 RECIPE = "ablations/compression"
-STYLE = "text { font: 11px system-ui, sans-serif; } .rule { stroke: #e4e4e4; }"  # of the SVG file
 BATCH = 16  # pictures per step when its time is taken
 HEAD = (
     "| | image tokens | drawn pictures, round trip: accuracy, PSNR | the base's pictures, round trip: accuracy, "
@@ -65,22 +62,6 @@ def main(work: Path) -> None:
     (work / "table.md").write_text("\n".join(lines) + "\n")
     (work / "compression.svg").write_text(
         line_file(curves, x_label="px of a token's side (the base: 16)", y_label="attribute accuracy")
-    )
-
-
-def line_file(series: Mapping[str, Points], *, x_label: str, y_label: str) -> str:
-    """`charts.line_chart` as an SVG file: the legend is a line of text under the chart. Empty without a point."""
-    series = finite_points(series)
-    drawn = chart_elements(series, x_label, y_label)
-    box = f'viewBox="0 0 {WIDTH} {HEIGHT + 20}" width="{WIDTH}" height="{HEIGHT + 20}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {box}>'
-    back = f'<style>{STYLE}</style><rect width="{WIDTH}" height="{HEIGHT + 20}" fill="#fff"/>'
-    names = "".join(
-        f'<tspan fill="{colour}" dx="12">&#9632; {escape(name)}</tspan>'
-        for name, colour in zip(series, colours(len(series)), strict=True)
-    )
-    return (
-        f'{head}{back}{"".join(drawn)}<text x="{LEFT - 12}" y="{HEIGHT + 10}">{names}</text></svg>\n' if drawn else ""
     )
 
 
