@@ -161,8 +161,7 @@ def convert(  # noqa: PLR0913  every option of the verb by its name
         for line in (*resolved.told, *resolved.derivation):
             console.say(line)
         console.say(job.alignment.told)
-        for number in job.recipe.sets:
-            pictures.require(job.of_set(number))
+        pictures.require_all(job)
         require_possible(resolved.recipe, resolved.identity)
         require_disk(resolved, run.path, output, until)
         record = {

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from dcgen_convert.bundle.manifest import read as read_manifest
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import CheckFailed, InputError
 from dcgen_convert.core.files import atomic_write, read_json
+from dcgen_convert.families import catalog
 from dcgen_convert.families.base import Family
 from dcgen_convert.families.grid import autoencoder_grid
 
@@ -62,7 +64,10 @@ def sample(  # noqa: PLR0913  every option of the verb by its name
     bundle, output = Path(bundle), Path(output)
     family, defaults = family_of(bundle), read_manifest(bundle)["defaults"]
     height, width = height or defaults["height"], width or defaults["width"]
-    check_size(family, transformer_config(bundle), read_json(bundle / "vae" / "config.json"), height, width)
+    config = transformer_config(bundle)
+    check_size(family, config, read_json(bundle / "vae" / "config.json"), height, width)
+    if doubt := beyond_training(read_manifest(bundle), family, config, height, width):
+        console.warn(f"{bundle.name}: {doubt}")
     steps, guidance = steps or defaults["steps"], defaults["guidance"] if guidance is None else guidance
     pipeline, used = load(bundle, dtype, runtime, trust_remote_code=trust_remote_code)
     console.say(describe(bundle, used))
@@ -153,6 +158,30 @@ def check_size(family: Family, config: dict[str, Any], vae: dict[str, Any], heig
         )
     if only and (height, width) != (only, only):
         raise InputError(f"this model draws {only} x {only} px only, not {height} x {width}", "leave the size out")
+
+
+def beyond_training(
+    manifest: Mapping[str, Any], family: Family, config: dict[str, Any], height: int, width: int
+) -> str:
+    """A sentence on a size in px that is larger than all that a bundle was trained on; empty: it is not.
+
+    Args:
+        manifest: of the bundle; config: of its transformer.
+    """
+    defaults, recipe = manifest["defaults"], manifest.get("conversion", manifest).get("recipe", {})
+    most = defaults["height"] * defaults["width"]
+    if phases := recipe.get("adapt", {}).get("phases"):
+        most = max(most, *(phase["resolution"] ** 2 for phase in phases))
+    elif "autoencoder" not in manifest["sources"] and "adopted" not in manifest:  # quantised: it draws as its source
+        entry = catalog.find_source(str(recipe.get("source", "")))
+        side = entry.trained_side if entry else None
+        most = max(most, side**2 if side else family.most_pixels(config) or 0)
+    if height * width <= most:
+        return ""
+    return (
+        f"{height} x {width} px is more than the {math.isqrt(most)} px that it was trained for: shapes may repeat or "
+        "break; look at the picture before you use it"
+    )
 
 
 def token_side(family: Family, config: dict[str, Any], vae: dict[str, Any]) -> int:

@@ -17,6 +17,7 @@ import re
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from dcgen_convert.core.disk import check_disk
@@ -114,13 +115,41 @@ def require_large(sources: Sequence[PictureSource], sieve: Sieve) -> None:
     for source in sources:
         if source.is_elsewhere or _shards(source.path):
             return
-        listed = source.path.suffix == LIST
-        files = [one.file for one in images.read_folder(source.path)] if listed else gathering.gather(source.path)[0]
-        for file in files:
+        for file in _files(source.path):
             passed += sieve.passes(file)
             if passed == ENOUGH:
                 return
     sieve.require(passed)
+
+
+def held(sources: Sequence[PictureSource], most: int, sieve: Sieve) -> int | None:
+    """How many pictures `take` would find, ``most`` at the most; None: some are elsewhere, or missing.
+
+    Pictures in shards all count: they are measured when they are copied out.
+    """
+    sizes = [_size(source, most, sieve) for source in sources]
+    known = [size for size in sizes if size is not None]
+    if len(known) < len(sizes):
+        return None
+    shares = [source.share for source in sources if source.share is not None]
+    if shares:
+        return int(min(most, *(size * sum(shares) / share for size, share in zip(known, shares, strict=True))))
+    return min(most, sum(known))
+
+
+def _size(source: PictureSource, most: int, sieve: Sieve) -> int | None:
+    if drawn.side_of(source.where) is not None:
+        return ENDLESS
+    if source.is_elsewhere or not source.path.exists():
+        return None
+    if found := _shards(source.path):
+        return sum(map(shards.count, found))
+    return sum(1 for _ in islice(filter(sieve.passes, _files(source.path)), most))
+
+
+def _files(path: Path) -> list[Path]:
+    """The pictures of a folder or of a list."""
+    return [one.file for one in images.read_folder(path)] if path.suffix == LIST else gathering.gather(path)[0]
 
 
 def take(

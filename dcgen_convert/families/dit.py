@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dcgen_convert.families import ddpm
-from dcgen_convert.families.base import Family, Network, Pipeline, Text
+from dcgen_convert.families.base import Family, Network, Pipeline, Text, added_positions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,8 +55,8 @@ class DiT(Family):
         return config["sample_size"] * cell if config.get("sample_size") else None  # a single file does not state it
 
     def position_term(self, model: Network, height: int, width: int) -> Tensor | None:
-        # The sincos table is a buffer. diffusers builds it from the config, so it fits the new grid.
-        return model.pos_embed.pos_embed[0]
+        # The table is for one size. diffusers makes another one where the latent has another size.
+        return added_positions(model.pos_embed, model.config.in_channels, height, width)
 
     def noise_times(self) -> Tensor:
         return ddpm.noise_times(ddpm.LINEAR)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.data import prompt_lists, prompts
 from dcgen_convert.families import catalog
+from dcgen_convert.planning.present import sieve_of
 from dcgen_convert.recipe.schema import Recipe
 
 
@@ -50,9 +51,8 @@ def _require_pictures(recipe: Recipe, number: int) -> None:
         if data.prompts not in prompts.KINDS:
             prompt_lists.require_here(data.prompts)
         return
-    from dcgen_convert.data import given, sieve  # they need an imaging library
+    from dcgen_convert.data import given  # it needs an imaging library
 
-    sources, side = given.parse_all(data.paths), data.min_side or recipe.sides(number)[-1]
+    sources = given.parse_all(data.paths)
     given.require_here(sources)
-    needed = sieve.area(side) if data.buckets else sieve.square(side)
-    given.require_large(sources, sieve.Sieve(side, f"{recipe.data_key(number)}.min_side", needed))
+    given.require_large(sources, sieve_of(recipe, number))

@@ -20,7 +20,7 @@ from dcgen_convert.core import names
 from dcgen_convert.data.held_out import held_out_rows
 from dcgen_convert.families import catalog
 from dcgen_convert.planning.arithmetic import forward_flops, side_passes, train_flops
-from dcgen_convert.planning.costs import BF16, QUANTISED_BYTES, of_alignment, picture_bytes
+from dcgen_convert.planning.costs import BF16, LATENT, QUANTISED_BYTES, of_alignment, picture_bytes, text_bytes
 from dcgen_convert.planning.rates import CPUS, H100, Device
 from dcgen_convert.planning.shapes import Shapes
 from dcgen_convert.recipe.drawable import own_side
@@ -222,9 +222,8 @@ def _latents(recipe: Recipe, sizes: Shapes, number: int) -> Iterator[Work]:
     new, old = sum(float(side**2) for side in sides), aligned * float(sizes.alignment.side**2)
     each = ENCODE * (old * _base_share(sizes) + new * _new_share(recipe)) / (old + new)
     yield Work(stage, "encode", data.count * (old + new), "pixels", "convolution", each)
-    cells = sizes.latent_numbers(sides, aligned)
-    text = sizes.text * sizes.base.text_width if recipe.latents.text == "cache" else 0
-    yield Work(stage, "write", data.count * len(sides), "pictures", "disk", BF16 * (cells + text) / len(sides), False)
+    written = LATENT * sizes.latent_numbers(sides, aligned) + text_bytes(recipe, sizes)
+    yield Work(stage, "write", data.count * len(sides), "pictures", "disk", written / len(sides), False)
     if recipe.latents.text == "cache":
         yield Work(stage, "encode captions", data.count, "captions", "matmul", _text_flops(sizes))
 
@@ -233,7 +232,7 @@ def _aligned(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
     recipe = of_alignment(recipe)
     align, first = recipe.align_head, recipe.adapt.phases[0]
     cells = sizes.latent_numbers([first.resolution])
-    yield Work("align-embedder", "read latents", recipe.data.count, "pictures", "disk", BF16 * cells, False)
+    yield Work("align-embedder", "read latents", recipe.data.count, "pictures", "disk", LATENT * cells, False)
     inputs = sizes.new.c
     solve = 2.0 * sizes.new.tokens(first.resolution) * (inputs + 1) * (inputs + sizes.base.width)
     yield Work("align-embedder", "sum", recipe.data.count, "pictures", "float32", solve, False)

@@ -16,6 +16,7 @@ from dcgen_convert.recipe.schema import Recipe
 
 PNG_BYTES_PER_PIXEL = 1.6  # photographs; drawn pictures compress better
 BF16 = 2
+LATENT = 4  # bytes of a number of a latent: it is kept in float32, whatever the autoencoder works in
 QUANTISED_BYTES = 0.65
 """Bytes per weight of a W4A4 linear: 4 bits, one FP8 scale per 16, and a rank-32 branch on widths near 3072."""
 
@@ -139,9 +140,15 @@ def _kinds(recipe: Recipe, sizes: Shapes) -> dict[str, float]:
 def _cached(recipe: Recipe, sizes: Shapes, number: int) -> dict[str, float]:
     """Bytes of the latents and of the text embeddings of set ``number``."""
     count, aligned = recipe.data_of(number).count, number == recipe.aligned_set
-    text = sizes.text * sizes.base.text_width if recipe.latents.text == "cache" else 0
     numbers = sizes.latent_numbers(recipe.sides(number), aligned)
-    return {"latents": BF16 * count * numbers, "text": BF16 * count * float(text)}
+    return {"latents": LATENT * count * numbers, "text": count * text_bytes(recipe, sizes)}
+
+
+def text_bytes(recipe: Recipe, sizes: Shapes) -> float:
+    """Bytes of the embeddings of one caption that the run keeps."""
+    if recipe.latents.text != "cache":
+        return 0.0
+    return (4 if recipe.dtype == "fp32" else BF16) * float(sizes.text * sizes.base.text_width)
 
 
 def picture_bytes(recipe: Recipe, number: int) -> float:

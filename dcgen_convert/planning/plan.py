@@ -18,6 +18,7 @@ from dcgen_convert.planning.absent import absent
 from dcgen_convert.planning.bill import bill, device_for
 from dcgen_convert.planning.fit import Fit, decide, head_phase, training
 from dcgen_convert.planning.licences import licences
+from dcgen_convert.planning.present import counted
 from dcgen_convert.planning.quantised import quantised_linears
 from dcgen_convert.planning.rates import CPUS
 from dcgen_convert.planning.rehearsal import Rehearsal
@@ -48,8 +49,8 @@ def plan(
         disk_bytes: free disk space of the machine that will convert; None: not known, and not judged.
         found: what a rehearsal measured.
     """
-    recipe, gpus = resolved.recipe, hosts.world_of(resolved.machine)
-    source = resolved.identity
+    gpus, source = hosts.world_of(resolved.machine), resolved.identity
+    recipe, fewer = counted(resolved.recipe)
     sizes = shapes_of(recipe, source)
     last = recipe.adapt.phases[-1]
     trained = sizes.trainable(last)
@@ -65,7 +66,7 @@ def plan(
         "status": "infeasible" if problems else "feasible",
         "problems": [f"{problem.message}: {problem.hint}" for problem in problems],
         "exit_code": problems[0].exit_code if problems else 0,
-        "notes": [*([doubt] if doubt and not last.consistency else []), *_notes(fetch, resolved, sizes.family)],
+        "notes": [*([doubt] if doubt and not last.consistency else []), *fewer, *_notes(fetch, resolved, sizes.family)],
         "source": {
             "name": recipe.source,
             "family": sizes.family.name,
@@ -179,7 +180,7 @@ def require_disk(resolved: Resolved, run_dir: Path, output: Path, until: str | N
     Raises:
         ResourceError: naming the disk, what is needed and what is free.
     """
-    recipe, sizes = resolved.recipe, shapes_of(resolved.recipe, resolved.identity)
+    recipe, sizes = counted(resolved.recipe)[0], shapes_of(resolved.recipe, resolved.identity)
     kinds = costs.disk(recipe, sizes)["bytes"]
     needed = costs.run_peak(recipe, sizes, until) - _made(Path(run_dir))
     bundle = kinds["bundle"] if until in (None, "bundle", "verify") else 0
@@ -231,7 +232,7 @@ def _notes(fetch: list[dict], resolved: Resolved, family: Family) -> list[str]:
             notes.append(f"{row['repo']} is gated: accept its licence at {row['accept_at']} and set HF_TOKEN")
         if resolved.machine.offline:
             notes.append(f"offline, and {row['repo']} is not in the cache: fetch it before converting")
-    notes += [found.told for found in drawable.drawn_beyond(resolved.recipe, resolved.identity)]
+    notes += dict.fromkeys(found.told for found in drawable.drawn_beyond(resolved.recipe, resolved.identity))
     if "class_labels" not in family.text_keys:
         every = (resolved.recipe.data_of(number) for number in resolved.recipe.sets)
         doubts = (prompts.doubt(data.prompts, data.count) for data in every if data.kind == "synthetic")

@@ -46,6 +46,16 @@ def named(name: str, larger: str) -> str:
     return f"{name}-{larger.rpartition('-')[2]}"
 
 
+def largest(chain: Chain) -> int:
+    """px of the largest phase that the recipes write; 0: they write none."""
+    for _, values in reversed(chain):
+        section = values.get("adapt")
+        if isinstance(section, dict) and isinstance(section.get("phases"), list):
+            sides = [phase.get("resolution") for phase in section["phases"] if isinstance(phase, dict)]
+            return max((px for px in sides if isinstance(px, int)), default=0)
+    return 0
+
+
 def _table(label: str, value: object) -> Mapping[Any, Any]:
     fits = isinstance(value, dict) and all(type(px) is int and isinstance(name, str) for px, name in value.items())
     if not isinstance(value, dict) or not fits:

@@ -78,7 +78,8 @@ def load(
     asked = Identity(str(name_or_path), str(completing) if completing else None, machine.offline)
     chosen, replaces = sources.recipe_for(asked, recipe)
     layers = Layers()
-    chain, larger = curricula.apply(read(chosen), (flags or {}).get("resolution"))
+    side = (flags or {}).get("resolution")
+    chain, larger = curricula.apply(read(chosen), side)
     for label, values in chain:
         layers.add(values, f"family default (recipe {label})" if replaces and not recipe else f"recipe {label}")
     if replaces and chosen == Family.recipe:
@@ -96,20 +97,31 @@ def load(
     if (found.source, found.base) != (asked.name, asked.base):
         asked = replace(asked, name=found.source, base=found.base)
         sources.require_source(asked)
-    resolved = Resolved(found, origins, machine, asked, told=_told(found, flags, larger))
+    resolved = Resolved(
+        found, origins, machine, asked, told=_told(found, side, larger, chosen, curricula.largest(chain))
+    )
     if complete:
         require_pictures(found, resolved.identity)
     geometry.check(found, resolved.identity)
     return resolved
 
 
-def _told(recipe: Recipe, flags: Mapping[str, object] | None, larger: str | None) -> tuple[str, ...]:
-    """What stands behind an option that sets much at once."""
-    if larger is None:
+def _told(recipe: Recipe, side: object, larger: str | None, chosen: str, written: int) -> tuple[str, ...]:
+    """What stands behind --resolution, which sets much at once.
+
+    Args:
+        side: what it is set to; larger: the recipe that it brought in.
+        chosen: the recipe that was asked for; written: px of its largest phase.
+    """
+    sides = [f"{phase.resolution} px" for phase in recipe.adapt.phases]
+    if larger is not None:
+        return (f"--resolution {side} takes the settings of the recipe {larger}: phases at {', then '.join(sides)}.",)
+    if len(sides) < 2 or not isinstance(side, int) or side <= written:
         return ()
-    sides = ", then ".join(f"{phase.resolution} px" for phase in recipe.adapt.phases)
-    side = (flags or {}).get("resolution")
-    return (f"--resolution {side} takes the settings of the recipe {larger}: phases at {sides}.",)
+    return (
+        f"--resolution {side}: the recipe {chosen} has no curriculum for it. Only its last phase is trained at "
+        f"{sides[-1]}, after {' and '.join(dict.fromkeys(sides[:-1]))}.",
+    )
 
 
 def require_pictures(recipe: Recipe, source: Identity) -> None:

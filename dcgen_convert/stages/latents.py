@@ -34,12 +34,15 @@ from dcgen_convert.families import pixel_memory
 from dcgen_convert.networks import autoencoder_files, autoencoders, pipelines
 from dcgen_convert.networks.at_once import AtOnce, release
 from dcgen_convert.networks.autoencoders import Codec
+from dcgen_convert.planning.costs import LATENT, text_bytes
+from dcgen_convert.planning.shapes import shapes_of
 from dcgen_convert.stages import pictures as pictures_stage
 from dcgen_convert.stages import precision, source_pipeline
 from dcgen_convert.stages.job import Job
 from dcgen_convert.stages.pictures import require_few
 
 SHARD_ROWS = (32, 512)  # fewest and most pictures in one file
+SHARD_BYTES = 256 << 20  # of one file at the most: it is put together in memory, and a kill costs it
 SHARDS = 256  # files that a small data set is divided into, so that each rank gets some: ranks share whole files
 ROUNDTRIP = 8  # pictures in roundtrip.png
 EARLY = 256  # pictures that the scale is checked on before the others are encoded
@@ -64,7 +67,7 @@ def run(job: Job, stage: Stage) -> None:
     )
     spans = spans_of(job, stage, pictures, resolutions)
     if not (stage.folder / LAYOUT).exists():
-        write_json(stage.folder / LAYOUT, {"rows_per_shard": shard_rows(len(pictures))})
+        write_json(stage.folder / LAYOUT, {"rows_per_shard": shard_rows(len(pictures), row_bytes(job))})
     write_json(stage.folder / HELD_OUT, held_out)
     images.write_index(stage.folder / images.ROWS, pictures, job.pictures_root)
     if job.recipe.latents.normalise == "channel" and job.is_aligned:
@@ -284,10 +287,22 @@ def roundtrip(job: Job, stage: Stage, pictures: list[Picture], codec: Codec, spa
     return psnr
 
 
-def shard_rows(count: int) -> int:
-    """Rows per shard for ``count`` pictures. It does not depend on the number of ranks, which may change in a run."""
+def shard_rows(count: int, each: float) -> int:
+    """Rows per shard for ``count`` pictures. It does not depend on the number of ranks, which may change in a run.
+
+    Args:
+        each: bytes of one row of the largest table.
+    """
     fewest, most = SHARD_ROWS
-    return min(most, max(fewest, math.ceil(count / SHARDS)))
+    return max(1, min(most, max(fewest, math.ceil(count / SHARDS)), int(SHARD_BYTES // each)))
+
+
+def row_bytes(job: Job) -> float:
+    """Bytes of one row of the largest table: base, target or text, at the largest size of these pictures."""
+    sizes = shapes_of(job.recipe, job.identity)
+    target = sizes.latent_numbers(job.resolutions[-1:], aligned=False)
+    base = sizes.latent_numbers((), job.is_aligned)
+    return max(LATENT * target, LATENT * base, text_bytes(job.recipe, sizes))
 
 
 def rows_per_shard(job: Job) -> int:

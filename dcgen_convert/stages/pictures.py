@@ -24,6 +24,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def require_all(job: Job) -> None:
+    """`require` for every set of pictures that is not made yet. What the base draws beyond its training is told once.
+
+    Raises:
+        InputError: as `require`.
+    """
+    views = [job.of_set(number) for number in job.recipe.sets]
+    views = [view for view in views if not (view.folders.data / MARKER).exists()]
+    for told in dict.fromkeys(view.beyond.told for view in views if view.beyond):
+        job.console.warn(told)
+    for view in views:
+        require(view)
+
+
 def require(job: Job) -> None:
     """Look at the data before any work is done: the folder, the captions, the heads of the pictures, the prompts.
 
@@ -31,11 +45,7 @@ def require(job: Job) -> None:
         InputError: one of them cannot be used, or there are too few pictures.
     """
     settings = job.recipe.data
-    if (job.folders.data / MARKER).exists():
-        return
     count = settings.count
-    if job.beyond:
-        job.console.warn(job.beyond.told)
     if settings.kind == "folder":
         pictures, _ = job.taken
         job.sieve.require(len(pictures))

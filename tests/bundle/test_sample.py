@@ -1,13 +1,15 @@
 """sample: deterministic pictures from bundles of every family and layout."""
 
+import io
+
 import numpy
 import pytest
 import torch
 from PIL import Image
 
 from dcgen_convert.bundle.loading import choose_runtime, load
-from dcgen_convert.bundle.sample import draw, sample
-from dcgen_convert.core.console import NULL
+from dcgen_convert.bundle.sample import beyond_training, draw, sample
+from dcgen_convert.core.console import NULL, Console
 from dcgen_convert.core.errors import CheckFailed, InputError
 from dcgen_convert.core.files import sha256
 from dcgen_convert.families import get
@@ -71,6 +73,37 @@ def test_what_cannot_be_drawn(bundles, tmp_path):
         choose_runtime(bundles("flux"), "dequantised", torch.float32)
     with pytest.raises(InputError, match="does not exist"):
         choose_runtime(bundles("flux"), "fast", torch.float32)
+
+
+def test_a_size_above_that_of_the_training_is_told_once(bundles, tmp_path):
+    said = io.StringIO()
+    console = Console(stderr=said)
+    for size in ({}, {"height": 32, "width": 128}):  # as many pixels
+        sample(bundles("flux"), ["fox"], tmp_path, console, steps=1, **size)
+    assert "warning" not in said.getvalue()
+    drawn = sample(bundles("flux"), ["fox", "trout"], tmp_path, console, steps=1, height=96, width=64)
+    assert Image.open(drawn["images"][0]).size == (64, 96)
+    assert said.getvalue().count("warning: tiny-flux: 96 x 64 px is more than the 64 px that it was trained for") == 1
+
+
+PHASES = {"adapt": {"phases": [{"resolution": 512}, {"resolution": 256}]}}
+
+
+@pytest.mark.parametrize(
+    "made, most",
+    [
+        ({"recipe": PHASES}, 512),
+        ({"recipe": {"source": "mine"}, "conversion": {"recipe": PHASES}}, 512),  # quantised later
+        ({"recipe": {"source": "mine"}, "adopted": {}}, 256),
+        ({"recipe": {"source": "mine"}, "sources": {"base": {}, "autoencoder": {}}}, 256),
+        ({"recipe": {"source": "tiny-flux"}}, 256),  # only quantised
+        ({"recipe": {"source": "mine"}}, 1414),  # of FLUX
+    ],
+)
+def test_what_a_bundle_was_trained_for(made, most):
+    manifest = {"defaults": {"height": 256, "width": 256}, "sources": {}, **made}
+    assert not beyond_training(manifest, get("flux"), {}, most, most)
+    assert f"more than the {most} px" in beyond_training(manifest, get("flux"), {}, most + 32, most)
 
 
 def test_a_picture_that_is_not_finite_is_an_error(bundles):

@@ -101,12 +101,24 @@ def test_ranks_share_the_shards_of_all_tables(lengths, world):
     ]
     tables = [[span.rows for span in parts] for parts in buckets.tables(spans).values()]
     jobs = [SimpleNamespace(crew=SimpleNamespace(rank=rank, world=world)) for rank in range(world)]
-    found = sorted(shard for job in jobs for shard in latents.own_shards(job, tables, latents.shard_rows(sum(lengths))))
+    found = sorted(
+        shard for job in jobs for shard in latents.own_shards(job, tables, latents.shard_rows(sum(lengths), 1))
+    )
     assert len({(table, number) for table, number, _ in found}) == len(found)
     for table, parts in enumerate(tables):
         shards = [rows for at, _, rows in found if at == table]
         assert [row for rows in shards for row in rows] == [row for part in parts for row in part]
-        assert all(len(rows) == latents.shard_rows(sum(lengths)) for rows in shards[:-1])
+        assert all(len(rows) == latents.shard_rows(sum(lengths), 1) for rows in shards[:-1])
+
+
+@pytest.mark.parametrize("count, each, rows", [
+    (10, 1, 32), (50_000, 1, 196), (10**6, 1, 512),
+    (10**6, 4 * 16 * 512**2, 16),  # FLUX's own latents of 4096 px
+    (10**6, 2 * 512 * 4096, 64),  # T5 embeddings of 512 tokens
+    (10**6, 1 << 30, 1),
+])  # fmt: skip
+def test_a_shard_is_small_enough_to_be_put_together_in_memory(count, each, rows):
+    assert latents.shard_rows(count, each) == rows
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(1, 20))

@@ -65,3 +65,14 @@ def test_what_a_pipeline_draws_that_is_told_no_size(name):
         if (side, cells) == (None, None):
             assert "sample_size" in code
     assert family.untold_side(16, 512) == (family.default_px or 16 * (family.default_cells or 32))
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (8, 8), (6, 10)])
+def test_dit_has_positions_for_every_grid(grid):
+    """A base that is asked for its tokens at another size than its own adds what diffusers adds there."""
+    model = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=1, sample_size=8, patch_size=2
+    )
+    found = families.get("dit").position_term(model, *grid)
+    table = diffusers.models.embeddings.get_2d_sincos_pos_embed(16, grid, base_size=4, output_type="pt")
+    torch.testing.assert_close(found, table.float(), atol=1e-6, rtol=0)

@@ -4,14 +4,18 @@ import json
 import math
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from conftest import WEIGHTS
+from PIL import Image
 
 from dcgen_convert import conversion, families
 from dcgen_convert.core import disk
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.errors import InputError, RecipeError, ResourceError
+from dcgen_convert.data import given
+from dcgen_convert.data.sieve import Sieve, square
 from dcgen_convert.families.grid import Grid
 from dcgen_convert.planning import bill, costs, plan
 from dcgen_convert.planning.shapes import shapes_of
@@ -185,6 +189,59 @@ def test_the_copying_out_of_shards_is_billed(tmp_path):
     assert [part["what"] for part in row(plain, "data")["work"]] == ["hash"]
 
 
+def pictures(folder, sides) -> str:
+    folder.mkdir()
+    for number, side in enumerate(sides):
+        Image.new("RGB", (side, side)).save(folder / f"{number}.png")
+    return str(folder)
+
+
+@pytest.mark.parametrize("where", ["data", "adapt.phases.1.data"])
+def test_pictures_that_a_folder_does_not_hold_are_not_priced(tmp_path, where):
+    """Five pictures, two of them too small; a plan of three costs the same."""
+    mine, steps = pictures(tmp_path / "mine", (128, 64, 128, 100, 256)), "steps: 4"
+    phases = f"adapt.phases=[{{resolution: 128, {steps}}}, {{resolution: 128, {steps}}}]"
+    sets = ["adapt.phases.1.data.path=x", phases] if where != "data" else ["data.kind=folder"]
+    sets = [*sets[::-1], f"{where}.path={mine}"]
+    docs = [document("tiny-flux", sets=[*sets, f"{where}.count={count}"]) for count in (1000, 3)]
+    told = f"{mine}: 3 pictures can be used, 2 are left out because they are smaller than 128 px ({where}.min_side); "
+    assert f"{told}{where}.count is 1,000, and 3 are priced" in docs[0]["notes"]
+    assert not [note for note in docs[1]["notes"] if "priced" in note]
+    assert docs[0]["time"] == docs[1]["time"] and docs[0]["disk"] == docs[1]["disk"]
+    assert docs[0]["settings"][f"{where}.count"]["value"] == 1000
+    assert not any("priced" in note for note in document("tiny-flux", sets=[*sets, f"{where}.count=2"])["notes"])
+
+
+def test_a_conversion_needs_the_disk_of_the_pictures_that_are_there(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(plan, "check_disk", asked.append)
+    for count in (10**9, 2):
+        sets = ["data.kind=folder", f"data.path={pictures(tmp_path / str(count), (128, 128))}", f"data.count={count}"]
+        plan.require_disk(loading.load("tiny-flux", sets=sets), tmp_path / "run", tmp_path / "out")
+    assert asked[0] == asked[1]
+
+
+def test_pictures_of_several_sources_are_counted_as_they_are_taken(tmp_path):
+    """With shares the smaller one makes both smaller; what is on the hub, or drawn first, is not counted."""
+    few, many = pictures(tmp_path / "few", (64,) * 3), pictures(tmp_path / "many", (64,) * 9)
+
+    def held(most: int, *texts: str) -> int | None:
+        sources = given.parse_all(texts)
+        found = given.held(sources, most, Sieve(32, "x", square(32)))
+        if found is not None:
+            for place in (few, many):
+                for file in Path(place).glob("*.png"):
+                    file.with_suffix(".txt").write_text("a")
+            taken, _ = given.take(sources, most, tmp_path / "sources")
+            assert len(taken) == found
+        return found
+
+    assert held(100, few, many) == 12 and held(5, few, many) == 5
+    assert held(100, f"{few}=0.5", f"{many}=0.5") == 6 and held(4, f"{few}=0.5", f"{many}=0.5") == 4
+    assert held(7, few, "tiny-world:64") == 7
+    assert held(7, "hf://datasets/a/b", few) is None and held(7, str(tmp_path / "absent")) is None
+
+
 def test_the_table_of_the_time_has_straight_columns():
     lines = plan.render(document("flux-krea", ae="dc-ae-f64", gpus=1)).splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("  stage  "))
@@ -283,7 +340,7 @@ def test_the_4k_curriculum_costs_what_its_pictures_and_phases_cost():
     assert draws["draw with the source"] == pytest.approx(draws["draw in 16 bits"], rel=0.1)  # both have 4,096 tokens
     grown = document("flux-krea", gpus=8, sets=[*OWN, "adapt.phases.1.data.count=40000"], **flags)
     assert row(grown, "latents-2")["wall_hours"] > 1.9 * row(doc, "latents-2")["wall_hours"]
-    cached = 2 * (50_000 * (32**2 * 128 + 64**2 * 16) + 20_000 * 64**2 * 128)
+    cached = 4 * (50_000 * (32**2 * 128 + 64**2 * 16) + 20_000 * 64**2 * 128)
     assert doc["disk"]["bytes"]["latents"] == cached
 
 

@@ -92,12 +92,12 @@ def test_buckets_have_exact_home_sizes():
 
 
 def test_plan_counts_the_bases_latents_once_and_says_the_target():
-    """FLUX at f32, 512 and 1024 px: 16 channels at f8 for the first phase, 32 at f32 for both; two bytes each."""
+    """FLUX at f32, 512 and 1024 px: 16 channels at f8 for the first phase, 32 at f32 for both; four bytes each."""
     doc = plan.plan(load("flux-krea", sets=["data.count=1000", "budget.gpu_hours=0"]))
-    assert doc["disk"]["bytes"]["latents"] == 1000 * 2 * (16 * 64**2 + 32 * (16**2 + 32**2))
+    assert doc["disk"]["bytes"]["latents"] == 1000 * 4 * (16 * 64**2 + 32 * (16**2 + 32**2))
     sets = ["data.count=1000", "budget.gpu_hours=0", "adapt.phases=[{resolution: 4096, steps: 10}]"]
     flags = {"ae": "dc-ae-f64", "data.kind": "folder", "data.path": "pictures"}
     doc = plan.plan(load("flux-krea", sets=sets, flags=flags))
-    assert doc["disk"]["bytes"]["latents"] == 1000 * 2 * (16 * 128**2 + 128 * 64**2)
+    assert doc["disk"]["bytes"]["latents"] == 1000 * 4 * (16 * 128**2 + 128 * 64**2)
     assert doc["alignment"]["target"] == "home" and doc["alignment"]["side"] == 1024
     assert "align_embedder.target: home: the base's embeddings of the pictures at 1024 px" in plan.render(doc)

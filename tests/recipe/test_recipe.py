@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from dcgen_convert import families
 from dcgen_convert.core.errors import InputError, RecipeError
 from dcgen_convert.families import grid
+from dcgen_convert.ranks.machine import Machine
 from dcgen_convert.recipe import geometry, loading, shelf
 from dcgen_convert.recipe.settings import leaves, schema_keys
 
@@ -323,3 +324,24 @@ def test_the_first_line_of_a_recipe_is_a_whole_sentence(name):
     """`recipes list` shows it alone."""
     first = shelf.find(name).read_text(encoding="utf-8").splitlines()[0]
     assert first.startswith("# ") and first.endswith(".")
+
+
+@pytest.mark.parametrize(
+    "name, side, words",
+    [
+        (
+            "image",
+            2048,
+            "the recipe image has no curriculum for it. Only its last phase is trained at 2048 px",
+        ),
+        ("sana-sprint-1.6b", 4096, "Only its last phase is trained at 4096 px, after 512 px and 1024 px."),
+        ("image", 1024, None),
+        ("image", 768, None),
+        ("tiny-flux", 256, None),  # it has one phase
+        ("flux-krea", 4096, "takes the settings of the recipe flux-krea-4k: phases at 2048 px, then 4096 px."),
+    ],
+)
+def test_a_size_without_a_curriculum_is_told(name, side, words):
+    own = {"data.kind": "folder", "data.path": "x"}
+    told = loading.load(name, flags={"resolution": side, **own}, machine=Machine(offline=True)).told
+    assert told == () if words is None else words in told[0] and len(told) == 1

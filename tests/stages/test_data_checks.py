@@ -13,6 +13,7 @@ from dcgen_convert.core.errors import InputError, RecipeError
 from dcgen_convert.core.journal import Found, Run, Wanted
 from dcgen_convert.data import images
 from dcgen_convert.planning import absent
+from dcgen_convert.planning.plan import plan
 from dcgen_convert.recipe.loading import load
 from dcgen_convert.stages import depends, latents, pictures
 from dcgen_convert.stages.job import prepare
@@ -118,6 +119,18 @@ def test_pictures_that_are_drawn_are_not_enlarged_silently():
     with pytest.raises(RecipeError, match="data.resolution is 64 px, but the pictures are used at 128 px"):
         load("tiny-flux", sets=sets)
     load("tiny-flux", sets=[*sets, "data.min_side=64"])
+
+
+def test_what_the_base_draws_beyond_its_training_is_told_once(tmp_path):
+    """Also where the pictures of two phases are drawn at that size; `plan` says it once too."""
+    phases = "adapt.phases=[{resolution: 256, steps: 4, data: {count: 8}}, {resolution: 256, steps: 4}]"
+    sets = ["data.beyond_base=true", "data.resolution=256", phases]
+    job, said = job_of(tmp_path / "run", *sets)
+    assert job.recipe.sets == (1, 0)
+    pictures.require_all(job)
+    words = "tiny-flux draws pictures of 256 px, and was trained up to 128 px"
+    assert said.getvalue().count(words) == 1
+    assert sum(words in note for note in plan(load("tiny-flux", sets=sets))["notes"]) == 1
 
 
 def test_more_pictures_than_the_count(data):

@@ -1,0 +1,59 @@
+"""How many pictures the user's folders hold: a plan prices these, not those that the recipe would take."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dcgen_convert.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from dcgen_convert.data.sieve import Sieve
+
+
+def sieve_of(recipe: Recipe, number: int) -> Sieve:
+    """What leaves pictures out of set ``number`` that are smaller than they are used at."""
+    from dcgen_convert.data import sieve  # it needs an imaging library
+
+    data = recipe.data_of(number)
+    side = data.min_side or recipe.sides(number)[-1]
+    needed = sieve.area(side) if data.buckets else sieve.square(side)
+    return sieve.Sieve(side, f"{recipe.data_key(number)}.min_side", needed)
+
+
+def counted(recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """The recipe with the pictures that are there, where a folder holds fewer than it asks for; and a line on each.
+
+    Pictures that come from the hub are not known yet. They count as the recipe says.
+
+    Raises:
+        InputError: a source of pictures is damaged.
+    """
+    told = []
+    for number in recipe.sets:
+        data, key = recipe.data_of(number), f"{recipe.data_key(number)}.count"
+        if data.kind != "folder":
+            continue
+        from dcgen_convert.data import given  # it needs an imaging library
+
+        sieve = sieve_of(recipe, number)
+        found = given.held(given.parse_all(data.paths), data.count, sieve)
+        if not found or found >= data.count:
+            continue
+        small = f", {len(sieve.small):,} are left out {sieve.reason}" if sieve.small else ""
+        told.append(
+            f"{', '.join(data.paths)}: {found:,} pictures can be used{small}; {key} is {data.count:,}, and {found:,} "
+            "are priced"
+        )
+        recipe = _with_count(recipe, number, found)
+    return recipe, told
+
+
+def _with_count(recipe: Recipe, number: int, count: int) -> Recipe:
+    """The recipe with ``count`` pictures in set ``number``."""
+    if not number:
+        return recipe.model_copy(update={"data": recipe.data.model_copy(update={"count": count})})
+    phases = [*recipe.adapt.phases]
+    phase = phases[number - 1]
+    assert phase.data is not None  # a set with a number is the data of a phase
+    phases[number - 1] = phase.model_copy(update={"data": phase.data.model_copy(update={"count": count})})
+    return recipe.model_copy(update={"adapt": recipe.adapt.model_copy(update={"phases": tuple(phases)})})
