@@ -5,12 +5,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
-from dcgen_convert.core.errors import AccessError, InputError
-from dcgen_convert.evaluation import tiny_world
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.evaluation import clip, dino, inception, tiny_world
+from dcgen_convert.evaluation.clip import ClipScore, Cmmd, PickScore, Tower
+from dcgen_convert.evaluation.dino import FrechetDino
+from dcgen_convert.evaluation.inception import Fid
 from dcgen_convert.evaluation.measure import Distance, Measure, Score, Weights
 from dcgen_convert.evaluation.plain import Colour, Sharpness
 from dcgen_convert.evaluation.tiny_measures import SIDE_OF_CROPS, Accuracy, CropsFrechet, TinyCmmd, TinyFrechet
+from dcgen_convert.evaluation.weights import Needed, NotAtHand
 
 __all__ = ["Distance", "Known", "Measure", "Score", "Setting", "Weights", "chosen", "known"]
 
@@ -24,7 +30,7 @@ class Setting:
         side: the shorter side of the pictures in px; None: not known.
         device: where networks run.
         offline: fetch nothing from the hub.
-        asked: the measure was asked for by its name. Otherwise nothing is fetched for it.
+        asked: measures were asked for by their names. Otherwise the usual models are not fetched.
     """
 
     weights: Weights
@@ -34,9 +40,15 @@ class Setting:
     offline: bool = False
     asked: bool = False
 
+    @property
+    def finding(self) -> dict[str, Any]:
+        """How networks are found and where they run."""
+        return {"device": self.device, "fetch": not self.offline, "asked": self.asked}
 
-class NotAtHand(AccessError):
-    """What a measure needs is not on this machine, and the user has not said where else it is."""
+    @cached_property
+    def clip(self) -> Tower:
+        """The CLIP model that several measures share."""
+        return clip.clip(self.weights.clip, **self.finding)
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,11 @@ def known() -> dict[str, Known]:
     """Name -> measure, of all that there are."""
     tiny = "captions of the tiny world"
     every = (
+        Known(ClipScore, lambda setting: ClipScore(setting.clip), _needs(clip.CLIP)),
+        Known(Cmmd, lambda setting: Cmmd(setting.clip), _needs(clip.CLIP)),
+        Known(FrechetDino, lambda setting: dino.dino(setting.weights.dino, **setting.finding), _needs(dino.DINO)),
+        Known(PickScore, _pickscore, _needs(clip.PICKSCORE)),
+        Known(Fid, _fid, f"`{inception.OPTION}` FILE, and the package torch-fidelity (extra `eval`)"),
         Known(Accuracy, lambda _: Accuracy(), tiny, _not_tiny),
         Known(TinyFrechet, lambda _: TinyFrechet(), tiny, _not_tiny),
         Known(TinyCmmd, lambda _: TinyCmmd(), tiny, _not_tiny),
@@ -100,10 +117,10 @@ def chosen(
     """
     table = known()
     measures, left_out = [], {}
+    setting = Setting(weights, captions, side, device, offline, asked=names is not None)
     for name in table if names is None else dict.fromkeys(names):
         if name not in table:
             raise _unknown(name, table)
-        setting = Setting(weights, captions, side, device, offline, asked=names is not None)
         reason = table[name].unfit(setting)
         if reason and setting.asked:
             raise InputError(f"the measure {name} cannot be used: {reason}", "leave it out of the measures")
@@ -117,6 +134,18 @@ def chosen(
         if reason:
             left_out[name] = reason
     return measures, left_out
+
+
+def _needs(needed: Needed) -> str:
+    return f"{needed.what}: `{needed.option}`, usually `{needed.usual}`"
+
+
+def _pickscore(setting: Setting) -> Measure:
+    return PickScore(clip.pickscore(setting.weights.pickscore, **setting.finding))
+
+
+def _fid(setting: Setting) -> Measure:
+    return inception.fid(setting.weights.inception, setting.device)
 
 
 def _unknown(name: str, table: Iterable[str]) -> InputError:
