@@ -138,6 +138,7 @@ def bill_lines(time: dict) -> list[str]:
     one = time["device"] == "2 CPU cores"
     where = time["device"] if one else f"{gpus} x {time['device']}"
     hours = "" if one else f", {time['gpu_hours']:,.0f} GPU-hours{price}"
+    alone = "" if gpus == 1 else " on one GPU" if time["price_usd"] else " in one process"  # a CPU costs nothing
     lines = [
         f"time on {where}: {_span(time)}{hours}",
         *_wrapped(f"[{time['basis']}]", "  "),
@@ -145,7 +146,7 @@ def bill_lines(time: dict) -> list[str]:
     table = [("stage", "wall-clock", "range", "of which")]
     for row in time["stages"]:
         span = f"{_hours(row['wall_hours_low'])} to {_hours(row['wall_hours_high'])}"
-        table.append((row["stage"], _hours(row["wall_hours"]), span, _parts(row, gpus)))
+        table.append((row["stage"], _hours(row["wall_hours"]), span, _parts(row, alone)))
     widths = [max(len(line[column]) for line in table) for column in range(3)]
     for line in table:
         start = f"  {line[0]:<{widths[0]}}  {line[1]:>{widths[1]}}  {line[2]:<{widths[2]}}  "
@@ -163,11 +164,10 @@ def _hours(value: float) -> str:
     return duration(value * 3600)
 
 
-def _parts(row: dict, gpus: int) -> str:
-    """The kinds of work that take a twentieth of the stage or more, longest first."""
+def _parts(row: dict, alone: str) -> str:
+    """The kinds of work that take a twentieth of the stage or more, longest first; ``alone``: said of unshared work."""
     parts = sorted(row["work"], key=lambda part: -part["wall_hours"])
     shown = [part for part in parts if part["wall_hours"] >= 0.05 * row["wall_hours"]]
-    alone = "" if gpus == 1 else " on one GPU"
     return ", ".join(
         f"{part['what']} {_hours(part['wall_hours'])}{'' if part['shared'] else alone}"
         f"{' (measured)' if part['basis'] == 'measured' else ''}"

@@ -2,18 +2,22 @@
 
 import shutil
 import subprocess
+from contextlib import contextmanager
 
 import pytest
 import three_phases
 from conftest import run_cli, start_cli
 
 from dcgen_convert.conversion import convert
-from dcgen_convert.core.console import Console
+from dcgen_convert.core.console import NULL, Console
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_json, sha256
 from dcgen_convert.data.cache import LatentCache
 from dcgen_convert.data.images import read_index
+from dcgen_convert.ranks.crew import SOLO, Crew
 from dcgen_convert.recipe.loading import load
+from dcgen_convert.stages import latents
+from dcgen_convert.stages.tasks import Performer
 
 STAGES = [
     "surgery", "data-1", "latents-1", "data-2", "latents-2", "data-3", "latents-3", "align-embedder", "align-head",
@@ -126,3 +130,49 @@ def test_a_killed_run_gives_the_same_bundle(made, tmp_path):
         if (made[0] / file).is_file() and file.name != "dcgen_manifest.json":  # it holds times
             assert sha256(made[0] / file) == sha256(tmp_path / file), file
     assert len(files) > 15
+
+
+class Second(Crew):
+    """Rank 1 of two."""
+
+    rank, world = 1, 2
+
+    def advance(self, count: int = 1) -> None:
+        pass
+
+
+class First(Crew):
+    """Rank 0 of two. Rank 1 does its part in this process, with a job of its own, as in a process of its own."""
+
+    world = 2
+
+    def __init__(self) -> None:
+        self.shared: list[tuple[str, int]] = []
+
+    def introduce(self, document):
+        self.document, self.second = document, Performer(Second(), NULL)
+
+    @contextmanager
+    def share(self, task, bar=None, together=True, **arguments):
+        yield
+        self.second(self.document, task, arguments)
+        self.shared.append((task, arguments["of"]))
+
+
+def test_two_ranks_make_the_rows_of_ones_own_pictures_with_channels_of_equal_size(tmp_path, monkeypatch):
+    """Of two phases; the second one's pictures are encoded as the first one's have rewritten the autoencoder."""
+    phase = f"{{{three_phases.PHASE}, resolution: %d, data: {{path: pictures, count: 20}}}}"
+    text = three_phases.RECIPE.partition("  phases:")[0] + f"  phases: [{phase % 64}, {phase % 128}]\n"
+    three_phases.write(tmp_path)
+    (tmp_path / "two.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(latents, "SHARD_ROWS", (2, 512))  # so that each rank has some
+    crew = First()
+    for name, ranks in (("one", SOLO), ("two", crew)):
+        recipe = load("two.yaml", sets=["latents.normalise=channel"])
+        convert(recipe, tmp_path / name, tmp_path / "bundle", NULL, crew=ranks, until="latents-2")
+    assert crew.shared == [("latents", 1), ("captions", 1), ("latents", 2), ("captions", 2)]
+    files = [file.relative_to(tmp_path / "one") for file in (tmp_path / "one").rglob("latents-*/**/*.safetensors")]
+    assert len({file.name for file in files if file.parts[0] == "latents-2"} & {"target-128-00002.safetensors"}) == 1
+    for file in files:
+        assert sha256(tmp_path / "one" / file) == sha256(tmp_path / "two" / file), file

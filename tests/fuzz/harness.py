@@ -45,7 +45,7 @@ def run(target: Target, count: int, seed: int, place: Path) -> list[str]:
     good = place / "good"
     good.mkdir(parents=True)
     target.make(good)
-    with limited(SECONDS):
+    with limited(10 * SECONDS):  # the first one also imports the large packages
         target.use(copied(target, good, place / "bad"))  # the good input is taken, or the mutations show nothing
     before, faults = largest(), []
     for number in range(seed, seed + count):

@@ -176,6 +176,9 @@ def test_ranks_divide_only_what_they_share():
     assert eight["price_usd"] == pytest.approx(2.5 * eight["gpu_hours"])
     text = plan.render(document("flux-krea", gpus=8))
     assert "time on 8 x H100: " in text and "GPU-hours, about" in text and " on one GPU" in text
+    text = plan.render(document("tiny-flux", gpus=2))
+    assert "time on 2 CPU cores: " in text and " in one process" in text and "GPU-hours" not in text
+    assert " on one GPU" not in text
 
 
 def test_the_copying_out_of_shards_is_billed(tmp_path):
