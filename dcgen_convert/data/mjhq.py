@@ -31,7 +31,7 @@ FETCH = "hf download --repo-type dataset playgroundai/MJHQ-30K --local-dir FOLDE
 
 
 @dataclass(frozen=True)
-class Entry:
+class Prompt:
     """One prompt of the set, with the name of its reference picture."""
 
     category: str
@@ -40,7 +40,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Collection:
+class Mjhq:
     """The set in a folder.
 
     Attributes:
@@ -48,10 +48,10 @@ class Collection:
     """
 
     folder: Path
-    entries: list[Entry]
+    entries: list[Prompt]
     _files: dict[tuple[str, str], str] = field(default_factory=dict, repr=False, compare=False)
 
-    def subset(self, count: int) -> list[Entry]:
+    def subset(self, count: int) -> list[Prompt]:
         """The ``count`` entries that the authors' evaluation takes, in its order.
 
         It is numpy's RandomState(0).choice of the numbers of `entries`, without replacement.
@@ -66,7 +66,7 @@ class Collection:
         order = numpy.random.RandomState(0).choice(len(self.entries), count, replace=False)
         return [self.entries[number] for number in order]
 
-    def pictures(self, entries: Sequence[Entry], side: int) -> Iterator[Tensor]:
+    def pictures(self, entries: Sequence[Prompt], side: int) -> Iterator[Tensor]:
         """The reference pictures of ``entries`` one by one, (3, side, side) float32 in [-1, 1], as `images.fitted`.
 
         They are read out of the archive where the folder has one; nothing is unpacked.
@@ -83,7 +83,7 @@ class Collection:
             for name in names:
                 yield images.fitted(decoding.decode(self.folder / name)[0], side, side)
 
-    def _name(self, entry: Entry) -> str:
+    def _name(self, entry: Prompt) -> str:
         """Name of an entry's picture in the archive or below the folder."""
         if not self._files:
             self._files.update(_index(self.folder))
@@ -93,7 +93,7 @@ class Collection:
         return name
 
 
-def read(folder: Path) -> Collection:
+def read(folder: Path) -> Mjhq:
     """The set in ``folder``.
 
     Raises:
@@ -109,10 +109,10 @@ def read(folder: Path) -> Collection:
         for name, record in document.items():
             if not isinstance(record["category"], str) or not isinstance(record["prompt"], str):
                 raise ValueError(f"category and prompt of {name[:80]!r} must be texts")
-            entries.append(Entry(record["category"], name, record["prompt"]))
+            entries.append(Prompt(record["category"], name, record["prompt"]))
     if not entries:
         raise InputError(f"{file} names no prompts", FETCH)
-    return Collection(folder, sorted(entries, key=lambda entry: (entry.category, entry.id)))
+    return Mjhq(folder, sorted(entries, key=lambda entry: (entry.category, entry.id)))
 
 
 def _index(folder: Path) -> dict[tuple[str, str], str]:

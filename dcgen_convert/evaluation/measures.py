@@ -9,11 +9,12 @@ from functools import cached_property
 from typing import Any
 
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.evaluation import clip, dino, inception, tiny_world
+from dcgen_convert.evaluation import clip, dino, inception, ocr, tiny_world
 from dcgen_convert.evaluation.clip import ClipScore, Cmmd, PickScore, Tower
 from dcgen_convert.evaluation.dino import FrechetDino
 from dcgen_convert.evaluation.inception import Fid
 from dcgen_convert.evaluation.measure import Distance, Measure, Score, Weights
+from dcgen_convert.evaluation.ocr import Ocr
 from dcgen_convert.evaluation.plain import Colour, Sharpness
 from dcgen_convert.evaluation.tiny_measures import SIDE_OF_CROPS, Accuracy, CropsFrechet, TinyCmmd, TinyFrechet
 from dcgen_convert.evaluation.weights import Needed, NotAtHand
@@ -81,6 +82,7 @@ def known() -> dict[str, Known]:
         Known(FrechetDino, lambda setting: dino.dino(setting.weights.dino, **setting.finding), _needs(dino.DINO)),
         Known(PickScore, _pickscore, _needs(clip.PICKSCORE)),
         Known(Fid, _fid, f"`{inception.OPTION}` FILE, and the package torch-fidelity (extra `eval`)"),
+        Known(Ocr, lambda _: ocr.ocr(), "RapidOCR, Tesseract or EasyOCR; captions with words in quotes", _no_quotes),
         Known(Accuracy, lambda _: Accuracy(), tiny, _not_tiny),
         Known(TinyFrechet, lambda _: TinyFrechet(), tiny, _not_tiny),
         Known(TinyCmmd, lambda _: TinyCmmd(), tiny, _not_tiny),
@@ -152,6 +154,10 @@ def _unknown(name: str, table: Iterable[str]) -> InputError:
     hits = difflib.get_close_matches(name, list(table), n=1, cutoff=0.4)
     nearest = f"did you mean {hits[0]}? " if hits else ""
     return InputError(f"there is no measure {name[:80]!r}", f"{nearest}There are {', '.join(table)}")
+
+
+def _no_quotes(setting: Setting) -> str | None:
+    return None if any(map(ocr.quoted, setting.captions)) else "no caption has words in quotes"
 
 
 def _not_tiny(setting: Setting) -> str | None:

@@ -74,7 +74,7 @@ def test_the_subset_is_that_of_the_authors(zipped):
     whole = mjhq.read(zipped)
     assert [entry.id for entry in whole.subset(4)] == ["c9", "a1", "b2", "a7"]
     assert len({entry.id for entry in whole.subset(6)}) == 6
-    large = mjhq.Collection(zipped, [mjhq.Entry("x", f"{number:05d}", "") for number in range(30_000)])
+    large = mjhq.Mjhq(zipped, [mjhq.Prompt("x", f"{number:05d}", "") for number in range(30_000)])
     assert [int(entry.id) for entry in large.subset(2000)[:6]] == [8225, 10794, 9163, 26591, 6631, 14161]
     for count in (0, 7):
         with pytest.raises(InputError, match="has 6 prompts"):
