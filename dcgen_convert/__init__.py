@@ -17,11 +17,13 @@ from dcgen_convert.core.version import __version__
 TYPE_CHECKING = False  # typing is not imported for it: the command must hear signals soon after its start
 if TYPE_CHECKING:
     from dcgen_convert.api.calls import adopt, clean, convert, inspect, plan, quantize, resume, runs, sample, verify
+    from dcgen_convert.api.evaluating import evaluate
     from dcgen_convert.api.rehearsing import rehearse
     from dcgen_convert.api.results import (
         Adopted,
         Cleaned,
         Conversion,
+        Evaluation,
         Inspection,
         Pictures,
         Plan,
@@ -48,6 +50,7 @@ __all__ = [
     "Cleaned",
     "Conversion",
     "DcgenError",
+    "Evaluation",
     "InputError",
     "Inspection",
     "InternalError",
@@ -64,6 +67,7 @@ __all__ = [
     "adopt",
     "clean",
     "convert",
+    "evaluate",
     "inspect",
     "plan",
     "quantize",
@@ -74,7 +78,7 @@ __all__ = [
     "verify",
 ]
 
-_HOMES = ("api.calls", "api.rehearsing", "api.results", "core.errors")
+_HOMES = ("api.calls", "api.evaluating", "api.rehearsing", "api.results", "core.errors")
 
 
 def __getattr__(name: str) -> object:

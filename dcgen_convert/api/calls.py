@@ -215,13 +215,18 @@ def carry_out(
 
 def needs_ranks(job: Order) -> bool:
     """Whether the command must start several ranks. InputError in a process that is one of several itself."""
+    require_alone()
+    require(job.resolved.machine.track)
+    return launch.wanted(job.resolved.machine)
+
+
+def require_alone() -> None:
+    """InputError in a process that is one of several ranks."""
     if join.world() > 1:
         raise InputError(
             "this Python process is one of several ranks, and the API starts the ranks by itself",
             "leave the launcher out and give gpus=N, or start the command dcgen-convert with the launcher",
         )
-    require(job.resolved.machine.track)
-    return launch.wanted(job.resolved.machine)
 
 
 def console_of(quiet: bool, run_dir: Path | None = None) -> Console:

@@ -12,6 +12,7 @@ from typing import Any
 from dcgen_convert.core.errors import InternalError, error_of
 
 OPTIONS = {"loras": "lora", "sets": "set", "start": "from"}  # keyword arguments that are no names of options
+NEGATED = ("merge_lora", "jpeg", "check")  # flags that have a form for False
 
 
 def run(verb: str, argument: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,15 +45,12 @@ def run(verb: str, argument: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def options(values: Mapping[str, Any]) -> list[str]:
-    """Keyword arguments as options of the command line; None and False leave an option out.
-
-    merge_lora is the one option that has a form for False.
-    """
+    """Keyword arguments as options of the command line; None, and False but for NEGATED, leave an option out."""
     found: list[str] = []
     for key, value in values.items():
         name = "--" + OPTIONS.get(key, key).replace("_", "-")
-        if key == "merge_lora" and value is False:
-            found.append("--no-merge-lora")
+        if key in NEGATED and value is False:
+            found.append(f"--no-{name.removeprefix('--')}")
         elif value is True:
             found.append(name)
         elif isinstance(value, Sequence) and not isinstance(value, str):

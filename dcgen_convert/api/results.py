@@ -193,6 +193,43 @@ class Pictures(Result):
 
 
 @dataclass(frozen=True)
+class Evaluation(Result):
+    """What an evaluation measured. It is what evaluation.json holds.
+
+    base: the model that was compared with; None: the bundle was judged alone. prompts: what they are, in words; count,
+    seed: how many, and the seed of the first picture. models: how each drew. sides: px of the pictures, and at which
+    they were "measured". jpeg: whether they went through JPEG. reference: "name" and "count". weights: of the measures.
+    measures: one row each, see `evaluation.rows`. values: the figures by the names that gates have. left_out: measure
+    -> why. gates: each with its "value" and "passed". pictures: set -> "folder", and how many were "drawn" now.
+    """
+
+    SCHEMA: ClassVar[str] = "dcgen.evaluation/1"
+
+    bundle: Path
+    base: str | None
+    prompts: str
+    count: int
+    seed: int
+    models: dict[str, Any]
+    sides: dict[str, int]
+    jpeg: bool
+    reference: dict[str, Any] | None
+    weights: dict[str, str]
+    measures: list[dict[str, Any]]
+    values: dict[str, float]
+    left_out: dict[str, str]
+    gates: list[dict[str, Any]]
+    notes: list[str]
+    pictures: dict[str, Any]
+    evaluation: Path
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> Evaluation:
+        values = {key: value for key, value in document.items() if key != "schema"}
+        return cls(**values | {key: Path(values[key]) for key in ("bundle", "evaluation")})
+
+
+@dataclass(frozen=True)
 class Inspection(Result):
     """What a file or folder is.
 

@@ -121,7 +121,24 @@ def _front_matter(card: Card) -> str:
         header["pipeline_tag"] = "text-to-image"
     tags = ["dcgen-convert", *(["dc-ae"] if card.converted else []), family.name]
     header |= {"library_name": "diffusers", "tags": [*tags, *(["svdquant"] if card.format != "none" else [])]}
-    return f"---\n{_yaml(header)}---"
+    return f"---\n{_yaml(header | _results(card))}---"
+
+
+def _results(card: Card) -> dict[str, Any]:
+    """What `evaluate` measured, as the hub reads it; nothing where it was not run."""
+    found = measured.results(card.manifest)
+    if not found:
+        return {}
+    from huggingface_hub import EvalResult
+    from huggingface_hub.repocard_data import eval_results_to_model_index
+
+    text = "encoder_hidden_states" in card.family.text_keys
+    task = "text-to-image" if text else "unconditional-image-generation"
+    return {
+        "model-index": eval_results_to_model_index(
+            one_line(card.title), [EvalResult(task_type=task, **result) for result in found]
+        )
+    }
 
 
 def _summary(card: Card) -> str:

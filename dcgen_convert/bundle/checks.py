@@ -42,12 +42,20 @@ def check_listed(bundle: Path, manifest: Mapping[str, Any], console: Console) ->
             path = bundle / name
             if not path.is_file():
                 found.append(f"{name} is missing")
+            elif _is_as_before(path, record):
+                pass  # a kill came before the new file did
             elif path.stat().st_size != record["bytes"]:
                 found.append(f"{name} has {path.stat().st_size} bytes, not {record['bytes']}")
             elif sha256(path) != record["sha256"]:
                 found.append(f"{name} has another hash than when it was written{_damaged_tensors(path, manifest)}")
             bar.advance()
     return found
+
+
+def _is_as_before(path: Path, record: Mapping[str, Any]) -> bool:
+    """Whether a file is the one that was to be replaced."""
+    before = record.get(manifests.BEFORE)
+    return before is not None and (path.stat().st_size, sha256(path)) == (before["bytes"], before["sha256"])
 
 
 def is_stray(name: str) -> bool:

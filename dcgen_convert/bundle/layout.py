@@ -12,6 +12,7 @@ whole bundle.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -35,6 +36,7 @@ from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import atomic_write, copy_file, read_json, read_object, sha256, write_json
 from dcgen_convert.families.base import Family
 
+CARD = "README.md"
 LAYOUTS = ("stock", "official", "source")
 
 
@@ -158,7 +160,7 @@ def _write_own(parts: BundleParts, index: dict[str, Any], card: str, staging: Pa
         _write_vae(staging / "vae", parts)
         (staging / "scheduler").mkdir()
         write_json(staging / "scheduler" / "scheduler_config.json", parts.scheduler)
-    atomic_write(staging / "README.md", card)
+    atomic_write(staging / CARD, card)
     write_json(staging / "model_index.json", index)
 
 
@@ -239,7 +241,10 @@ class PictureGrid:
 def add_metrics(
     bundle: Path, family: Family, stage: str, metrics: dict[str, Any], pictures: PictureGrid | None = None
 ) -> None:
-    """Put what was measured on the finished bundle into its manifest and model card, and pictures of it into both."""
+    """Put what was measured on the finished bundle into its manifest and model card, and pictures of it into both.
+
+    The manifest first names both cards, the one that is there and the new one: so the bundle is right at every moment.
+    """
     record = manifests.read(bundle)
     steady, timing = manifests.split_timing({stage: metrics})
     record["metrics"] |= steady
@@ -250,9 +255,13 @@ def add_metrics(
         record["files"] |= manifests.file_table(bundle, {PICTURES: sha256(bundle / PICTURES)})
     elif PICTURES not in record["files"]:
         (bundle / PICTURES).unlink(missing_ok=True)  # of a run that ended before the manifest was written
-    card = card_of(record, title=bundle.name, family=family)
-    atomic_write(bundle / "README.md", card)
-    record["files"] |= manifests.file_table(bundle, {"README.md": sha256(bundle / "README.md")})
+    path, card = bundle / CARD, card_of(record, title=bundle.name, family=family).encode()
+    entry = {"sha256": hashlib.sha256(card).hexdigest(), "bytes": len(card)}
+    if path.is_file() and sha256(path) != entry["sha256"]:
+        both = {**entry, manifests.BEFORE: manifests.file_table(bundle, {CARD: sha256(path)})[CARD]}
+        write_json(bundle / manifests.FILE, {**record, "files": {**record["files"], CARD: both}})
+    atomic_write(path, card)
+    record["files"][CARD] = entry
     write_json(bundle / manifests.FILE, record)
 
 

@@ -36,6 +36,7 @@ PACKAGES = (
     "safetensors",
     "numpy",
 )
+BEFORE = "before"  # key of a file's entry: hash and size that it may still have, while another one is written
 TIMING = ("seconds", "per_second", "resumed_from")  # endings of metrics that differ from run to run
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dcgen_convert.evaluation import words
+from dcgen_convert.evaluation.rows import BASE, CEILING, CONVERTED, FLOOR, values
+from dcgen_convert.evaluation.summary import STAGE
 
 
 def rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -17,7 +19,55 @@ def rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         *_training(metrics, recipe),
         *_quantised(metrics.get("quantize", {}), metrics.get("verify", {})),
         *_compared(metrics.get("verify", {})),
+        *_evaluated(metrics.get(STAGE, {})),
     ]
+
+
+def results(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What `evaluate` measured, in the form of the hub's metadata (`model-index`): a dict of each result's fields."""
+    found = manifest["metrics"].get(STAGE, {})
+    prompts = f"{found.get('prompts')}, {found.get('count')} prompts"
+    labels = {row["measure"]: row["label"] for row in found.get("measures", [])}
+    return [
+        {
+            "dataset_name": prompts,
+            "dataset_type": "prompts",
+            "metric_type": name,
+            "metric_value": float(f"{value:.6g}"),
+            "metric_name": next((label for key, label in labels.items() if _is_of(name, key)), name),
+        }
+        for name, value in values(found.get("measures", [])).items()
+    ]
+
+
+def _is_of(figure: str, measure: str) -> bool:
+    return figure == measure or figure.startswith(f"{measure}-")
+
+
+SETS = {BASE: "base model", CONVERTED: "this model", FLOOR: "the base with other seeds", CEILING: "autoencoder alone"}
+
+
+def _evaluated(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for row in found.get("measures", []):
+        of = f"{row['label']} ({row['better']} is better; {found['count']} prompts)"
+        sets = {name: row[name] for name in SETS if name in row}
+        if row["kind"] == "distance" and sets:
+            yield f"{of}: distance to the base model's pictures", _shown(sets)
+        elif sets:
+            yield of, _shown(sets) + _interval(row)
+        if "to_reference" in row:
+            name = (found.get("reference") or {}).get("name")
+            yield f"{of}: distance to the pictures of {name}", _shown(row["to_reference"])
+
+
+def _shown(sets: Mapping[str, float]) -> str:
+    return ", ".join(f"{SETS[name]} {value:.4g}" for name, value in sets.items())
+
+
+def _interval(row: Mapping[str, Any]) -> str:
+    if "difference" not in row:
+        return ""
+    return f"; difference {row['difference']:+.3g}, in 95 % of resamplings {row['low']:+.3g} to {row['high']:+.3g}"
 
 
 def _autoencoder(latents: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from dcgen_convert.bundle import checks
 from dcgen_convert.bundle import manifest as manifests
-from dcgen_convert.bundle.layout import card_of, read_index
+from dcgen_convert.bundle.layout import CARD, card_of, read_index
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import AccessError, CheckFailed, InputError
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-CARD = "README.md"
 KEPT = (".gitattributes",)  # the hub's own file in a repository
 SHOWN = 5  # differences that the error lists
 

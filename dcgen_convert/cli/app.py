@@ -18,6 +18,7 @@ from dcgen_convert.cli.options import (
     ADOPT,
     ANY_TEXT,
     CONTEXT,
+    EVALUATE,
     FOLDER,
     FORCE,
     FROM,
@@ -306,6 +307,18 @@ def sample(session: Session, bundle: str, prompts: tuple[str, ...], output: str,
     drawn = calls.sample(bundle, prompts, output=output, console=console, **values)
     console.result(drawn.document(), "\n".join(map(str, drawn.images)))
     return 0
+
+
+@cli.command(context_settings=CONTEXT)
+@argument("bundle", type=FOLDER)
+@stack(EVALUATE)
+@stack(OUTPUT)
+@click.pass_obj
+def evaluate(session: Session, bundle: str, **values: Any) -> int:
+    """Judge BUNDLE by its pictures: beside its base, on the same prompts and seeds. Exit 1 if a gate is not passed."""
+    from dcgen_convert.cli import verbs
+
+    return verbs.evaluate(session, bundle, values)
 
 
 @cli.command(context_settings=CONTEXT)

@@ -195,6 +195,47 @@ ADOPT = [
     option("--revision", metavar="REV", help="Git revision of SOURCE on the hub. Default: the newest."),
 ]  # fmt: skip
 
+EVALUATE = [
+    option("--against", metavar="SOURCE", type=PLACE, shell_complete=completion.sources,
+           help="Bundle or source to compare with. Default: the base that the manifest names, if it is on this "
+           "machine."),
+    option("--prompts", metavar="FILE|KIND",
+           help="Prompts: FILE.txt, FILE:COLUMN of a table, hf://datasets/ORG/NAME:COLUMN, builtin or tiny-world. "
+           "Default: the kind in the bundle's recipe, else builtin."),
+    option("-n", "--count", type=click.IntRange(min=2), default=256, show_default=True,
+           help="Prompts: pictures of each set."),
+    option("--metrics", metavar="A,B",
+           help="Measures by name, with commas between them. Default: all that can run with what is at hand."),
+    option("--clip", metavar="PATH|REPO", help="CLIP model, for clip and cmmd. Default: off, unless it is at hand."),
+    option("--dino", metavar="PATH|REPO", help="DINOv2 model. Default: off, unless it is at hand."),
+    option("--pickscore", metavar="PATH|REPO", help="PickScore model. Default: off, unless it is at hand."),
+    option("--inception", metavar="FILE", type=PLACE, help="Inception weights of the FID. Default: off."),
+    option("--detector", metavar="PATH|REPO", help="Detector of objects. Default: off, unless it is at hand."),
+    option("--reference", metavar="FOLDER", type=PLACE,
+           help="Pictures to measure the distance to as well. Default: off."),
+    option("--jpeg/--no-jpeg", default=None,
+           help="Measure drawn pictures after JPEG, as the authors do. Default: --jpeg with reference pictures, else "
+           "--no-jpeg."),
+    option("--resolution", metavar="PX", type=click.IntRange(min=1),
+           help="Side of the pictures. Default: the bundle's."),
+    option("--steps", metavar="N", type=click.IntRange(min=1),
+           help="Denoising steps of both models. Default: each model's own."),
+    option("--guidance", metavar="G", type=click.FloatRange(min=0),
+           help="Guidance scale of both models. Default: each model's own; 1 disables CFG."),
+    option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the first picture."),
+    option("--min", metavar="NAME=V", multiple=True,
+           help="Exit 1 when the figure NAME is below V; repeatable. Default: off."),
+    option("--max", metavar="NAME=V", multiple=True,
+           help="Exit 1 when the figure NAME is above V; repeatable. Default: off."),
+    option("--gpus", metavar="N", type=click.IntRange(min=1),
+           help="Number of ranks to start on this host. Without GPUs they are CPU processes. Default: 1, or the ranks "
+           "of a launcher."),
+    option("--out", metavar="DIR", type=PLACE,
+           help="Folder of the pictures, the log and evaluation.json. Default: BUNDLE-evaluation beside the bundle."),
+    option("--offline", is_flag=True,
+           help="Use local files and the cache only. Default: off (HF_HUB_OFFLINE is obeyed too)."),
+]  # fmt: skip
+
 RANKS = [
     option("--gpus", metavar="N", type=click.IntRange(min=1),
            help="Number of ranks to start on this host. Without GPUs they are CPU processes. Default: 1, or the ranks "

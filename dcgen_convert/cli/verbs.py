@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -24,6 +24,10 @@ from dcgen_convert.core.progress import duration
 from dcgen_convert.core.track import require
 from dcgen_convert.ranks import join
 from dcgen_convert.ranks.crew import Crew, Member
+from dcgen_convert.ranks.machine import Machine
+
+if TYPE_CHECKING:
+    from dcgen_convert.judging.order import Asked
 
 ASK_ABOVE_HOURS = 1.0
 
@@ -120,6 +124,40 @@ def adopt(session: Session, source: str, values: dict[str, Any]) -> int:
     """A folder of the DC-Gen authors as a bundle."""
     console = session.begin(**output_options(values))
     return finish(console, calls.adopt(source, **values, console=console))
+
+
+def evaluate(session: Session, bundle: str, values: dict[str, Any]) -> int:
+    """Draw, measure and compare, on the ranks that the options or a launcher name."""
+    from dcgen_convert.api import evaluating
+
+    shown, out = output_options(values), values["out"]
+    if values["offline"]:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is imported
+    folder = evaluating.output_of(Path(bundle), None if out is None else Path(out))
+    if shown["log_file"] is None or session.rank:
+        shown["log_file"] = str(folder / join.log_name(session.rank))
+    console = session.begin(**shown)
+    request = evaluating.request_of({**values, "bundle": bundle})
+    return _evaluate_on_ranks(session, console, request, Machine(gpus=values["gpus"]))
+
+
+def _evaluate_on_ranks(session: Session, console: Console, request: Asked, machine: Machine) -> int:
+    """Start the ranks and wait for them; or, as one of them (or alone), do the work."""
+    from dcgen_convert.api.results import Evaluation
+    from dcgen_convert.evaluation import summary
+    from dcgen_convert.judging import drawing, evaluating
+    from dcgen_convert.ranks import launch
+
+    if launch.wanted(machine):
+        Run(request.output, console)
+        assert session.result is not None  # `begin` was called
+        return launch.run(session.argv, machine, request.output, console, session.result, lambda _: None)
+    crew = session.join(machine.rank_timeout)
+    if isinstance(crew, Member):
+        return crew.serve(drawing.Helper(crew, console))
+    document = Evaluation.of(evaluating.evaluate(request, console, crew)).document()
+    console.result(document, summary.text(document))
+    return 0
 
 
 def clean(console: Console, run: str, keep: Literal["resume", "bundle"], yes: bool) -> int:

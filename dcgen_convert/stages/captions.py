@@ -6,11 +6,16 @@ prompts.json  beside the pictures: the prompts of the user's list that the pictu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 from dcgen_convert.checkpoint.source import Source
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_object, write_json
 from dcgen_convert.core.journal import fingerprint
 from dcgen_convert.data import earlier_prompts, prompt_lists, prompts
+from dcgen_convert.families import Family
 from dcgen_convert.stages.folders import data_stage
 from dcgen_convert.stages.job import Job
 
@@ -88,12 +93,17 @@ def _earlier(job: Job, count: int) -> list[str]:
 
 def class_names(source: Source) -> list[str] | None:
     """Labels of a class-conditional source; None for a text-conditional one."""
-    if source.family.text_keys != ("class_labels",):
+    return labels(source.family, source.index, source.root)
+
+
+def labels(family: Family, index: Mapping[str, Any], root: Path) -> list[str] | None:
+    """`class_names` of the pipeline in ``root`` with this model_index.json."""
+    if family.text_keys != ("class_labels",):
         return None
-    table = source.index.get("id2label")
+    table = index.get("id2label")
     if not table:
         raise InputError(
-            f"{source.root}/model_index.json has no id2label, so no class can be drawn",
+            f"{root}/model_index.json has no id2label, so no class can be drawn",
             "add the table, or use data.kind folder",
         )
     return sorted({label.split(",")[0].strip() for label in table.values()})

@@ -23,7 +23,7 @@ from dcgen_convert.cli.options import OUTPUT, stack
 from dcgen_convert.core import errors
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "api.md"
-FUNCTIONS = ("plan", "convert", "resume", "quantize", "verify", "sample", "inspect", "adopt")
+FUNCTIONS = ("plan", "convert", "resume", "quantize", "verify", "sample", "inspect", "adopt", "evaluate")
 HEAVY = "{'torch', 'numpy', 'diffusers', 'transformers', 'pydantic', 'click'}"
 LIGHT_CALLS = """
 import sys
@@ -40,9 +40,9 @@ import dcgen_convert
 for module in pkgutil.walk_packages(dcgen_convert.__path__, "dcgen_convert."):
     if not module.name.endswith("__main__"):
         importlib.import_module(module.name)
-from dcgen_convert.api import calls, rehearsing, results
+from dcgen_convert.api import calls, evaluating, rehearsing, results
 from dcgen_convert.core import errors
-homes = [vars(calls), vars(rehearsing), vars(results), vars(errors)]
+homes = [vars(calls), vars(evaluating), vars(rehearsing), vars(results), vars(errors)]
 for name in dcgen_convert.__all__:
     if name != "__version__":
         assert any(getattr(dcgen_convert, name) is home.get(name) for home in homes), name
@@ -95,6 +95,7 @@ NO_KEYWORD = {
     "sample": {"bundle", "prompts"},
     "inspect": {"path"},
     "adopt": {"source", "output"},
+    "evaluate": {"bundle"},
 }
 
 

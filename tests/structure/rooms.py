@@ -18,7 +18,7 @@ FLOORS = (  # from the top down
     ("cli",),
     ("__init__",),
     ("api",),
-    ("conversion", "quantization"),
+    ("conversion", "quantization", "judging"),
     ("stages",),
     ("train",),
     ("planning", "bundle"),

@@ -1,0 +1,112 @@
+"""Pictures on disk, one file each, under the hash of all that they depend on. What is there and whole is not drawn
+again.
+
+    OUT/pictures/converted-1f2e3d4c5b6a/   what drew them: title, and hash of model, steps, guidance, side and the like
+      about.json                           the same in words
+      7-0a1b2c3d4e5f.png                   seed, and hash of the prompt
+      index-0.jsonl                        SHA-256 of each file that rank 0 wrote
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dcgen_convert.core.console import Console
+from dcgen_convert.core.files import hashes, json_text, write_json
+from dcgen_convert.core.journal import fingerprint
+from dcgen_convert.data import images
+
+TOGETHER = 4 * 1024**2  # px that are measured together, 64 pictures at most
+MOST = 64
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The pictures of one set.
+
+    Attributes:
+        root: folder of all galleries. title: what the set is, a short word.
+        about: all that a picture depends on beside its prompt and its seed, as plain data.
+        prompts, seeds: of the pictures, in order.
+    """
+
+    root: Path
+    title: str
+    about: dict[str, Any]
+    prompts: list[str]
+    seeds: list[int]
+
+    @property
+    def folder(self) -> Path:
+        return self.root / f"{self.title.replace(' ', '-')}-{fingerprint(self.about)[:12]}"
+
+    @property
+    def side(self) -> int:
+        """px of each picture."""
+        return int(self.about["side"])
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def file(self, place: int) -> Path:
+        prompt = hashlib.sha256(self.prompts[place].encode()).hexdigest()
+        return self.folder / f"{self.seeds[place]}-{prompt[:12]}.png"
+
+    def missing(self, console: Console) -> list[int]:
+        """The places whose picture is not there. A file that is not as it was written is said to be damaged."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / "about.json", self.about)
+        known = self._index()
+        there = [place for place in range(len(self)) if self.file(place).is_file()]
+        found = dict(zip(there, hashes(self.file(place) for place in there), strict=True))
+        whole = set()
+        for place, digest in found.items():
+            file = self.file(place)
+            if digest in known.get(file.name, ()):
+                whole.add(place)
+            elif file.name in known:
+                console.warn(f"{file} is damaged: it is drawn again")
+        return [place for place in range(len(self)) if place not in whole]
+
+    def add(self, place: int, pixels: Tensor, rank: int) -> None:
+        """Keep a picture, (3, H, W) in [-1, 1]. The file first, then its hash: a kill between costs one picture."""
+        file = self.file(place)
+        images.write(pixels, file)
+        line = json_text({"file": file.name, "sha256": hashes([file])[0]}) + "\n"
+        with open(self.folder / f"index-{rank}.jsonl", "ab+") as index:
+            if index.tell() and os.pread(index.fileno(), 1, index.tell() - 1) != b"\n":
+                line = f"\n{line}"  # after a line that a kill cut off
+            index.write(line.encode())
+
+    def _index(self) -> dict[str, set[str]]:
+        """Name of a file -> the hashes that were written down for it. A line that a kill cut off is left out."""
+        known: dict[str, set[str]] = {}
+        for path in sorted(self.folder.glob("index-*.jsonl")):
+            for line in path.read_bytes().splitlines():
+                try:
+                    record = json.loads(line)
+                    known.setdefault(record["file"], set()).add(record["sha256"])
+                except (ValueError, KeyError, TypeError):
+                    continue
+        return known
+
+    def batches(self, side: int) -> Iterator[tuple[Tensor, list[str]]]:
+        """The pictures at ``side`` px, (B, 3, side, side) in [-1, 1], with their prompts."""
+        for start in range(0, len(self), together(side)):
+            places = range(len(self))[start : start + together(side)]
+            pixels = [images.read_pixels(self.file(place), side) for place in places]
+            yield torch.stack(pixels), [self.prompts[place] for place in places]
+
+
+def together(side: int) -> int:
+    """Pictures of ``side`` px that are measured together."""
+    return max(1, min(MOST, TOGETHER // side**2))

@@ -1,0 +1,204 @@
+"""What an evaluation draws and measures: settled, and checked, before the first picture is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dcgen_convert.bundle import manifest as manifests
+from dcgen_convert.bundle.layout import read_index
+from dcgen_convert.bundle.loading import family_of, transformer_config
+from dcgen_convert.bundle.sample import check_size
+from dcgen_convert.core import names
+from dcgen_convert.core.console import Console
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.files import read_json
+from dcgen_convert.core.journal import fingerprint
+from dcgen_convert.data import prompt_lists, prompts
+from dcgen_convert.evaluation import gates, measures, rows
+from dcgen_convert.evaluation.gates import Gate
+from dcgen_convert.evaluation.measure import Measure, Weights
+from dcgen_convert.families import Family
+from dcgen_convert.judging import painter, references
+from dcgen_convert.judging.gallery import Gallery
+from dcgen_convert.judging.painter import Painter
+from dcgen_convert.judging.references import References
+from dcgen_convert.networks import pipelines
+from dcgen_convert.recipe.drawable import own_side
+from dcgen_convert.recipe.identity import Identity
+from dcgen_convert.recipe.sources import require_source
+from dcgen_convert.stages.captions import labels
+from dcgen_convert.stages.compare import SEED
+
+OTHER = 1_000_000_007  # added to the seeds of the noise floor
+BUILTIN = "builtin"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user asked for; None: the default.
+
+    bundle: folder. output: folder of pictures, log and evaluation.json. against: bundle or source to compare with.
+    prompts: as `convert` takes them, or mjhq:FOLDER. count: prompts. metrics: names of measures. reference: folder of
+    pictures. jpeg: whether drawn pictures go through JPEG before they are measured. side: px. seed: of the first
+    picture. offline: fetch nothing.
+    """
+
+    bundle: Path
+    output: Path
+    against: str | None = None
+    prompts: str | None = None
+    count: int = 256
+    metrics: tuple[str, ...] | None = None
+    weights: Weights = field(default_factory=Weights)
+    reference: str | None = None
+    jpeg: bool | None = None
+    side: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int = 0
+    offline: bool = False
+    gates: tuple[Gate, ...] = ()
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is drawn and measured.
+
+    Attributes:
+        manifest: of the bundle. kind: what the prompts are, in words. prompts: one per picture.
+        converted, base: what draws; base None: there is no base.
+        round_trip: whether the bundle's autoencoder is another than the base's.
+        side: px at which all pictures are measured. references: given pictures.
+        measures, left_out: what is measured, and what is not with the reason.
+        notes: what the user should know.
+    """
+
+    asked: Asked
+    manifest: dict[str, Any]
+    kind: str
+    prompts: list[str]
+    converted: Painter
+    base: Painter | None
+    round_trip: bool
+    side: int
+    references: References | None
+    measures: list[Measure]
+    left_out: dict[str, str]
+    notes: list[str]
+
+    @property
+    def jpeg(self) -> bool:
+        return self.references is not None if self.asked.jpeg is None else self.asked.jpeg
+
+    def gallery(self, title: str, by: Painter, offset: int = 0) -> Gallery:
+        """The pictures of one set; ``offset`` is added to the seeds."""
+        seeds = [(self.asked.seed + offset + i) % 2**63 for i in range(len(self.prompts))]
+        return Gallery(self.asked.output / "pictures", title, by.about, self.prompts, seeds)
+
+
+def settle(asked: Asked, console: Console) -> Trial:
+    """Find everything that the evaluation needs, and refuse what cannot work.
+
+    Raises:
+        InputError: a size, a prompt, a measure or a gate that cannot be. AccessError: weights that were asked for are
+            not at hand. CheckFailed: the bundle is damaged.
+    """
+    bundle = asked.bundle
+    manifest, index = manifests.read(bundle), read_index(bundle)
+    family, wish = family_of(bundle), {"steps": asked.steps, "guidance": asked.guidance}
+    home = asked.output / "import"
+    mine = painter.of_bundle(bundle, home, console, side=asked.side, **wish)
+    _check_size(family, bundle, mine.side)
+    given = references.of_request(asked.reference)
+    kind, texts = _prompts(asked, manifest, labels(family, index, bundle), given)
+    base, why, notes = _base(asked, manifest, mine, family, home, console)
+    if base is None:
+        notes.append(
+            f"{why}: the bundle is judged alone, without comparison, floor and ceiling; --against names a base"
+        )
+    side = min(mine.side, base.side if base else mine.side)
+    if base and base.side != mine.side:
+        notes.append(
+            f"the base draws at {base.side} px, as it was not trained on {mine.side} px; all pictures are measured at "
+            f"{side} px, so finer detail does not count"
+        )
+    found, left_out = measures.chosen(
+        asked.metrics, asked.weights, texts, side=side, device=pipelines.device(), offline=asked.offline
+    )
+    if base is None and given is None:
+        found, alone = _alone(found, asked.metrics)
+        left_out |= alone
+    if not found:
+        raise InputError("there is nothing to measure", "name a base with --against, or give --metrics")
+    trip = base is not None and manifest["layout"] != "source"
+    sets = [rows.CONVERTED, *([rows.BASE, rows.FLOOR] if base else []), *([rows.CEILING] if trip else [])]
+    sets += [rows.REFERENCE] if given else []
+    gates.require_measured(asked.gates, rows.names(found, sets), left_out)
+    return Trial(asked, manifest, kind, texts, mine, base, trip, side, given, found, left_out, notes)
+
+
+def _alone(found: Sequence[Measure], asked: Sequence[str] | None) -> tuple[list[Measure], dict[str, str]]:
+    """The measures that need no second set of pictures, and the others with the reason."""
+    reason = "it compares two sets of pictures, and there is neither a base nor a reference"
+    others = [measure.name for measure in found if measure.kind == "distance"]
+    if others and asked is not None:
+        raise InputError(f"the measure {others[0]} cannot be used: {reason}", "name a base with --against")
+    return [measure for measure in found if measure.kind == "score"], dict.fromkeys(others, reason)
+
+
+def _check_size(family: Family, folder: Path, side: int) -> None:
+    check_size(family, transformer_config(folder), read_json(folder / "vae" / "config.json"), side, side)
+
+
+def _base(
+    asked: Asked, manifest: dict[str, Any], mine: Painter, family: Family, home: Path, console: Console
+) -> tuple[Painter | None, str, list[str]]:
+    """(what draws the base's pictures, why there is none, notes)."""
+    wish = {"steps": asked.steps, "guidance": asked.guidance}
+    grid = painter.grid_of(asked.bundle, family)
+    if asked.against is not None and (Path(asked.against).expanduser() / names.MANIFEST).is_file():
+        other = Path(asked.against).expanduser().absolute()
+        own = own_side(Identity(str(other)), grid, mine.side)
+        _check_size(family_of(other), other, own)
+        return painter.of_bundle(other, home, console, side=own, **wish), "", []
+    if asked.against is not None:
+        identity = Identity(asked.against, offline=asked.offline)
+        require_source(identity)
+        place = identity.where
+        source = painter.opened(asked.against, place, identity.revision, _home(home, place), offline=asked.offline)
+        notes = []
+    else:
+        source, place, why = painter.named_base(manifest, home)
+        if source is None:
+            return None, why, []
+        identity, notes = Identity(source.name, offline=True), [f"the base is {source.name}, which the manifest names"]
+    own = own_side(identity, grid, mine.side)
+    base = painter.of_source(source, place, manifest, console, side=own, home=_home(home, place), **wish)
+    check_size(source.family, source.config, read_json(source.vae / "config.json"), own, own)
+    return base, "", notes
+
+
+def _home(home: Path, place: str) -> Path:
+    """Folder for the pipeline of a source that is no pipeline folder; another one for each state of the source."""
+    path = Path(place).expanduser()
+    state = [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else []
+    return home / fingerprint([place, *state])[:12]
+
+
+def _prompts(
+    asked: Asked, manifest: dict[str, Any], classes: list[str] | None, given: References | None
+) -> tuple[str, list[str]]:
+    """(what the prompts are, one per picture)."""
+    if given is not None and given.prompts is not None:
+        return f"MJHQ-30K, {len(given.prompts)} in the authors' order", given.prompts
+    kind = asked.prompts
+    if kind is None:
+        known = (manifest["recipe"].get("data") or manifest["recipe"].get("drawing") or {}).get("prompts")
+        kind = known if known in prompts.KINDS else BUILTIN
+    if kind not in prompts.KINDS:
+        prompt_lists.require_here(kind)
+    texts = prompts.make(kind, asked.count, asked.seed + SEED, classes, asked.offline)
+    return "the labels of its classes" if classes and kind in prompts.KINDS else kind, texts
