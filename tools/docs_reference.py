@@ -15,6 +15,7 @@ import click
 from dcgen_convert.api import order
 from dcgen_convert.cli.app import cli
 from dcgen_convert.core import errors
+from dcgen_convert.evaluation import measures
 from dcgen_convert.families import catalog
 from dcgen_convert.planning import plan as planning
 from dcgen_convert.recipe import shelf
@@ -254,6 +255,16 @@ def large_plans() -> str:
     return table((*head, "price"), rows)
 
 
+def measure_table() -> str:
+    """One row per measure of `evaluate`."""
+    kinds = {"score": "each picture", "distance": "two sets of pictures"}
+    rows = [
+        (f"`{name}`", known.measure.label, kinds[known.measure.kind], known.measure.better, known.needs or "nothing")
+        for name, known in measures.known().items()
+    ]
+    return table(("name", "what it says", "a number for", "better is", "needs"), rows)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "recipe": recipe_keys,
     "cli": verbs,
@@ -263,6 +274,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "autoencoders": autoencoders,
     "plan": plans,
     "plan_4k": large_plans,
+    "measures": measure_table,
 }
 
 

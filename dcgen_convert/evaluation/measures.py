@@ -81,7 +81,7 @@ def known() -> dict[str, Known]:
         Known(Cmmd, lambda setting: Cmmd(setting.clip), _needs(clip.CLIP)),
         Known(FrechetDino, lambda setting: dino.dino(setting.weights.dino, **setting.finding), _needs(dino.DINO)),
         Known(PickScore, _pickscore, _needs(clip.PICKSCORE)),
-        Known(Fid, _fid, f"`{inception.OPTION}` FILE, and the package torch-fidelity (extra `eval`)"),
+        Known(Fid, _fid, f"{inception.OPTION} FILE; the package torch-fidelity (extra eval)"),
         Known(Ocr, lambda _: ocr.ocr(), "RapidOCR, Tesseract or EasyOCR; captions with words in quotes", _no_quotes),
         Known(Accuracy, lambda _: Accuracy(), tiny, _not_tiny),
         Known(TinyFrechet, lambda _: TinyFrechet(), tiny, _not_tiny),
@@ -139,7 +139,7 @@ def chosen(
 
 
 def _needs(needed: Needed) -> str:
-    return f"{needed.what}: `{needed.option}`, usually `{needed.usual}`"
+    return f"{needed.what}: {needed.option}, usually {needed.usual}"
 
 
 def _pickscore(setting: Setting) -> Measure:
