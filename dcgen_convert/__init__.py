@@ -16,11 +16,13 @@ from dcgen_convert.core.version import __version__
 
 TYPE_CHECKING = False  # typing is not imported for it: the command must hear signals soon after its start
 if TYPE_CHECKING:
+    from dcgen_convert.api.benchmarking import benchmark
     from dcgen_convert.api.calls import adopt, clean, convert, inspect, plan, quantize, resume, runs, sample, verify
     from dcgen_convert.api.evaluating import evaluate
     from dcgen_convert.api.rehearsing import rehearse
     from dcgen_convert.api.results import (
         Adopted,
+        Benchmarked,
         Cleaned,
         Conversion,
         Evaluation,
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AccessError",
     "Adopted",
+    "Benchmarked",
     "CheckFailed",
     "Cleaned",
     "Conversion",
@@ -65,6 +68,7 @@ __all__ = [
     "Verdict",
     "__version__",
     "adopt",
+    "benchmark",
     "clean",
     "convert",
     "evaluate",
@@ -78,7 +82,7 @@ __all__ = [
     "verify",
 ]
 
-_HOMES = ("api.calls", "api.evaluating", "api.rehearsing", "api.results", "core.errors")
+_HOMES = ("api.calls", "api.evaluating", "api.benchmarking", "api.rehearsing", "api.results", "core.errors")
 
 
 def __getattr__(name: str) -> object:

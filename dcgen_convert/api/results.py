@@ -230,6 +230,46 @@ class Evaluation(Result):
 
 
 @dataclass(frozen=True)
+class Benchmarked(Result):
+    """How fast a base and its conversion are on one machine.
+
+    source: what was asked for. base: name of the base. models: by name ("base", "converted", a 4-bit format) the
+    latent space ("factor", "channels", "patch"), "parameters" and "bytes" of the network, and its "runtime".
+    random: whether the base had random weights. notes: what a reader of the figures must know.
+    sizes: for each "resolution" in px the "tokens" and their "ratio", the "passes" of the network for a picture, the
+    "rows", their "ratios" (base over model, per picture), and "pictures_per_minute". A row ("text", "step", "step,
+    largest batch", "decode", "picture") has for each model the median "seconds", the "low" and the "high" of its
+    "rounds", how many went before as "warm_up", the "batch", and the "peak_bytes": weights and all that the work takes
+    beside them; None where nothing tells. The "basis" of a picture is "measured" or "sum of its parts".
+    """
+
+    SCHEMA: ClassVar[str] = "dcgen.benchmark/1"
+
+    source: str
+    family: str
+    base: str
+    models: dict[str, dict[str, Any]]
+    random: bool
+    steps: int
+    guidance: float
+    dtype: str
+    attention: str
+    compiled: bool
+    device: str
+    gpu: bool
+    torch: str
+    diffusers: str
+    notes: list[str]
+    sizes: list[dict[str, Any]]
+
+    def text(self) -> str:
+        """The figures, for people."""
+        from dcgen_convert.judging import speed_text
+
+        return speed_text.table(self.document())
+
+
+@dataclass(frozen=True)
 class Inspection(Result):
     """What a file or folder is.
 

@@ -281,18 +281,28 @@ def _write_vae(folder: Path, parts: BundleParts) -> None:
     if parts.layout == "stock" and has_adapter(family):
         from dcgen_convert.bundle import autoencoder_dc_adapter as adapter
 
-        widths = config["encoder_block_out_channels"]
-        pack = family.pack(read_json(parts.transformer / "config.json"))
-        config |= {
-            "_class_name": adapter.CLASS_NAME,
-            "auto_map": {"AutoModel": f"{adapter.MODULE_NAME}.{adapter.CLASS_NAME}"},
-            "latent_pack": pack,
-            "latent_order": family.adapter_order,
-            "shift_factor": 0.0,
-            "block_out_channels": widths[: len(widths) - (pack.bit_length() - 1)],
-        }
+        config |= adapter_config(family, config, read_json(parts.transformer / "config.json"))
         atomic_write(folder / f"{adapter.MODULE_NAME}.py", Path(adapter.__file__).read_bytes())
     write_json(folder / "config.json", config | family.vae_config(config))
+
+
+def adapter_config(family: Family, config: Mapping[str, Any], transformer: Mapping[str, Any]) -> dict[str, Any]:
+    """What the config of an autoencoder gets for the in-bundle adapter.
+
+    Args:
+        config: of the AutoencoderDC. transformer: config of the converted network.
+    """
+    from dcgen_convert.bundle import autoencoder_dc_adapter as adapter
+
+    widths, pack = config["encoder_block_out_channels"], family.pack(dict(transformer))
+    return {
+        "_class_name": adapter.CLASS_NAME,
+        "auto_map": {"AutoModel": f"{adapter.MODULE_NAME}.{adapter.CLASS_NAME}"},
+        "latent_pack": pack,
+        "latent_order": family.adapter_order,
+        "shift_factor": 0.0,
+        "block_out_channels": widths[: len(widths) - (pack.bit_length() - 1)],
+    }
 
 
 def _copy_licences(folders: dict[str, Path | None], staging: Path) -> None:

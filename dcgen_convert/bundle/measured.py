@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dcgen_convert.evaluation import words
+from dcgen_convert.evaluation import speed, words
 from dcgen_convert.evaluation.rows import BASE, CEILING, CONVERTED, FLOOR, values
 from dcgen_convert.evaluation.summary import STAGE
 
@@ -20,6 +20,7 @@ def rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         *_quantised(metrics.get("quantize", {}), metrics.get("verify", {})),
         *_compared(metrics.get("verify", {})),
         *_evaluated(metrics.get(STAGE, {})),
+        *speed.rows(metrics.get("benchmark", {})),
     ]
 
 

@@ -33,6 +33,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "gpus": (1, RANKS),
     "restarts": (0, COUNT),
     "rank_timeout": (0, AMOUNT),
+    "seconds": (SMALLEST, AMOUNT),
     "gpu_memory": (SMALLEST, AMOUNT),
     "disk": (0, AMOUNT),
 }

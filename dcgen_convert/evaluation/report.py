@@ -23,7 +23,7 @@ from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import atomic_write, read_json, read_lines, read_object, understood
 from dcgen_convert.core.journal import CLEANED, MARKER
 from dcgen_convert.core.spelling import plain
-from dcgen_convert.evaluation import words
+from dcgen_convert.evaluation import speed, words
 from dcgen_convert.evaluation.charts import line_chart
 from dcgen_convert.evaluation.layers import layer_section
 
@@ -67,7 +67,7 @@ def write_report(run: Path, output: Path | None = None) -> Path:
         parts = [f"<h1>{escape(run.name)}</h1>", *_verdict(stages), *_compared(stages)]
         for folder, record in stages:
             parts += _stage(folder, record)
-        parts.append(_timings(stages))
+        parts += [_timings(stages), *_speed(run)]
     recipe = run / names.RECIPE
     if recipe.is_file():
         parts.append(f"<h2>recipe</h2><pre>{escape(json.dumps(read_json(recipe), indent=2))}</pre>")
@@ -116,6 +116,16 @@ def _figures(rows: list[tuple[str, Any]]) -> str:
         if value is not None
     )
     return f"<table>{cells}</table>"
+
+
+def _speed(run: Path) -> list[str]:
+    """What `benchmark` has measured on the bundle of this run; empty where it did not."""
+    recipe = run / names.RECIPE
+    bundle = Path(read_object(recipe).get("output") or run) if recipe.is_file() else run
+    manifest = bundle / names.MANIFEST
+    found = list(speed.rows(read_object(manifest)["metrics"].get("benchmark", {}))) if manifest.is_file() else []
+    cells = "".join(f"<tr><td>{escape(what)}</td><td>{escape(value)}</td></tr>" for what, value in found)
+    return [f"<h2>speed</h2><table>{cells}</table>"] if found else []
 
 
 def _timings(stages: list[tuple[Path, dict[str, Any]]]) -> str:

@@ -84,16 +84,30 @@ def write_layout(layout: Layout, name: str, folder: Path, seed: int, console: Co
 
 def model_of(part: Component) -> nn.Module:
     """The network of a part on the meta device: names and shapes without memory."""
+    with torch.device("meta"):
+        return network_of(part)
+
+
+def network_of(part: Component) -> nn.Module:
+    """The network of a part, as its class makes it."""
     import diffusers
     import transformers
 
-    with torch.device("meta"):
-        if part.library != TRANSFORMERS:
-            network: nn.Module = getattr(diffusers, part.kind).from_config(part.config)
-            return network
-        cls = getattr(transformers, part.kind)
-        encoder: nn.Module = cls(cls.config_class(**part.config))
-        return encoder
+    if part.library != TRANSFORMERS:
+        network: nn.Module = getattr(diffusers, part.kind).from_config(part.config)
+        return network
+    cls = getattr(transformers, part.kind)
+    encoder: nn.Module = cls(cls.config_class(**part.config))
+    return encoder
+
+
+def write_rest(layout: Layout, folder: Path) -> None:
+    """Write what a pipeline has beside its networks: tokenizers, scheduler, and the index of all."""
+    for key, part in layout.parts.items():
+        if part.dtype is None:
+            (folder / key).mkdir()
+            _write_part(part, {}, folder / key, lambda _: None)
+    write_json(folder / "model_index.json", _index(layout))
 
 
 def _items(name: str, part: Component, numbers: Tensor) -> dict[str, Item]:

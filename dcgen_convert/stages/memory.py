@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 
 import torch
 
-from dcgen_convert.core import clock
+from dcgen_convert.core import clock, resident
 from dcgen_convert.core.errors import ResourceError, is_out_of_memory
 from dcgen_convert.core.journal import Stage
 from dcgen_convert.stages import folders
 from dcgen_convert.stages.depends import ADAPT, MERGE, kind_of
 
-STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-FORGET = "5"  # what Linux wants to be told to forget the highest memory so far
 WHOLE = "the stage holds one network at a time: use a machine with more memory"
 TRAINING = "raise --zero or --offload, or use more or larger GPUs"
 LOWER = {
@@ -52,20 +49,11 @@ def named(stage: str) -> Iterator[None]:
 def watched(stage: Stage) -> Iterator[None]:
     """Note the highest memory in here as ``stage.peak``: "host", resident bytes of this process, and "gpu"."""
     clock.begin(stage.folder.name)
-    with suppress(OSError):  # not Linux, or not allowed: the peak is then that of the whole process
-        RESET.write_text(FORGET)
+    resident.forget()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     yield
-    if (host := highest()) is not None:
+    if (host := resident.highest()) is not None:
         stage.peak["host"] = host
     if torch.cuda.is_available():
         stage.peak["gpu"] = torch.cuda.max_memory_reserved()
-
-
-def highest() -> int | None:
-    """Highest resident memory of this process since it was told to forget; None where the system does not say."""
-    with suppress(OSError):
-        lines = STATUS.read_text().splitlines()
-        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
-    return None

@@ -1,0 +1,86 @@
+"""The verb `benchmark`: how fast a base and its conversion are on this machine."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import click
+
+from dcgen_convert.cli import completion
+from dcgen_convert.cli.options import CONTEXT, OUTPUT, PLACE, SOURCE, option, output_options, stack
+from dcgen_convert.cli.session import Session
+
+
+@click.command(context_settings=CONTEXT)
+@SOURCE
+@option(
+    "--ae",
+    metavar="NAME|PATH|REPO",
+    shell_complete=completion.autoencoders,
+    help="Autoencoder of the conversion, for a SOURCE that is no bundle: alias, folder, hub id, or "
+    "FILE.safetensors:ALIAS. Default: the recipe's.",
+)
+@option(
+    "--ae-channels",
+    metavar="K",
+    type=click.IntRange(min=1),
+    help="Use the first K latent channels only. Default: all.",
+)
+@option(
+    "--resolution",
+    metavar="PX",
+    type=click.IntRange(min=1),
+    multiple=True,
+    help="Picture side in px; repeatable. Default: that of the bundle, or of the recipe.",
+)
+@option(
+    "--against",
+    metavar="SOURCE",
+    type=PLACE,
+    help="Base of a bundle: folder, catalogue name or hub id. Default: the one that its manifest names.",
+)
+@option(
+    "--random",
+    is_flag=True,
+    help="Random weights of the right sizes for SOURCE, a catalogue name: nothing is downloaded. Default: off.",
+)
+@option(
+    "--dtype",
+    type=click.Choice(["fp32", "bf16"]),
+    help="Number type of the weights. Default: bf16 on a GPU and for models above 8 GiB, else fp32.",
+)
+@option(
+    "--seconds",
+    metavar="S",
+    type=click.FloatRange(min=0, min_open=True),
+    default=60.0,
+    show_default=True,
+    help="Seconds that one comparison may take; there are three or four for each size. A slow machine gets fewer "
+    "rounds, at least one.",
+)
+@option(
+    "--recipe",
+    metavar="FILE",
+    shell_complete=completion.recipes,
+    help="Recipe whose steps, guidance and size count, for a SOURCE that is no bundle. Default: the one of its family.",
+)
+@option("--revision", metavar="REV", help="Git revision of the source on the hub. Default: the catalogue's.")
+@option(
+    "--offline",
+    is_flag=True,
+    help="Use local files and the cache only. Default: off (HF_HUB_OFFLINE is obeyed too).",
+)
+@stack(OUTPUT)
+@click.pass_obj
+def benchmark(session: Session, source: str, **values: Any) -> int:
+    """Time a base against its conversion: text, one step, decoder, whole picture; and memory. SOURCE is a bundle, or
+    what is to be converted. The figures of a bundle are added to its card."""
+    console = session.begin(**output_options(values))
+    if values["offline"]:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is imported
+    from dcgen_convert.api.benchmarking import benchmark as timed
+
+    found = timed(source, **values, console=console)
+    console.result(found.document(), found.text())
+    return 0

@@ -1,0 +1,39 @@
+"""What the verb `benchmark` measured, in words: names of its figures, times, and the rows of card and report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+TEXT, STEP, BATCH, DECODE, PICTURE = "text", "step", "step, largest batch", "decode", "picture"
+WORDS = {
+    TEXT: "text encoders",
+    STEP: "one step",
+    BATCH: "one step, largest batch",
+    DECODE: "decoder",
+    PICTURE: "whole picture",
+}
+
+
+def rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(what, value) of a benchmark that a manifest holds."""
+    for size in found.get("sizes", ()):
+        where = f"Time at {size['resolution']} px on {found['device']}, {found['dtype']}"
+        for what in (STEP, DECODE, PICTURE):
+            row, ratios = size["rows"][what], size["ratios"][what]
+            steps = f" ({found['steps']} steps)" if what == PICTURE else ""
+            told = [
+                f"{name} {seconds(figure['seconds'])}{f' ({times(ratios[name])})' if name in ratios else ''}"
+                for name, figure in row.items()
+            ]
+            yield f"{where}: {WORDS[what]}{steps}", ", ".join(told)
+
+
+def seconds(value: float) -> str:
+    """A time with three digits, in s or ms."""
+    return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+
+
+def times(ratio: float) -> str:
+    """A ratio: 4.2 x."""
+    return f"{ratio:.2f} x"

@@ -1,0 +1,163 @@
+"""What a stock pipeline asks of its parts to draw a picture, as calls that can be made again and timed.
+
+The pipeline itself runs, up to the decoder. Its network computes the first pass of the drawing only; later passes are
+given that result, so that recording 20 steps costs one pass. What is recorded are therefore the inputs, the shapes and
+the number of passes that the pipeline has, classifier-free guidance included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dcgen_convert.families import Family
+from dcgen_convert.families.base import Network, Pipeline
+from dcgen_convert.networks import tiles
+
+PROMPT = "a red fox in the snow"
+CLASS = "0"  # of class-conditional models
+SEED = 0
+KEPT = 8  # passes whose inputs are kept: more than one step has
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call that can be made again."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self) -> Any:
+        with torch.no_grad():
+            return self.function(*self.args, **self.kwargs)
+
+
+@dataclass(frozen=True)
+class DrawSettings:
+    """How pictures are drawn: steps, guidance, and text tokens to which prompts are padded."""
+
+    steps: int
+    guidance: float
+    length: int
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One drawing of ``batch`` squares of ``side`` px.
+
+    text: the calls that encode its prompts; none for class-conditional models. step: the passes of one denoising step.
+    passes: of the whole drawing. decode: from latents to pixels, in tiles where the pictures are large.
+    """
+
+    side: int
+    batch: int
+    text: list[Call]
+    step: list[Call]
+    passes: int
+    decode: Call
+
+    @property
+    def steps(self) -> float:
+        """How many times ``step`` is done for a picture."""
+        return self.passes / len(self.step)
+
+    def encode_text(self) -> None:
+        for call in self.text:
+            call()
+
+    def one_step(self) -> None:
+        for call in self.step:
+            call()
+
+
+class _Enough(Exception):
+    """All is recorded."""
+
+
+def record(pipeline: Pipeline, family: Family, side: int, batch: int, settings: DrawSettings) -> Recorded:
+    """Let ``pipeline`` draw, and note what it asks of its parts."""
+    network, vae = getattr(pipeline, family.component), pipeline.vae
+    text: list[Call] = []
+    passes: list[Call] = []
+    decoded: list[Call] = []
+    counted, first = 0, None
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal counted, first
+        counted += 1
+        if len(passes) < KEPT:
+            passes.append(Call(network, args, kwargs))
+        if first is None:
+            first = compute(*args, **kwargs)
+        return first
+
+    def decode(*args: Any, **kwargs: Any) -> Any:
+        decoded.append(Call(in_tiles, args, kwargs))
+        raise _Enough
+
+    def in_tiles(*args: Any, **kwargs: Any) -> Any:
+        with tiles.by_size(vae, batch, side, side):
+            return vae.decode(*args, **kwargs)
+
+    compute = network.forward
+    heard = _heard(pipeline, text)
+    with _replaced(network, "forward", forward), _replaced(vae, "decode", decode), heard, suppress(_Enough):
+        pipeline(**call_of(pipeline, family, side, batch, settings), output_type="pt")
+    per_step = max(1, round(counted / settings.steps))
+    assert decoded and per_step <= KEPT, "a stock pipeline decodes, and has few passes per step"
+    return Recorded(side, batch, text, passes[:per_step], counted, decoded[0])
+
+
+def call_of(pipeline: Pipeline, family: Family, side: int, batch: int, settings: DrawSettings) -> dict[str, Any]:
+    """Keyword arguments for the stock pipeline, with a random number generator for each picture."""
+    prompts = [CLASS if "class_labels" in family.text_keys else PROMPT] * batch
+    call = family.pipeline_call(
+        pipeline,
+        prompts,
+        height=side,
+        width=side,
+        steps=settings.steps,
+        guidance=settings.guidance,
+        length=settings.length,
+    )
+    return {**call, "generator": [torch.Generator("cpu").manual_seed(SEED + i) for i in range(batch)]}
+
+
+def draw(pipeline: Pipeline, family: Family, side: int, settings: DrawSettings) -> Any:
+    """Draw a whole picture, (1, 3, side, side)."""
+    with tiles.by_size(pipeline.vae, 1, side, side):
+        return pipeline(**call_of(pipeline, family, side, 1, settings), output_type="pt").images
+
+
+@contextmanager
+def _heard(pipeline: Pipeline, text: list[Call]) -> Iterator[None]:
+    """Note the calls that encode prompts."""
+    encode = getattr(pipeline, "encode_prompt", None)
+    if encode is None:  # class-conditional
+        yield
+        return
+
+    def heard(*args: Any, **kwargs: Any) -> Any:
+        text.append(Call(encode, args, kwargs))
+        return encode(*args, **kwargs)
+
+    with _replaced(pipeline, "encode_prompt", heard):
+        yield
+
+
+@contextmanager
+def _replaced(owner: Network, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Inside, ``owner`` has another method of this name."""
+    own = vars(owner).get(name)
+    object.__setattr__(owner, name, function)
+    try:
+        yield
+    finally:
+        object.__delattr__(owner, name)
+        if own is not None:
+            object.__setattr__(owner, name, own)

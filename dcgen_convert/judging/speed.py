@@ -1,0 +1,275 @@
+"""The figures of a benchmark: text, one denoising step, decoder and whole picture, of all models in turn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from dcgen_convert.bundle.sample import check_size
+from dcgen_convert.core.console import Console
+from dcgen_convert.core.errors import is_out_of_memory
+from dcgen_convert.evaluation.speed import BATCH, DECODE, PICTURE, STEP, TEXT
+from dcgen_convert.judging import recording
+from dcgen_convert.judging.pair import BASE, Model, ModelPair
+from dcgen_convert.judging.recording import DrawSettings, Recorded
+from dcgen_convert.judging.timing import Stopwatch
+from dcgen_convert.networks import at_once
+from dcgen_convert.networks.pipelines import quiet_diffusers
+from dcgen_convert.recipe import drawable
+from dcgen_convert.stages import source_pipeline
+
+MOST_TOGETHER = 64  # pictures of the largest batch
+ROOM = 0.6  # of the memory of a GPU: weights up to so much stay there together, with room to work in
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A pair on a device."""
+
+    pair: ModelPair
+    watch: Stopwatch
+    console: Console
+
+    @property
+    def device(self) -> torch.device:
+        return self.watch.device
+
+    @property
+    def settings(self) -> DrawSettings:
+        return DrawSettings(self.pair.steps, self.pair.guidance, self.pair.length)
+
+    @property
+    def together(self) -> bool:
+        """Whether all weights may lie on the device at once."""
+        if self.device.type != "cuda":
+            return True
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        return weights(part for model in self.pair.models.values() for part in _parts(model)) < ROOM * total
+
+    def bring(self, wanted: Iterable[nn.Module]) -> None:
+        """Move ``wanted`` to the device; what is not wanted leaves it first where not all fits."""
+        wanted = list(wanted)
+        if not self.together:
+            for model in self.pair.models.values():
+                for part in _parts(model):
+                    if all(part is not one for one in wanted):
+                        part.to("cpu")
+            at_once.release()
+        for part in wanted:
+            part.to(self.device)
+
+    def record(self, name: str, side: int, batch: int = 1) -> Recorded:
+        """What the pipeline of model ``name`` asks of its parts for ``batch`` pictures."""
+        model = self.pair.models[name]
+        self.bring(_parts(model))
+        with self._capped(name, side):
+            return recording.record(model.pipeline, model.family, side, batch, self.settings)
+
+    @contextmanager
+    def _capped(self, name: str, side: int) -> Iterator[None]:
+        """Inside, the base has the largest timestep shift of its training at most."""
+        pipeline = self.pair.models[name].pipeline
+        before = pipeline.scheduler
+        if name == BASE:
+            source_pipeline.cap_shift(pipeline, self.pair.identity, side)
+        try:
+            yield
+        finally:
+            pipeline.scheduler = before
+
+    def text(self, drawing: Recorded) -> Row | None:
+        """The row of the text encoders, which all models share; None for models without text."""
+        if not drawing.text:
+            return None
+        encoders = self.pair.models[BASE].encoders
+        self.bring(encoders)
+        timing = self.watch.in_turn({BASE: drawing.encode_text})[BASE]
+        return {**asdict(timing), "batch": 1, "peak_bytes": self._peak(encoders, drawing.encode_text)}
+
+    def size(self, side: int, text: Row | None) -> Row:
+        """All rows at ``side`` px."""
+        models = self.pair.models
+        drawings = {name: self.record(name, side) for name in models}
+        if text is None:
+            text = self.text(drawings[BASE])
+        rows = {}
+        if text is not None:
+            rows[TEXT] = dict.fromkeys(models, text)
+        rows[STEP] = self._row([model.network for model in models.values()], drawings, Recorded.one_step, _network)
+        if self.device.type == "cuda":
+            rows[BATCH] = self._largest(side, rows[STEP])
+        rows[DECODE] = self._row(
+            [model.pipeline.vae for model in models.values()], drawings, lambda one: one.decode(), _decoder
+        )
+        rows[PICTURE] = self._pictures(side, drawings, rows)
+        return {
+            "resolution": side,
+            "tokens": self._tokens(side),
+            "passes": {name: drawing.passes for name, drawing in drawings.items()},
+            "rows": rows,
+            "ratios": {what: _ratios(row) for what, row in rows.items() if what != TEXT},
+            "pictures_per_minute": {name: self._per_minute(name, drawings[name], rows) for name in models},
+        }
+
+    def _row(
+        self,
+        parts: list[nn.Module],
+        drawings: Mapping[str, Recorded],
+        work: Callable[[Recorded], object],
+        part: Callable[[Model], nn.Module],
+    ) -> Row:
+        self.bring(parts)
+        works = {name: partial(work, drawing) for name, drawing in drawings.items()}
+        timings = self.watch.in_turn(works)
+        return {
+            name: {
+                **asdict(timings[name]),
+                "batch": drawing.batch,
+                "peak_bytes": self._peak([part(self.pair.models[name])], works[name]),
+            }
+            for name, drawing in drawings.items()
+        }
+
+    def _peak(self, parts: Iterable[nn.Module], work: Callable[[], object]) -> int | None:
+        """Bytes of the weights of ``parts``, and of all that ``work`` takes beside them."""
+        found = self.watch.peak(work)
+        return None if found is None else weights(parts) + found
+
+    def _largest(self, side: int, steps: Row) -> Row:
+        """The row of one step with as many pictures as fit the GPU together."""
+        drawings = {}
+        for name, model in self.pair.models.items():
+            self.bring([one.network for one in self.pair.models.values()])
+            each = max(1, (steps[name]["peak_bytes"] or 0) - weights([model.network]))
+            batch = min(MOST_TOGETHER, at_once.pictures(each, at_once.free_bytes(self.device)))
+            drawings[name] = self._that_fits(name, side, batch)
+        return self._row([one.network for one in self.pair.models.values()], drawings, Recorded.one_step, _network)
+
+    def _that_fits(self, name: str, side: int, batch: int) -> Recorded:
+        """A recorded step of ``batch`` pictures, or of half as many as often as that is too much."""
+        while True:
+            try:
+                drawing = self.record(name, side, batch)
+                self.bring([one.network for one in self.pair.models.values()])
+                drawing.one_step()
+            except Exception as error:
+                if batch == 1 or not is_out_of_memory(error):
+                    raise
+            else:
+                return drawing
+            batch //= 2
+            at_once.release()
+
+    def _pictures(self, side: int, drawings: Mapping[str, Recorded], rows: Row) -> Row:
+        """The row of the whole picture: measured where all fits and the time allows it, else the sum of its parts."""
+        sums = {name: _sum(name, drawing, rows) for name, drawing in drawings.items()}
+        if not self.together or 2 * sum(sums.values()) > self.watch.budget:
+            return {name: {"seconds": value, "batch": 1, "basis": "sum of its parts"} for name, value in sums.items()}
+        models = self.pair.models
+        self.bring(part for model in models.values() for part in _parts(model))
+
+        def work(name: str) -> None:
+            with self._capped(name, side):
+                recording.draw(models[name].pipeline, models[name].family, side, self.settings)
+
+        works = {name: partial(work, name) for name in models}
+        timings = self.watch.in_turn(works)
+        return {
+            name: {
+                **asdict(timings[name]),
+                "batch": 1,
+                "peak_bytes": self._peak(_parts(models[name]), works[name]),
+                "basis": "measured",
+            }
+            for name in models
+        }
+
+    def _per_minute(self, name: str, drawing: Recorded, rows: Row) -> float:
+        """Pictures per minute: prompts and decoder one by one, steps in the largest batch that was timed."""
+        if BATCH not in rows:
+            return 60 / float(rows[PICTURE][name]["seconds"])
+        step = rows[BATCH][name]
+        faster = {**rows, STEP: {name: {"seconds": step["seconds"] / step["batch"]}}}
+        return 60 / _sum(name, drawing, faster)
+
+    def _tokens(self, side: int) -> dict[str, float]:
+        """Image tokens of each model, and those of the base over those of each other one."""
+        tokens = {name: model.grid.tokens(side) for name, model in self.pair.models.items()}
+        return {**tokens, "ratio": tokens[BASE] / list(tokens.values())[1]}
+
+
+def measure(pair: ModelPair, sides: list[int], watch: Stopwatch, console: Console) -> list[Row]:
+    """The figures at every one of ``sides``, in px.
+
+    Raises:
+        InputError: a size that one of the models cannot draw.
+    """
+    require_sides(pair, sides)
+    bench, found, text = Bench(pair, watch, console), [], None
+    with torch.no_grad(), quiet_diffusers(), console.progress("benchmark", len(sides), "size") as bar:
+        for side in sides:
+            row = bench.size(side, text)
+            text = row["rows"].get(TEXT, {}).get(BASE)
+            found.append(row)
+            bar.advance()
+    return found
+
+
+def require_sides(pair: ModelPair, sides: Iterable[int]) -> None:
+    """InputError for a size in px that one of the models cannot draw."""
+    for side in sides:
+        for model in pair.models.values():
+            check_size(model.family, *model.configs, side, side)
+
+
+def beyond(pair: ModelPair, sides: Iterable[int]) -> list[str]:
+    """What is said of the sizes that are larger than those of the base's training."""
+    told = []
+    for side in sides:
+        found = drawable.beyond(pair.identity, side)
+        if found is not None:
+            shift = "" if found.capped is None else f"; mu is {found.capped:.2f} instead of {found.mu:.2f}"
+            told.append(
+                f"{found.source} was trained up to {math.isqrt(found.most)} px: at {side} px its times are right, its "
+                f"pictures are not{shift}"
+            )
+    return told
+
+
+def weights(parts: Iterable[nn.Module]) -> int:
+    """Bytes of all parameters and buffers of ``parts``, those that are shared once."""
+    found = {id(value): value for part in parts for value in (*part.parameters(), *part.buffers())}
+    return sum(value.numel() * value.element_size() for value in found.values())
+
+
+def _parts(model: Model) -> list[nn.Module]:
+    return [*model.encoders, model.network, model.pipeline.vae]
+
+
+def _network(model: Model) -> nn.Module:
+    return model.network
+
+
+def _decoder(model: Model) -> nn.Module:
+    vae: nn.Module = model.pipeline.vae
+    return vae
+
+
+def _sum(name: str, drawing: Recorded, rows: Row) -> float:
+    """Seconds of a whole picture, from its parts."""
+    text = rows[TEXT][name]["seconds"] if TEXT in rows else 0.0
+    return float(text + drawing.steps * rows[STEP][name]["seconds"] + rows[DECODE][name]["seconds"])
+
+
+def _ratios(row: Row) -> dict[str, float]:
+    """Seconds per picture of the base over those of each other model."""
+    each = {name: found["seconds"] / found["batch"] for name, found in row.items()}
+    return {name: each[BASE] / value for name, value in each.items() if name != BASE}
