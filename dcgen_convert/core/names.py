@@ -11,6 +11,7 @@ LORA = "pytorch_lora_weights.safetensors"  # the name that a stock pipeline's lo
 RECORDS = "quantization.json"  # beside 4-bit weights: the record of every layer; written last, so the folder is whole
 EXPORT = "export"  # of a phase: the folder of the trained weights
 CHECKPOINTS = "checkpoints"  # of a training: the folder of its checkpoints
+LORA_START = "lora-start.safetensors"  # in the checkpoints of the first phase: where its LoRA begins
 TRAINING = "training"  # of stage align-head: the folder of its training
 
 

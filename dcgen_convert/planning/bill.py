@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from dcgen_convert.core import names
 from dcgen_convert.data.held_out import held_out_rows
 from dcgen_convert.families import catalog
+from dcgen_convert.planning import start
 from dcgen_convert.planning.arithmetic import forward_flops, side_passes, train_flops
 from dcgen_convert.planning.costs import BF16, LATENT, QUANTISED_BYTES, of_alignment, picture_bytes, text_bytes
 from dcgen_convert.planning.rates import CPUS, H100, Device
@@ -239,9 +240,9 @@ def _aligned(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
     yield _fixed("align-head", "load", BF16 * sizes.converted.parameters, "bytes", "disk")
     once = _once(sizes, first)
     tokens, width = sizes.new.tokens(first.resolution), sizes.base.width
-    start = head_samples(recipe, width, tokens)
-    yield Work("align-head", "start", start.usual + start.held_out, "samples", "matmul", start.passes * once)
-    yield Work("align-head", "sum", start.usual, "samples", "float32", 2.0 * tokens * width**2)
+    fit = head_samples(recipe, width, tokens)
+    yield Work("align-head", "start", fit.usual + fit.held_out, "samples", "matmul", fit.passes * once)
+    yield Work("align-head", "sum", fit.usual, "samples", "float32", 2.0 * tokens * width**2)
     looks = 2 if align.steps else 1
     looked = looks * held_out_rows(recipe.data.count)
     yield Work("align-head", "evaluate", looked, "pictures", "matmul", _looked(recipe, once), False)
@@ -255,6 +256,8 @@ def _phase(recipe: Recipe, sizes: Shapes, phase: Phase, number: int, gpus: int) 
     if recipe.latents.text == "encode":
         each += _text_flops(sizes)
     yield _fixed(name, "load", BF16 * sizes.converted.parameters, "bytes", "disk")
+    if number == 1 and (begin := start.samples(recipe, sizes, gpus)):
+        yield Work(name, "start", begin, "samples", "matmul", each)
     yield Work(name, "train", phase.steps * phase.batch, "samples", "matmul", each)
     held_out = held_out_rows(recipe.data_of(recipe.set_of(number)).count)
     looks = 2 + (phase.steps // watch.evaluate_every if watch.evaluate_every else 0)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from dcgen_convert.planning import memory
 from dcgen_convert.planning.shapes import Shapes
+from dcgen_convert.planning.start import frozen_numbers
 from dcgen_convert.recipe.schema import Phase, Recipe
 
 
@@ -51,7 +52,8 @@ def training(recipe: Recipe, phase: Phase, sizes: Shapes) -> memory.Training:
     element = 4 if recipe.dtype == "fp32" else 2
     shape, tokens = sizes.converted, sizes.tokens(phase)
     sample = element / 2 * memory.activations(tokens, shape.width, shape.blocks, adapt.checkpointing)
-    return memory.Training(trained.frozen, trained.trained, sample, element, adapt.ema > 0)
+    frozen = trained.frozen + frozen_numbers(recipe, phase, sizes)
+    return memory.Training(frozen, trained.trained, sample, element, adapt.ema > 0)
 
 
 def decide(recipe: Recipe, phase: Phase, sizes: Shapes, gpus: int, gpu_bytes: float) -> Fit:

@@ -23,6 +23,7 @@ from dcgen_convert.planning.quantised import quantised_linears
 from dcgen_convert.planning.rates import CPUS
 from dcgen_convert.planning.rehearsal import Rehearsal
 from dcgen_convert.planning.shapes import Shapes, shapes_of
+from dcgen_convert.planning.start import group_bytes
 from dcgen_convert.planning.text import render
 from dcgen_convert.ranks import hosts
 from dcgen_convert.recipe import drawable, geometry
@@ -31,7 +32,10 @@ from dcgen_convert.recipe.loading import Resolved
 from dcgen_convert.recipe.schema import Phase, Recipe
 from dcgen_convert.recipe.settings import leaves
 
-__all__ = ["Fit", "fit_phase", "head_phase", "plan", "render", "require_disk", "require_fits", "require_possible"]
+__all__ = [
+    "Fit", "fit_phase", "head_phase", "plan", "render", "require_disk", "require_fits", "require_possible",
+    "start_bytes",
+]  # fmt: skip
 
 GPU_BYTES = memory.GPUS["H100-80"] * memory.GIB
 
@@ -170,6 +174,11 @@ def _too_full(needed: float, free: float | None) -> list[DcgenError]:
 def fit_phase(recipe: Recipe, source: Identity, phase: Phase, gpus: int = 1, gpu_bytes: float = GPU_BYTES) -> Fit:
     """ZeRO stage, offload and micro-batch for one phase on `gpus` GPUs, with the reason; `.problem` when none fits."""
     return decide(recipe, phase, shapes_of(recipe, source), gpus, gpu_bytes)
+
+
+def start_bytes(recipe: Recipe, source: Identity) -> float:
+    """Bytes of the gradients that are summed at a time to find where the LoRA of the first phase begins."""
+    return group_bytes(shapes_of(recipe, source).lora_layers(recipe.adapt.phases[0]))
 
 
 def require_disk(resolved: Resolved, run_dir: Path, output: Path, until: str | None = None) -> None:

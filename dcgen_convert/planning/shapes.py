@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from dcgen_convert.families import Family
 from dcgen_convert.families.grid import Grid
-from dcgen_convert.planning.arithmetic import Trainable, trainable
-from dcgen_convert.planning.layers import Structure
+from dcgen_convert.planning.arithmetic import Trainable, matching, trainable
+from dcgen_convert.planning.layers import Layer, Structure
 from dcgen_convert.planning.structures import structure
 from dcgen_convert.recipe import alignment, geometry
 from dcgen_convert.recipe.alignment import Alignment
@@ -59,6 +59,10 @@ class Shapes:
         family = self.family
         targets = phase.targets or family.lora_targets
         return trainable(self.converted, phase.mode, phase.rank, targets, (family.embedder, family.head))
+
+    def lora_layers(self, phase: Phase) -> list[Layer]:
+        """What gets LoRA in a phase."""
+        return matching(self.converted, phase.targets or self.family.lora_targets)
 
     def tokens(self, phase: Phase) -> int:
         """Image + text tokens per picture that the converted model sees in a phase."""

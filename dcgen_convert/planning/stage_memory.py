@@ -17,6 +17,7 @@ from dcgen_convert.families.pixel_memory import DECODE, ENCODE, Bytes, together
 from dcgen_convert.planning.fit import Fit
 from dcgen_convert.planning.memory import CONTEXT, FRAGMENTATION, GIB
 from dcgen_convert.planning.shapes import Shapes
+from dcgen_convert.planning.start import group_bytes
 from dcgen_convert.recipe.drawable import own_side
 from dcgen_convert.recipe.schema import Recipe
 
@@ -114,7 +115,8 @@ def needs(recipe: Recipe, sizes: Shapes, fits: list[Fit]) -> Iterator[Need]:
     head = Need("align-head", converted, once, batch, sums, converted)
     yield _larger(head, fits[0]) if recipe.align_head.steps else head
     for number, fit in enumerate(fits[-len(sides) :], 1):
-        yield _larger(Need(f"adapt-{number}", converted, loaded=converted), fit)
+        sums = group_bytes(sizes.lora_layers(recipe.adapt.phases[0])) if recipe.starts_along_gradient(number) else 0.0
+        yield _larger(Need(f"adapt-{number}", converted, once, fixed=sums, loaded=converted), fit)
         yield Need(f"merge-{number}", max(base, converted), _gap(sizes, e), 1, loaded=max(base, converted))
     side, tokens = last.resolution, sizes.new.tokens(last.resolution)
     if recipe.quantize.format != "none":

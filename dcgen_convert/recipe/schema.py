@@ -229,6 +229,11 @@ class Adapt(Section):
         description="weight of the squared error, for networks that predict epsilon; velocity: makes it the error of "
         "v, at most 25 times",
     )
+    lora_start: Literal["gradient", "zero"] = Field(
+        default="zero",
+        description="where LoRA begins in the first phase. gradient: along the gradient of the loss over 4 batches "
+        "(LoRA-GA, arXiv 2407.05000); zero: B is zero, as published. Later phases begin at zero",
+    )
     text_drop: Fraction = Field(default=0.1, description="fraction of captions replaced by the null text; 0 disables")
     ema: Fraction = Field(default=0.999, description="decay of the moving average of the weights; 0 disables")
     clip: AmountOrZero = Field(default=0.1, description="largest gradient norm; 0 disables")
@@ -425,6 +430,10 @@ class Recipe(Section):
     def aligned_set(self) -> int:
         """The set that embedder and head are aligned on: the one of the first phase."""
         return self.set_of(1)
+
+    def starts_along_gradient(self, number: int) -> bool:
+        """Whether phase ``number`` (the first is 1) begins its LoRA along the gradient of the loss."""
+        return number == 1 and self.adapt.lora_start == "gradient" and self.adapt.phases[0].mode == "lora"
 
     def data_of(self, number: int) -> Data:
         """The settings of set ``number``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 from dcgen_convert.checkpoint import merge
@@ -10,6 +11,8 @@ from dcgen_convert.core import names
 from dcgen_convert.core.files import copy_file
 from dcgen_convert.core.journal import Stage
 from dcgen_convert.networks import models
+from dcgen_convert.planning import plan
+from dcgen_convert.planning.start import start_phase
 from dcgen_convert.stages import allowance, gap, grid
 from dcgen_convert.stages.job import Job
 from dcgen_convert.stages.layout import first_device, fitted
@@ -21,7 +24,7 @@ from dcgen_convert.train.watch import Intervals
 def adapt_phase(job: Job, stage: Stage, number: int) -> None:
     """Writes export/ (LoRA, embedder, head), checkpoints and metrics.jsonl; reports losses and the per-block gap."""
     phase = job.recipe.adapt.phases[number - 1]
-    layout = fitted(job, phase, "adapt")
+    layout = {**fitted(job, phase, "adapt"), "start": _layout_of_start(job, number)}
     seconds = allowance.seconds(job, number)
     with job.crew.share("adapt", number=number, layout=layout, seconds=seconds):
         record = train_phase(job, number, layout, seconds)
@@ -38,6 +41,7 @@ def train_phase(job: Job, number: int, layout: dict[str, Any], seconds: float | 
     """Train phase ``number``, on every rank, with the layout that rank 0 chose: zero, offload, micro_batch.
 
     Args:
+        layout: its "start" is the layout in which the start of LoRA is to be found; empty: it is there; None: none.
         seconds: that it may take from now on; None: as long as its steps take.
     """
     deadline = None if seconds is None else time.monotonic() + seconds
@@ -45,16 +49,38 @@ def train_phase(job: Job, number: int, layout: dict[str, Any], seconds: float | 
     phase = recipe.adapt.phases[number - 1]
     rows, held_out = job.of_phase(number).rows(phase.resolution).split()
     aligned = job.folders.align_head / names.MODULES if number == 1 else None
-    model = models.load(job.folders.dense_before(number), job.dtype, aligned, first_device(layout))
+
+    def task_in(layout: dict[str, Any]) -> phases.Task:
+        model = models.load(job.folders.dense_before(number), job.dtype, aligned, first_device(layout))
+        adapt = recipe.adapt.model_copy(update={"zero": layout["zero"], "offload": layout["offload"]})
+        return phases.Task(model, job.family, adapt, rows, job.scheduler)
+
+    begins = layout.get("start")
+    if begins:
+        first = start_phase(recipe, job.crew.world).model_copy(update={"micro_batch": begins["micro_batch"]})
+        phases.find_start(task_in(begins), first, phase.rank, recipe.dtype, Place(folder, job.console, recipe.seed))
+    task = task_in(layout)
     if recipe.compile and layout["zero"] < 3:
-        models.compile_blocks(job.family, model)
-    adapt = recipe.adapt.model_copy(update={"zero": layout["zero"], "offload": layout["offload"]})
-    task = phases.Task(model, job.family, adapt, rows, job.scheduler)
+        models.compile_blocks(job.family, task.model)
     drawing = grid.drawing(job, held_out, folder)
     intervals = Intervals(recipe.watch.evaluate_every, recipe.watch.grid_every, drawing)
     place = Place(folder, job.console, recipe.seed, held_out=held_out, intervals=intervals, deadline=deadline)
     phase = phase.model_copy(update={"micro_batch": layout["micro_batch"]})
-    return phases.adapt_phase(task, phase, recipe.dtype, place)
+    return phases.adapt_phase(task, phase, recipe.dtype, place, None if begins is None else _start_file(job, number))
+
+
+def _start_file(job: Job, number: int) -> Path:
+    return job.folders.adapt(number) / names.CHECKPOINTS / names.LORA_START
+
+
+def _layout_of_start(job: Job, number: int) -> dict[str, Any] | None:
+    """The layout in which the start of LoRA is found; empty when it is there, None when LoRA begins at zero."""
+    if not job.recipe.starts_along_gradient(number):
+        return None
+    if _start_file(job, number).exists():
+        return {}
+    held = plan.start_bytes(job.recipe, job.identity)
+    return fitted(job, start_phase(job.recipe, job.crew.world), "LoRA start", held)
 
 
 def merge_phase(job: Job, stage: Stage, number: int) -> None:

@@ -28,6 +28,7 @@ BASE_VIEW = "the pictures that the base sees"  # in the first phase, and at whic
 NETWORK = "the source's network"  # its files, and those of no component; SOURCE: all files
 PICTURES = "the contents of data.path"
 PHASE = "adapt.phases.*"  # without its data: they are the inputs of stages of their own
+START = "adapt.lora_start"
 BEYOND = "the shift beyond the base's size"
 TRAINING = (
     "seed", "dtype", "adapt.objective", "adapt.null_branch", "adapt.guidance_range", "adapt.data_guidance",
@@ -48,7 +49,7 @@ DEPENDS: dict[str, tuple[str, ...]] = {
     ),
     folders.ALIGN_EMBEDDER: (NETWORK, "seed", "align_embedder"),
     folders.ALIGN_HEAD: ("align_head", *TRAINING),
-    ADAPT: (PHASE, "adapt.clip", *TRAINING),
+    ADAPT: (PHASE, START, "adapt.clip", *TRAINING),
     MERGE: ("merge_lora",),
     folders.QUANTIZE: (
         "seed", "dtype", "data.prompts", "latents.text_length", "bundle.steps", "bundle.guidance", "quantize",
@@ -141,6 +142,8 @@ def _counts(job: Job, stage: str, number: int, name: str) -> bool:
         return name not in DRAWN if own else name != PICTURES
     if name == BASE_VIEW:
         return job.is_aligned
+    if name == START:
+        return job.recipe.starts_along_gradient(number)
     if name == "merge_lora" and kind_of(stage) == MERGE:
         return number == len(job.recipe.adapt.phases)
     return True

@@ -22,10 +22,14 @@ def memory_per_rank(world: int) -> float:
     return psutil.virtual_memory().available / world
 
 
-def fitted(job: Job, phase: Phase, label: str) -> dict[str, Any]:
-    """Choose {"zero", "offload", "micro_batch"} for a phase, and tell the console; ResourceError when nothing fits."""
+def fitted(job: Job, phase: Phase, label: str, held: float = 0.0) -> dict[str, Any]:
+    """Choose {"zero", "offload", "micro_batch"} for a phase, and tell the console; ResourceError when nothing fits.
+
+    Args:
+        held: bytes of a rank that the phase cannot have.
+    """
     world = job.crew.world
-    memory = memory_per_rank(world)
+    memory = memory_per_rank(world) - held
     fit = plan.fit_phase(job.recipe, job.identity, phase, world, gpu_bytes=memory)
     if fit.problem:
         message, change = fit.problem

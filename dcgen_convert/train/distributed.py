@@ -126,6 +126,15 @@ def mean_over_ranks(values: list[float], device: torch.device) -> list[float]:
     return (tensor / world_size()).tolist()
 
 
+def summed(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` summed over the ranks, in place."""
+    import torch
+
+    if world_size() > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
 def of_rank_0(value: int, device: torch.device) -> int:
     """Rank 0's ``value`` on every rank."""
     import torch

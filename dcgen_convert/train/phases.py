@@ -9,20 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dcgen_convert.bundle.scheduler import flux2_shift
 from dcgen_convert.core import clock
 from dcgen_convert.core.errors import RecipeError
-from dcgen_convert.core.files import read_object, write_json
-from dcgen_convert.core.names import EXPORT
+from dcgen_convert.core.files import atomic_save, read_object, sha256, write_json
+from dcgen_convert.core.names import CHECKPOINTS, EXPORT, LORA_START
 from dcgen_convert.data import buckets
 from dcgen_convert.families import Family, Text
 from dcgen_convert.families.base import Network
+from dcgen_convert.planning.start import BATCHES
 from dcgen_convert.recipe.schema import layout_names
-from dcgen_convert.train import distributed, lora
+from dcgen_convert.train import distributed, gradient_start, lora
 from dcgen_convert.train.engine import Engine
 from dcgen_convert.train.loop import Goal, Loop, Place, Samples
 from dcgen_convert.train.meter import meter_of
@@ -110,7 +113,8 @@ class Task:
 
         The layout (ZeRO stage, micro-batch, offload, checkpointing) does not.
         """
-        adapt = {key: value for key, value in _curve(self.adapt).items() if key != "phases"}
+        other = ("phases", "lora_start")  # what a phase begins from is named by its file
+        adapt = {key: value for key, value in _curve(self.adapt).items() if key not in other}
         engine = {key: value for key, value in vars(settings).items() if key not in LAYOUT}
         shifts = [self.sampling(shape).shift for shape in self.rows.shapes]
         spans = [len(span) for span in self.rows.spans]
@@ -131,7 +135,37 @@ def train_head(task: Task, align: AlignHead, dtype: str, micro_batch: int, place
     return _train(task, settings, task.modules, place, "align head", identity)
 
 
-def adapt_phase(task: Task, phase: Phase, dtype: str, place: Place) -> dict[str, Any]:
+def find_start(task: Task, phase: Phase, rank: int, dtype: str, place: Place) -> None:
+    """Write where the LoRA of the first phase begins: a file of `lora.Start`, for `adapt_phase`. Collective.
+
+    With ZeRO 3 the model's weights stay partitioned.
+
+    Args:
+        phase: as `planning.start.start_phase` makes it.
+        rank: of the LoRA that is to come.
+    """
+    task = replace(task, consistency=phase.consistency)
+    settings = _settings(phase, task.adapt, dtype, clip=0.0, schedule="constant", micro_batch=phase.micro_batch)
+    settings = replace(settings, lr=0.0, warmup=0, ema=0.0)  # as many steps as are asked for: none of them moves
+    paths = lora.targeted(task.model, phase.targets or task.family.lora_targets)
+    goal = Goal("LoRA start", task.rows, task.loss(), task.sampling, {})
+    engine = Engine(task.model, lora.trainable(task.model, task.modules), settings)
+    try:
+        found = gradient_start.measured(engine, goal, place, paths, rank)
+        if engine.rank == 0:
+            path = place.folder / CHECKPOINTS / LORA_START
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_save(found, path)
+            place.console.say(
+                f"LoRA begins along the gradient of {BATCHES} batches of {phase.batch} pictures, "
+                f"in {len(found) // 2} of {len(paths)} linears"
+            )
+        distributed.agree(True, engine.device)  # every rank reads the file
+    finally:
+        engine.close()
+
+
+def adapt_phase(task: Task, phase: Phase, dtype: str, place: Place, start: Path | None = None) -> dict[str, Any]:
     """One phase of adaptation (arXiv 2509.25180, stage 3): LoRA + embedder + head, or every weight.
 
     Continues from its own checkpoints when ``place.folder`` has any. At the end the phase's adapter is taken off the
@@ -142,6 +176,7 @@ def adapt_phase(task: Task, phase: Phase, dtype: str, place: Place) -> dict[str,
         phase: mode, steps, rank, alpha, lr, warmup, schedule, batch, micro_batch, targets, consistency (recipe: one of
             ``adapt.phases``).
         dtype: "fp32" | "bf16".
+        start: the file of `find_start`; None: LoRA begins at zero.
     Returns:
         what `Loop.run` returns, and trained_parameters, adapted_linears, evaluation {"before", "after"}, exports
         (paths by kind).
@@ -155,11 +190,14 @@ def adapt_phase(task: Task, phase: Phase, dtype: str, place: Place) -> dict[str,
     identity = {"stage": "adapt", "phase": _curve(phase), **task.identity(settings), "seed": place.seed}
     if phase.mode == "full":
         return _train(task, settings, None, place, "adapt (full)", identity)
+    begin = load_file(start) if start else None
+    if start:
+        identity["start"] = sha256(start)
     paths = lora.add_lora(
-        model, phase.targets or family.lora_targets, phase.rank, phase.alpha or phase.rank, place.seed
+        model, phase.targets or family.lora_targets, phase.rank, phase.alpha or phase.rank, place.seed, begin
     )
     try:
-        metrics = _train(task, settings, task.modules, place, f"adapt (LoRA {phase.rank})", identity)
+        metrics = _train(task, settings, task.modules, place, f"adapt (LoRA {phase.rank})", identity, begin)
     finally:
         if settings.zero < 3:
             lora.remove_lora(model)
@@ -233,8 +271,12 @@ def _train(
     place: Place,
     label: str,
     identity: dict[str, Any],
+    start: lora.Start | None = None,
 ) -> dict[str, Any]:
-    """Train ``modules`` and the LoRA on the model, or everything when ``modules`` is None; export the result."""
+    """Train ``modules`` and the LoRA on the model, or everything when ``modules`` is None; export the result.
+
+    ``start``: where the LoRA begins, if not at zero.
+    """
     model, component = task.model, task.family.component
     goal = Goal(label, task.rows, task.loss(), task.sampling, identity)
     named = lora.trainable(model, modules or [], everything=modules is None)
@@ -247,7 +289,7 @@ def _train(
             after = _evaluate(engine, goal, place)
         weights, exports = engine.export(), {}
         if engine.rank == 0:
-            exports = lora.save_export(weights, place.folder / EXPORT, metadata, component)
+            exports = lora.save_export(lora.joined(weights, start), place.folder / EXPORT, metadata, component)
     finally:
         engine.close()
     if settings.zero < 3:

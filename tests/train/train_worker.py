@@ -13,14 +13,16 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from dcgen_convert import families
+from dcgen_convert.core import names
 from dcgen_convert.recipe.schema import Adapt, Phase
 from dcgen_convert.train.loop import METRICS, Place, Saving
-from dcgen_convert.train.phases import Task, adapt_phase
+from dcgen_convert.train.phases import Task, adapt_phase, find_start
 from dcgen_convert.train.settings import EngineSettings
 
 CHANNELS, SIDE, TEXT, WIDTH = 8, 4, 3, 16
@@ -117,19 +119,28 @@ def phase_section(**changes) -> Phase:
 
 def adapt(
     folder, *, phase=None, adapt=None, dtype="fp32", saving=(0, 0.0), mixed=False, scheduler=SCHEDULER, held=0,
-    late=None, **more,
+    late=None, start=False, **more,
 ):  # fmt: skip
     """`adapt_phase` of a fresh tiny FLUX in ``folder``, on rows of one shape or of several, with ``held`` rows held
-    out; on rank ``late`` the deadline has passed, on the others it never will. Returns (metrics, model).
+    out; on rank ``late`` the deadline has passed, on the others it never will; with ``start`` the LoRA begins along the
+    gradient. Returns (metrics, model).
     """
     if late is not None:
         more["deadline"] = 0.0 if os.environ.get("RANK") == str(late) else math.inf
     if held:
         more["held_out"] = Rows(held, seed=1)
-    model = tiny_flux()
+    model, section = tiny_flux(), phase_section(**(phase or {}))
     task = Task(model, FLUX, adapt_section(**(adapt or {})), MixedRows() if mixed else Rows(), scheduler)
     place = Place(Path(folder), saving=Saving(*saving), **more)
-    return adapt_phase(task, phase_section(**(phase or {})), dtype, place), model
+    file = start_file(folder) if start else None
+    if file and not file.exists():
+        find_start(replace(task, model=tiny_flux()), section, section.rank, dtype, place)
+    return adapt_phase(task, section, dtype, place, file), model
+
+
+def start_file(folder) -> Path:
+    """Where LoRA begins, once it was found."""
+    return Path(folder) / names.CHECKPOINTS / names.LORA_START
 
 
 def losses(folder) -> list[float]:
