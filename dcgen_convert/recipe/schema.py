@@ -136,11 +136,23 @@ class AlignHead(Section):
     draws: Count = Field(
         default=8, description="most noise draws per picture for the least squares; it takes as few as it needs"
     )
-    steps: CountOrZero = Field(default=5_000, description="steps with the blocks frozen; 0 disables")
+    steps: CountOrZero = Field(
+        default=0,
+        description="steps with the blocks frozen; 0 disables; null: 0 where the start is a closed form, else 5,000",
+    )
     lr: Amount = Field(default=1e-4, description="learning rate")
     batch: Batch = Field(default=512, description="global batch in pictures")
     warmup: CountOrZero = Field(default=1_000, description="warm-up steps; 0 disables")
     clip: AmountOrZero = Field(default=0.1, description="largest gradient norm; 0 disables")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_follow_the_start(cls, values: object) -> object:
+        """After a closed form the same steps do more in the phases."""
+        if isinstance(values, dict) and values.get("steps") is None:
+            closed = values.get("method", cls.model_fields["method"].default) == "least-squares"
+            return {**values, "steps": 0 if closed else 5_000}
+        return values
 
 
 class Phase(Section):

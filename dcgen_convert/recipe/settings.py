@@ -192,9 +192,9 @@ class Layers:
         """The origin of every leaf of a validated recipe: recorded, derived, or "default"."""
         found: dict[str, str] = {}
         for key, _ in leaves(recipe.model_dump(mode="python")):
-            derived = "derived: = rank" if key.endswith(".alpha") else "default"
-            recorded = self.origins.get(key, derived)
-            found[key] = derived if key.endswith(".alpha") and self._value(key) is None else recorded
+            follows = _follows(key, recipe)
+            recorded = self.origins.get(key, follows or "default")
+            found[key] = follows if follows and self._value(key) is None else recorded
         return found
 
     def _value(self, dotted: str) -> object:
@@ -207,6 +207,16 @@ class Layers:
             else:
                 return None
         return node
+
+
+def _follows(key: str, recipe: Recipe) -> str | None:
+    """The origin of a setting that follows from others when it is left out; None for every other setting."""
+    if key.endswith(".alpha"):
+        return "derived: = rank"
+    if key == "align_head.steps":
+        closed = recipe.align_head.method == "least-squares"
+        return f"derived: the start of the head is {'a' if closed else 'no'} closed form"
+    return None
 
 
 def _copy(value: object) -> object:

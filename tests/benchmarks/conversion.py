@@ -21,6 +21,7 @@ HEAD = (
     "accuracy, PSNR |\n"
     "|---|---|---|---|---|---|"
 )
+HEAD_STEPS = ["--set", "align_head.steps=60", "--set", "adapt.phases.0.steps=550"]  # as many in all
 ROWS: dict[str, list[str]] = {
     "tiny-flux f32": ["tiny-flux", "--quantize", "nvfp4"],
     "tiny-flux f64": ["tiny-flux", "--ae", "tiny-dc-ae-f64"],
@@ -34,7 +35,7 @@ ROWS: dict[str, list[str]] = {
     "plain flow loss": ["ablations/plain-flow-loss"],
     "full fine-tune": ["ablations/full-finetune"],
     "guidance of the data": ["tiny-flux", "--set", "adapt.data_guidance=3.5"],
-    "xavier head": ["tiny-flux", "--set", "align_head.method=xavier"],
+    "xavier head": ["tiny-flux", "--set", "align_head.method=xavier", *HEAD_STEPS],
     "adamw embedder": ["tiny-flux", "--set", "align_embedder.method=adamw"],
     "teacher null branch": ["tiny-flux", "--set", "adapt.null_branch=teacher"],
 }

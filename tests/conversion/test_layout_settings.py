@@ -64,6 +64,7 @@ AGAIN = {
     "latents.scale_override": ["latents", "bundle"],
     "adapt.phases.*.resolution": ["surgery", "latents", "adapt"],
     "adapt.clip": ["adapt"],
+    "adapt.lora_start": ["adapt"],
     "bundle.layout": ["bundle"],
     "bundle.steps": ["quantize", "bundle"],
     "bundle.guidance": ["quantize", "bundle"],

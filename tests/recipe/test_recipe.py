@@ -21,6 +21,7 @@ SHIPPED = {
     "tiny-sana", "tiny-sana-long", "tiny-dit", "tiny-dit-long",
     "ablations/compression", "ablations/dit-sd-vae-to-dc-ae",
     "ablations/no-alignment", "ablations/full-finetune", "ablations/plain-flow-loss",
+    "ablations/published",
 }  # fmt: skip
 
 
@@ -68,7 +69,10 @@ def test_published_numbers():
         (1024, 256, 256, 1e-4, 1000),
     ]
     assert (krea.adapt.phases[0].steps, krea.adapt.ema, krea.adapt.clip) == (10_000, 0.999, 0.1)
-    assert (krea.align_head.steps, krea.align_head.batch, krea.align_head.warmup) == (5_000, 512, 1_000)
+    assert (krea.align_head.steps, krea.align_head.batch, krea.align_head.warmup) == (0, 512, 1_000)
+    xavier = loading.load("flux-krea", sets=["align_head.method=xavier"])
+    assert xavier.recipe.align_head.steps == 5_000  # as published; after a closed form there are none
+    assert xavier.origins["align_head.steps"] == "derived: the start of the head is no closed form"
     assert (krea.align_embedder.steps, krea.align_embedder.batch, krea.align_embedder.lr) == (20_000, 64, 1e-4)
     assert (krea.adapt.guidance_range, krea.adapt.text_drop) == ((1, 14), 0.1)
 
@@ -85,10 +89,34 @@ def test_ablations_differ_from_their_base_in_what_they_ablate():
             "adapt.phases.0.rank",
             "adapt.phases.0.alpha",
         },
+        "published": {
+            "name",
+            "align_embedder.method",
+            "align_head.method",
+            "align_head.steps",
+            "adapt.lora_start",
+            "adapt.phases.0.steps",
+        },
     }
     for name, keys in allowed.items():
         values = dict(leaves(loading.load(f"ablations/{name}").recipe.model_dump()))
         assert {key for key in values if values[key] != base.get(key)} <= keys, name
+        assert values["align_head.steps"] + values["adapt.phases.0.steps"] == base["adapt.phases.0.steps"], name
+
+
+@pytest.mark.parametrize(
+    ("sets", "steps", "origin"),
+    [
+        ([], 0, "derived: the start of the head is a closed form"),
+        (["align_head.steps=null"], 0, "derived: the start of the head is a closed form"),
+        (["align_head.method=zero"], 5_000, "derived: the start of the head is no closed form"),
+        (["align_head.steps=7"], 7, "--set"),
+        (["align_head.method=xavier", "align_head.steps=0"], 0, "--set"),
+    ],
+)
+def test_steps_with_frozen_blocks_follow_from_the_start_of_the_head(sets, steps, origin):
+    resolved = loading.load("tiny-flux", sets=sets)
+    assert (resolved.recipe.align_head.steps, resolved.origins["align_head.steps"]) == (steps, origin)
 
 
 def test_lora_keys_reach_every_lora_phase_and_alpha_follows_rank():
