@@ -18,9 +18,9 @@ from dcgen_convert.recipe import loading
 LITTLE = ("--set", "align_head.draws=1", "--set", "watch.pictures=2")
 
 
-def made(name: str, ranks: int = 1, gib: float = 79.1, device=H100, **asked):
+def made(name: str, ranks: int = 1, gib: float = 79.1, device=H100, sets=(), **asked):
     """(real recipe, that of its rehearsal, what is said of it)."""
-    resolved = loading.load(name)
+    resolved = loading.load(name, sets=sets)
     sizes = shapes_of(resolved.recipe, resolved.identity)
 
     def micro_batch(phase):
@@ -76,14 +76,14 @@ def test_where_a_step_is_short_all_is_done_at_the_size_of_the_real_run(name, ran
 
 def test_where_a_step_is_long_little_is_done():
     """On two CPU cores SANA draws two pictures, and trains on one of 1024 px at once."""
-    _, small, _ = made("sana-1.6b", gib=20, device=CPUS)
+    _, small, _ = made("sana-1.6b", gib=20, device=CPUS, sets=["align_head.steps=100"])
     assert small.data.count == 2 and [phase.batch for phase in small.adapt.phases] == [3, 1]
     assert [phase.steps for phase in small.adapt.phases] == [2, 2] and small.align_head.batch == 3
     assert [phase.resolution for phase in small.adapt.phases] == [512, 1024]
 
 
 def test_the_user_may_say_how_much():
-    _, small, _ = made("tiny-flux", pictures=6, steps=3)
+    _, small, _ = made("tiny-flux", pictures=6, steps=3, sets=["align_head.steps=100"])
     assert small.data.count == 6 and small.data.steps == small.adapt.phases[0].steps == small.align_head.steps == 3
 
 
