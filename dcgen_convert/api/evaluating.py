@@ -64,7 +64,7 @@ def evaluate(  # noqa: PLR0913  every option of the verb by its name
         count: number of prompts.
         metrics: names of measures, as a list or with commas between them. None: all that can run with what is at hand.
         clip, dino, pickscore, inception, detector: weights of the measures: folder, hub id or file.
-        reference: folder of pictures to compare with too.
+        reference: folder of pictures to compare with too, or "mjhq:FOLDER".
         jpeg: whether drawn pictures go through JPEG before they are measured. None: where there are reference pictures.
         resolution: side in px. None: the bundle's own.
         steps, guidance: of both models. None: each model's own.

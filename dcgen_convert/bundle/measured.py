@@ -8,6 +8,7 @@ from typing import Any
 
 from dcgen_convert.evaluation import speed, words
 from dcgen_convert.evaluation.rows import BASE, CEILING, CONVERTED, FLOOR, values
+from dcgen_convert.evaluation.rows import words as words_of
 from dcgen_convert.evaluation.summary import STAGE
 
 
@@ -28,21 +29,17 @@ def results(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What `evaluate` measured, in the form of the hub's metadata (`model-index`): a dict of each result's fields."""
     found = manifest["metrics"].get(STAGE, {})
     prompts = f"{found.get('prompts')}, {found.get('count')} prompts"
-    labels = {row["measure"]: row["label"] for row in found.get("measures", [])}
     return [
         {
             "dataset_name": prompts,
             "dataset_type": "prompts",
             "metric_type": name,
             "metric_value": float(f"{value:.6g}"),
-            "metric_name": next((label for key, label in labels.items() if _is_of(name, key)), name),
+            "metric_name": words_of(row)[name],
         }
-        for name, value in values(found.get("measures", [])).items()
+        for row in found.get("measures", [])
+        for name, value in values([row]).items()
     ]
-
-
-def _is_of(figure: str, measure: str) -> bool:
-    return figure == measure or figure.startswith(f"{measure}-")
 
 
 SETS = {BASE: "base model", CONVERTED: "this model", FLOOR: "the base with other seeds", CEILING: "autoencoder alone"}

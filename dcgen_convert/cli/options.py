@@ -200,7 +200,8 @@ EVALUATE = [
            help="Bundle or source to compare with. Default: the base that the manifest names, if it is on this "
            "machine."),
     option("--prompts", metavar="FILE|KIND",
-           help="Prompts: FILE.txt, FILE:COLUMN of a table, hf://datasets/ORG/NAME:COLUMN, builtin or tiny-world. "
+           help="Prompts: FILE.txt, FILE:COLUMN of a table, hf://datasets/ORG/NAME:COLUMN, mjhq:FOLDER, builtin or "
+           "tiny-world. "
            "Default: the kind in the bundle's recipe, else builtin."),
     option("-n", "--count", type=click.IntRange(min=2), default=256, show_default=True,
            help="Prompts: pictures of each set."),
@@ -212,7 +213,7 @@ EVALUATE = [
     option("--inception", metavar="FILE", type=PLACE, help="Inception weights of the FID. Default: off."),
     option("--detector", metavar="PATH|REPO", help="Detector of objects. Default: off, unless it is at hand."),
     option("--reference", metavar="FOLDER", type=PLACE,
-           help="Pictures to measure the distance to as well. Default: off."),
+           help="Pictures to measure the distance to as well; mjhq:FOLDER: those of MJHQ-30K. Default: off."),
     option("--jpeg/--no-jpeg", default=None,
            help="Measure drawn pictures after JPEG, as the authors do. Default: --jpeg with reference pictures, else "
            "--no-jpeg."),

@@ -51,6 +51,11 @@ class Mjhq:
     entries: list[Prompt]
     _files: dict[tuple[str, str], str] = field(default_factory=dict, repr=False, compare=False)
 
+    @property
+    def has_pictures(self) -> bool:
+        """Whether the folder has the archive of the pictures, or some of them."""
+        return (self.folder / ARCHIVE).is_file() or bool(_index(self.folder))
+
     def subset(self, count: int) -> list[Prompt]:
         """The ``count`` entries that the authors' evaluation takes, in its order.
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from dcgen_convert.core.errors import InputError
+from dcgen_convert.evaluation.rows import FORMS
 
 
 @dataclass(frozen=True)
@@ -67,4 +68,4 @@ def require_measured(gates: Sequence[Gate], names: Sequence[str], left_out: Mapp
 
 
 def _is_of(figure: str, measure: str) -> bool:
-    return figure == measure or figure.startswith(f"{measure}-")
+    return figure in [form.format(measure) for form in FORMS]

@@ -99,19 +99,32 @@ def _distances(measure: Distance, sets: Mapping[str, Tensor]) -> dict[str, Any]:
     return found
 
 
+FORMS = {  # of a figure's name
+    "{}": "",
+    "{}-difference": ", mean difference from the base",
+    "{}-ratio": ", divided by that of the base with other seeds",
+    "{}-reference": ", to the reference pictures",
+}
+
+
 def values(table: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """The figures that a gate can hold against a limit, by name; see `names`."""
-    found = {}
+    found: dict[str, float] = {}
     for row in table:
-        name = row["measure"]
-        parts = {
-            name: row.get(CONVERTED),
-            f"{name}-difference": row.get("difference"),
-            f"{name}-ratio": row.get("ratio"),
-        }
-        parts[f"{name}-reference"] = (row.get("to_reference") or {}).get(CONVERTED)
-        found |= {key: value for key, value in parts.items() if value is not None}
+        known = (
+            row.get(CONVERTED),
+            row.get("difference"),
+            row.get("ratio"),
+            (row.get("to_reference") or {}).get(CONVERTED),
+        )
+        named = zip(FORMS, known, strict=True)
+        found |= {form.format(row["measure"]): value for form, value in named if value is not None}
     return found
+
+
+def words(row: Mapping[str, Any]) -> dict[str, str]:
+    """Name of each figure of a row -> what it is."""
+    return {form.format(row["measure"]): row["label"] + said for form, said in FORMS.items()}
 
 
 def names(measures: Iterable[Measure], sets: Collection[str]) -> list[str]:

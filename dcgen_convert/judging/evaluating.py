@@ -14,7 +14,7 @@ from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import CheckFailed, InputError
 from dcgen_convert.core.files import write_json
 from dcgen_convert.core.journal import Run
-from dcgen_convert.evaluation import rows
+from dcgen_convert.evaluation import rows, summary
 from dcgen_convert.evaluation.pixels import through_jpeg
 from dcgen_convert.evaluation.rows import BASE, CEILING, CONVERTED, FLOOR, REFERENCE, Figures
 from dcgen_convert.evaluation.summary import FILE, SCHEMA, STAGE
@@ -50,7 +50,7 @@ def evaluate(asked: Asked, console: Console, crew: Crew = SOLO) -> dict[str, Any
         document = _document(trial, galleries, drawn, rows.rows(found, trial.measures))
         write_json(asked.output / FILE, document)
         _write_card(trial, document, console)
-    _judge(asked, document)
+    _judge(asked, document, console)
     return document
 
 
@@ -73,7 +73,7 @@ def _draw(trial: Trial, crew: Crew, console: Console) -> tuple[dict[str, Gallery
 def _measure(trial: Trial, galleries: Mapping[str, Gallery], console: Console) -> dict[str, Figures]:
     """What the measures say of every set, in batches: memory does not grow with the number of pictures."""
     total = sum(len(gallery) for gallery in galleries.values())
-    total += len(trial.references.files) if trial.references else 0
+    total += trial.references.count if trial.references else 0
     with console.progress("evaluate: measuring", total, "pictures") as bar:
 
         def seen(batches: Any, jpeg: bool) -> Any:
@@ -110,7 +110,7 @@ def _document(
         "jpeg": trial.jpeg,
         "reference": None
         if trial.references is None
-        else {"name": trial.references.name, "count": len(trial.references.files)},
+        else {"name": trial.references.name, "count": trial.references.count},
         "weights": {key: value for key, value in asdict(asked.weights).items() if value},
         "measures": table,
         "values": values,
@@ -141,7 +141,7 @@ def _write_card(trial: Trial, document: Mapping[str, Any], console: Console) -> 
         console.warn(f"{bundle} cannot be written: its card does not show the figures, {FILE} does")
 
 
-def _judge(asked: Asked, document: Mapping[str, Any]) -> None:
+def _judge(asked: Asked, document: Mapping[str, Any], console: Console) -> None:
     """CheckFailed for a gate that is not passed; InputError for one whose figure could not be had after all."""
     values = document["values"]
     lost = [gate for gate in asked.gates if gate.name not in values]
@@ -151,4 +151,5 @@ def _judge(asked: Asked, document: Mapping[str, Any]) -> None:
         )
     failed = [gate.told(values[gate.name]) for gate in asked.gates if not gate.passes(values[gate.name])]
     if failed:
+        console.say(summary.text(document))
         raise CheckFailed(f"{asked.bundle} does not pass: {'; '.join(failed)}", f"see {document['evaluation']}")

@@ -24,9 +24,7 @@ from dcgen_convert.core.console import Console
 from dcgen_convert.core.files import hashes, json_text, write_json
 from dcgen_convert.core.journal import fingerprint
 from dcgen_convert.data import images
-
-TOGETHER = 4 * 1024**2  # px that are measured together, 64 pictures at most
-MOST = 64
+from dcgen_convert.data.references import together
 
 
 @dataclass(frozen=True)
@@ -105,8 +103,3 @@ class Gallery:
             places = range(len(self))[start : start + together(side)]
             pixels = [images.read_pixels(self.file(place), side) for place in places]
             yield torch.stack(pixels), [self.prompts[place] for place in places]
-
-
-def together(side: int) -> int:
-    """Pictures of ``side`` px that are measured together."""
-    return max(1, min(MOST, TOGETHER // side**2))

@@ -11,20 +11,21 @@ from dcgen_convert.bundle import manifest as manifests
 from dcgen_convert.bundle.layout import read_index
 from dcgen_convert.bundle.loading import family_of, transformer_config
 from dcgen_convert.bundle.sample import check_size
+from dcgen_convert.checkpoint.source import Source
 from dcgen_convert.core import names
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_json
 from dcgen_convert.core.journal import fingerprint
-from dcgen_convert.data import prompt_lists, prompts
+from dcgen_convert.data import prompt_lists, prompts, references
+from dcgen_convert.data.references import References
 from dcgen_convert.evaluation import gates, measures, rows
 from dcgen_convert.evaluation.gates import Gate
 from dcgen_convert.evaluation.measure import Measure, Weights
 from dcgen_convert.families import Family
-from dcgen_convert.judging import painter, references
+from dcgen_convert.judging import painter
 from dcgen_convert.judging.gallery import Gallery
 from dcgen_convert.judging.painter import Painter
-from dcgen_convert.judging.references import References
 from dcgen_convert.networks import pipelines
 from dcgen_convert.recipe.drawable import own_side
 from dcgen_convert.recipe.identity import Identity
@@ -42,8 +43,8 @@ class Asked:
 
     bundle: folder. output: folder of pictures, log and evaluation.json. against: bundle or source to compare with.
     prompts: as `convert` takes them, or mjhq:FOLDER. count: prompts. metrics: names of measures. reference: folder of
-    pictures. jpeg: whether drawn pictures go through JPEG before they are measured. side: px. seed: of the first
-    picture. offline: fetch nothing.
+    pictures, or mjhq:FOLDER. jpeg: whether drawn pictures go through JPEG before they are measured. side: px. seed: of
+    the first picture. offline: fetch nothing.
     """
 
     bundle: Path
@@ -112,8 +113,9 @@ def settle(asked: Asked, console: Console) -> Trial:
     home = asked.output / "import"
     mine = painter.of_bundle(bundle, home, console, side=asked.side, **wish)
     _check_size(family, bundle, mine.side)
-    given = references.of_request(asked.reference)
-    kind, texts = _prompts(asked, manifest, labels(family, index, bundle), given)
+    given = None if asked.reference is None else references.read(asked.reference)
+    kind, texts, own = _prompts(asked, manifest, labels(family, index, bundle))
+    given = given or own
     base, why, notes = _base(asked, manifest, mine, family, home, console)
     if base is None:
         notes.append(
@@ -164,21 +166,22 @@ def _base(
         own = own_side(Identity(str(other)), grid, mine.side)
         _check_size(family_of(other), other, own)
         return painter.of_bundle(other, home, console, side=own, **wish), "", []
+    source: Source | None
+    notes: list[str] = []
     if asked.against is not None:
         identity = Identity(asked.against, offline=asked.offline)
         require_source(identity)
         place = identity.where
         source = painter.opened(asked.against, place, identity.revision, _home(home, place), offline=asked.offline)
-        notes = []
     else:
         source, place, why = painter.named_base(manifest, home)
         if source is None:
             return None, why, []
         identity, notes = Identity(source.name, offline=True), [f"the base is {source.name}, which the manifest names"]
     own = own_side(identity, grid, mine.side)
-    base = painter.of_source(source, place, manifest, console, side=own, home=_home(home, place), **wish)
-    check_size(source.family, source.config, read_json(source.vae / "config.json"), own, own)
-    return base, "", notes
+    vae = source.parts.get("vae", source.vae)  # of a source that is still to be written: in its base
+    check_size(source.family, source.config, read_json(vae / "config.json"), own, own)
+    return painter.of_source(source, place, manifest, console, side=own, home=_home(home, place), **wish), "", notes
 
 
 def _home(home: Path, place: str) -> Path:
@@ -189,16 +192,16 @@ def _home(home: Path, place: str) -> Path:
 
 
 def _prompts(
-    asked: Asked, manifest: dict[str, Any], classes: list[str] | None, given: References | None
-) -> tuple[str, list[str]]:
-    """(what the prompts are, one per picture)."""
-    if given is not None and given.prompts is not None:
-        return f"MJHQ-30K, {len(given.prompts)} in the authors' order", given.prompts
+    asked: Asked, manifest: dict[str, Any], classes: list[str] | None
+) -> tuple[str, list[str], References | None]:
+    """(what the prompts are, one per picture, the pictures that belong to them)."""
     kind = asked.prompts
+    if kind is not None and kind.startswith(references.MJHQ):
+        return f"{kind}, the authors' subset", *references.mjhq_prompts(kind, asked.count)
     if kind is None:
         known = (manifest["recipe"].get("data") or manifest["recipe"].get("drawing") or {}).get("prompts")
         kind = known if known in prompts.KINDS else BUILTIN
     if kind not in prompts.KINDS:
         prompt_lists.require_here(kind)
     texts = prompts.make(kind, asked.count, asked.seed + SEED, classes, asked.offline)
-    return "the labels of its classes" if classes and kind in prompts.KINDS else kind, texts
+    return "the labels of its classes" if classes and kind in prompts.KINDS else kind, texts, None

@@ -119,7 +119,9 @@ def of_source(source: Source, place: str, manifest: Mapping[str, Any], console: 
     with console.progress("hash the base", sizes, "B") as bar:
         source.contents(bar.advance)
     defaults, data = manifest["defaults"], manifest["recipe"].get("data") or {}
-    own = {key: data.get(key) if data.get(key) is not None else defaults[key] for key in ("steps", "guidance")}
+    own: dict[str, Any] = {
+        key: data.get(key) if data.get(key) is not None else defaults[key] for key in ("steps", "guidance")
+    }
     same = source.family.name == manifest["family"]
     return Painter(
         name=source.name,
@@ -145,7 +147,8 @@ def named_base(manifest: Mapping[str, Any], home: Path) -> tuple[Source | None, 
     """
     record = manifest["sources"].get("base") or {}
     name = str(record.get("name") or "")
-    place = catalog.find_source(name).where if catalog.find_source(name) else str(record.get("repo") or "")
+    entry = catalog.find_source(name)
+    place = entry.where if entry else str(record.get("repo") or "")
     if record.get("loras") or record.get("base"):
         return None, "", f"the base {name!r} was put together from several files"
     if not place:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from bundle.conftest import bundles, parts  # noqa: F401  fixtures
@@ -21,11 +23,11 @@ from dcgen_convert.cli.app import cli
 from dcgen_convert.core.console import NULL, Console
 from dcgen_convert.core.errors import CheckFailed, InputError
 from dcgen_convert.core.files import sha256
-from dcgen_convert.data import images
+from dcgen_convert.data import images, references
 from dcgen_convert.evaluation import gates, rows, summary
 from dcgen_convert.evaluation.measures import Distance, Score
 from dcgen_convert.evaluation.rows import Figures
-from dcgen_convert.judging import drawing, gallery
+from dcgen_convert.judging import drawing
 from dcgen_convert.judging.evaluating import evaluate
 from dcgen_convert.judging.order import Asked
 from dcgen_convert.ranks.crew import Crew
@@ -172,6 +174,25 @@ def test_reference_pictures_and_jpeg(asked, tmp_path):
     assert drawn(plain) == [0] * 4 and plain["values"] != document["values"]
 
 
+def test_mjhq_gives_prompts_in_the_authors_order_and_all_its_pictures(asked, tmp_path):
+    folder = tmp_path / "mjhq"
+    entries = {f"{i:02d}": {"category": "animals", "prompt": f"a fox {i}"} for i in range(6)}
+    (folder / "animals").mkdir(parents=True)
+    (folder / "meta_data.json").write_text(json.dumps(entries))
+    only = replace(asked, prompts=f"mjhq:{folder}", metrics=("colour",))
+    assert evaluate(only, NULL)["reference"] is None
+    for name in entries:
+        images.to_image(torch.rand(3, 70, 70) * 2 - 1).save(folder / "animals" / f"{name}.jpg")
+    document = evaluate(only, NULL)
+    order = numpy.random.RandomState(0).choice(6, 3, replace=False)
+    files = sorted((asked.output / "pictures").glob("converted-*/*.png"))
+    hashes = [hashlib.sha256(f"a fox {number}".encode()).hexdigest()[:12] for number in order]
+    assert [file.name for file in files] == [f"{i}-{digest}.png" for i, digest in enumerate(hashes)]
+    assert document["reference"]["count"] == 6 and document["jpeg"] and "colour-reference" in document["values"]
+    with pytest.raises(InputError, match="has 6 prompts, and 7 are asked for"):
+        evaluate(replace(only, count=7), NULL)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -282,7 +303,7 @@ def test_the_bundle_is_right_at_every_moment_while_its_card_is_written(asked, mo
 
 
 def test_pictures_are_measured_in_batches_of_bounded_size(tmp_path):
-    assert [gallery.together(side) for side in (128, 256, 1024, 4096)] == [64, 64, 4, 1]
+    assert [references.together(side) for side in (128, 256, 1024, 4096)] == [64, 64, 4, 1]
 
 
 def test_keywords_become_the_options_of_the_verb():

@@ -1,0 +1,68 @@
+"""Pictures that were given to compare with: a folder of them, or MJHQ-30K."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.data import gathering, images, mjhq
+
+MJHQ = "mjhq:"  # before the folder of the data set
+TOGETHER = 4 * 1024**2  # px that are measured together, MOST pictures at most
+MOST = 64
+
+
+@dataclass(frozen=True)
+class References:
+    """Given pictures.
+
+    Attributes:
+        name: as the user gave it. count: how many there are.
+        stream: gives the pictures at a side in px one by one, (3, side, side) in [-1, 1], as `images.fitted`.
+    """
+
+    name: str
+    count: int
+    stream: Callable[[int], Iterator[Tensor]]
+
+    def batches(self, side: int) -> Iterator[tuple[Tensor, list[str]]]:
+        """The pictures at ``side`` px, (B, 3, side, side) in [-1, 1], without captions."""
+        pictures = self.stream(side)
+        while part := list(islice(pictures, together(side))):
+            yield torch.stack(part), []
+
+
+def together(side: int) -> int:
+    """Pictures of ``side`` px that are measured together."""
+    return max(1, min(MOST, TOGETHER // side**2))
+
+
+def read(name: str) -> References:
+    """The pictures in a folder, or all of those of `mjhq:FOLDER`.
+
+    Raises:
+        InputError: there is no such folder, or it has fewer than 2 pictures.
+    """
+    if name.startswith(MJHQ):
+        every = mjhq.read(Path(name.removeprefix(MJHQ)))
+        return References(name, len(every.entries), lambda side: every.pictures(every.entries, side))
+    path = Path(name).expanduser().absolute()
+    if not path.is_dir():
+        raise InputError(f"the reference {path} is not a folder", "give a folder of pictures, or mjhq:FOLDER")
+    files = sorted(gathering.gather(path)[0])
+    if len(files) < 2:
+        raise InputError(f"the reference {path} holds {len(files)} pictures, and at least 2 are needed", "give more")
+    return References(name, len(files), lambda side: (images.read_pixels(file, side) for file in files))
+
+
+def mjhq_prompts(name: str, count: int) -> tuple[list[str], References | None]:
+    """(the prompts of the authors' subset of `mjhq:FOLDER` in their order, its pictures if the folder has any)."""
+    found = mjhq.read(Path(name.removeprefix(MJHQ)))
+    texts = [entry.prompt for entry in found.subset(count)]
+    return texts, read(name) if found.has_pictures else None
