@@ -9,9 +9,10 @@ from functools import cached_property
 from typing import Any
 
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.evaluation import clip, dino, inception, ocr, tiny_world
+from dcgen_convert.evaluation import clip, dino, geneval, geneval_prompts, inception, ocr, tiny_world
 from dcgen_convert.evaluation.clip import ClipScore, Cmmd, PickScore, Tower
 from dcgen_convert.evaluation.dino import FrechetDino
+from dcgen_convert.evaluation.geneval import GenEval
 from dcgen_convert.evaluation.inception import Fid
 from dcgen_convert.evaluation.measure import Distance, Measure, Score, Weights
 from dcgen_convert.evaluation.ocr import Ocr
@@ -83,6 +84,7 @@ def known() -> dict[str, Known]:
         Known(PickScore, _pickscore, _needs(clip.PICKSCORE)),
         Known(Fid, _fid, f"{inception.OPTION} FILE; the package torch-fidelity (extra eval)"),
         Known(Ocr, lambda _: ocr.ocr(), "RapidOCR, Tesseract or EasyOCR; captions with words in quotes", _no_quotes),
+        Known(GenEval, _geneval, f"{_needs(geneval.DETECTOR)}; {_needs(clip.CLIP)}; GenEval's prompts", _not_geneval),
         Known(Accuracy, lambda _: Accuracy(), tiny, _not_tiny),
         Known(TinyFrechet, lambda _: TinyFrechet(), tiny, _not_tiny),
         Known(TinyCmmd, lambda _: TinyCmmd(), tiny, _not_tiny),
@@ -150,6 +152,10 @@ def _fid(setting: Setting) -> Measure:
     return inception.fid(setting.weights.inception, setting.device)
 
 
+def _geneval(setting: Setting) -> Measure:
+    return GenEval(geneval.detector(setting.weights.detector, **setting.finding), setting.clip)
+
+
 def _unknown(name: str, table: Iterable[str]) -> InputError:
     hits = difflib.get_close_matches(name, list(table), n=1, cutoff=0.4)
     nearest = f"did you mean {hits[0]}? " if hits else ""
@@ -158,6 +164,10 @@ def _unknown(name: str, table: Iterable[str]) -> InputError:
 
 def _no_quotes(setting: Setting) -> str | None:
     return None if any(map(ocr.quoted, setting.captions)) else "no caption has words in quotes"
+
+
+def _not_geneval(setting: Setting) -> str | None:
+    return None if any(map(geneval_prompts.read, setting.captions)) else "no caption is a prompt of GenEval"
 
 
 def _not_tiny(setting: Setting) -> str | None:

@@ -32,6 +32,7 @@ DINO: dict[str, Any] = {
     "image_mean": (0.485, 0.456, 0.406),
     "image_std": (0.229, 0.224, 0.225),
 }
+DETECTOR: dict[str, Any] = {**DINO, "size": 800, "do_center_crop": False, "resample": Image.Resampling.BILINEAR}
 
 
 @dataclass(frozen=True)

@@ -126,8 +126,11 @@ def checked(folder: Path, needed: Needed) -> Path:
     return folder
 
 
-def load(cls: Any, folder: Path, device: str) -> Any:
+def load(cls: Any, folder: Path, device: str, attention: str = "sdpa") -> Any:
     """The network of class ``cls`` of transformers in ``folder``, in float32 and for inference.
+
+    Args:
+        attention: implementation; one that the class has.
 
     Raises:
         InputError: it does not load, or lacks tensors that its config asks for.
@@ -139,7 +142,7 @@ def load(cls: Any, folder: Path, device: str) -> Any:
             model, info = cls.from_pretrained(
                 folder,
                 dtype=torch.float32,
-                attn_implementation="sdpa",  # whatever the config says: it may name code on the hub
+                attn_implementation=attention,  # whatever the config says: it may name code on the hub
                 output_loading_info=True,
                 use_safetensors=True,
                 local_files_only=True,
