@@ -9,7 +9,7 @@ FOUND = experiments.experiments()
 
 
 def test_experiments_are_no_recipes():
-    assert len(FOUND) >= 5
+    assert len(FOUND) >= 6
     assert not any(name.startswith(shelf.EXPERIMENTS) for name in shelf.names())
 
 
