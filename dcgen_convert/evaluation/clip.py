@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dcgen_convert.core.errors import AccessError, InputError
+from dcgen_convert.core.files import read_object
 from dcgen_convert.evaluation import preparation, weights
 from dcgen_convert.evaluation.kernel import cmmd
 from dcgen_convert.evaluation.measure import Distance, Score
@@ -18,6 +19,7 @@ CLIP = weights.Needed("a CLIP model", "clip", "--clip", "openai/clip-vit-large-p
 PICKSCORE = weights.Needed("a PickScore model", "clip", "--pickscore", "yuvalkirstain/PickScore_v1")
 PICKSCORE_TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # the model's repository has none of its own
 TOKENS = 77  # a longer caption is cut, as the authors' code does
+SIDE = 224  # px that a model takes whose config does not say it
 AT_ONCE = 32  # pictures
 
 
@@ -32,6 +34,13 @@ class Tower:
     def __init__(self, folder: Path, tokenizer: Path, device: str) -> None:
         self.folder, self.device, self._tokenizer_folder = folder, device, tokenizer
         self.prepared = preparation.read(folder, preparation.CLIP)
+        config = read_object(folder / "config.json").get("vision_config")
+        side = config.get("image_size", SIDE) if isinstance(config, dict) else SIDE
+        if self.prepared.shape != (side, side):
+            raise InputError(
+                f"{folder} prepares pictures of another size, {self.prepared.shape}, than its model takes, {side} px",
+                weights.FETCH,
+            )
 
     @cached_property
     def model(self) -> Any:

@@ -33,6 +33,7 @@ DINO: dict[str, Any] = {
     "image_std": (0.229, 0.224, 0.225),
 }
 DETECTOR: dict[str, Any] = {**DINO, "size": 800, "do_center_crop": False, "resample": Image.Resampling.BILINEAR}
+LARGEST = 4096  # px of a side
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ class Preparation:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resample: int = Image.Resampling.BICUBIC
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """(height, width) in px of what comes out for a square picture; None: that of the picture."""
+        return self.crop or self.size or ((self.shortest, self.shortest) if self.shortest else None)
 
     def __call__(self, pictures: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, 3, h, w) float32 on the CPU, by way of 8 bits."""
@@ -97,15 +103,23 @@ def read(folder: Path, usual: Mapping[str, Any]) -> Preparation:
         mean, std = (tuple(map(float, found[key])) for key in ("image_mean", "image_std"))
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError("image_mean and image_std must be three numbers each")
-        return Preparation(shortest, size, crop, mean, std, int(found.get("resample", Image.Resampling.BICUBIC)))
+        filter_ = Image.Resampling(found.get("resample", Image.Resampling.BICUBIC))
+        return Preparation(shortest, size, crop, mean, std, filter_)
 
 
 def _size(value: Any) -> tuple[int | None, tuple[int, int] | None]:
     """(shortest, size) of a config: a number is the shorter side."""
     if isinstance(value, Mapping) and "shortest_edge" in value:
         value = value["shortest_edge"]
-    return (int(value), None) if isinstance(value, int) else (None, _pair(value))
+    return (_side(value), None) if isinstance(value, int) else (None, _pair(value))
 
 
 def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (int(value["height"]), int(value["width"]))
+    height, width = (value, value) if isinstance(value, int) else (value["height"], value["width"])
+    return _side(height), _side(width)
+
+
+def _side(value: Any) -> int:
+    if not isinstance(value, int) or not 1 <= value <= LARGEST:
+        raise ValueError(f"a side of a picture must be from 1 to {LARGEST} px, not {str(value)[:40]}")
+    return value

@@ -62,12 +62,25 @@ def test_tiny_measures_are_the_figures_of_the_conversion():
     measure = only("frechet", captions)
     a, b = measure.features(pictures), measure.features(noisy)
     assert measure.distance(a, b) == pytest.approx(frechet(tiny_world.features(pictures), tiny_world.features(noisy)))
-    large, texts = drawn(4, 5, side=256)
-    real = tiny_world._real(4, texts, 31, 256)
-    crops = only("crops-frechet", texts)
-    assert crops.distance(crops.features(large), crops.features(real)) == pytest.approx(
-        tiny_world.distance_of_crops(large, texts), rel=1e-5
-    )
+    large, other = drawn(4, 5, side=256)[0], drawn(4, 6, side=256)[0]
+    crops = only("crops-frechet", captions)
+    expected = frechet(*(tiny_world.features(tiny_world.crops(pictures)) for pictures in (large, other)))
+    assert crops.distance(crops.features(large), crops.features(other)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_distances_follow_the_accuracy_as_pictures_get_worse():
+    """More and more noise: the accuracy falls, and both distances to other pictures of the tiny world rise."""
+    pictures, captions = drawn(50)
+    noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(7))
+    real = tiny_world.features(drawn(80, 31)[0])
+    rows = []
+    for strength in (0, 0.2, 0.5, 1.0):
+        worse = (pictures + strength * noise).clamp(-1, 1)
+        features = tiny_world.features(worse)
+        distances = [only(name, captions).distance(features, real) for name in ("frechet", "tiny-cmmd")]
+        rows.append((-only("accuracy", captions).scores(worse, captions).mean().item(), *distances))
+    for column in zip(*rows, strict=True):
+        assert list(column) == sorted(set(column)), rows
 
 
 def test_cmmd_against_loops_over_pairs():

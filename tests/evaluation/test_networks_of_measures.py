@@ -154,7 +154,14 @@ def test_older_and_newer_forms_of_the_preparation(tmp_path):
     document = {"image_processor": {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}}
     (tmp_path / "processor_config.json").write_text(json.dumps(document))
     assert preparation.read(tmp_path, preparation.CLIP).crop == (336, 336)
-    for damaged in ('{"image_processor": {"size": "large"}}', '{"image_processor": {"image_std": [0, 1, 1]}}', "[]"):
+    for damaged in (
+        '{"image_processor": {"crop_size": 0}}',
+        '{"image_processor": {"size": {"shortest_edge": -5}}}',
+        '{"image_processor": {"resample": 77}}',
+        '{"image_processor": {"size": "large"}}',
+        '{"image_processor": {"image_std": [0, 1, 1]}}',
+        "[]",
+    ):
         (tmp_path / "processor_config.json").write_text(damaged)
         with pytest.raises(InputError, match="processor_config.json"):
             preparation.read(tmp_path, preparation.CLIP)
@@ -181,6 +188,9 @@ def test_folders_that_cannot_be_used_are_one_sentence(clip_folder, dino_folder, 
     refused("--clip names .*which does not exist", clip=str(tmp_path / "nowhere"))
     refused("--dino, is a file|--dino names, is a file", dino=str(clip_folder / "config.json"))
     refused("has no config.json", clip=str(tmp_path))
+    other = changed(clip_folder, tmp_path / "other")
+    (other / "preprocessor_config.json").write_text('{"crop_size": 48, "size": 48}')
+    refused(r"prepares pictures of another size, \(48, 48\), than its model takes, 32 px", clip=str(other))
     bare = changed(clip_folder, tmp_path / "bare")
     (bare / "model.safetensors").rename(bare / "pytorch_model.bin")
     refused("has no model.safetensors; pickles are not read", clip=str(bare))
