@@ -18,6 +18,7 @@ from dcgen_convert.evaluation.metrics import frechet
 from dcgen_convert.tiny import world
 from dcgen_convert.tiny.evaluator import Evaluator
 
+FEWEST = 256  # newly drawn pictures
 WEIGHTS = Path(world.__file__).parent / "weights" / "evaluator.safetensors"
 
 
@@ -87,11 +88,11 @@ def crops(pictures: Tensor) -> Tensor:
 
 
 def distance(pictures: Tensor, captions: list[str], seed: int = 31) -> float:
-    """Frechet distance to newly drawn pictures. There are as many of them as ``pictures``, but at least 256.
+    """Frechet distance to newly drawn pictures. There are as many of them as ``pictures``, but at least FEWEST.
 
     For pictures of classes the newly drawn pictures are of classes too.
     """
-    return frechet(features(pictures), features(_real(len(pictures), captions, seed, world.SIDE)))
+    return frechet(features(pictures), _real(_count(pictures), _by_class(captions), seed, world.SIDE))
 
 
 def distance_of_crops(pictures: Tensor, captions: list[str], seed: int = 31, side: int | None = None) -> float:
@@ -100,11 +101,21 @@ def distance_of_crops(pictures: Tensor, captions: list[str], seed: int = 31, sid
     Args:
         side: px; only needed where ``pictures`` are the `centre` of each.
     """
-    real = _real(len(pictures), captions, seed, side or pictures.shape[-1])
-    return frechet(features(crops(pictures)), features(crops(real)))
+    side = side or pictures.shape[-1]
+    return frechet(features(crops(pictures)), _real(_count(pictures), _by_class(captions), seed, side, cropped=True))
 
 
-def _real(count: int, captions: list[str], seed: int, side: int) -> Tensor:
-    """At least ``count`` and 256 pictures of the kind of ``captions``, newly drawn at ``side`` px."""
-    labels = world.sample_labels(max(256, count), seed, by_class=world.parse(captions[0]) is None)
-    return torch.cat([world.draw(rows, seed + i, side) for i, rows in enumerate(labels.split(100))])
+def _count(pictures: Tensor) -> int:
+    return max(FEWEST, len(pictures))
+
+
+def _by_class(captions: list[str]) -> bool:
+    return world.parse(captions[0]) is None
+
+
+@cache
+def _real(count: int, by_class: bool, seed: int, side: int, cropped: bool = False) -> Tensor:
+    """Features of ``count`` newly drawn pictures, or of their crops. Several sets are compared with the same ones."""
+    labels = world.sample_labels(count, seed, by_class=by_class)
+    drawn = torch.cat([world.draw(rows, seed + i, side) for i, rows in enumerate(labels.split(100))])
+    return features(crops(drawn) if cropped else drawn)

@@ -73,9 +73,10 @@ def test_crops_are_the_middle_of_the_picture_at_its_own_pixels():
     assert torch.equal(whole, pictures[0, :, 22:278, 22:278])
 
 
-def test_distance_of_crops_sees_what_shrinking_hides():
+def test_distance_of_crops_sees_what_shrinking_hides(monkeypatch):
     """Noise of one pixel's size averages out when the judge shrinks a picture of 512 px."""
-    labels = world.sample_labels(64, 9)
+    monkeypatch.setattr(tiny_world, "FEWEST", 24)
+    labels = world.sample_labels(24, 9)
     clean, captions = world.draw(labels, 9, 512), [world.caption(row.tolist()) for row in labels]
     noisy = clean + 0.25 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     whole, parts = (
