@@ -22,12 +22,16 @@ HERE = str(Path(__file__).parent)
 SERVER = multiprocessing.get_context("forkserver")
 # What a run or an import in the test process may have set meanwhile; each run has its own value, or sets it itself.
 OWN = {"PYTEST_CURRENT_TEST", "DS_ACCELERATOR", "TQDM_DISABLE", "TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"}
+# What torch and a training in the test process leave behind: no run needs it, and a fork would seem impossible.
+LEFT = {"LOCAL_RANK", "PYTORCH_NVML_BASED_CUDA_CHECK", "TORCHINDUCTOR_CACHE_DIR"}
 
 
 def environment() -> dict[str, str]:
     """For the command: this repository's package, and no terminal."""
     path = os.pathsep.join(filter(None, [str(Path(HERE).parent), os.environ.get("PYTHONPATH", "")]))
-    return {**os.environ, "CI": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    dropped = set() if "RANK" in os.environ else LEFT
+    own = {name: value for name, value in os.environ.items() if name not in dropped}
+    return {**own, "CI": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
 
 
 FIRST = environment()

@@ -37,8 +37,10 @@ def test_a_bfl_file_converts_to_the_folders_result(converted, tmp_path):
         "run",
         "-y",
         "--json",
+        "--until",
+        "bundle",
     ]
-    done = run_cli(*arguments, *short_settings(**{"evaluate.prompts": 0}), cwd=tmp_path)
+    done = run_cli(*arguments, *short_settings(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert [stage["name"] for stage in json.loads(done.stdout)["stages"]][:2] == ["import", "surgery"]
     found, wanted = (tensors(folder / "run" / "merge-1" / "transformer") for folder in (tmp_path, converted))

@@ -4,6 +4,7 @@ import json
 import subprocess
 
 import pytest
+import warm
 
 from dcgen_convert.core.files import TEMPORARY
 from dcgen_convert.train import checkpoints
@@ -34,10 +35,17 @@ def small_disk(tmp_path):
         subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A training that nothing has stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    adapt(folder)
+    return folder
+
+
 @pytest.mark.parametrize("world", [1, 2])
-def test_full_disk_in_a_save(tmp_path, small_disk, world):
-    adapt(tmp_path / "whole")
-    size = sum(path.stat().st_size for path in checkpoints.whole(tmp_path / "whole" / "checkpoints")[0].iterdir())
+def test_full_disk_in_a_save(tmp_path, small_disk, whole, world):
+    size = sum(path.stat().st_size for path in checkpoints.whole(whole / "checkpoints")[0].iterdir())
     disk = small_disk(5 * size // 2)  # two checkpoints, and half of the third
     log, job = tmp_path / "ranks.log", {"folder": str(disk / "run"), "saving": [4, 0.0]}
     ranks = start_ranks(world, [job], log)
@@ -56,6 +64,11 @@ def test_full_disk_in_a_save(tmp_path, small_disk, world):
     small_disk(20 * size)
     run_ranks(world, [job], log)
     if world == 1:
-        assert losses(disk / "run") == losses(tmp_path / "whole")
+        assert losses(disk / "run") == losses(whole)
     else:
-        assert max(abs(a - b) for a, b in zip(losses(disk / "run"), losses(tmp_path / "whole"), strict=True)) < 1e-6
+        assert max(abs(a - b) for a, b in zip(losses(disk / "run"), losses(whole), strict=True)) < 1e-6
+
+
+def test_a_training_in_this_process_lets_later_runs_be_forks(whole):
+    """Else each start of the command in all later test files would import the large packages again."""
+    assert warm.serves(warm.environment())
