@@ -114,6 +114,7 @@ CHANGES = {
     "align_head.draws=3": ["align-head"],
     "adapt.ema=0.5": ["align-head", "adapt-1"],
     "adapt.phases.0.lr=0.5": ["adapt-1"],
+    "adapt.lora_start=gradient": ["adapt-1"],
     "quantize.fuse_qkv=true": ["quantize"],
     "seed=7": ["data", "align-embedder", "align-head", "adapt-1", "quantize"],
 }
@@ -227,6 +228,25 @@ def test_the_hint_of_an_out_of_memory_error_continues_the_training(stopped, tmp_
     assert weights.keys() == wanted.keys()
     for name, tensor in weights.items():
         torch.testing.assert_close(tensor, wanted[name], rtol=1e-4, atol=1e-5)
+
+
+def test_where_lora_begins_is_found_once_and_goes_on(stopped, tmp_path):
+    """A run that was stopped goes on from the same start; its LoRA has twice the rank, and is merged."""
+    begin = ["adapt.lora_start=gradient"]
+    for stage in STAGES[: STAGES.index("adapt-1")]:
+        shutil.copytree(stopped / "whole" / stage, tmp_path / "run" / stage)
+    with pytest.raises(Terminated):
+        convert(resolved(begin), tmp_path / "run", tmp_path / "out", Stopping(STOP), until="adapt-1")
+    file = tmp_path / "run" / "adapt-1" / "checkpoints" / "lora-start.safetensors"
+    before = file.stat().st_mtime_ns
+    done = convert(resolved(begin), tmp_path / "run", tmp_path / "out", NULL, until="merge-1")
+    assert resumed_from(tmp_path / "run") == STOP and file.stat().st_mtime_ns == before
+    (losses, weights), (zero, plain) = trained(tmp_path / "run"), trained(stopped / "whole")
+    assert losses[0] == pytest.approx(zero[0], rel=1e-5) and losses[-1] != pytest.approx(zero[-1], rel=1e-5)
+    changed = {name for name in plain if plain[name].shape != weights[name].shape}
+    assert changed == {name for name in plain if ".lora_" in name}
+    assert all(max(weights[name].shape) == 2 * 32 or min(weights[name].shape) == 2 * 32 for name in changed)
+    assert done["stages"][-1]["metrics"]["merged"] == len(changed) // 2
 
 
 def test_a_stopped_and_then_finished_run_holds_and_its_bundle_states_its_recipe(stopped, tmp_path, capsys):

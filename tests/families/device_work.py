@@ -34,6 +34,7 @@ from dcgen_convert.svdquant.runtime import emulate, load_dequantised
 from dcgen_convert.svdquant.settings import QuantSettings
 from dcgen_convert.svdquant.targets import plan_targets
 from dcgen_convert.train import lora, objective, phases
+from dcgen_convert.train.gradient_start import Gradients
 from dcgen_convert.train.prefetch import pinned
 from dcgen_convert.train.ridge import NormalEquations
 
@@ -227,6 +228,20 @@ def lora_step(bench: Bench, device: str, consistency: float = 0.0) -> list[Tenso
     return [*losses, *(p.grad.cpu() for p in trained if p.grad is not None), *(p.detach().cpu() for p in trained)]
 
 
+def lora_start(bench: Bench, device: str) -> list[Tensor]:
+    """The gradients that LoRA begins along, of two micro-batches."""
+    model = bench.model(device)
+    task, paths = bench.task(model), lora.targeted(model, bench.family.lora_targets)
+    trained = {id(parameter) for _, parameter in lora.trainable(model, task.modules)}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+    gradients, loss_of = Gradients.of(model, paths), task.loss()
+    with gradients.listening():
+        for step in range(2):
+            loss_of(*objective.to_device(bench.batch(task, step), device)).backward()
+    return [gradients.sums[path].cpu() for path in paths if path in gradients.sums]
+
+
 def consistency(bench: Bench, device: str) -> list[Tensor]:
     return lora_step(bench, device, consistency=0.5)
 
@@ -271,6 +286,7 @@ WORK: dict[str, Callable[[Bench, str], list[Tensor]]] = {
     "gap": gaps,
     "grid": picture_grid,
     "lora": lora_step,
+    "lora start": lora_start,
     "consistency": consistency,
     "nvfp4": partial(quantisation, precision="nvfp4"),
     "int4": partial(quantisation, precision="int4"),
@@ -287,7 +303,7 @@ def micro_step(bench: Bench, device: str) -> Once:
     """Of a phase: loss and backward pass of one micro-batch, which the reading thread has pinned."""
     model = bench.model(device)
     task = bench.task(model)
-    lora.add_lora(model, bench.family.lora_targets, 2, 2.0, SEED)
+    lora.add_lora(model, bench.family.lora_targets, 2, 2.0, SEED, start={})  # with the frozen LoRA beside it
     for _, parameter in lora.trainable(model, task.modules):
         parameter.requires_grad_()
     loss_of, batch = task.loss(), pinned(bench.batch(task))

@@ -22,7 +22,12 @@ from .tiny_models import TINY
 
 OFTEN = ("head", "lora")
 WHOLE = ("flux", "dit", "sana")
-TOLERANCE = {"consistency": 5e-3, "grid": 5e-3, "lora": 2e-3}  # of the largest number; 5e-3 is one step of 8 bits
+TOLERANCE = {
+    "consistency": 5e-3,
+    "grid": 5e-3,
+    "lora": 2e-3,
+    "lora start": 2e-3,
+}  # of the largest number; 5e-3 is one step of 8 bits
 
 
 def pytest_generate_tests(metafunc):
