@@ -114,9 +114,9 @@ def test_a_colour_is_that_of_the_object_alone():
     from PIL import Image
 
     image = Image.new("RGB", (100, 100), "blue")
-    image.paste("red", (10, 20, 30, 70))
+    image.paste("red", (10, 20, 20, 70))
     one = seen(10, 20, 40, 70)
-    one.mask[:, 30:] = False  # within the box, but not of the object
+    one.mask[:, 20:] = False  # within the box, but not of the object
     tower = Pure()
     assert geneval.Colors(tower)(image, [one], "dog") == ["red"] and tower.size == (50, 30)
     assert geneval.Colors(tower)(image, [seen(40, 0, 90, 90)], "dog") == ["blue"]
