@@ -122,7 +122,9 @@ def checked(folder: Path, needed: Needed) -> Path:
             f"{needed.usual} fits",
         )
     if not any(folder.glob("model*.safetensors")):
-        raise InputError(f"{folder} has no model.safetensors; pickles are not read", f"{needed.usual} has one")
+        raise InputError(
+            f"{folder} has no model.safetensors; pickles are not read", f"{needed.option} takes one that has it"
+        )
     return folder
 
 
