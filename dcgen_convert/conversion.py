@@ -162,6 +162,10 @@ def convert(  # noqa: PLR0913  every option of the verb by its name
             console.say(line)
         console.say(job.alignment.told)
         pictures.require_all(job)
+        if job.recipe.evaluate.measures:
+            from dcgen_convert.stages import compare, judged
+
+            judged.require(job, job.recipe.seed + compare.SEED)
         require_possible(resolved.recipe, resolved.identity)
         require_disk(resolved, run.path, output, until)
         record = {

@@ -20,14 +20,20 @@ def rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         *_training(metrics, recipe),
         *_quantised(metrics.get("quantize", {}), metrics.get("verify", {})),
         *_compared(metrics.get("verify", {})),
-        *_evaluated(metrics.get(STAGE, {})),
+        *_evaluated(_evaluation(metrics)),
         *speed.rows(metrics.get("benchmark", {})),
     ]
 
 
+def _evaluation(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the verb `evaluate` measured, else what stage `verify` did with `evaluate.metrics`; empty for neither."""
+    found: Mapping[str, Any] = metrics.get(STAGE) or metrics.get("verify", {}).get("evaluation") or {}
+    return found
+
+
 def results(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What `evaluate` measured, in the form of the hub's metadata (`model-index`): a dict of each result's fields."""
-    found = manifest["metrics"].get(STAGE, {})
+    found = _evaluation(manifest["metrics"])
     prompts = f"{found.get('prompts')}, {found.get('count')} prompts"
     return [
         {

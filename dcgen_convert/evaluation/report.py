@@ -23,11 +23,12 @@ from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import atomic_write, read_json, read_lines, read_object, understood
 from dcgen_convert.core.journal import CLEANED, MARKER
 from dcgen_convert.core.spelling import plain
-from dcgen_convert.evaluation import speed, words
+from dcgen_convert.evaluation import speed, summary, words
 from dcgen_convert.evaluation.charts import line_chart
 from dcgen_convert.evaluation.layers import layer_section
 
 REPORT = "report.html"
+EVALUATION = "evaluation"  # key of a stage's metrics: what the measures said, in tables of their own
 PICTURES = 8  # per stage; grids first
 Series = dict[str, list[tuple[float, float]]]  # name of a line in a chart -> its points (x, y)
 CURVES = ("loss", "grad_norm", "lr")  # columns drawn, in this order, where a step file has them
@@ -100,7 +101,27 @@ def _verdict(stages: list[tuple[Path, dict[str, Any]]]) -> list[str]:
     for path in sorted(folder.glob("*grid*.png")):
         parts += ["<h2>base model and bundle</h2>", _picture(path, "the same prompt and the same seed in each row")]
     rows = [row for row in scalars(metrics) if row[0] != "checks"]
-    return [*parts, _figures(rows)] if rows else parts
+    parts += [_figures(rows)] if rows else []
+    return [*parts, *_evaluated(metrics.get(EVALUATION)), *_evaluated(_of_the_verb(folder.parent))]
+
+
+def _evaluated(found: Any) -> list[str]:
+    """What the measures of `evaluate` said of base and bundle."""
+    if not isinstance(found, Mapping) or not found.get("measures"):
+        return []
+    base = f"beside {found['base']}" if found.get("base") else "without a base"
+    told = f"{found['count']} prompts ({found['prompts']}), {base}"
+    return ["<h2>evaluation</h2>", f"<p>{escape(told)}</p>", summary.html(found["measures"])]
+
+
+def _of_the_verb(run: Path) -> Any:
+    """What the verb `evaluate` wrote into the manifest of this run's bundle; None where it was not run."""
+    record = run / names.RECIPE
+    output = read_object(record).get("output") if record.is_file() else None
+    manifest = Path(str(output)) / names.MANIFEST
+    if output is None or not manifest.is_file():
+        return None
+    return (read_object(manifest).get("metrics") or {}).get(summary.STAGE)
 
 
 def _picture(path: Path, label: str) -> str:
@@ -203,7 +224,7 @@ def scalars(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = []
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            rows += scalars(value, f"{prefix}{key}.")
+            rows += [] if key == EVALUATION else scalars(value, f"{prefix}{key}.")
         elif not isinstance(value, list):
             rows.append((prefix + key, value))
         elif not _is_layers(value) and not all(map(_is_number, value)):
@@ -220,7 +241,7 @@ def charts(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Series]:
     }
     found = {prefix.rstrip(".") or ", ".join(own): own} if own else {}
     for key, value in tree.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and key != EVALUATION:
             found |= charts(value, f"{prefix}{key}.")
     return found
 

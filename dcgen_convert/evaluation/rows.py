@@ -23,6 +23,7 @@ from dcgen_convert.evaluation import paired
 from dcgen_convert.evaluation.measure import Distance, Measure, Score
 
 CONVERTED, BASE, FLOOR, CEILING, REFERENCE = "converted", "base", "floor", "ceiling", "reference"
+OTHER = 1_000_000_007  # added to the seeds of the floor
 DRAWN = (CONVERTED, BASE, FLOOR, CEILING)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
 from io import StringIO
 from typing import Any
 
@@ -15,34 +16,52 @@ WIDTH = 118  # columns
 
 
 def text(document: Mapping[str, Any]) -> str:
-    """Two tables, of scores and of distances, and what else the reader must know."""
-    scores = [row for row in document["measures"] if row["kind"] == "score"]
-    distances = [row for row in document["measures"] if row["kind"] == "distance"]
-    parts = []
-    if scores:
-        columns = {"base": BASE, "converted": CONVERTED, "ceiling": CEILING}
-        cells = [
-            [*_head(row), *(_number(row.get(key)) for key in columns.values()), _difference(row)] for row in scores
-        ]
-        parts.append(_table(["score", "better", *columns, "converted - base (95 %)"], cells))
-    if any(CONVERTED in row for row in distances):
-        columns = {"converted": CONVERTED, "noise floor": FLOOR, "ceiling": CEILING, "ratio": "ratio"}
-        cells = [[*_head(row), *(_number(row.get(key)) for key in columns.values())] for row in distances]
-        parts.append(_table(["distance to the base", "better", *columns], cells))
-    if any("to_reference" in row for row in distances):
-        columns = {"base": BASE, "converted": CONVERTED, "ceiling": CEILING}
-        cells = [
-            [*_head(row), *(_number(row["to_reference"].get(key)) for key in columns.values())] for row in distances
-        ]
-        parts.append(_table(["distance to the reference", "better", *columns], cells))
+    """The tables, and what else the reader must know."""
+    parts = [_drawn_table(head, cells) for head, cells in tables(document["measures"])]
     lines = [f"left out: {name} ({reason})" for name, reason in document["left_out"].items()]
     lines += [f"note: {note}" for note in document["notes"]]
     lines += [_gate(gate) for gate in document["gates"]]
     return "\n".join([*parts, *lines, str(document["evaluation"])])
 
 
+def tables(measured: Sequence[Mapping[str, Any]]) -> Iterator[tuple[list[str], list[list[str]]]]:
+    """(head, cells) of each table: scores, distances to the base, and distances to the reference."""
+    scores = [row for row in measured if row["kind"] == "score"]
+    distances = [row for row in measured if row["kind"] == "distance"]
+    sets = {"base": BASE, "converted": CONVERTED, "ceiling": CEILING}
+    if scores:
+        cells = [[*_head(row), *_numbers(row, sets), _difference(row)] for row in scores]
+        yield ["score", "better", *sets, "converted - base (95 %)"], cells
+    if any(CONVERTED in row for row in distances):
+        columns = {"converted": CONVERTED, "noise floor": FLOOR, "ceiling": CEILING, "ratio": "ratio"}
+        yield (
+            ["distance to the base", "better", *columns],
+            [[*_head(row), *_numbers(row, columns)] for row in distances],
+        )
+    if any("to_reference" in row for row in distances):
+        cells = [[*_head(row), *_numbers(row["to_reference"], sets)] for row in distances]
+        yield ["distance to the reference", "better", *sets], cells
+
+
+def html(measured: Sequence[Mapping[str, Any]]) -> str:
+    """The tables as HTML, each measure with its label."""
+    labels = {row["measure"]: row["label"] for row in measured}
+    parts = []
+    for head, cells in tables(measured):
+        rows = ["".join(f"<th>{escape(name)}</th>" for name in head)]
+        for name, *rest in cells:
+            title = f'<td title="{escape(labels[name])}">{escape(labels[name])} ({escape(name)})</td>'
+            rows.append(title + "".join(f"<td>{escape(cell)}</td>" for cell in rest))
+        parts.append(f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>")
+    return "".join(parts)
+
+
 def _head(row: Mapping[str, Any]) -> list[str]:
     return [row["measure"], row["better"]]
+
+
+def _numbers(values: Mapping[str, Any], columns: Mapping[str, str]) -> list[str]:
+    return [_number(values.get(key)) for key in columns.values()]
 
 
 def _number(value: float | None) -> str:
@@ -60,7 +79,7 @@ def _gate(gate: Mapping[str, Any]) -> str:
     return f"gate {verdict}: {gate['name']} {gate['value']:.6g}, {gate['kind']} {gate['limit']:g}"
 
 
-def _table(head: list[str], cells: list[list[str]]) -> str:
+def _drawn_table(head: list[str], cells: list[list[str]]) -> str:
     from rich import box
     from rich.console import Console
     from rich.table import Table

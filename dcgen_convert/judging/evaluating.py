@@ -16,11 +16,11 @@ from dcgen_convert.core.files import write_json
 from dcgen_convert.core.journal import Run
 from dcgen_convert.evaluation import rows, summary
 from dcgen_convert.evaluation.pixels import through_jpeg
-from dcgen_convert.evaluation.rows import BASE, CEILING, CONVERTED, FLOOR, REFERENCE, Figures
+from dcgen_convert.evaluation.rows import BASE, CEILING, CONVERTED, FLOOR, OTHER, REFERENCE, Figures
 from dcgen_convert.evaluation.summary import FILE, SCHEMA, STAGE
 from dcgen_convert.judging.drawing import RoundTrip, fill
 from dcgen_convert.judging.gallery import Gallery
-from dcgen_convert.judging.order import OTHER, Asked, Trial, settle
+from dcgen_convert.judging.order import Asked, Trial, settle
 from dcgen_convert.judging.painter import Painter
 from dcgen_convert.ranks.crew import SOLO, Crew
 

@@ -33,7 +33,6 @@ from dcgen_convert.recipe.sources import require_source
 from dcgen_convert.stages.captions import labels
 from dcgen_convert.stages.compare import SEED
 
-OTHER = 1_000_000_007  # added to the seeds of the noise floor
 BUILTIN = "builtin"
 
 

@@ -323,12 +323,13 @@ def _finished(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
         data, pixels = recipe.data, float(last.resolution**2)
         own = own_side(sizes.source, sizes.new, last.resolution)
         base = forward_flops(sizes.base, sizes.old.tokens(own), sizes.text) * sizes.passes(data.guidance)
-        yield Work("verify", "draw with the source", count * data.steps, "denoising steps", "matmul", base, False)
+        of_base = count * (2 if recipe.evaluate.measures else 1)  # with the noise floor
+        yield Work("verify", "draw with the source", of_base * data.steps, "denoising steps", "matmul", base, False)
         models = ["draw with the bundle", *([] if recipe.quantize.format == "none" else ["draw in 16 bits"])]
         each = sizes.passes(recipe.bundle.guidance) * _once(sizes, last)
         for name in models:
             yield Work("verify", name, count * recipe.bundle.steps, "denoising steps", "matmul", each, False)
-        drawn, new, old = (1 + len(models)) * count, _new_share(recipe), _base_share(sizes)
+        drawn, new, old = of_base + len(models) * count, _new_share(recipe), _base_share(sizes)
         yield Work("verify", "encode prompts", drawn, "pictures", "matmul", _text_flops(sizes), False)
         decode = pixels * DECODE * (len(models) * new + old) / (1 + len(models))
         yield Work("verify", "decode", drawn, "pictures", "convolution", decode, False)

@@ -307,15 +307,31 @@ class Bundle(Section):
 
 class Evaluate(Section):
     prompts: PicturesOrZero = Field(default=16, description="fixed-seed pictures drawn after each stage; 0 disables")
-    metrics: Literal["tiny-world", "none"] = Field(
-        default="none", description="tiny-world: attribute accuracy and Frechet distance; none disables"
+    metrics: Literal["tiny-world", "none"] | tuple[Text, ...] = Field(
+        default="none",
+        description="names of measures, [clip, cmmd]: verify compares base and bundle with them, as the verb evaluate "
+        "does; tiny-world: attribute accuracy and Frechet distance; none disables",
+    )
+    clip: Text | None = Field(default=None, description="CLIP model of the measures, folder or hub id; null: the usual")
+    dino: Text | None = Field(default=None, description="DINOv2 model, folder or hub id; null: the usual")
+    pickscore: Text | None = Field(default=None, description="PickScore model, folder or hub id; null: the usual")
+    inception: Text | None = Field(default=None, description="file of the Inception weights of the FID; null: none")
+    reference: Text | None = Field(
+        default=None,
+        description="folder of pictures, or mjhq:FOLDER, that the measures compare with too; null disables",
     )
 
     @model_validator(mode="after")
     def _enough_to_judge(self) -> Evaluate:
-        if self.metrics == "tiny-world" and self.prompts == 1:
-            raise ValueError("prompts is 1, and metrics tiny-world compares at least 2 pictures: give 2, or 0 for none")
+        if self.metrics not in ("none", ()) and self.prompts == 1:
+            named = self.metrics if isinstance(self.metrics, str) else ", ".join(self.metrics)
+            raise ValueError(f"prompts is 1, and metrics {named} compares at least 2 pictures: give 2, or 0 for none")
         return self
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The measures that are named; none where there is nothing to measure."""
+        return self.metrics if isinstance(self.metrics, tuple) and self.prompts else ()
 
 
 class Watch(Section):

@@ -24,11 +24,12 @@ from dcgen_convert.data import images
 from dcgen_convert.evaluation import tiny_world
 from dcgen_convert.evaluation.grids import cell, grid
 from dcgen_convert.evaluation.metrics import psnr_of
+from dcgen_convert.evaluation.rows import BASE, CEILING, CONVERTED, FLOOR, OTHER
 from dcgen_convert.families import Family, pixel_memory
 from dcgen_convert.networks import models, pipelines
 from dcgen_convert.networks.at_once import AtOnce, release
 from dcgen_convert.recipe.drawable import own_side
-from dcgen_convert.stages import captions, precision, source_pipeline
+from dcgen_convert.stages import captions, judged, precision, source_pipeline
 from dcgen_convert.stages.job import Job
 from dcgen_convert.stages.preview import converted_pipeline
 from dcgen_convert.tiny import world
@@ -73,6 +74,14 @@ def run(job: Job, stage: Stage, bundle: Path) -> PictureGrid:
             drawn["round trip"] = replace(sheet, side=own).shown("round trip", trips)
         if "converted" in drawn and name != "converted":
             stage.metrics["psnr_quantised_db"] = round(distance(drawn[name], drawn["converted"]), 2)
+        if job.recipe.evaluate.measures:
+            others = replace(sheet, side=own, seeds=[(seed + OTHER) % 2**63 for seed in seeds])
+            with clock.renamed({"draw": "draw with the source"}):
+                floor = others.draw("floor", source, settings.steps, settings.guidance)
+            columns = {CONVERTED: drawn[name], BASE: drawn["source"], FLOOR: floor, CEILING: drawn["round trip"]}
+            files = {title: column.files for title, column in columns.items()}
+            sides = {CONVERTED: job.resolution, BASE: own}
+            stage.metrics["evaluation"] = judged.evaluation(job, files, texts, seeds[0], sides)
     if job.recipe.evaluate.metrics == "tiny-world":
         figures(job, stage, drawn, texts)
     return written(drawn, texts, stage.folder / "grid.png")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy
 import pytest
 import torch
 from bundle.conftest import bundles, parts  # noqa: F401  fixtures
-from conftest import run_cli
+from conftest import run_cli, short_settings
 
 import dcgen_convert
 from dcgen_convert.api import command
@@ -21,16 +22,21 @@ from dcgen_convert.bundle import checks, layout, manifest
 from dcgen_convert.bundle.loading import family_of
 from dcgen_convert.cli.app import cli
 from dcgen_convert.core.console import NULL, Console
-from dcgen_convert.core.errors import CheckFailed, InputError
+from dcgen_convert.core.errors import AccessError, CheckFailed, InputError
 from dcgen_convert.core.files import sha256
+from dcgen_convert.core.journal import Run
 from dcgen_convert.data import images, references
 from dcgen_convert.evaluation import gates, rows, summary
 from dcgen_convert.evaluation.measures import Distance, Score
+from dcgen_convert.evaluation.report import write_report
 from dcgen_convert.evaluation.rows import Figures
 from dcgen_convert.judging import drawing
 from dcgen_convert.judging.evaluating import evaluate
 from dcgen_convert.judging.order import Asked
 from dcgen_convert.ranks.crew import Crew
+from dcgen_convert.recipe.loading import load
+from dcgen_convert.stages import judged
+from dcgen_convert.stages.job import prepare
 
 KEYS = (  # frozen: scripts read these keys
     "schema status bundle base prompts count seed models sides jpeg reference weights measures values left_out gates "
@@ -316,3 +322,38 @@ def test_numbers_out_of_range_are_refused():
     for given, message in (({"count": 1}, "count is 1"), ({"steps": 0}, "steps is 0"), ({"out": ""}, "out is empty")):
         with pytest.raises(InputError, match=message):
             dcgen_convert.evaluate("bundle", **given)
+
+
+def test_a_recipe_with_measures_gives_the_same_rows_in_the_last_stage(converted, tmp_path):
+    """Only stage verify runs again."""
+    shutil.copytree(converted / "run", tmp_path / "run")
+    shutil.copytree(converted / "bundle", tmp_path / "bundle")
+    settings = short_settings(**{"evaluate.metrics": "[accuracy, frechet]"})
+    call = ("tiny-flux", "--ae", "tiny-dc-ae-f32", "--quantize", "nvfp4", "-o", "bundle", "--run-dir", "run", "-y")
+    done = run_cli(*call, *settings, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "evaluate: frechet-ratio" in done.stderr and "bundle: holds, skipped" in done.stderr
+    found = manifest.read(tmp_path / "bundle")["metrics"]["verify"]["evaluation"]
+    accuracy, frechet = found["measures"]
+    assert found["count"] == 2 and found["sides"] == {"converted": 128, "base": 128, "measured": 128}
+    assert {"converted", "base", "floor", "ceiling", "difference"} <= accuracy.keys()
+    assert frechet["ratio"] == frechet["converted"] / frechet["floor"]
+    assert "model-index:" in (tmp_path / "bundle" / "README.md").read_text()
+    page = write_report(tmp_path / "run").read_text()
+    assert "noise floor" in page and "Frechet distance (tiny world)" in page
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("evaluate.metrics=[acuracy]", "there is no measure 'acuracy'. Did you|did you mean accuracy"),
+        ("evaluate.metrics=[clip]", "CLIP"),
+        ("evaluate.reference=nowhere", "nowhere is not a folder"),
+    ],
+)
+def test_measures_that_cannot_run_are_refused_before_the_conversion(tmp_path, setting, message):
+    resolved = load("tiny-flux", sets=["evaluate.metrics=[accuracy]", setting])
+    job = prepare(resolved, Run(tmp_path / "run", NULL), NULL)
+    with pytest.raises((InputError, AccessError)) as caught:
+        judged.require(job, 3)
+    assert re.search(message, f"{caught.value.message} {caught.value.hint}")

@@ -1,0 +1,90 @@
+"""What the measures of `evaluate.metrics` say of the bundle, beside its base: the same rows as the verb `evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dcgen_convert.bundle import lineage
+from dcgen_convert.core import pulse
+from dcgen_convert.data import images, references
+from dcgen_convert.data.references import References, together
+from dcgen_convert.evaluation import measures, rows
+from dcgen_convert.evaluation.measure import Measure, Weights
+from dcgen_convert.evaluation.pixels import through_jpeg
+from dcgen_convert.networks import pipelines
+from dcgen_convert.recipe.drawable import own_side
+from dcgen_convert.stages import captions
+from dcgen_convert.stages.job import Job
+
+
+def require(job: Job, seed: int) -> None:
+    """Refuse measures that cannot run, before any work is done.
+
+    Args:
+        seed: of the prompts.
+    Raises:
+        InputError: a name, a prompt or a reference that cannot be. AccessError: weights are not at hand.
+    """
+    _settled(job, captions.others(job, job.recipe.evaluate.prompts, seed))
+    _references(job)
+
+
+def evaluation(
+    job: Job, files: Mapping[str, Sequence[Path]], texts: Sequence[str], seed: int, sides: Mapping[str, int]
+) -> dict[str, Any]:
+    """The rows, and what they were measured on.
+
+    Args:
+        files: set (`rows`) -> its pictures. texts: their prompts. seed: of the first picture. sides: px of
+            "converted" and "base".
+    """
+    side, given = min(sides.values()), _references(job)
+    found = _settled(job, texts)
+    figures = {
+        name: rows.measured(_batches(pictures, texts, side, given is not None), found)
+        for name, pictures in files.items()
+    }
+    if given is not None:
+        figures[rows.REFERENCE] = rows.measured(given.batches(side), found)
+    table = rows.rows(figures, found)
+    for name, value in rows.values(table).items():
+        job.console.say(f"evaluate: {name} {value:.4g}")
+    document = {
+        "base": job.recipe.source,
+        "prompts": job.recipe.data.prompts,
+        "count": len(texts),
+        "seed": seed,
+        "sides": {**sides, "measured": side},
+        "jpeg": given is not None,
+        "reference": None if given is None else {"name": given.name, "count": given.count},
+        "measures": table,
+    }
+    kept: dict[str, Any] = lineage.without_places(document)
+    return kept
+
+
+def _settled(job: Job, texts: Sequence[str]) -> list[Measure]:
+    recipe = job.recipe.evaluate
+    weights = Weights(recipe.clip, recipe.dino, recipe.pickscore, recipe.inception)
+    side = min(job.resolution, own_side(job.identity, job.ae.grid, job.resolution))
+    place: dict[str, Any] = {"side": side, "device": pipelines.device(), "offline": job.identity.offline}
+    return measures.chosen(recipe.measures, weights, texts, **place)[0]
+
+
+def _references(job: Job) -> References | None:
+    name = job.recipe.evaluate.reference
+    return None if name is None else references.read(name)
+
+
+def _batches(files: Sequence[Path], texts: Sequence[str], side: int, jpeg: bool) -> Iterator[tuple[Tensor, list[str]]]:
+    """The pictures at ``side`` px, (B, 3, side, side) in [-1, 1], with their prompts."""
+    for start in range(0, len(files), together(side)):
+        part = slice(start, start + together(side))
+        pixels = torch.stack([images.read_pixels(file, side) for file in files[part]])
+        yield through_jpeg(pixels) if jpeg else pixels, list(texts[part])
+        pulse.bump()
