@@ -14,7 +14,7 @@ import numpy
 import pytest
 import torch
 from bundle.conftest import bundles, parts  # noqa: F401  fixtures
-from conftest import run_cli, short_settings
+from conftest import copy_stages, run_cli, short_settings
 
 import dcgen_convert
 from dcgen_convert.api import command
@@ -325,14 +325,13 @@ def test_numbers_out_of_range_are_refused():
 
 
 def test_a_recipe_with_measures_gives_the_same_rows_in_the_last_stage(converted, tmp_path):
-    """Only stage verify runs again."""
-    shutil.copytree(converted / "run", tmp_path / "run")
-    shutil.copytree(converted / "bundle", tmp_path / "bundle")
+    """Only the last two stages run."""
+    copy_stages(converted, tmp_path, "quantize")
     settings = short_settings(**{"evaluate.metrics": "[accuracy, frechet]"})
     call = ("tiny-flux", "--ae", "tiny-dc-ae-f32", "--quantize", "nvfp4", "-o", "bundle", "--run-dir", "run", "-y")
     done = run_cli(*call, *settings, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "evaluate: frechet-ratio" in done.stderr and "bundle: holds, skipped" in done.stderr
+    assert "evaluate: frechet-ratio" in done.stderr and "quantize: holds, skipped" in done.stderr
     found = manifest.read(tmp_path / "bundle")["metrics"]["verify"]["evaluation"]
     accuracy, frechet = found["measures"]
     assert found["count"] == 2 and found["sides"] == {"converted": 128, "base": 128, "measured": 128}
