@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dcgen_convert.api import calls
-from dcgen_convert.api.order import resolve
+from dcgen_convert.api.order import without_data
 from dcgen_convert.api.results import Benchmarked
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError
@@ -137,7 +137,7 @@ def _of_source(
     from dcgen_convert.judging import pair
     from dcgen_convert.networks import pipelines
 
-    resolved = resolve(source, {**settings, "sets": ["data.beyond_base=true"]})
+    resolved = without_data(source, {**settings, "resolution": side})
     kind = pipelines.DTYPES[dtype] if dtype else _default_dtype(resolved.identity, pipelines.device())
     return pair.of_source(resolved, kind, side, random)
 

@@ -60,8 +60,14 @@ def _of_job(resolved: Resolved) -> tuple[Callable[[], Shapes], int]:
     return partial(shapes_of, resolved.recipe, resolved.identity), hosts.world_of(resolved.machine)
 
 
-def _loaded(source: str | Path, settings: Mapping[str, Any]) -> Resolved:
-    """`resolve` before the budget is looked at."""
+def without_data(source: str | Path, settings: Mapping[str, Any]) -> Resolved:
+    """`resolve` for what trains nothing: pictures, budget and timestep shift of the recipe do not count."""
+    sets = [*(settings.get("sets") or ()), "data.beyond_base=true", "adapt.shift=model"]
+    return _loaded(source, {**settings, "sets": sets}, complete=False)
+
+
+def _loaded(source: str | Path, settings: Mapping[str, Any], *, complete: bool = True) -> Resolved:
+    """`resolve` before the budget is looked at. complete: as in `recipe.loading.load`."""
     if unknown := sorted(settings.keys() - JobSettings.__annotations__.keys()):
         raise TypeError(f"unexpected keyword argument {unknown[0]!r}; known: {', '.join(JobSettings.__annotations__)}")
     given = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
@@ -96,6 +102,7 @@ def _loaded(source: str | Path, settings: Mapping[str, Any]) -> Resolved:
         env=os.environ,
         recipe=given.get("recipe"),
         machine=_machine(given),
+        complete=complete,
     )
 
 

@@ -19,14 +19,14 @@ from dcgen_convert.bundle import loading
 from dcgen_convert.bundle.autoencoder_dc_adapter import AutoencoderDCAdapter
 from dcgen_convert.bundle.layout import adapter_config, has_adapter
 from dcgen_convert.bundle.manifest import quantised_formats
-from dcgen_convert.bundle.scheduler import scheduler_config
 from dcgen_convert.checkpoint.open import load_source
 from dcgen_convert.core.errors import InputError, ResourceError
 from dcgen_convert.families import Family, catalog, components, deep_autoencoders
-from dcgen_convert.families.base import Pipeline
+from dcgen_convert.families.base import Network, Pipeline
 from dcgen_convert.families.components import DIFFUSERS, Component
 from dcgen_convert.families.grid import Grid, autoencoder_grid
 from dcgen_convert.networks import at_once, autoencoder_files, random_networks, random_weights
+from dcgen_convert.networks.pipelines import quiet_diffusers
 from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.loading import Resolved
 from dcgen_convert.recipe.schema import Recipe
@@ -48,9 +48,8 @@ class Model:
     runtime: str = "stock"
 
     @property
-    def network(self) -> nn.Module:
-        found: nn.Module = getattr(self.pipeline, self.family.component)
-        return found
+    def network(self) -> Network:
+        return getattr(self.pipeline, self.family.component)
 
     @property
     def configs(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -174,16 +173,7 @@ def of_source(resolved: Resolved, dtype: torch.dtype, side: int | None, random: 
         dtype, CONVERTED, numbers, dict(base.network.named_parameters()),
     )  # fmt: skip
     vae = _autoencoder(family, autoencoder, config, dtype)
-    tokens = ((side or own) // f) ** 2
-    scheduler = scheduler_config(
-        dict(base.pipeline.scheduler.config), recipe.adapt.shift, channels=c, tokens=(tokens,)
-    )  # fmt: skip
-    pipeline = random_networks.with_parts(
-        base.pipeline,
-        **{family.component: network},
-        vae=vae,
-        scheduler=type(base.pipeline.scheduler).from_config(scheduler),
-    )
+    pipeline = random_networks.with_parts(base.pipeline, **{family.component: network}, vae=vae)
     models = {BASE: base, CONVERTED: Model(pipeline, family)}
     length = recipe.latents.text_length or family.text_length
     new = "the embedder, the head and the autoencoder of the converted model"
@@ -238,7 +228,7 @@ def _autoencoder(family: Family, config: dict[str, Any], network: dict[str, Any]
     if has_adapter(family):
         kind, whole = AutoencoderDCAdapter, whole | adapter_config(family, whole, network)
     extra = family.vae_config(whole)
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), quiet_diffusers():  # it warns of what is registered below
         model = kind.from_config({**whole, **extra})
     model.register_to_config(**{key: value for key, value in extra.items() if key not in model.config})
     return random_networks.filled(model, dtype, "new vae", random_weights.pool(SEED), {})

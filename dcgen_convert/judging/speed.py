@@ -19,7 +19,7 @@ from dcgen_convert.evaluation.speed import BATCH, DECODE, PICTURE, STEP, TEXT
 from dcgen_convert.judging import recording
 from dcgen_convert.judging.pair import BASE, Model, ModelPair
 from dcgen_convert.judging.recording import DrawSettings, Recorded
-from dcgen_convert.judging.timing import Stopwatch
+from dcgen_convert.judging.timing import Stopwatch, Timing
 from dcgen_convert.networks import at_once
 from dcgen_convert.networks.pipelines import quiet_diffusers
 from dcgen_convert.recipe import drawable
@@ -92,7 +92,7 @@ class Bench:
         encoders = self.pair.models[BASE].encoders
         self.bring(encoders)
         timing = self.watch.in_turn({BASE: drawing.encode_text})[BASE]
-        return {**asdict(timing), "batch": 1, "peak_bytes": self._peak(encoders, drawing.encode_text)}
+        return _figure(timing, 1, encoders)
 
     def size(self, side: int, text: Row | None) -> Row:
         """All rows at ``side`` px."""
@@ -127,21 +127,11 @@ class Bench:
         part: Callable[[Model], nn.Module],
     ) -> Row:
         self.bring(parts)
-        works = {name: partial(work, drawing) for name, drawing in drawings.items()}
-        timings = self.watch.in_turn(works)
+        timings = self.watch.in_turn({name: partial(work, drawing) for name, drawing in drawings.items()})
         return {
-            name: {
-                **asdict(timings[name]),
-                "batch": drawing.batch,
-                "peak_bytes": self._peak([part(self.pair.models[name])], works[name]),
-            }
+            name: _figure(timings[name], drawing.batch, [part(self.pair.models[name])])
             for name, drawing in drawings.items()
         }
-
-    def _peak(self, parts: Iterable[nn.Module], work: Callable[[], object]) -> int | None:
-        """Bytes of the weights of ``parts``, and of all that ``work`` takes beside them."""
-        found = self.watch.peak(work)
-        return None if found is None else weights(parts) + found
 
     def _largest(self, side: int, steps: Row) -> Row:
         """The row of one step with as many pictures as fit the GPU together."""
@@ -180,16 +170,9 @@ class Bench:
             with self._capped(name, side):
                 recording.draw(models[name].pipeline, models[name].family, side, self.settings)
 
-        works = {name: partial(work, name) for name in models}
-        timings = self.watch.in_turn(works)
+        timings = self.watch.in_turn({name: partial(work, name) for name in models})
         return {
-            name: {
-                **asdict(timings[name]),
-                "batch": 1,
-                "peak_bytes": self._peak(_parts(models[name]), works[name]),
-                "basis": "measured",
-            }
-            for name in models
+            name: {**_figure(timings[name], 1, _parts(model)), "basis": "measured"} for name, model in models.items()
         }
 
     def _per_minute(self, name: str, drawing: Recorded, rows: Row) -> float:
@@ -250,12 +233,20 @@ def weights(parts: Iterable[nn.Module]) -> int:
     return sum(value.numel() * value.element_size() for value in found.values())
 
 
+def _figure(timing: Timing, batch: int, parts: Iterable[nn.Module]) -> Row:
+    """A figure of a row. Its "peak_bytes" are the weights of ``parts``, and all that the work takes beside them."""
+    found = asdict(timing)
+    peak = found.pop("peak")
+    return {**found, "batch": batch, "peak_bytes": None if peak is None else weights(parts) + peak}
+
+
 def _parts(model: Model) -> list[nn.Module]:
     return [*model.encoders, model.network, model.pipeline.vae]
 
 
 def _network(model: Model) -> nn.Module:
-    return model.network
+    network: nn.Module = model.network
+    return network
 
 
 def _decoder(model: Model) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -19,13 +20,17 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one piece of work. seconds: the median; low, high: of the rounds that count; warm_up: the others."""
+    """Seconds of one piece of work. seconds: the median; low, high: of the rounds that count; warm_up: the others.
+
+    peak: bytes that it takes, see `Stopwatch.peak`.
+    """
 
     seconds: float
     low: float
     high: float
     rounds: int
     warm_up: int
+    peak: int | None = None
 
 
 @dataclass(frozen=True)
@@ -56,10 +61,14 @@ class Stopwatch:
         return self.now() - begun
 
     def in_turn(self, works: Mapping[str, Work]) -> dict[str, Timing]:
-        """Time of every one of ``works``: A, B, A, B, ... so that what slows the machine for a while slows all."""
+        """Time of every one of ``works``: A, B, A, B, ... so that what slows the machine for a while slows all.
+
+        The first round, which warms up, measures the memory.
+        """
         begun = self.now()
-        warm = 0
-        while warm < WARM_UP and (warm == 0 or self.now() - begun < self.budget / 4):
+        peaks = {name: self.peak(work) for name, work in works.items()}
+        warm = 1
+        while warm < WARM_UP and self.now() - begun < self.budget / 4:
             for work in works.values():
                 self.once(work)
             warm += 1
@@ -70,7 +79,8 @@ class Stopwatch:
                 spent[name].append(self.once(work))
             rounds += 1
         return {
-            name: Timing(statistics.median(all_), min(all_), max(all_), rounds, warm) for name, all_ in spent.items()
+            name: Timing(statistics.median(all_), min(all_), max(all_), rounds, warm, peaks[name])
+            for name, all_ in spent.items()
         }
 
     def _goes_on(self, rounds: int, begun: float, started: float) -> bool:
@@ -87,16 +97,18 @@ class Stopwatch:
         still holds from earlier calls is not counted, so it is a lower bound.
         """
         self.wait()
+        gc.collect()  # what goes away meanwhile would be taken off
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)
             work()
             self.wait()
             return torch.cuda.max_memory_allocated(self.device) - before
-        if self.device.type != "cpu" or (before_ := resident.now()) is None:
-            work()
-            return None
         resident.forget()
+        resting = resident.now()
         work()
+        self.wait()
         highest = resident.highest()
-        return None if highest is None else max(0, highest - before_)
+        if self.device.type != "cpu" or resting is None or highest is None:
+            return None
+        return max(0, highest - resting)

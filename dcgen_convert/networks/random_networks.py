@@ -54,15 +54,15 @@ def filled(
     for key, item in random_weights.items(model, NAMES[dtype], name, numbers).items():
         path, _, last = key.rpartition(".")
         owner, value = model.get_submodule(path), shared.get(key)
-        if last in owner._buffers:  # noqa: SLF001  the class has made it; only its dtype is that of a loaded network
-            if owner._buffers[last].is_floating_point():  # noqa: SLF001
-                owner._buffers[last] = owner._buffers[last].to(dtype)  # noqa: SLF001
+        made = owner._buffers.get(last)  # noqa: SLF001
+        if made is not None:  # by the class; only its dtype is that of a loaded network
+            owner._buffers[last] = made.to(dtype) if made.is_floating_point() else made  # noqa: SLF001
             continue
         if value is None or tuple(value.shape) != item.shape:
             value = nn.Parameter(tensor_of(item), requires_grad=False)
         owner._parameters[last] = value  # noqa: SLF001  `register_parameter` refuses a name that is there
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()  # transformers: the other names of a parameter that has two
+    if callable(tie := getattr(model, "tie_weights", None)):
+        tie()  # transformers: the other names of a parameter that has two
     lost = [key for key, value in model.named_parameters() if value.is_meta]
     assert not lost, f"{type(model).__name__} has parameters without values: {lost[:3]}"
     widen(model.eval().requires_grad_(False))
