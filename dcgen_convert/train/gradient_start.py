@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from dcgen_convert.core import clock, pulse
+from dcgen_convert.core.console import NULL
 from dcgen_convert.planning.start import BATCHES, groups
 from dcgen_convert.train import distributed
 from dcgen_convert.train.engine import Engine
@@ -142,7 +143,8 @@ def measured(engine: Engine, goal: Goal, place: Place, paths: Sequence[str], ran
     """
     model, result = engine.model, dict[str, Tensor]()
     parts = groups({path: true_shape(model.get_submodule(path).weight).numel() for path in paths})
-    with place.console.progress("LoRA start", BATCHES * len(parts), "batch") as bar:
+    console = place.console if engine.rank == 0 else NULL
+    with console.progress("LoRA start", BATCHES * len(parts), "batch") as bar:
         for part in parts:
             gradients = Gradients.of(model, part)
             with gradients.listening():
