@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
 from dcgen_convert.core import clock, pulse
 from dcgen_convert.core.console import NULL
@@ -105,10 +106,8 @@ def weight_gradient(layer: nn.Linear | nn.Conv2d, inputs: Tensor, gradient: Tens
     if isinstance(layer, nn.Linear):
         return gradient.flatten(0, -2).T @ inputs.flatten(0, -2)
     assert not isinstance(layer.padding, str), "a convolution of diffusers names its padding in numbers"
-    shape = true_shape(layer.weight)
-    return torch.nn.grad.conv2d_weight(
-        inputs, shape, gradient, layer.stride, layer.padding, layer.dilation, layer.groups
-    ).flatten(1)
+    shape = true_shape(layer.get_parameter("weight"))
+    return conv2d_weight(inputs, shape, gradient, layer.stride, layer.padding, layer.dilation, layer.groups).flatten(1)
 
 
 def pair_of(gradient: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
