@@ -149,7 +149,7 @@ def _evaluate_on_ranks(session: Session, console: Console, request: Asked, machi
     from dcgen_convert.ranks import launch
 
     if launch.wanted(machine):
-        Run(request.output, console)
+        Run(request.output, console, option="--out")
         assert session.result is not None  # `begin` was called
         return launch.run(session.argv, machine, request.output, console, session.result, lambda _: None)
     crew = session.join(machine.rank_timeout)

@@ -116,17 +116,19 @@ class Run:
 
     Args:
         check: compare the hash of every output of a finished stage, once; else only its size.
+        option: that names the folder, for the messages.
     """
 
-    def __init__(self, path: Path, console: Console, check: bool = True) -> None:
+    def __init__(self, path: Path, console: Console, check: bool = True, option: str = "--run-dir") -> None:
         self.path = path.resolve()
+        self.option = option
         self.console = console
         self._check = check
         self._checked: dict[str, tuple[str, ...]] = {}  # seal of a marker -> its damaged outputs
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
-            raise InputError(f"the run folder {path} is not a folder", "choose another with --run-dir") from error
+            raise InputError(f"the run folder {path} is not a folder", f"choose another with {self.option}") from error
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -136,11 +138,11 @@ class Run:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ResourceError(
-                    f"another process works in {self.path}", "wait for it, or choose another --run-dir"
+                    f"another process works in {self.path}", f"wait for it, or choose another {self.option}"
                 ) from None
             except OSError as error:  # some network file systems know no locks
                 raise ResourceError(
-                    f"{lock.name} cannot be locked: {error.strerror}", "choose a --run-dir on a local disk"
+                    f"{lock.name} cannot be locked: {error.strerror}", f"choose a {self.option} on a local disk"
                 ) from error
             yield
 

@@ -36,7 +36,7 @@ def evaluate(asked: Asked, console: Console, crew: Crew = SOLO) -> dict[str, Any
         CheckFailed: a figure does not pass its gate. evaluation.json is written all the same.
         InputError, AccessError: as `order.settle`.
     """
-    with Run(asked.output, console).locked():
+    with Run(asked.output, console, option="--out").locked():
         trial = settle(asked, console)
         for note in trial.notes:
             console.say(f"evaluate: {note}")

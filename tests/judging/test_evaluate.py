@@ -22,7 +22,7 @@ from dcgen_convert.bundle import checks, layout, manifest
 from dcgen_convert.bundle.loading import family_of
 from dcgen_convert.cli.app import cli
 from dcgen_convert.core.console import NULL, Console
-from dcgen_convert.core.errors import AccessError, CheckFailed, InputError
+from dcgen_convert.core.errors import AccessError, CheckFailed, InputError, ResourceError
 from dcgen_convert.core.files import sha256
 from dcgen_convert.core.journal import Run
 from dcgen_convert.data import images, references
@@ -217,6 +217,15 @@ def test_what_cannot_work_is_refused_before_anything_is_drawn(asked, given, mess
     with pytest.raises(InputError, match=message):
         evaluate(replace(asked, **given), NULL)
     assert files(asked.output) == {}
+
+
+def test_two_commands_do_not_share_a_folder(asked):
+    with (
+        Run(asked.output, NULL).locked(),
+        pytest.raises(ResourceError, match="another process works in") as caught,
+    ):
+        evaluate(asked, NULL)
+    assert caught.value.hint == "wait for it, or choose another --out"
 
 
 def test_a_damaged_bundle_is_not_judged(asked):
