@@ -41,9 +41,7 @@ import dcgen_convert
 for module in pkgutil.walk_packages(dcgen_convert.__path__, "dcgen_convert."):
     if not module.name.endswith("__main__"):
         importlib.import_module(module.name)
-from dcgen_convert.api import calls, evaluating, rehearsing, results
-from dcgen_convert.core import errors
-homes = [vars(calls), vars(evaluating), vars(rehearsing), vars(results), vars(errors)]
+homes = [vars(importlib.import_module(f"dcgen_convert.{home}")) for home in dcgen_convert._HOMES]
 for name in dcgen_convert.__all__:
     if name != "__version__":
         assert any(getattr(dcgen_convert, name) is home.get(name) for home in homes), name
