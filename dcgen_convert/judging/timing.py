@@ -93,8 +93,8 @@ class Stopwatch:
     def peak(self, work: Work) -> int | None:
         """Bytes that ``work`` takes beside what is there already: weights and inputs. None where nothing tells.
 
-        On a GPU what torch allocates. On a CPU what the resident memory of the process grows by; what the allocator
-        still holds from earlier calls is not counted, so it is a lower bound.
+        On a GPU what torch allocates. On a CPU what the resident memory of the process grows by; where the
+        allocator cannot give back what it kept from earlier calls, a lower bound.
         """
         self.wait()
         gc.collect()  # what goes away meanwhile would be taken off
@@ -104,6 +104,7 @@ class Stopwatch:
             work()
             self.wait()
             return torch.cuda.max_memory_allocated(self.device) - before
+        resident.give_back()
         resident.forget()
         resting = resident.now()
         work()

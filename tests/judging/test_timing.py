@@ -67,7 +67,15 @@ def test_the_clock_waits_for_the_device(monkeypatch):
 
 
 def test_the_peak_is_what_the_work_takes_beside_what_is_there():
-    """64 MiB for a moment, beside 32 MiB that were there before."""
+    """64 MiB for a moment, beside 32 MiB that were there before; also in small pieces that the allocator would keep."""
     held = torch.ones(2**23)
     found = Stopwatch(torch.device("cpu"), 1.0).peak(lambda: torch.ones(2**24))
     assert held.sum() and found is not None and 60 * 2**20 < found < 80 * 2**20
+    pieces = [2**13] * 2048  # 64 MiB, 32 KiB each
+
+    def work() -> list:
+        return [torch.ones(size) for size in pieces]
+
+    work()
+    found = Stopwatch(torch.device("cpu"), 1.0).peak(work)
+    assert found is not None and 60 * 2**20 < found < 90 * 2**20
