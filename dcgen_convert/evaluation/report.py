@@ -102,7 +102,7 @@ def _verdict(stages: list[tuple[Path, dict[str, Any]]]) -> list[str]:
         parts += ["<h2>base model and bundle</h2>", _picture(path, "the same prompt and the same seed in each row")]
     rows = [row for row in scalars(metrics) if row[0] != "checks"]
     parts += [_figures(rows)] if rows else []
-    return [*parts, *_evaluated(metrics.get(EVALUATION)), *_evaluated(_of_the_verb(folder.parent))]
+    return [*parts, *_evaluated(metrics.get(EVALUATION)), *_evaluated(_added(folder.parent, summary.STAGE))]
 
 
 def _evaluated(found: Any) -> list[str]:
@@ -114,14 +114,12 @@ def _evaluated(found: Any) -> list[str]:
     return ["<h2>evaluation</h2>", f"<p>{escape(told)}</p>", summary.html(found["measures"])]
 
 
-def _of_the_verb(run: Path) -> Any:
-    """What the verb `evaluate` wrote into the manifest of this run's bundle; None where it was not run."""
+def _added(run: Path, verb: str) -> Any:
+    """What ``verb`` wrote into the manifest of this run's bundle afterwards; None where it was not run."""
     record = run / names.RECIPE
-    output = read_object(record).get("output") if record.is_file() else None
+    output = (read_object(record).get("output") if record.is_file() else None) or run
     manifest = Path(str(output)) / names.MANIFEST
-    if output is None or not manifest.is_file():
-        return None
-    return (read_object(manifest).get("metrics") or {}).get(summary.STAGE)
+    return (read_object(manifest).get("metrics") or {}).get(verb) if manifest.is_file() else None
 
 
 def _picture(path: Path, label: str) -> str:
@@ -141,10 +139,7 @@ def _figures(rows: list[tuple[str, Any]]) -> str:
 
 def _speed(run: Path) -> list[str]:
     """What `benchmark` has measured on the bundle of this run; empty where it did not."""
-    recipe = run / names.RECIPE
-    bundle = Path(read_object(recipe).get("output") or run) if recipe.is_file() else run
-    manifest = bundle / names.MANIFEST
-    found = list(speed.rows(read_object(manifest)["metrics"].get("benchmark", {}))) if manifest.is_file() else []
+    found = list(speed.rows(_added(run, "benchmark") or {}))
     cells = "".join(f"<tr><td>{escape(what)}</td><td>{escape(value)}</td></tr>" for what, value in found)
     return [f"<h2>speed</h2><table>{cells}</table>"] if found else []
 
