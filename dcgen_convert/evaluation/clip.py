@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dcgen_convert.core.bars import quiet_transformers
 from dcgen_convert.core.errors import AccessError, InputError
 from dcgen_convert.core.files import read_object
 from dcgen_convert.evaluation import preparation, weights
@@ -54,7 +55,7 @@ class Tower:
 
         folder, most = self._tokenizer_folder, self.model.config.text_config.vocab_size
         try:
-            with weights.quiet():
+            with quiet_transformers():
                 tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # tokenizers raises its own kinds, bare Exception among them
             reason = weights.first_line(error)

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dcgen_convert.core.bars import quiet_transformers
 from dcgen_convert.core.errors import AccessError, InputError, is_out_of_memory
 from dcgen_convert.core.files import read_object
 
@@ -140,7 +139,7 @@ def load(cls: Any, folder: Path, device: str, attention: str = "sdpa") -> Any:
     import torch
 
     try:
-        with quiet():
+        with quiet_transformers():
             model, info = cls.from_pretrained(
                 folder,
                 dtype=torch.float32,
@@ -164,19 +163,3 @@ def load(cls: Any, folder: Path, device: str, attention: str = "sdpa") -> Any:
 
 def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Hide the bars and the reports of transformers: what matters in them is told as an error."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -7,13 +7,13 @@ tokenizer without its vocabulary loads too, and reads every word as unknown. Her
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dcgen_convert.checkpoint import trust
 from dcgen_convert.checkpoint.agreement import some
+from dcgen_convert.core.bars import quiet_transformers
 from dcgen_convert.core.errors import InputError, ResourceError
 
 OLDEST = (5, 8)  # transformers; older versions load text encoders of newer ones with random weights
@@ -63,7 +63,7 @@ def require_version(version: str) -> None:
 def _check_model(cls: Any, folder: Path) -> None:
     """InputError unless the tensors in ``folder`` are those that its config asks for."""
     try:
-        with _quiet():
+        with quiet_transformers():
             _, info = cls.from_pretrained(
                 folder,
                 device_map="meta",
@@ -92,7 +92,7 @@ def _check_model(cls: Any, folder: Path) -> None:
 def _check_tokenizer(cls: Any, folder: Path) -> None:
     """InputError for a tokenizer that knows no words."""
     try:
-        with _quiet():
+        with quiet_transformers():
             tokenizer = cls.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             found = set(tokenizer(SENTENCE).input_ids) - set(tokenizer.all_special_ids)
             empty = set(tokenizer("").input_ids)
@@ -106,24 +106,3 @@ def _check_tokenizer(cls: Any, folder: Path) -> None:
 
 def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
-
-
-def _quiet() -> AbstractContextManager[None]:
-    """Hide the bars and the reports of transformers: what matters in them is told as an error."""
-    from transformers.utils import logging
-
-    return quieted(logging)
-
-
-@contextmanager
-def quieted(logging: Any) -> Iterator[None]:
-    """Hide bars and warnings. logging: ``utils.logging`` of transformers or of diffusers."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

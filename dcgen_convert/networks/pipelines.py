@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dcgen_convert.checkpoint import trust
 from dcgen_convert.checkpoint.source import Source
 from dcgen_convert.core import clock, pulse
+from dcgen_convert.core.bars import quieted
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.families import Family, Text
 from dcgen_convert.families.base import Pipeline
@@ -120,7 +121,7 @@ def quiet_diffusers() -> AbstractContextManager[None]:
     """Hide the progress bars of diffusers, and its warning that the autoencoder is not an AutoencoderKL."""
     from diffusers.utils import logging
 
-    return parts.quieted(logging)
+    return quieted(logging)
 
 
 def require_parts(source: Source, given: Container[str] = ()) -> None:
