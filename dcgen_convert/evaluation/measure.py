@@ -53,6 +53,23 @@ class Score(Measure):
         raise NotImplementedError
 
 
+class EditScore(Measure):
+    """A measure that gives every edited picture a number, and looks at the picture that was edited too."""
+
+    kind = "score"
+    better = "higher"
+
+    def scores_of_edits(self, pictures: Tensor, sources: Tensor, captions: list[str]) -> Tensor:
+        """As `Score.scores`.
+
+        Args:
+            pictures: edited pictures, (B, 3, H, W) in [-1, 1].
+            sources: what they were made from, (B, 3, H', W') in [-1, 1].
+            captions: the instruction of each.
+        """
+        raise NotImplementedError
+
+
 class Distance(Measure):
     """A measure of two sets of pictures. It is 0 for a set and itself, and the same in both directions."""
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.evaluation import clip, dino, geneval, geneval_prompts, inception, ocr, tiny_world
+from dcgen_convert.evaluation import clip, dino, geneval, geneval_prompts, inception, ocr, tiny_edits, tiny_world
 from dcgen_convert.evaluation.clip import ClipScore, Cmmd, PickScore, Tower
 from dcgen_convert.evaluation.dino import FrechetDino
 from dcgen_convert.evaluation.geneval import GenEval
@@ -17,6 +17,7 @@ from dcgen_convert.evaluation.inception import Fid
 from dcgen_convert.evaluation.measure import Distance, Measure, Score, Weights
 from dcgen_convert.evaluation.ocr import Ocr
 from dcgen_convert.evaluation.plain import Colour, Sharpness
+from dcgen_convert.evaluation.tiny_edits import EditAccuracy, Preservation
 from dcgen_convert.evaluation.tiny_measures import SIDE_OF_CROPS, Accuracy, CropsFrechet, TinyCmmd, TinyFrechet
 from dcgen_convert.evaluation.weights import Needed, NotAtHand
 
@@ -33,6 +34,7 @@ class Setting:
         device: where networks run.
         offline: fetch nothing from the hub.
         asked: measures were asked for by their names. Otherwise the usual models are not fetched.
+        edited: the pictures were made from other pictures, which are at hand.
     """
 
     weights: Weights
@@ -41,6 +43,7 @@ class Setting:
     device: str = "cpu"
     offline: bool = False
     asked: bool = False
+    edited: bool = False
 
     @property
     def finding(self) -> dict[str, Any]:
@@ -76,7 +79,7 @@ class Known:
 
 def known() -> dict[str, Known]:
     """Name -> measure, of all that there are."""
-    tiny = "captions of the tiny world"
+    tiny, edits = "captions of the tiny world", "instructions of the tiny world"
     every = (
         Known(ClipScore, lambda setting: ClipScore(setting.clip), _needs(clip.CLIP)),
         Known(Cmmd, lambda setting: Cmmd(setting.clip), _needs(clip.CLIP)),
@@ -89,6 +92,8 @@ def known() -> dict[str, Known]:
         Known(TinyFrechet, lambda _: TinyFrechet(), tiny, _not_tiny),
         Known(TinyCmmd, lambda _: TinyCmmd(), tiny, _not_tiny),
         Known(CropsFrechet, lambda _: CropsFrechet(), f"{tiny}, pictures of {SIDE_OF_CROPS} px and more", _no_crops),
+        Known(EditAccuracy, lambda _: EditAccuracy(), edits, _not_tiny_edits),
+        Known(Preservation, lambda _: Preservation(), f"{edits}, and the pictures that were edited", _no_sources),
         Known(Sharpness, lambda _: Sharpness()),
         Known(Colour, lambda _: Colour()),
     )
@@ -103,6 +108,7 @@ def chosen(
     side: int | None = None,
     device: str = "cpu",
     offline: bool = False,
+    edited: bool = False,
 ) -> tuple[list[Measure], dict[str, str]]:
     """The measures that are to be used, and the names of those left out with the reason.
 
@@ -113,6 +119,7 @@ def chosen(
         side: the shorter side of the pictures in px; None: not known, so measures that need it are left out.
         device: where networks run.
         offline: fetch nothing from the hub.
+        edited: the pictures were made from other pictures, which `rows.measured` will be given.
 
     Raises:
         InputError: no measure has this name; it does not apply to these captions or pictures; the weights that the user
@@ -121,7 +128,7 @@ def chosen(
     """
     table = known()
     measures, left_out = [], {}
-    setting = Setting(weights, captions, side, device, offline, asked=names is not None)
+    setting = Setting(weights, captions, side, device, offline, names is not None, edited)
     for name in table if names is None else dict.fromkeys(names):
         if name not in table:
             raise _unknown(name, table)
@@ -177,6 +184,21 @@ def _not_tiny(setting: Setting) -> str | None:
         except InputError:
             return f"the tiny world has no caption {caption[:80]!r}"
     return None if setting.captions else "there are no captions"
+
+
+def _not_tiny_edits(setting: Setting) -> str | None:
+    for caption in setting.captions:
+        try:
+            tiny_edits.asked(caption)
+        except InputError as error:
+            return error.message
+    return None if setting.captions else "there are no instructions"
+
+
+def _no_sources(setting: Setting) -> str | None:
+    if reason := _not_tiny_edits(setting):
+        return reason
+    return None if setting.edited else "the pictures that were edited are not at hand"
 
 
 def _no_crops(setting: Setting) -> str | None:

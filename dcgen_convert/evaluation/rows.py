@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from dcgen_convert.evaluation import paired
-from dcgen_convert.evaluation.measure import Distance, Measure, Score
+from dcgen_convert.evaluation.measure import Distance, EditScore, Measure, Score
 
 CONVERTED, BASE, FLOOR, CEILING, REFERENCE = "converted", "base", "floor", "ceiling", "reference"
 OTHER = 1_000_000_007  # added to the seeds of the floor
 DRAWN = (CONVERTED, BASE, FLOOR, CEILING)
+Batch = tuple[Tensor, list[str]] | tuple[Tensor, list[str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,20 +36,24 @@ class Figures:
     features: dict[str, Tensor] = field(default_factory=dict)
 
 
-def measured(batches: Iterable[tuple[Tensor, list[str]]], measures: Sequence[Measure]) -> Figures:
+def measured(batches: Iterable[Batch], measures: Sequence[Measure]) -> Figures:
     """The scores and features of one set, whose pictures come in batches and are not kept.
 
     Args:
-        batches: pictures (B, 3, H, W) in [-1, 1] with their captions; without captions nothing is scored.
+        batches: pictures (B, 3, H, W) in [-1, 1] with their captions; without captions nothing is scored. Edited
+            pictures come with those that they were made from, (B, 3, H', W') in [-1, 1].
     """
     scores: dict[str, list[Tensor]] = {}
     features: dict[str, list[Tensor]] = {}
-    for pictures, captions in batches:
+    for pictures, captions, *sources in batches:
         for measure in measures:
             if isinstance(measure, Distance):
                 features.setdefault(measure.name, []).append(measure.features(pictures))
             elif isinstance(measure, Score) and captions:
                 scores.setdefault(measure.name, []).append(measure.scores(pictures, captions))
+            elif isinstance(measure, EditScore) and captions and sources:
+                found = measure.scores_of_edits(pictures, sources[0], captions)
+                scores.setdefault(measure.name, []).append(found)
     joined = [{name: torch.cat(parts) for name, parts in found.items()} for found in (scores, features)]
     return Figures(*joined)
 

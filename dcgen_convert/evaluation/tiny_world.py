@@ -42,12 +42,17 @@ def right(pictures: Tensor, captions: list[str]) -> Tensor:
         pictures: (B, 3, H, W) in [-1, 1].
     """
     wanted = [asked(caption) for caption in captions]
-    shown = torch.cat([judge().read(part) for part in pictures.split(100)])
+    shown = read(pictures)
     found = [
         sum(int(shown[i, column]) == value for column, value in labels.items()) / len(labels)
         for i, labels in enumerate(wanted)
     ]
     return torch.tensor(found, dtype=torch.float64)
+
+
+def read(pictures: Tensor) -> Tensor:
+    """Attribute indices that the evaluator reads from pictures (B, 3, H, W) in [-1, 1]: (B, 6)."""
+    return torch.cat([judge().read(part) for part in pictures.split(100)])
 
 
 def asked(caption: str) -> dict[int, int]:
