@@ -219,7 +219,7 @@ def _base(name: str, family: Family) -> tuple[Origin, dict[str, tuple[Path, list
     found = find(entry.where if entry else name, entry.revision if entry else None, COMPLETING)
     index = Source(name, found.root).index
     kind = index.get("_class_name")
-    if kind not in (family.pipeline_class, *family.other_pipelines):
+    if kind not in family.pipelines:
         raise InputError(
             f"the base {name} is a {kind}, a {family.name} model needs a {family.pipeline_class}",
             "name the model that was converted, e.g. --base flux-krea",

@@ -20,6 +20,7 @@ from dcgen_convert.families.pixel_memory import TILED
 
 PICTURES = "pictures.png"  # in the bundle: the grid that the card shows
 AUTHORS = "https://github.com/dc-ai-projects/DC-Gen"
+LOADING = ("from diffusers.utils import load_image",)  # for the picture that an editing model is given
 PACKAGES = ("diffusers", "transformers", "torch", "dcgen-convert")  # whose versions the card names
 
 
@@ -223,7 +224,7 @@ def _lines(card: Card) -> list[str]:
     """The code that draws a picture with the bundle."""
     kind = f"DCGen_{card.family.pipeline_class}" if card.layout == "official" else "DiffusionPipeline"
     place, trust = one_line(card.place), ", trust_remote_code=True" if card.adapted else ""
-    lines = ["import torch", f"from diffusers import {kind}", ""]
+    lines = ["import torch", f"from diffusers import {kind}", *(LOADING if card.family.references else ()), ""]
     if card.layout == "official":
         lines = [
             f"# The class is part of the DC-Gen authors' code: git clone {AUTHORS}",
@@ -236,7 +237,10 @@ def _lines(card: Card) -> list[str]:
     lines.append(f'pipe = {kind}.from_pretrained({_quoted(place)}, dtype=torch.bfloat16{trust}).to("cuda")')
     if card.lora:
         lines.append(f"pipe.load_lora_weights({_quoted(place)})")
-    return [*lines, f"image = pipe({_arguments(card.manifest['defaults'], card.family)}).images[0]"]
+    defaults = card.manifest["defaults"]
+    if card.family.references:
+        lines.append(f'picture = load_image("picture.png").resize(({defaults["width"]}, {defaults["height"]}))')
+    return [*lines, f"image = pipe({_arguments(defaults, card.family)}).images[0]"]
 
 
 def _quoted(text: str) -> str:
@@ -247,10 +251,13 @@ def _arguments(defaults: Mapping[str, Any], family: Family) -> str:
     """The family's own call of the stock pipeline, as source code."""
     size = {key: defaults[key] for key in ("height", "width", "steps", "guidance")}
     prompt = "207" if "class_labels" in family.text_keys else "a red fox in the snow"
+    prompt = "make it a red fox in the snow" if family.references else prompt
     call = family.pipeline_call(None, [prompt], **size, length=defaults["text_length"])
     if "prompt" in call:
         call["prompt"] = prompt
-    return ", ".join(f"{key}={value!r}" for key, value in call.items())  # by name: FLUX.2's first argument is an image
+    given = ["image=picture"] if family.references else []
+    # by name: FLUX.2's first argument is an image
+    return ", ".join([*given, *(f"{key}={value!r}" for key, value in call.items())])
 
 
 def _limits(card: Card) -> str:

@@ -119,7 +119,7 @@ def _folder(path: Path) -> dict[str, Any]:
     config = source.reader.first(home / "config.json")
     if not isinstance(config.get("quantization_config") or {}, dict):
         raise InputError(f"{home / 'config.json'} has a damaged quantization_config", "fetch the checkpoint again")
-    known = families.recognise(config)
+    known = families.recognise(config, source.index)
     found: dict[str, Any] = {
         "kind": "bundle" if manifest.is_file() else "component" if source.index is None else "pipeline",
         "family": known.name if known else None,

@@ -89,7 +89,7 @@ def load(
     if not trust_remote_code:
         own = adapter_part(bundle, index, dtype)
     with quiet_diffusers(), own as vae:
-        if isinstance(kind, list) or kind in (family.pipeline_class, *family.other_pipelines):
+        if isinstance(kind, list) or kind in family.pipelines:
             parts |= vae
             pipeline = DiffusionPipeline.from_pretrained(bundle, **parts, **options)
         else:
@@ -136,7 +136,7 @@ def own_adapter(name: str) -> Iterator[None]:
 
 def family_of(bundle: Path) -> Family:
     """Family by the transformer's class; InputError when no family claims it."""
-    return families.family_of(transformer_config(bundle), bundle)
+    return families.family_of(transformer_config(bundle), bundle, read_index(bundle))
 
 
 def transformer_config(bundle: Path) -> dict[str, Any]:

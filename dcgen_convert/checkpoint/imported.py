@@ -76,7 +76,7 @@ class Imported(Source):
 
     @cached_property
     def family(self) -> Family:
-        return self.single.family
+        return families.of_pipeline(self.single.family, self.index)
 
     @cached_property
     def config(self) -> dict[str, Any]:

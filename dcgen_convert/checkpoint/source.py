@@ -93,7 +93,7 @@ class Source:
 
     @cached_property
     def family(self) -> Family:
-        return families.family_of(self.config, self.root)
+        return families.family_of(self.config, self.root, self.index)
 
     @property
     def scheduler(self) -> dict[str, Any] | None:
@@ -204,10 +204,9 @@ def check_scheduler(root: Path, family: Family) -> None:
 
 def check_variant(index: Mapping[str, Any], family: Family, where: Path) -> None:
     """InputError for pipelines of another task than drawing from text."""
-    known = (family.pipeline_class, *family.other_pipelines)
-    if index.get("_class_name") not in known:
+    if index.get("_class_name") not in family.pipelines:
         raise InputError(
-            f"{where} is a {index.get('_class_name')}, only {' and '.join(known)} can be converted with a "
+            f"{where} is a {index.get('_class_name')}, only {' and '.join(family.pipelines)} can be converted with a "
             f"{family.model_class}",
             "inpainting and editing variants need inputs that the conversion does not train",
         )

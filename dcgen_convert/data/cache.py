@@ -3,6 +3,7 @@
 index.json                    {"key", "count", "rows_per_shard", "held_out": rows,
                                "tables": {name: {tensor: shape of one row}}}
 <table>-00000.safetensors     tables "target-<px>" {"z"}, "base-<px>" {"z"}, "text" {forward() keywords}, "null" (1 row)
+                              of an editing model the first two are {"z", "reference"}
 captions.safetensors          {"text": UTF-8 of all captions, "ends": (N,) where each ends}
 
 With aspect-ratio buckets there is one table for each size, "target-<px>-<height>x<width>". The index then has "spans":
@@ -97,10 +98,15 @@ class LatentCache:
         """Rows ``indices`` of one span: z_0 (B, C, h, w) float32 and the condition, a dict of tensors with first
         axis B.
         """
-        return self.read("target", indices)["z"].float(), self.condition(indices)
+        return self.seen("target", indices)
+
+    def seen(self, name: str, indices: list[int] | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """`batch` as the model on the latents ``name`` ("base" or "target") sees it: so are the references."""
+        latents = {key: value.float() for key, value in self.read(name, indices).items()}
+        return latents.pop("z"), {**self.condition(indices), **latents}
 
     def condition(self, indices: list[int] | Tensor) -> dict[str, Tensor]:
-        """Conditions of rows ``indices``, read from the cache or encoded from their captions."""
+        """Conditions of rows ``indices``, read from the cache or encoded from their captions; without references."""
         if self._encode is None:
             return self.read("text", indices)
         return self._encode(self.captions(indices))

@@ -190,6 +190,13 @@ def read_pixels(file: Path, height: int, width: int | None = None) -> Tensor:
     return read_sizes(file, [(height, width or height)])[0]
 
 
+def read_stack(files: Sequence[Path], side: int) -> Tensor | None:
+    """The pictures in ``files`` as squares, (B, 3, side, side), as `read_pixels`; None where there are none."""
+    import torch
+
+    return torch.stack([read_pixels(file, side) for file in files]) if files else None
+
+
 def read_sizes(file: Path, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
     """The picture in a file, read once, at several sizes (height, width); else as `read_pixels`."""
     image, _ = decoding.decode(file)

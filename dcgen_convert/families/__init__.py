@@ -14,6 +14,7 @@ from dcgen_convert.families.cogview4 import CogView4
 from dcgen_convert.families.dit import DiT
 from dcgen_convert.families.flux import Flux
 from dcgen_convert.families.flux2 import Flux2
+from dcgen_convert.families.flux_kontext import FluxKontext
 from dcgen_convert.families.hidream import HiDream
 from dcgen_convert.families.hunyuanimage import HunyuanImage
 from dcgen_convert.families.krea2 import Krea2
@@ -35,6 +36,7 @@ __all__ = [
     "family_of",
     "get",
     "network_folder",
+    "of_pipeline",
     "recognise",
 ]
 
@@ -44,6 +46,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         Flux2(),
         Chroma(),
+        FluxKontext(),
         Flux(),
         SanaSprint(),
         Sana(),
@@ -80,20 +83,34 @@ def get(name: str) -> Family:
     return FAMILIES[name]
 
 
-def recognise(config: Mapping[str, Any]) -> Family | None:
-    """The family of a network with this config; None when no family claims it."""
-    return next((family for family in FAMILIES.values() if family.claims(config)), None)
+def recognise(config: Mapping[str, Any], index: Mapping[str, Any] | None = None) -> Family | None:
+    """The family of a network with this config; None when no family claims it.
+
+    Args:
+        index: model_index.json of its pipeline. Without one, a network that several pipelines share belongs to the
+            family that draws from text.
+    """
+    pipeline = (index or {}).get("_class_name")
+    claiming = (family for family in FAMILIES.values() if family.claims(config))
+    return next((family for family in claiming if not family.told_by_pipeline or pipeline in family.pipelines), None)
 
 
-def family_of(config: Mapping[str, Any], where: object) -> Family:
+def of_pipeline(family: Family, index: Mapping[str, Any]) -> Family:
+    """The family that has the network of ``family`` and is told by its pipeline, ``index``; else ``family``."""
+    kin = (other for other in FAMILIES.values() if other.told_by_pipeline and other.model_class == family.model_class)
+    return next((other for other in kin if index.get("_class_name") in other.pipelines), family)
+
+
+def family_of(config: Mapping[str, Any], where: object, index: Mapping[str, Any] | None = None) -> Family:
     """Family of a network from its config.
 
     Args:
         where: what the config was read from, for the error.
+        index: as `recognise`.
     Raises:
         InputError: no family claims it.
     """
-    family = recognise(config)
+    family = recognise(config, index)
     if family is None:
         classes = dict.fromkeys(known.model_class for known in FAMILIES.values())
         raise InputError(

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 TEXT_WIDTHS = ("joint_attention_dim", "caption_channels", "text_embed_dim", "cap_feat_dim", "text_hidden_dim")
 Network = Any  # a diffusers ModelMixin. Its type does not say that it has a config and can be called.
 Pipeline = Any  # a stock DiffusionPipeline
-Text = dict[str, "Tensor"]  # keyword of forward() -> tensor, the batch is its first axis
+# Condition of a picture: keyword of forward() -> tensor, the batch is its first axis. Of an editing model it holds the
+# clean latents of the reference too, (B, C, h', w') under REFERENCE; their size may differ from the target's.
+Text = dict[str, "Tensor"]
+REFERENCE = "reference"
 ON_PURPOSE = "kept dense"  # first words of the reason when a linear stays dense by choice, not because of its size
 
 
@@ -69,6 +72,8 @@ class Family:
     experimental: ClassVar[str] = ""  # note for users who convert this family; empty: no note
     pipeline_class: ClassVar[str]  # stock diffusers pipeline
     other_pipelines: ClassVar[tuple[str, ...]] = ()  # more stock pipelines for the same network and task
+    told_by_pipeline: ClassVar[bool] = False  # whether only the pipeline tells the network from another family's
+    references: ClassVar[int] = 0  # pictures that the model is given beside the text: 1 for a model that edits
     embedder: ClassVar[str]  # module that reads the latent; it is linear in the result of `tokens`
     head: ClassVar[str]  # module that writes the latent; it is linear in the result of `head_inputs`
     in_order: ClassVar[str]  # order of the numbers of one input patch, in einops notation
@@ -101,6 +106,11 @@ class Family:
     default_steps: ClassVar[int]
     default_guidance: ClassVar[float]
     text_length: ClassVar[int] = 1  # text tokens to which training and the bundle's usage pad
+
+    @property
+    def pipelines(self) -> tuple[str, ...]:
+        """Stock pipelines of the family's models."""
+        return (self.pipeline_class, *self.other_pipelines)
 
     def claims(self, config: Mapping[str, Any]) -> bool:
         """Whether a network with this config belongs to the family."""
@@ -367,6 +377,16 @@ class Family:
             guidance_scale=guidance,
             max_sequence_length=length,
         )
+
+    def reference_call(self, pixels: Tensor | None) -> dict[str, Any]:
+        """Keyword arguments that give references to the stock pipeline, beside those of `pipeline_call`.
+
+        Args:
+            pixels: (B, 3, H, W) in [-1, 1], one picture per prompt; None where the family reads none.
+        """
+        if (pixels is None) == bool(self.references):
+            raise TypeError(f"{self.name} is given {self.references} pictures for each prompt")
+        return {} if pixels is None else {"image": (pixels + 1) / 2}
 
 
 def guidance_input(model: Network, guidance: Tensor | None, z: Tensor, scale: float = 1.0) -> Tensor | None:

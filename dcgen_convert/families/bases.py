@@ -40,6 +40,7 @@ class Base:
 BASES = (
     Base("flux", "black-forest-labs/FLUX.1-schnell", "flux-schnell.json", 8, 16, {"guidance_embeds": False}),
     Base("flux", "black-forest-labs/FLUX.1-dev", "flux-dev.json", 8, 16),
+    Base("flux-kontext", "black-forest-labs/FLUX.1-Kontext-dev", "flux-dev.json", 8, 16),
     Base("flux2", "black-forest-labs/FLUX.2-dev", "flux2-dev.json", 8, 32, {"guidance_embeds": True}),
     Base("chroma", "lodestones/Chroma1-HD", "chroma.json", 8, 16),
     Base("sd3", "stabilityai/stable-diffusion-3.5-large", "sd3.json", 8, 16, {"num_layers": 38}),

@@ -5,7 +5,7 @@ Sources: diffusers 0.42 pipeline_flux.py; the 1K and 4K models that the DC-Gen a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.families.base import Family, Network, Pipeline, Text, guidance_input, token_ids
@@ -40,7 +40,7 @@ class Flux(Family):
     awq_pattern = r"(transformer_blocks\.\d+\.norm1(_context)?|single_transformer_blocks\.\d+\.norm)\.linear"
     bundle_tier = 2
     recipe = "flux-dev"
-    default_cells = 128
+    default_cells: ClassVar[int | None] = 128
     default_steps = 20
     default_guidance = 3.5
     text_length = 256
@@ -62,22 +62,30 @@ class Flux(Family):
         return {**config, "in_channels": channels, "out_channels": channels}
 
     def predict(self, model: Network, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
+        patch = self.patch(model.config, z.shape[1])
+        ids = token_ids(z.shape[2] // patch, z.shape[3] // patch, z)
+        return self.untokens(
+            self.run(model, self.tokens(z, patch), ids, t, text, guidance), z.shape[2], z.shape[3], patch
+        )
+
+    def run(
+        self, model: Network, tokens: Tensor, ids: Tensor, t: Tensor, text: Text, guidance: Tensor | None
+    ) -> Tensor:
+        """What the network writes for image ``tokens`` (B, N, C p p) with position ``ids`` (N, 3): (B, N, C p p)."""
         import torch
 
-        patch = self.patch(model.config, z.shape[1])
-        tokens = self.tokens(z, patch)  # (B, N, C p p)
         hidden = text["encoder_hidden_states"]
-        output = model(
+        output: Tensor = model(
             hidden_states=tokens,
             encoder_hidden_states=hidden,
             pooled_projections=text["pooled_projections"],
-            timestep=t.to(z.dtype),
-            img_ids=token_ids(z.shape[2] // patch, z.shape[3] // patch, z),
-            txt_ids=torch.zeros(hidden.shape[1], 3, device=z.device, dtype=z.dtype),
-            guidance=guidance_input(model, guidance, z),
+            timestep=t.to(tokens.dtype),
+            img_ids=ids,
+            txt_ids=torch.zeros(hidden.shape[1], 3, device=tokens.device, dtype=tokens.dtype),
+            guidance=guidance_input(model, guidance, tokens),
             return_dict=False,
         )[0]
-        return self.untokens(output, z.shape[2], z.shape[3], patch)
+        return output
 
     def encode_text(self, pipeline: Pipeline, prompts: list[str], length: int) -> Text:
         embeds, pooled, _ = pipeline.encode_prompt(prompt=prompts, prompt_2=None, max_sequence_length=length)

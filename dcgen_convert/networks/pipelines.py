@@ -68,7 +68,7 @@ def encode_text(family: Family, pipeline: Pipeline, prompts: Sequence[str], leng
 
 
 @torch.no_grad()
-def draw(
+def draw(  # noqa: PLR0913  what a pipeline is called with
     family: Family,
     pipeline: Pipeline,
     prompts: Sequence[str],
@@ -78,14 +78,19 @@ def draw(
     steps: int,
     guidance: float,
     length: int,
+    references: Tensor | None = None,
 ) -> Tensor:
     """Pictures of ``prompts``, (B, 3, side, side) in [-1, 1].
 
     The noise of a picture follows from its seed. In another batch its pixels are the same but for rounding.
+
+    Args:
+        references: what an editing model is given, (B, 3, H, W) in [-1, 1].
     """
     call = family.pipeline_call(
         pipeline, list(prompts), height=side, width=side, steps=steps, guidance=guidance, length=length
     )
+    call |= family.reference_call(references)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     with (
         tiles.by_size(pipeline.vae, len(prompts), side, side),

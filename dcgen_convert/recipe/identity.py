@@ -108,7 +108,22 @@ class Identity:
     @cached_property
     def family(self) -> Family:
         """The family that claims the config; InputError when none does."""
-        return families.family_of(self.config, self.name)
+        return families.family_of(self.config, self.name, self.pipeline_index)
+
+    @property
+    def pipeline_index(self) -> dict[str, Any] | None:
+        """model_index.json of the pipeline that the network belongs to; None where there is none, or it is not here."""
+        if self.is_alone:
+            return None if self.base is None else self.pipeline.pipeline_index
+        if self.entry is not None:
+            return {"_class_name": families.get(self.entry.family).pipeline_class}
+        if self.path is not None:
+            return self.index
+        from huggingface_hub.errors import EntryNotFoundError
+
+        with suppress(AccessError, EntryNotFoundError):
+            return self.reader.hub(self.name, "model_index.json", self.offline)
+        return None
 
     @cached_property
     def grid(self) -> Grid:

@@ -71,6 +71,15 @@ def check_few_steps(recipe: Recipe, family: Family, index: Mapping[str, Any] | N
         )
 
 
+def check_editing(recipe: Recipe, family: Family) -> None:
+    """InputError for a model that edits pictures."""
+    if family.references:
+        raise InputError(
+            f"{recipe.source} is a {family.name} model, which edits pictures: editing models are not converted yet",
+            "give the text-to-image model",
+        )
+
+
 def require_access(recipe: Recipe, source: Identity) -> None:
     """Ask the hub for one small file of every repository that the recipe names, before anything else is begun.
 

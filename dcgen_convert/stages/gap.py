@@ -37,7 +37,7 @@ from dcgen_convert.train.phases import sampling_of
 
 PICTURES = 32
 T = 0.3  # little noise: what is compared is content
-BASE, TARGET = 0, 1  # places in a pair of latents
+BASE, TARGET = "base", "target"  # whose latents
 
 
 def measure(job: Job, converted: Path, rows: LatentCache, work: Path) -> list[float]:
@@ -62,7 +62,7 @@ def measure(job: Job, converted: Path, rows: LatentCache, work: Path) -> list[fl
 
 
 @torch.no_grad()
-def walk(job: Job, transformer: Path, rows: LatentCache, side: int) -> Iterator[tuple[int, list[Tensor]]]:
+def walk(job: Job, transformer: Path, rows: LatentCache, side: str) -> Iterator[tuple[int, list[Tensor]]]:
     """(row, image tokens after every block) for up to PICTURES rows; the model is in memory during the walk only.
 
     Pictures of several shapes are taken in turn.
@@ -72,7 +72,7 @@ def walk(job: Job, transformer: Path, rows: LatentCache, side: int) -> Iterator[
     """
     model = models.load(transformer, job.dtype, device=pipelines.device())
     for index in (index for part in buckets.first_of_each(rows.spans, PICTURES) for index in part):
-        text, latent = rows.condition([index]), rows.pairs([index])[side]
+        latent, text = rows.seen(side, [index])
         sampling = sampling_of(job.family, job.recipe.adapt, latent.shape[1:], model.config, job.scheduler)
         drawn = objective.draw(job.recipe.seed, 0, [index], latent.shape[1:], sampling, objective.EVALUATION)
         drawn = replace(drawn, t=torch.full((1,), T))

@@ -22,7 +22,7 @@ from dcgen_convert.evaluation.grids import grid
 from dcgen_convert.families import Family, Text
 from dcgen_convert.networks import autoencoders, pipelines
 from dcgen_convert.stages.job import Job
-from dcgen_convert.train.objective import Velocity, shift_t
+from dcgen_convert.train.objective import Velocity, drop_text, shift_t
 
 SAMPLES = "samples"  # folder beside the checkpoints
 
@@ -69,7 +69,7 @@ def drawing(job: Job, rows: LatentCache, folder: Path) -> Callable[[Velocity, in
         for part in chosen:
             z0, text = rows.batch(part)
             text = {key: value.to(device) for key, value in text.items()}
-            null = {key: rows.null[key].to(device, value.dtype).expand_as(value) for key, value in text.items()}
+            null = drop_text(text, rows.null, torch.ones(len(part), dtype=torch.bool, device=device))
             generators = [torch.Generator().manual_seed(job.recipe.seed * 1_000_003 % 2**63 + i) for i in part]
             noise = torch.stack([torch.randn(z0.shape[1:], generator=generator) for generator in generators]).to(device)
             levels = noise_levels(job.family, settings.steps, z0.shape[2] * z0.shape[3], job.scheduler)

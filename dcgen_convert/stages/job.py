@@ -335,6 +335,7 @@ def prepare(resolved: Resolved, run: Run, console: Console, crew: Crew = SOLO) -
     entry = identity.entry
     if entry and entry.family != source.family.name:
         raise InputError(f"{source.root} holds a {source.family.name} model, {entry.name} is a {entry.family}")
+    sources.check_editing(recipe, source.family)
     sources.check_few_steps(recipe, source.family, source.index)
     doubt = source.family.doubt(identity.name, {} if source.imported else source.scheduler or {})
     if doubt and not recipe.adapt.phases[-1].consistency:

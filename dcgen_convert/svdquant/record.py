@@ -12,6 +12,7 @@ import torch
 
 from dcgen_convert.core.files import read_object, replacing, sha256, write_json
 from dcgen_convert.core.progress import Bar
+from dcgen_convert.data import images
 from dcgen_convert.families import Family, pixel_memory
 from dcgen_convert.networks import pipelines
 from dcgen_convert.networks.at_once import AtOnce
@@ -26,7 +27,8 @@ DONE = "done.json"  # in that folder, once every picture is drawn
 class CalibrationSet:
     """The pictures that are drawn for a calibration.
 
-    texts: one prompt or label per picture. batch: pictures that are drawn at once. side: px. length: text tokens.
+    texts: one prompt or label per picture. references: for an editing model, the file of the picture that it is given
+    with each of them. batch: pictures that are drawn at once. side: px. length: text tokens.
     """
 
     texts: Sequence[str]
@@ -36,6 +38,7 @@ class CalibrationSet:
     steps: int
     guidance: float
     length: int
+    references: Sequence[Path] = ()
 
     def missing(self, folder: Path) -> list[tuple[int, int]]:
         """[first, last) of the batches that are still to be drawn, whatever batch the others were drawn with.
@@ -71,6 +74,7 @@ class CalibrationSet:
             steps=self.steps,
             guidance=self.guidance,
             length=self.length,
+            references=images.read_stack(self.references[first:last], self.side),
         )
 
 

@@ -135,10 +135,14 @@ class Resident:
 
 
 def drop_text(text: Text, null: Text, dropped: Tensor) -> Text:
-    """``text`` with the null condition (batch of one) in the dropped samples; ``dropped`` is (B,) bool."""
-    null = {key: null[key].to(value.device, value.dtype) for key, value in text.items()}
+    """``text`` with the null condition (batch of one) in the dropped samples; ``dropped`` is (B,) bool.
+
+    What the null condition does not name stays: a dropped sample keeps its reference, as the pipelines do.
+    """
+    null = {key: value.to(text[key].device, text[key].dtype) for key, value in null.items()}
     return {
-        key: torch.where(dropped.view(-1, *[1] * (value.ndim - 1)), null[key], value) for key, value in text.items()
+        key: torch.where(dropped.view(-1, *[1] * (value.ndim - 1)), null[key], value) if key in null else value
+        for key, value in text.items()
     }
 
 

@@ -16,7 +16,7 @@ from dcgen_convert.stages import surgery
 from dcgen_convert.stages.job import Autoencoder
 
 from .tiny_models import TINY
-from .tiny_parts import keep_states, network_of
+from .tiny_parts import keep_states, network_of, reference_pixels
 
 GUIDANCE, SEED, STEPS = 2.5, 3, 2
 DEEP = [(32, 32), (64, 128), (128, 512), (32, 128)]  # the last is DC-AE 1.5 at f32
@@ -47,7 +47,8 @@ def stock(tiny, source):
     embedder = network_of(pipeline).get_submodule(family.embedder)
     hook = embedder.register_forward_hook(lambda module, args, output: embedded.append(output))
     settings = dict(side=entry.side, steps=STEPS, guidance=GUIDANCE, length=entry.length)
-    picture = pipelines.draw(family, pipeline, [entry.prompt], [SEED], **settings)
+    given = reference_pixels(entry.reference)
+    picture = pipelines.draw(family, pipeline, [entry.prompt], [SEED], **settings, references=given)
     hook.remove()
     assert len(steps) == STEPS
     return pipeline, steps, embedded, (states[-1], picture)

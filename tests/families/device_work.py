@@ -40,7 +40,7 @@ from dcgen_convert.train.ridge import NormalEquations
 
 from .tiny_entry import Tiny
 from .tiny_models import TINY
-from .tiny_parts import alive
+from .tiny_parts import alive, reference_pixels
 
 FACTOR, CHANNELS, ROWS = 32, 32, 8
 GUIDANCE, SEED, STEPS = 2.5, 3, 2
@@ -145,7 +145,9 @@ def _write_rows(bench: Bench) -> None:
         fine = source.config["sample_size"]  # its position table fits one size
     base = autoencoders.load(source.vae).channels
     for table, shape in (("target", (CHANNELS, cells, cells)), ("base", (base, fine, fine))):
-        write_shard(folder, f"{table}-{bench.side}", 0, {"z": torch.randn(ROWS, *shape, generator=generator)})
+        names = ["z", "reference"] if entry.reference else ["z"]
+        rows = {name: torch.randn(ROWS, *shape, generator=generator) for name in names}
+        write_shard(folder, f"{table}-{bench.side}", 0, rows)
     encoders = pipelines.load_text_encoders(source, torch.float32)
     captions = [entry.prompt] * ROWS
     write_shard(folder, "text", 0, pipelines.encode_text(bench.family, encoders, captions, entry.length))
@@ -163,7 +165,8 @@ def text(bench: Bench, device: str) -> list[Tensor]:
 def draw(bench: Bench, device: str) -> list[Tensor]:
     pipeline, entry = pipelines.load_pipeline(bench.job.source, torch.float32), bench.entry
     settings = dict(side=entry.side, steps=STEPS, guidance=GUIDANCE, length=entry.length)
-    return [pipelines.draw(bench.family, pipeline, [entry.prompt], [SEED], **settings)]
+    given = reference_pixels(entry.reference)
+    return [pipelines.draw(bench.family, pipeline, [entry.prompt], [SEED], **settings, references=given)]
 
 
 def autoencoding(bench: Bench, device: str) -> list[Tensor]:
@@ -253,7 +256,7 @@ def quantisation(bench: Bench, device: str, precision: str) -> list[Tensor]:
     torch.manual_seed(2)
     dense = alive(getattr(diffusers, family.model_class).from_config(config)).requires_grad_(False)
     dense.save_pretrained(folder / "dense")
-    text, calls = bench.rows.condition([0]), []
+    text, calls = bench.rows.batch([0])[1], []
     z, once = torch.randn(1, CHANNELS, 2, 2, generator=torch.Generator().manual_seed(SEED)), torch.ones(1)
     handle = dense.register_forward_pre_hook(lambda _, args, given: calls.append((args, given)), with_kwargs=True)
     with torch.no_grad():
@@ -316,7 +319,7 @@ def drawing_step(bench: Bench, device: str) -> Once:
     model, (z0, text) = bench.model(device), bench.rows.batch([0, 1])
     z, *words = (value.to(device) for value in (z0, *text.values()))
     text = dict(zip(text, words, strict=True))
-    null = {key: value.to(device).expand_as(text[key]) for key, value in bench.rows.null.items()}
+    null = objective.drop_text(text, bench.rows.null, torch.ones(2, dtype=torch.bool, device=device))
     levels, combine = torch.tensor([1.0, 0.5], device=device), bench.family.guidance == "cfg"
 
     def velocity(*at: Any) -> Tensor:

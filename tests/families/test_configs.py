@@ -1,6 +1,7 @@
 """Settings by which a stock pipeline or position table would go astray after the swap (sizes, bins, ranges)."""
 
 import inspect
+import math
 import re
 
 import diffusers
@@ -60,7 +61,10 @@ def test_what_a_pipeline_draws_that_is_told_no_size(name):
         cells = re.search(r"self\.default_sample_size = (\d+)$", code, re.MULTILINE)
         given = inspect.signature(kind.__call__).parameters.get("height")
         px = re.search(r"height = height or (\d+)$", code, re.MULTILINE)
+        area = inspect.signature(kind.__call__).parameters.get("max_area")
         side = given.default if given and given.default else int(px[1]) if px else None
+        if area:  # every size is scaled to it
+            side, cells = math.isqrt(area.default), None
         assert (family.default_cells, family.default_px) == (int(cells[1]) if cells else None, side), pipeline
         if (side, cells) == (None, None):
             assert "sample_size" in code

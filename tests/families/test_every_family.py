@@ -16,14 +16,18 @@ import diffusers
 import pytest
 import torch
 from bundle.conftest import Parts, autoencoder_dc, make_bundle, modules_cache  # noqa: F401 (a fixture)
+from PIL import Image
 
+from dcgen_convert import families
 from dcgen_convert.bundle.inspection import inspect
 from dcgen_convert.bundle.loading import load
 from dcgen_convert.checkpoint.merge import merge
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_json
+from dcgen_convert.data.images import to_image
 from dcgen_convert.families import grid
+from dcgen_convert.families.base import REFERENCE
 from dcgen_convert.networks import autoencoders, models, pipelines
 from dcgen_convert.planning.arithmetic import matching
 from dcgen_convert.planning.quantised import quantised_linears
@@ -40,7 +44,7 @@ from dcgen_convert.train import lora
 from dcgen_convert.train.objective import Sampling, draw, drop_text, flow_loss
 
 from .conftest import DEEP, GUIDANCE, SEED, STEPS
-from .tiny_parts import Pairs, alive, keep_states, network_of, trigflow
+from .tiny_parts import Pairs, alive, keep_states, network_of, reference_pixels, trigflow
 
 LEARNED_SIGMA = ("dit", "pixart")
 
@@ -54,8 +58,18 @@ def latent_of(entry, family, sample):
     return sample[:1].flatten(1, -4) if sample.ndim > 4 else sample[:1]
 
 
-def text_of(entry, family, pipeline, prompt):
-    return pipelines.encode_text(family, pipeline, [prompt], entry.length)
+def text_of(entry, family, pipeline, prompt, channels=None):
+    """The condition of a prompt. Of a model that edits its reference belongs to it: of the entry's picture as the base
+    sees it, or, with the ``channels`` of a deep autoencoder, a latent of 1 x 3 cells."""
+    text = pipelines.encode_text(family, pipeline, [prompt], entry.length)
+    if not entry.reference:
+        return text
+    if channels:
+        return text | {REFERENCE: torch.randn(1, channels, 1, 3, generator=torch.Generator().manual_seed(6))}
+    vae = pipeline.vae
+    with torch.no_grad():
+        latent = vae.encode(reference_pixels(entry.reference)).latent_dist.mode()
+    return text | {REFERENCE: (latent - vae.config.shift_factor) * vae.config.scaling_factor}
 
 
 def test_velocity_is_what_the_stock_scheduler_receives(tiny, source, stock):
@@ -100,6 +114,12 @@ def test_latent_and_tokens_are_in_the_stock_order_element_by_element(tiny, sourc
     with torch.no_grad():
         mine = affine(embedder, family.tokens(x, patch))  # (1, N, D)
     theirs = embedded[0].flatten(2).transpose(1, 2) if embedded[0].ndim == 4 else embedded[0]
+    if entry.reference:  # it follows the picture
+        reference = text_of(entry, family, pipeline, entry.prompt)[REFERENCE]
+        with torch.no_grad():
+            behind = affine(embedder, family.tokens(reference, patch))
+        torch.testing.assert_close(theirs[:, mine.shape[1] :], behind, atol=1e-5, rtol=1e-5)
+        theirs = theirs[:, : mine.shape[1]]
     for row in theirs.reshape(-1, *mine.shape[1:]):
         torch.testing.assert_close(row[None], mine, atol=1e-5, rtol=1e-5)
 
@@ -146,7 +166,8 @@ def test_model_latents_are_those_of_the_stock_pipeline(tiny, source, stock):
 def test_the_family_is_found_from_headers_alone(tiny, source):
     file = next(source.transformer.glob("*.safetensors"))
     one, folder = inspect(file), inspect(source.root)
-    assert (one["kind"], one["family"], one["layout"]) == ("checkpoint", source.family.name, "diffusers")
+    assert (one["kind"], one["layout"]) == ("checkpoint", "diffusers")
+    assert families.of_pipeline(families.get(one["family"]), source.index) is source.family
     assert (folder["kind"], folder["family"]) == ("pipeline", source.family.name)
     assert folder["autoencoder"]["f"] == tiny[1].factor
 
@@ -198,7 +219,9 @@ def test_head_rows_are_latent_channels_and_its_inputs_image_tokens(tiny, source,
     text = pipelines.encode_text(
         family, pipeline, [entry.prompt, "a big blue cat" if entry.prompt != "fox" else "0"], entry.length
     )
-    text = drop_text(text, text_of(entry, family, pipeline, ""), torch.tensor([True, False]))
+    text = drop_text(text, pipelines.encode_text(family, pipeline, [""], entry.length), torch.tensor([True, False]))
+    if entry.reference:
+        text[REFERENCE] = torch.randn(2, parts.channels, 1, 3, generator=torch.Generator().manual_seed(6))
     seen = {"embedded": [], "features": [], "written": []}  # a family may split the batch
     embedder, head = (model.get_submodule(name) for name in (family.embedder, family.head))
     hooks = [
@@ -242,6 +265,7 @@ def test_bundle_loads_in_the_stock_pipeline_and_draws_two_sizes(tiny, converted,
     for height, width in sizes:
         settings = dict(height=height, width=width, steps=STEPS, guidance=GUIDANCE, length=entry.length)
         call = family.pipeline_call(pipeline, [entry.prompt], **settings)
+        call |= family.reference_call(reference_pixels(entry.reference and (parts.factor, 3 * parts.factor)))
         with torch.no_grad():
             pixels = pipeline(**call, generator=torch.Generator().manual_seed(SEED), output_type="pt").images
         assert pixels.shape == (1, 3, height, width) and torch.isfinite(pixels).all() and pixels.std() > 1e-3
@@ -283,6 +307,7 @@ def stranger(tmp_path_factory):
             print(json.dumps(code), file=child.stdin, flush=True)
             return json.loads(child.stdout.readline())
 
+        Image.new("RGB", (40, 30), "teal").save(folder / "picture.png")  # what the card's lines edit
         yield draw
         child.stdin.close()
 
@@ -305,6 +330,7 @@ def test_the_lines_of_the_model_card_draw_in_a_fresh_process(tiny, converted, bu
 
 SIBLINGS = {  # other stock pipelines of the families' models, by what they do
     "flux": ("Img2Img", "Inpaint"),
+    "flux-kontext": ("Inpaint",),
     "sd3": ("Img2Img", "Inpaint"),
     "zimage": ("Img2Img", "Inpaint"),
     "chroma": ("Img2Img", "Inpaint"),
@@ -384,7 +410,10 @@ def test_quantisation_reaches_exactly_the_planned_linears(
     pipeline.transformer = dense.float().requires_grad_(False)
     settings = dict(side=parts.side, steps=STEPS, guidance=GUIDANCE, length=entry.length)
     with NULL.progress("", 1, "") as bar:
-        pictures = CalibrationSet([entry.prompt], SEED, 1, **settings)
+        if entry.reference:
+            to_image(reference_pixels((parts.side, parts.side))[0]).save(tmp_path / "reference.png")
+        given = [tmp_path / "reference.png"] if entry.reference else []
+        pictures = CalibrationSet([entry.prompt], SEED, 1, **settings, references=given)
         record_calls(tmp_path / "calls", family, lambda: pipeline, pictures, bar, [(0, 1)])
     targets = plan_targets(family, config, None)
     monkeypatch.setattr(layer, "REFITS", 0)  # in about a second: smoothing and refits have tests of their own
@@ -397,7 +426,7 @@ def test_quantisation_reaches_exactly_the_planned_linears(
     found = [set(written.get(section, {"targets": ()})["targets"]) for section in ("svdq_w4a4", "awq_w4a16")]
     assert found == [adapted - kept, awq] and set(open_layers(tmp_path / "4-bit")[2]) == adapted - kept | awq
 
-    text = text_of(entry, family, encoders, entry.prompt)
+    text = text_of(entry, family, encoders, entry.prompt, parts.channels)
     z = torch.randn(1, parts.channels, 2, 2, generator=torch.Generator().manual_seed(SEED))
     once = torch.ones(1)
     with torch.no_grad():
@@ -450,7 +479,7 @@ def test_one_lora_step_changes_exactly_the_planned_tensors_and_merge_reaches_all
     assert planned == [path for path, module in model.named_modules() if hasattr(module, "lora_A")]
     trained = dict(lora.trainable(model, [family.embedder, family.head]))
     [value.requires_grad_(True) for value in trained.values()]
-    text, null = (text_of(entry, family, pipeline, prompt) for prompt in (entry.prompt, ""))
+    text, null = (text_of(entry, family, pipeline, prompt, parts.channels) for prompt in (entry.prompt, ""))
     z0 = torch.randn(2, parts.channels, 2, 2, generator=torch.Generator().manual_seed(SEED))
     text = {key: value.expand(2, *value.shape[1:]) for key, value in text.items()}
     sampling = Sampling("logit-normal", 1.0, (1.0, 1.0), 0.0)

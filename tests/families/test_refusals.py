@@ -24,7 +24,6 @@ from .tiny_models import TINY
     "name, pipeline",
     [
         ("flux", "FluxFillPipeline"),
-        ("flux", "FluxKontextPipeline"),
         ("sd3", "StableDiffusion3InpaintPipeline"),
         ("qwenimage", "QwenImageEditPipeline"),
     ],

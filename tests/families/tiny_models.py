@@ -411,6 +411,12 @@ def unet(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def flux_kontext(folder: Path) -> None:
+    flux_source(folder)
+    parts = diffusers.FluxPipeline.from_pretrained(folder).components
+    diffusers.FluxKontextPipeline(**parts).save_pretrained(folder)
+
+
 def wide(**changes: Any) -> dict[str, Any]:
     """Heads of 64 instead of 16, and what has to change with them."""
     return {"attention_head_dim": 64, **changes}
@@ -418,6 +424,9 @@ def wide(**changes: Any) -> dict[str, Any]:
 
 TINY: dict[str, Tiny] = {
     "flux": Tiny(flux_source, wide(axes_dims_rope=[16, 24, 24]), factor=2, side=64, guided=False),
+    "flux-kontext": Tiny(
+        flux_kontext, wide(axes_dims_rope=[16, 24, 24]), factor=2, side=64, guided=False, reference=(32, 48)
+    ),
     "sana": Tiny(
         sana_source, wide(cross_attention_head_dim=64, cross_attention_dim=128), factor=32, middle=lowest(3.0)
     ),

@@ -121,6 +121,12 @@ def keep_states(pipeline, states, steps=None):
     pipeline.scheduler.step = record
 
 
+def reference_pixels(size):
+    """A picture of ``size`` (height, width) in px for a model that edits, (1, 3, height, width) in [-1, 1], or None."""
+    generator = torch.Generator().manual_seed(8)
+    return torch.rand(1, 3, *size, generator=generator) * 2 - 1 if size else None
+
+
 class Pairs:
     """Rows of both latent spaces as `LatentCache` gives them: random, which is all that linear algebra asks for."""
 

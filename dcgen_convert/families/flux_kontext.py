@@ -1,0 +1,61 @@
+"""FLUX.1 Kontext, which edits a picture by an instruction: the network of FLUX.1 dev with a second picture.
+
+The reference follows the target in the token sequence. Both go through the same embedder; the first number of a
+position tells them apart. Source: diffusers 0.42 pipeline_flux_kontext.py.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dcgen_convert.families.base import REFERENCE, Network, Pipeline, Text, token_ids
+from dcgen_convert.families.flux import Flux
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class FluxKontext(Flux):
+    name = "flux-kontext"
+    pipeline_class = "FluxKontextPipeline"
+    told_by_pipeline = True  # its config is the one of FLUX.1 dev
+    references = 1
+    layouts = {}  # and so are its tensor names
+    official_layout = False
+    recipe = "image"
+    default_cells = None
+    default_px = 1024  # it scales every size to the area of its `max_area`
+    default_steps = 28
+    default_guidance = 2.5
+
+    def image_tokens(self, features: Any, count: int, text: Text) -> Tensor:
+        """The target's tokens stand before the reference's, and the text's in a stream of their own."""
+        features = features[1] if isinstance(features, tuple) else features
+        return features[:, :count]
+
+    def predict(self, model: Network, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
+        import torch
+
+        patch, pictures = self.patch(model.config, z.shape[1]), (z, text[REFERENCE])
+        tokens = [self.tokens(picture, patch) for picture in pictures]  # (B, N, C p p) and (B, M, C p p)
+        ids = [token_ids(picture.shape[2] // patch, picture.shape[3] // patch, z) for picture in pictures]
+        ids[1][:, 0] = 1
+        output = self.run(model, torch.cat(tokens, dim=1), torch.cat(ids), t, text, guidance)
+        return self.untokens(output[:, : tokens[0].shape[1]], z.shape[2], z.shape[3], patch)
+
+    def pipeline_call(
+        self,
+        pipeline: Pipeline | None,
+        prompts: list[str],
+        *,
+        height: int,
+        width: int,
+        steps: int,
+        guidance: float,
+        length: int,
+    ) -> dict[str, Any]:
+        call = super().pipeline_call(
+            pipeline, prompts, height=height, width=width, steps=steps, guidance=guidance, length=length
+        )
+        # Of itself the pipeline would draw about a megapixel, and enlarge the reference to one of its preferred sizes.
+        return {**call, "max_area": height * width, "_auto_resize": False}
