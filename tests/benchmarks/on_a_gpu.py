@@ -260,7 +260,7 @@ def training(name: str, batch: int) -> Callable[[Check], dict[str, Any]]:
 
     def part(check: Check) -> dict[str, Any]:
         config = read_json(catalog.CONFIGS / f"{name}.json") | (SMALL[name] if check.small else {})
-        family = next(f for f in families.FAMILIES.values() if f.claims(config))
+        family = families.recognise(config)
         side, rank = (128, 4) if check.small else (1024, 64)
         model = filled(family.convert_config(config, 32, 32, side), torch.bfloat16, check.device)
         words, width = (8 if check.small else family.text_length), family.text_width(config)
