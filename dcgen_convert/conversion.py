@@ -162,10 +162,7 @@ def convert(  # noqa: PLR0913  every option of the verb by its name
             console.say(line)
         console.say(job.alignment.told)
         pictures.require_all(job)
-        if job.recipe.evaluate.measures:
-            from dcgen_convert.stages import compare, judged
-
-            judged.require(job, job.recipe.seed + compare.SEED)
+        _require_measures(job)
         require_possible(resolved.recipe, resolved.identity)
         require_disk(resolved, run.path, output, until)
         record = {
@@ -202,6 +199,18 @@ def convert(  # noqa: PLR0913  every option of the verb by its name
             write_json(run.path / records.ASKED, {"job": os.environ.get(join.JOB), "stages": asked})
         crew.introduce({"run": str(run.path), **record})
         return _run_steps(job, steps, output, asked, parts)
+
+
+def _require_measures(job: Job) -> None:
+    """Refuse measures of `evaluate.metrics` and `watch.metrics` that cannot run."""
+    if job.recipe.evaluate.measures:
+        from dcgen_convert.stages import compare, judged
+
+        judged.require(job, job.recipe.seed + compare.SEED)
+    if job.recipe.watch.measures:
+        from dcgen_convert.stages import watched
+
+        watched.require(job)
 
 
 def _require_memory(job: Job, survey: Survey) -> None:

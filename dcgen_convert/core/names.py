@@ -12,6 +12,10 @@ RECORDS = "quantization.json"  # beside 4-bit weights: the record of every layer
 EXPORT = "export"  # of a phase: the folder of the trained weights
 CHECKPOINTS = "checkpoints"  # of a training: the folder of its checkpoints
 LORA_START = "lora-start.safetensors"  # in the checkpoints of the first phase: where its LoRA begins
+METRICS = "metrics.jsonl"  # of a training: the figures of every step
+BEFORE = "evaluation-before.json"  # of a phase: the held-out loss before its first step
+EVALUATIONS = "evaluations.jsonl"  # of a phase: the held-out loss on the way
+MEASURES = "measures.jsonl"  # of a phase: what the measures said of its sample grids
 TRAINING = "training"  # of stage align-head: the folder of its training
 
 

@@ -134,17 +134,17 @@ class Cmmd(Distance):
         return cmmd(a, b)
 
 
-def clip(given: str | None, device: str, *, fetch: bool, asked: bool) -> Tower:
+def clip(given: str | None, device: str, *, fetch: bool, asked: bool, recipe: bool = False) -> Tower:
     """The CLIP model that was given, or the usual one; errors as `weights.find`."""
-    folder = weights.find(given, CLIP, fetch=fetch, asked=asked)
+    folder = weights.find(given, CLIP, fetch=fetch, asked=asked, recipe=recipe)
     if not _has_tokenizer(folder):
         raise InputError(f"{folder} has no tokenizer (tokenizer.json or vocab.json)", f"{CLIP.usual} has one")
     return Tower(folder, folder, device)
 
 
-def pickscore(given: str | None, device: str, *, fetch: bool, asked: bool) -> Tower:
+def pickscore(given: str | None, device: str, *, fetch: bool, asked: bool, recipe: bool = False) -> Tower:
     """The PickScore model that was given, or the usual one. Its tokenizer may lie in another repository."""
-    folder = weights.find(given, PICKSCORE, fetch=fetch, asked=asked)
+    folder = weights.find(given, PICKSCORE, fetch=fetch, asked=asked, recipe=recipe)
     tokenizer: Path | None = folder
     if not _has_tokenizer(folder):
         tokenizer = weights.cached(PICKSCORE_TOKENIZER, weights.TOKENIZER, fetch and (asked or given is not None))

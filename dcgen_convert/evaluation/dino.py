@@ -42,6 +42,6 @@ class FrechetDino(Distance):
         return frechet(a, b)
 
 
-def dino(given: str | None, device: str, *, fetch: bool, asked: bool) -> FrechetDino:
+def dino(given: str | None, device: str, *, fetch: bool, asked: bool, recipe: bool = False) -> FrechetDino:
     """The measure with the model that was given, or the usual one; errors as `weights.find`."""
-    return FrechetDino(weights.find(given, DINO, fetch=fetch, asked=asked), device)
+    return FrechetDino(weights.find(given, DINO, fetch=fetch, asked=asked, recipe=recipe), device)

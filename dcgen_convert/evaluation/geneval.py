@@ -181,13 +181,13 @@ def _object(odd: float, logits: Tensor, size: Sequence[int]) -> Seen | None:
     return Seen(odd * large[mask].sigmoid().mean().item(), box, mask)
 
 
-def detector(given: str | None, device: str, *, fetch: bool, asked: bool) -> Detector:
+def detector(given: str | None, device: str, *, fetch: bool, asked: bool, recipe: bool = False) -> Detector:
     """The detector that was given, or the usual one.
 
     Raises:
         InputError, AccessError: as `weights.find`; it has other classes; scipy is missing, which transformers wants.
     """
-    folder = weights.find(given, DETECTOR, fetch=fetch, asked=asked)
+    folder = weights.find(given, DETECTOR, fetch=fetch, asked=asked, recipe=recipe)
     labels = read_object(folder / "config.json").get("id2label")
     if not isinstance(labels, dict) or len(labels) != len(CLASSES):
         raise InputError(f"{folder} is no detector of the {len(CLASSES)} classes of COCO", f"{DETECTOR.usual} is one")

@@ -16,7 +16,7 @@ from dcgen_convert.core.errors import AccessError, InputError
 from dcgen_convert.evaluation.measure import Distance
 from dcgen_convert.evaluation.metrics import frechet
 from dcgen_convert.evaluation.pixels import to_uint8
-from dcgen_convert.evaluation.weights import NotAtHand, first_line
+from dcgen_convert.evaluation.weights import NotAtHand, first_line, setting_of
 
 OPTION = "--inception"
 FILE = "weights-inception-2015-12-05-6726825d.pth of the release v0.2.0 of toshas/torch-fidelity on GitHub"
@@ -29,19 +29,20 @@ class Fid(Distance):
     name = "fid"
     label = "FID"
 
-    def __init__(self, file: Path, device: str) -> None:
-        self._file, self._device = file, device
+    def __init__(self, file: Path, device: str, option: str = OPTION) -> None:
+        self._file, self._device, self._option = file, device, option
 
     @cached_property
     def _model(self) -> Any:
         with TemporaryDirectory() as folder:  # the package reads any pickle: it is given a file that holds tensors only
             clean = Path(folder) / "inception.pth"
-            torch.save(_tensors(self._file), clean)
+            torch.save(_tensors(self._file, self._option), clean)
             try:
                 model = _extractor()("inception", ["2048"], feature_extractor_weights_path=str(clean))
             except RuntimeError as error:
                 raise InputError(
-                    f"{self._file}, which {OPTION} names, holds other tensors than Inception: {first_line(error)}",
+                    f"{self._file}, which {self._option} names, holds other tensors than Inception: "
+                    f"{first_line(error)}",
                     f"give {FILE}",
                 ) from error
         return model.to(self._device)
@@ -55,21 +56,25 @@ class Fid(Distance):
         return frechet(a, b)
 
 
-def fid(given: str | None, device: str) -> Fid:
+def fid(given: str | None, device: str, *, recipe: bool = False) -> Fid:
     """The measure with the weights file that was given. Nothing is ever fetched.
 
+    Args:
+        recipe: errors name the setting of the recipe, not the option of the command line.
     Raises:
         NotAtHand: no file was given.
         AccessError: torch-fidelity is not installed, or cannot be imported.
         InputError: the file does not exist.
     """
+    option = setting_of(OPTION) if recipe else OPTION
     if given is None:
-        raise NotAtHand("there are no weights of Inception at hand", f"give {FILE} with {OPTION} FILE")
+        with_it = f"--set {option}=FILE" if recipe else f"{option} FILE"
+        raise NotAtHand("there are no weights of Inception at hand", f"give {FILE} with {with_it}")
     path = Path(os.path.expanduser(given))
     if not path.is_file():
-        raise InputError(f"{given}, which {OPTION} names, is no file", f"give {FILE}")
+        raise InputError(f"{given}, which {option} names, is no file", f"give {FILE}")
     _extractor()
-    return Fid(path, device)
+    return Fid(path, device, option)
 
 
 def _extractor() -> Any:
@@ -84,7 +89,7 @@ def _extractor() -> Any:
     return FeatureExtractorInceptionV3
 
 
-def _tensors(file: Path) -> dict[str, Tensor]:
+def _tensors(file: Path, option: str = OPTION) -> dict[str, Tensor]:
     """Name -> tensor, of a weights file. A pickle is read as tensors alone; InputError where it holds more."""
     if file.suffix == ".safetensors":
         from safetensors.torch import load_file
@@ -93,7 +98,7 @@ def _tensors(file: Path) -> dict[str, Tensor]:
     try:
         found = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
-        raise InputError(f"{file}, which {OPTION} names, is no file of weights", f"give {FILE}") from error
+        raise InputError(f"{file}, which {option} names, is no file of weights", f"give {FILE}") from error
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise InputError(f"{file}, which {OPTION} names, holds more than tensors", f"give {FILE}")
+        raise InputError(f"{file}, which {option} names, holds more than tensors", f"give {FILE}")
     return found

@@ -38,10 +38,15 @@ class Measure:
 
 
 class Score(Measure):
-    """A measure that gives every picture a number."""
+    """A measure that gives every picture a number.
+
+    Attributes:
+        reads: whether the number depends on the caption.
+    """
 
     kind = "score"
     better = "higher"
+    reads: ClassVar[bool] = True
 
     def scores(self, pictures: Tensor, captions: list[str]) -> Tensor:
         """(B,) float64 on the CPU; NaN where the measure does not apply to the caption.

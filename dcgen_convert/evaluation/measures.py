@@ -35,6 +35,7 @@ class Setting:
         offline: fetch nothing from the hub.
         asked: measures were asked for by their names. Otherwise the usual models are not fetched.
         edited: the pictures were made from other pictures, which are at hand.
+        recipe: what the user gave stands in a recipe: errors name its settings.
     """
 
     weights: Weights
@@ -44,11 +45,12 @@ class Setting:
     offline: bool = False
     asked: bool = False
     edited: bool = False
+    recipe: bool = False
 
     @property
     def finding(self) -> dict[str, Any]:
         """How networks are found and where they run."""
-        return {"device": self.device, "fetch": not self.offline, "asked": self.asked}
+        return {"device": self.device, "fetch": not self.offline, "asked": self.asked, "recipe": self.recipe}
 
     @cached_property
     def clip(self) -> Tower:
@@ -109,6 +111,7 @@ def chosen(
     device: str = "cpu",
     offline: bool = False,
     edited: bool = False,
+    recipe: bool = False,
 ) -> tuple[list[Measure], dict[str, str]]:
     """The measures that are to be used, and the names of those left out with the reason.
 
@@ -120,6 +123,7 @@ def chosen(
         device: where networks run.
         offline: fetch nothing from the hub.
         edited: the pictures were made from other pictures, which `rows.measured` will be given.
+        recipe: ``names`` and ``weights`` stand in a recipe: errors name its settings.
 
     Raises:
         InputError: no measure has this name; it does not apply to these captions or pictures; the weights that the user
@@ -128,7 +132,7 @@ def chosen(
     """
     table = known()
     measures, left_out = [], {}
-    setting = Setting(weights, captions, side, device, offline, names is not None, edited)
+    setting = Setting(weights, captions, side, device, offline, names is not None, edited, recipe)
     for name in table if names is None else dict.fromkeys(names):
         if name not in table:
             raise _unknown(name, table)
@@ -156,7 +160,7 @@ def _pickscore(setting: Setting) -> Measure:
 
 
 def _fid(setting: Setting) -> Measure:
-    return inception.fid(setting.weights.inception, setting.device)
+    return inception.fid(setting.weights.inception, setting.device, recipe=setting.recipe)
 
 
 def _geneval(setting: Setting) -> Measure:

@@ -26,6 +26,7 @@ class Sharpness(Score):
 
     name = "sharpness"
     label = "Share of contrast that is fine detail"
+    reads = False
 
     def scores(self, pictures: Tensor, captions: list[str]) -> Tensor:  # noqa: ARG002  it needs no caption
         return torch.cat([self._of(part) for part in pictures.split(1)])

@@ -5,7 +5,7 @@ that the stages wrote, and knows no stage by name:
     RUN/<stage>/stage.json     metrics and seconds. Numbers become a table. Lists of numbers become charts over their
                                index; lists under one name share a chart (the gap of every block, before and after).
                                Lists of records with a "module" become bars of the worst layers and a table of all.
-    RUN/<stage>/**/*.jsonl     one line per step. loss, grad_norm and lr become curves over "step".
+    RUN/<stage>/**/*.jsonl     one line per step, or per measure of a step: `curves`.
     RUN/<stage>/**/*.png       grids and pictures
 """
 
@@ -20,18 +20,17 @@ from typing import Any
 
 from dcgen_convert.core import names
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.core.files import atomic_write, read_json, read_lines, read_object, understood
+from dcgen_convert.core.files import atomic_write, read_json, read_object, understood
 from dcgen_convert.core.journal import CLEANED, MARKER
 from dcgen_convert.core.spelling import plain
-from dcgen_convert.evaluation import speed, summary, words
+from dcgen_convert.evaluation import curves, speed, summary, verdicts, words
 from dcgen_convert.evaluation.charts import line_chart
+from dcgen_convert.evaluation.curves import Series, is_number
 from dcgen_convert.evaluation.layers import layer_section
 
 REPORT = "report.html"
-EVALUATION = "evaluation"  # key of a stage's metrics: what the measures said, in tables of their own
+VERDICTS = "verdicts"  # key of a stage's metrics: they stand at the head of the page
 PICTURES = 8  # per stage; grids first
-Series = dict[str, list[tuple[float, float]]]  # name of a line in a chart -> its points (x, y)
-CURVES = ("loss", "grad_norm", "lr")  # columns drawn, in this order, where a step file has them
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; }
 body { color: #222; background: #fff; }
@@ -65,8 +64,9 @@ def write_report(run: Path, output: Path | None = None) -> Path:
     if not stages:
         raise InputError(f"{run} holds no finished stage", "give the run folder of a conversion, or resume it first")
     with understood(run, "dcgen-convert resume names the damaged file"):
-        parts = [f"<h1>{escape(run.name)}</h1>", *_verdict(stages), *_compared(stages)]
-        for folder, record in stages:
+        trained = [*stages, *_unfinished(run)]
+        parts = [f"<h1>{escape(run.name)}</h1>", *_verdict(stages), *_seen(trained), *_compared(stages)]
+        for folder, record in trained:
             parts += _stage(folder, record)
         parts += [_timings(stages), *_speed(run)]
     recipe = run / names.RECIPE
@@ -81,6 +81,31 @@ def finished_stages(run: Path) -> list[tuple[Path, dict[str, Any]]]:
     """(folder, record) of every finished stage, in the order in which they ended."""
     markers = sorted(run.rglob(MARKER), key=lambda path: (path.stat().st_mtime_ns, str(path)))
     return [(path.parent, read_object(path)) for path in markers]
+
+
+def _unfinished(run: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The same of a training that is going on, or was cut off: what its files say so far."""
+    folders = [path.parent for path in sorted(run.glob(f"*/{names.METRICS}")) if not (path.parent / MARKER).exists()]
+    return [
+        (
+            folder,
+            {
+                "stage": f"{folder.name}, not finished",
+                "metrics": {VERDICTS: [str(verdict) for verdict in verdicts.of(curves.read(folder))]},
+            },
+        )
+        for folder in folders
+    ]
+
+
+def _seen(stages: list[tuple[Path, dict[str, Any]]]) -> list[str]:
+    """The verdicts on the trainings."""
+    told = [
+        f"<li>{escape(str(record.get('stage', folder.name)))}: {escape(text)}</li>"
+        for folder, record in stages
+        for text in (record.get("metrics") or {}).get(VERDICTS) or ()
+    ]
+    return [f"<h2>seen while it trained</h2><ul>{''.join(told)}</ul>"] if told else []
 
 
 def _page(title: str, body: str) -> str:
@@ -102,7 +127,7 @@ def _verdict(stages: list[tuple[Path, dict[str, Any]]]) -> list[str]:
         parts += ["<h2>base model and bundle</h2>", _picture(path, "the same prompt and the same seed in each row")]
     rows = [row for row in scalars(metrics) if row[0] != "checks"]
     parts += [_figures(rows)] if rows else []
-    return [*parts, *_evaluated(metrics.get(EVALUATION)), *_evaluated(_added(folder.parent, summary.STAGE))]
+    return [*parts, *_evaluated(metrics.get("evaluation")), *_evaluated(_added(folder.parent, summary.STAGE))]
 
 
 def _evaluated(found: Any) -> list[str]:
@@ -171,7 +196,7 @@ def _compared(stages: list[tuple[Path, dict[str, Any]]]) -> list[str]:
 
 
 def _stage(folder: Path, record: Mapping[str, Any]) -> list[str]:
-    metrics = record.get("metrics") or {}
+    metrics = {key: value for key, value in (record.get("metrics") or {}).items() if key != VERDICTS}
     parts = [f"<h2>{escape(record.get('stage', folder.name))}</h2>"]
     if rows := scalars(metrics):
         parts.append(_figures(rows))
@@ -180,8 +205,7 @@ def _stage(folder: Path, record: Mapping[str, Any]) -> list[str]:
     for value in metrics.values():
         if _is_layers(value):
             parts += layer_section(value)
-    for path in sorted(folder.rglob("*.jsonl")):
-        parts += _curves(path, path.relative_to(folder).as_posix())
+    parts += curves.sections(folder, metrics)
     pictures = sorted(folder.rglob("*.png"), key=lambda path: ("grid" not in path.name, path.as_posix()))
     for path in pictures[:PICTURES]:
         parts.append(_picture(path, path.relative_to(folder).as_posix()))
@@ -192,37 +216,15 @@ def _stage(folder: Path, record: Mapping[str, Any]) -> list[str]:
     return parts
 
 
-def _curves(path: Path, name: str) -> list[str]:
-    """Charts of a step file, or nothing for another kind of jsonl. A last line that a crash cut off is left out."""
-    lines = read_lines(path)
-    records = []
-    for i, line in enumerate(lines):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            if i + 1 < len(lines):
-                raise InputError(f"{path} line {i + 1} is not JSON", "remove the line") from None
-    records = [record for record in records if isinstance(record, dict) and _is_number(record.get("step"))]
-    parts = []
-    for column in CURVES:
-        points = [(record["step"], record[column]) for record in records if _is_number(record.get(column))]
-        if points:
-            parts += [
-                f"<h3>{escape(words.of(column))}, {escape(name)}</h3>",
-                line_chart({column: points}, x_label="step", y_label=words.of(column).lower()),
-            ]
-    return parts
-
-
 def scalars(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """Numbers, texts, flags and lists of texts in nested metrics, as (dotted name, value)."""
     rows: list[tuple[str, Any]] = []
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            rows += [] if key == EVALUATION else scalars(value, f"{prefix}{key}.")
+            rows += [] if _is_evaluation(value) else scalars(value, f"{prefix}{key}.")
         elif not isinstance(value, list):
             rows.append((prefix + key, value))
-        elif not _is_layers(value) and not all(map(_is_number, value)):
+        elif not _is_layers(value) and not all(map(is_number, value)):
             rows.append((prefix + key, ", ".join(map(str, value))))
     return rows
 
@@ -232,21 +234,22 @@ def charts(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Series]:
     own: Series = {
         key: list(enumerate(value))
         for key, value in tree.items()
-        if isinstance(value, list) and value and all(map(_is_number, value))
+        if isinstance(value, list) and value and all(map(is_number, value))
     }
     found = {prefix.rstrip(".") or ", ".join(own): own} if own else {}
     for key, value in tree.items():
-        if isinstance(value, Mapping) and key != EVALUATION:
+        if isinstance(value, Mapping) and not _is_evaluation(value):
             found |= charts(value, f"{prefix}{key}.")
     return found
 
 
+def _is_evaluation(value: Mapping[str, Any]) -> bool:
+    """Whether it is what the measures said: it has tables of its own."""
+    return "measures" in value
+
+
 def _is_layers(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and "module" in value[0]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _text(value: Any) -> str:

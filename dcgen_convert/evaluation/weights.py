@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ class Needed:
     Attributes:
         what: in words, such as "a CLIP model".
         kind: model_type in its config.json.
-        option: of the command line, which says where it lies.
+        option: of the command line or of a recipe, which says where it lies.
         usual: hub id that is taken where the option is not given.
     """
 
@@ -40,20 +40,36 @@ class Needed:
     option: str
     usual: str
 
+    @property
+    def in_recipe(self) -> Needed:
+        """The same with the name of its setting in a recipe."""
+        return replace(self, option=setting_of(self.option))
 
-def find(given: str | None, needed: Needed, *, fetch: bool, asked: bool) -> Path:
+    def given_as(self, value: str) -> str:
+        """How the user says where it lies."""
+        return f"{self.option} {value}" if self.option.startswith("--") else f"--set {self.option}={value}"
+
+
+def setting_of(option: str) -> str:
+    """The setting of a recipe that an option of the command line stands for: "--clip" -> "evaluate.clip"."""
+    return f"evaluate.{option.removeprefix('--')}"
+
+
+def find(given: str | None, needed: Needed, *, fetch: bool, asked: bool, recipe: bool = False) -> Path:
     """The folder of the network: the one that was given, else the usual one in the hub's cache, else fetched.
 
     Args:
         given: a folder or a hub id; None: the usual one.
         fetch: whether what the cache lacks may be fetched. The usual one is fetched only where ``asked``.
         asked: the measure was asked for by its name.
+        recipe: errors name the setting of the recipe, not the option of the command line.
 
     Raises:
         InputError: a path that does not exist, a model of another kind, or one without safetensors.
         NotAtHand: nothing was given, and the usual one is not in the cache and was not fetched.
         AccessError: the hub id that was given is not in the cache and was not fetched.
     """
+    needed = needed.in_recipe if recipe else needed
     if given is not None:
         folder = local(given, needed.option)
         if folder is None:
@@ -61,14 +77,14 @@ def find(given: str | None, needed: Needed, *, fetch: bool, asked: bool) -> Path
         if folder is None:
             raise AccessError(
                 f"{given}, which {needed.option} names, is not in the local cache and cannot be fetched",
-                f"connect to the network, or give a folder: {needed.option} FOLDER",
+                f"connect to the network, or give a folder: {needed.given_as('FOLDER')}",
             )
     else:
         folder = cached(needed.usual, FILES, fetch and asked)
         if folder is None:
             raise NotAtHand(
                 f"there is no {needed.what.partition(' ')[2]} at hand",
-                f"give one with {needed.option} FOLDER or REPO; {needed.usual} fits",
+                f"give one with {needed.given_as('FOLDER or REPO')}; {needed.usual} fits",
             )
     return checked(folder, needed)
 

@@ -64,6 +64,8 @@ FIGURES = {
     r"loss_last": "training loss at the end",
     r"evaluation\.(before|after)\.mean": r"loss on pictures that were kept apart, \1 the training",
     r"evaluation\.(before|after)\.t([\d.]+)": r"the same loss at noise level \2, \1 the training",
+    r"evaluation\.before\.nothing": "the same loss of a model that always answers zero",
+    r"verdicts": "what was seen while it trained",
     r"steps": "steps",
     r"ended\.step": "its part of the budget was spent: ended early, after step",
     r"ended\.of": "steps that it was to have",

@@ -13,9 +13,10 @@ from dcgen_convert.core.journal import Stage
 from dcgen_convert.networks import models
 from dcgen_convert.planning import plan
 from dcgen_convert.planning.start import start_phase
-from dcgen_convert.stages import allowance, gap, grid
+from dcgen_convert.stages import allowance, gap, grid, watched
 from dcgen_convert.stages.job import Job
 from dcgen_convert.stages.layout import first_device, fitted
+from dcgen_convert.stages.watched import Watched
 from dcgen_convert.train import phases
 from dcgen_convert.train.loop import Place
 from dcgen_convert.train.watch import Intervals
@@ -30,11 +31,15 @@ def adapt_phase(job: Job, stage: Stage, number: int) -> None:
         record = train_phase(job, number, layout, seconds)
     record.pop("exports")
     stage.metrics.update(record)
+    if found := watched.found(job, number, record):
+        stage.metrics["verdicts"] = found
     before, after = record["evaluation"]["before"]["mean"], record["evaluation"]["after"]["mean"]
     job.console.say(
         f"adapt {number}: {phase.mode}, {record['steps']} steps at {phase.resolution} px, held-out loss "
         f"{before:.4f} -> {after:.4f}"
     )
+    for text in found:
+        job.console.say(f"adapt {number}: {text}")
 
 
 def train_phase(job: Job, number: int, layout: dict[str, Any], seconds: float | None) -> dict[str, Any]:
@@ -62,8 +67,9 @@ def train_phase(job: Job, number: int, layout: dict[str, Any], seconds: float | 
     task = task_in(layout)
     if recipe.compile and layout["zero"] < 3:
         models.compile_blocks(job.family, task.model)
-    drawing = grid.drawing(job, held_out, folder)
-    intervals = Intervals(recipe.watch.evaluate_every, recipe.watch.grid_every, drawing)
+    looking = Watched(job, number)
+    drawing = grid.drawing(job, held_out, folder, looking)
+    intervals = Intervals(recipe.watch.evaluate_every, recipe.watch.grid_every, drawing, looking.look)
     place = Place(folder, job.console, recipe.seed, held_out=held_out, intervals=intervals, deadline=deadline)
     phase = phase.model_copy(update={"micro_batch": layout["micro_batch"]})
     return phases.adapt_phase(task, phase, recipe.dtype, place, None if begins is None else _start_file(job, number))

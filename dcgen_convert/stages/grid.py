@@ -22,9 +22,9 @@ from dcgen_convert.evaluation.grids import grid
 from dcgen_convert.families import Family, Text
 from dcgen_convert.networks import autoencoders, pipelines
 from dcgen_convert.stages.job import Job
+from dcgen_convert.stages.watched import Watched
 from dcgen_convert.train.objective import Velocity, drop_text, shift_t
-
-SAMPLES = "samples"  # folder beside the checkpoints
+from dcgen_convert.train.watch import sheet_of
 
 
 def noise_levels(family: Family, steps: int, tokens: int, scheduler: dict[str, Any]) -> Tensor:
@@ -55,10 +55,13 @@ def sample(
     return z
 
 
-def drawing(job: Job, rows: LatentCache, folder: Path) -> Callable[[Velocity, int], None]:
-    """A function (velocity, step) that draws the grid to ``folder``/samples/step-%06d.png and the console's tracker.
+def drawing(
+    job: Job, rows: LatentCache, folder: Path, watched: Watched | None = None
+) -> Callable[[Velocity, int], None]:
+    """A function (velocity, step) that draws the grid to `sheet_of` and the console's tracker.
 
-    Every rank samples, because a partitioned network needs all ranks. Rank 0 decodes and writes.
+    Every rank samples, because a partitioned network needs all ranks. Rank 0 decodes, has the pictures measured by
+    ``watched``, and writes.
     """
     settings = job.recipe.bundle
 
@@ -82,9 +85,13 @@ def drawing(job: Job, rows: LatentCache, folder: Path) -> Callable[[Velocity, in
         codec = autoencoders.load(job.target, device=device, scale=scale, console=job.console)
         columns = zip((f"step {step}", "round trip"), zip(*latents, strict=True), strict=True)
         pictures = {title: [to_image(pixels) for z in parts for pixels in codec.decode(z)] for title, parts in columns}
-        sheet = grid(pictures, rows.captions([row for part in chosen for row in part]))
-        (folder / SAMPLES).mkdir(exist_ok=True)
-        with replacing(folder / SAMPLES / f"step-{step:06d}.png") as temporary:
+        captions = rows.captions([row for part in chosen for row in part])
+        if watched:
+            drawn, trips = pictures.values()
+            watched.measure(step, drawn, trips, captions)
+        sheet, file = grid(pictures, captions), sheet_of(folder, step)
+        file.parent.mkdir(exist_ok=True)
+        with replacing(file) as temporary:
             sheet.save(temporary, format="PNG")
         job.console.picture(f"{folder.name}/samples", step, sheet)
 

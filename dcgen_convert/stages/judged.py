@@ -18,6 +18,7 @@ from dcgen_convert.evaluation.measure import Measure, Weights
 from dcgen_convert.evaluation.pixels import through_jpeg
 from dcgen_convert.networks import pipelines
 from dcgen_convert.recipe.drawable import own_side
+from dcgen_convert.recipe.schema import Recipe
 from dcgen_convert.stages import captions
 from dcgen_convert.stages.job import Job
 
@@ -70,10 +71,20 @@ def evaluation(
 
 def _settled(job: Job, texts: Sequence[str]) -> list[Measure]:
     recipe = job.recipe.evaluate
-    weights = Weights(recipe.clip, recipe.dino, recipe.pickscore, recipe.inception)
     side = min(job.resolution, own_side(job.identity, job.ae.grid, job.resolution))
-    place: dict[str, Any] = {"side": side, "device": pipelines.device(), "offline": job.identity.offline}
-    return measures.chosen(recipe.measures, weights, texts, **place)[0]
+    place: dict[str, Any] = {
+        "side": side,
+        "device": pipelines.device(),
+        "offline": job.identity.offline,
+        "recipe": True,
+    }
+    return measures.chosen(recipe.measures, weights(job.recipe), texts, **place)[0]
+
+
+def weights(recipe: Recipe) -> Weights:
+    """Where the networks of the measures lie."""
+    given = recipe.evaluate
+    return Weights(given.clip, given.dino, given.pickscore, given.inception, given.detector)
 
 
 def _references(job: Job) -> References | None:

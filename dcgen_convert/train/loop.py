@@ -25,7 +25,7 @@ from dcgen_convert.core import clock
 from dcgen_convert.core.console import NULL, Console
 from dcgen_convert.core.errors import CheckFailed, InputError, Terminated
 from dcgen_convert.core.files import read_lines
-from dcgen_convert.core.names import CHECKPOINTS
+from dcgen_convert.core.names import CHECKPOINTS, METRICS
 from dcgen_convert.core.progress import Bar
 from dcgen_convert.families import Text
 from dcgen_convert.train import distributed
@@ -44,7 +44,6 @@ WARM = 20  # steps before it is trusted
 CHANGEABLE = (
     "engine.steps", "engine.lr", "engine.clip", "phase.steps", "phase.lr", "adapt.clip", "rows", "spans",
 )  # fmt: skip
-METRICS = "metrics.jsonl"
 
 
 class Samples(Protocol):
@@ -111,6 +110,7 @@ class Goal:
         loss_of: (z0, text, draws) -> mean loss over the samples.
         sampling: shape (C, h, w) of a batch -> how its draws are distributed.
         identity: what must be equal for a checkpoint to be continued (objective, data, phase).
+        nothing: as loss_of, of a model that always answers zero; None: there is no such loss.
     """
 
     label: str
@@ -118,6 +118,7 @@ class Goal:
     loss_of: LossOf
     sampling: SamplingOf
     identity: dict[str, Any]
+    nothing: LossOf | None = None
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,9 @@ class Loop:
                 self._metrics = _Metrics(self.place.folder / METRICS, first)
                 self.curve.losses = self._metrics.losses_before()
                 self.watch.forget(first)
+                self.watch.look()
+            if resumed and self._any_rank(self.watch.missed(first)):
+                self.watch.after_save(first)
             while not self.ended and engine.step_count < engine.settings.last:
                 waited = feed.waited
                 record = self._step(feed, signals.pending)

@@ -172,6 +172,14 @@ def flow_loss(
     return (error_weight(family, draws.t, weighting) * error).mean()
 
 
+def nothing_loss(family: Family, z0: Tensor, text: Text, draws: Draws, *, weighting: str = "none") -> Tensor:  # noqa: ARG001
+    """`flow_loss` of a network whose prediction is zero everywhere, w || target ||^2; of the corrected loss too.
+
+    A start above it is that of a network whose embedder and head do not belong to its blocks.
+    """
+    return (error_weight(family, draws.t, weighting) * family.target(z0, draws.eps).square().mean(dim=(1, 2, 3))).mean()
+
+
 def error_weight(family: Family, t: Tensor, weighting: str) -> Tensor:
     """Weight of a squared error of the native prediction at t, (B,): 1, but min(25, 1 / abar) of an epsilon with
     "velocity".

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from dcgen_convert.bundle.scheduler import flux2_shift
 from dcgen_convert.core import clock
 from dcgen_convert.core.errors import RecipeError
 from dcgen_convert.core.files import atomic_save, read_object, sha256, write_json
-from dcgen_convert.core.names import CHECKPOINTS, EXPORT, LORA_START
+from dcgen_convert.core.names import BEFORE, CHECKPOINTS, EXPORT, LORA_START
 from dcgen_convert.data import buckets
 from dcgen_convert.families import Family, Text
 from dcgen_convert.families.base import Network
@@ -39,6 +40,7 @@ from dcgen_convert.train.objective import (
     evaluate_loss,
     flow_loss,
     guidance_corrected_loss,
+    nothing_loss,
     velocity,
 )
 from dcgen_convert.train.settings import EngineSettings
@@ -107,6 +109,13 @@ class Task:
             return consistency_loss(family, model, z0, text, draws, null.on(z0.device), teacher, ratio)
 
         return loss
+
+    def nothing(self) -> LossOf | None:
+        """The loss of a model that always answers zero; None where the loss compares a model with itself."""
+        if self.consistency:
+            return None
+        plain = self.adapt.objective == "flow"
+        return partial(nothing_loss, self.family, weighting=self.adapt.weighting if plain else "none")
 
     def identity(self, settings: EngineSettings) -> dict[str, Any]:
         """Everything that decides the loss curve.
@@ -278,7 +287,7 @@ def _train(
     ``start``: where the LoRA begins, if not at zero.
     """
     model, component = task.model, task.family.component
-    goal = Goal(label, task.rows, task.loss(), task.sampling, identity)
+    goal = Goal(label, task.rows, task.loss(), task.sampling, identity, task.nothing())
     named = lora.trainable(model, modules or [], everything=modules is None)
     metadata = lora.adapter_metadata(model, component) if getattr(model, "peft_config", None) else None
     engine = Engine(model, named, settings)
@@ -307,8 +316,11 @@ def _averaged(engine: Engine) -> AbstractContextManager[None]:
     return engine.averaged() if engine.settings.ema else nullcontext()
 
 
-def _evaluate(engine: Engine, goal: Goal, place: Place) -> dict[str, float] | None:
-    """Held-out loss at fixed noise levels, or None without held-out rows. Every rank takes its part of the rows."""
+def _evaluate(engine: Engine, goal: Goal, place: Place, loss_of: LossOf | None = None) -> dict[str, float] | None:
+    """Held-out loss at fixed noise levels, or None without held-out rows. Every rank takes its part of the rows.
+
+    ``loss_of``: another loss than the goal's, of no network.
+    """
     rows = place.held_out
     if rows is None or not len(rows):
         return None
@@ -326,15 +338,22 @@ def _evaluate(engine: Engine, goal: Goal, place: Place) -> dict[str, float] | No
         return engine.evaluate(lambda parts: goal.loss_of(*parts), (z0, text, draws))
 
     with clock.timed("evaluate", sum(map(len, own))):
-        return evaluate_loss(through_engine, batches, place.seed, goal.sampling, engine.device, combine)
+        found = loss_of or through_engine
+        return evaluate_loss(found, batches, place.seed, goal.sampling, engine.device, combine)
 
 
 def _evaluate_once(engine: Engine, goal: Goal, place: Place) -> dict[str, float] | None:
-    """`_evaluate` before the first step; a resumed run finds the result on disk."""
-    path = place.folder / "evaluation-before.json"
+    """`_evaluate` before the first step, and "nothing": the mean loss of a model that always answers zero.
+
+    A resumed run finds the result on disk.
+    """
+    path = place.folder / BEFORE
     if distributed.agree(path.exists(), engine.device):  # all ranks or none: they look at different moments
         return read_object(path)
     result = _evaluate(engine, goal, place)
+    nothing = _evaluate(engine, goal, place, goal.nothing) if goal.nothing else None
+    if result and nothing:
+        result["nothing"] = nothing["mean"]
     if result is not None and engine.rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, result)

@@ -9,10 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from dcgen_convert.core.files import atomic_write, read_lines, understood
+from dcgen_convert.core.names import EVALUATIONS, MEASURES
 from dcgen_convert.train.meter import Meter
 from dcgen_convert.train.objective import Velocity
 
-EVALUATIONS = "evaluations.jsonl"
+SAMPLES = "samples"  # folder beside the checkpoints
+
+
+def sheet_of(folder: Path, step: int) -> Path:
+    """The file of the sample grid that is drawn after ``step`` in the phase of ``folder``."""
+    return folder / SAMPLES / f"step-{step:06d}.png"
 
 
 @dataclass(frozen=True)
@@ -22,13 +28,16 @@ class Intervals:
     Attributes:
         evaluate: steps between two evaluations of the held-out loss at fixed noise levels.
         grid: steps between two sample grids.
-        draw: (velocity, step) -> None draws the grid. Called on every rank, after the checkpoint of that step was
-            written. velocity is the network with its averaged weights: (z, t, text, guidance) -> (B, C, h, w).
+        draw: (velocity, step) -> None draws the grid, and writes `sheet_of` last. Called on every rank, after the
+            checkpoint of that step was written. velocity is the network with its averaged weights: (z, t, text,
+            guidance) -> (B, C, h, w).
+        look: reads what the run has written so far. Called on rank 0, at the start and after each of these.
     """
 
     evaluate: int = 0
     grid: int = 0
     draw: Callable[[Velocity, int], None] | None = None
+    look: Callable[[], None] | None = None
 
 
 class TrainingWatch:
@@ -60,12 +69,17 @@ class TrainingWatch:
         """Evaluate when it is due; the losses, or an empty dict."""
         every = self.intervals.evaluate
         losses = self._evaluate() if self._evaluate and every and step % every == 0 else None
-        if losses is None:
-            return {}
-        if speaks:
+        if losses and speaks:
             with open(self.folder / EVALUATIONS, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **losses}) + "\n")
-        return losses
+        if speaks and (losses or self.wants_grid(step)):
+            self.look()
+        return losses or {}
+
+    def look(self) -> None:
+        """Look at what the run has written so far."""
+        if self.intervals.look:
+            self.intervals.look()
 
     def after_save(self, step: int) -> None:
         """Draw the grid when it is due. A failure here costs no work: the checkpoint is on the disk."""
@@ -73,10 +87,14 @@ class TrainingWatch:
             self._draw(step)
 
     def forget(self, step: int) -> None:
-        """Drop evaluations of steps after ``step``, which a resumed run repeats."""
-        path = self.folder / EVALUATIONS
-        if path.exists():
-            kept_lines(path, lambda line: line["step"] <= step)
+        """Drop what was said of steps after ``step``, which a resumed run repeats."""
+        for path in (self.folder / EVALUATIONS, self.folder / MEASURES):
+            if path.exists():
+                kept_lines(path, lambda line: line["step"] <= step)
+
+    def missed(self, step: int) -> bool:
+        """Whether the run was cut off after the checkpoint of ``step``, before its grid was there."""
+        return self.wants_grid(step) and not sheet_of(self.folder, step).exists()
 
 
 def kept_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:

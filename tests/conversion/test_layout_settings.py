@@ -108,6 +108,7 @@ CHANGES = {
     "compile=true": [],
     "quantize.calibration.batch=3": [],
     "watch.evaluate_every=7": [],
+    "watch.metrics=[accuracy]": [],
     "evaluate.prompts=3": [],
     "data.count=20": ["data"],
     "align_head.lr=0.5": [],  # without steps

@@ -257,6 +257,9 @@ def test_one_sentence_for_each_mistake(text):
         (["quantize.format=nvfp4", "merge_lora=false"], "quantize needs merged weights"),
         (["adapt.phases.0.mode=full", "merge_lora=false"], "no LoRA to keep apart"),
         (["lora.rank=8", "adapt.phases.0.mode=full"], ""),
+        (["watch.metrics=[clip]", "watch.pictures=1"], "metrics clip compares at least 2"),
+        (["watch.metrics=[clip]", "watch.grid_every=0"], "judges the pictures of the grids: give both or neither"),
+        (["watch.metrics=none", "watch.grid_every=0", "watch.pictures=1"], ""),
     ],
 )
 def test_combinations(sets, words):
