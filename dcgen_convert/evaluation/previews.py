@@ -36,14 +36,14 @@ FEWEST_OF_HALVES = 4  # pictures; a distance needs two in each half
 
 
 @dataclass(frozen=True)
-class Seen:
+class Judged:
     """What was measured on the pictures of one column. other: scores with the captions of other pictures."""
 
     own: Figures
     other: Figures
 
 
-def seen(pictures: Sequence[Image], captions: Sequence[str], measures: Sequence[Measure]) -> Seen:
+def seen(pictures: Sequence[Image], captions: Sequence[str], measures: Sequence[Measure]) -> Judged:
     """Measure the pictures of one column, one by one: they may be large, and of several shapes."""
     readers = [measure for measure in measures if isinstance(measure, Score) and measure.reads]
     others = [*captions[1:], *captions[:1]]  # of the next picture
@@ -53,10 +53,10 @@ def seen(pictures: Sequence[Image], captions: Sequence[str], measures: Sequence[
             yield from_images([picture]), [text]
             pulse.bump()
 
-    return Seen(rows.measured(with_captions(captions), measures), rows.measured(with_captions(others), readers))
+    return Judged(rows.measured(with_captions(captions), measures), rows.measured(with_captions(others), readers))
 
 
-def lines(drawn: Seen, trips: Seen, measures: Sequence[Measure]) -> list[dict[str, Any]]:
+def lines(drawn: Judged, trips: Judged, measures: Sequence[Measure]) -> list[dict[str, Any]]:
     """One line per measure that has a value; see the head of this module."""
     table = rows.rows({rows.CONVERTED: drawn.own, rows.BASE: trips.own}, measures)
     found = []
@@ -73,7 +73,7 @@ def lines(drawn: Seen, trips: Seen, measures: Sequence[Measure]) -> list[dict[st
     return found
 
 
-def _gain(name: str, drawn: Seen, trips: Seen) -> dict[str, float]:
+def _gain(name: str, drawn: Judged, trips: Judged) -> dict[str, float]:
     """How much better the pictures fit their own captions than others, by pairs."""
     if name not in drawn.other.scores:
         return {}

@@ -25,6 +25,9 @@ IN_A_ROW = 2  # grids
 # Below a quarter of what the round trips have, most captions change nothing. A healthy tiny-flux has half of it after
 # 50 steps.
 HEEDED = 0.25  # gain by the own caption, divided by that of the round trips, at most with 95 % confidence
+# A model that hears no text guides its pictures by noise, and in the tiny world they never look right: there a loss
+# this low tells that it has learned the rest. A healthy tiny-flux has it after 50 steps, when its captions count.
+LEARNED = 0.55  # held-out loss, divided by that of a model that always answers zero
 # In the tiny world, pictures of a healthy model are at 1.1 or less when it has learned, those of an unaligned one at 2
 # to 7.
 ALIKE = 1.5  # largest ratio of a distance at which pictures look like the round trips
@@ -38,9 +41,11 @@ LITTLE = 0.01  # part of the held-out loss
 PART = 1 / 3  # of the steps so far
 FEWEST = 4  # points of a curve, before it is said to be flat
 
+Lines = Sequence[Mapping[str, Any]]  # of one measure
+
 
 @dataclass(frozen=True)
-class Verdict:
+class EarlyVerdict:
     """sign: a name of what was seen. seen: with its figures. advice: what to do. grave: the result will be bad."""
 
     sign: str
@@ -52,19 +57,20 @@ class Verdict:
         return f"{self.sign}: {self.seen}. {self.advice}"
 
 
-def of(curves: Curves) -> list[Verdict]:
+def of(curves: Curves) -> list[EarlyVerdict]:
     """All that is to be said of a training so far."""
+    unaligned = alignment_missing(curves.held_out, curves.nothing)
     found = (
-        alignment_missing(curves.held_out, curves.nothing),
+        unaligned,
         diverges(curves.held_out),
-        text_lost(curves.measures),
+        None if unaligned else text_lost(curves.measures, curves.held_out, curves.nothing),  # the first explains it
         blurred(curves.measures.get("sharpness", ()), curves.held_out),
         patience(curves.held_out, curves.measures),
     )
     return [verdict for verdict in found if verdict]
 
 
-def alignment_missing(held_out: Points, nothing: float | None) -> Verdict | None:
+def alignment_missing(held_out: Points, nothing: float | None) -> EarlyVerdict | None:
     """The held-out loss at the start is far above what an aligned model has.
 
     Args:
@@ -74,7 +80,7 @@ def alignment_missing(held_out: Points, nothing: float | None) -> Verdict | None
         return None
     start, (step, now) = held_out[0][1], held_out[-1]
     since = f"; after step {step:g} it is {now:.3g}" if step else ""
-    return Verdict(
+    return EarlyVerdict(
         "alignment missing",
         f"the held-out loss begins at {start:.3g}, and a model that always answers zero has {nothing:.3g}{since}",
         "Embedder and head were not fitted to the base: take align_embedder.method ridge and align_head.method "
@@ -82,14 +88,14 @@ def alignment_missing(held_out: Points, nothing: float | None) -> Verdict | None
     )
 
 
-def diverges(held_out: Points) -> Verdict | None:
+def diverges(held_out: Points) -> EarlyVerdict | None:
     """The held-out loss has turned round and rises."""
     if len(held_out) < 3:
         return None
     (best, lowest), (step, now) = min(held_out, key=lambda point: point[1]), held_out[-1]
     if now <= RISEN * lowest:
         return None
-    return Verdict(
+    return EarlyVerdict(
         "it diverges",
         f"the held-out loss was {lowest:.3g} at step {best:g}, and is {now:.3g} after step {step:g}",
         "Where the training loss rises too, the alignment is missing or the rate (lr of the phase) is too high; where "
@@ -97,30 +103,42 @@ def diverges(held_out: Points) -> Verdict | None:
     )
 
 
-def text_lost(measures: Mapping[str, Sequence[Mapping[str, Any]]]) -> Verdict | None:
-    """The pictures look right, but agree with their own captions no more than with those of others.
+def text_lost(measures: Mapping[str, Lines], held_out: Points, nothing: float | None) -> EarlyVerdict | None:
+    """All else is learned, but the pictures agree with their own captions no more than with those of others.
 
     Args:
         measures: name -> lines as `previews.lines` makes them, in the order of their steps.
+        held_out, nothing: as of `alignment_missing`.
     """
-    ratios = {name: lines[-1]["ratio"] for name, lines in measures.items() if lines and "ratio" in lines[-1]}
-    noise = max(map(_sharp, measures.get("sharpness", ())[-1:]), default=0.0)
-    if not ratios or max(ratios.values()) > ALIKE or noise > NOISY:
-        return None
+    learned = _learned(measures, held_out, nothing)
     for name, lines in measures.items():
         last = lines[-IN_A_ROW:]
-        if len(last) == IN_A_ROW and all(map(_unheeded, last)):
-            now, looks = last[-1], max(ratios, key=lambda name: ratios[name])
-            return Verdict(
+        if learned and len(last) == IN_A_ROW and all(map(_unheeded, last)):
+            now = last[-1]
+            return EarlyVerdict(
                 "text is lost",
-                f"the pictures look right ({looks} {ratios[looks]:.2g} times as far from the round trips as these are "
-                f"from one another), but {name} is {now['value']:.3g} after step {now['step']}, and "
-                f"{now['other_prompts']:.3g} with the captions of other pictures; the round trips gain "
-                f"{now['gain_round_trip']:.3g} by their own captions",
+                f"{learned}, but {name} is {now['value']:.3g} after step {now['step']}, and {now['other_prompts']:.3g} "
+                f"with the captions of other pictures; the round trips gain {now['gain_round_trip']:.3g} by their own "
+                "captions",
                 "For a guidance-distilled base take adapt.objective guidance-corrected, with its guidance in "
                 "adapt.guidance_range; else look whether the training captions belong to their pictures",
             )
     return None
+
+
+def _learned(measures: Mapping[str, Lines], held_out: Points, nothing: float | None) -> str:
+    """What shows that more than noise is learned; empty where nothing does."""
+    ratios = {name: lines[-1]["ratio"] for name, lines in measures.items() if lines and "ratio" in lines[-1]}
+    noise = max(map(_sharp, measures.get("sharpness", ())[-1:]), default=0.0)
+    if ratios and max(ratios.values()) <= ALIKE and noise <= NOISY:
+        worst = max(ratios, key=lambda name: ratios[name])
+        return (
+            f"the pictures look right (by {worst} they are {ratios[worst]:.2g} times as far from the round trips as "
+            "these are from one another)"
+        )
+    if held_out and nothing and held_out[-1][1] <= LEARNED * nothing:
+        return f"the held-out loss has fallen to {held_out[-1][1]:.3g} ({nothing:.3g} for a model that answers zero)"
+    return ""
 
 
 def _unheeded(line: Mapping[str, Any]) -> bool:
@@ -129,7 +147,7 @@ def _unheeded(line: Mapping[str, Any]) -> bool:
     return best > 0 and "gain_high" in line and line["gain_high"] < HEEDED * best
 
 
-def blurred(lines: Sequence[Mapping[str, Any]], held_out: Points) -> Verdict | None:
+def blurred(lines: Lines, held_out: Points) -> EarlyVerdict | None:
     """Fine detail is far below that of the round trips, and the loss has levelled out.
 
     Args:
@@ -141,7 +159,7 @@ def blurred(lines: Sequence[Mapping[str, Any]], held_out: Points) -> Verdict | N
     if max(map(_sharp, last)) >= SHARP or last[-1].get("high", 0.0) >= 0:
         return None
     now = last[-1]
-    return Verdict(
+    return EarlyVerdict(
         "blurred",
         f"sharpness is {now['value']:.3g} after step {now['step']}, {_sharp(now):.0%} of that of the round trips "
         f"({now['round_trip']:.3g}), and the last {stretch.steps:g} steps brought {stretch.gained:.1%} of the held-out "
@@ -184,13 +202,13 @@ def _stretch(held_out: Points) -> Stretch | None:
     return Stretch(begin, end, before, now)
 
 
-def patience(held_out: Points, measures: Mapping[str, Sequence[Mapping[str, Any]]]) -> Verdict | None:
+def patience(held_out: Points, measures: Mapping[str, Lines]) -> EarlyVerdict | None:
     """The last third of the steps brought hardly anything: how many steps brought how much."""
     stretch = _stretch(held_out)
     if stretch is None or not 0 <= stretch.gained < LITTLE:
         return None
     also = "".join(f"; {text}" for text in _brought(measures, stretch.begin))
-    return Verdict(
+    return EarlyVerdict(
         "it hardly improves",
         f"{stretch.steps:g} steps, from {stretch.begin:g} to {stretch.end:g}, brought {stretch.gained:.1%} of the "
         f"held-out loss ({stretch.before:.4g} to {stretch.now:.4g}){also}",
@@ -199,7 +217,7 @@ def patience(held_out: Points, measures: Mapping[str, Sequence[Mapping[str, Any]
     )
 
 
-def _brought(measures: Mapping[str, Sequence[Mapping[str, Any]]], begin: float) -> Iterator[str]:
+def _brought(measures: Mapping[str, Lines], begin: float) -> Iterator[str]:
     """What each measure was and is, over the steps from ``begin`` on."""
     for name, lines in measures.items():
         since = [line["value"] for line in lines if line["step"] >= begin]

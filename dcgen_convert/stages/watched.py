@@ -14,7 +14,7 @@ from dcgen_convert.data import given, images
 from dcgen_convert.data.held_out import held_out_rows
 from dcgen_convert.evaluation import curves, measures, previews, verdicts
 from dcgen_convert.evaluation.measure import Measure
-from dcgen_convert.evaluation.previews import Seen
+from dcgen_convert.evaluation.previews import Judged
 from dcgen_convert.stages import captions, judged
 from dcgen_convert.stages.job import Job
 from dcgen_convert.train.watch import kept_lines
@@ -52,7 +52,7 @@ class Watched:
 
     def __init__(self, job: Job, number: int) -> None:
         self.job, self.number, self.folder = job, number, job.folders.adapt(number)
-        self._trips: Seen | None = None  # the same for every grid
+        self._trips: Judged | None = None  # the same for every grid
         self._said: set[str] = set()
 
     def measure(self, step: int, drawn: Sequence[Image], trips: Sequence[Image], texts: list[str]) -> None:

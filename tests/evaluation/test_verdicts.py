@@ -95,12 +95,25 @@ def test_pictures_that_look_right_and_heed_no_caption_have_lost_the_text():
 )
 def test_text_is_not_lost_where_it_is_not_sure(change):
     given = {"accuracy": LOST, "sharp": SHARPNESS[:3], "ratio": GOOD} | change
-    assert not verdicts.of(curves(HEALTHY[:4], **given))
+    assert not verdicts.of(curves([(0, 1.9), (50, 1.7), (100, 1.5), (150, 1.3)], **given))
+
+
+def test_text_is_lost_where_the_loss_is_low_and_no_picture_looks_right():
+    """As where tiny-flux learned captions of other pictures: guidance by noise spoils what it draws."""
+    bad = [(50, 3.4), (100, 5.4), (150, 5.3)]
+    [found] = verdicts.of(curves([(0, 1.41), (100, 1.0), (150, 0.95)], accuracy=LOST, sharp=[], ratio=bad))
+    assert found.sign == "text is lost" and "loss has fallen to 0.95 (2.01 for a model that answers zero)" in found.seen
+    assert not verdicts.of(curves([(0, 1.41), (100, 1.0), (150, 0.95)], None, LOST, [], bad))
+
+
+def test_a_missing_alignment_explains_lost_text():
+    found = verdicts.of(curves([(0, 4.09), (100, 1.0), (150, 0.95)], accuracy=LOST, sharp=[], ratio=GOOD))
+    assert signs(found) == ["alignment missing"]
 
 
 def test_captions_that_the_round_trips_do_not_heed_say_nothing():
     lines = [row | {"gain_round_trip": 0.0} for row in scores(LOST)]
-    assert not verdicts.text_lost({"accuracy": lines, "tiny-cmmd": ratios(GOOD)})
+    assert not verdicts.text_lost({"accuracy": lines, "tiny-cmmd": ratios(GOOD)}, HEALTHY, 2.01)
 
 
 FLAT = [(0, 1.4), (100, 0.8), (200, 0.7), (300, 0.69)]
