@@ -2,16 +2,17 @@
 
     python -m tools.tiny WORK evaluator
     python -m tools.tiny WORK kl-f8c16 | kl-f8c4 | dc-f32c32 | dc-f64c128 | dc-f128c512
-    python -m tools.tiny WORK flux-teacher | flux | sana | dit | unet | sana-sprint
+    python -m tools.tiny WORK flux-teacher | flux | sana | dit | unet | sana-sprint | kontext-teacher | kontext
     python -m tools.tiny WORK assemble WEIGHTS     (the diffusers folders, bfloat16)
     python -m tools.tiny WORK gates                (the figures that the documentation states)
 
 Each part is one command. Its weights (float32) go to WORK. A part needs those before it: kl-f8c4 needs kl-f8c16, each
-transformer needs its autoencoder, flux needs its teacher.
+transformer needs its autoencoder, flux and kontext need their teachers. The teacher of kontext goes on from the shipped
+tiny-flux.
 
-Three parts do not ship: dc-f128c512, unet and sana-sprint. tests/benchmarks/compression_sweep.py, unet.py and
-few_steps.py train them. sana-sprint starts from the shipped tiny-sana. The other two start from the shipped
-tiny-dc-ae-f64 and f8c4 where WORK has none.
+Four parts do not ship: dc-f128c512, unet, sana-sprint and, so far, kontext. tests/benchmarks/compression_sweep.py,
+unet.py and few_steps.py train the first three; editing.py beside them judges the last. sana-sprint starts from the
+shipped tiny-sana. dc-f128c512 and unet start from the shipped tiny-dc-ae-f64 and f8c4 where WORK has none.
 
 The shipped weights were made in several runs: tiny-flux was distilled once before its teacher's last two phases, and
 tiny-dit began on pictures of every texture and place. A new run gives weights of the same quality, not the same bytes.

@@ -20,6 +20,7 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     PNDMScheduler,
@@ -63,6 +64,7 @@ def write(work: Path, weights: Path) -> None:
             _card(weights / name, name, f"the {part[3:6]} deep-compression autoencoder DC-AE")
     parts = (
         ("flux", flux, "FLUX.1-dev"),
+        ("kontext", kontext, "FLUX.1 Kontext"),
         ("sana", sana, "SANA"),
         ("sana-sprint", sana_sprint, "SANA-Sprint"),
         ("dit", dit, "DiT"),
@@ -91,6 +93,14 @@ def flux(work: Path) -> FluxPipeline:
         tokenizer_2=t5_tokenizer,
         transformer=FluxTransformer2DModel.from_pretrained(work / "flux", dtype=torch.bfloat16),
     )
+
+
+def kontext(work: Path) -> FluxKontextPipeline:
+    """All parts but the transformer are those of tiny-flux."""
+    parts = FluxPipeline.from_pretrained(SHIPPED / "tiny-flux", vae=None, transformer=None).components
+    parts["vae"] = AutoencoderKL.from_pretrained(SHIPPED / "tiny-flux" / "vae", dtype=torch.bfloat16)
+    parts["transformer"] = FluxTransformer2DModel.from_pretrained(work / "kontext", dtype=torch.bfloat16)
+    return FluxKontextPipeline(**parts)
 
 
 def sana(work: Path) -> SanaPipeline:

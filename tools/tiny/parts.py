@@ -18,7 +18,7 @@ from dcgen_convert import families
 from dcgen_convert.families import catalog
 from dcgen_convert.families.base import Network, Pipeline
 from dcgen_convert.tiny import world
-from tools.tiny import assemble, autoencoders, evaluator, few_steps, text
+from tools.tiny import assemble, autoencoders, editing, evaluator, few_steps, text
 from tools.tiny import transformers as base
 from tools.tiny.transformers import Log
 
@@ -31,7 +31,7 @@ AUTOENCODERS = {  # steps, batch, learning rate
     "dc-f128c512": (1500, 8, 6e-4),
 }
 # With 10,000 pictures flux learns them by heart, and learns shapes last.
-PICTURES = {"flux": 24_000, "sana": 10_000, "dit": 10_000, "unet": 12_000}
+PICTURES = {"flux": 24_000, "sana": 10_000, "dit": 10_000, "unet": 12_000, "kontext": 16_000}
 # (steps, learning rate, shift of the noise level) of each phase. Heavy noise teaches the text: in light noise the
 # picture itself shows what the caption says.
 PHASES: dict[str, list[tuple[int, float] | tuple[int, float, float]]] = {
@@ -41,8 +41,12 @@ PHASES: dict[str, list[tuple[int, float] | tuple[int, float, float]]] = {
     "dit": [(8000, 1.5e-3), (3200, 1.5e-3)],  # uniform over its DDPM steps
     "unet": [(4000, 2e-3)],
     "sana-sprint": [(3000, 1e-3, 3.0)],
+    "kontext-teacher": [(900, 1e-3, 2.5), (900, 1e-3, 2.5), (650, 8e-4, 2.5), (1000, 1.2e-3, 4.0)],
+    "kontext": [(400, 6e-4, 2.0)],
 }
-BATCH = {"flux-teacher": 32, "flux": 32, "sana": 64, "dit": 32, "unet": 16, "sana-sprint": 64}
+BATCH = {"flux-teacher": 32, "flux": 32, "sana": 64, "dit": 32, "unet": 16, "sana-sprint": 64, "kontext": 32}
+BATCH["kontext-teacher"] = 32
+HALF = ("unet", "kontext-teacher", "kontext")
 NAMES = ("evaluator", *AUTOENCODERS, *PHASES)
 
 
@@ -75,6 +79,8 @@ def train_transformer(work: Path, part: str, log: Log) -> Network:
         sana = SanaPipeline.from_pretrained(assemble.SHIPPED / "tiny-sana", dtype=torch.float32)
         pairs = caption_pairs(sana, "sana", sana.vae, log)
         return few_steps.train(sana.transformer, pairs, training(part, 0), log)
+    if part in ("kontext-teacher", "kontext"):
+        return train_kontext(work, part, log)
     name = part.removesuffix("-teacher")
     family, model = base.new_model(name, SEED)
     train = {"flux": base.distill_guidance, "dit": base.train_dit, "unet": base.train_unet}.get(part, base.train_flow)
@@ -86,10 +92,22 @@ def train_transformer(work: Path, part: str, log: Log) -> Network:
     return model
 
 
+def train_kontext(work: Path, part: str, log: Log) -> Network:
+    """The teacher goes on from the shipped tiny-flux at guidance 1, the student from the teacher."""
+    flux = FluxPipeline.from_pretrained(assemble.SHIPPED / "tiny-flux", dtype=torch.float32)
+    pairs = editing.pairs(flux, PICTURES["kontext"], SEED, text.LENGTH, log)
+    model, train = flux.transformer, base.train_flow
+    if part == "kontext":
+        model, train = FluxTransformer2DModel.from_pretrained(work / "kontext-teacher"), base.distill_guidance
+    for number in range(len(PHASES[part])):
+        model = train(families.get("flux-kontext"), model, pairs, training(part, number), log)
+    return model
+
+
 def training(part: str, number: int) -> base.Training:
     """Phase ``number`` of a transformer, counted from 0."""
     steps, rate, *shift = PHASES[part][number]
-    return base.Training(steps, BATCH[part], rate, SEED + number, *shift)
+    return base.Training(steps, BATCH[part], rate, SEED + number, *shift, half=part in HALF)
 
 
 def sana_pairs(work: Path, log: Log) -> base.Pairs:
