@@ -34,6 +34,7 @@ from dcgen_convert.networks import models, pipelines
 from dcgen_convert.recipe import loading
 from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.schema import Quantize
+from dcgen_convert.recipe.sources import refuse_editing
 from dcgen_convert.stages import compare, source_pipeline
 from dcgen_convert.stages.captions import class_names
 from dcgen_convert.stages.quantize import SINGLE_FILE, measured, settings_of
@@ -204,6 +205,9 @@ class SourceQuantisation:
             loras=request.loras,
             home=request.work_folder / STAGE,
         )
+        if not request.drawing.data_free:
+            hint = "convert it with --quantize, or use the weights alone: --calibration none"
+            refuse_editing(source.family, request.name, "quantize", hint)
         check_container(request.section.container, source.family)
         folders = list(source.parts.values())
         require_room(request.output, [path for path in folders if path.is_dir()], source.files)

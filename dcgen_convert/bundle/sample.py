@@ -38,6 +38,7 @@ def sample(  # noqa: PLR0913  every option of the verb by its name
     dtype: torch.dtype | None = None,
     runtime: str = "auto",
     trust_remote_code: bool = False,
+    image: Path | None = None,
 ) -> dict[str, Any]:
     """Draw ``count`` pictures of every prompt and write them as PNG files into the folder ``output``.
 
@@ -51,23 +52,27 @@ def sample(  # noqa: PLR0913  every option of the verb by its name
         height, width: px, multiples of the autoencoder's factor; None: the bundle's own.
         steps, guidance: None: the bundle's own.
         dtype, runtime, trust_remote_code: as in `loading.load`.
+        image: the picture that a model which edits is given with every prompt.
 
     Returns the result document: images (paths), prompts and seeds in the same order, runtime, the settings used,
     seconds.
 
     Raises:
-        InputError: no prompt, a size that does not fit, foreign code, a runtime that does not apply.
+        InputError: no prompt, a size that does not fit, foreign code, a runtime that does not apply, no picture to edit
+            or one that the model cannot use.
         CheckFailed: the bundle is unfinished, or a picture is not finite.
     """
     if not prompts or count < 1:
         raise InputError("there is nothing to draw", "give a prompt with -p and a count of at least 1")
     bundle, output = Path(bundle), Path(output)
+    require_image(family_of(bundle), image)
     family, defaults = family_of(bundle), read_manifest(bundle)["defaults"]
     height, width = height or defaults["height"], width or defaults["width"]
     config = transformer_config(bundle)
     check_size(family, config, read_json(bundle / "vae" / "config.json"), height, width)
     if doubt := beyond_training(read_manifest(bundle), family, config, height, width):
         console.warn(f"{bundle.name}: {doubt}")
+    reference = None if image is None else reference_of(image, height, width, token_side_of(bundle))
     steps, guidance = steps or defaults["steps"], defaults["guidance"] if guidance is None else guidance
     pipeline, used = load(bundle, dtype, runtime, trust_remote_code=trust_remote_code)
     console.say(describe(bundle, used))
@@ -77,7 +82,7 @@ def sample(  # noqa: PLR0913  every option of the verb by its name
     with console.progress("draw", len(jobs), "image") as bar:
         for i, prompt in enumerate(jobs):
             settings = dict(height=height, width=width, steps=steps, guidance=guidance, length=defaults["text_length"])
-            picture = draw(pipeline, family, [prompt], [seed + i], **settings)[0]
+            picture = draw(pipeline, family, [prompt], [seed + i], **settings, reference=reference)[0]
             path = output / f"{i:04d}-seed-{seed + i}.png"
             write_png(picture, path)
             images.append(str(path))
@@ -106,9 +111,11 @@ def draw(  # noqa: PLR0913  what a pipeline is called with
     steps: int,
     guidance: float,
     length: int,
+    reference: torch.Tensor | None = None,
 ) -> list[Image]:
     """One batch from a loaded stock pipeline: PIL images, one CPU generator per picture.
 
+    ``reference``: the picture that a model which edits is given with each prompt, (3, H, W) in [-1, 1].
     CheckFailed when a decoded picture is not finite; stock pipelines would paint it black.
     """
     import torch
@@ -119,6 +126,7 @@ def draw(  # noqa: PLR0913  what a pipeline is called with
     call = family.pipeline_call(
         pipeline, prompts, height=height, width=width, steps=steps, guidance=guidance, length=length
     )
+    call |= family.reference_call(None if reference is None else reference.expand(len(prompts), *reference.shape))
     with tiles.by_size(pipeline.vae, len(prompts), height, width):
         pixels = pipeline(**call, generator=generators, output_type="pt").images  # (B, 3, H, W) in [0, 1]
     if not torch.isfinite(pixels).all():
@@ -184,6 +192,34 @@ def beyond_training(
     )
 
 
+def require_image(family: Family, image: Path | None) -> None:
+    """InputError where a model that edits is given no picture, or another one is given one."""
+    if family.references and image is None:
+        raise InputError(f"a {family.name} model edits a picture, and none was given", "--image FILE")
+    if image is not None and not family.references:
+        raise InputError(f"a {family.name} model draws from text alone, it cannot edit {image}", "leave out --image")
+
+
+def reference_of(image: Path, height: int, width: int, cell: int) -> torch.Tensor:
+    """The picture in a file as a reference of ``height`` x ``width`` px, but in its own shape: (3, H, W) in [-1, 1].
+
+    The area is that of the picture which is drawn, as in training; both sides are multiples of ``cell`` px.
+
+    Raises:
+        InputError: there is no such file, or it is no picture.
+    """
+    from dcgen_convert.data import images
+
+    across, down = images.size_of(image)
+    shape = math.sqrt(height * width / (across * down))
+    return images.read_pixels(image, _near(down * shape, cell), _near(across * shape, cell))
+
+
+def token_side_of(bundle: Path) -> int:
+    """`token_side` of a bundle."""
+    return token_side(family_of(bundle), transformer_config(bundle), read_json(bundle / "vae" / "config.json"))
+
+
 def token_side(family: Family, config: dict[str, Any], vae: dict[str, Any]) -> int:
     """px per token side: f of the autoencoder times the patch, which is 1 after a conversion."""
     factor, channels = autoencoder_grid(vae)
@@ -214,5 +250,5 @@ def write_png(picture: Image, path: Path) -> None:
     atomic_write(path, buffer.getvalue())
 
 
-def _near(pixels: int, factor: int) -> int:
+def _near(pixels: float, factor: int) -> int:
     return max(factor, round(pixels / factor) * factor)

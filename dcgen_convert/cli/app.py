@@ -274,8 +274,9 @@ def verify(session: Session, bundle: str, against: str | None, trust_remote_code
     required=True,
     metavar="PROMPT",
     type=ANY_TEXT,
-    help="Text of a picture; repeatable.",
+    help="Text of a picture; repeatable. For a model that edits, an instruction.",
 )
+@option("--image", metavar="FILE", type=PLACE, help="Picture to edit, for a model that edits. Default: none.")
 @option(
     "-o",
     "--output",

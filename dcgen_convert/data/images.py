@@ -1,6 +1,7 @@
 """Captioned pictures: an index of files, read and cropped to the size that is asked for.
 
-index.jsonl   one object per picture: {"file", "caption", "seed"}; relative files lie beside the index
+index.jsonl   one object per picture: {"file", "caption", "seed"}; relative files lie beside the index. An edited
+              picture has "source" too, the picture that it was made from
 """
 
 from __future__ import annotations
@@ -29,17 +30,28 @@ if TYPE_CHECKING:
 INDEX = "index.jsonl"
 EXAMPLE = '{"file": "images/fox.png", "caption": "a red fox"}'
 CAPTION = "caption"  # key of the captions in an index or a list
+SOURCE = "source"  # key of the picture that an edited one was made from
 ROWS = "rows.jsonl"  # beside the latents: the pictures in the order of their rows
 
 
 @dataclass(frozen=True)
 class Picture:
-    """file; caption; seed of one that was drawn; sha256 of the file's bytes where it was asked for."""
+    """file; caption; seed of one that was drawn; sha256 of the file's bytes where it was asked for.
+
+    reference: of an edited picture, the file that it was made from; reference_sha256: of its bytes, if asked for.
+    """
 
     file: Path
     caption: str
     seed: int | None = None
     sha256: str | None = None
+    reference: Path | None = None
+    reference_sha256: str | None = None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The picture, and what it was made from."""
+        return (self.file,) if self.reference is None else (self.file, self.reference)
 
 
 def read_folder(path: Path) -> list[Picture]:
@@ -122,6 +134,8 @@ def _picture(record: object, folder: Path, column: str = CAPTION) -> Picture:
     """The picture of one line of a .jsonl in ``folder``; ValueError says what is wrong with the line."""
     if not isinstance(record, dict):
         raise ValueError("it is no object with file and caption")
+    if "file" not in record and "image" in record:
+        record = {**record, "file": record["image"]}
     for key in ("file", column):
         if key not in record:
             raise ValueError(f"it has no {key}")
@@ -131,16 +145,19 @@ def _picture(record: object, folder: Path, column: str = CAPTION) -> Picture:
     if not isinstance(seed, int | None) or isinstance(seed, bool):
         raise ValueError(f"seed must be a whole number, not {json.dumps(seed)[:60]}")
     caption.encode()  # half of a surrogate pair is no text
-    return Picture(folder / file, caption, seed)
+    source = record.get(SOURCE)
+    source = source[0] if isinstance(source, list) and len(source) == 1 else source  # several are refused if needed
+    return Picture(folder / file, caption, seed, reference=folder / source if isinstance(source, str) else None)
 
 
 def write_index(path: Path, pictures: list[Picture], root: Path) -> None:
     """Write an index whose files are relative to ``root`` where they lie in it; `read_index` takes the same root."""
     rows = []
     for picture in pictures:
-        file = picture.file.relative_to(root) if picture.file.is_relative_to(root) else picture.file
+        file, *source = (one.relative_to(root) if one.is_relative_to(root) else one for one in picture.files)
         row = {"file": str(file), "caption": picture.caption, "seed": picture.seed, "sha256": picture.sha256}
-        rows.append(json_text(row))
+        edited = {SOURCE: str(source[0]), f"{SOURCE}_sha256": picture.reference_sha256} if source else {}
+        rows.append(json_text({**row, **edited}))
     atomic_write(path, "\n".join(rows) + "\n")
 
 
@@ -149,7 +166,10 @@ def read_index(path: Path, root: Path) -> list[Picture]:
     with understood(path, "make its stage again with --from"):
         records = [json.loads(line) for line in read_lines(path) if line]
         pictures = [_picture(record, root) for record in records]
-        return [replace(one, sha256=record["sha256"]) for one, record in zip(pictures, records, strict=True)]
+        return [
+            replace(one, sha256=record["sha256"], reference_sha256=record.get(f"{SOURCE}_sha256"))
+            for one, record in zip(pictures, records, strict=True)
+        ]
 
 
 def chosen(pictures: list[Picture], count: int, root: Path, sieve: Sieve | None = None) -> list[Picture]:

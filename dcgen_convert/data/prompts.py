@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from dcgen_convert.data import grammar, prompt_lists
 
-KINDS = ("builtin", "tiny-world")  # anything else names a list
+KINDS = ("builtin", "tiny-world", "tiny-edits")  # anything else names a list
 BLOCK = 1024  # captions of the tiny world that are drawn at once
 MANY = 10_000  # pictures from which on the built-in prompts are too few
 
@@ -16,8 +16,8 @@ def make(kind: str, count: int, seed: int, classes: list[str] | None = None, off
     """``count`` prompts. A larger count begins with the same ones.
 
     Args:
-        kind: "builtin", "tiny-world", or what `prompt_lists.read` takes.
-        classes: labels of a class-conditional model; then both KINDS draw labels uniformly.
+        kind: "builtin", "tiny-world", "tiny-edits", or what `prompt_lists.read` takes.
+        classes: labels of a class-conditional model; then all KINDS draw labels uniformly.
         offline: take a data set of the hub from the cache only.
     Raises:
         InputError, AccessError: as `prompt_lists.read`.
@@ -37,6 +37,10 @@ def generated(kind: str, count: int, seed: int, classes: list[str] | None = None
 
         blocks = (world.sample_labels(BLOCK, seed + (block << 32)) for block in range(-(-count // BLOCK)))
         return [world.caption(row) for block in blocks for row in block.tolist()][:count]
+    if kind == "tiny-edits":
+        from dcgen_convert.data import drawn_edits
+
+        return drawn_edits.sampled(count, seed)[1]
     return grammar.prompts(count, seed)
 
 

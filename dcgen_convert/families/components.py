@@ -130,6 +130,7 @@ def _dit() -> dict[str, Component]:
 _BESIDE = {  # source -> what stands beside its network
     "flux-krea": lambda: _flux("flow-flux-dev"),
     "flux-dev": lambda: _flux("flow-flux-dev"),
+    "flux-kontext": lambda: _flux("flow-flux-dev"),
     "flux-schnell": lambda: _flux("flow-flux-schnell"),
     "sana-1.6b": lambda: _sana("dpm-sana"),
     "sana-sprint-1.6b": lambda: _sana("scm-sana-sprint"),

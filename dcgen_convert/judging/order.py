@@ -29,7 +29,7 @@ from dcgen_convert.judging.painter import Painter
 from dcgen_convert.networks import pipelines
 from dcgen_convert.recipe.drawable import own_side
 from dcgen_convert.recipe.identity import Identity
-from dcgen_convert.recipe.sources import require_source
+from dcgen_convert.recipe.sources import refuse_editing, require_source
 from dcgen_convert.stages.captions import labels
 from dcgen_convert.stages.compare import SEED
 
@@ -109,6 +109,7 @@ def settle(asked: Asked, console: Console) -> Trial:
     bundle = asked.bundle
     manifest, index = manifests.read(bundle), read_index(bundle)
     family, wish = family_of(bundle), {"steps": asked.steps, "guidance": asked.guidance}
+    refuse_editing(family, bundle, "evaluate", "evaluate.metrics in the recipe judges it while it is converted")
     home = asked.output / "import"
     mine = painter.of_bundle(bundle, home, console, side=asked.side, **wish)
     _check_size(family, bundle, mine.side)

@@ -30,10 +30,12 @@ from dcgen_convert.networks.pipelines import quiet_diffusers
 from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.loading import Resolved
 from dcgen_convert.recipe.schema import Recipe
+from dcgen_convert.recipe.sources import refuse_editing
 from dcgen_convert.stages import source_pipeline
 
 BASE, CONVERTED = "base", "converted"
 SEED = 0  # of random weights
+TOLD = "plan counts the tokens and the arithmetic of both models"
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ def of_bundle(
     """
     models = {BASE: _loaded_base(base, revision, dtype)}
     family, notes = models[BASE].family, []
+    refuse_editing(family, base.name, "benchmark", TOLD)
     if family.name != loading.family_of(bundle).name:
         raise InputError(
             f"{base.name} is a {family.name} model, and {bundle} holds a {loading.family_of(bundle).name}",
@@ -163,6 +166,7 @@ def of_source(resolved: Resolved, dtype: torch.dtype, side: int | None, random: 
     """
     recipe, identity = resolved.recipe, resolved.identity
     own, family = recipe.adapt.phases[-1].resolution, identity.family
+    refuse_editing(family, identity.name, "benchmark", TOLD)
     autoencoder = _autoencoder_config(recipe, identity)
     f, c = autoencoder_grid(autoencoder)
     numbers = random_weights.pool(SEED)

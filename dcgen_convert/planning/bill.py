@@ -205,7 +205,8 @@ def _data(recipe: Recipe, sizes: Shapes, number: int) -> Iterator[Work]:
         if copied := picture_bytes(recipe, number):
             yield Work(stage, "copy out of shards", data.count, "pictures", "disk", 2 * copied / data.count, False)
         return
-    once, passes = forward_flops(sizes.base, sizes.old.tokens(data.resolution), sizes.text), sizes.passes(data.guidance)
+    passes = sizes.passes(data.guidance)
+    once = forward_flops(sizes.base, sizes.seen(sizes.old, data.resolution), sizes.text)
     yield _fixed(stage, "load", BF16 * (sizes.base.parameters + sizes.companions), "bytes", "disk")
     yield Work(stage, "encode prompts", data.count, "pictures", "matmul", passes * _text_flops(sizes))
     yield Work(stage, "draw", data.count * data.steps, "denoising steps", "matmul", passes * once)
@@ -217,12 +218,13 @@ def _latents(recipe: Recipe, sizes: Shapes, number: int) -> Iterator[Work]:
     stage, data, sides = names.of_set("latents", number), recipe.data_of(number), recipe.sides(number)
     aligned = number == recipe.aligned_set  # the base's latents are for the alignment only
     source = _pixels(recipe, number)
-    yield Work(stage, "check", data.count, "pictures", "decoding", source, False)
-    yield Work(stage, "read", data.count * len(sides), "pictures", "decoding", source)
+    files = data.count * (1 + sizes.family.references)
+    yield Work(stage, "check", files, "pictures", "decoding", source, False)
+    yield Work(stage, "read", files * len(sides), "pictures", "decoding", source)
     yield _fixed(stage, "load", BF16 * sizes.companions, "bytes", "disk")
     new, old = sum(float(side**2) for side in sides), aligned * float(sizes.alignment.side**2)
     each = ENCODE * (old * _base_share(sizes) + new * _new_share(recipe)) / (old + new)
-    yield Work(stage, "encode", data.count * (old + new), "pixels", "convolution", each)
+    yield Work(stage, "encode", files * (old + new), "pixels", "convolution", each)
     written = LATENT * sizes.latent_numbers(sides, aligned) + text_bytes(recipe, sizes)
     yield Work(stage, "write", data.count * len(sides), "pictures", "disk", written / len(sides), False)
     if recipe.latents.text == "cache":
@@ -273,7 +275,7 @@ def _phase(recipe: Recipe, sizes: Shapes, phase: Phase, number: int, gpus: int) 
     yield _fixed(f"merge-{number}", "merge", 2 * dense, "bytes", "disk")
     yield _fixed(f"merge-{number}", "load", 2 * dense, "bytes", "disk")
     both = _once(sizes, recipe.adapt.phases[0])
-    both += forward_flops(sizes.base, sizes.old.tokens(sizes.alignment.side), sizes.text)
+    both += forward_flops(sizes.base, sizes.seen(sizes.old, sizes.alignment.side), sizes.text)
     pictures = min(GAP_PICTURES, held_out)
     yield Work(f"merge-{number}", "gap", 2 * pictures, "passes", "matmul", both / 2, False)
 
@@ -322,7 +324,7 @@ def _finished(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
     if count:
         data, pixels = recipe.data, float(last.resolution**2)
         own = own_side(sizes.source, sizes.new, last.resolution)
-        base = forward_flops(sizes.base, sizes.old.tokens(own), sizes.text) * sizes.passes(data.guidance)
+        base = forward_flops(sizes.base, sizes.seen(sizes.old, own), sizes.text) * sizes.passes(data.guidance)
         of_base = count * (2 if recipe.evaluate.measures else 1)  # with the noise floor
         yield Work("verify", "draw with the source", of_base * data.steps, "denoising steps", "matmul", base, False)
         models = ["draw with the bundle", *([] if recipe.quantize.format == "none" else ["draw in 16 bits"])]
@@ -338,7 +340,7 @@ def _finished(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
 
 def _once(sizes: Shapes, phase: Phase) -> float:
     """FLOPs of one forward pass of the converted model for one picture."""
-    return forward_flops(sizes.converted, sizes.new.tokens(phase.resolution), sizes.text)
+    return forward_flops(sizes.converted, sizes.seen(sizes.new, phase.resolution), sizes.text)
 
 
 def _trained(recipe: Recipe, phase: Phase, once: float) -> float:

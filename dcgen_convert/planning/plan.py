@@ -236,6 +236,11 @@ def _tokens(resolved: Resolved, sizes: Shapes) -> list[dict]:
 def _notes(fetch: list[dict], resolved: Resolved, family: Family) -> list[str]:
     """What is experimental, missing or gated; none of it stops a plan."""
     notes = [*resolved.told, *([family.experimental] if family.experimental else [])]
+    if family.references:
+        notes.append(
+            "it edits: each picture comes with a reference of its size. The networks see its tokens too, as many again "
+            "as the table of tokens says; time, memory and disk are priced with them"
+        )
     for row in (row for row in fetch if not row["cached"]):
         if row["gated"]:
             notes.append(f"{row['repo']} is gated: accept its licence at {row['accept_at']} and set HF_TOKEN")

@@ -47,8 +47,9 @@ class Shapes:
         """Numbers in the latents of one picture, at every one of ``sides``; those of the base are for the alignment
         only.
         """
-        new = sum(self.new.c * (side // self.new.f) ** 2 for side in sides)
-        return new + aligned * self.old.c * (self.alignment.side // self.old.f) ** 2
+        each = 1 + self.family.references
+        new = each * sum(self.new.c * (side // self.new.f) ** 2 for side in sides)
+        return new + aligned * each * self.old.c * (self.alignment.side // self.old.f) ** 2
 
     def passes(self, guidance: float) -> int:
         """Forward passes of a denoising step: classifier-free guidance has two."""
@@ -66,7 +67,11 @@ class Shapes:
 
     def tokens(self, phase: Phase) -> int:
         """Image + text tokens per picture that the converted model sees in a phase."""
-        return self.new.tokens(phase.resolution) + self.text
+        return self.seen(self.new, phase.resolution) + self.text
+
+    def seen(self, grid: Grid, side: int) -> int:
+        """Image tokens that a model on ``grid`` sees while it draws ``side`` px: the picture's and its references'."""
+        return grid.tokens(side) * (1 + self.family.references)
 
 
 def shapes_of(recipe: Recipe, source: Identity) -> Shapes:

@@ -17,8 +17,8 @@ PAPER = {
 
 def speedup(sizes: Shapes, side: int) -> dict:
     """FLOPs of one step before / after at equal px; text tokens, embedders and modulation included, decoders not."""
-    before = forward_flops(sizes.base, sizes.old.tokens(side), sizes.text)
-    after = forward_flops(sizes.converted, sizes.new.tokens(side), sizes.text)
+    before = forward_flops(sizes.base, sizes.seen(sizes.old, side), sizes.text)
+    after = forward_flops(sizes.converted, sizes.seen(sizes.new, side), sizes.text)
     return {
         "resolution": side,
         "flops_before": before,

@@ -98,7 +98,7 @@ def needs(recipe: Recipe, sizes: Shapes, fits: list[Fit]) -> Iterator[Need]:
     for number in recipe.sets:
         own = recipe.data_of(number)
         if own.kind == "synthetic":
-            tokens, stage = sizes.old.tokens(own.resolution), of_set("data", number)
+            tokens, stage = sizes.seen(sizes.old, own.resolution), of_set("data", number)
             yield drawing(stage, base, theirs, tokens, own.resolution, min(own.batch, own.count), own.guidance)
         side = max(recipe.sides(number))
         batch = together(min(recipe.latents.batch, own.count), side**2)
@@ -118,13 +118,13 @@ def needs(recipe: Recipe, sizes: Shapes, fits: list[Fit]) -> Iterator[Need]:
         sums = group_bytes(sizes.lora_layers(recipe.adapt.phases[0])) if recipe.starts_along_gradient(number) else 0.0
         yield _larger(Need(f"adapt-{number}", converted, once, fixed=sums, loaded=converted), fit)
         yield Need(f"merge-{number}", max(base, converted), _gap(sizes, e), 1, loaded=max(base, converted))
-    side, tokens = last.resolution, sizes.new.tokens(last.resolution)
+    side, tokens = last.resolution, sizes.seen(sizes.new, last.resolution)
     if recipe.quantize.format != "none":
         batch = min(recipe.quantize.calibration.batch or data.batch, recipe.quantize.calibration.prompts)
         yield drawing("quantize", converted, ours, tokens, side, batch, steps.guidance)
     yield Need("bundle", 0.0, loaded=GIB / 4)
     count = recipe.evaluate.prompts
-    tokens = max(tokens, sizes.old.tokens(own_side(sizes.source, sizes.new, side)))
+    tokens = max(tokens, sizes.seen(sizes.old, own_side(sizes.source, sizes.new, side)))
     verified = drawing("verify", max(base, converted), ours, tokens, side, min(data.batch, count or 1), 2.0)
     trip = Need("verify", codecs, max(work(ours["fp32"], way, side, 1) for way in (ENCODE, DECODE)))
     if trip.gpu(1) > verified.gpu():
@@ -173,7 +173,7 @@ def rows(every: list[Need], on_gpu: bool, measured: Peaks | None = None) -> list
 
 def _gap(sizes: Shapes, element: int) -> float:
     """Bytes of the tokens after every block of one picture, and of the pass that makes them."""
-    tokens = float(sizes.old.tokens(sizes.alignment.side) + sizes.text)
+    tokens = float(sizes.seen(sizes.old, sizes.alignment.side) + sizes.text)
     return tokens * sizes.base.width * element * (sizes.base.blocks + LIVE)
 
 

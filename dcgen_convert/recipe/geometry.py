@@ -99,7 +99,6 @@ def check(recipe: Recipe, source: Identity) -> None:
     pipeline = source.pipeline
     if pipeline.scheduler is not None:
         family.check_scheduler(pipeline.scheduler)
-    sources.check_editing(recipe, family)
     sources.check_few_steps(recipe, family, pipeline.index)
     for number in recipe.sets:
         if recipe.data_of(number).buckets:

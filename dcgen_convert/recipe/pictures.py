@@ -24,8 +24,13 @@ class Data(Section):
     )
     prompts: Text = Field(
         default="builtin",
-        description="builtin, tiny-world, FILE.txt with one prompt per line, FILE:COLUMN of a .jsonl, .csv, .tsv or "
-        ".parquet, or hf://datasets/ORG/NAME:COLUMN (synthetic only)",
+        description="builtin, tiny-world, tiny-edits, FILE.txt with one prompt per line, FILE:COLUMN of a .jsonl, "
+        ".csv, .tsv or .parquet, or hf://datasets/ORG/NAME:COLUMN (synthetic only)",
+    )
+    sources: Text | None = Field(
+        default=None,
+        description="for a model that edits: folder of the pictures that the base edits, with the prompts as "
+        "instructions. The first prompt edits the first picture, and so on; null: none, as for other models",
     )
     count: Count = Field(default=10_000, description="pictures; a folder is read up to this many")
     steps: Count = Field(default=20, description="denoising steps per synthetic picture")
@@ -71,6 +76,7 @@ class PhaseData(Section):
     )
     path: Text | tuple[Text, ...] | None = Field(default=None, description="your pictures, as `data.path`")
     prompts: Text | None = Field(default=None, description="prompts to draw from, as `data.prompts`")
+    sources: Text | None = Field(default=None, description="pictures that the base edits, as `data.sources`")
     count: Count | None = Field(default=None, description="pictures; a folder is read up to this many")
     steps: Count | None = Field(default=None, description="denoising steps per synthetic picture")
     guidance: AmountOrZero | None = Field(default=None, description="guidance while drawing")

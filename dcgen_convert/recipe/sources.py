@@ -71,13 +71,10 @@ def check_few_steps(recipe: Recipe, family: Family, index: Mapping[str, Any] | N
         )
 
 
-def check_editing(recipe: Recipe, family: Family) -> None:
-    """InputError for a model that edits pictures."""
+def refuse_editing(family: Family, name: object, verb: str, hint: str) -> None:
+    """InputError for a model that edits pictures, given to a verb that draws from text alone."""
     if family.references:
-        raise InputError(
-            f"{recipe.source} is a {family.name} model, which edits pictures: editing models are not converted yet",
-            "give the text-to-image model",
-        )
+        raise InputError(f"{name} edits pictures: editing models are not known to the verb {verb} yet", hint)
 
 
 def require_access(recipe: Recipe, source: Identity) -> None:

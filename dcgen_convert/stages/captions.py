@@ -16,6 +16,7 @@ from dcgen_convert.core.files import read_object, write_json
 from dcgen_convert.core.journal import fingerprint
 from dcgen_convert.data import earlier_prompts, prompt_lists, prompts
 from dcgen_convert.families import Family
+from dcgen_convert.stages import edited
 from dcgen_convert.stages.folders import data_stage
 from dcgen_convert.stages.job import Job
 
@@ -37,7 +38,10 @@ def texts_of(job: Job, count: int) -> list[str]:
 
 
 def others(job: Job, count: int, seed: int) -> list[str]:
-    """``count`` prompts of the same kind, drawn with another seed."""
+    """``count`` prompts of the same kind, drawn with another seed; of a user's edited pictures, their own."""
+    job = edited.judging(job)
+    if job.family.references and job.recipe.data.kind == "folder":
+        return [picture.caption for picture in edited.shown(job, count)]
     kind, classes = job.recipe.data.prompts, class_names(job.source)
     if kind in prompts.KINDS:
         return prompts.generated(kind, count, seed, classes)

@@ -21,7 +21,7 @@ from dcgen_convert.core.console import Console
 from dcgen_convert.core.files import TEMPORARY, replacing
 from dcgen_convert.core.journal import Stage
 from dcgen_convert.data import images
-from dcgen_convert.evaluation import tiny_world
+from dcgen_convert.evaluation import tiny_edits, tiny_world
 from dcgen_convert.evaluation.grids import cell, grid
 from dcgen_convert.evaluation.metrics import psnr_of
 from dcgen_convert.evaluation.rows import BASE, CEILING, CONVERTED, FLOOR, OTHER
@@ -29,7 +29,7 @@ from dcgen_convert.families import Family, pixel_memory
 from dcgen_convert.networks import models, pipelines
 from dcgen_convert.networks.at_once import AtOnce, release
 from dcgen_convert.recipe.drawable import own_side
-from dcgen_convert.stages import captions, judged, precision, source_pipeline
+from dcgen_convert.stages import captions, edited, judged, precision, source_pipeline
 from dcgen_convert.stages.job import Job
 from dcgen_convert.stages.preview import converted_pipeline
 from dcgen_convert.tiny import world
@@ -37,7 +37,12 @@ from dcgen_convert.tiny.evaluator import seen
 
 SEED = 104_729  # prompts and noise that no training picture used
 ROWS = 8  # of the grid
-TITLES = {"source": "the base model", "converted": "this model in 16 bits", "nvfp4": "this bundle (NVFP4)"}
+TITLES = {
+    "reference": "the picture that is edited",
+    "source": "the base model",
+    "converted": "this model in 16 bits",
+    "nvfp4": "this bundle (NVFP4)",
+}
 TITLES |= {"int4": "this bundle (INT4)", "round trip": "the base model's picture through the new autoencoder"}
 
 
@@ -56,10 +61,12 @@ def run(job: Job, stage: Stage, bundle: Path) -> PictureGrid:
         job.console.say(f"verify: the base model draws at {own} px, as it was not trained on {job.resolution} px")
     with TemporaryDirectory(prefix=TEMPORARY, dir=stage.folder) as work:
         sizes = job.resolution, job.text_length, settings.batch
-        sheet = Comparison(job.family, texts, seeds, *sizes, job.console, Path(work))
+        given = edited.of_prompts(edited.judging(job), count, job.recipe.seed + SEED, Path(work, edited.FOLDER))
+        sheet = Comparison(job.family, texts, seeds, *sizes, job.console, Path(work), given)
         source = partial(source_pipeline.load, job.source, job.dtype)
+        drawn = {"reference": replace(sheet, side=own).shown("reference", _read(given, own))} if given else {}
         with clock.renamed({"draw": "draw with the source"}):
-            drawn = {"source": replace(sheet, side=own).draw("source", source, settings.steps, settings.guidance)}
+            drawn |= {"source": replace(sheet, side=own).draw("source", source, settings.steps, settings.guidance)}
         if job.recipe.quantize.format != "none":
             with clock.renamed({"draw": "draw in 16 bits"}):
                 drawn["converted"] = sheet.draw("converted", lambda: _twin(job), steps, guidance)
@@ -81,9 +88,9 @@ def run(job: Job, stage: Stage, bundle: Path) -> PictureGrid:
             columns = {CONVERTED: drawn[name], BASE: drawn["source"], FLOOR: floor, CEILING: drawn["round trip"]}
             files = {title: column.files for title, column in columns.items()}
             sides = {CONVERTED: job.resolution, BASE: own}
-            stage.metrics["evaluation"] = judged.evaluation(job, files, texts, seeds[0], sides)
+            stage.metrics["evaluation"] = judged.evaluation(job, files, texts, seeds[0], sides, given)
     if job.recipe.evaluate.metrics == "tiny-world":
-        figures(job, stage, drawn, texts)
+        (figures_of_edits if given else figures)(job, stage, drawn, texts)
     return written(drawn, texts, stage.folder / "grid.png")
 
 
@@ -103,8 +110,7 @@ class Column:
 
     def pictures(self) -> Iterator[Tensor]:
         """The pictures one by one, (1, 3, side, side) in [-1, 1]."""
-        for file in self.files:
-            yield images.read_pixels(file, self.side)[None]
+        return _read(self.files, self.side)
 
 
 def distance(one: Column, other: Column) -> float:
@@ -145,6 +151,27 @@ def figures(job: Job, stage: Stage, drawn: dict[str, Column], texts: list[str]) 
     job.console.say(f"evaluate: attribute accuracy {shown} on {len(texts)} prompts")
 
 
+def figures_of_edits(job: Job, stage: Stage, drawn: dict[str, Column], texts: list[str]) -> None:
+    """Of every column how often the asked-for attribute is right, and which share of the others stayed."""
+    references = torch.cat(drawn["reference"].judged)
+    for name, column in drawn.items():
+        if name == "reference":
+            continue
+        pictures, key = torch.cat(column.judged), name.replace(" ", "_")
+        right, kept = tiny_edits.changed(pictures, texts), tiny_edits.kept(pictures, references, texts)
+        stage.metrics[f"edit_accuracy_{key}"] = round(right.mean().item(), 4)
+        stage.metrics[f"preservation_{key}"] = round(kept.nanmean().item(), 4)
+        job.console.say(
+            f"evaluate: {name}: {right.mean():.1%} of {len(texts)} edits show what was asked for, "
+            f"{kept.nanmean():.1%} of the other attributes stay"
+        )
+
+
+def _read(files: list[Path], side: int) -> Iterator[Tensor]:
+    """The pictures in ``files`` one by one, (1, 3, side, side) in [-1, 1]."""
+    return (images.read_pixels(file, side)[None] for file in files)
+
+
 def _twin(job: Job) -> Any:
     """The pipeline of the converted model in 16 bits."""
     return converted_pipeline(job, models.load(job.folders.converted, job.dtype, device=pipelines.device()))
@@ -154,6 +181,7 @@ def _twin(job: Job) -> Any:
 class Comparison:
     """The pictures that several pipelines draw: prompts with their seeds, side in px, text tokens, pictures at once.
 
+    references: of an editing model, the file of the picture that each prompt edits.
     A picture is written to the folder ``work`` as soon as it is drawn, so that memory holds few of them.
     """
 
@@ -165,6 +193,7 @@ class Comparison:
     batch: int
     console: Console
     work: Path
+    references: list[Path] = field(default_factory=list)
 
     def draw(self, name: str, load: Callable[[], Any], steps: int, guidance: float) -> Column:
         """The pictures of one pipeline. What ``load`` returns is freed before the next one is loaded."""
@@ -188,6 +217,7 @@ class Comparison:
 
     def _drawn(self, pipeline: Any, steps: int, guidance: float) -> Iterator[Tensor]:
         def part(places: range) -> Tensor:
+            given = [self.references[place] for place in places] if self.references else []
             return pipelines.draw(
                 self.family,
                 pipeline,
@@ -197,6 +227,7 @@ class Comparison:
                 steps=steps,
                 guidance=guidance,
                 length=self.length,
+                references=images.read_stack(given, self.side),
             )
 
         drawing = AtOnce("verify: drawing", self.console.warn)

@@ -18,7 +18,7 @@ from dcgen_convert.core.journal import MARKER, differing, fingerprint
 from dcgen_convert.data import given, hub, images, prompt_lists, prompts
 from dcgen_convert.data.images import Picture
 from dcgen_convert.recipe.schema import LAYOUT, result_settings
-from dcgen_convert.stages import captions, folders
+from dcgen_convert.stages import captions, edited, folders
 from dcgen_convert.stages.captions import CAPTIONS, texts_of
 from dcgen_convert.stages.job import Job
 
@@ -27,6 +27,7 @@ SOURCE, AUTOENCODER, RESOLUTION = "the source", "the autoencoder", "the resoluti
 BASE_VIEW = "the pictures that the base sees"  # in the first phase, and at which size: align_embedder.target
 NETWORK = "the source's network"  # its files, and those of no component; SOURCE: all files
 PICTURES = "the contents of data.path"
+SOURCES = "the pictures that are edited"
 PHASE = "adapt.phases.*"  # without its data: they are the inputs of stages of their own
 START = "adapt.lora_start"
 BEYOND = "the shift beyond the base's size"
@@ -41,7 +42,7 @@ DEPENDS: dict[str, tuple[str, ...]] = {
     IMPORT: (SOURCE,),
     folders.SURGERY: (NETWORK, AUTOENCODER, RESOLUTION),
     folders.DATA: (
-        SOURCE, PICTURES, CAPTIONS, "seed", "dtype", "data.kind", "data.count", "data.steps", "data.guidance",
+        SOURCE, PICTURES, CAPTIONS, SOURCES, "seed", "dtype", "data.kind", "data.count", "data.steps", "data.guidance",
         "data.resolution", BEYOND, "latents.text_length",
     ),
     folders.LATENTS: (
@@ -59,7 +60,8 @@ DEPENDS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 VERSIONS = {**dict.fromkeys(DEPENDS, 1), folders.ALIGN_HEAD: 2}
 DRAWN = (
-    SOURCE, CAPTIONS, "seed", "dtype", "data.steps", "data.guidance", "data.resolution", BEYOND, "latents.text_length",
+    SOURCE, CAPTIONS, SOURCES, "seed", "dtype", "data.steps", "data.guidance", "data.resolution", BEYOND,
+    "latents.text_length",
 )  # fmt: skip
 GROWS = ("data.count", PICTURES, CAPTIONS)  # pictures are kept one by one
 
@@ -71,6 +73,7 @@ FACTS = {
     AUTOENCODER: ("ae", "ae_channels"),
     RESOLUTION: ("adapt.phases.*.resolution",),
     PICTURES: ("data.min_side",),
+    SOURCES: ("data.sources",),
     BEYOND: ("data.beyond_base",),
     CAPTIONS: ("seed", "data.count", "data.prompts"),
     "adapt.phases.resolution": ("adapt.phases.*.resolution",),
@@ -137,7 +140,7 @@ def _counts(job: Job, stage: str, number: int, name: str) -> bool:
     """Whether a setting has a part in this job's result of the stage."""
     if kind_of(stage) == folders.DATA:
         own = job.recipe.data.kind == "folder"
-        if name == BEYOND and job.beyond is None:
+        if (name == BEYOND and job.beyond is None) or (name == SOURCES and not job.family.references):
             return False
         return name not in DRAWN if own else name != PICTURES
     if name == BASE_VIEW:
@@ -156,6 +159,7 @@ def _value(job: Job, settings: dict[str, Any], name: str, number: int) -> Any:
         AUTOENCODER: lambda: job.ae.fingerprint,
         RESOLUTION: lambda: job.resolution,
         PICTURES: lambda: _given(job),
+        SOURCES: lambda: _edited(job),
         BEYOND: lambda: [job.beyond.shift] if job.beyond else [],
         CAPTIONS: lambda: _captions(job, job.recipe.data.count),
         "data.prompts": lambda: _prompts(job),
@@ -217,9 +221,19 @@ def _given(job: Job) -> str | None:
         return str(recorded)
 
 
-def _row(root: Path, picture: Picture) -> tuple[str, str, str]:
-    """What makes a picture the same one in another place."""
-    return os.path.relpath(picture.file, root), picture.caption, str(picture.sha256)
+def _edited(job: Job) -> str | None:
+    """Hash of the pictures that the base edits. Where they are gone: the recorded one."""
+    if (found := edited.contents(job)) is not None:
+        return fingerprint(found)
+    marker = job.folders.data / MARKER
+    recorded: str | None = read_object(marker)["inputs"].get(SOURCES) if marker.exists() else None
+    return recorded
+
+
+def _row(root: Path, picture: Picture) -> tuple[str, ...]:
+    """What makes a picture the same one in another place; of an edited one, what it was made from too."""
+    made_from = (picture.reference_sha256,) if picture.reference_sha256 else ()
+    return os.path.relpath(picture.file, root), picture.caption, str(picture.sha256), *made_from
 
 
 def _captions(job: Job, count: int) -> str:
@@ -252,11 +266,11 @@ def latents_continue(job: Job, old: dict[str, Any], new: dict[str, Any]) -> str 
     return f"{len(now - before)} new pictures are appended to {len(before)}" if before and before <= now else None
 
 
-def _rows(job: Job, pictures: list[Picture]) -> list[tuple[str, str, str]]:
+def _rows(job: Job, pictures: list[Picture]) -> list[tuple[str, ...]]:
     return [_row(job.pictures_root, picture) for picture in pictures]
 
 
-def _rows_in(job: Job, index: Path) -> set[tuple[str, str, str]]:
+def _rows_in(job: Job, index: Path) -> set[tuple[str, ...]]:
     if not index.exists():
         return set()
     return set(_rows(job, images.read_index(index, job.pictures_root)))

@@ -21,6 +21,7 @@ from dcgen_convert.core.files import hashes, read_json, read_object, sha256
 from dcgen_convert.core.journal import MARKER, Run
 from dcgen_convert.data.buckets import nearest
 from dcgen_convert.families import Family, Text, catalog, legacy
+from dcgen_convert.families.base import REFERENCE
 from dcgen_convert.families.grid import Grid, autoencoder_grid
 from dcgen_convert.networks import autoencoder_files, parts
 from dcgen_convert.networks.pipelines import stock_pipeline
@@ -265,9 +266,25 @@ class Job:
     def given(self) -> list[Picture]:
         """The user's pictures with the hashes of their bytes."""
         pictures = self.taken[0]
-        files = [picture.file for picture in pictures if picture.file.is_file()]
+        every = dict.fromkeys(file for picture in pictures for file in self.files_of(picture).values())
+        files = [file for file in every if file.is_file()]
         known = dict(zip(files, hashes(files), strict=True))
-        return [replace(picture, sha256=known.get(picture.file)) for picture in pictures]
+        found = [replace(picture, sha256=known.get(picture.file)) for picture in pictures]
+        if not self.family.references:
+            return found
+        return [replace(one, reference_sha256=known.get(one.reference or one.file)) for one in found]
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """What the latents of a picture consist of: "z", and for an editing model its reference."""
+        return ("z", REFERENCE) if self.family.references else ("z",)
+
+    def files_of(self, picture: Picture) -> dict[str, Path]:
+        """The files behind a row: "z", the picture, and for an editing model its reference."""
+        files = {"z": picture.file}
+        if self.family.references and picture.reference is not None:
+            files[REFERENCE] = picture.reference
+        return files
 
     def remembered(self, name: str, find: Callable[[Job], T]) -> T:
         """What ``find`` gave when it was asked for ``name`` the first time."""
@@ -335,7 +352,6 @@ def prepare(resolved: Resolved, run: Run, console: Console, crew: Crew = SOLO) -
     entry = identity.entry
     if entry and entry.family != source.family.name:
         raise InputError(f"{source.root} holds a {source.family.name} model, {entry.name} is a {entry.family}")
-    sources.check_editing(recipe, source.family)
     sources.check_few_steps(recipe, source.family, source.index)
     doubt = source.family.doubt(identity.name, {} if source.imported else source.scheduler or {})
     if doubt and not recipe.adapt.phases[-1].consistency:

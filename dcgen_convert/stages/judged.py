@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dcgen_convert.bundle import lineage
 from dcgen_convert.core import pulse
@@ -36,18 +35,23 @@ def require(job: Job, seed: int) -> None:
 
 
 def evaluation(
-    job: Job, files: Mapping[str, Sequence[Path]], texts: Sequence[str], seed: int, sides: Mapping[str, int]
+    job: Job,
+    files: Mapping[str, Sequence[Path]],
+    texts: Sequence[str],
+    seed: int,
+    sides: Mapping[str, int],
+    edited: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """The rows, and what they were measured on.
 
     Args:
         files: set (`rows`) -> its pictures. texts: their prompts. seed: of the first picture. sides: px of
-            "converted" and "base".
+            "converted" and "base". edited: the reference of each prompt, for a model that edits.
     """
     side, given = min(sides.values()), _references(job)
     found = _settled(job, texts)
     figures = {
-        name: rows.measured(_batches(pictures, texts, side, given is not None), found)
+        name: rows.measured(_batches(pictures, texts, side, given is not None, edited), found)
         for name, pictures in files.items()
     }
     if given is not None:
@@ -77,6 +81,7 @@ def _settled(job: Job, texts: Sequence[str]) -> list[Measure]:
         "device": pipelines.device(),
         "offline": job.identity.offline,
         "recipe": True,
+        "edited": bool(job.family.references),
     }
     return measures.chosen(recipe.measures, weights(job.recipe), texts, **place)[0]
 
@@ -92,10 +97,14 @@ def _references(job: Job) -> References | None:
     return None if name is None else references.read(name)
 
 
-def _batches(files: Sequence[Path], texts: Sequence[str], side: int, jpeg: bool) -> Iterator[tuple[Tensor, list[str]]]:
-    """The pictures at ``side`` px, (B, 3, side, side) in [-1, 1], with their prompts."""
+def _batches(
+    files: Sequence[Path], texts: Sequence[str], side: int, jpeg: bool, edited: Sequence[Path]
+) -> Iterator[rows.Batch]:
+    """The pictures at ``side`` px, (B, 3, side, side) in [-1, 1], with their prompts, and references if there are."""
     for start in range(0, len(files), together(side)):
         part = slice(start, start + together(side))
         pixels = torch.stack([images.read_pixels(file, side) for file in files[part]])
-        yield through_jpeg(pixels) if jpeg else pixels, list(texts[part])
+        shown = through_jpeg(pixels) if jpeg else pixels
+        references = images.read_stack(edited[part], side)
+        yield (shown, list(texts[part])) if references is None else (shown, list(texts[part]), references)
         pulse.bump()

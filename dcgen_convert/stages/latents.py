@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -140,9 +141,17 @@ def stacked(pictures: list[Picture], rows: Iterable[int], span: Span) -> Tensor:
     return torch.stack([pixels_of(pictures, span, row) for row in rows])
 
 
-def views(pictures: list[Picture], sizes: dict[str, tuple[int, int]], row: int) -> dict[str, Tensor]:
-    """Pixels of a row as each autoencoder sees it, (3, height, width)."""
-    return dict(zip(sizes, images.read_sizes(pictures[row].file, [*sizes.values()]), strict=True))
+def views(files: list[dict[str, Path]], sizes: dict[str, tuple[int, int]], row: int) -> dict[tuple[str, str], Tensor]:
+    """(autoencoder, tensor) -> pixels of a row as the autoencoder sees them, (3, height, width).
+
+    Args:
+        files: tensor -> file, of every row. All files of a row are seen at one size.
+    """
+    return {
+        (name, tensor): pixels
+        for tensor, file in files[row].items()
+        for name, pixels in zip(sizes, images.read_sizes(file, [*sizes.values()]), strict=True)
+    }
 
 
 def sizes_of(job: Job, span: Span) -> dict[str, tuple[int, int]]:
@@ -239,7 +248,8 @@ def readable(job: Job, pictures: list[Picture], count: int) -> list[Picture]:
     side = job.resolutions[-1]
     broken: list[str] = []
     left_out, seen, kept = Tally(), Tally(), []
-    for picture, (size, found, problem) in zip(pictures, ahead(pictures, decoded, depth=READ_AHEAD), strict=True):
+    files = [[*job.files_of(picture).values()] for picture in pictures]
+    for picture, (size, found, problem) in zip(pictures, ahead(files, decoded, depth=READ_AHEAD), strict=True):
         if problem:
             job.console.warn(problem)
             broken.append(problem)
@@ -258,13 +268,18 @@ def readable(job: Job, pictures: list[Picture], count: int) -> list[Picture]:
     return kept
 
 
-def decoded(picture: Picture) -> tuple[tuple[int, int], list[str], str]:
-    """(width, height), what had to be done about the picture, and why it cannot be read; the last is mostly empty."""
+def decoded(files: list[Path]) -> tuple[tuple[int, int], list[str], str]:
+    """(width, height), what had to be done about a picture, and why it cannot be read; the last is mostly empty.
+
+    Args:
+        files: the picture, and its reference if there is one.
+    """
     pulse.bump()
     try:
-        image, notes = decoding.decode(picture.file)
+        found = [decoding.decode(file) for file in files]
     except InputError as error:
         return (0, 0), [], error.message
+    image, notes = found[0]
     return image.size, notes, ""
 
 
@@ -302,7 +317,7 @@ def row_bytes(job: Job) -> float:
     sizes = shapes_of(job.recipe, job.identity)
     target = sizes.latent_numbers(job.resolutions[-1:], aligned=False)
     base = sizes.latent_numbers((), job.is_aligned)
-    return max(LATENT * target, LATENT * base, text_bytes(job.recipe, sizes))
+    return max(LATENT * max(target, base), text_bytes(job.recipe, sizes))
 
 
 def rows_per_shard(job: Job) -> int:
@@ -329,6 +344,7 @@ def own_shards(job: Job, tables: Iterable[list[range]], size: int) -> Iterator[t
 def encode_pictures(job: Job, pictures: list[Picture], codecs: dict[str, Codec], spans: list[Span], bar: Bar) -> None:
     """Write this rank\'s shards target-TABLE, and base-TABLE where it is needed; rows that are there are kept."""
     folder, tables = job.folders.latents, list(buckets.tables(spans).values())
+    files = [job.files_of(picture) for picture in pictures]
     for table, number, rows in own_shards(job, [[span.rows for span in part] for part in tables], rows_per_shard(job)):
         span = tables[table][0]
         sizes, batch = sizes_of(job, span), at_once(job, span)
@@ -337,22 +353,26 @@ def encode_pictures(job: Job, pictures: list[Picture], codecs: dict[str, Codec],
         bar.advance(done)
         if done == len(rows):
             continue
-        encoded: dict[str, list[Tensor]] = {name: [part["z"][:done]] if done else [] for name, part in parts.items()}
-        read = partial(views, pictures, sizes)
+        kinds = [(name, tensor) for name in sizes for tensor in job.tensors]
+        encoded: dict[tuple[str, str], list[Tensor]] = {
+            (name, tensor): [parts[name][tensor][:done]] if done else [] for name, tensor in kinds
+        }
+        read = partial(views, files, sizes)
         reading = ahead(rows[done:], read, depth=2 * batch)  # threads decode while the device encodes
         while True:
             with clock.timed("read", min(batch, len(rows) - done)):
                 part = list(islice(reading, batch))
             if not part:
                 break
-            pixels = {name: torch.stack([view[name] for view in part]) for name in sizes}
+            pixels = {kind: torch.stack([view[kind] for view in part]) for kind in kinds}
             with clock.timed("encode", sum(seen[:, 0].numel() for seen in pixels.values())):
-                for name, seen in pixels.items():
-                    encoded[name].append(codecs[name].encode(seen))
+                for (name, tensor), seen in pixels.items():
+                    encoded[name, tensor].append(codecs[name].encode(seen))
             bar.advance(len(part))
         with clock.timed("write", len(rows)):
-            for name, tensors in encoded.items():
-                cache.write_shard(folder, f"{name}-{span.table}", number, {"z": torch.cat(tensors)})
+            for name in sizes:
+                tensors = {tensor: torch.cat(encoded[name, tensor]) for tensor in job.tensors}
+                cache.write_shard(folder, f"{name}-{span.table}", number, tensors)
 
 
 def check_scale(job: Job, stage: Stage, codec: Codec, resolution: int) -> None:

@@ -17,7 +17,7 @@ from dcgen_convert.data.images import Picture
 from dcgen_convert.families import pixel_memory
 from dcgen_convert.networks import models, pipelines, text_lengths
 from dcgen_convert.networks.at_once import AtOnce
-from dcgen_convert.stages import captions, source_pipeline
+from dcgen_convert.stages import captions, edited, source_pipeline
 from dcgen_convert.stages.job import Job
 
 if TYPE_CHECKING:
@@ -50,17 +50,22 @@ def require(job: Job) -> None:
         pictures, _ = job.taken
         job.sieve.require(len(pictures))
         broken: list[str] = []
+        edited.require(job, pictures)
         for picture in pictures:
             try:
-                with decoding.opened(picture.file):  # the head alone
-                    pass
+                for file in job.files_of(picture).values():
+                    with decoding.opened(file):  # the head alone
+                        pass
             except InputError as error:
                 broken.append(error.message)
         require_few(job, broken, len(pictures))
         count = len(pictures) - len(broken)
         require_classes(job, (picture.caption for picture in pictures))
     elif settings.prompts not in prompts.KINDS:
+        edited.require_instructions(job)
         require_classes(job, captions.prompt_list(job).texts)
+    elif job.family.references:
+        edited.require_instructions(job)
     elif captions.class_names(job.source) is None and (doubt := prompts.doubt(settings.prompts, count)):
         job.console.warn(doubt)
     require_two(count)
@@ -160,7 +165,9 @@ def intended(job: Job) -> list[Picture]:
     texts = captions.texts_of(job, job.recipe.data.count)
     folder = job.folders.data / "pictures"
     first = job.recipe.seed * 1_000_003 % 2**63
-    return [Picture(folder / f"{i:07d}.png", text, first + i) for i, text in enumerate(texts)]
+    drawn = [Picture(folder / f"{i:07d}.png", text, first + i) for i, text in enumerate(texts)]
+    files = edited.of_prompts(job, len(texts), job.recipe.seed, job.folders.data / edited.FOLDER)
+    return [replace(one, reference=file) for one, file in zip(drawn, files, strict=True)] if files else drawn
 
 
 def draw_part(job: Job, bar: Bar) -> None:
@@ -193,6 +200,7 @@ def draw_part(job: Job, bar: Bar) -> None:
             steps=settings.steps,
             guidance=settings.guidance,
             length=job.text_length,
+            references=images.read_stack([one.reference for one in part if one.reference], settings.resolution),
         )
 
     for together in batches:

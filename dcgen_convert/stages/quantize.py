@@ -13,7 +13,7 @@ from dcgen_convert.families import QuantTargets
 from dcgen_convert.families.base import by_kind
 from dcgen_convert.networks import models, pipelines
 from dcgen_convert.recipe.schema import Quantize
-from dcgen_convert.stages import captions
+from dcgen_convert.stages import captions, edited
 from dcgen_convert.stages.job import Job
 from dcgen_convert.stages.preview import converted_pipeline
 from dcgen_convert.svdquant.nunchaku import export_nunchaku
@@ -72,6 +72,7 @@ def calibration_set(job: Job) -> CalibrationSet:
         steps=section.steps or recipe.bundle.steps,
         guidance=recipe.bundle.guidance,
         length=job.text_length,
+        references=edited.of_prompts(edited.judging(job), section.prompts, seed, job.folders.quantize / edited.FOLDER),
     )
 
 

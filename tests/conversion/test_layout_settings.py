@@ -58,6 +58,7 @@ AGAIN = {
     "merge_lora": ["merge", "bundle"],
     "data.path": [],
     "data.min_side": ["data"],
+    "data.sources": ["data"],
     "data.prompts": ["data", "quantize"],
     "data.buckets": ["latents"],
     "latents.text_length": ["data", "latents", "quantize"],

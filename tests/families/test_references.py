@@ -8,11 +8,9 @@ import torch
 
 from dcgen_convert import families
 from dcgen_convert.checkpoint.open import load_source
-from dcgen_convert.core.errors import InputError
 from dcgen_convert.families.base import REFERENCE
 from dcgen_convert.networks import models
 from dcgen_convert.recipe.identity import Identity
-from dcgen_convert.recipe.loading import load
 from dcgen_convert.train.objective import Sampling, draw, drop_text, guidance_corrected_loss
 
 from .tiny_models import TINY
@@ -123,8 +121,3 @@ def test_a_pipeline_that_edits_is_given_exactly_one_picture():
     for family, given in ((KONTEXT, None), (families.get("flux"), pixels)):
         with pytest.raises(TypeError, match="pictures for each prompt"):
             family.reference_call(given)
-
-
-def test_editing_models_are_refused_until_the_walk_knows_them(source):
-    with pytest.raises(InputError, match="editing models are not converted yet"):
-        load("image", flags={"source": str(source), "ae": "tiny-dc-ae-f32", "resolution": 64})

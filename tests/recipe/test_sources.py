@@ -140,7 +140,7 @@ def test_catalogue_entries_agree_with_families_and_recipes(entry):
     assert (entry.repo is None) != (entry.folder is None)
     if entry.config:
         config = entry.transformer_config()
-        family = families.recognise(config)
+        family = families.recognise(config, {"_class_name": families.get(entry.family).pipeline_class})
         assert family.name == entry.family
         assert family.patch(config, entry.vae_channels) == entry.patch
         assert hasattr(diffusers, config["_class_name"])

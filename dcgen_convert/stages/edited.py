@@ -1,0 +1,106 @@
+"""What an editing model is given beside the instruction: a reference, the picture that it edits.
+
+Pictures of the user's own come with theirs. What the base draws is made from the pictures in `data.sources`, or from
+drawn ones of the tiny world. What is drawn to judge or to calibrate a model is made from references of the same kind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from itertools import cycle, islice
+from pathlib import Path
+
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.files import hashes
+from dcgen_convert.data import drawn_edits, gathering
+from dcgen_convert.data.images import Picture
+from dcgen_convert.stages.job import Job
+
+FOLDER = "references"
+ROW = '{"file": "edited/1.png", "source": "original/1.png", "caption": "make the sky red"}'
+
+
+def of_prompts(job: Job, count: int, seed: int, folder: Path) -> list[Path]:
+    """Files of the references for the prompts that `captions` gives, one each; none for a model that reads none.
+
+    Args:
+        seed: of the prompts.
+        folder: where references are drawn, if they are.
+    """
+    data = job.recipe.data
+    if not job.family.references:
+        return []
+    if data.kind == "folder":
+        return [picture.reference for picture in shown(job, count) if picture.reference]
+    if data.prompts == drawn_edits.WORD:
+        return drawn_edits.draw(folder, count, seed, data.resolution)
+    return list(islice(cycle(sources(job)), count))
+
+
+def sources(job: Job) -> list[Path]:
+    """The pictures of `data.sources`, in the order of their names.
+
+    Raises:
+        InputError: there is no such folder, or it holds no pictures.
+    """
+    if job.recipe.data.sources is None:
+        raise InputError(
+            f"{job.recipe.source} edits pictures, and the recipe names none to edit",
+            "--set data.sources=FOLDER with --prompts FILE of instructions; or --data FILE.jsonl with edited pictures",
+        )
+    folder = Path(job.recipe.data.sources).expanduser().absolute()
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder", "data.sources names a folder of pictures to edit")
+    files = gathering.gather(folder)[0]
+    if not files:
+        raise InputError(f"{folder} holds no pictures", "data.sources names a folder of pictures to edit")
+    return files
+
+
+def shown(job: Job, count: int) -> list[Picture]:
+    """``count`` of the user's pictures whose instructions are tried: those that are held out, then others."""
+
+    def place(picture: Picture) -> bytes:  # as `cache.hold_out` chooses
+        name = os.path.relpath(picture.file, job.pictures_root)
+        return hashlib.sha256(name.encode(errors="surrogateescape")).digest()
+
+    return list(islice(cycle(sorted(job.taken[0], key=place)), count))
+
+
+def require(job: Job, pictures: list[Picture]) -> None:
+    """InputError for a picture of the user's own that does not say which one picture it was made from."""
+    bare = [picture for picture in pictures if picture.reference is None]
+    if job.family.references and bare:
+        raise InputError(
+            f"{len(bare)} of {len(pictures)} pictures do not say which one picture they were made from, first "
+            f"{bare[0].file}",
+            f"an editing model learns from rows like {ROW}",
+        )
+
+
+def require_instructions(job: Job) -> None:
+    """InputError when the base is to draw edits from prompts that are captions, or from pictures that are not there."""
+    data = job.recipe.data
+    if not job.family.references or data.prompts == drawn_edits.WORD:
+        return
+    if data.prompts in ("builtin", "tiny-world"):
+        raise InputError(
+            f"data.prompts {data.prompts} gives captions, and {job.recipe.source} edits pictures by instructions",
+            "--prompts FILE with one instruction per line, and --set data.sources=FOLDER with pictures to edit",
+        )
+    sources(job)
+
+
+def contents(job: Job) -> list[str] | None:
+    """SHA-256 of every picture of `data.sources`, in their order; None where they are gone. Read once."""
+    if job.recipe.data.sources is None or job.recipe.data.prompts == drawn_edits.WORD:
+        return []
+    if not Path(job.recipe.data.sources).expanduser().is_dir():
+        return None
+    return job.remembered(f"sources {job.pictures}", lambda job: [*hashes(sources(job))])
+
+
+def judging(job: Job) -> Job:
+    """The job with the pictures whose kind of instruction the model is tried with: those of the last phase."""
+    return job.of_phase(len(job.recipe.adapt.phases)) if job.family.references else job
