@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dcgen_convert.data import grammar, prompt_lists
 
 KINDS = ("builtin", "tiny-world", "tiny-edits")  # anything else names a list
+CAPTIONS = ("builtin", "tiny-world")  # those that describe a picture; a model that edits needs instructions
 BLOCK = 1024  # captions of the tiny world that are drawn at once
 MANY = 10_000  # pictures from which on the built-in prompts are too few
 

@@ -33,6 +33,10 @@ class Flux2(Family):
         r"|(ff|ff_context)\.linear_(in|out))|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
     )  # all blocks use one modulation, which lies outside them
     bundle_tier = 2
+    experimental = (
+        "FLUX.2 edits pictures too. A conversion trains it to draw from text alone, so edits with the converted model "
+        "are untested"
+    )
     default_cells = 128
     default_steps = 28
     default_guidance = 4.0

@@ -29,6 +29,7 @@ from dcgen_convert.ranks import hosts
 from dcgen_convert.recipe import drawable, geometry
 from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.loading import Resolved
+from dcgen_convert.recipe.pictures import Data
 from dcgen_convert.recipe.schema import Phase, Recipe
 from dcgen_convert.recipe.settings import leaves
 
@@ -249,9 +250,22 @@ def _notes(fetch: list[dict], resolved: Resolved, family: Family) -> list[str]:
     notes += dict.fromkeys(found.told for found in drawable.drawn_beyond(resolved.recipe, resolved.identity))
     if "class_labels" not in family.text_keys:
         every = (resolved.recipe.data_of(number) for number in resolved.recipe.sets)
-        doubts = (prompts.doubt(data.prompts, data.count) for data in every if data.kind == "synthetic")
+        drawn = [data for data in every if data.kind == "synthetic"]
+        doubts = [_doubt(family, data) for data in drawn]
         notes += dict.fromkeys(doubt for doubt in doubts if doubt)
     return notes
+
+
+def _doubt(family: Family, data: Data) -> str:
+    """Why the prompts of ``data`` will not do to draw from; empty where they may."""
+    if not family.references:
+        return prompts.doubt(data.prompts, data.count)
+    if data.prompts not in prompts.CAPTIONS:
+        return ""
+    return (
+        f"data.prompts {data.prompts} gives captions, and a {family.name} model edits pictures by instructions: "
+        "--prompts FILE and --set data.sources=FOLDER, or pictures that were edited with --data FILE.jsonl"
+    )
 
 
 def _settings(resolved: Resolved) -> dict:

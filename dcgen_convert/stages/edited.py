@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import hashes
-from dcgen_convert.data import drawn_edits, gathering
+from dcgen_convert.data import drawn_edits, gathering, prompts
 from dcgen_convert.data.images import Picture
 from dcgen_convert.stages.job import Job
 
@@ -84,7 +84,7 @@ def require_instructions(job: Job) -> None:
     data = job.recipe.data
     if not job.family.references or data.prompts == drawn_edits.WORD:
         return
-    if data.prompts in ("builtin", "tiny-world"):
+    if data.prompts in prompts.CAPTIONS:
         raise InputError(
             f"data.prompts {data.prompts} gives captions, and {job.recipe.source} edits pictures by instructions",
             "--prompts FILE with one instruction per line, and --set data.sources=FOLDER with pictures to edit",

@@ -10,7 +10,11 @@ from dcgen_convert import families
 from dcgen_convert.checkpoint.open import load_source
 from dcgen_convert.families.base import REFERENCE
 from dcgen_convert.networks import models
+from dcgen_convert.planning import plan
+from dcgen_convert.planning.shapes import shapes_of
+from dcgen_convert.planning.speed import speedup
 from dcgen_convert.recipe.identity import Identity
+from dcgen_convert.recipe.loading import load
 from dcgen_convert.train.objective import Sampling, draw, drop_text, guidance_corrected_loss
 
 from .tiny_models import TINY
@@ -113,6 +117,24 @@ def test_both_branches_of_the_corrected_loss_see_the_reference(model):
         v = KONTEXT.predict(model, zt, drawn.t, text, drawn.guidance)
     hat = v_null + (2.5 / drawn.guidance)[:, None, None, None] * (v - v_null)
     torch.testing.assert_close(found, (hat - (drawn.eps - z0)).square().mean(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prompts, doubted", [("builtin", True), ("tiny-edits", False)])
+def test_a_plan_says_what_a_reference_costs_and_that_captions_are_no_instructions(prompts, doubted):
+    """With a reference the same network sees twice the image tokens: at 1024 px and f32 1,024 more, beside 256 of
+    text.
+    """
+    found = plan.plan(load("flux-kontext", sets=[f"data.prompts={prompts}"]))
+    assert any("prompts builtin gives captions" in note for note in found["notes"]) == doubted
+    assert any("comes with a reference of its size" in note for note in found["notes"])
+    sizes = [shapes_of(load(name).recipe, Identity(name)) for name in ("flux-dev", "flux-kontext")]
+    assert [one.tokens(load("flux-dev").recipe.adapt.phases[-1]) for one in sizes] == [1024 + 256, 2 * 1024 + 256]
+    own, edited = (speedup(one, 1024) for one in sizes)
+    assert edited["flops_before"] > 1.9 * own["flops_before"] and edited["flops_after"] > 1.7 * own["flops_after"]
+
+
+def test_flux_2_says_that_edits_are_not_trained():
+    assert "edits pictures too" in families.get("flux2").experimental
 
 
 def test_a_pipeline_that_edits_is_given_exactly_one_picture():
