@@ -18,7 +18,7 @@ from typing import Any
 
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_lines, read_object
-from dcgen_convert.core.names import BEFORE, EVALUATIONS, MEASURES, METRICS
+from dcgen_convert.core.names import BEFORE, EVALUATIONS, MEASURES
 from dcgen_convert.evaluation import words
 from dcgen_convert.evaluation.charts import line_chart
 
@@ -38,12 +38,11 @@ class Curves:
     """What is known of a training so far.
 
     Attributes:
-        training: (step, loss) of every step. held_out: the same on pictures that were kept apart, from step 0 on.
+        held_out: (step, loss) on pictures that were kept apart, from step 0 on.
         nothing: the held-out loss of a model that always answers zero; None: not known.
         measures: name -> its lines of measures.jsonl, in the order of their steps.
     """
 
-    training: Points = field(default_factory=list)
     held_out: Points = field(default_factory=list)
     nothing: float | None = None
     measures: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -65,7 +64,7 @@ def read(folder: Path, metrics: Mapping[str, Any] | None = None) -> Curves:
     by_name: dict[str, list[dict[str, Any]]] = {}
     for line in records(folder / MEASURES):
         by_name.setdefault(str(line.get("measure")), []).append(line)
-    return Curves(points(records(folder / METRICS), "loss"), held_out, before.get("nothing"), by_name)
+    return Curves(held_out, before.get("nothing"), by_name)
 
 
 def records(path: Path) -> list[dict[str, Any]]:

@@ -107,6 +107,21 @@ def test_measures_change_nothing_in_the_training(stopped, converted):
     assert torch.isfinite(torch.tensor(read_json(stopped / "run" / "adapt-1" / "stage.json")["metrics"]["loss_last"]))
 
 
+def test_a_missing_alignment_is_said_before_the_first_step(converted, tmp_path):
+    copy_stages(converted, tmp_path, "latents")
+    random = {"align_embedder.method": "none", "align_head.method": "xavier", "align_head.steps": 0}
+    few = {"adapt.phases.0.steps": 2, "watch.metrics": "none", "watch.grid_every": 0, "watch.evaluate_every": 1}
+    console = Console("quiet", log_file=tmp_path / "log.txt")
+    convert(resolved(**random, **few), tmp_path / "run", tmp_path / "bundle", console, until="adapt-1")
+    log = (tmp_path / "log.txt").read_text()
+    assert log.count("warning   adapt-1: alignment missing: the held-out loss begins at") == 1
+    assert log.index("alignment missing") < log.index("held-out loss", log.index("align_head.method least-squares"))
+    [text] = read_json(tmp_path / "run" / "adapt-1" / "stage.json")["metrics"]["verdicts"]
+    assert text.startswith("alignment missing") and "after step 2 it is" in text
+    page = write_report(tmp_path / "run").read_text()
+    assert page.index("seen while it trained") < page.index("alignment missing") < page.index("<h2>surgery</h2>")
+
+
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [

@@ -37,7 +37,7 @@ def ratios(rows):
 
 def curves(held_out=HEALTHY, nothing=2.01, accuracy=ACCURACY, sharp=SHARPNESS, ratio=RATIO):
     found = {"accuracy": scores(accuracy), "tiny-cmmd": ratios(ratio), "sharpness": sharpness(sharp)}
-    return Curves([], list(held_out), nothing, found)
+    return Curves(list(held_out), nothing, found)
 
 
 def signs(found):
