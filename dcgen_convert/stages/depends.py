@@ -29,7 +29,7 @@ NETWORK = "the source's network"  # its files, and those of no component; SOURCE
 PICTURES = "the contents of data.path"
 SOURCES = "the pictures that are edited"
 PHASE = "adapt.phases.*"  # without its data: they are the inputs of stages of their own
-START = "adapt.lora_start"
+START, OPTIMIZER = "adapt.lora_start", "adapt.optimizer"
 BEYOND = "the shift beyond the base's size"
 TRAINING = (
     "seed", "dtype", "adapt.objective", "adapt.null_branch", "adapt.guidance_range", "adapt.data_guidance",
@@ -50,7 +50,7 @@ DEPENDS: dict[str, tuple[str, ...]] = {
     ),
     folders.ALIGN_EMBEDDER: (NETWORK, "seed", "align_embedder"),
     folders.ALIGN_HEAD: ("align_head", *TRAINING),
-    ADAPT: (PHASE, START, "adapt.clip", *TRAINING),
+    ADAPT: (PHASE, START, OPTIMIZER, "adapt.clip", *TRAINING),
     MERGE: ("merge_lora",),
     folders.QUANTIZE: (
         "seed", "dtype", "data.prompts", "latents.text_length", "bundle.steps", "bundle.guidance", "quantize",
@@ -147,6 +147,8 @@ def _counts(job: Job, stage: str, number: int, name: str) -> bool:
         return job.is_aligned
     if name == START:
         return job.recipe.starts_along_gradient(number)
+    if name == OPTIMIZER:  # markers from before it was a setting do not name the one that there was
+        return job.recipe.adapt.optimizer != "adamw"
     if name == "merge_lora" and kind_of(stage) == MERGE:
         return number == len(job.recipe.adapt.phases)
     return True

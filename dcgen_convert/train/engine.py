@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +28,7 @@ from dcgen_convert.core.errors import CheckFailed, InternalError
 from dcgen_convert.families.base import Network
 from dcgen_convert.planning.memory import BUCKET
 from dcgen_convert.train import distributed
+from dcgen_convert.train.orthogonal import MATRICES, OrthogonalAdamW
 from dcgen_convert.train.settings import EngineSettings
 from dcgen_convert.train.state import EMA, WEIGHT, TrainedState, true_shape
 
@@ -71,16 +72,22 @@ class Engine:
     """
 
     def __init__(
-        self, model: Network, parameters: Iterable[tuple[str, nn.Parameter]], settings: EngineSettings
+        self,
+        model: Network,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        settings: EngineSettings,
+        matrices: Collection[str] = (),
     ) -> None:
         """Freeze the rest of the model, shard what ZeRO shards, make the optimizer.
 
         Args:
             model: full model on the CPU, any dtype; cast to ``settings.dtype``.
             parameters: (name, parameter) of what trains; the names appear in exports and checkpoints.
+            matrices: names of those that take orthogonal steps (`orthogonal`) with the optimizer muon.
         """
         self.settings, self.model = settings, model
         self.named = dict(parameters)
+        turned = [p for name, p in self.named.items() if name in matrices] if settings.optimizer == "muon" else []
         self.step_count = 0
         chosen = {id(parameter) for parameter in self.named.values()}
         for parameter in model.parameters():
@@ -104,19 +111,31 @@ class Engine:
                 # parameter after the other. Buffers it forgets.
                 sharing = deepspeed.zero.Init(module=wrapped, config_dict_or_path=config)
                 move_buffers(model, sharing.local_device)
-            adam = torch.optim.AdamW(
-                list(self.named.values()),
-                lr=settings.lr,
-                betas=settings.betas,
-                eps=settings.eps,
-                weight_decay=settings.weight_decay,
-                fused=torch.cuda.is_available() and settings.offload == "none",
-            )
+            adam = self._optimizer(turned)
             self._engine, optimizer, _, _ = deepspeed.initialize(model=wrapped, optimizer=adam, config=config)
         self.device = torch.device(self._engine.device)
         self.state = TrainedState(
             optimizer, settings.zero, list(self.named.values()), self.rank, self.world, ema=settings.ema > 0
         )
+        if isinstance(adam, OrthogonalAdamW):
+            pieces, adam.device = self.state.pieces_of(turned, self.device), self.device
+            adam.pieces_of = lambda partition: pieces[id(partition)]
+
+    def _optimizer(self, turned: list[nn.Parameter]) -> torch.optim.AdamW:
+        """Of all that trains; ``turned`` take orthogonal steps, and stand in a parameter group of their own."""
+        settings, chosen = self.settings, {id(p) for p in turned}
+        rest = [p for p in self.named.values() if id(p) not in chosen]
+        groups = [(turned, True), (rest, False)]
+        shared: dict[str, Any] = {
+            "lr": settings.lr,
+            "betas": settings.betas,
+            "eps": settings.eps,
+            "weight_decay": settings.weight_decay,
+            "fused": torch.cuda.is_available() and settings.offload == "none",
+        }
+        if not turned:
+            return torch.optim.AdamW(rest, **shared)
+        return OrthogonalAdamW([{"params": found, MATRICES: kind} for found, kind in groups if found], **shared)
 
     def _config(self) -> dict[str, Any]:
         """DeepSpeed's own configuration for these settings."""
@@ -141,6 +160,7 @@ class Engine:
             "zero_optimization": zero,
             # torch's AdamW with offload too: DeepSpeed's own is compiled on first use
             "zero_force_ds_cpu_optimizer": False,
+            "zero_allow_untested_optimizer": True,  # `OrthogonalAdamW`, which our tests test
             "steps_per_print": None,
         }
         if settings.dtype == "bf16" and self.accumulation > 1 and settings.zero >= 2:

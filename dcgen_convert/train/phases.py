@@ -122,9 +122,11 @@ class Task:
 
         The layout (ZeRO stage, micro-batch, offload, checkpointing) does not.
         """
-        other = ("phases", "lora_start")  # what a phase begins from is named by its file
+        other = ("phases", "lora_start", "optimizer")  # what a phase begins from is named by its file
         adapt = {key: value for key, value in _curve(self.adapt).items() if key not in other}
         engine = {key: value for key, value in vars(settings).items() if key not in LAYOUT}
+        if settings.optimizer == "adamw":
+            del engine["optimizer"]  # checkpoints from before there was another one do not name it
         shifts = [self.sampling(shape).shift for shape in self.rows.shapes]
         spans = [len(span) for span in self.rows.spans]
         shift = {"shift": shifts[0]} if len(shifts) == 1 else {"shifts": shifts, "spans": spans}
@@ -195,6 +197,7 @@ def adapt_phase(task: Task, phase: Phase, dtype: str, place: Place, start: Path 
     model, family, adapt = task.model, task.family, task.adapt
     task = replace(task, consistency=phase.consistency)
     settings = _settings(phase, adapt, dtype, clip=adapt.clip, schedule=phase.schedule, micro_batch=phase.micro_batch)
+    settings = replace(settings, optimizer=adapt.optimizer)
     _require_teacher(task, phase)
     identity = {"stage": "adapt", "phase": _curve(phase), **task.identity(settings), "seed": place.seed}
     if phase.mode == "full":
@@ -290,7 +293,7 @@ def _train(
     goal = Goal(label, task.rows, task.loss(), task.sampling, identity, task.nothing())
     named = lora.trainable(model, modules or [], everything=modules is None)
     metadata = lora.adapter_metadata(model, component) if getattr(model, "peft_config", None) else None
-    engine = Engine(model, named, settings)
+    engine = Engine(model, named, settings, _matrices(task.family, named))
     try:
         before = _evaluate_once(engine, goal, place)
         metrics = Loop(engine, goal, place, _watch(engine, task, goal, place, modules is None)).run()
@@ -309,6 +312,12 @@ def _train(
         "evaluation": {"before": before, "after": after},
         "exports": {kind: str(path) for kind, path in exports.items()},
     }
+
+
+def _matrices(family: Family, named: Sequence[tuple[str, nn.Parameter]]) -> set[str]:
+    """Names of the weights of the blocks' linears and convolutions, or of their LoRA."""
+    inside = family.inside_blocks
+    return {name for name, p in named if p.ndim > 1 and name.endswith(".weight") and inside.match(name)}
 
 
 def _averaged(engine: Engine) -> AbstractContextManager[None]:

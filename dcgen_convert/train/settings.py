@@ -11,6 +11,7 @@ from dcgen_convert.core.errors import RecipeError
 ZERO_STAGES = (0, 1, 2, 3)
 SCHEDULES = ("constant", "cosine")
 OFFLOADS = ("none", "optimizer", "all")
+OPTIMIZERS = ("adamw", "muon")
 
 
 class Turn(NamedTuple):
@@ -27,7 +28,7 @@ class EngineSettings:
 
     Attributes:
         steps: optimizer steps of the whole run (the cosine schedule ends there).
-        lr: peak learning rate of AdamW.
+        lr: peak learning rate of the optimizer.
         warmup: steps over which the rate rises linearly from lr / warmup to lr; 0 disables it.
         schedule: "constant" (after warm-up) | "cosine" (to zero at ``steps``).
         batch: global batch, samples per optimizer step over all ranks.
@@ -39,6 +40,7 @@ class EngineSettings:
         ema: decay of the moving average of the trained weights; 0 disables it.
         checkpointing: recompute activations in the backward pass.
         betas, eps, weight_decay: AdamW's, by default those of the published recipes (arXiv 2509.25180).
+        optimizer: "adamw" | "muon" (orthogonal steps for matrices, AdamW for the rest).
         turn: of a cosine that ends at another step than ``steps``; None: none does.
     """
 
@@ -57,6 +59,7 @@ class EngineSettings:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0
+    optimizer: str = "adamw"
     turn: Turn | None = None
 
     @property
@@ -76,6 +79,7 @@ class EngineSettings:
         self._require(self.dtype in ("fp32", "bf16"), f"dtype must be fp32 or bf16, it is {self.dtype!r}")
         self._require(self.zero in ZERO_STAGES, f"zero must be one of {ZERO_STAGES}, it is {self.zero!r}")
         self._require(self.schedule in SCHEDULES, f"schedule must be one of {SCHEDULES}, it is {self.schedule!r}")
+        self._require(self.optimizer in OPTIMIZERS, f"optimizer must be one of {OPTIMIZERS}, it is {self.optimizer!r}")
         self._require(self.offload in OFFLOADS, f"offload must be one of {OFFLOADS}, it is {self.offload!r}")
         self._require(0 <= self.ema < 1, f"ema is a decay in [0, 1), it is {self.ema}")
         self._require(self.clip >= 0, f"clip is a gradient norm >= 0, it is {self.clip}")

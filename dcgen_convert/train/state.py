@@ -10,7 +10,7 @@ T trained parameters, W ranks. Sources: deepspeed 0.19.8 `runtime/zero/stage_1_a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dcgen_convert.train import distributed
+from dcgen_convert.train.orthogonal import Piece
 
 WEIGHT = "param"  # fp32 (master) weight
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -35,6 +36,7 @@ class TrainedState:
     ) -> None:
         """``optimizer`` is what `deepspeed.initialize` returned; call before the first step."""
         self.stage, self.rank, self.world = stage, rank, world
+        self._optimizer = optimizer
         self._access = distributed.deepspeed().utils
         self.keys = (WEIGHT, *MOMENTS, EMA) if ema else (WEIGHT, *MOMENTS)
         if stage == 0:
@@ -114,6 +116,33 @@ class TrainedState:
         if mapping is None:
             return 0, torch.empty(0)
         return mapping.lp_fragment_address.start, mapping.get_hp_fragment(None if key == WEIGHT else key).flatten()
+
+    def pieces_of(self, matrices: Sequence[nn.Parameter], device: torch.device) -> dict[int, list[Piece]]:
+        """id of a flat tensor -> what this rank holds there of ``matrices``, all of one parameter group. Collective."""
+        found = [(p, *self._place(p)) for p in matrices]  # (parameter, number of the flat tensor, start, place, count)
+        partial = [0 < count < true_shape(p).numel() for p, _, _, _, count in found]
+        split = [any(of_ranks) for of_ranks in zip(*distributed.of_all(partial, device), strict=True)]
+        result: dict[int, list[Piece]] = {}
+        for (p, number, start, place, count), parts in zip(found, split, strict=True):
+            rows = true_shape(p)[0]
+            piece = Piece((rows, true_shape(p).numel() // rows), start, place, count, parts)
+            result.setdefault(id(p if self.stage == 0 else self.partitions[number]), []).append(piece)
+        return result
+
+    def _place(self, parameter: nn.Parameter) -> tuple[int, int, int, int]:
+        """Where this rank holds its part: number of the flat tensor, start in the parameter, place there, count."""
+        if self.stage == 0:
+            return 0, 0, 0, parameter.numel()
+        partitioned = _of_deepspeed(parameter)
+        if self.stage == 3:
+            number, place, length = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
+            start = self.rank * length
+            return number, start, place, max(0, min(length, partitioned.ds_numel - start))
+        mapping = partitioned._hp_mapping  # noqa: SLF001  DeepSpeed has no public name for it
+        if mapping is None:
+            return 0, 0, 0, 0
+        here = mapping.hp_fragment_address
+        return mapping.param_group_index, mapping.lp_fragment_address.start, here.start, here.numel
 
     @contextmanager
     def averaged(self, parameters: list[nn.Parameter]) -> Iterator[None]:
