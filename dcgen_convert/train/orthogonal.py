@@ -2,11 +2,12 @@
 
 A matrix W with the gradient G has one moment, M <- mu M + G. Its step is
 
-    W <- W - lr 0.2 sqrt(max(rows, columns)) O(G + mu M)
+    W <- W - lr 0.6 sqrt(max(rows, columns)) O(G + mu M)
 
 where O is nearly the closest matrix whose singular values are 1, found by Newton-Schulz iterations (Keller Jordan,
-"Muon", 2024). The factor gives the step of a matrix the root mean square of a usual AdamW step (Moonlight, arXiv
-2502.16982), so that both take the same rate. The weights of a convolution count as (out, in * kh * kw).
+"Muon", 2024). With the factor, the root mean square of a step does not depend on the matrix's size (Moonlight, arXiv
+2502.16982): 0.6 lr, three times what a usual AdamW step has. At that size the rates that are best for AdamW were best
+for the miniatures, so both kinds of steps take the same rate. A convolution's weights count as (out, in * kh * kw).
 
 O needs the whole matrix. ZeRO gives every rank a part of each flat tensor (`state`), and a matrix may lie in several
 parts. Then the parts are put together by a sum over the ranks, in buckets, and each rank steps with what it owns. M
@@ -24,7 +25,7 @@ from torch import Tensor
 from dcgen_convert.train import distributed
 
 MOMENTUM = 0.95  # mu, as published
-RMS = 0.2  # of an AdamW step per unit of rate, as measured by the authors of Moonlight
+RMS = 0.6  # root mean square of a step at rate 1
 ROUNDS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the published iteration: steep at 0, singular values end in 0.7 to 1.2
 BUCKET = 1 << 24  # numbers that are summed over the ranks at once

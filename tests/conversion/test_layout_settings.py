@@ -66,6 +66,7 @@ AGAIN = {
     "adapt.phases.*.resolution": ["surgery", "latents", "adapt"],
     "adapt.clip": ["adapt"],
     "adapt.lora_start": ["adapt"],
+    "adapt.optimizer": ["adapt"],
     "bundle.layout": ["bundle"],
     "bundle.steps": ["quantize", "bundle"],
     "bundle.guidance": ["quantize", "bundle"],
@@ -117,6 +118,7 @@ CHANGES = {
     "adapt.ema=0.5": ["align-head", "adapt-1"],
     "adapt.phases.0.lr=0.5": ["adapt-1"],
     "adapt.lora_start=gradient": ["adapt-1"],
+    "adapt.optimizer=adamw": ["adapt-1"],
     "quantize.fuse_qkv=true": ["quantize"],
     "seed=7": ["data", "align-embedder", "align-head", "adapt-1", "quantize"],
 }

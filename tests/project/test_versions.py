@@ -78,7 +78,8 @@ def test_recipe_of_0_1_0_is_read_without_removed_and_with_renamed_keys(tmp_path)
     assert not any(found.pop("budget").values()) and found["align_embedder"].pop("target") is None
     assert found["data"].pop("min_side") is None and found["data"].pop("sources") is None
     assert found["adapt"]["phases"][0].pop("data") is None
-    assert found["data"].pop("beyond_base") is False and found["adapt"].pop("lora_start") in ("zero", "gradient")
+    assert found["data"].pop("beyond_base") is False and found["adapt"].pop("lora_start") == "zero"
+    assert found["adapt"].pop("optimizer") == "muon"
     assert [part.pop("share") for part in (found["data"], *found["adapt"]["phases"])] == [None] * 2
     weights = ("clip", "dino", "pickscore", "inception", "detector", "reference")
     assert [found["evaluate"].pop(name) for name in weights] == [None] * 6
@@ -101,6 +102,7 @@ def test_run_of_0_1_0_is_refused_and_kept(old_run, tmp_path):
 def test_run_of_this_version_is_read(old_run):
     rewrite(old_run, lambda record: None)
     resolved, output = conversion.recorded(old_run)
+    assert resolved.recipe.adapt.optimizer == "adamw"  # the only one before it was a setting
     assert resolved.recipe.ae == "tiny-dc-ae-f32" and resolved.machine.offline and output.name == "bundle"
 
 

@@ -95,7 +95,7 @@ def test_ablations_differ_from_their_base_in_what_they_ablate():
             "align_embedder.method",
             "align_head.method",
             "align_head.steps",
-            "adapt.lora_start",
+            "adapt.optimizer",
             "adapt.phases.0.steps",
         },
     }
