@@ -21,7 +21,7 @@ HEAD = (
     "accuracy, PSNR |\n"
     "|---|---|---|---|---|---|"
 )
-HEAD_STEPS = ["--set", "align_head.steps=60", "--set", "adapt.phases.0.steps=550"]  # as many in all
+HEAD_STEPS = ["--set", "align_head.steps=240", "--set", "adapt.phases.0.steps=960"]  # as many in all
 ROWS: dict[str, list[str]] = {
     "tiny-flux f32": ["tiny-flux", "--quantize", "nvfp4"],
     "tiny-flux f64": ["tiny-flux", "--ae", "tiny-dc-ae-f64"],

@@ -1,4 +1,4 @@
-"""How a training begins: the published procedure, ours, and each difference, at equal steps, in one table.
+"""How a phase trains: the published procedure, ours, and each difference, at equal steps, in one table.
 
     PYTHONPATH=. python tests/benchmarks/defaults.py WORK [ROW ...] [--steps N] [--batch N] [--seeds N] [--ae AE]
 
@@ -23,17 +23,22 @@ HEAD = (
 )
 EARLY = 100
 PROMPTS = 128
-ZERO = {"adapt.lora_start": "zero"}
-PUBLISHED = {"align_embedder.method": "adamw", "align_head.method": "xavier", **ZERO}
+ADAMW = {"adapt.optimizer": "adamw"}
+GRADIENT = {"adapt.lora_start": "gradient"}
+PUBLISHED = {"align_embedder.method": "adamw", "align_head.method": "xavier", **ADAMW}
 FIFTH = {"head": True}
 ROWS: dict[str, dict[str, object]] = {
     "published": {**PUBLISHED, **FIFTH},
-    "head steps": {**ZERO, **FIFTH},
-    "no head steps": ZERO,
-    "gradient start": {"adapt.lora_start": "gradient"},
-    "gradient start, alpha x 2": {"adapt.lora_start": "gradient", "adapt.phases.0.alpha": 64},
-    "gradient start, rate x 2": {"adapt.lora_start": "gradient", "adapt.phases.0.lr": 6e-3},
-    "gradient start, rate / 2": {"adapt.lora_start": "gradient", "adapt.phases.0.lr": 1.5e-3},
+    "adamw, head steps": {**ADAMW, **FIFTH},
+    "adamw": ADAMW,
+    "adamw, gradient start": {**ADAMW, **GRADIENT},
+    "adamw, rate x 2": {**ADAMW, "adapt.phases.0.lr": 6e-3},
+    "muon": {},
+    "muon, gradient start": GRADIENT,
+    "muon, rate x 2": {"adapt.phases.0.lr": 6e-3},
+    "muon, rate / 2": {"adapt.phases.0.lr": 1.5e-3},
+    "muon, rank 32": {"adapt.phases.0.rank": 32},
+    "muon, every weight": {"adapt.phases.0.mode": "full", "adapt.phases.0.lr": 2e-3},
 }
 
 
@@ -88,7 +93,7 @@ if __name__ == "__main__":
     parser.add_argument("work", type=Path)
     parser.add_argument("rows", nargs="*", choices=[*ROWS, []])
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--ae", default="tiny-dc-ae-f32")
     given = parser.parse_args()
