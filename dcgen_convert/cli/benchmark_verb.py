@@ -8,25 +8,24 @@ from typing import Any
 import click
 
 from dcgen_convert.cli import completion
-from dcgen_convert.cli.options import CONTEXT, OUTPUT, PLACE, SOURCE, option, output_options, stack
+from dcgen_convert.cli.options import (
+    AE,
+    CONTEXT,
+    OFFLINE,
+    OUTPUT,
+    PLACE,
+    REVISION,
+    SOURCE,
+    option,
+    output_options,
+    stack,
+)
 from dcgen_convert.cli.session import Session
 
 
 @click.command(context_settings=CONTEXT)
 @SOURCE
-@option(
-    "--ae",
-    metavar="NAME|PATH|REPO",
-    shell_complete=completion.autoencoders,
-    help="Autoencoder of the conversion, for a SOURCE that is no bundle: alias, folder, hub id, or "
-    "FILE.safetensors:ALIAS. Default: the recipe's.",
-)
-@option(
-    "--ae-channels",
-    metavar="K",
-    type=click.IntRange(min=1),
-    help="Use the first K latent channels only. Default: all.",
-)
+@stack(AE)
 @option(
     "--resolution",
     metavar="PX",
@@ -65,17 +64,11 @@ from dcgen_convert.cli.session import Session
     shell_complete=completion.recipes,
     help="Recipe whose steps, guidance and size count, for a SOURCE that is no bundle. Default: the one of its family.",
 )
-@option("--revision", metavar="REV", help="Git revision of the source on the hub. Default: the catalogue's.")
-@option(
-    "--offline",
-    is_flag=True,
-    help="Use local files and the cache only. Default: off (HF_HUB_OFFLINE is obeyed too).",
-)
-@stack(OUTPUT)
+@stack([REVISION, OFFLINE, *OUTPUT])
 @click.pass_obj
 def benchmark(session: Session, source: str, **values: Any) -> int:
     """Time a base against its conversion: text, one step, decoder, whole picture; and memory. SOURCE is a bundle, or
-    what is to be converted. The figures of a bundle are added to its card."""
+    what is to be converted: then --ae and --recipe count. The figures of a bundle are added to its card."""
     console = session.begin(**output_options(values))
     if values["offline"]:
         os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is imported

@@ -82,6 +82,27 @@ TRUST = option(
     "files never run.",
 )
 
+AE = [
+    option("--ae", metavar="NAME|PATH|REPO", shell_complete=completion.autoencoders,
+           help="Autoencoder to convert to: alias, folder, hub id, or FILE.safetensors:ALIAS. Default: the recipe's."),
+    option("--ae-channels", metavar="K", type=click.IntRange(min=1),
+           help="Use the first K latent channels only (for the structured latents of DC-AE 1.5). Default: all."),
+]  # fmt: skip
+
+REVISION = option("--revision", metavar="REV", help="Git revision of the source on the hub. Default: the catalogue's.")
+OFFLINE = option(
+    "--offline",
+    is_flag=True,
+    help="Use local files and the cache only. Default: off (HF_HUB_OFFLINE is obeyed too).",
+)
+GPUS = option(
+    "--gpus",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Number of ranks to start on this host. Without GPUs they are CPU processes. Default: 1, or the ranks of a "
+    "launcher.",
+)
+
 INPUTS = [
     option("--base", metavar="FOLDER|REPO",
            help="Pipeline with text encoders and autoencoder, for a SOURCE that is a transformer alone. Default: the "
@@ -91,10 +112,7 @@ INPUTS = [
 ]  # fmt: skip
 
 RECIPE = [
-    option("--ae", metavar="NAME|PATH|REPO", shell_complete=completion.autoencoders,
-           help="Autoencoder to convert to: alias, folder, hub id, or FILE.safetensors:ALIAS. Default: the recipe's."),
-    option("--ae-channels", metavar="K", type=click.IntRange(min=1),
-           help="Use the first K latent channels only (for the structured latents of DC-AE 1.5). Default: all."),
+    *AE,
     option("--recipe", metavar="FILE", shell_complete=completion.recipes,
            help="Recipe for a SOURCE that is a model. Default: the one of its family."),
     *INPUTS,
@@ -121,7 +139,7 @@ RECIPE = [
            help="ZeRO stage. Default: the recipe's; 0 disables, auto takes the smallest that fits."),
     option("--offload", type=click.Choice(["none", "optimizer", "all"]),
            help="What is kept in host memory. Default: the recipe's (none); none disables."),
-    option("--revision", metavar="REV", help="Git revision of the source on the hub. Default: the catalogue's."),
+    REVISION,
     option("--max-gpu-hours", metavar="H", type=click.FloatRange(min=0),
            help="GPU-hours that all stages together may take. Steps and pictures follow from it. Default: the "
            "recipe's; 0 disables: the recipe as written."),
@@ -228,19 +246,14 @@ EVALUATE = [
            help="Exit 1 when the figure NAME is below V; repeatable. Default: off."),
     option("--max", metavar="NAME=V", multiple=True,
            help="Exit 1 when the figure NAME is above V; repeatable. Default: off."),
-    option("--gpus", metavar="N", type=click.IntRange(min=1),
-           help="Number of ranks to start on this host. Without GPUs they are CPU processes. Default: 1, or the ranks "
-           "of a launcher."),
+    GPUS,
     option("--out", metavar="DIR", type=PLACE,
            help="Folder of the pictures, the log and evaluation.json. Default: BUNDLE-evaluation beside the bundle."),
-    option("--offline", is_flag=True,
-           help="Use local files and the cache only. Default: off (HF_HUB_OFFLINE is obeyed too)."),
+    OFFLINE,
 ]  # fmt: skip
 
 RANKS = [
-    option("--gpus", metavar="N", type=click.IntRange(min=1),
-           help="Number of ranks to start on this host. Without GPUs they are CPU processes. Default: 1, or the ranks "
-           "of a launcher."),
+    GPUS,
     option("--hostfile", metavar="F", type=PLACE,
            help="DeepSpeed hostfile of several hosts. Default: this host only."),
 ]  # fmt: skip
@@ -258,11 +271,7 @@ JOB = [
            "or only the sizes. Default: --check."),
 ]  # fmt: skip
 
-MACHINE = [
-    *RANKS,
-    option("--offline", is_flag=True,
-           help="Use local files and the cache only. Default: off (HF_HUB_OFFLINE is obeyed too)."),
-]  # fmt: skip
+MACHINE = [*RANKS, OFFLINE]
 
 OUTPUT = [
     option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout. Default: off, a line of text."),

@@ -18,7 +18,7 @@ import numpy
 from PIL import Image
 
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.core.files import read_object, understood
+from dcgen_convert.core.files import hashes, read_object, understood
 from dcgen_convert.data import decoding, images
 
 if TYPE_CHECKING:
@@ -87,6 +87,14 @@ class Mjhq:
         else:
             for name in names:
                 yield images.fitted(decoding.decode(self.folder / name)[0], side, side)
+
+    def keys(self) -> list[str]:
+        """A hash of every picture's bytes: of those in the archive the one that its table of contents has (CRC-32)."""
+        names = [self._name(entry) for entry in self.entries]
+        if not (self.folder / ARCHIVE).is_file():
+            return hashes(self.folder / name for name in names)
+        with _opened(self.folder / ARCHIVE) as archive:
+            return [f"{found.CRC:08x} {found.file_size} {name}" for name in names for found in [archive.getinfo(name)]]
 
     def _name(self, entry: Prompt) -> str:
         """Name of an entry's picture in the archive or below the folder."""

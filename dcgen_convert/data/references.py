@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.files import hashes
 from dcgen_convert.data import gathering, images, mjhq
 
 MJHQ = "mjhq:"  # before the folder of the data set
@@ -24,16 +25,18 @@ class References:
 
     Attributes:
         name: as the user gave it. count: how many there are.
-        stream: gives the pictures at a side in px one by one, (3, side, side) in [-1, 1], as `images.fitted`.
+        stream: (places, side in px) -> the pictures there one by one, (3, side, side) in [-1, 1], as `images.fitted`.
+        keys: () -> a hash of every picture's bytes.
     """
 
     name: str
     count: int
-    stream: Callable[[int], Iterator[Tensor]]
+    stream: Callable[[Sequence[int], int], Iterator[Tensor]]
+    keys: Callable[[], list[str]]
 
     def batches(self, side: int) -> Iterator[tuple[Tensor, list[str]]]:
         """The pictures at ``side`` px, (B, 3, side, side) in [-1, 1], without captions."""
-        pictures = self.stream(side)
+        pictures = self.stream(range(self.count), side)
         while part := list(islice(pictures, together(side))):
             yield torch.stack(part), []
 
@@ -51,14 +54,24 @@ def read(name: str) -> References:
     """
     if name.startswith(MJHQ):
         every = mjhq.read(Path(name.removeprefix(MJHQ)))
-        return References(name, len(every.entries), lambda side: every.pictures(every.entries, side))
+        return References(
+            name,
+            len(every.entries),
+            lambda places, side: every.pictures([every.entries[place] for place in places], side),
+            every.keys,
+        )
     path = Path(name).expanduser().absolute()
     if not path.is_dir():
         raise InputError(f"the reference {path} is not a folder", "give a folder of pictures, or mjhq:FOLDER")
     files = sorted(gathering.gather(path)[0])
     if len(files) < 2:
         raise InputError(f"the reference {path} holds {len(files)} pictures, and at least 2 are needed", "give more")
-    return References(name, len(files), lambda side: (images.read_pixels(file, side) for file in files))
+    return References(
+        name,
+        len(files),
+        lambda places, side: (images.read_pixels(files[place], side) for place in places),
+        lambda: hashes(files),
+    )
 
 
 def mjhq_prompts(name: str, count: int) -> tuple[list[str], References | None]:

@@ -44,6 +44,11 @@ class Tower:
             )
 
     @cached_property
+    def fingerprint(self) -> str:
+        """Hash of its files and its tokenizer's."""
+        return weights.fingerprint_of(self.folder, self._tokenizer_folder)
+
+    @cached_property
     def model(self) -> Any:
         from transformers import CLIPModel
 
@@ -107,6 +112,9 @@ class ClipScore(Score):
     def __init__(self, tower: Tower) -> None:
         self._tower = tower
 
+    def made_of(self) -> str:
+        return self._tower.fingerprint
+
     def scores(self, pictures: Tensor, captions: list[str]) -> Tensor:
         return self._tower.agreement(pictures, captions)
 
@@ -126,6 +134,9 @@ class Cmmd(Distance):
 
     def __init__(self, tower: Tower) -> None:
         self._tower = tower
+
+    def made_of(self) -> str:
+        return self._tower.fingerprint
 
     def features(self, pictures: Tensor) -> Tensor:
         return self._tower.of_pictures(pictures)

@@ -33,6 +33,9 @@ class FrechetDino(Distance):
 
         return weights.load(Dinov2Model, self._folder, self._device)
 
+    def made_of(self) -> str:
+        return weights.fingerprint_of(self._folder)
+
     @torch.no_grad()
     def features(self, pictures: Tensor) -> Tensor:
         parts = (self._prepared(part).to(self._device) for part in pictures.split(AT_ONCE))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dcgen_convert.core.errors import AccessError, InputError
 from dcgen_convert.core.files import read_object
+from dcgen_convert.core.journal import fingerprint
 from dcgen_convert.evaluation import preparation, weights
 from dcgen_convert.evaluation.clip import Tower
 from dcgen_convert.evaluation.geneval_prompts import CLASSES, COLORS, Demand, Question, read
@@ -59,7 +60,10 @@ class GenEval(Score):
     label = "GenEval prompts, HF detector"
 
     def __init__(self, detector: Detector, tower: Tower) -> None:
-        self._detector, self._colors = detector, Colors(tower)
+        self._detector, self._tower, self._colors = detector, tower, Colors(tower)
+
+    def made_of(self) -> str:
+        return fingerprint([self._detector.fingerprint, self._tower.fingerprint])
 
     def scores(self, pictures: Tensor, captions: list[str]) -> Tensor:
         found = []
@@ -142,6 +146,11 @@ class Detector:
     def __init__(self, folder: Path, device: str) -> None:
         self._folder, self._device = folder, device
         self._prepared = preparation.read(folder, preparation.DETECTOR)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of its files."""
+        return weights.fingerprint_of(self._folder)
 
     @cached_property
     def _model(self) -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dcgen_convert.core.errors import AccessError, InputError
+from dcgen_convert.core.files import sha256
 from dcgen_convert.evaluation.measure import Distance
 from dcgen_convert.evaluation.metrics import frechet
 from dcgen_convert.evaluation.pixels import to_uint8
@@ -46,6 +47,9 @@ class Fid(Distance):
                     f"give {FILE}",
                 ) from error
         return model.to(self._device)
+
+    def made_of(self) -> str:
+        return sha256(self._file)
 
     @torch.no_grad()
     def features(self, pictures: Tensor) -> Tensor:

@@ -36,6 +36,10 @@ class Measure:
     label: ClassVar[str]
     unit: ClassVar[str] = ""
 
+    def made_of(self) -> str:
+        """Hash of what its numbers depend on beside pictures and captions: the weights, the program; "" for nothing."""
+        return ""
+
 
 class Score(Measure):
     """A measure that gives every picture a number.

@@ -11,6 +11,7 @@ import shutil
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
+from importlib.metadata import version
 
 import torch
 from PIL import Image
@@ -39,8 +40,11 @@ class Ocr(Score):
     name = "ocr"
     label = "Quoted words that can be read"
 
-    def __init__(self, read: Reader) -> None:
-        self._read = read
+    def __init__(self, read: Reader, program: str = "") -> None:
+        self._read, self._program = read, program
+
+    def made_of(self) -> str:
+        return self._program
 
     def scores(self, pictures: Tensor, captions: list[str]) -> Tensor:
         found = []
@@ -91,7 +95,7 @@ def ocr() -> Ocr:
     for package, make in READERS.items():
         if importlib.util.find_spec(package) and (package != "pytesseract" or shutil.which("tesseract")):
             try:
-                return Ocr(make())
+                return Ocr(make(), f"{package} {version(package)}")
             except Exception as error:  # these packages raise many kinds
                 raise NotAtHand(f"{package} does not start: {first_line(error)}", HINT) from error
     raise NotAtHand("no program that reads text in pictures is installed", HINT)

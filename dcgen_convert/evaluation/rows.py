@@ -63,8 +63,9 @@ def rows(sets: Mapping[str, Figures], measures: Sequence[Measure]) -> list[dict[
 
     All rows have "measure", "kind", "better", "label" and "unit". A score has the mean of each set under the set's
     name, and "difference" (converted - base, by pairs) with its 95 % interval "low" to "high" and the number of
-    "pairs". A distance has the distance to the base under each set's name, "ratio" (converted / floor), and
-    "to_reference": the distance of each set to the reference. A figure that cannot be had is left out.
+    "pairs"; "dropped" are the pairs that are left out, as the measure does not apply to a picture of them. A distance
+    has the distance to the base under each set's name, "ratio" (converted / floor), and "to_reference": the distance of
+    each set to the reference. A figure that cannot be had is left out.
     """
     return [_row(measure, sets) for measure in measures]
 
@@ -83,6 +84,7 @@ def _scores(name: str, sets: Mapping[str, Figures]) -> dict[str, Any]:
     if CONVERTED in every and BASE in every and not (every[BASE] + every[CONVERTED]).isnan().all():
         pairs = paired.compare(every[BASE], every[CONVERTED])
         found |= {"difference": pairs.difference, "low": pairs.low, "high": pairs.high, "pairs": pairs.pairs}
+        found |= {"dropped": pairs.dropped} if pairs.dropped else {}
     return {key: value for key, value in found.items() if value is not None}
 
 

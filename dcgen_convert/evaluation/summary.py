@@ -71,7 +71,8 @@ def _number(value: float | None) -> str:
 def _difference(row: Mapping[str, Any]) -> str:
     if "difference" not in row:
         return ""
-    return f"{row['difference']:+.3g} ({row['low']:+.3g} to {row['high']:+.3g})"
+    left = f", {row['pairs']} of {row['pairs'] + row['dropped']} pairs" if row.get("dropped") else ""
+    return f"{row['difference']:+.3g} ({row['low']:+.3g} to {row['high']:+.3g}){left}"
 
 
 def _gate(gate: Mapping[str, Any]) -> str:

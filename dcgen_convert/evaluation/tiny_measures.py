@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.files import sha256
 from dcgen_convert.evaluation import tiny_world
 from dcgen_convert.evaluation.kernel import cmmd
-from dcgen_convert.evaluation.measure import Distance, Score
+from dcgen_convert.evaluation.measure import Distance, Measure, Score
 from dcgen_convert.evaluation.metrics import frechet
 from dcgen_convert.tiny import world
 from dcgen_convert.tiny.evaluator import FEATURES
@@ -16,7 +17,14 @@ from dcgen_convert.tiny.evaluator import FEATURES
 SIDE_OF_CROPS = 2 * world.SIDE  # px: the smallest picture that has parts
 
 
-class Accuracy(Score):
+class _Judged(Measure):
+    """A measure that the shipped evaluator makes."""
+
+    def made_of(self) -> str:
+        return sha256(tiny_world.WEIGHTS)
+
+
+class Accuracy(_Judged, Score):
     """Share of the caption's attributes that the picture shows, 0..1."""
 
     name = "accuracy"
@@ -26,7 +34,7 @@ class Accuracy(Score):
         return tiny_world.right(pictures, captions)
 
 
-class TinyFrechet(Distance):
+class TinyFrechet(_Judged, Distance):
     """Frechet distance of the evaluator's features."""
 
     name = "frechet"
@@ -39,7 +47,7 @@ class TinyFrechet(Distance):
         return frechet(a, b)
 
 
-class CropsFrechet(Distance):
+class CropsFrechet(_Judged, Distance):
     """The same of the four parts of 128 px that meet in a picture's centre: their features stand in one row."""
 
     name = "crops-frechet"
@@ -58,7 +66,7 @@ class CropsFrechet(Distance):
         return frechet(a.reshape(-1, FEATURES), b.reshape(-1, FEATURES))
 
 
-class TinyCmmd(Distance):
+class TinyCmmd(_Judged, Distance):
     """CMMD with the evaluator's features in place of CLIP's."""
 
     name = "tiny-cmmd"

@@ -13,7 +13,8 @@ from typing import Any
 
 from dcgen_convert.core.bars import quiet_transformers
 from dcgen_convert.core.errors import AccessError, InputError, is_out_of_memory
-from dcgen_convert.core.files import read_object
+from dcgen_convert.core.files import hashes, read_object
+from dcgen_convert.core.journal import fingerprint
 
 FILES = ["*.json", "*.txt", "model*.safetensors"]  # of a repository: never a pickle
 TOKENIZER = ["*.json", "*.txt"]
@@ -141,6 +142,12 @@ def checked(folder: Path, needed: Needed) -> Path:
             f"{folder} has no model.safetensors; pickles are not read", f"{needed.option} takes one that has it"
         )
     return folder
+
+
+def fingerprint_of(*folders: Path) -> str:
+    """Hash of the files of networks and tokenizers that are read: their names and their contents."""
+    files = [file for folder in folders for pattern in FILES for file in sorted(folder.glob(pattern))]
+    return fingerprint([[file.name, digest] for file, digest in zip(files, hashes(files), strict=True)])
 
 
 def load(cls: Any, folder: Path, device: str, attention: str = "sdpa") -> Any:

@@ -17,6 +17,7 @@ from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import CheckFailed
 from dcgen_convert.data import images
 from dcgen_convert.families import pixel_memory
+from dcgen_convert.judging import measuring
 from dcgen_convert.judging.gallery import Gallery
 from dcgen_convert.judging.painter import Painter
 from dcgen_convert.networks import autoencoders, pipelines
@@ -139,12 +140,15 @@ def _passed(parts: Sequence[Share], trip: RoundTrip, console: Console) -> Made:
 
 
 class Helper:
-    """Runs the tasks of `fill` on a rank that is not 0."""
+    """Runs the tasks of `fill` and of `measuring.measured` on a rank that is not 0."""
 
     def __init__(self, crew: Member, console: Console) -> None:
         self.crew, self.console = crew, console
 
     def __call__(self, _: dict[str, Any], task: str, arguments: dict[str, Any]) -> None:
         self.console.say(f"task {task}")
-        make(**arguments, crew=self.crew, bar=self.crew, console=self.console)
+        if task == measuring.TASK:
+            measuring.work(**arguments, crew=self.crew, bar=self.crew)
+        else:
+            make(**arguments, crew=self.crew, bar=self.crew, console=self.console)
         release()

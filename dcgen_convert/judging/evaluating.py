@@ -9,19 +9,19 @@ from typing import Any
 
 from dcgen_convert.bundle import layout, lineage
 from dcgen_convert.bundle.loading import family_of
-from dcgen_convert.core import pulse
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import CheckFailed, InputError
 from dcgen_convert.core.files import write_json
-from dcgen_convert.core.journal import Run
+from dcgen_convert.core.journal import Run, fingerprint
 from dcgen_convert.evaluation import rows, summary
-from dcgen_convert.evaluation.pixels import through_jpeg
 from dcgen_convert.evaluation.rows import BASE, CEILING, CONVERTED, FLOOR, OTHER, REFERENCE, Figures
 from dcgen_convert.evaluation.summary import FILE, SCHEMA, STAGE
 from dcgen_convert.judging.drawing import RoundTrip, fill
 from dcgen_convert.judging.gallery import Gallery
+from dcgen_convert.judging.measuring import FOLDER, Judges, Set, measured
 from dcgen_convert.judging.order import Asked, Trial, settle
 from dcgen_convert.judging.painter import Painter
+from dcgen_convert.networks import pipelines
 from dcgen_convert.ranks.crew import SOLO, Crew
 
 TITLES = {CONVERTED: "converted", BASE: "base", FLOOR: "base with other seeds", CEILING: "round trip"}
@@ -31,7 +31,7 @@ def evaluate(asked: Asked, console: Console, crew: Crew = SOLO) -> dict[str, Any
     """Evaluate a bundle; returns the document that stands in evaluation.json.
 
     Args:
-        crew: the other ranks. They help to draw.
+        crew: the other ranks. They help to draw and to measure.
     Raises:
         CheckFailed: a figure does not pass its gate. evaluation.json is written all the same.
         InputError, AccessError: as `order.settle`.
@@ -46,7 +46,7 @@ def evaluate(asked: Asked, console: Console, crew: Crew = SOLO) -> dict[str, Any
             f"evaluate: {len(trial.prompts)} prompts ({trial.kind}); {', '.join(m.name for m in trial.measures)}"
         )
         galleries, drawn = _draw(trial, crew, console)
-        found = _measure(trial, galleries, console)
+        found = _measure(trial, galleries, crew, console)
         document = _document(trial, galleries, drawn, rows.rows(found, trial.measures))
         write_json(asked.output / FILE, document)
         _write_card(trial, document, console)
@@ -70,25 +70,17 @@ def _draw(trial: Trial, crew: Crew, console: Console) -> tuple[dict[str, Gallery
     return galleries, drawn
 
 
-def _measure(trial: Trial, galleries: Mapping[str, Gallery], console: Console) -> dict[str, Figures]:
-    """What the measures say of every set, in batches: memory does not grow with the number of pictures."""
-    total = sum(len(gallery) for gallery in galleries.values())
-    total += trial.references.count if trial.references else 0
-    with console.progress("evaluate: measuring", total, "pictures") as bar:
-
-        def seen(batches: Any, jpeg: bool) -> Any:
-            for pictures, captions in batches:
-                yield (through_jpeg(pictures) if jpeg else pictures), captions
-                pulse.bump()
-                bar.advance(len(pictures))
-
-        found = {
-            name: rows.measured(seen(gallery.batches(trial.side), trial.jpeg), trial.measures)
-            for name, gallery in galleries.items()
-        }
-        if trial.references is not None:
-            found[REFERENCE] = rows.measured(seen(trial.references.batches(trial.side), False), trial.measures)
-    return found
+def _measure(trial: Trial, galleries: Mapping[str, Gallery], crew: Crew, console: Console) -> dict[str, Figures]:
+    """What the measures say of every set, in groups: memory does not grow with the number of pictures."""
+    asked = trial.asked
+    sets = {name: Set(one, one.folder / FOLDER, trial.jpeg) for name, one in galleries.items()}
+    if trial.references is not None:
+        name = trial.references.name
+        place = asked.output / "pictures" / f"reference-{fingerprint(name)[:12]}" / FOLDER
+        sets[REFERENCE] = Set(name, place, jpeg=False)
+    made = {measure.name: measure for measure in trial.measures}
+    judges = Judges([*made], asked.weights, trial.prompts, trial.side, pipelines.device(), asked.offline)
+    return measured(sets, judges, made, crew, console)
 
 
 def _document(

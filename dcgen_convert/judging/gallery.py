@@ -12,19 +12,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.files import hashes, json_text, write_json
 from dcgen_convert.core.journal import fingerprint
 from dcgen_convert.data import images
-from dcgen_convert.data.references import together
 
 
 @dataclass(frozen=True)
@@ -97,9 +95,10 @@ class Gallery:
                     continue
         return known
 
-    def batches(self, side: int) -> Iterator[tuple[Tensor, list[str]]]:
-        """The pictures at ``side`` px, (B, 3, side, side) in [-1, 1], with their prompts."""
-        for start in range(0, len(self), together(side)):
-            places = range(len(self))[start : start + together(side)]
-            pixels = [images.read_pixels(self.file(place), side) for place in places]
-            yield torch.stack(pixels), [self.prompts[place] for place in places]
+    def keys(self) -> list[str]:
+        """SHA-256 of every picture's file."""
+        return hashes(self.file(place) for place in range(len(self)))
+
+    def stream(self, places: Sequence[int], side: int) -> Iterator[Tensor]:
+        """The pictures at ``places``, (3, side, side) in [-1, 1] each."""
+        return (images.read_pixels(self.file(place), side) for place in places)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import pickle
 import re
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,11 +28,12 @@ from dcgen_convert.core.errors import AccessError, CheckFailed, InputError, Reso
 from dcgen_convert.core.files import sha256
 from dcgen_convert.core.journal import Run
 from dcgen_convert.data import images, references
-from dcgen_convert.evaluation import gates, rows, summary
+from dcgen_convert.evaluation import gates, plain, rows, summary
 from dcgen_convert.evaluation.measures import Distance, Score
 from dcgen_convert.evaluation.report import write_report
 from dcgen_convert.evaluation.rows import Figures
-from dcgen_convert.judging import drawing
+from dcgen_convert.evaluation.tiny_measures import Accuracy
+from dcgen_convert.judging import drawing, measuring
 from dcgen_convert.judging.evaluating import evaluate
 from dcgen_convert.judging.order import Asked
 from dcgen_convert.ranks.crew import Crew
@@ -110,13 +113,26 @@ def test_only_what_is_missing_is_drawn_and_damage_is_noticed(asked, capsys):
     assert drawn(evaluate(replace(asked, steps=1), NULL))[:2] == [3, 3]
 
 
+class Second(Crew):
+    """The second of two ranks, as far as a task sees it."""
+
+    rank, world = 1, 2
+
+    def advance(self, *_, **__):
+        """Progress that rank 0 would show."""
+
+
 class Ranks(Crew):
-    """Two ranks in one process, one after the other."""
+    """Two ranks in one process, one after the other. of_other: files of measured values that the second one wrote."""
+
+    def __init__(self):
+        self.world, self.of_other = 2, []
 
     def share(self, task, bar=None, together=True, **arguments):
-        other = Crew()
-        other.rank, other.world = 1, 2
-        drawing.make(**arguments, crew=other, bar=bar, console=NULL)
+        done = [path for share in arguments.get("shares", ()) for path in share.of.folder.glob("*")]
+        drawing.Helper(Second(), NULL)({}, task, pickle.loads(pickle.dumps(arguments)))
+        for share in arguments.get("shares", ()):
+            self.of_other += [path for path in share.of.folder.glob("*") if path not in done]
         return super().share(task, bar, together, **arguments)
 
 
@@ -124,7 +140,6 @@ def test_two_ranks_share_the_batches_and_make_the_same_files(asked, monkeypatch)
     monkeypatch.setattr(drawing, "BATCH", 2)
     evaluate(asked, NULL)
     crew = Ranks()
-    crew.world = 2
     both = replace(asked, output=asked.output.with_name("both"))
     evaluate(both, NULL, crew)
     assert files(both.output) == files(asked.output)
@@ -134,6 +149,79 @@ def test_two_ranks_share_the_batches_and_make_the_same_files(asked, monkeypatch)
         2,
         1,
     ]
+
+
+def measured(out: Path) -> dict[str, str]:
+    """Every file of measured values with its hash."""
+    return {path.relative_to(out).as_posix(): sha256(path) for path in (out / "pictures").rglob("measured/*")}
+
+
+def test_two_ranks_share_the_measuring_and_get_the_same_figures(asked, monkeypatch):
+    monkeypatch.setattr(measuring, "together", lambda _: 1)
+    alone = evaluate(asked, NULL)
+    crew = Ranks()
+    both = replace(asked, output=asked.output.with_name("both"))
+    assert evaluate(both, NULL, crew)["values"] == alone["values"]
+    assert measured(both.output) == measured(asked.output) and len(measured(both.output)) == 4 * 3 * 2
+    assert len(crew.of_other) == 4 * 1 * 2  # the second of three groups, of each set and measure
+
+
+@pytest.fixture
+def calls(monkeypatch) -> Counter:
+    """How many pictures each measure has looked at."""
+    found: Counter = Counter()
+    for measure, method in ((plain.Colour, "features"), (plain.Sharpness, "scores"), (Accuracy, "scores")):
+        original = getattr(measure, method)
+
+        def counted(self, pictures, *more, original=original):
+            found[self.name] += len(pictures)
+            return original(self, pictures, *more)
+
+        monkeypatch.setattr(measure, method, counted)
+    return found
+
+
+def test_one_more_measure_does_not_compute_the_others_again(asked, calls, tmp_path, capsys):
+    (tmp_path / "references").mkdir()
+    for number, path in enumerate(("a.png", "b.png")):
+        images.write(torch.full((3, 64, 64), number - 0.5), tmp_path / "references" / path)
+    asked = replace(asked, metrics=("colour",), reference=str(tmp_path / "references"))
+    first = evaluate(asked, NULL)
+    assert calls == {"colour": 4 * 3 + 2}
+    more = replace(asked, metrics=("colour", "sharpness", "accuracy"))
+    second = evaluate(more, NULL)
+    assert calls == {"colour": 14, "sharpness": 12, "accuracy": 12}
+    assert second["values"].items() >= first["values"].items()
+
+    path = next(asked.output.rglob("converted-*/measured/colour-*"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    again = evaluate(more, Console())
+    assert calls == {"colour": 17, "sharpness": 12, "accuracy": 12} and again["values"] == second["values"]
+    assert f"{path} is damaged: its pictures are measured again" in capsys.readouterr().err
+    evaluate(replace(more, jpeg=False), NULL)
+    assert calls == {"colour": 29, "sharpness": 24, "accuracy": 24}  # other pictures, but for the references
+
+
+def test_other_weights_are_measured_anew(asked, calls, monkeypatch):
+    evaluate(asked, NULL)
+    evaluate(asked, NULL)
+    assert calls == {"colour": 12, "accuracy": 12}
+    monkeypatch.setattr(Accuracy, "made_of", lambda _: "other weights")
+    evaluate(asked, NULL)
+    assert calls == {"colour": 12, "accuracy": 24}
+
+
+def test_pairs_that_are_left_out_are_told():
+    """A score that applies to one side alone."""
+    scores = {"base": [1.0, 2.0, math.nan, 3.0], "converted": [1.5, math.nan, 1.0, 3.5]}
+    figures = {name: Figures({"accuracy": torch.tensor(values).double()}) for name, values in scores.items()}
+    [row] = rows.rows(figures, [Accuracy()])
+    assert row["pairs"] == 2 and row["dropped"] == 2 and row["difference"] == 0.5
+    [(_, [cells])] = summary.tables([row])
+    assert cells[-1] == "+0.5 (+0.5 to +0.5), 2 of 4 pairs"
+    whole = {name: Figures({"accuracy": torch.ones(2).double()}) for name in scores}
+    assert "dropped" not in rows.rows(whole, [Accuracy()])[0]
 
 
 def test_the_command_starts_two_ranks(asked, tmp_path):
