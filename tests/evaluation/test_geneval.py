@@ -165,7 +165,8 @@ def test_the_detector_against_the_librarys_own_reading(tmp_path):
     pairs = {(CLASSES[info["label_id"]], round(info["score"], 3)) for info in expected["segments_info"]}
     assert {(name, round(one.score, 3)) for name, objects in found.items() for one in objects} == pairs
     masks = [one.mask for objects in found.values() for one in objects]
-    assert all(any(torch.equal(mask, other.bool()) for other in expected["segmentation"]) for mask in masks)
+    apart = [min(int((mask != other.bool()).sum()) for other in expected["segmentation"]) for mask in masks]
+    assert max(apart) <= 3  # of 147,456 pixels: processors round differently, and some pixels lie on the edge
     for objects in found.values():
         for one in objects:
             left, top, beyond, below = one.box
