@@ -92,21 +92,21 @@ class Set:
 
 
 @dataclass(frozen=True)
-class Group:
-    """Pictures that are measured together: their places, and the file of each measure that is still to be made."""
+class Unmeasured:
+    """Pictures that are to be measured together: their places, and the file of each measure that is still to be made."""
 
     places: list[int]
     missing: dict[str, Path]
 
 
 @dataclass(frozen=True)
-class Share:
+class Remaining:
     """What is missing of a set."""
 
     of: Set
-    groups: list[Group]
+    groups: list[Unmeasured]
 
-    def part(self, crew: Crew) -> Share:
+    def part(self, crew: Crew) -> Remaining:
         """What one rank does of it: every `world`-th group."""
         return replace(self, groups=self.groups[crew.rank :: crew.world])
 
@@ -121,7 +121,7 @@ def measured(
     """
     files = {name: _files(one, judges, made) for name, one in sets.items()}
     known: dict[Path, Tensor] = {}
-    shares = [Share(sets[name], _missing(groups, known, console)) for name, groups in files.items()]
+    shares = [Remaining(sets[name], _missing(groups, known, console)) for name, groups in files.items()]
     if shares := [share for share in shares if share.groups]:
         total = sum(len(group.places) for share in shares for group in share.groups)
         with (
@@ -156,7 +156,7 @@ def _files(one: Set, judges: Judges, made: Mapping[str, Measure]) -> Files:
     return found
 
 
-def _missing(groups: Files, known: dict[Path, Tensor], console: Console) -> list[Group]:
+def _missing(groups: Files, known: dict[Path, Tensor], console: Console) -> list[Unmeasured]:
     """The groups of which a file is missing or damaged; the values of the others go to ``known``."""
     found = []
     for places, files in groups:
@@ -170,7 +170,7 @@ def _missing(groups: Files, known: dict[Path, Tensor], console: Console) -> list
             else:
                 known[file] = values
         if missing:
-            found.append(Group(places, missing))
+            found.append(Unmeasured(places, missing))
     return found
 
 
@@ -186,7 +186,7 @@ def _kept(file: Path, count: int) -> Tensor | None:
 
 
 def work(
-    shares: Sequence[Share], judges: Judges, crew: Crew, bar: Any, made: Mapping[str, Measure] | None = None
+    shares: Sequence[Remaining], judges: Judges, crew: Crew, bar: Any, made: Mapping[str, Measure] | None = None
 ) -> None:
     """This rank's part of all shares. made: the measures, where they are there already."""
     own = [part for part in (share.part(crew) for share in shares) if part.groups]
