@@ -93,7 +93,7 @@ class Set:
 
 @dataclass(frozen=True)
 class Unmeasured:
-    """Pictures that are to be measured together: their places, and the file of each measure that is still to be made."""
+    """Pictures that are to be measured together: their places, and the file of each measure that is missing."""
 
     places: list[int]
     missing: dict[str, Path]
