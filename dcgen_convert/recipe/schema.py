@@ -246,10 +246,10 @@ class Adapt(Section):
         description="where LoRA begins in the first phase. gradient: along the gradient of the loss over 4 batches "
         "(LoRA-GA, arXiv 2407.05000); zero: B is zero, as published. Later phases begin at zero",
     )
-    optimizer: Literal["muon", "adamw"] = Field(
-        default="muon",
-        description="of the phases. muon: the matrices of the blocks or of their LoRA take orthogonal steps, the rest "
-        "trains with AdamW at the same rate; adamw: everything, as published",
+    optimizer: Literal["adamw", "muon"] = Field(
+        default="adamw",
+        description="of the phases. adamw: as published; muon: the matrices of the blocks or of their LoRA take "
+        "orthogonal steps, the rest trains with AdamW at the same rate",
     )
     text_drop: Fraction = Field(default=0.1, description="fraction of captions replaced by the null text; 0 disables")
     ema: Fraction = Field(default=0.999, description="decay of the moving average of the weights; 0 disables")

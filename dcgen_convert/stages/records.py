@@ -40,8 +40,6 @@ def recorded(run_dir: Path) -> tuple[Resolved, Path]:
         raise InputError(f"{path} is not what a run writes: recipe, machine or output is missing", NEW_RUN)
     if strange := sorted(machine.keys() - known):
         raise InputError(f"{path} has the unknown machine setting {strange[0]!r}", NEW_RUN)
-    if isinstance(adapt := recipe.get("adapt"), dict):
-        adapt.setdefault("optimizer", "adamw")  # the only one before it was a setting
     with understood(path, NEW_RUN):
         return Resolved(revive(recipe, str(path)), {}, TypeAdapter(Machine).validate_python(machine)), Path(output)
 

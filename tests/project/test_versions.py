@@ -79,7 +79,7 @@ def test_recipe_of_0_1_0_is_read_without_removed_and_with_renamed_keys(tmp_path)
     assert found["data"].pop("min_side") is None and found["data"].pop("sources") is None
     assert found["adapt"]["phases"][0].pop("data") is None
     assert found["data"].pop("beyond_base") is False and found["adapt"].pop("lora_start") == "zero"
-    assert found["adapt"].pop("optimizer") == "muon"
+    assert found["adapt"].pop("optimizer") == "adamw"
     assert [part.pop("share") for part in (found["data"], *found["adapt"]["phases"])] == [None] * 2
     weights = ("clip", "dino", "pickscore", "inception", "detector", "reference")
     assert [found["evaluate"].pop(name) for name in weights] == [None] * 6

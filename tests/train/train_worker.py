@@ -106,6 +106,7 @@ def adapt_section(**changes) -> Adapt:
         shift="model",
         text_drop=0.1,
         ema=0.99,
+        optimizer="muon",  # the heads train with AdamW beside it
     )
     values |= dict(clip=1.0, checkpointing=False, zero=2, offload="none", data_guidance=1.0, weighting="none")
     return Adapt(**{**values, **changes}, phases=(phase_section(),))
