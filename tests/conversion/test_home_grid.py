@@ -106,7 +106,9 @@ def test_gap_compares_the_same_tokens(job, tmp_path):
     found = gap.measure(job, job.folders.surgery / "transformer", rows, tmp_path)
     assert len(found) == 6 and all(value > 0 for value in found)
     ours = [tokens[-1].shape[-2:] for _, tokens in gap.walk(job, job.source.transformer, rows, gap.BASE)]
-    theirs = [tokens[-1].shape[-2:] for _, tokens in gap.walk(job, job.folders.surgery / "transformer", rows, 1)]
+    theirs = [
+        tokens[-1].shape[-2:] for _, tokens in gap.walk(job, job.folders.surgery / "transformer", rows, gap.TARGET)
+    ]
     assert ours == theirs == [(height // 16, width // 16) for height, width in sizes_of_rows(job)]
 
 

@@ -35,7 +35,7 @@ def handed_over(monkeypatch):
     """Takes the engine's place: "devices" of the parameters that it is given, and its "settings"."""
     seen = {}
 
-    def engine(model, named, settings):
+    def engine(model, named, settings, matrices=()):
         seen.update(devices={p.device.type for p in model.parameters()}, settings=settings)
         raise Stopped
 

@@ -8,7 +8,7 @@ import pytest
 from dcgen_convert.core import files
 from dcgen_convert.core.errors import InputError, explain
 from dcgen_convert.data import images, prompts
-from dcgen_convert.evaluation import report
+from dcgen_convert.evaluation import curves
 from dcgen_convert.ranks import hosts
 from dcgen_convert.recipe import shelf
 
@@ -64,7 +64,7 @@ def test_an_index_takes_every_caption_back(pictured):
     written = [images.Picture(pictured / "a.png", f"{SEPARATED}\r\n\tand \ufeff more", 1)]
     images.write_index(pictured / images.INDEX, written, pictured)
     assert images.read_index(pictured / images.INDEX, pictured) == written
-    assert report._curves(pictured / images.INDEX, "index") == []
+    assert curves.records(pictured / images.INDEX) == []  # every line is JSON, and none has a step
 
 
 @pytest.mark.parametrize(

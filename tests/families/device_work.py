@@ -33,7 +33,7 @@ from dcgen_convert.svdquant.quantize import quantize
 from dcgen_convert.svdquant.runtime import emulate, load_dequantised
 from dcgen_convert.svdquant.settings import QuantSettings
 from dcgen_convert.svdquant.targets import plan_targets
-from dcgen_convert.train import lora, objective, phases
+from dcgen_convert.train import lora, objective, phases, watch
 from dcgen_convert.train.gradient_start import Gradients
 from dcgen_convert.train.prefetch import pinned
 from dcgen_convert.train.ridge import NormalEquations
@@ -204,7 +204,7 @@ def gaps(bench: Bench, device: str) -> list[Tensor]:
 def picture_grid(bench: Bench, device: str) -> list[Tensor]:
     model, folder = bench.model(device), bench.work
     grid.drawing(bench.job, bench.rows, folder)(lambda *at: objective.velocity(bench.family, model, *at), 1)
-    with Image.open(folder / grid.SAMPLES / "step-000001.png") as picture:
+    with Image.open(watch.sheet_of(folder, 1)) as picture:
         return [torch.from_numpy(np.array(picture)).float() / 255]
 
 

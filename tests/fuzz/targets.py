@@ -33,7 +33,7 @@ from dcgen_convert.core.journal import Run, Wanted
 from dcgen_convert.core.version import __version__
 from dcgen_convert.data import cache as latents
 from dcgen_convert.data import images, prompts
-from dcgen_convert.evaluation import report
+from dcgen_convert.evaluation import curves, report
 from dcgen_convert.ranks import hosts
 from dcgen_convert.recipe import loading, shelf
 from dcgen_convert.stages import records
@@ -385,7 +385,7 @@ def make_metrics(folder: Path) -> None:
 
 
 def use_metrics(folder: Path) -> None:
-    report._curves(folder / "metrics.jsonl", "x")
+    curves.points(curves.records(folder / "metrics.jsonl"), "loss")
     kept_lines(folder / "metrics.jsonl", lambda line: line["step"] < 4)
 
 

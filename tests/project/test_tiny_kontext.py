@@ -1,5 +1,8 @@
 """The program that makes tiny-kontext: its pairs say what they show, and what it writes runs in the stock pipeline."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import FluxKontextPipeline, FluxPipeline
@@ -8,6 +11,8 @@ from dcgen_convert import families
 from dcgen_convert.evaluation import tiny_world
 from dcgen_convert.families.base import REFERENCE
 from dcgen_convert.tiny import edits, world
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the programs are no part of the package
 from tools.tiny import assemble, editing, transformers
 
 LENGTH, SEED = 16, 9
