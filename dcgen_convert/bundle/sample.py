@@ -65,8 +65,9 @@ def sample(  # noqa: PLR0913  every option of the verb by its name
     if not prompts or count < 1:
         raise InputError("there is nothing to draw", "give a prompt with -p and a count of at least 1")
     bundle, output = Path(bundle), Path(output)
-    require_image(family_of(bundle), image)
-    family, defaults = family_of(bundle), read_manifest(bundle)["defaults"]
+    family = family_of(bundle)
+    require_image(family, image)
+    defaults = read_manifest(bundle)["defaults"]
     height, width = height or defaults["height"], width or defaults["width"]
     config = transformer_config(bundle)
     check_size(family, config, read_json(bundle / "vae" / "config.json"), height, width)

@@ -61,10 +61,14 @@ def read(folder: Path, metrics: Mapping[str, Any] | None = None) -> Curves:
     after, steps = (known.get("evaluation") or {}).get("after") or {}, float(known.get("steps") or 0)
     if held_out and "mean" in after and held_out[-1][0] < steps:
         held_out.append((steps, after["mean"]))
+    return Curves(held_out, before.get("nothing"), _by_measure(records(folder / MEASURES)))
+
+
+def _by_measure(lines: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     by_name: dict[str, list[dict[str, Any]]] = {}
-    for line in records(folder / MEASURES):
+    for line in lines:
         by_name.setdefault(str(line.get("measure")), []).append(line)
-    return Curves(held_out, before.get("nothing"), by_name)
+    return by_name
 
 
 def records(path: Path) -> list[dict[str, Any]]:
@@ -106,7 +110,7 @@ def _charts(path: Path, metrics: Mapping[str, Any]) -> Iterator[tuple[str, Serie
     """(title, lines, label of the y axis) of each chart of a step file; nothing for another kind of jsonl."""
     lines = records(path)
     if path.name == MEASURES:
-        for name, measured in read(path.parent).measures.items():
+        for name, measured in _by_measure(lines).items():
             columns = {label: points(measured, column) for column, label in COLUMNS_OF_MEASURE.items()}
             yield f"{name} of the sample grids", {label: line for label, line in columns.items() if line}, name
             if ratio := points(measured, "ratio"):

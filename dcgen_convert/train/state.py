@@ -103,19 +103,9 @@ class TrainedState:
 
         The parts of all ranks make the whole. Not collective. ZeRO 1 to 3.
         """
-        if self.stage == 3:
-            local = (
-                self._access.safe_get_local_fp32_param(parameter)
-                if key == WEIGHT
-                else self._access.safe_get_local_optimizer_state(parameter, key)
-            ).flatten()
-            partitioned = _of_deepspeed(parameter)
-            offset = self.rank * partitioned.ds_tensor.numel()
-            return offset, local[: max(0, partitioned.ds_numel - offset)]  # the last ranks' parts end in padding
-        mapping = _of_deepspeed(parameter)._hp_mapping  # noqa: SLF001  DeepSpeed has no public name for a rank's own part
-        if mapping is None:
-            return 0, torch.empty(0)
-        return mapping.lp_fragment_address.start, mapping.get_hp_fragment(None if key == WEIGHT else key).flatten()
+        number, start, place, count = self._place(parameter)
+        flat = self.partitions[number]
+        return start, (flat if key == WEIGHT else self.adam.state[flat][key])[place : place + count]
 
     def pieces_of(self, matrices: Sequence[nn.Parameter], device: torch.device) -> dict[int, list[Piece]]:
         """id of a flat tensor -> what this rank holds there of ``matrices``, all of one parameter group. Collective."""
@@ -137,6 +127,7 @@ class TrainedState:
         if self.stage == 3:
             number, place, length = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
             start = self.rank * length
+            # the last ranks' parts end in padding
             return number, start, place, max(0, min(length, partitioned.ds_numel - start))
         mapping = partitioned._hp_mapping  # noqa: SLF001  DeepSpeed has no public name for it
         if mapping is None:
