@@ -373,7 +373,7 @@ def sample(  # noqa: PLR0913  every option of the verb by its name
     guidance: float | None = None,
     seed: int = 0,
     count: int = 1,
-    image: str | Path | None = None,
+    image: str | Path | Sequence[str | Path] = (),
     trust_remote_code: bool = False,
     quiet: bool = False,
     console: Console | None = None,
@@ -387,13 +387,13 @@ def sample(  # noqa: PLR0913  every option of the verb by its name
         height, width: px. None: the bundle's own.
         steps, guidance: None: the bundle's own. A guidance of 1 disables classifier-free guidance.
         seed: of the first picture; picture i has ``seed`` + i.
-        image: the picture that a model which edits is given with every prompt.
+        image: the picture that a model which edits is given with every prompt, or several, in their order.
         trust_remote_code: run the Python files that come with the bundle.
         quiet: only warnings on stderr.
         console: where to speak instead.
 
     Raises:
-        InputError: nothing to draw, a size that does not fit, not a bundle; no picture to edit, or one too many.
+        InputError: nothing to draw, a size that does not fit, not a bundle; no picture to edit, or too many.
         CheckFailed: the bundle is unfinished, or a picture is not finite.
     """
     from dcgen_convert.bundle import sample as drawing
@@ -412,7 +412,7 @@ def sample(  # noqa: PLR0913  every option of the verb by its name
         guidance=guidance,
         seed=seed,
         count=count,
-        image=None if image is None else Path(image).expanduser(),
+        images=[Path(one).expanduser() for one in ([image] if isinstance(image, str | Path) else image)],
         trust_remote_code=trust_remote_code,
     )
     return Pictures(**{**done, "images": [Path(image) for image in done["images"]]})

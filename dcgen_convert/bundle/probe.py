@@ -38,8 +38,8 @@ def probe(bundle: Path, trust_remote_code: bool = False) -> dict[str, Any]:
     side = only_side(*kind) or TOKENS_PER_SIDE * token_side(*kind)
     prompt = PROMPTS.get(family.text_keys[0], "a red fox in the snow")
     settings = dict(height=side, width=side, steps=STEPS, guidance=defaults["guidance"], length=defaults["text_length"])
-    reference = torch.linspace(-1, 1, side).expand(3, side, side) if family.references else None
-    picture = numpy.asarray(draw(pipeline, family, [prompt], [0], **settings, reference=reference)[0]) / 255
+    references = [torch.linspace(-1, 1, side).expand(3, side, side)] * family.fewest_references
+    picture = numpy.asarray(draw(pipeline, family, [prompt], [0], **settings, references=references)[0]) / 255
     return {
         "runtime": runtime,
         "height": side,

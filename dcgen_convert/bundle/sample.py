@@ -38,7 +38,7 @@ def sample(  # noqa: PLR0913  every option of the verb by its name
     dtype: torch.dtype | None = None,
     runtime: str = "auto",
     trust_remote_code: bool = False,
-    image: Path | None = None,
+    images: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Draw ``count`` pictures of every prompt and write them as PNG files into the folder ``output``.
 
@@ -52,7 +52,7 @@ def sample(  # noqa: PLR0913  every option of the verb by its name
         height, width: px, multiples of the autoencoder's factor; None: the bundle's own.
         steps, guidance: None: the bundle's own.
         dtype, runtime, trust_remote_code: as in `loading.load`.
-        image: the picture that a model which edits is given with every prompt.
+        images: the pictures that a model which edits is given with every prompt, in their order.
 
     Returns the result document: images (paths), prompts and seeds in the same order, runtime, the settings used,
     seconds.
@@ -66,30 +66,30 @@ def sample(  # noqa: PLR0913  every option of the verb by its name
         raise InputError("there is nothing to draw", "give a prompt with -p and a count of at least 1")
     bundle, output = Path(bundle), Path(output)
     family = family_of(bundle)
-    require_image(family, image)
+    require_images(family, images)
     defaults = read_manifest(bundle)["defaults"]
     height, width = height or defaults["height"], width or defaults["width"]
     config = transformer_config(bundle)
     check_size(family, config, read_json(bundle / "vae" / "config.json"), height, width)
     if doubt := beyond_training(read_manifest(bundle), family, config, height, width):
         console.warn(f"{bundle.name}: {doubt}")
-    reference = None if image is None else reference_of(image, height, width, token_side_of(bundle))
+    references = [reference_of(image, height, width, token_side_of(bundle)) for image in images]
     steps, guidance = steps or defaults["steps"], defaults["guidance"] if guidance is None else guidance
     pipeline, used = load(bundle, dtype, runtime, trust_remote_code=trust_remote_code)
     console.say(describe(bundle, used))
     jobs = [prompt for prompt in prompts for _ in range(count)]
-    images, started = [], time.perf_counter()
+    written, started = [], time.perf_counter()
     output.mkdir(parents=True, exist_ok=True)
     with console.progress("draw", len(jobs), "image") as bar:
         for i, prompt in enumerate(jobs):
             settings = dict(height=height, width=width, steps=steps, guidance=guidance, length=defaults["text_length"])
-            picture = draw(pipeline, family, [prompt], [seed + i], **settings, reference=reference)[0]
+            picture = draw(pipeline, family, [prompt], [seed + i], **settings, references=references)[0]
             path = output / f"{i:04d}-seed-{seed + i}.png"
             write_png(picture, path)
-            images.append(str(path))
+            written.append(str(path))
             bar.advance()
     return {
-        "images": images,
+        "images": written,
         "prompts": jobs,
         "seeds": [seed + i for i in range(len(jobs))],
         "runtime": used,
@@ -112,11 +112,11 @@ def draw(  # noqa: PLR0913  what a pipeline is called with
     steps: int,
     guidance: float,
     length: int,
-    reference: torch.Tensor | None = None,
+    references: Sequence[torch.Tensor] = (),
 ) -> list[Image]:
     """One batch from a loaded stock pipeline: PIL images, one CPU generator per picture.
 
-    ``reference``: the picture that a model which edits is given with each prompt, (3, H, W) in [-1, 1].
+    ``references``: the pictures that a model which edits is given with each prompt, (3, H, W) in [-1, 1] each.
     CheckFailed when a decoded picture is not finite; stock pipelines would paint it black.
     """
     import torch
@@ -127,7 +127,7 @@ def draw(  # noqa: PLR0913  what a pipeline is called with
     call = family.pipeline_call(
         pipeline, prompts, height=height, width=width, steps=steps, guidance=guidance, length=length
     )
-    call |= family.reference_call(None if reference is None else reference.expand(len(prompts), *reference.shape))
+    call |= family.reference_call([one.expand(len(prompts), *one.shape) for one in references])
     with tiles.by_size(pipeline.vae, len(prompts), height, width):
         pixels = pipeline(**call, generator=generators, output_type="pt").images  # (B, 3, H, W) in [0, 1]
     if not torch.isfinite(pixels).all():
@@ -193,12 +193,19 @@ def beyond_training(
     )
 
 
-def require_image(family: Family, image: Path | None) -> None:
-    """InputError where a model that edits is given no picture, or another one is given one."""
-    if family.references and image is None:
+def require_images(family: Family, images: Sequence[Path]) -> None:
+    """InputError where a model that edits is given no picture or too many, or another one is given one."""
+    if images and not family.references:
+        raise InputError(
+            f"a {family.name} model draws from text alone, it cannot edit {images[0]}", "leave out --image"
+        )
+    if len(images) < family.fewest_references:
         raise InputError(f"a {family.name} model edits a picture, and none was given", "--image FILE")
-    if image is not None and not family.references:
-        raise InputError(f"a {family.name} model draws from text alone, it cannot edit {image}", "leave out --image")
+    if len(images) > family.references:
+        raise InputError(
+            f"a {family.name} model is given at most {family.references} pictures, not {len(images)}",
+            f"leave out {images[family.references]}",
+        )
 
 
 def reference_of(image: Path, height: int, width: int, cell: int) -> torch.Tensor:

@@ -276,7 +276,13 @@ def verify(session: Session, bundle: str, against: str | None, trust_remote_code
     type=ANY_TEXT,
     help="Text of a picture; repeatable. For a model that edits, an instruction.",
 )
-@option("--image", metavar="FILE", type=PLACE, help="Picture to edit, for a model that edits. Default: none.")
+@option(
+    "--image",
+    multiple=True,
+    metavar="FILE",
+    type=PLACE,
+    help="Picture to edit, for a model that edits; repeatable where it takes several. Default: none.",
+)
 @option(
     "-o",
     "--output",

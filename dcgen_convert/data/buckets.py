@@ -6,7 +6,8 @@ arXiv 2307.01952, appendix I, has the same form and ends at 1:4 and 4:1. So no b
 if the square fits into memory, all buckets fit.
 
 Sizes are (height, width) in px. Rows are sorted by the shape of their picture. So at every resolution a bucket is a
-span of rows, and no memory is needed per row.
+span of rows, and no memory is needed per row. Rows with more references stand in spans of their own: the rows that are
+read together have one number of tensors.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Size = tuple[int, int]
 
 
 class Span(NamedTuple):
-    """Rows ``start`` to ``stop`` - 1, which have one size.
+    """Rows ``start`` to ``stop`` - 1, which have one size and one number of references.
 
     Their latents follow one another in the tables base-TABLE and target-TABLE.
     """
@@ -72,25 +73,34 @@ def by_shape(shapes: Sequence[Size]) -> list[int]:
     return sorted(range(len(shapes)), key=lambda number: Fraction(*shapes[number]))
 
 
-def spans(shapes: Iterable[Size], buckets: Sequence[Size], resolution: int) -> list[Span]:
-    """The spans of rows of one bucket each; ``shapes`` (width, height) are in the order of the rows."""
+def spans(shapes: Sequence[Size], buckets: Sequence[Size], resolution: int, more: Sequence[int]) -> list[Span]:
+    """The spans of rows of one bucket and one number of references each.
+
+    Args:
+        shapes: (width, height) of every picture, in the order of the rows.
+        buckets: empty: all pictures are squares.
+        more: references of every row above the fewest that the model reads.
+    """
     found, start = [], 0
     known: dict[Size, Size] = {}
 
-    def bucket(shape: Size) -> Size:
+    def kind(row: tuple[Size, int]) -> tuple[Size, int]:
+        shape, extra = row
         if shape not in known:
-            known[shape] = nearest(buckets, *shape)
-        return known[shape]
+            known[shape] = nearest(buckets, *shape) if buckets else (resolution, resolution)
+        return known[shape], extra
 
-    for (height, width), rows in groupby(shapes, key=bucket):
+    for ((height, width), extra), rows in groupby(zip(shapes, more, strict=True), key=kind):
         stop = start + sum(1 for _ in rows)
-        found.append(Span(f"{resolution}-{height}x{width}", height, width, start, stop))
+        size = f"-{height}x{width}" if buckets else ""
+        table = f"{resolution}{size}{f'-more{extra}' if extra else ''}"
+        found.append(Span(table, height, width, start, stop))
         start = stop
     return found
 
 
 def whole(count: int, resolution: int) -> list[Span]:
-    """One span of squares: what a cache without buckets holds."""
+    """One span of squares: what a cache without an own list of spans holds."""
     return [Span(str(resolution), resolution, resolution, 0, count)]
 
 

@@ -3,11 +3,12 @@
 index.json                    {"key", "count", "rows_per_shard", "held_out": rows,
                                "tables": {name: {tensor: shape of one row}}}
 <table>-00000.safetensors     tables "target-<px>" {"z"}, "base-<px>" {"z"}, "text" {forward() keywords}, "null" (1 row)
-                              of an editing model the first two are {"z", "reference"}
+                              of an editing model the first two have {"reference", "reference-2", ...} too
 captions.safetensors          {"text": UTF-8 of all captions, "ends": (N,) where each ends}
 
-With aspect-ratio buckets there is one table for each size, "target-<px>-<height>x<width>". The index then has "spans":
-for every px a list of `buckets.Span`, which says which rows are in which table.
+With aspect-ratio buckets there is one table for each size, "target-<px>-<height>x<width>". Rows that have n references
+more than the model must be given have tables of their own, which end in "-more<n>". The index then has "spans": for
+every px a list of `buckets.Span`, which says which rows are in which table.
 
 No memory is needed per row: shards and captions are memory-mapped, and the number of open shards is limited. "key" says
 what the rows were made from. A cache that was made from something else is refused.

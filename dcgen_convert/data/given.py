@@ -17,6 +17,7 @@ import re
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -135,6 +136,17 @@ def held(sources: Sequence[PictureSource], most: int, sieve: Sieve) -> int | Non
     if shares:
         return int(min(most, *(size * sum(shares) / share for size, share in zip(known, shares, strict=True))))
     return min(most, sum(known))
+
+
+def most_references(sources: Sequence[PictureSource]) -> int:
+    """Most references that a picture of a list on this machine has."""
+    lists = [source.path for source in sources if source.path.suffix == LIST and source.path.is_file()]
+    return max((_longest(path, path.stat().st_mtime_ns) for path in lists), default=0)
+
+
+@cache
+def _longest(path: Path, written: int) -> int:  # noqa: ARG001  a file that was written again is read again
+    return max(len(one.references) for one in images.read_folder(path))
 
 
 def _size(source: PictureSource, most: int, sieve: Sieve) -> int | None:

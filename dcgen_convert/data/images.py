@@ -1,7 +1,7 @@
 """Captioned pictures: an index of files, read and cropped to the size that is asked for.
 
 index.jsonl   one object per picture: {"file", "caption", "seed"}; relative files lie beside the index. An edited
-              picture has "source" too, the picture that it was made from
+              picture has "source" too, the picture that it was made from, or a list of them
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy
 from PIL import Image
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 INDEX = "index.jsonl"
 EXAMPLE = '{"file": "images/fox.png", "caption": "a red fox"}'
 CAPTION = "caption"  # key of the captions in an index or a list
-SOURCE = "source"  # key of the picture that an edited one was made from
+SOURCE, SOURCE_SHA256 = "source", "source_sha256"  # keys of what an edited picture was made from: a text or a list
 ROWS = "rows.jsonl"  # beside the latents: the pictures in the order of their rows
 
 
@@ -38,20 +38,15 @@ ROWS = "rows.jsonl"  # beside the latents: the pictures in the order of their ro
 class Picture:
     """file; caption; seed of one that was drawn; sha256 of the file's bytes where it was asked for.
 
-    reference: of an edited picture, the file that it was made from; reference_sha256: of its bytes, if asked for.
+    references: of an edited picture, the files that it was made from; references_sha256: of their bytes, if asked for.
     """
 
     file: Path
     caption: str
     seed: int | None = None
     sha256: str | None = None
-    reference: Path | None = None
-    reference_sha256: str | None = None
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The picture, and what it was made from."""
-        return (self.file,) if self.reference is None else (self.file, self.reference)
+    references: tuple[Path, ...] = ()
+    references_sha256: tuple[str, ...] = ()
 
 
 def read_folder(path: Path) -> list[Picture]:
@@ -145,20 +140,34 @@ def _picture(record: object, folder: Path, column: str = CAPTION) -> Picture:
     if not isinstance(seed, int | None) or isinstance(seed, bool):
         raise ValueError(f"seed must be a whole number, not {json.dumps(seed)[:60]}")
     caption.encode()  # half of a surrogate pair is no text
-    source = record.get(SOURCE)
-    source = source[0] if isinstance(source, list) and len(source) == 1 else source  # several are refused if needed
-    return Picture(folder / file, caption, seed, reference=folder / source if isinstance(source, str) else None)
+    return Picture(folder / file, caption, seed, references=tuple(folder / name for name in _texts(record, SOURCE)))
+
+
+def _texts(record: dict[str, Any], key: str) -> tuple[str, ...]:
+    """One text or a list of them; empty for all else, which only a model that edits refuses."""
+    value = record.get(key)
+    values = value if isinstance(value, list) else [value]
+    texts = tuple(one for one in values if isinstance(one, str))
+    return texts if len(texts) == len(values) else ()
 
 
 def write_index(path: Path, pictures: list[Picture], root: Path) -> None:
     """Write an index whose files are relative to ``root`` where they lie in it; `read_index` takes the same root."""
     rows = []
     for picture in pictures:
-        file, *source = (one.relative_to(root) if one.is_relative_to(root) else one for one in picture.files)
-        row = {"file": str(file), "caption": picture.caption, "seed": picture.seed, "sha256": picture.sha256}
-        edited = {SOURCE: str(source[0]), f"{SOURCE}_sha256": picture.reference_sha256} if source else {}
+        file, *sources = (
+            str(one.relative_to(root) if one.is_relative_to(root) else one)
+            for one in (picture.file, *picture.references)
+        )
+        row = {"file": file, "caption": picture.caption, "seed": picture.seed, "sha256": picture.sha256}
+        edited = {SOURCE: _folded(sources), SOURCE_SHA256: _folded(picture.references_sha256)} if sources else {}
         rows.append(json_text({**row, **edited}))
     atomic_write(path, "\n".join(rows) + "\n")
+
+
+def _folded(values: Sequence[str]) -> str | list[str] | None:
+    """What `_texts` reads: one text as it is, several as a list."""
+    return values[0] if len(values) == 1 else [*values] or None
 
 
 def read_index(path: Path, root: Path) -> list[Picture]:
@@ -167,7 +176,7 @@ def read_index(path: Path, root: Path) -> list[Picture]:
         records = [json.loads(line) for line in read_lines(path) if line]
         pictures = [_picture(record, root) for record in records]
         return [
-            replace(one, sha256=record["sha256"], reference_sha256=record.get(f"{SOURCE}_sha256"))
+            replace(one, sha256=record["sha256"], references_sha256=_texts(record, SOURCE_SHA256))
             for one, record in zip(pictures, records, strict=True)
         ]
 
@@ -210,11 +219,9 @@ def read_pixels(file: Path, height: int, width: int | None = None) -> Tensor:
     return read_sizes(file, [(height, width or height)])[0]
 
 
-def read_stack(files: Sequence[Path], side: int) -> Tensor | None:
-    """The pictures in ``files`` as squares, (B, 3, side, side), as `read_pixels`; None where there are none."""
-    import torch
-
-    return torch.stack([read_pixels(file, side) for file in files]) if files else None
+def read_references(files: Iterable[Sequence[Path]], side: int) -> list[list[Tensor]]:
+    """The references of each prompt as squares, (3, side, side) each, as `read_pixels`."""
+    return [[read_pixels(file, side) for file in own] for own in files]
 
 
 def read_sizes(file: Path, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:

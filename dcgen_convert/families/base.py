@@ -22,7 +22,7 @@ TEXT_WIDTHS = ("joint_attention_dim", "caption_channels", "text_embed_dim", "cap
 Network = Any  # a diffusers ModelMixin. Its type does not say that it has a config and can be called.
 Pipeline = Any  # a stock DiffusionPipeline
 # Condition of a picture: keyword of forward() -> tensor, the batch is its first axis. Of an editing model it holds the
-# clean latents of the reference too, (B, C, h', w') under REFERENCE; their size may differ from the target's.
+# clean latents of the references too: see `reference_keys` and `references_of`.
 Text = dict[str, "Tensor"]
 REFERENCE = "reference"
 ON_PURPOSE = "kept dense"  # first words of the reason when a linear stays dense by choice, not because of its size
@@ -73,7 +73,10 @@ class Family:
     pipeline_class: ClassVar[str]  # stock diffusers pipeline
     other_pipelines: ClassVar[tuple[str, ...]] = ()  # more stock pipelines for the same network and task
     told_by_pipeline: ClassVar[bool] = False  # whether only the pipeline tells the network from another family's
-    references: ClassVar[int] = 0  # pictures that the model is given beside the text: 1 for a model that edits
+    references: ClassVar[int] = 0  # most pictures that the model is given beside the text; a model that edits has some
+    optional_references: ClassVar[bool] = False  # whether a model that edits draws from text alone too
+    # Whether all prompts of a call of the stock pipeline get the same references: then each prompt has its own call.
+    shared_references: ClassVar[bool] = False
     embedder: ClassVar[str]  # module that reads the latent; it is linear in the result of `tokens`
     head: ClassVar[str]  # module that writes the latent; it is linear in the result of `head_inputs`
     in_order: ClassVar[str]  # order of the numbers of one input patch, in einops notation
@@ -106,6 +109,11 @@ class Family:
     default_steps: ClassVar[int]
     default_guidance: ClassVar[float]
     text_length: ClassVar[int] = 1  # text tokens to which training and the bundle's usage pad
+
+    @property
+    def fewest_references(self) -> int:
+        """Pictures that the model must be given beside the text: 0 or 1."""
+        return min(1, self.references) * (not self.optional_references)
 
     @property
     def pipelines(self) -> tuple[str, ...]:
@@ -378,15 +386,31 @@ class Family:
             max_sequence_length=length,
         )
 
-    def reference_call(self, pixels: Tensor | None) -> dict[str, Any]:
+    def reference_call(self, pixels: Sequence[Tensor]) -> dict[str, Any]:
         """Keyword arguments that give references to the stock pipeline, beside those of `pipeline_call`.
 
+        Here: of one picture for each prompt. A family that takes several states how its pipeline is given them.
+
         Args:
-            pixels: (B, 3, H, W) in [-1, 1], one picture per prompt; None where the family reads none.
+            pixels: one (B, 3, H, W) in [-1, 1] for each reference, in their order; empty where the prompts have none.
         """
-        if (pixels is None) == bool(self.references):
-            raise TypeError(f"{self.name} is given {self.references} pictures for each prompt")
-        return {} if pixels is None else {"image": (pixels + 1) / 2}
+        if not self.fewest_references <= len(pixels) <= self.references:
+            raise TypeError(f"{self.name} is given {self.references} pictures for each prompt, not {len(pixels)}")
+        return {"image": (pixels[0] + 1) / 2} if pixels else {}
+
+
+def reference_keys(count: int) -> tuple[str, ...]:
+    """Keys of ``count`` references in a condition, in the cache and in files_of: reference, reference-2, ..."""
+    return tuple(REFERENCE if number == 1 else f"{REFERENCE}-{number}" for number in range(1, count + 1))
+
+
+def references_of(text: Text) -> list[Tensor]:
+    """The clean latents of the references in a condition, in their order: (B, C, h', w') each.
+
+    All rows of a batch have the same number. Each may have a size of its own, other than the target's.
+    """
+    keys = [key for key in text if key.partition("-")[0] == REFERENCE]
+    return [text[key] for key in reference_keys(len(keys))]
 
 
 def guidance_input(model: Network, guidance: Tensor | None, z: Tensor, scale: float = 1.0) -> Tensor | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dcgen_convert.families.base import REFERENCE, Network, Pipeline, Text, token_ids
+from dcgen_convert.families.base import Network, Pipeline, Text, references_of, token_ids
 from dcgen_convert.families.flux import Flux
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class FluxKontext(Flux):
     def predict(self, model: Network, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
         import torch
 
-        patch, pictures = self.patch(model.config, z.shape[1]), (z, text[REFERENCE])
+        patch, pictures = self.patch(model.config, z.shape[1]), (z, *references_of(text))
         tokens = [self.tokens(picture, patch) for picture in pictures]  # (B, N, C p p) and (B, M, C p p)
         ids = [token_ids(picture.shape[2] // patch, picture.shape[3] // patch, z) for picture in pictures]
         ids[1][:, 0] = 1

@@ -218,7 +218,7 @@ def _latents(recipe: Recipe, sizes: Shapes, number: int) -> Iterator[Work]:
     stage, data, sides = names.of_set("latents", number), recipe.data_of(number), recipe.sides(number)
     aligned = number == recipe.aligned_set  # the base's latents are for the alignment only
     source = _pixels(recipe, number)
-    files = data.count * (1 + sizes.family.references)
+    files = data.count * (1 + sizes.references)
     yield Work(stage, "check", files, "pictures", "decoding", source, False)
     yield Work(stage, "read", files * len(sides), "pictures", "decoding", source)
     yield _fixed(stage, "load", BF16 * sizes.companions, "bytes", "disk")

@@ -71,7 +71,7 @@ def plan(
         "status": "infeasible" if problems else "feasible",
         "problems": [f"{problem.message}: {problem.hint}" for problem in problems],
         "exit_code": problems[0].exit_code if problems else 0,
-        "notes": [*([doubt] if doubt and not last.consistency else []), *fewer, *_notes(fetch, resolved, sizes.family)],
+        "notes": [*([doubt] if doubt and not last.consistency else []), *fewer, *_notes(fetch, resolved, sizes)],
         "source": {
             "name": recipe.source,
             "family": sizes.family.name,
@@ -234,13 +234,15 @@ def _tokens(resolved: Resolved, sizes: Shapes) -> list[dict]:
     return rows
 
 
-def _notes(fetch: list[dict], resolved: Resolved, family: Family) -> list[str]:
+def _notes(fetch: list[dict], resolved: Resolved, sizes: Shapes) -> list[str]:
     """What is experimental, missing or gated; none of it stops a plan."""
+    family, count = sizes.family, sizes.references
     notes = [*resolved.told, *([family.experimental] if family.experimental else [])]
-    if family.references:
+    if count:
+        given = "a reference of its size" if count == 1 else f"up to {count} references of its size"
         notes.append(
-            "it edits: each picture comes with a reference of its size. The networks see its tokens too, as many again "
-            "as the table of tokens says; time, memory and disk are priced with them"
+            f"it edits: each picture comes with {given}. The networks see the tokens of all too, {count + 1} times as "
+            "many as the table of tokens says; time, memory and disk are priced with them"
         )
     for row in (row for row in fetch if not row["cached"]):
         if row["gated"]:

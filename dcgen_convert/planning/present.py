@@ -1,10 +1,13 @@
-"""How many pictures the user's folders hold: a plan prices these, not those that the recipe would take."""
+"""How many pictures the user's folders hold, and what comes with them: a plan prices these, not what the recipe would
+take.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dcgen_convert.recipe.schema import Recipe
+from dcgen_convert.families import Family
+from dcgen_convert.recipe.schema import Data, Recipe
 
 if TYPE_CHECKING:
     from dcgen_convert.data.sieve import Sieve
@@ -46,6 +49,22 @@ def counted(recipe: Recipe) -> tuple[Recipe, list[str]]:
         )
         recipe = _with_count(recipe, number, found)
     return recipe, told
+
+
+def most_references(recipe: Recipe, family: Family) -> int:
+    """Most references that a row has in any set of pictures; those in shards and on the hub are not known yet."""
+    return max(_references(recipe.data_of(number), family) for number in recipe.sets)
+
+
+def _references(data: Data, family: Family) -> int:
+    fewest, most = family.fewest_references, family.references
+    if data.kind != "folder":  # the base edits one picture
+        return max(fewest, min(most, int(data.sources is not None)))
+    if fewest == most:
+        return most
+    from dcgen_convert.data import given
+
+    return max(fewest, min(most, given.most_references(given.parse_all(data.paths))))
 
 
 def _with_count(recipe: Recipe, number: int, count: int) -> Recipe:

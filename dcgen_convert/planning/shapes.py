@@ -9,6 +9,7 @@ from dcgen_convert.families import Family
 from dcgen_convert.families.grid import Grid
 from dcgen_convert.planning.arithmetic import Trainable, matching, trainable
 from dcgen_convert.planning.layers import Layer, Structure
+from dcgen_convert.planning.present import most_references
 from dcgen_convert.planning.structures import structure
 from dcgen_convert.recipe import alignment, geometry
 from dcgen_convert.recipe.alignment import Alignment
@@ -20,7 +21,8 @@ from dcgen_convert.recipe.schema import Phase, Recipe
 class Shapes:
     """Before and after the swap.
 
-    text: tokens per prompt, 0 for class-conditional models; alignment: at which size the base sees the pictures.
+    text: tokens per prompt, 0 for class-conditional models; alignment: at which size the base sees the pictures;
+    references: most pictures that a row is given beside the text.
     """
 
     source: Identity
@@ -29,6 +31,7 @@ class Shapes:
     new: Grid
     text: int
     alignment: Alignment
+    references: int = 0
 
     @property
     def family(self) -> Family:
@@ -47,7 +50,7 @@ class Shapes:
         """Numbers in the latents of one picture, at every one of ``sides``; those of the base are for the alignment
         only.
         """
-        each = 1 + self.family.references
+        each = 1 + self.references
         new = each * sum(self.new.c * (side // self.new.f) ** 2 for side in sides)
         return new + aligned * each * self.old.c * (self.alignment.side // self.old.f) ** 2
 
@@ -71,7 +74,7 @@ class Shapes:
 
     def seen(self, grid: Grid, side: int) -> int:
         """Image tokens that a model on ``grid`` sees while it draws ``side`` px: the picture's and its references'."""
-        return grid.tokens(side) * (1 + self.family.references)
+        return grid.tokens(side) * (1 + self.references)
 
 
 def shapes_of(recipe: Recipe, source: Identity) -> Shapes:
@@ -86,4 +89,4 @@ def shapes_of(recipe: Recipe, source: Identity) -> Shapes:
     base = structure(config)
     converted = structure(family.convert_config(config, new.f, new.c, recipe.adapt.phases[-1].resolution))
     text = (recipe.latents.text_length or family.text_length) if base.text_width else 0
-    return Shapes(source, base, converted, new, text, aligned)
+    return Shapes(source, base, converted, new, text, aligned, most_references(recipe, family))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -62,9 +62,10 @@ def run(job: Job, stage: Stage, bundle: Path) -> PictureGrid:
     with TemporaryDirectory(prefix=TEMPORARY, dir=stage.folder) as work:
         sizes = job.resolution, job.text_length, settings.batch
         given = edited.of_prompts(edited.judging(job), count, job.recipe.seed + SEED, Path(work, edited.FOLDER))
+        first = [own[0] for own in given]  # shown and compared with, whatever else the model is given
         sheet = Comparison(job.family, texts, seeds, *sizes, job.console, Path(work), given)
         source = partial(source_pipeline.load, job.source, job.dtype)
-        drawn = {"reference": replace(sheet, side=own).shown("reference", _read(given, own))} if given else {}
+        drawn = {"reference": replace(sheet, side=own).shown("reference", _read(first, own))} if given else {}
         with clock.renamed({"draw": "draw with the source"}):
             drawn |= {"source": replace(sheet, side=own).draw("source", source, settings.steps, settings.guidance)}
         if job.recipe.quantize.format != "none":
@@ -88,7 +89,7 @@ def run(job: Job, stage: Stage, bundle: Path) -> PictureGrid:
             columns = {CONVERTED: drawn[name], BASE: drawn["source"], FLOOR: floor, CEILING: drawn["round trip"]}
             files = {title: column.files for title, column in columns.items()}
             sides = {CONVERTED: job.resolution, BASE: own}
-            stage.metrics["evaluation"] = judged.evaluation(job, files, texts, seeds[0], sides, given)
+            stage.metrics["evaluation"] = judged.evaluation(job, files, texts, seeds[0], sides, first)
     if job.recipe.evaluate.metrics == "tiny-world":
         (figures_of_edits if given else figures)(job, stage, drawn, texts)
     return written(drawn, texts, stage.folder / "grid.png")
@@ -181,7 +182,7 @@ def _twin(job: Job) -> Any:
 class Comparison:
     """The pictures that several pipelines draw: prompts with their seeds, side in px, text tokens, pictures at once.
 
-    references: of an editing model, the file of the picture that each prompt edits.
+    references: of an editing model, the files of the pictures that each prompt edits.
     A picture is written to the folder ``work`` as soon as it is drawn, so that memory holds few of them.
     """
 
@@ -193,7 +194,7 @@ class Comparison:
     batch: int
     console: Console
     work: Path
-    references: list[Path] = field(default_factory=list)
+    references: Sequence[Sequence[Path]] = ()
 
     def draw(self, name: str, load: Callable[[], Any], steps: int, guidance: float) -> Column:
         """The pictures of one pipeline. What ``load`` returns is freed before the next one is loaded."""
@@ -217,7 +218,7 @@ class Comparison:
 
     def _drawn(self, pipeline: Any, steps: int, guidance: float) -> Iterator[Tensor]:
         def part(places: range) -> Tensor:
-            given = [self.references[place] for place in places] if self.references else []
+            given = [self.references[place] for place in places] if self.references else ()
             return pipelines.draw(
                 self.family,
                 pipeline,
@@ -227,7 +228,7 @@ class Comparison:
                 steps=steps,
                 guidance=guidance,
                 length=self.length,
-                references=images.read_stack(given, self.side),
+                references=images.read_references(given, self.side),
             )
 
         drawing = AtOnce("verify: drawing", self.console.warn)

@@ -234,8 +234,7 @@ def _edited(job: Job) -> str | None:
 
 def _row(root: Path, picture: Picture) -> tuple[str, ...]:
     """What makes a picture the same one in another place; of an edited one, what it was made from too."""
-    made_from = (picture.reference_sha256,) if picture.reference_sha256 else ()
-    return os.path.relpath(picture.file, root), picture.caption, str(picture.sha256), *made_from
+    return os.path.relpath(picture.file, root), picture.caption, str(picture.sha256), *picture.references_sha256
 
 
 def _captions(job: Job, count: int) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import hashes
-from dcgen_convert.data import drawn_edits, gathering, prompts
+from dcgen_convert.data import drawn_edits, gathering, images, prompts
 from dcgen_convert.data.images import Picture
 from dcgen_convert.stages.job import Job
 
@@ -21,8 +21,8 @@ FOLDER = "references"
 ROW = '{"file": "edited/1.png", "source": "original/1.png", "caption": "make the sky red"}'
 
 
-def of_prompts(job: Job, count: int, seed: int, folder: Path) -> list[Path]:
-    """Files of the references for the prompts that `captions` gives, one each; none for a model that reads none.
+def of_prompts(job: Job, count: int, seed: int, folder: Path) -> list[tuple[Path, ...]]:
+    """Files of the references for each of the prompts that `captions` gives; none for a model that reads none.
 
     Args:
         seed: of the prompts.
@@ -32,10 +32,10 @@ def of_prompts(job: Job, count: int, seed: int, folder: Path) -> list[Path]:
     if not job.family.references:
         return []
     if data.kind == "folder":
-        return [picture.reference for picture in shown(job, count) if picture.reference]
-    if data.prompts == drawn_edits.WORD:
-        return drawn_edits.draw(folder, count, seed, data.resolution)
-    return list(islice(cycle(sources(job)), count))
+        return [picture.references for picture in shown(job, count)]
+    drawn = data.prompts == drawn_edits.WORD
+    files = drawn_edits.draw(folder, count, seed, data.resolution) if drawn else islice(cycle(sources(job)), count)
+    return [(file,) for file in files]
 
 
 def sources(job: Job) -> list[Path]:
@@ -69,13 +69,20 @@ def shown(job: Job, count: int) -> list[Picture]:
 
 
 def require(job: Job, pictures: list[Picture]) -> None:
-    """InputError for a picture of the user's own that does not say which one picture it was made from."""
-    bare = [picture for picture in pictures if picture.reference is None]
-    if job.family.references and bare:
+    """InputError for a picture of the user's own that was made from more pictures, or fewer, than the model reads."""
+    fewest, most = job.family.fewest_references, job.family.references
+    bare = [picture for picture in pictures if len(picture.references) < fewest]
+    full = [picture for picture in pictures if most and len(picture.references) > most]
+    if bare:
         raise InputError(
-            f"{len(bare)} of {len(pictures)} pictures do not say which one picture they were made from, first "
-            f"{bare[0].file}",
+            f"{len(bare)} of {len(pictures)} pictures do not say what they were made from, first {bare[0].file}",
             f"an editing model learns from rows like {ROW}",
+        )
+    if full:
+        raise InputError(
+            f"{len(full)} of {len(pictures)} pictures were made from more than the {most} that a {job.family.name} "
+            f"model reads, first {full[0].file} from {len(full[0].references)}",
+            f"leave them out, or shorten {images.SOURCE!r} in their rows",
         )
 
 

@@ -21,7 +21,7 @@ from dcgen_convert.core.files import hashes, read_json, read_object, sha256
 from dcgen_convert.core.journal import MARKER, Run
 from dcgen_convert.data.buckets import nearest
 from dcgen_convert.families import Family, Text, catalog, legacy
-from dcgen_convert.families.base import REFERENCE
+from dcgen_convert.families.base import reference_keys
 from dcgen_convert.families.grid import Grid, autoencoder_grid
 from dcgen_convert.networks import autoencoder_files, parts
 from dcgen_convert.networks.pipelines import stock_pipeline
@@ -272,19 +272,17 @@ class Job:
         found = [replace(picture, sha256=known.get(picture.file)) for picture in pictures]
         if not self.family.references:
             return found
-        return [replace(one, reference_sha256=known.get(one.reference or one.file)) for one in found]
+        every_hash = (tuple(known[file] for file in one.references if file in known) for one in found)
+        return [replace(one, references_sha256=own) for one, own in zip(found, every_hash, strict=True)]
 
-    @property
-    def tensors(self) -> tuple[str, ...]:
-        """What the latents of a picture consist of: "z", and for an editing model its reference."""
-        return ("z", REFERENCE) if self.family.references else ("z",)
+    def references_of(self, picture: Picture) -> tuple[Path, ...]:
+        """The references that come with a picture; none for a model that reads none."""
+        return picture.references if self.family.references else ()
 
     def files_of(self, picture: Picture) -> dict[str, Path]:
-        """The files behind a row: "z", the picture, and for an editing model its reference."""
-        files = {"z": picture.file}
-        if self.family.references and picture.reference is not None:
-            files[REFERENCE] = picture.reference
-        return files
+        """The files behind the tensors of a row: "z", the picture, and the references of an editing model."""
+        given = self.references_of(picture)
+        return {"z": picture.file, **dict(zip(reference_keys(len(given)), given, strict=True))}
 
     def remembered(self, name: str, find: Callable[[Job], T]) -> T:
         """What ``find`` gave when it was asked for ``name`` the first time."""

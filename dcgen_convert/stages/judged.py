@@ -46,7 +46,7 @@ def evaluation(
 
     Args:
         files: set (`rows`) -> its pictures. texts: their prompts. seed: of the first picture. sides: px of
-            "converted" and "base". edited: the reference of each prompt, for a model that edits.
+            "converted" and "base". edited: the first reference of each prompt, for a model that edits.
     """
     side, given = min(sides.values()), _references(job)
     found = _settled(job, texts)
@@ -105,6 +105,6 @@ def _batches(
         part = slice(start, start + together(side))
         pixels = torch.stack([images.read_pixels(file, side) for file in files[part]])
         shown = through_jpeg(pixels) if jpeg else pixels
-        references = images.read_stack(edited[part], side)
-        yield (shown, list(texts[part])) if references is None else (shown, list(texts[part]), references)
+        references = [images.read_pixels(file, side) for file in edited[part]]
+        yield (shown, list(texts[part]), torch.stack(references)) if references else (shown, list(texts[part]))
         pulse.bump()

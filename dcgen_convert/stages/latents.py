@@ -88,8 +88,10 @@ def run(job: Job, stage: Stage) -> None:
     del codecs, target
     release()  # the text encoders take their place
     encode_captions(job, stage, pictures)
-    bucketed = spans if job.recipe.data.buckets else None
-    cache.write_index(stage.folder, len(pictures), rows_per_shard(job), held_out, job.latents_key, bucketed)
+    plain = all(found == buckets.whole(len(pictures), px) for px, found in spans.items())
+    cache.write_index(
+        stage.folder, len(pictures), rows_per_shard(job), held_out, job.latents_key, None if plain else spans
+    )
 
 
 def say(job: Job, text: str) -> None:
@@ -114,18 +116,20 @@ def row_name(job: Job, picture: Picture) -> str:
 
 
 def arranged(job: Job, pictures: list[Picture]) -> list[Picture]:
-    """The pictures in the order of the cache's rows: by shape where there are buckets."""
-    if not job.recipe.data.buckets:
-        return pictures
-    return [pictures[i] for i in buckets.by_shape([images.size_of(picture.file) for picture in pictures])]
+    """The pictures in the order of the cache's rows: by number of references, then by shape where there are buckets."""
+    if job.recipe.data.buckets:
+        pictures = [pictures[i] for i in buckets.by_shape([images.size_of(picture.file) for picture in pictures])]
+    return sorted(pictures, key=lambda picture: len(job.references_of(picture)))
 
 
 def spans_of(job: Job, stage: Stage, pictures: list[Picture], resolutions: list[int]) -> dict[int, list[Span]]:
-    """For each resolution the spans of rows of one size."""
+    """For each resolution the spans of rows of one size and one number of references."""
+    more = [len(job.references_of(picture)) - job.family.fewest_references for picture in pictures]
     if not job.recipe.data.buckets:
-        return {px: buckets.whole(len(pictures), px) for px in resolutions}
+        squares = [(1, 1)] * len(pictures)
+        return {px: buckets.spans(squares, [], px, more) for px in resolutions}
     shapes = [images.size_of(picture.file) for picture in pictures]
-    spans = {px: buckets.spans(shapes, job.buckets[px], px) for px in resolutions}
+    spans = {px: buckets.spans(shapes, job.buckets[px], px, more) for px in resolutions}
     for px in resolutions:
         filled = buckets.tables(spans[px]).values()
         shown = ", ".join(
@@ -272,7 +276,7 @@ def decoded(files: list[Path]) -> tuple[tuple[int, int], list[str], str]:
     """(width, height), what had to be done about a picture, and why it cannot be read; the last is mostly empty.
 
     Args:
-        files: the picture, and its reference if there is one.
+        files: the picture, and its references if there are any.
     """
     pulse.bump()
     try:
@@ -353,7 +357,7 @@ def encode_pictures(job: Job, pictures: list[Picture], codecs: dict[str, Codec],
         bar.advance(done)
         if done == len(rows):
             continue
-        kinds = [(name, tensor) for name in sizes for tensor in job.tensors]
+        kinds = [(name, tensor) for name in sizes for tensor in files[rows[0]]]
         encoded: dict[tuple[str, str], list[Tensor]] = {
             (name, tensor): [parts[name][tensor][:done]] if done else [] for name, tensor in kinds
         }
@@ -371,7 +375,7 @@ def encode_pictures(job: Job, pictures: list[Picture], codecs: dict[str, Codec],
             bar.advance(len(part))
         with clock.timed("write", len(rows)):
             for name in sizes:
-                tensors = {tensor: torch.cat(encoded[name, tensor]) for tensor in job.tensors}
+                tensors = {tensor: torch.cat(encoded[name, tensor]) for tensor in files[rows[0]]}
                 cache.write_shard(folder, f"{name}-{span.table}", number, tensors)
 
 

@@ -167,7 +167,7 @@ def intended(job: Job) -> list[Picture]:
     first = job.recipe.seed * 1_000_003 % 2**63
     drawn = [Picture(folder / f"{i:07d}.png", text, first + i) for i, text in enumerate(texts)]
     files = edited.of_prompts(job, len(texts), job.recipe.seed, job.folders.data / edited.FOLDER)
-    return [replace(one, reference=file) for one, file in zip(drawn, files, strict=True)] if files else drawn
+    return [replace(one, references=own) for one, own in zip(drawn, files, strict=True)] if files else drawn
 
 
 def draw_part(job: Job, bar: Bar) -> None:
@@ -200,7 +200,7 @@ def draw_part(job: Job, bar: Bar) -> None:
             steps=settings.steps,
             guidance=settings.guidance,
             length=job.text_length,
-            references=images.read_stack([one.reference for one in part if one.reference], settings.resolution),
+            references=images.read_references([one.references for one in part if one.references], settings.resolution),
         )
 
     for together in batches:

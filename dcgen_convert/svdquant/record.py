@@ -38,7 +38,7 @@ class CalibrationSet:
     steps: int
     guidance: float
     length: int
-    references: Sequence[Path] = ()
+    references: Sequence[Sequence[Path]] = ()
 
     def missing(self, folder: Path) -> list[tuple[int, int]]:
         """[first, last) of the batches that are still to be drawn, whatever batch the others were drawn with.
@@ -74,7 +74,7 @@ class CalibrationSet:
             steps=self.steps,
             guidance=self.guidance,
             length=self.length,
-            references=images.read_stack(self.references[first:last], self.side),
+            references=images.read_references(self.references[first:last], self.side),
         )
 
 

@@ -166,7 +166,7 @@ def test_the_base_edits_the_pictures_of_a_folder_in_turn(source, tmp_path):
     job = new_job(source, tmp_path / "run", *sets)
     pictures.require(job)
     found = pictures.intended(job)
-    assert [picture.reference.name for picture in found] == ["a.png", "b.png", "c.png", "a.png", "b.png"]
+    assert [picture.references[0].name for picture in found] == ["a.png", "b.png", "c.png", "a.png", "b.png"]
     assert sorted(picture.caption for picture in found) == [f"edit {n}" for n in range(5)]
     before = depends.inputs(job, "data")
     Image.new("RGB", (80, 80), "red").save(tmp_path / "before" / "b.png")
@@ -183,7 +183,7 @@ def test_edits_of_the_tiny_world_are_drawn_beside_their_instructions(source, tmp
     assert [picture.caption for picture in found] == wanted.instructions[:3]
     for number, picture in enumerate(found):
         pixels = world.draw(wanted.before[number : number + 1], 5 + number, 64)[0]
-        torch.testing.assert_close(images.read_pixels(picture.reference, 64), pixels, atol=1 / 127, rtol=0)
+        torch.testing.assert_close(images.read_pixels(*picture.references, 64), pixels, atol=1 / 127, rtol=0)
     assert drawn_edits.sampled(drawn_edits.BLOCK + 2, 5)[1][:3] == wanted.instructions[:3]
 
 
@@ -194,7 +194,7 @@ def test_what_is_tried_is_held_out_and_comes_with_its_own_reference(folder):
     texts = captions.others(job, 3, 99)
     assert texts[: len(held)] == [listed[row].caption for row in held][:3]
     files = edited.of_prompts(job, 3, 99, folder)
-    assert [file.name for file in files] == [f"original-{text.split()[1]}.png" for text in texts]
+    assert [file.name for (file,) in files] == [f"original-{text.split()[1]}.png" for text in texts]
 
 
 @pytest.mark.parametrize(
@@ -219,8 +219,8 @@ def test_edits_that_the_base_cannot_draw_are_refused_before_any_work(sets, says,
 @pytest.mark.parametrize(
     "made_from, says",
     [
-        (None, "1 of 10 pictures do not say which one picture they were made from, first .*edited-4.png"),
-        (["original-1.png", "original-2.png"], "1 of 10 pictures do not say which one"),
+        (None, "1 of 10 pictures do not say what they were made from, first .*edited-4.png"),
+        (["original-1.png", "original-2.png"], "made from more than the 1 that .* reads, first .*edited-4.png from 2"),
         ("gone.png", "1 of 10 pictures cannot be read.*gone.png"),
     ],
 )

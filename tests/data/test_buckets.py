@@ -70,7 +70,7 @@ def test_rows_of_a_bucket_lie_together_at_every_resolution(shapes):
     assert sorted(order) == list(range(count))
     for resolution, step in ((128, 32), (512, 64), (1024, 64)):
         found = buckets.sizes(resolution, step)
-        spans = buckets.spans([shapes[i] for i in order], found, resolution)
+        spans = buckets.spans([shapes[i] for i in order], found, resolution, [0] * len(order))
         assert [row for span in spans for row in span.rows] == list(range(count))
         for span in spans:
             assert {buckets.nearest(found, *shapes[order[row]]) for row in span.rows} == {(span.height, span.width)}

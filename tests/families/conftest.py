@@ -47,8 +47,8 @@ def stock(tiny, source):
     embedder = network_of(pipeline).get_submodule(family.embedder)
     hook = embedder.register_forward_hook(lambda module, args, output: embedded.append(output))
     settings = dict(side=entry.side, steps=STEPS, guidance=GUIDANCE, length=entry.length)
-    given = reference_pixels(entry.reference)
-    picture = pipelines.draw(family, pipeline, [entry.prompt], [SEED], **settings, references=given)
+    given = reference_pixels(entry.references)
+    picture = pipelines.draw(family, pipeline, [entry.prompt], [SEED], **settings, references=[given] if given else ())
     hook.remove()
     assert len(steps) == STEPS
     return pipeline, steps, embedded, (states[-1], picture)

@@ -23,7 +23,7 @@ from dcgen_convert.checkpoint.open import load_source
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.journal import Run, Stage
 from dcgen_convert.data.cache import LatentCache, write_captions, write_index, write_shard
-from dcgen_convert.families.base import Network
+from dcgen_convert.families.base import Network, reference_keys
 from dcgen_convert.networks import autoencoders, models, pipelines
 from dcgen_convert.recipe.schema import Recipe
 from dcgen_convert.stages import align_head, gap, grid, surgery
@@ -145,7 +145,7 @@ def _write_rows(bench: Bench) -> None:
         fine = source.config["sample_size"]  # its position table fits one size
     base = autoencoders.load(source.vae).channels
     for table, shape in (("target", (CHANNELS, cells, cells)), ("base", (base, fine, fine))):
-        names = ["z", "reference"] if entry.reference else ["z"]
+        names = ["z", *reference_keys(len(entry.references))]
         rows = {name: torch.randn(ROWS, *shape, generator=generator) for name in names}
         write_shard(folder, f"{table}-{bench.side}", 0, rows)
     encoders = pipelines.load_text_encoders(source, torch.float32)
@@ -165,8 +165,9 @@ def text(bench: Bench, device: str) -> list[Tensor]:
 def draw(bench: Bench, device: str) -> list[Tensor]:
     pipeline, entry = pipelines.load_pipeline(bench.job.source, torch.float32), bench.entry
     settings = dict(side=entry.side, steps=STEPS, guidance=GUIDANCE, length=entry.length)
-    given = reference_pixels(entry.reference)
-    return [pipelines.draw(bench.family, pipeline, [entry.prompt], [SEED], **settings, references=given)]
+    given = reference_pixels(entry.references)
+    settings["references"] = [given] if given else ()
+    return [pipelines.draw(bench.family, pipeline, [entry.prompt], [SEED], **settings)]
 
 
 def autoencoding(bench: Bench, device: str) -> list[Tensor]:

@@ -27,7 +27,7 @@ from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_json
 from dcgen_convert.data.images import to_image
 from dcgen_convert.families import grid
-from dcgen_convert.families.base import REFERENCE
+from dcgen_convert.families.base import reference_keys, references_of
 from dcgen_convert.networks import autoencoders, models, pipelines
 from dcgen_convert.planning.arithmetic import matching
 from dcgen_convert.planning.quantised import quantised_linears
@@ -44,7 +44,7 @@ from dcgen_convert.train import lora
 from dcgen_convert.train.objective import Sampling, draw, drop_text, flow_loss
 
 from .conftest import DEEP, GUIDANCE, SEED, STEPS
-from .tiny_parts import Pairs, alive, keep_states, network_of, reference_pixels, trigflow
+from .tiny_parts import Pairs, alive, keep_states, network_of, reference_latents, reference_pixels, trigflow
 
 LEARNED_SIGMA = ("dit", "pixart")
 
@@ -59,17 +59,19 @@ def latent_of(entry, family, sample):
 
 
 def text_of(entry, family, pipeline, prompt, channels=None):
-    """The condition of a prompt. Of a model that edits its reference belongs to it: of the entry's picture as the base
-    sees it, or, with the ``channels`` of a deep autoencoder, a latent of 1 x 3 cells."""
+    """The condition of a prompt. Of a model that edits its references belong to it: of the entry's pictures as the base
+    sees them, or, with the ``channels`` of a deep autoencoder, random latents."""
     text = pipelines.encode_text(family, pipeline, [prompt], entry.length)
-    if not entry.reference:
-        return text
     if channels:
-        return text | {REFERENCE: torch.randn(1, channels, 1, 3, generator=torch.Generator().manual_seed(6))}
-    vae = pipeline.vae
-    with torch.no_grad():
-        latent = vae.encode(reference_pixels(entry.reference)).latent_dist.mode()
-    return text | {REFERENCE: (latent - vae.config.shift_factor) * vae.config.scaling_factor}
+        return text | reference_latents(entry.references, channels)
+    latents = [base_latent(pipeline.vae, pixels[None]) for pixels in reference_pixels(entry.references)]
+    return text | dict(zip(reference_keys(len(latents)), latents, strict=True))
+
+
+@torch.no_grad()
+def base_latent(vae, pixels):
+    latent = vae.encode(pixels).latent_dist.mode()
+    return (latent - vae.config.shift_factor) * vae.config.scaling_factor
 
 
 def test_velocity_is_what_the_stock_scheduler_receives(tiny, source, stock):
@@ -114,10 +116,10 @@ def test_latent_and_tokens_are_in_the_stock_order_element_by_element(tiny, sourc
     with torch.no_grad():
         mine = affine(embedder, family.tokens(x, patch))  # (1, N, D)
     theirs = embedded[0].flatten(2).transpose(1, 2) if embedded[0].ndim == 4 else embedded[0]
-    if entry.reference:  # it follows the picture
-        reference = text_of(entry, family, pipeline, entry.prompt)[REFERENCE]
+    if entry.references:  # they follow the picture, one after the other
+        references = references_of(text_of(entry, family, pipeline, entry.prompt))
         with torch.no_grad():
-            behind = affine(embedder, family.tokens(reference, patch))
+            behind = torch.cat([affine(embedder, family.tokens(one, patch)) for one in references], dim=1)
         torch.testing.assert_close(theirs[:, mine.shape[1] :], behind, atol=1e-5, rtol=1e-5)
         theirs = theirs[:, : mine.shape[1]]
     for row in theirs.reshape(-1, *mine.shape[1:]):
@@ -220,8 +222,7 @@ def test_head_rows_are_latent_channels_and_its_inputs_image_tokens(tiny, source,
         family, pipeline, [entry.prompt, "a big blue cat" if entry.prompt != "fox" else "0"], entry.length
     )
     text = drop_text(text, pipelines.encode_text(family, pipeline, [""], entry.length), torch.tensor([True, False]))
-    if entry.reference:
-        text[REFERENCE] = torch.randn(2, parts.channels, 1, 3, generator=torch.Generator().manual_seed(6))
+    text |= reference_latents(entry.references, parts.channels, rows=2)
     seen = {"embedded": [], "features": [], "written": []}  # a family may split the batch
     embedder, head = (model.get_submodule(name) for name in (family.embedder, family.head))
     hooks = [
@@ -265,7 +266,8 @@ def test_bundle_loads_in_the_stock_pipeline_and_draws_two_sizes(tiny, converted,
     for height, width in sizes:
         settings = dict(height=height, width=width, steps=STEPS, guidance=GUIDANCE, length=entry.length)
         call = family.pipeline_call(pipeline, [entry.prompt], **settings)
-        call |= family.reference_call(reference_pixels(entry.reference and (parts.factor, 3 * parts.factor)))
+        shapes = [(parts.factor, (3 + number) * parts.factor) for number in range(len(entry.references))]
+        call |= family.reference_call([pixels[None] for pixels in reference_pixels(shapes)])
         with torch.no_grad():
             pixels = pipeline(**call, generator=torch.Generator().manual_seed(SEED), output_type="pt").images
         assert pixels.shape == (1, 3, height, width) and torch.isfinite(pixels).all() and pixels.std() > 1e-3
@@ -410,10 +412,10 @@ def test_quantisation_reaches_exactly_the_planned_linears(
     pipeline.transformer = dense.float().requires_grad_(False)
     settings = dict(side=parts.side, steps=STEPS, guidance=GUIDANCE, length=entry.length)
     with NULL.progress("", 1, "") as bar:
-        if entry.reference:
-            to_image(reference_pixels((parts.side, parts.side))[0]).save(tmp_path / "reference.png")
-        given = [tmp_path / "reference.png"] if entry.reference else []
-        pictures = CalibrationSet([entry.prompt], SEED, 1, **settings, references=given)
+        given = [tmp_path / f"reference-{number}.png" for number in range(len(entry.references))]
+        for file, pixels in zip(given, reference_pixels([(parts.side, parts.side)] * len(given)), strict=True):
+            to_image(pixels).save(file)
+        pictures = CalibrationSet([entry.prompt], SEED, 1, **settings, references=[given] if given else ())
         record_calls(tmp_path / "calls", family, lambda: pipeline, pictures, bar, [(0, 1)])
     targets = plan_targets(family, config, None)
     monkeypatch.setattr(layer, "REFITS", 0)  # in about a second: smoothing and refits have tests of their own

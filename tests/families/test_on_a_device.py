@@ -104,7 +104,7 @@ MORE = {
 def waits(tiny, kind):
     """What is written down: copies of the batch where no thread has pinned it, results that leave the device."""
     corrected, guided = (tiny.family.guidance == name for name in ("embedded", "cfg"))
-    arriving = 5 + len(tiny.family.text_keys) + tiny.family.references  # latents, condition, four kinds of draws
+    arriving = 5 + len(tiny.family.text_keys) + len(tiny.entry.references)  # latents, condition, four kinds of draws
     batch, passes = {
         "micro-step": ({}, 1 + corrected),
         "drawing step": ({}, 1 + guided),

@@ -139,7 +139,7 @@ def test_flux_2_says_that_edits_are_not_trained():
 
 def test_a_pipeline_that_edits_is_given_exactly_one_picture():
     pixels = torch.zeros(1, 3, 32, 32)
-    assert set(KONTEXT.reference_call(pixels)) == {"image"} and families.get("flux").reference_call(None) == {}
-    for family, given in ((KONTEXT, None), (families.get("flux"), pixels)):
+    assert set(KONTEXT.reference_call([pixels])) == {"image"} and families.get("flux").reference_call([]) == {}
+    for family, given in ((KONTEXT, []), (KONTEXT, [pixels, pixels]), (families.get("flux"), [pixels])):
         with pytest.raises(TypeError, match="pictures for each prompt"):
             family.reference_call(given)

@@ -46,7 +46,7 @@ class Tiny:
         middle: unshifted sigma of the second of two steps; None with a DDPM schedule or none at all.
         data_sigma: what TrigFlow (arXiv 2410.11081) takes for the deviation of a latent, and its states are scaled
             with; None: no TrigFlow.
-        reference: (height, width) px of the picture that an editing model is given, of another size than it draws.
+        references: (height, width) px of each picture that an editing model is given, of other sizes than it draws.
         packed_noise: whether it draws its noise on the grid of tokens.
     """
 
@@ -61,7 +61,7 @@ class Tiny:
     middle: float | None = 0.5
     data_sigma: float | None = None
     packed_noise: bool = False
-    reference: tuple[int, int] | None = None
+    references: tuple[tuple[int, int], ...] = ()
     guided: bool = True
 
 

@@ -425,7 +425,7 @@ def wide(**changes: Any) -> dict[str, Any]:
 TINY: dict[str, Tiny] = {
     "flux": Tiny(flux_source, wide(axes_dims_rope=[16, 24, 24]), factor=2, side=64, guided=False),
     "flux-kontext": Tiny(
-        flux_kontext, wide(axes_dims_rope=[16, 24, 24]), factor=2, side=64, guided=False, reference=(32, 48)
+        flux_kontext, wide(axes_dims_rope=[16, 24, 24]), factor=2, side=64, guided=False, references=((32, 48),)
     ),
     "sana": Tiny(
         sana_source, wide(cross_attention_head_dim=64, cross_attention_dim=128), factor=32, middle=lowest(3.0)

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from dcgen_convert.families import COMPONENTS
+from dcgen_convert.families.base import reference_keys
 
 WIDTH = 16  # of every text encoder
 ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
@@ -121,10 +122,17 @@ def keep_states(pipeline, states, steps=None):
     pipeline.scheduler.step = record
 
 
-def reference_pixels(size):
-    """A picture of ``size`` (height, width) in px for a model that edits, (1, 3, height, width) in [-1, 1], or None."""
+def reference_pixels(sizes):
+    """Pictures of ``sizes`` (height, width) in px for a model that edits, (3, height, width) in [-1, 1] each."""
     generator = torch.Generator().manual_seed(8)
-    return torch.rand(1, 3, *size, generator=generator) * 2 - 1 if size else None
+    return [torch.rand(3, *size, generator=generator) * 2 - 1 for size in sizes]
+
+
+def reference_latents(sizes, channels, rows=1):
+    """Random latents of references by their keys, (rows, channels, 1, 3 + number) each."""
+    generator = torch.Generator().manual_seed(6)
+    keys = reference_keys(len(sizes))
+    return {key: torch.randn(rows, channels, 1, 3 + number, generator=generator) for number, key in enumerate(keys)}
 
 
 class Pairs:
