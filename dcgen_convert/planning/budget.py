@@ -19,6 +19,7 @@ from typing import Any
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.progress import duration
 from dcgen_convert.planning.bill import Observed, bill
+from dcgen_convert.planning.present import counted
 from dcgen_convert.planning.shapes import Shapes
 from dcgen_convert.recipe.head_rows import USUAL
 from dcgen_convert.recipe.loading import Resolved
@@ -82,12 +83,16 @@ def applied(
         line = f"The recipe has no budget for a model with {tokens:,} image tokens: it is carried out as written."
         return replace(resolved, derivation=(line, "Option --max-gpu-hours sets a budget."))
     said = {key for key, value in origins.items() if value.startswith(EXPLICIT)}
-    kept = _kept(resolved, before())
+    kept, told = _kept(resolved, before()), []
     if kept:
         changed = _set(recipe, {key: value for key, value in kept.items() if key not in said})
         lines = [f"The run has its numbers already, from the same budget of {hours:,.4g} GPU-hours. They stay."]
     else:
-        changed, lines = derive(recipe, shapes, gpus, hours, said, measured)
+        there, told = counted(recipe)
+        changed, lines = derive(there, shapes, gpus, hours, said, measured)
+        named = {key: value for key, value in _counts(recipe).items() if key in said}
+        changed = recipe if changed is there else _set(changed, named)
+    lines = [*told, *lines]
     old, new = (dict(leaves(part.model_dump(mode="json"))) for part in (recipe, changed))
     derived = {key: f"derived: budget of {hours:,.4g} GPU-hours" for key in new if new[key] != old.get(key)}
     return replace(resolved, recipe=changed, origins={**origins, **derived}, derivation=tuple(lines))

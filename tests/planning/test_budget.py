@@ -6,12 +6,13 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from dcgen_convert.api.order import order, resolve
 from dcgen_convert.core.errors import DcgenError
 from dcgen_convert.core.names import RECIPE
 from dcgen_convert.core.version import __version__
-from dcgen_convert.planning import budget, plan
+from dcgen_convert.planning import budget, plan, present
 from dcgen_convert.planning.bill import Measured, bill
 from dcgen_convert.planning.rates import H100
 from dcgen_convert.planning.shapes import shapes_of
@@ -205,3 +206,16 @@ def test_a_run_keeps_its_numbers_when_the_same_command_comes_again(tmp_path):
     assert other.recipe.data.count > again.recipe.data.count
     deeper = order("tiny-flux", {**settings, "ae": "tiny-dc-ae-f64"}, None, tmp_path).resolved
     assert deeper.derivation != again.derivation
+
+
+@pytest.mark.parametrize("said", [[], ["data.count=5000"]])
+def test_pictures_that_a_folder_does_not_hold_take_no_part_of_the_budget(tmp_path, said):
+    """Their hours go to the steps; a number that the user named stays."""
+    for number in range(3):
+        Image.new("RGB", (1024, 1024)).save(tmp_path / f"{number}.png")
+    asked = {"ae": "dc-ae-f64", "data": str(tmp_path), "sets": said}
+    whole = cost(resolve("flux-krea", {**asked, "max_gpu_hours": 0}))
+    resolved = resolve("flux-krea", {**asked, "max_gpu_hours": 80})
+    assert whole > 90 and 70 < cost(replace(resolved, recipe=present.counted(resolved.recipe)[0])) <= 80
+    assert resolved.recipe.data.count == (5000 if said else 3)
+    assert "3 pictures can be used" in resolved.derivation[0]
