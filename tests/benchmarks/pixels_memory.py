@@ -39,20 +39,19 @@ def measure(folder: Path, way: int, side: int, count: int, tiled: int, results) 
     """Puts the bytes of ``count`` pictures above the loaded network into ``results``. tiled: side from which on."""
     import torch
 
+    from dcgen_convert.core import resident
     from dcgen_convert.networks import autoencoders, tiles
-    from dcgen_convert.stages import memory
 
-    torch.set_num_threads(1)
     tiles.TILED = tiled
     codec = autoencoders.load(folder)
     shape = (
         (count, 3, side, side) if way == ENCODE else (count, codec.channels, side // codec.factor, side // codec.factor)
     )
     given = torch.rand(shape) * 2 - 1
-    memory.RESET.write_text(memory.FORGET)
-    before = memory.highest()
+    resident.forget()
+    before = resident.highest()
     (codec.encode if way == ENCODE else codec.decode)(given)
-    results.put(memory.highest() - before)
+    results.put(resident.highest() - before)
 
 
 def in_a_process(*case) -> float:

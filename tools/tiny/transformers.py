@@ -112,6 +112,7 @@ class Training:
     """Length, batch, learning rate and seed of one training. ``shift`` moves the noise levels towards heavy noise.
 
     half: the network runs in bfloat16, a fifth faster; its weights stay in float32.
+    orthogonal: the matrices of the blocks take orthogonal steps (Muon), three times as large as a usual AdamW step.
     """
 
     steps: int
@@ -120,6 +121,7 @@ class Training:
     seed: int
     shift: float = 1.0
     half: bool = False
+    orthogonal: bool = False
 
 
 @torch.no_grad()
@@ -146,14 +148,17 @@ def logit_normal(count: int, shift: float, generator: torch.Generator) -> Tensor
 def optimise(
     model: Network, loss_of: Callable[[torch.Generator], Tensor], training: Training, log: Log = print
 ) -> Network:
-    """AdamW with warm-up and cosine decay. Returns the exponential moving average of the weights."""
+    """AdamW or Muon with warm-up and cosine decay. Returns the exponential moving average of the weights."""
     steps = training.steps
     # eval(): in training mode the LabelEmbedding of diffusers would drop labels in each block separately.
     model.eval().requires_grad_(True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=training.lr, betas=(0.9, 0.99), weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min(1, (s + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * s / steps)))
-    )
+    optimizers = optimizers_of(model, training)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda s: min(1, (s + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * s / steps)))
+        )
+        for optimizer in optimizers
+    ]
     ema = copy.deepcopy(model).requires_grad_(False)
     generator = torch.Generator().manual_seed(training.seed)
     started = time.time()
@@ -163,9 +168,10 @@ def optimise(
             loss = loss_of(generator)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
         decay = min(0.998, (step + 1) / (step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
@@ -177,6 +183,22 @@ def optimise(
             )
             window.clear()
     return ema
+
+
+def optimizers_of(model: Network, training: Training) -> list[torch.optim.Optimizer]:
+    """AdamW for all weights, or for all but the matrices of the blocks."""
+    matrices, rest = [], []
+    for name, weight in model.named_parameters():
+        chosen = training.orthogonal and weight.ndim == 2 and "blocks" in name
+        (matrices if chosen else rest).append(weight)
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(rest, lr=training.lr, betas=(0.9, 0.99), weight_decay=1e-3)
+    ]
+    if matrices:
+        optimizers.append(
+            torch.optim.Muon(matrices, lr=3 * training.lr, weight_decay=1e-3, adjust_lr_fn="match_rms_adamw")
+        )
+    return optimizers
 
 
 def train_flow(family: Family, model: Network, pairs: Pairs, training: Training, log: Log = print) -> Network:
