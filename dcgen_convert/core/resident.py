@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 from contextlib import suppress
 from pathlib import Path
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+MUCH = 2 * 2**30  # bytes; below it the search for garbage takes longer than it is worth
 FORGET = "5"  # what Linux wants to be told to forget the highest memory so far
 
 
@@ -14,6 +16,13 @@ def forget() -> None:
     """Let `highest` begin anew. Where that is not possible (not Linux, or not allowed) it goes on."""
     with suppress(OSError):
         RESET.write_text(FORGET)
+
+
+def tidy() -> None:
+    """`give_back` what nothing refers to any more; circles of objects only where this process uses much memory."""
+    if (now() or 0) > MUCH:
+        gc.collect()
+    give_back()
 
 
 def give_back() -> None:

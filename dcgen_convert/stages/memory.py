@@ -49,6 +49,7 @@ def named(stage: str) -> Iterator[None]:
 def watched(stage: Stage) -> Iterator[None]:
     """Note the highest memory in here as ``stage.peak``: "host", resident bytes of this process, and "gpu"."""
     clock.begin(stage.folder.name)
+    resident.tidy()  # else a stage would be charged for what the one before it has left
     resident.forget()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
