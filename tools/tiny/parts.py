@@ -108,7 +108,9 @@ def train_kontext(work: Path, part: str, log: Log) -> Network:
 def training(part: str, number: int) -> base.Training:
     """Phase ``number`` of a transformer, counted from 0."""
     steps, rate, *shift = PHASES[part][number]
-    return base.Training(steps, BATCH[part], rate, SEED + number, *shift, half=part in HALF, orthogonal=part in ORTHOGONAL)
+    return base.Training(
+        steps, BATCH[part], rate, SEED + number, *shift, half=part in HALF, orthogonal=part in ORTHOGONAL
+    )
 
 
 def sana_pairs(work: Path, log: Log) -> base.Pairs:
