@@ -83,7 +83,8 @@ def applied(
         line = f"The recipe has no budget for a model with {tokens:,} image tokens: it is carried out as written."
         return replace(resolved, derivation=(line, "Option --max-gpu-hours sets a budget."))
     said = {key for key, value in origins.items() if value.startswith(EXPLICIT)}
-    kept, told = _kept(resolved, before()), []
+    kept = _kept(resolved, before())
+    told: list[str] = []
     if kept:
         changed = _set(recipe, {key: value for key, value in kept.items() if key not in said})
         lines = [f"The run has its numbers already, from the same budget of {hours:,.4g} GPU-hours. They stay."]
