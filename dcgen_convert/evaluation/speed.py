@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-TEXT, STEP, BATCH, DECODE, PICTURE = "text", "step", "step, largest batch", "decode", "picture"
+TEXT, ENCODE, STEP, BATCH, DECODE, PICTURE = "text", "encode", "step", "step, largest batch", "decode", "picture"
 WORDS = {
     TEXT: "text encoders",
+    ENCODE: "encoder",
     STEP: "one step",
     BATCH: "one step, largest batch",
     DECODE: "decoder",
@@ -19,7 +20,9 @@ def rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(what, value) of a benchmark that a manifest holds."""
     for size in found.get("sizes", ()):
         where = f"Time at {size['resolution']} px on {found['device']}, {found['dtype']}"
-        for what in (STEP, DECODE, PICTURE):
+        for what in (ENCODE, STEP, DECODE, PICTURE):
+            if what not in size["rows"]:
+                continue
             row, ratios = size["rows"][what], size["ratios"][what]
             steps = f" ({found['steps']} steps)" if what == PICTURE else ""
             told = [

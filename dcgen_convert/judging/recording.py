@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,13 +51,15 @@ class DrawSettings:
 class Recorded:
     """One drawing of ``batch`` squares of ``side`` px.
 
-    text: the calls that encode its prompts; none for class-conditional models. step: the passes of one denoising step.
-    passes: of the whole drawing. decode: from latents to pixels, in tiles where the pictures are large.
+    text: the calls that encode its prompts; none for class-conditional models. references: those that encode the
+    pictures that are edited; none for models that draw from text alone. step: the passes of one denoising step. passes:
+    of the whole drawing. decode: from latents to pixels. Encoder and decoder work in tiles where pictures are large.
     """
 
     side: int
     batch: int
     text: list[Call]
+    references: list[Call]
     step: list[Call]
     passes: int
     decode: Call
@@ -68,6 +71,10 @@ class Recorded:
 
     def encode_text(self) -> None:
         for call in self.text:
+            call()
+
+    def encode_references(self) -> None:
+        for call in self.references:
             call()
 
     def one_step(self) -> None:
@@ -83,6 +90,7 @@ def record(pipeline: Pipeline, family: Family, side: int, batch: int, settings: 
     """Let ``pipeline`` draw, and note what it asks of its parts."""
     network, vae = getattr(pipeline, family.component), pipeline.vae
     text: list[Call] = []
+    references: list[Call] = []
     passes: list[Call] = []
     decoded: list[Call] = []
     counted, first = 0, None
@@ -96,21 +104,30 @@ def record(pipeline: Pipeline, family: Family, side: int, batch: int, settings: 
             first = compute(*args, **kwargs)
         return first
 
+    def encode(*args: Any, **kwargs: Any) -> Any:
+        references.append(Call(partial(in_tiles, "encode"), args, kwargs))
+        return references[-1]()
+
     def decode(*args: Any, **kwargs: Any) -> Any:
-        decoded.append(Call(in_tiles, args, kwargs))
+        decoded.append(Call(partial(in_tiles, "decode"), args, kwargs))
         raise _Enough
 
-    def in_tiles(*args: Any, **kwargs: Any) -> Any:
+    def in_tiles(way: str, *args: Any, **kwargs: Any) -> Any:
         with tiles.by_size(vae, batch, side, side):
-            return vae.decode(*args, **kwargs)
+            return codec[way](*args, **kwargs)
 
-    compute = network.forward
-    heard = _heard(pipeline, text)
-    with _replaced(network, "forward", forward), _replaced(vae, "decode", decode), heard, suppress(_Enough):
+    compute, codec = network.forward, {"encode": vae.encode, "decode": vae.decode}
+    with (
+        _replaced(network, "forward", forward),
+        _replaced(vae, "encode", encode),
+        _replaced(vae, "decode", decode),
+        _heard(pipeline, text),
+        suppress(_Enough),
+    ):
         pipeline(**call_of(pipeline, family, side, batch, settings), output_type="pt")
     per_step = max(1, round(counted / settings.steps))
     assert decoded and per_step <= KEPT, "a stock pipeline decodes, and has few passes per step"
-    return Recorded(side, batch, text, passes[:per_step], counted, decoded[0])
+    return Recorded(side, batch, text, references, passes[:per_step], counted, decoded[0])
 
 
 def call_of(pipeline: Pipeline, family: Family, side: int, batch: int, settings: DrawSettings) -> dict[str, Any]:
@@ -125,6 +142,7 @@ def call_of(pipeline: Pipeline, family: Family, side: int, batch: int, settings:
         guidance=settings.guidance,
         length=settings.length,
     )
+    call |= family.reference_call(torch.zeros(batch, 3, side, side) if family.references else None)  # grey
     return {**call, "generator": [torch.Generator("cpu").manual_seed(SEED + i) for i in range(batch)]}
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from dcgen_convert.bundle.sample import check_size
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import is_out_of_memory
-from dcgen_convert.evaluation.speed import BATCH, DECODE, PICTURE, STEP, TEXT
+from dcgen_convert.evaluation.speed import BATCH, DECODE, ENCODE, PICTURE, STEP, TEXT
 from dcgen_convert.judging import recording
 from dcgen_convert.judging.pair import BASE, Model, ModelPair
 from dcgen_convert.judging.recording import DrawSettings, Recorded
@@ -103,12 +103,13 @@ class Bench:
         rows = {}
         if text is not None:
             rows[TEXT] = dict.fromkeys(models, text)
+        autoencoders = [model.pipeline.vae for model in models.values()]
+        if drawings[BASE].references:
+            rows[ENCODE] = self._row(autoencoders, drawings, Recorded.encode_references, _autoencoder)
         rows[STEP] = self._row([model.network for model in models.values()], drawings, Recorded.one_step, _network)
         if self.device.type == "cuda":
             rows[BATCH] = self._largest(side, rows[STEP])
-        rows[DECODE] = self._row(
-            [model.pipeline.vae for model in models.values()], drawings, lambda one: one.decode(), _decoder
-        )
+        rows[DECODE] = self._row(autoencoders, drawings, lambda one: one.decode(), _autoencoder)
         rows[PICTURE] = self._pictures(side, drawings, rows)
         return {
             "resolution": side,
@@ -176,7 +177,7 @@ class Bench:
         }
 
     def _per_minute(self, name: str, drawing: Recorded, rows: Row) -> float:
-        """Pictures per minute: prompts and decoder one by one, steps in the largest batch that was timed."""
+        """Pictures per minute: prompts, encoder and decoder one by one, steps in the largest batch that was timed."""
         if BATCH not in rows:
             return 60 / float(rows[PICTURE][name]["seconds"])
         step = rows[BATCH][name]
@@ -184,8 +185,8 @@ class Bench:
         return 60 / _sum(name, drawing, faster)
 
     def _tokens(self, side: int) -> dict[str, float]:
-        """Image tokens of each model, and those of the base over those of each other one."""
-        tokens = {name: model.grid.tokens(side) for name, model in self.pair.models.items()}
+        """Image tokens that each model sees, and those of the base over those of each other one."""
+        tokens = {name: model.tokens(side) for name, model in self.pair.models.items()}
         return {**tokens, "ratio": tokens[BASE] / list(tokens.values())[1]}
 
 
@@ -249,15 +250,15 @@ def _network(model: Model) -> nn.Module:
     return network
 
 
-def _decoder(model: Model) -> nn.Module:
+def _autoencoder(model: Model) -> nn.Module:
     vae: nn.Module = model.pipeline.vae
     return vae
 
 
 def _sum(name: str, drawing: Recorded, rows: Row) -> float:
     """Seconds of a whole picture, from its parts."""
-    text = rows[TEXT][name]["seconds"] if TEXT in rows else 0.0
-    return float(text + drawing.steps * rows[STEP][name]["seconds"] + rows[DECODE][name]["seconds"])
+    once = sum(rows[what][name]["seconds"] for what in (TEXT, ENCODE, DECODE) if what in rows)
+    return float(once + drawing.steps * rows[STEP][name]["seconds"])
 
 
 def _ratios(row: Row) -> dict[str, float]:

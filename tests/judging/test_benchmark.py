@@ -22,6 +22,7 @@ from dcgen_convert.core.console import NULL
 from dcgen_convert.core.errors import InputError, ResourceError
 from dcgen_convert.core.files import write_json
 from dcgen_convert.evaluation.report import write_report
+from dcgen_convert.evaluation.speed import rows as named_rows
 from dcgen_convert.families import components, deep_autoencoders
 from dcgen_convert.judging import pair as pairs
 from dcgen_convert.judging import recording, speed
@@ -76,7 +77,7 @@ def test_what_is_timed_is_what_the_stock_pipeline_asks_for(pair, name):
     assert "forward" not in vars(model.network) and "decode" not in vars(model.pipeline.vae)
 
 
-FAMILIES = ("qwenimage", "auraflow", "unet")  # two passes a step; a config of its own; no transformer
+FAMILIES = ("qwenimage", "auraflow", "unet", "flux-kontext")  # two passes; a config of its own; no transformer; edits
 
 
 def pytest_generate_tests(metafunc):
@@ -103,6 +104,41 @@ def test_every_family_is_converted_in_memory_and_asked_as_its_pipeline_asks(fami
         torch.testing.assert_close(mine, tensors, atol=0, rtol=0)
         assert drawing.decode.args[0].shape == latents[0].shape
         drawing.encode_text(), drawing.one_step(), drawing.decode()
+
+
+def test_a_model_that_edits_is_timed_with_a_picture(tmp_path):
+    """The network sees picture and reference; the encoder is a part of the whole picture."""
+    TINY["flux-kontext"].build(tmp_path / "source")
+    autoencoder_dc(32, 128).save_pretrained(tmp_path / "ae")
+    settings = {"ae": str(tmp_path / "ae"), "resolution": 64}
+    pair = pairs.of_source(without_data(tmp_path / "source", settings), torch.float32, 64, random=False)
+    pair = replace(pair, steps=2, length=16)
+    for name, model in pair.models.items():
+        encoded, encode = [], model.pipeline.vae.encode
+        model.pipeline.vae.encode = lambda x, *args, _=(encoded, encode), **kwargs: _[0].append(x) or _[1](x, *args)
+        _, tokens, _ = seen(model, bench(pair).settings, 64)
+        del model.pipeline.vae.encode
+        drawing = bench(pair).record(name, 64)
+        assert {*tokens} == {model.tokens(64)} == {2 * model.grid.tokens(64)}
+        ((call,), (pixels,)) = drawing.references, encoded
+        assert pixels.shape == (1, 3, 64, 64)
+        torch.testing.assert_close(call.args[0], pixels, atol=0, rtol=0)
+        assert call().latent_dist.mode().shape[2:] == drawing.decode.args[0].shape[2:]
+        assert "encode" not in vars(model.pipeline.vae)
+    (row,) = speed.measure(pair, [64], Stopwatch(torch.device("cpu"), QUICK), NULL)
+    rows = row["rows"]
+    assert list(rows) == ["text", "encode", *ROWS[1:]]
+    assert row["tokens"] == {"base": 2 * 256, "converted": 2 * 4, "ratio": 64.0}
+    for name in pair.models:
+        once = sum(rows[what][name]["seconds"] for what in ("text", "encode", "decode"))
+        assert rows["picture"][name]["seconds"] == pytest.approx(once + 2 * rows["step"][name]["seconds"])
+    kept = {"sizes": [row], "device": "CPU", "dtype": "float32", "steps": 2}
+    assert [what.partition(": ")[2] for what, _ in named_rows(kept)] == [
+        "encoder",
+        "one step",
+        "decoder",
+        "whole picture (2 steps)",
+    ]
 
 
 def test_only_what_is_new_has_weights_of_its_own(pair):
