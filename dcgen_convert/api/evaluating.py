@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dcgen_convert.judging.order import Asked
 
 WEIGHTS = ("clip", "dino", "pickscore", "inception", "detector")
-PLACES = (*WEIGHTS, "against", "prompts", "reference", "out")
+PLACES = (*WEIGHTS, "against", "prompts", "sources", "reference", "out")
 
 
 @explained()
@@ -31,6 +31,7 @@ def evaluate(  # noqa: PLR0913  every option of the verb by its name
     *,
     against: str | Path | None = None,
     prompts: str | Path | None = None,
+    sources: str | Path | None = None,
     count: int = 256,
     metrics: str | Sequence[str] | None = None,
     clip: str | Path | None = None,
@@ -60,7 +61,9 @@ def evaluate(  # noqa: PLR0913  every option of the verb by its name
     Args:
         against: bundle or source to compare with. None: the base that the manifest names, if it is on this machine.
         prompts: in any form that `convert` takes, or "mjhq:FOLDER". None: those of the bundle's recipe, else built-in
-            ones.
+            ones. Of a model that edits: instructions; a table with the columns source and caption; or "tiny-edits".
+        sources: folder of the pictures that a model which edits is given, the first one with the first instruction.
+            None: ``prompts`` says them.
         count: number of prompts.
         metrics: names of measures, as a list or with commas between them. None: all that can run with what is at hand.
         clip, dino, pickscore, inception, detector: weights of the measures: folder, hub id or file.
@@ -116,6 +119,7 @@ def request_of(values: Mapping[str, Any]) -> Asked:
         output=output_of(bundle, None if out is None else Path(out)),
         against=places["against"],
         prompts=places["prompts"],
+        sources=places["sources"],
         count=values["count"],
         metrics=None if names is None else tuple(name.strip() for name in names),
         weights=Weights(**{name: places[name] for name in WEIGHTS}),

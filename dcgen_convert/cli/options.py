@@ -219,8 +219,11 @@ EVALUATE = [
            "machine."),
     option("--prompts", metavar="FILE|KIND",
            help="Prompts: FILE.txt, FILE:COLUMN of a table, hf://datasets/ORG/NAME:COLUMN, mjhq:FOLDER, builtin or "
-           "tiny-world. "
+           "tiny-world; of a model that edits tiny-edits, or a table with source and caption in each row. "
            "Default: the kind in the bundle's recipe, else builtin."),
+    option("--sources", metavar="FOLDER", type=PLACE,
+           help="Pictures that a model which edits is given, the first one with the first instruction. Default: "
+           "--prompts says them."),
     option("-n", "--count", type=click.IntRange(min=2), default=256, show_default=True,
            help="Prompts: pictures of each set."),
     option("--metrics", metavar="A,B",

@@ -12,10 +12,11 @@ from torch import Tensor
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.evaluation import tiny_world
 from dcgen_convert.evaluation.measure import EditScore, Score
+from dcgen_convert.evaluation.tiny_measures import ByEvaluator
 from dcgen_convert.tiny import edits
 
 
-class EditAccuracy(Score):
+class EditAccuracy(ByEvaluator, Score):
     """1 where the picture shows what the instruction asks for, else 0."""
 
     name = "edit-accuracy"
@@ -25,7 +26,7 @@ class EditAccuracy(Score):
         return changed(pictures, captions)
 
 
-class Preservation(EditScore):
+class Preservation(ByEvaluator, EditScore):
     """Share of the other attributes that the edit left as they were, 0..1."""
 
     name = "preservation"

@@ -17,14 +17,14 @@ from dcgen_convert.tiny.evaluator import FEATURES
 SIDE_OF_CROPS = 2 * world.SIDE  # px: the smallest picture that has parts
 
 
-class _Judged(Measure):
+class ByEvaluator(Measure):
     """A measure that the shipped evaluator makes."""
 
     def made_of(self) -> str:
         return sha256(tiny_world.WEIGHTS)
 
 
-class Accuracy(_Judged, Score):
+class Accuracy(ByEvaluator, Score):
     """Share of the caption's attributes that the picture shows, 0..1."""
 
     name = "accuracy"
@@ -34,7 +34,7 @@ class Accuracy(_Judged, Score):
         return tiny_world.right(pictures, captions)
 
 
-class TinyFrechet(_Judged, Distance):
+class TinyFrechet(ByEvaluator, Distance):
     """Frechet distance of the evaluator's features."""
 
     name = "frechet"
@@ -47,7 +47,7 @@ class TinyFrechet(_Judged, Distance):
         return frechet(a, b)
 
 
-class CropsFrechet(_Judged, Distance):
+class CropsFrechet(ByEvaluator, Distance):
     """The same of the four parts of 128 px that meet in a picture's centre: their features stand in one row."""
 
     name = "crops-frechet"
@@ -66,7 +66,7 @@ class CropsFrechet(_Judged, Distance):
         return frechet(a.reshape(-1, FEATURES), b.reshape(-1, FEATURES))
 
 
-class TinyCmmd(_Judged, Distance):
+class TinyCmmd(ByEvaluator, Distance):
     """CMMD with the evaluator's features in place of CLIP's."""
 
     name = "tiny-cmmd"

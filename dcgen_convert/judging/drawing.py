@@ -106,6 +106,7 @@ def _drawn(parts: Sequence[Share], painter: Painter, console: Console) -> Made:
             steps=painter.steps,
             guidance=painter.guidance,
             length=painter.length,
+            references=gallery.references(places, painter.side),
         )
 
     for part in parts:

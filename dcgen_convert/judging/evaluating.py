@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from dcgen_convert.bundle import layout, lineage
@@ -65,7 +65,7 @@ def _draw(trial: Trial, crew: Crew, console: Console) -> tuple[dict[str, Gallery
         if trial.round_trip:
             trip = RoundTrip(base, trial.asked.bundle)
             about = trip.about(trial.converted.digest)
-            galleries[CEILING] = Gallery(base.root, TITLES[CEILING], about, base.prompts, base.seeds)
+            galleries[CEILING] = replace(base, title=TITLES[CEILING], about=about)
             drawn[CEILING] = fill([galleries[CEILING]], trip, crew, console)[0]
     return galleries, drawn
 
@@ -79,7 +79,8 @@ def _measure(trial: Trial, galleries: Mapping[str, Gallery], crew: Crew, console
         place = asked.output / "pictures" / f"reference-{fingerprint(name)[:12]}" / FOLDER
         sets[REFERENCE] = Set(name, place, jpeg=False)
     made = {measure.name: measure for measure in trial.measures}
-    judges = Judges([*made], asked.weights, trial.prompts, trial.side, pipelines.device(), asked.offline)
+    where = trial.side, pipelines.device(), asked.offline, bool(trial.edits)
+    judges = Judges([*made], asked.weights, trial.prompts, *where)
     return measured(sets, judges, made, crew, console)
 
 

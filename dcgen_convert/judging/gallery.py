@@ -3,7 +3,7 @@ again.
 
     OUT/pictures/converted-1f2e3d4c5b6a/   what drew them: title, and hash of model, steps, guidance, side and the like
       about.json                           the same in words
-      7-0a1b2c3d4e5f.png                   seed, and hash of the prompt
+      7-0a1b2c3d4e5f.png                   seed, and hash of the prompt; of an edit also of the picture that is edited
       index-0.jsonl                        SHA-256 of each file that rank 0 wrote
 """
 
@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from dcgen_convert.core.console import Console
 from dcgen_convert.core.files import hashes, json_text, write_json
 from dcgen_convert.core.journal import fingerprint
 from dcgen_convert.data import images
+from dcgen_convert.data.edit_prompts import Edit
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Gallery:
         root: folder of all galleries. title: what the set is, a short word.
         about: all that a picture depends on beside its prompt and its seed, as plain data.
         prompts, seeds: of the pictures, in order.
+        edits: of a model that edits, what each prompt is given; else empty.
     """
 
     root: Path
@@ -40,6 +42,7 @@ class Gallery:
     about: dict[str, Any]
     prompts: list[str]
     seeds: list[int]
+    edits: list[Edit] = field(default_factory=list)
 
     @property
     def folder(self) -> Path:
@@ -54,7 +57,8 @@ class Gallery:
         return len(self.prompts)
 
     def file(self, place: int) -> Path:
-        prompt = hashlib.sha256(self.prompts[place].encode()).hexdigest()
+        asked = self.prompts[place] + (f" {self.edits[place].digest}" if self.edits else "")
+        prompt = hashlib.sha256(asked.encode()).hexdigest()
         return self.folder / f"{self.seeds[place]}-{prompt[:12]}.png"
 
     def missing(self, console: Console) -> list[int]:
@@ -98,6 +102,10 @@ class Gallery:
     def keys(self) -> list[str]:
         """SHA-256 of every picture's file."""
         return hashes(self.file(place) for place in range(len(self)))
+
+    def references(self, places: Sequence[int], side: int) -> list[list[Tensor]]:
+        """What is given at each of ``places``, (3, side, side) in [-1, 1] each; empty without edits."""
+        return images.read_references([self.edits[place].files for place in places] if self.edits else [], side)
 
     def stream(self, places: Sequence[int], side: int) -> Iterator[Tensor]:
         """The pictures at ``places``, (3, side, side) in [-1, 1] each."""

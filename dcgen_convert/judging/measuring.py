@@ -26,7 +26,7 @@ from dcgen_convert.core.journal import fingerprint
 from dcgen_convert.data import references
 from dcgen_convert.data.references import together
 from dcgen_convert.evaluation import measures
-from dcgen_convert.evaluation.measure import Distance, Measure, Score, Weights
+from dcgen_convert.evaluation.measure import Distance, EditScore, Measure, Score, Weights
 from dcgen_convert.evaluation.pixels import through_jpeg
 from dcgen_convert.evaluation.rows import Figures
 from dcgen_convert.judging.gallery import Gallery
@@ -46,6 +46,7 @@ class Judges:
     Attributes:
         names: of the measures. weights: where their networks lie. texts: all prompts.
         side: px at which pictures are measured. device: where networks run. offline: fetch nothing.
+        edited: the pictures are edits.
     """
 
     names: list[str]
@@ -54,11 +55,12 @@ class Judges:
     side: int
     device: str
     offline: bool
+    edited: bool = False
 
     def made(self) -> dict[str, Measure]:
         """Name -> measure."""
-        place: dict[str, Any] = {"side": self.side, "device": self.device, "offline": self.offline}
-        return {one.name: one for one in measures.chosen(self.names, self.weights, self.texts, **place)[0]}
+        settings = {key: getattr(self, key) for key in ("side", "device", "offline", "edited")}
+        return {one.name: one for one in measures.chosen(self.names, self.weights, self.texts, **settings)[0]}
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,18 @@ class Set:
     def captions(self, places: Sequence[int]) -> list[str]:
         """Of the pictures at ``places``; empty for references, which are not scored."""
         return [self.pictures.prompts[place] for place in places] if isinstance(self.pictures, Gallery) else []
+
+    def edits(self, places: Sequence[int]) -> list[str]:
+        """Hashes of what was edited at ``places``; empty for pictures that are no edits."""
+        edits = self.pictures.edits if isinstance(self.pictures, Gallery) else []
+        return [edits[place].digest for place in places] if edits else []
+
+    def edited(self, places: Sequence[int], side: int) -> Tensor | None:
+        """The first of the pictures that were edited at each of ``places``, (B, 3, side, side) in [-1, 1]; None for
+        pictures that are no edits.
+        """
+        found = self.pictures.references(places, side) if isinstance(self.pictures, Gallery) else []
+        return torch.stack([own[0] for own in found]) if found else None
 
     def batches(self, groups: Sequence[Sequence[int]], side: int) -> Iterator[Tensor]:
         """The pictures of every group, (B, 3, side, side) in [-1, 1], as the measures see them."""
@@ -146,10 +160,14 @@ def _files(one: Set, judges: Judges, made: Mapping[str, Measure]) -> Files:
     for start in range(0, len(keys), size):
         places = list(range(len(keys)))[start : start + size]
         captions, seen = one.captions(places), [keys[place] for place in places]
+        edits = [one.edits(places)]
         named = {
-            name: fingerprint([about[name], seen, captions if isinstance(measure, Score) else []])
+            name: fingerprint(
+                [about[name], seen, captions if measure.kind == "score" else []]
+                + (edits if isinstance(measure, EditScore) else [])
+            )
             for name, measure in made.items()
-            if captions or not isinstance(measure, Score)
+            if captions or measure.kind != "score"
         }
         files = {name: one.folder / f"{name}-{digest[:24]}.safetensors" for name, digest in named.items()}
         found.append((places, files))
@@ -197,16 +215,19 @@ def work(
         part.of.folder.mkdir(parents=True, exist_ok=True)
         batches = part.of.batches([group.places for group in part.groups], judges.side)
         for group, pixels in zip(part.groups, batches, strict=True):
-            captions = part.of.captions(group.places)
+            captions, sources = part.of.captions(group.places), part.of.edited(group.places, judges.side)
             for name, file in group.missing.items():
-                atomic_save({VALUES: _values(made[name], pixels, captions)}, file)
+                atomic_save({VALUES: _values(made[name], pixels, captions, sources)}, file)
                 pulse.bump()
             bar.advance(len(group.places))
 
 
-def _values(measure: Measure, pixels: Tensor, captions: list[str]) -> Tensor:
+def _values(measure: Measure, pixels: Tensor, captions: list[str], sources: Tensor | None) -> Tensor:
     if isinstance(measure, Distance):
         return measure.features(pixels)
+    if isinstance(measure, EditScore):
+        assert sources is not None, "a measure of edits is chosen where there are edits"
+        return measure.scores_of_edits(pixels, sources, captions)
     assert isinstance(measure, Score), "a measure is a score or a distance"
     return measure.scores(pixels, captions)
 
@@ -218,5 +239,5 @@ def _joined(groups: Files, known: Mapping[Path, Tensor], made: Mapping[str, Meas
         for name, file in files.items():
             found.setdefault(name, []).append(known[file])
     whole = {name: torch.cat(parts) for name, parts in found.items()}
-    scores = {name: values for name, values in whole.items() if isinstance(made[name], Score)}
+    scores = {name: values for name, values in whole.items() if made[name].kind == "score"}
     return Figures(scores, {name: values for name, values in whole.items() if name not in scores})

@@ -9,6 +9,7 @@ from typing import Any
 
 from dcgen_convert.bundle import manifest as manifests
 from dcgen_convert.bundle.layout import read_index
+from dcgen_convert.bundle.lineage import last_name
 from dcgen_convert.bundle.loading import family_of, transformer_config
 from dcgen_convert.bundle.sample import check_size
 from dcgen_convert.checkpoint.source import Source
@@ -17,7 +18,8 @@ from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_json
 from dcgen_convert.core.journal import fingerprint
-from dcgen_convert.data import prompt_lists, prompts, references
+from dcgen_convert.data import edit_prompts, prompt_lists, prompts, references
+from dcgen_convert.data.edit_prompts import Edit
 from dcgen_convert.data.references import References
 from dcgen_convert.evaluation import gates, measures, rows
 from dcgen_convert.evaluation.gates import Gate
@@ -29,7 +31,7 @@ from dcgen_convert.judging.painter import Painter
 from dcgen_convert.networks import pipelines
 from dcgen_convert.recipe.drawable import own_side
 from dcgen_convert.recipe.identity import Identity
-from dcgen_convert.recipe.sources import refuse_editing, require_source
+from dcgen_convert.recipe.sources import require_source
 from dcgen_convert.stages.captions import labels
 from dcgen_convert.stages.compare import SEED
 
@@ -41,15 +43,17 @@ class Asked:
     """What the user asked for; None: the default.
 
     bundle: folder. output: folder of pictures, log and evaluation.json. against: bundle or source to compare with.
-    prompts: as `convert` takes them, or mjhq:FOLDER. count: prompts. metrics: names of measures. reference: folder of
-    pictures, or mjhq:FOLDER. jpeg: whether drawn pictures go through JPEG before they are measured. side: px. seed: of
-    the first picture. offline: fetch nothing.
+    prompts: as `convert` takes them, or mjhq:FOLDER; of a model that edits, as `edit_prompts.make` takes them. sources:
+    folder of pictures to edit. count: prompts. metrics: names of measures. reference: folder of pictures, or
+    mjhq:FOLDER. jpeg: whether drawn pictures go through JPEG before they are measured. side: px. seed: of the first
+    picture. offline: fetch nothing.
     """
 
     bundle: Path
     output: Path
     against: str | None = None
     prompts: str | None = None
+    sources: str | None = None
     count: int = 256
     metrics: tuple[str, ...] | None = None
     weights: Weights = field(default_factory=Weights)
@@ -68,7 +72,8 @@ class Trial:
     """What is drawn and measured.
 
     Attributes:
-        manifest: of the bundle. kind: what the prompts are, in words. prompts: one per picture.
+        manifest: of the bundle. kind: what the prompts are, in words. prompts: one per picture. edits: of a model that
+            edits, what each of them is given.
         converted, base: what draws; base None: there is no base.
         round_trip: whether the bundle's autoencoder is another than the base's.
         side: px at which all pictures are measured. references: given pictures.
@@ -80,6 +85,7 @@ class Trial:
     manifest: dict[str, Any]
     kind: str
     prompts: list[str]
+    edits: list[Edit]
     converted: Painter
     base: Painter | None
     round_trip: bool
@@ -96,7 +102,7 @@ class Trial:
     def gallery(self, title: str, by: Painter, offset: int = 0) -> Gallery:
         """The pictures of one set; ``offset`` is added to the seeds."""
         seeds = [(self.asked.seed + offset + i) % 2**63 for i in range(len(self.prompts))]
-        return Gallery(self.asked.output / "pictures", title, by.about, self.prompts, seeds)
+        return Gallery(self.asked.output / "pictures", title, by.about, self.prompts, seeds, self.edits)
 
 
 def settle(asked: Asked, console: Console) -> Trial:
@@ -109,13 +115,17 @@ def settle(asked: Asked, console: Console) -> Trial:
     bundle = asked.bundle
     manifest, index = manifests.read(bundle), read_index(bundle)
     family, wish = family_of(bundle), {"steps": asked.steps, "guidance": asked.guidance}
-    refuse_editing(family, bundle, "evaluate", "evaluate.metrics in the recipe judges it while it is converted")
     home = asked.output / "import"
     mine = painter.of_bundle(bundle, home, console, side=asked.side, **wish)
     _check_size(family, bundle, mine.side)
     given = None if asked.reference is None else references.read(asked.reference)
-    kind, texts, own = _prompts(asked, manifest, labels(family, index, bundle))
-    given = given or own
+    edits: list[Edit] = []
+    if family.fewest_references:
+        kind, edits = _edits(asked, manifest, family.references, mine.side)
+        texts = [edit.text for edit in edits]
+    else:
+        kind, texts, own = _prompts(asked, manifest, labels(family, index, bundle))
+        given = given or own
     base, why, notes = _base(asked, manifest, mine, family, home, console)
     if base is None:
         notes.append(
@@ -128,7 +138,13 @@ def settle(asked: Asked, console: Console) -> Trial:
             f"{side} px, so finer detail does not count"
         )
     found, left_out = measures.chosen(
-        asked.metrics, asked.weights, texts, side=side, device=pipelines.device(), offline=asked.offline
+        asked.metrics,
+        asked.weights,
+        texts,
+        side=side,
+        device=pipelines.device(),
+        offline=asked.offline,
+        edited=bool(edits),
     )
     if base is None and given is None:
         found, alone = _alone(found, asked.metrics)
@@ -139,7 +155,7 @@ def settle(asked: Asked, console: Console) -> Trial:
     sets = [rows.CONVERTED, *([rows.BASE, rows.FLOOR] if base else []), *([rows.CEILING] if trip else [])]
     sets += [rows.REFERENCE] if given else []
     gates.require_measured(asked.gates, rows.names(found, sets), left_out)
-    return Trial(asked, manifest, kind, texts, mine, base, trip, side, given, found, left_out, notes)
+    return Trial(asked, manifest, kind, texts, edits, mine, base, trip, side, given, found, left_out, notes)
 
 
 def _alone(found: Sequence[Measure], asked: Sequence[str] | None) -> tuple[list[Measure], dict[str, str]]:
@@ -163,6 +179,7 @@ def _base(
     grid = painter.grid_of(asked.bundle, family)
     if asked.against is not None and (Path(asked.against).expanduser() / names.MANIFEST).is_file():
         other = Path(asked.against).expanduser().absolute()
+        _same_task(family, family_of(other), other)
         own = own_side(Identity(str(other)), grid, mine.side)
         _check_size(family_of(other), other, own)
         return painter.of_bundle(other, home, console, side=own, **wish), "", []
@@ -178,6 +195,7 @@ def _base(
         if source is None:
             return None, why, []
         identity, notes = Identity(source.name, offline=True), [f"the base is {source.name}, which the manifest names"]
+    _same_task(family, source.family, source.name)
     own = own_side(identity, grid, mine.side)
     vae = source.parts.get("vae", source.vae)  # of a source that is still to be written: in its base
     check_size(source.family, source.config, read_json(vae / "config.json"), own, own)
@@ -191,16 +209,40 @@ def _home(home: Path, place: str) -> Path:
     return home / fingerprint([place, *state])[:12]
 
 
+def _same_task(family: Family, other: Family, name: object) -> None:
+    """InputError where one of two models edits pictures and the other draws from text alone."""
+    if family.fewest_references != other.fewest_references:
+        raise InputError(f"{name} is a {other.name} model, and the bundle a {family.name}", "name the bundle's base")
+
+
+def _edits(asked: Asked, manifest: dict[str, Any], most: int, side: int) -> tuple[str, list[Edit]]:
+    """(what is edited and how, one edit per picture). most: pictures that the model takes. side: px."""
+    known, sources = known_prompts(manifest), asked.sources
+    kind = asked.prompts or (None if known in prompts.CAPTIONS else known)
+    folder, seed = asked.output / "edited", asked.seed + SEED
+    place: dict[str, Any] = {"most": most, "folder": folder, "side": side, "offline": asked.offline}
+    edits = edit_prompts.make(kind, sources, asked.count, seed, **place)
+    of = "" if sources is None else f", on the pictures of {last_name(sources)}"
+    return last_name(str(kind)) + of, edits
+
+
+def known_prompts(manifest: dict[str, Any]) -> str | None:
+    """The kind of prompts that the bundle was made with; None where that was a list of somebody's."""
+    recipe = manifest["recipe"]
+    found = (recipe.get("data") or recipe.get("drawing") or {}).get("prompts")
+    return found if found in prompts.KINDS else None
+
+
 def _prompts(
     asked: Asked, manifest: dict[str, Any], classes: list[str] | None
 ) -> tuple[str, list[str], References | None]:
     """(what the prompts are, one per picture, the pictures that belong to them)."""
     kind = asked.prompts
+    if asked.sources is not None:
+        raise InputError(f"{asked.bundle} draws from text alone", "leave --sources out")
     if kind is not None and kind.startswith(references.MJHQ):
         return f"{kind}, the authors' subset", *references.mjhq_prompts(kind, asked.count)
-    if kind is None:
-        known = (manifest["recipe"].get("data") or manifest["recipe"].get("drawing") or {}).get("prompts")
-        kind = known if known in prompts.KINDS else BUILTIN
+    kind = kind or known_prompts(manifest) or BUILTIN
     if kind not in prompts.KINDS:
         prompt_lists.require_here(kind)
     texts = prompts.make(kind, asked.count, asked.seed + SEED, classes, asked.offline)

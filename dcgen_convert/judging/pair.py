@@ -68,7 +68,7 @@ class Model:
 
     def tokens(self, side: int) -> int:
         """Image tokens that the network sees while it draws ``side`` px: the picture's and its references'."""
-        return self.grid.tokens(side) * (1 + self.family.references)
+        return self.grid.tokens(side) * (1 + self.family.fewest_references)
 
     @property
     def encoders(self) -> list[nn.Module]:

@@ -142,7 +142,8 @@ def call_of(pipeline: Pipeline, family: Family, side: int, batch: int, settings:
         guidance=settings.guidance,
         length=settings.length,
     )
-    call |= family.reference_call(torch.zeros(batch, 3, side, side) if family.references else None)  # grey
+    grey = torch.zeros(batch, 3, side, side)
+    call |= family.reference_call([grey] * family.fewest_references)
     return {**call, "generator": [torch.Generator("cpu").manual_seed(SEED + i) for i in range(batch)]}
 
 

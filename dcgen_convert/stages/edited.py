@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import hashes
-from dcgen_convert.data import drawn_edits, gathering, images, prompts
+from dcgen_convert.data import drawn_edits, edit_prompts, images, prompts
 from dcgen_convert.data.images import Picture
 from dcgen_convert.stages.job import Job
 
@@ -49,13 +49,7 @@ def sources(job: Job) -> list[Path]:
             f"{job.recipe.source} edits pictures, and the recipe names none to edit",
             "--set data.sources=FOLDER with --prompts FILE of instructions; or --data FILE.jsonl with edited pictures",
         )
-    folder = Path(job.recipe.data.sources).expanduser().absolute()
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder", "data.sources names a folder of pictures to edit")
-    files = gathering.gather(folder)[0]
-    if not files:
-        raise InputError(f"{folder} holds no pictures", "data.sources names a folder of pictures to edit")
-    return files
+    return edit_prompts.pictures_of(job.recipe.data.sources, "data.sources")
 
 
 def shown(job: Job, count: int) -> list[Picture]:

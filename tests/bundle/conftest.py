@@ -19,6 +19,7 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     SanaPipeline,
@@ -141,6 +142,11 @@ def flux_source(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def kontext_source(folder: Path) -> None:
+    flux_source(folder)
+    FluxKontextPipeline(**FluxPipeline.from_pretrained(folder).components).save_pretrained(folder)
+
+
 def sana_transformer(channels: int, **options) -> SanaTransformer2DModel:
     torch.manual_seed(4)
     return SanaTransformer2DModel(
@@ -228,9 +234,10 @@ def build_parts(root: Path, name: str) -> Parts:
     source, transformer, autoencoder = root / "source", root / "transformer", root / "autoencoder"
     factor, channels = (64, 128) if name == "sana" else (32, 32)
     side = 2 * factor
-    {"flux": flux_source, "sana": sana_source, "dit": dit_source}[name](source)
+    {"flux": flux_source, "flux-kontext": kontext_source, "sana": sana_source, "dit": dit_source}[name](source)
     model = {
         "flux": lambda: flux_transformer(32),
+        "flux-kontext": lambda: flux_transformer(32),
         "sana": lambda: sana_transformer(128),
         "dit": lambda: dit_transformer(32, 2, 1),
     }[name]()

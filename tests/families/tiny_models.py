@@ -12,7 +12,15 @@ from typing import Any
 
 import diffusers
 import torch
-from bundle.conftest import dit_source, flux_source, sana_source, sana_transformer, tokenizer_clip, tokenizer_t5
+from bundle.conftest import (
+    dit_source,
+    flux_source,
+    kontext_source,
+    sana_source,
+    sana_transformer,
+    tokenizer_clip,
+    tokenizer_t5,
+)
 from transformers import (
     ByT5Tokenizer,
     CLIPTextModel,
@@ -411,12 +419,6 @@ def unet(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def flux_kontext(folder: Path) -> None:
-    flux_source(folder)
-    parts = diffusers.FluxPipeline.from_pretrained(folder).components
-    diffusers.FluxKontextPipeline(**parts).save_pretrained(folder)
-
-
 def wide(**changes: Any) -> dict[str, Any]:
     """Heads of 64 instead of 16, and what has to change with them."""
     return {"attention_head_dim": 64, **changes}
@@ -425,7 +427,7 @@ def wide(**changes: Any) -> dict[str, Any]:
 TINY: dict[str, Tiny] = {
     "flux": Tiny(flux_source, wide(axes_dims_rope=[16, 24, 24]), factor=2, side=64, guided=False),
     "flux-kontext": Tiny(
-        flux_kontext, wide(axes_dims_rope=[16, 24, 24]), factor=2, side=64, guided=False, references=((32, 48),)
+        kontext_source, wide(axes_dims_rope=[16, 24, 24]), factor=2, side=64, guided=False, references=((32, 48),)
     ),
     "sana": Tiny(
         sana_source, wide(cross_attention_head_dim=64, cross_attention_dim=128), factor=32, middle=lowest(3.0)

@@ -1,0 +1,139 @@
+"""What a model that edits is asked for: instructions, each with the pictures that it is given.
+
+`tiny-edits` draws both. A table with the columns `source` and `caption` holds both: rows {image, source, caption}, the
+image is not looked at. Any other list of instructions goes with a folder of pictures: the first instruction edits the
+first picture, and so on; where instructions are more, the pictures are used again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.files import hashes
+from dcgen_convert.core.journal import fingerprint
+from dcgen_convert.data import decoding, drawn_edits, gathering, prompt_lists, prompts, tables
+from dcgen_convert.data.images import SOURCE
+
+HELP = (
+    "--prompts FILE of instructions with --sources FOLDER of pictures; or --prompts FILE.jsonl with a source and a "
+    "caption in each row"
+)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One edit that is asked for. files: the pictures that are given, in their order; digest: of their bytes."""
+
+    text: str
+    files: tuple[Path, ...]
+    digest: str
+
+
+def make(
+    kind: str | None,
+    sources: str | None,
+    count: int,
+    seed: int,
+    *,
+    most: int,
+    folder: Path,
+    side: int,
+    offline: bool = False,
+) -> list[Edit]:
+    """``count`` edits. A larger count begins with the same ones.
+
+    Args:
+        kind: "tiny-edits", a table, or what `prompt_lists.read` takes; None: nothing is known.
+        sources: folder of the pictures that are edited; None: ``kind`` says them.
+        most: pictures that the model takes with an instruction.
+        folder: where pictures of the tiny world are drawn, at ``side`` px.
+        offline: take a data set of the hub from the cache only.
+    Raises:
+        InputError, AccessError: captions in place of instructions, a picture that is not there or cannot be read, or
+            more of them than the model takes; else as `prompt_lists.read`.
+    """
+    if kind is None or kind in prompts.CAPTIONS:
+        given = "nothing says how" if kind is None else f"{kind} gives captions, no instructions"
+        raise InputError(f"the model edits pictures, and {given}", HELP)
+    files: list[tuple[Path, ...]]
+    rows = None if kind == drawn_edits.WORD else _rows(kind, most)
+    if sources is not None and (rows or kind == drawn_edits.WORD):
+        raise InputError(f"{kind} says itself which pictures are edited", "leave --sources out")
+    if kind == drawn_edits.WORD:
+        texts = prompts.make(kind, count, seed)
+        files = [(file,) for file in drawn_edits.draw(folder / f"{kind}-{seed}-{side}", count, seed, side)]
+    elif rows:
+        ordered = sorted(rows, key=lambda row: hashlib.sha256(f"{seed} {row}".encode()).digest())
+        chosen, folder = [*islice(cycle(ordered), count)], prompt_lists.place_of(kind)[0].absolute().parent
+        texts = [text for text, _ in chosen]
+        files = [tuple(folder / name for name in names) for _, names in chosen]
+    elif sources is None:
+        raise InputError(f"{kind} gives instructions, and nothing says which pictures are edited", HELP)
+    else:
+        texts = prompts.make(kind, count, seed, offline=offline)
+        files = [(file,) for file in islice(cycle(pictures_of(sources, "--sources")), count)]
+    return _read(texts, files)
+
+
+def pictures_of(folder: str, option: str) -> list[Path]:
+    """The pictures in a folder that the user names with ``option``, in the order of their names.
+
+    Raises:
+        InputError: there is no such folder, or it holds no pictures.
+    """
+    path = Path(folder).expanduser().absolute()
+    if not path.is_dir():
+        raise InputError(f"{path} is not a folder", f"{option} names a folder of pictures to edit")
+    files = gathering.gather(path)[0]
+    if not files:
+        raise InputError(f"{path} holds no pictures", f"{option} names a folder of pictures to edit")
+    return files
+
+
+def _read(texts: Sequence[str], files: Sequence[tuple[Path, ...]]) -> list[Edit]:
+    """The edits with the hashes of their pictures; InputError for one that is no picture."""
+    every = list(dict.fromkeys(file for own in files for file in own))
+    for file in every:
+        with decoding.opened(file):  # the head alone
+            pass
+    digests = dict(zip(every, hashes(every), strict=True))
+    return [
+        Edit(text, own, fingerprint([digests[file] for file in own])) for text, own in zip(texts, files, strict=True)
+    ]
+
+
+def _rows(kind: str, most: int) -> list[tuple[str, tuple[str, ...]]] | None:
+    """(instruction, names of its pictures) of every row of a table, each once; None for what holds no sources."""
+    path, column = prompt_lists.place_of(kind)
+    if path.suffix.lower() not in tables.SUFFIXES or not path.is_file():
+        return None
+    names = tables.columns(path)
+    column = prompt_lists.column_of(names, column)
+    if SOURCE not in names:
+        return None
+    found: dict[tuple[str, tuple[str, ...]], None] = {}
+    for number, row in tables.rows(path, [name for name in (column, SOURCE) if name in names]):
+        try:
+            text, sources = prompt_lists.text_of(row.get(str(column))), _names(row.get(SOURCE))
+        except ValueError as error:
+            raise InputError(f"{path} row {number}: {error}", HELP) from error
+        if not text or not 1 <= len(sources) <= most:
+            said = f"{len(sources)} sources, and the model takes {most}" if text else "no instruction"
+            raise InputError(f"{path} row {number} has {said}", HELP)
+        found[text, sources] = None
+    return list(found)
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    """One text or a list of texts; ValueError for all else."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(one, str) and one for one in values):
+        raise ValueError(f"{SOURCE} must be a text or a list of texts, not {json.dumps(value, default=str)[:60]}")
+    return tuple(values)
