@@ -24,7 +24,7 @@ from pathlib import Path
 from dcgen_convert.core.disk import check_disk
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import TEMPORARY, atomic_write, fresh_folder, json_text, read_json, write_json
-from dcgen_convert.data import decoding, drawn, gathering, hub, images, prompt_lists, shards
+from dcgen_convert.data import beside, decoding, drawn, gathering, hub, images, metadata, prompt_lists, shards
 from dcgen_convert.data.images import Picture
 from dcgen_convert.data.sieve import ENOUGH, Sieve
 from dcgen_convert.data.tally import Tally
@@ -32,7 +32,7 @@ from dcgen_convert.data.tally import Tally
 LIST, UNPACKED = ".jsonl", "unpacked.json"
 PICTURES = "pictures.jsonl"
 ENDLESS = 1 << 40  # pictures of a source that is drawn as it is asked for
-HUB_SUFFIXES = (*shards.SUFFIXES, ".txt", LIST, ".csv")
+HUB_SUFFIXES = (*shards.SUFFIXES, ".txt", LIST, ".csv", ".tsv")
 
 
 @dataclass(frozen=True)
@@ -139,14 +139,17 @@ def held(sources: Sequence[PictureSource], most: int, sieve: Sieve) -> int | Non
 
 
 def most_references(sources: Sequence[PictureSource]) -> int:
-    """Most references that a picture of a list on this machine has."""
-    lists = [source.path for source in sources if source.path.suffix == LIST and source.path.is_file()]
-    return max((_longest(path, path.stat().st_mtime_ns) for path in lists), default=0)
+    """Most references that a picture of a list or a folder on this machine has; those of shards are not known."""
+    places = [source.path for source in sources if not source.is_elsewhere and source.path.exists()]
+    return max((_longest(path, path.stat().st_mtime_ns) for path in places if not _shards(path)), default=0)
 
 
 @cache
-def _longest(path: Path, written: int) -> int:  # noqa: ARG001  a file that was written again is read again
-    return max(len(one.references) for one in images.read_folder(path))
+def _longest(path: Path, written: int) -> int:  # noqa: ARG001  what was written again is read again
+    if path.suffix == LIST:
+        return max(len(one.references) for one in images.read_folder(path))
+    files = gathering.gather(path)[0]
+    return max(map(len, (beside.of_files(files) | metadata.sources(path, files)).values()), default=0)
 
 
 def _size(source: PictureSource, most: int, sieve: Sieve) -> int | None:
@@ -165,7 +168,12 @@ def _files(path: Path) -> list[Path]:
 
 
 def take(
-    sources: Sequence[PictureSource], count: int, work: Path, offline: bool = False, sieve: Sieve | None = None
+    sources: Sequence[PictureSource],
+    count: int,
+    work: Path,
+    offline: bool = False,
+    sieve: Sieve | None = None,
+    edited: bool = False,
 ) -> tuple[list[Picture], str]:
     """At most ``count`` pictures of all sources, and what is taken and what is left out, in words.
 
@@ -173,6 +181,7 @@ def take(
 
     Args:
         sieve: leaves small pictures out; None: none is too small.
+        edited: whether to copy what an edited picture was made from out of shards too.
     Raises:
         InputError: a source cannot be used. AccessError: it is on the hub and cannot be had.
         ResourceError: the disk has no room for the pictures of shards.
@@ -181,7 +190,7 @@ def take(
     if is_plain(sources, work):
         return images.take(sources[0].path, count, sieve)
     work.mkdir(parents=True, exist_ok=True)
-    opened = [_Opened(source, number, work, offline) for number, source in enumerate(sources, 1)]
+    opened = [_Opened(source, number, work, offline, edited) for number, source in enumerate(sources, 1)]
     shares = [source.share for source in sources if source.share is not None]
     quotas = [count] * len(opened)
     if shares:
@@ -202,8 +211,8 @@ def take(
 class _Opened:
     """A source that was found: how many pictures it has, and the chosen ones."""
 
-    def __init__(self, source: PictureSource, number: int, work: Path, offline: bool) -> None:
-        self.source, self.work, self.number = source, work, number
+    def __init__(self, source: PictureSource, number: int, work: Path, offline: bool, edited: bool) -> None:
+        self.source, self.work, self.number, self.edited = source, work, number, edited
         self.place = source.path
         self.shards: list[Path] = []
         self.side = drawn.side_of(source.where)
@@ -248,7 +257,7 @@ class _Opened:
         root = self.place if self.place.is_dir() else self.place.parent
         stats = [(shards.label(shard, root), shard.stat()) for shard in self.shards]
         made_from = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-        key = {"shards": made_from, "column": self.source.column}
+        key = {"shards": made_from, "column": self.source.column, **({"edited": True} if self.edited else {})}
         record = read_json(folder / UNPACKED) if (folder / UNPACKED).exists() else {}
         if record.get("key") != key:
             fresh_folder(folder)
@@ -262,8 +271,10 @@ class _Opened:
         wanted = self._wanted([name for name, _ in stats], quota)
         for shard, (name, _), numbers in zip(self.shards, stats, wanted, strict=True):
             if numbers:
-                for file, caption in shards.extract(shard, numbers, folder / name, self.source.column, left_out):
-                    rows.append(json_text({"file": f"{name}/{file}", "caption": caption}))
+                column, place = self.source.column, folder / name
+                for file, caption, sources in shards.extract(shard, numbers, place, column, left_out, self.edited):
+                    made = {images.SOURCE: [f"{name}/{source}" for source in sources]} if sources else {}
+                    rows.append(json_text({"file": f"{name}/{file}", "caption": caption, **made}))
         if not rows:
             why = f": {left_out.reasons()}" if left_out.total else ""
             raise InputError(f"{self.source.where} holds no picture with a caption{why}", "see the page on pictures")

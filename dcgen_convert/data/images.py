@@ -20,7 +20,7 @@ from PIL import Image
 
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import atomic_write, json_text, read_lines, read_text, replacing, understood
-from dcgen_convert.data import decoding, gathering, metadata
+from dcgen_convert.data import beside, decoding, gathering, metadata
 from dcgen_convert.data.sieve import Sieve
 from dcgen_convert.data.tally import Tally
 
@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 INDEX = "index.jsonl"
 EXAMPLE = '{"file": "images/fox.png", "caption": "a red fox"}'
 CAPTION = "caption"  # key of the captions in an index or a list
-SOURCE, SOURCE_SHA256 = "source", "source_sha256"  # keys of what an edited picture was made from: a text or a list
+SOURCE, SOURCE_SHA256 = (
+    beside.SOURCE,
+    f"{beside.SOURCE}_sha256",
+)  # keys of what an edited picture was made from: a text or a list
 ROWS = "rows.jsonl"  # beside the latents: the pictures in the order of their rows
 
 
@@ -100,15 +103,18 @@ def gather(path: Path, column: str | None = None) -> tuple[list[Picture], Tally]
             "give a folder of images with .txt captions",
         )
     texts = {file: read_text(text).strip() for file in files if (text := gathering.caption_file(file))}
-    if column or len(texts) < len(files):
+    made_from = beside.of_files(files) | metadata.sources(path, files)
+    named = {source for own in made_from.values() for source in own}
+    if column or any(file not in texts and file not in named for file in files):
         texts = metadata.captions(path, files, column) | ({} if column else texts)
+    files = [file for file in files if file in texts or file not in named]  # a source alone is no picture to learn
     bare = [file for file in files if file not in texts]
     if bare:
         raise InputError(
             f"{len(bare)} of {len(files)} images have no caption, first {bare[0]}",
             f"write {bare[0].with_suffix('.txt').name} beside it, or metadata.jsonl with file_name and caption",
         )
-    return [Picture(file, texts[file]) for file in files], left_out
+    return [Picture(file, texts[file], references=made_from.get(file, ())) for file in files], left_out
 
 
 def _read_jsonl(path: Path, column: str) -> list[Picture]:

@@ -1,17 +1,18 @@
-"""Captions of a folder in one table, as the hub's imagefolders have them: metadata.jsonl, .csv or .parquet.
+"""Captions of a folder in one table, as the hub's imagefolders have them: metadata.jsonl, .csv, .tsv or .parquet.
 
-A table speaks of the pictures in its folder and below: column `file_name` holds the path, relative to the table.
+A table speaks of the pictures in its folder and below: column `file_name` holds the path, relative to the table. So do
+the columns of `beside`: they name what an edited picture was made from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.data import prompt_lists, tables
+from dcgen_convert.data import beside, prompt_lists, tables
 
-NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+NAMES = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.parquet")
 FILE = "file_name"
 
 
@@ -23,13 +24,35 @@ def captions(root: Path, pictures: Iterable[Path], column: str | None = None) ->
     Raises:
         InputError: a table is damaged, or has no such columns.
     """
-    folders = {folder for picture in pictures for folder in picture.parents if folder == root or root in folder.parents}
     found: dict[Path, str] = {}
-    for folder in sorted(folders):  # a table that is nearer to the picture comes later, and counts
-        for name in NAMES:
-            if (folder / name).is_file():
-                found |= dict(_rows(folder / name, column))
+    for table in _tables(root, pictures):
+        found |= dict(_rows(table, column))
     return found
+
+
+def sources(root: Path, pictures: Iterable[Path]) -> dict[Path, tuple[Path, ...]]:
+    """File -> what it was made from, from the same tables; those without such a column say nothing.
+
+    Raises:
+        InputError: a table is damaged.
+    """
+    found: dict[Path, tuple[Path, ...]] = {}
+    for table in _tables(root, pictures):
+        names = tables.columns(table)
+        wanted = beside.columns(names)
+        if not wanted or FILE not in names:
+            continue
+        for _, row in tables.rows(table, [FILE, *wanted]):
+            own = beside.values(row, wanted)
+            if isinstance(row.get(FILE), str) and own and all(isinstance(one, str) for one in own):
+                found[table.parent / row[FILE]] = tuple(table.parent / one for one in own)
+    return found
+
+
+def _tables(root: Path, pictures: Iterable[Path]) -> Iterator[Path]:
+    """The tables that speak of the ``pictures``; one that is nearer to a picture comes later, and counts."""
+    folders = {folder for picture in pictures for folder in picture.parents if folder == root or root in folder.parents}
+    yield from (folder / name for folder in sorted(folders) for name in NAMES if (folder / name).is_file())
 
 
 def _rows(table: Path, column: str | None) -> Iterable[tuple[Path, str]]:

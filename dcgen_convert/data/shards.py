@@ -1,6 +1,7 @@
 """Pictures in shards: .tar as webdataset writes them, and .parquet with the bytes of the pictures in a column.
 
-The chosen pictures are copied into a folder, byte by byte as they are. A name in a shard is never a path: the copies
+The chosen pictures are copied into a folder, byte by byte as they are; those of a model that edits with their sources,
+which `beside` names. A name in a shard is never a path: the copies
 are numbered. Archives are read without decompression, links and devices in them are left out, and no more than one
 picture is in memory. (A row group of a .parquet is read as a whole by pyarrow: that is how the format works.)
 """
@@ -20,13 +21,15 @@ from pathlib import Path
 from typing import IO, Any
 
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.data import decoding, prompt_lists, tables
+from dcgen_convert.data import beside, decoding, prompt_lists, tables
 from dcgen_convert.data.tally import Tally
 
 TAR, PARQUET = ".tar", ".parquet"
 SUFFIXES = (PARQUET, TAR)
 CAPTION_PARTS = ("txt", "caption", "text", "json", "cls")  # of a webdataset sample; the first that is there counts
 PICTURE_COLUMNS = ("image", "jpg", "png", "picture", "img")
+# Of edits, as published data sets name them: InstructPix2Pix, HQ-Edit, MagicBrush, OmniEdit.
+EDITED_COLUMNS = ("edited_image", "output_image", "target_image", "target_img", "edited_img")
 LONGEST = 1 << 20  # bytes of a caption or of the .json beside a picture
 NO_CAPTION = "because they have no caption"
 NO_PICTURE = "because they hold no picture"
@@ -69,23 +72,26 @@ def count(shard: Path) -> int:
 
 
 def extract(
-    shard: Path, wanted: set[int], folder: Path, column: str | None, left_out: Tally
-) -> Iterator[tuple[str, str]]:
-    """Copy the samples ``wanted`` into ``folder``, those that are not there yet: (name in the folder, caption) of each.
+    shard: Path, wanted: set[int], folder: Path, column: str | None, left_out: Tally, edited: bool = False
+) -> Iterator[tuple[str, str, list[str]]]:
+    """Copy the samples ``wanted`` into ``folder``, those that are not there yet: (name in the folder, caption, names of
+    what it was made from) of each.
 
+    Args:
+        edited: whether to copy what an edited picture was made from too.
     Raises:
         InputError: the shard is damaged, or has no such column.
     """
     folder.mkdir(parents=True, exist_ok=True)
     taken = _from_parquet if shard.suffix.lower() == PARQUET else _from_tar
-    yield from taken(shard, wanted, folder, column, left_out)
+    yield from taken(shard, wanted, folder, column, left_out, edited)
 
 
 def _from_parquet(
-    shard: Path, wanted: set[int], folder: Path, column: str | None, left_out: Tally
-) -> Iterator[tuple[str, str]]:
+    shard: Path, wanted: set[int], folder: Path, column: str | None, left_out: Tally, edited: bool
+) -> Iterator[tuple[str, str, list[str]]]:
     names = tables.columns(shard)
-    picture = next((name for name in PICTURE_COLUMNS if name in names), None)
+    picture = next((name for name in (*PICTURE_COLUMNS, *EDITED_COLUMNS) if name in names), None)
     caption = prompt_lists.column_of(names, column)
     for kind, found in (("pictures", picture), ("captions", caption)):
         if found not in names:
@@ -94,33 +100,44 @@ def _from_parquet(
                 f"known are {', '.join(PICTURE_COLUMNS)} for pictures, {', '.join(prompt_lists.COLUMNS)} for captions; "
                 "PATH:COLUMN names the column of captions",
             )
-    for row_number, row in tables.rows(shard, [str(picture), str(caption)]):
+    sources = beside.columns(names) if edited else []
+    for row_number, row in tables.rows(shard, [str(picture), str(caption), *sources]):
         number = row_number - 1
         if number not in wanted:
             continue
         cell, shown = row[str(picture)], f"{shard.name} row {row_number}"
-        content = cell.get("bytes") if isinstance(cell, dict) else cell
+        content = _bytes(cell)
         text = _text(row[str(caption)], shown)
-        if not isinstance(content, bytes):
+        if content is None:
             left_out.add(NO_PICTURE, shown)
         elif text is None:
             left_out.add(NO_CAPTION, shown)
         else:
             name = f"{number:07d}{_suffix(content[:4])}"
-            if not (folder / name).exists():
-                with _whole(folder / name) as file:
-                    file.write(content)
-            yield name, text
+            _write(folder / name, content)
+            made_from = []
+            given = beside.values(row, sources)
+            for place, source in enumerate(given if not all(isinstance(one, str) for one in given) else (), 1):
+                if (content := _bytes(source)) is None:
+                    raise InputError(
+                        f"{shown}: its {sources[0]} {place} holds no bytes of a picture",
+                        "embed the pictures in the table, or use a .jsonl with their files",
+                    )
+                made_from.append(_source_name(number, place, _suffix(content[:4])))
+                _write(folder / made_from[-1], content)
+            yield name, text, made_from
 
 
 def _from_tar(
-    shard: Path, wanted: set[int], folder: Path, column: str | None, left_out: Tally
-) -> Iterator[tuple[str, str]]:
+    shard: Path, wanted: set[int], folder: Path, column: str | None, left_out: Tally, edited: bool
+) -> Iterator[tuple[str, str, list[str]]]:
     with _archive(shard) as tar:
         for sample in _members(tar, left_out):
             if sample.number not in wanted:
                 continue
-            suffix = next((part for part in sample.parts if f".{part.rpartition('.')[2]}" in decoding.suffixes()), None)
+            shown_parts = [part for part in sample.parts if f".{part.rpartition('.')[2]}" in decoding.suffixes()]
+            sources = {place: part for part in shown_parts if (place := beside.number(part))}
+            suffix = next((part for part in shown_parts if not beside.number(part)), None)
             shown = f"{shard.name} sample {sample.number}"
             text = _caption(tar, sample, column, shown)
             if suffix is None:
@@ -129,10 +146,14 @@ def _from_tar(
                 left_out.add(NO_CAPTION, shown)
             else:
                 name = f"{sample.number:07d}.{suffix.rpartition('.')[2]}"
-                if not (folder / name).exists():
-                    with _whole(folder / name) as file:
-                        shutil.copyfileobj(_content(tar, sample.parts[suffix]), file)
-                yield name, text
+                copied = {name: suffix}
+                for place, part in sorted(sources.items()) if edited else ():
+                    copied[_source_name(sample.number, place, f".{part.rpartition('.')[2]}")] = part
+                for file, part in copied.items():
+                    if not (folder / file).exists():
+                        with _whole(folder / file) as opened:
+                            shutil.copyfileobj(_content(tar, sample.parts[part]), opened)
+                yield name, text, [file for file in copied if file != name]
 
 
 def _samples(shard: Path, left_out: Tally) -> Iterator[Sample]:
@@ -207,6 +228,23 @@ def _text(value: Any, shown: str) -> str | None:
         return prompt_lists.text_of(value)
     except ValueError as error:
         raise InputError(f"{shown}: its caption {error}", "name a column of texts: PATH:COLUMN") from error
+
+
+def _bytes(cell: Any) -> bytes | None:
+    """The bytes of a picture in a cell of a .parquet; None where there are none."""
+    content = cell.get("bytes") if isinstance(cell, dict) else cell
+    return content if isinstance(content, bytes) else None
+
+
+def _source_name(number: int, place: int, suffix: str) -> str:
+    """Name of a copy: source ``place`` of a sample."""
+    return f"{number:07d}.{beside.SOURCE}{f'-{place}' if place > 1 else ''}{suffix}"
+
+
+def _write(file: Path, content: bytes) -> None:
+    if not file.exists():
+        with _whole(file) as opened:
+            opened.write(content)
 
 
 def _suffix(start: bytes) -> str:

@@ -229,7 +229,8 @@ class Job:
         from dcgen_convert.data import given
 
         sources, count = self.pictures_from, self.recipe.data.count
-        return given.take(sources, count, self.sources_folder, self.identity.offline, self.sieve)
+        work, offline = self.sources_folder, self.identity.offline
+        return given.take(sources, count, work, offline, self.sieve, edited=bool(self.family.references))
 
     @property
     def beyond(self) -> Beyond | None:
