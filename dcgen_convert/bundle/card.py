@@ -56,6 +56,12 @@ class Card:
         return self.manifest.get("adopted", {})
 
     @property
+    def references(self) -> int:
+        """Most references that a row of the conversion's pictures had."""
+        found = self.manifest.get("conversion", self.manifest).get("metrics", {})
+        return max((stage.get("references", 0) for stage in found.values() if isinstance(stage, Mapping)), default=0)
+
+    @property
     def trained(self) -> Mapping[str, Any]:
         """The recipe of the conversion."""
         return self.manifest.get("conversion", self.manifest)["recipe"]
@@ -92,7 +98,7 @@ def render(
         _front_matter(card),
         f"# {plain(title)}",
         _summary(card),
-        *([f"Note: {family.experimental}."] if family.experimental else []),
+        *([f"Note: {note}."] if (note := family.note(card.references)) else []),
         *_pictures(manifest),
         "## Use",
         _usage(card),
@@ -224,7 +230,7 @@ def _lines(card: Card) -> list[str]:
     """The code that draws a picture with the bundle."""
     kind = f"DCGen_{card.family.pipeline_class}" if card.layout == "official" else "DiffusionPipeline"
     place, trust = one_line(card.place), ", trust_remote_code=True" if card.adapted else ""
-    lines = ["import torch", f"from diffusers import {kind}", *(LOADING if card.family.references else ()), ""]
+    lines = ["import torch", f"from diffusers import {kind}", *(LOADING if card.family.fewest_references else ()), ""]
     if card.layout == "official":
         lines = [
             f"# The class is part of the DC-Gen authors' code: git clone {AUTHORS}",
@@ -238,7 +244,7 @@ def _lines(card: Card) -> list[str]:
     if card.lora:
         lines.append(f"pipe.load_lora_weights({_quoted(place)})")
     defaults = card.manifest["defaults"]
-    if card.family.references:
+    if card.family.fewest_references:
         lines.append(f'picture = load_image("picture.png").resize(({defaults["width"]}, {defaults["height"]}))')
     return [*lines, f"image = pipe({_arguments(defaults, card.family)}).images[0]"]
 
@@ -251,11 +257,11 @@ def _arguments(defaults: Mapping[str, Any], family: Family) -> str:
     """The family's own call of the stock pipeline, as source code."""
     size = {key: defaults[key] for key in ("height", "width", "steps", "guidance")}
     prompt = "207" if "class_labels" in family.text_keys else "a red fox in the snow"
-    prompt = "make it a red fox in the snow" if family.references else prompt
+    prompt = "make it a red fox in the snow" if family.fewest_references else prompt
     call = family.pipeline_call(None, [prompt], **size, length=defaults["text_length"])
     if "prompt" in call:
         call["prompt"] = prompt
-    given = ["image=picture"] if family.references else []
+    given = ["image=picture"] if family.fewest_references else []
     # by name: FLUX.2's first argument is an image
     return ", ".join([*given, *(f"{key}={value!r}" for key, value in call.items())])
 
@@ -292,6 +298,10 @@ def _limits(card: Card) -> str:
         "file first.",
         "ComfyUI cannot draw with these latents: it has no latent format and no decoder for them.",
     ]
+    if card.references and not card.family.fewest_references:
+        lines.insert(
+            1, f"Trained with up to {card.references} pictures beside the text too: give them as `image=[...]`."
+        )
     lines[1:1] = _untold(card)
     return "\n".join(f"- {line}" for line in lines)
 

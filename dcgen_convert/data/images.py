@@ -20,6 +20,7 @@ from PIL import Image
 
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import atomic_write, json_text, read_lines, read_text, replacing, understood
+from dcgen_convert.core.pixels import to_image
 from dcgen_convert.data import beside, decoding, gathering, metadata
 from dcgen_convert.data.sieve import Sieve
 from dcgen_convert.data.tally import Tally
@@ -267,11 +268,3 @@ def is_whole(file: Path) -> bool:
     except InputError:
         return False
     return True
-
-
-def to_image(pixels: Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1] -> PIL image."""
-    import torch
-
-    array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(array)

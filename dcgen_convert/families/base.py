@@ -110,6 +110,10 @@ class Family:
     default_guidance: ClassVar[float]
     text_length: ClassVar[int] = 1  # text tokens to which training and the bundle's usage pad
 
+    def note(self, references: int = 0) -> str:
+        """Note for users who convert this family with at most ``references`` references in a row; empty: no note."""
+        return self.experimental
+
     @property
     def fewest_references(self) -> int:
         """Pictures that the model must be given beside the text: 0 or 1."""

@@ -237,7 +237,7 @@ def _tokens(resolved: Resolved, sizes: Shapes) -> list[dict]:
 def _notes(fetch: list[dict], resolved: Resolved, sizes: Shapes) -> list[str]:
     """What is experimental, missing or gated; none of it stops a plan."""
     family, count = sizes.family, sizes.references
-    notes = [*resolved.told, *([family.experimental] if family.experimental else [])]
+    notes = [*resolved.told, *([note] if (note := family.note(count)) else [])]
     if count:
         given = "a reference of its size" if count == 1 else f"up to {count} references of its size"
         notes.append(
@@ -260,7 +260,7 @@ def _notes(fetch: list[dict], resolved: Resolved, sizes: Shapes) -> list[str]:
 
 def _doubt(family: Family, data: Data) -> str:
     """Why the prompts of ``data`` will not do to draw from; empty where they may."""
-    if not family.references:
+    if not (family.fewest_references or (family.references and data.sources)):
         return prompts.doubt(data.prompts, data.count)
     if data.prompts not in prompts.CAPTIONS:
         return ""

@@ -72,8 +72,8 @@ def check_few_steps(recipe: Recipe, family: Family, index: Mapping[str, Any] | N
 
 
 def refuse_editing(family: Family, name: object, verb: str, hint: str) -> None:
-    """InputError for a model that edits pictures, given to a verb that draws from text alone."""
-    if family.references:
+    """InputError for a model that must be given pictures, given to a verb that draws from text alone."""
+    if family.fewest_references:
         raise InputError(f"{name} edits pictures: editing models are not known to the verb {verb} yet", hint)
 
 

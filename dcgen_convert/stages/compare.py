@@ -20,6 +20,7 @@ from dcgen_convert.core import clock
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.files import TEMPORARY, replacing
 from dcgen_convert.core.journal import Stage
+from dcgen_convert.core.pixels import to_image
 from dcgen_convert.data import images
 from dcgen_convert.evaluation import tiny_edits, tiny_world
 from dcgen_convert.evaluation.grids import cell, grid
@@ -206,7 +207,7 @@ class Comparison:
         """A column of pictures that come in parts, (B, 3, H, W) in [-1, 1]."""
         column = Column(self.side)
         for pixels in chain.from_iterable(parts):
-            image, file = images.to_image(pixels), self.work / f"{name.replace(' ', '-')}-{len(column.files)}.png"
+            image, file = to_image(pixels), self.work / f"{name.replace(' ', '-')}-{len(column.files)}.png"
             image.save(file, format="PNG", compress_level=1)
             column.files.append(file)
             column.judged.append(seen(pixels[None]))

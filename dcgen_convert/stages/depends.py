@@ -140,7 +140,9 @@ def _counts(job: Job, stage: str, number: int, name: str) -> bool:
     """Whether a setting has a part in this job's result of the stage."""
     if kind_of(stage) == folders.DATA:
         own = job.recipe.data.kind == "folder"
-        if (name == BEYOND and job.beyond is None) or (name == SOURCES and not job.family.references):
+        if (name == BEYOND and job.beyond is None) or (
+            name == SOURCES and not (job.family.fewest_references or edited.drawn(job))
+        ):
             return False
         return name not in DRAWN if own else name != PICTURES
     if name == BASE_VIEW:

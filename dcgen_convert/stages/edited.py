@@ -21,6 +21,24 @@ FOLDER = "references"
 ROW = '{"file": "edited/1.png", "source": "original/1.png", "caption": "make the sky red"}'
 
 
+def drawn(job: Job) -> bool:
+    """Whether what the base draws for these pictures are edits."""
+    data, family = job.recipe.data, job.family
+    asked = data.sources is not None or data.prompts == drawn_edits.WORD
+    return data.kind != "folder" and bool(family.fewest_references or (family.references and asked))
+
+
+def tried(job: Job) -> bool:
+    """Whether the model is tried with edits: where all rows of these pictures have references."""
+    if job.recipe.data.kind != "folder" or not job.family.references:
+        return drawn(job)
+    if job.family.fewest_references:
+        return True
+    index = job.folders.data / images.INDEX  # the user's own may be gone by now
+    found = images.read_index(index, job.pictures_root) if index.exists() else job.taken[0]
+    return all(picture.references for picture in found)
+
+
 def of_prompts(job: Job, count: int, seed: int, folder: Path) -> list[tuple[Path, ...]]:
     """Files of the references for each of the prompts that `captions` gives; none for a model that reads none.
 
@@ -29,12 +47,12 @@ def of_prompts(job: Job, count: int, seed: int, folder: Path) -> list[tuple[Path
         folder: where references are drawn, if they are.
     """
     data = job.recipe.data
-    if not job.family.references:
+    if not tried(job):
         return []
     if data.kind == "folder":
         return [picture.references for picture in shown(job, count)]
-    drawn = data.prompts == drawn_edits.WORD
-    files = drawn_edits.draw(folder, count, seed, data.resolution) if drawn else islice(cycle(sources(job)), count)
+    own = data.prompts == drawn_edits.WORD
+    files = drawn_edits.draw(folder, count, seed, data.resolution) if own else islice(cycle(sources(job)), count)
     return [(file,) for file in files]
 
 
@@ -83,7 +101,7 @@ def require(job: Job, pictures: list[Picture]) -> None:
 def require_instructions(job: Job) -> None:
     """InputError when the base is to draw edits from prompts that are captions, or from pictures that are not there."""
     data = job.recipe.data
-    if not job.family.references or data.prompts == drawn_edits.WORD:
+    if not drawn(job) or data.prompts == drawn_edits.WORD:
         return
     if data.prompts in prompts.CAPTIONS:
         raise InputError(
@@ -104,4 +122,5 @@ def contents(job: Job) -> list[str] | None:
 
 def judging(job: Job) -> Job:
     """The job with the pictures whose kind of instruction the model is tried with: those of the last phase."""
-    return job.of_phase(len(job.recipe.adapt.phases)) if job.family.references else job
+    last = job.of_phase(len(job.recipe.adapt.phases)) if job.family.references else job
+    return last if job.family.fewest_references or tried(last) else job

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from dcgen_convert.core import clock
 from dcgen_convert.core.files import replacing
+from dcgen_convert.core.pixels import to_image
 from dcgen_convert.data import buckets
 from dcgen_convert.data.cache import LatentCache
-from dcgen_convert.data.images import to_image
 from dcgen_convert.evaluation.grids import grid
 from dcgen_convert.families import Family, Text
 from dcgen_convert.networks import autoencoders, pipelines

@@ -18,7 +18,7 @@ from dcgen_convert.evaluation.pixels import through_jpeg
 from dcgen_convert.networks import pipelines
 from dcgen_convert.recipe.drawable import own_side
 from dcgen_convert.recipe.schema import Recipe
-from dcgen_convert.stages import captions
+from dcgen_convert.stages import captions, edited
 from dcgen_convert.stages.job import Job
 
 
@@ -81,7 +81,7 @@ def _settled(job: Job, texts: Sequence[str]) -> list[Measure]:
         "device": pipelines.device(),
         "offline": job.identity.offline,
         "recipe": True,
-        "edited": bool(job.family.references),
+        "edited": edited.tried(edited.judging(job)),
     }
     return measures.chosen(recipe.measures, weights(job.recipe), texts, **place)[0]
 

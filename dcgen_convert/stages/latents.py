@@ -24,6 +24,7 @@ from dcgen_convert.core import clock, pulse
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_json, replacing, write_json
 from dcgen_convert.core.journal import Stage
+from dcgen_convert.core.pixels import to_image
 from dcgen_convert.core.progress import Bar
 from dcgen_convert.data import buckets, cache, decoding, images
 from dcgen_convert.data.ahead import ahead
@@ -295,8 +296,8 @@ def roundtrip(job: Job, stage: Stage, pictures: list[Picture], codec: Codec, spa
         for row in rows:
             pixels = stacked(pictures, [row], span)
             again = codec.decode(codec.encode(pixels))
-            columns["picture"].append(cell(images.to_image(pixels[0])))
-            columns["round trip"].append(cell(images.to_image(again[0])))
+            columns["picture"].append(cell(to_image(pixels[0])))
+            columns["round trip"].append(cell(to_image(again[0])))
             captions.append(pictures[row].caption)
             square, count = square + (again - pixels).square().sum(dtype=torch.float64).item(), count + pixels.numel()
     with replacing(stage.folder / "roundtrip.png") as temporary:

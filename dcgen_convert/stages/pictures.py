@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
@@ -64,7 +65,7 @@ def require(job: Job) -> None:
     elif settings.prompts not in prompts.KINDS:
         edited.require_instructions(job)
         require_classes(job, captions.prompt_list(job).texts)
-    elif job.family.references:
+    elif edited.drawn(job):
         edited.require_instructions(job)
     elif captions.class_names(job.source) is None and (doubt := prompts.doubt(settings.prompts, count)):
         job.console.warn(doubt)
@@ -118,6 +119,9 @@ def run(job: Job, stage: Stage) -> None:
         pictures = synthesise(job)
     images.write_index(stage.folder / images.INDEX, pictures, job.pictures_root)
     stage.metrics.update(pictures=len(pictures), captions=len({picture.caption for picture in pictures}))
+    if counts := Counter(len(given) for picture in pictures if (given := job.references_of(picture))):
+        stage.metrics |= {"references": max(counts), "with_references": counts.total()}
+        job.console.say(f"{name}: {counts.total()} of {len(pictures)} pictures have references, at most {max(counts)}")
     job.console.say(f"{name}: {len(pictures)} pictures, {stage.metrics['captions']} distinct captions")
     tell_captions(job, [picture.caption for picture in pictures])
 

@@ -4,6 +4,7 @@ The stages run in this process, on a family of which one picture more is allowed
 """
 
 import json
+import tarfile
 
 import pytest
 import torch
@@ -81,6 +82,8 @@ def test_rows_of_one_number_lie_together_and_hold_every_reference_in_its_order(s
     assert sorted(numbers) == list(range(COUNT))
     counts = [{len(sources_of(numbers[row])) for row in span} for span in cache.spans]
     assert all(len(found) == 1 for found in counts) and {1, 2} == set.union(*counts)
+    kinds = [(*found, shape) for found, shape in zip(counts, cache.shapes, strict=True)]
+    assert len(set(kinds)) == len(kinds)  # one span for each
     for span in cache.spans:
         z, text = cache.batch(list(span))
         for row, own in zip(span, zip(*references_of(text), strict=True), strict=True):
@@ -123,6 +126,18 @@ def test_a_row_with_more_references_than_the_family_takes_is_refused_by_name(sou
     with pytest.raises(InputError, match=r"3 of 9 pictures .* more than the 1 .* first .*[/]1.png from 2") as caught:
         pictures.require(job_of(source, tmp_path / "run", rows))
     assert "shorten 'source'" in caught.value.hint
+
+
+def test_a_sample_of_a_shard_without_a_source_is_refused_by_its_number(source, rows, tmp_path):
+    with tarfile.open(tmp_path / "rows.tar", "w") as tar:
+        for number in range(3):
+            (tmp_path / "caption.txt").write_text(f"edit {number}")
+            tar.add(rows.parent / f"{number}.png", f"{number}.png")
+            tar.add(tmp_path / "caption.txt", f"{number}.txt")
+            if number != 1:
+                tar.add(rows.parent / "red.png", f"{number}.source.png")
+    with pytest.raises(InputError, match=r"1 of 3 pictures do not say .* first .*rows.tar-.*/0000001.png"):
+        pictures.require(job_of(source, tmp_path / "run", tmp_path / "rows.tar"))
 
 
 def test_an_index_gives_back_one_source_or_several(tmp_path):

@@ -133,8 +133,8 @@ def test_a_plan_says_what_a_reference_costs_and_that_captions_are_no_instruction
     assert edited["flops_before"] > 1.9 * own["flops_before"] and edited["flops_after"] > 1.7 * own["flops_after"]
 
 
-def test_flux_2_says_that_edits_are_not_trained():
-    assert "edits pictures too" in families.get("flux2").experimental
+def test_flux_2_says_that_edits_are_not_trained_unless_they_are():
+    assert "edits pictures too" in families.get("flux2").note() and not families.get("flux2").note(2)
 
 
 def test_a_pipeline_that_edits_is_given_exactly_one_picture():

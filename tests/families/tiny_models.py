@@ -484,5 +484,16 @@ TINY: dict[str, Tiny] = {
     "hidream": Tiny(hidream, wide(axes_dims_rope=[32, 16, 16]), middle=0.001, side=1024, deep_side=1024),
     "flux2-dev": Tiny(flux2_dev, wide(axes_dims_rope=[16, 16, 16, 16]), length=512, guided=False, packed_noise=True),
     "flux2-klein": Tiny(flux2_klein, wide(axes_dims_rope=[16, 16, 16, 16]), length=96, packed_noise=True),
+    "flux2-dev-edits": Tiny(
+        flux2_dev,
+        wide(axes_dims_rope=[16, 16, 16, 16]),
+        length=512,
+        guided=False,
+        packed_noise=True,
+        references=((64, 96), (80, 64)),
+    ),
+    "flux2-klein-edits": Tiny(
+        flux2_klein, wide(axes_dims_rope=[16, 16, 16, 16]), length=96, packed_noise=True, references=((96, 64),)
+    ),
     "unet": Tiny(unet, None, middle=None),
 }

@@ -123,9 +123,9 @@ def keep_states(pipeline, states, steps=None):
 
 
 def reference_pixels(sizes):
-    """Pictures of ``sizes`` (height, width) in px for a model that edits, (3, height, width) in [-1, 1] each."""
+    """Pictures of 8 bits, one for each (height, width) of ``sizes``: (3, height, width) in [-1, 1]."""
     generator = torch.Generator().manual_seed(8)
-    return [torch.rand(3, *size, generator=generator) * 2 - 1 for size in sizes]
+    return [torch.randint(256, (3, *size), generator=generator) / 127.5 - 1 for size in sizes]
 
 
 def reference_latents(sizes, channels, rows=1):
