@@ -31,7 +31,7 @@ from diffusers import ModelMixin
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers.models.autoencoders.vae import DecoderOutput, EncoderOutput
 
-MODULE_NAME = "autoencoder_dc_adapter_v3"
+MODULE_NAME = "autoencoder_dc_adapter_v4"
 CLASS_NAME = "AutoencoderDCAdapter"
 ORDERS = ("c_first", "c_last")
 
@@ -161,8 +161,16 @@ class AutoencoderDCAdapter(AutoencoderDC):
     __init__.__signature__ = _stock.replace(parameters=[*_stock.parameters.values(), *_own])
 
     def encode(self, x: torch.Tensor, return_dict: bool = True) -> AdapterOutput | tuple[torch.Tensor]:
-        """Encode images (B, 3, f h, f w) into exposed latents (B, c/p^2, p h, p w), unscaled; a frame axis is kept."""
-        (deep,) = super().encode(x[:, :, 0] if x.ndim == 5 else x, return_dict=False)
+        """Encode images (B, 3, f h, f w) into exposed latents (B, c/p^2, p h, p w), unscaled; a frame axis is kept.
+
+        Pipelines that edit pictures give sides that are multiples of 32 px, and count the cells of f that are whole.
+        An image with a part of a cell is resized to these.
+        """
+        pixels, f = x[:, :, 0] if x.ndim == 5 else x, self.spatial_compression_ratio
+        whole = tuple(max(f, side // f * f) for side in pixels.shape[-2:])
+        if whole != tuple(pixels.shape[-2:]):
+            pixels = F.interpolate(pixels, size=whole, mode="bilinear", antialias=True)
+        (deep,) = super().encode(pixels, return_dict=False)
         exposed = expose(deep, self.config.latent_pack, self.config.latent_order)
         exposed = exposed.unsqueeze(2) if x.ndim == 5 else exposed
         return AdapterOutput(latent=exposed) if return_dict else (exposed,)

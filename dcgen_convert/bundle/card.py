@@ -220,9 +220,10 @@ def _usage(card: Card) -> str:
 def _versions(card: Card) -> str:
     found = card.manifest["versions"]
     made = ", ".join(f"{package} {found[package]}" for package in PACKAGES if found.get(package))
+    pictures = " torchvision" if card.family.picture_tokens else ""  # its processor is read with it alone
     return (
-        f'`pip install -U "diffusers>=0.42" "transformers>=5.8" accelerate`. Older versions of diffusers ignore '
-        f"`dtype=` and cannot read 4-bit bundles. Made with {made}."
+        f'`pip install -U "diffusers>=0.42" "transformers>=5.8" accelerate{pictures}`. Older versions of diffusers '
+        f"ignore `dtype=` and cannot read 4-bit bundles. Made with {made}."
     )
 
 
@@ -333,6 +334,8 @@ def _untold(card: Card) -> list[str]:
             f"Give height and width in each call, as above. Without them the stock pipeline draws {side} x {side} px, "
             "whatever the model was trained at."
         )
+    if own := card.family.reference_side:
+        lines.append(f"The stock pipeline gives every reference the area of {own} x {own} px, whatever it draws.")
     if "use_resolution_binning" in _arguments(card.manifest["defaults"], card.family):
         lines.append(
             "Give `use_resolution_binning=False`, as above. Without it the stock pipeline draws the nearest size of a "

@@ -26,6 +26,7 @@ from dcgen_convert.core import names
 from dcgen_convert.core.errors import InputError, ResourceError
 from dcgen_convert.core.files import read_json
 from dcgen_convert.families.base import Family
+from dcgen_convert.networks import processors
 from dcgen_convert.networks.parts import check as check_parts
 from dcgen_convert.networks.pipelines import placed, quiet_diffusers
 
@@ -90,7 +91,7 @@ def load(
         own = adapter_part(bundle, index, dtype)
     with quiet_diffusers(), own as vae:
         if isinstance(kind, list) or kind in family.pipelines:
-            parts |= vae
+            parts |= {**vae, **processors.without_torchvision(bundle, index)}
             pipeline = DiffusionPipeline.from_pretrained(bundle, **parts, **options)
         else:
             pipeline = _official(bundle, family, parts, options)

@@ -73,7 +73,8 @@ def sample(  # noqa: PLR0913  every option of the verb by its name
     check_size(family, config, read_json(bundle / "vae" / "config.json"), height, width)
     if doubt := beyond_training(read_manifest(bundle), family, config, height, width):
         console.warn(f"{bundle.name}: {doubt}")
-    references = [reference_of(image, height, width, token_side_of(bundle)) for image in images]
+    shown = family.reference_side
+    references = [reference_of(image, shown or height, shown or width, token_side_of(bundle)) for image in images]
     steps, guidance = steps or defaults["steps"], defaults["guidance"] if guidance is None else guidance
     pipeline, used = load(bundle, dtype, runtime, trust_remote_code=trust_remote_code)
     console.say(describe(bundle, used))
@@ -211,7 +212,7 @@ def require_images(family: Family, images: Sequence[Path]) -> None:
 def reference_of(image: Path, height: int, width: int, cell: int) -> torch.Tensor:
     """The picture in a file as a reference of ``height`` x ``width`` px, but in its own shape: (3, H, W) in [-1, 1].
 
-    The area is that of the picture which is drawn, as in training; both sides are multiples of ``cell`` px.
+    The area is that of ``height`` x ``width``; both sides are multiples of ``cell`` px.
 
     Raises:
         InputError: there is no such file, or it is no picture.

@@ -27,6 +27,7 @@ ADAPTERS = {
         "8954b76bca7e4ba51146b5a99df67646a08764ed1a7dc397054412680e676b75",  # with the licence's line
     ),
     "autoencoder_dc_adapter_v3": ("7a1e401a45df3677b51c6325346c8a0fa286194d1f27a029824ed8981dfaabfc",),
+    "autoencoder_dc_adapter_v4": ("3274b246d1401e5263977e7a80e4cef56c85504cced59dab381ced3ea650c7a3",),
 }
 CODE = (".py", ".pyc", ".pyd", ".so")
 FOLLOWS_AUTO_MAP = re.compile(r"Auto(?!encoder)|\w*Processor$")  # classes that look for another class in a JSON file

@@ -55,14 +55,14 @@ class LatentCache:
         folder: Path,
         resolution: int,
         rows: Sequence[int] | None = None,
-        encode: Callable[[list[str]], dict[str, Tensor]] | None = None,
+        encode: Callable[[list[int]], dict[str, Tensor]] | None = None,
         key: Mapping[str, Any] | None = None,
     ) -> None:
         """
         Args:
             resolution: picture side in px; with buckets, of the square.
             rows: the rows that this view shows, ascending; None: all.
-            encode: captions -> condition, for a cache that holds no text embeddings.
+            encode: rows of the cache -> their condition, for a cache that holds no text embeddings.
             key: what the rows must have been made from; None asks for nothing.
         Raises:
             InputError: the cache is of something else, or holds no latents at that resolution.
@@ -107,10 +107,10 @@ class LatentCache:
         return latents.pop("z"), {**self.condition(indices), **latents}
 
     def condition(self, indices: list[int] | Tensor) -> dict[str, Tensor]:
-        """Conditions of rows ``indices``, read from the cache or encoded from their captions; without references."""
+        """Conditions of rows ``indices``, read from the cache or encoded now; without references."""
         if self._encode is None:
             return self.read("text", indices)
-        return self._encode(self.captions(indices))
+        return self._encode([self.rows[int(i)] for i in indices])
 
     def captions(self, indices: Iterable[int] | Tensor) -> list[str]:
         """Captions of rows ``indices``."""

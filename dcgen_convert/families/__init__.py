@@ -21,6 +21,7 @@ from dcgen_convert.families.krea2 import Krea2
 from dcgen_convert.families.lumina2 import Lumina2
 from dcgen_convert.families.pixart import PixArt
 from dcgen_convert.families.qwenimage import QwenImage
+from dcgen_convert.families.qwenimage_edit import QwenImageEdit, QwenImageEditPlus
 from dcgen_convert.families.sana import Sana
 from dcgen_convert.families.sana_sprint import SanaSprint
 from dcgen_convert.families.sd3 import SD3
@@ -53,6 +54,8 @@ FAMILIES: dict[str, Family] = {
         DiT(),
         SD3(),
         PixArt(),
+        QwenImageEdit(),
+        QwenImageEditPlus(),
         QwenImage(),
         Krea2(),
         ZImage(),

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor, nn
 
 TEXT_WIDTHS = ("joint_attention_dim", "caption_channels", "text_embed_dim", "cap_feat_dim", "text_hidden_dim")
@@ -25,6 +26,7 @@ Pipeline = Any  # a stock DiffusionPipeline
 # clean latents of the references too: see `reference_keys` and `references_of`.
 Text = dict[str, "Tensor"]
 REFERENCE = "reference"
+NULL = "null:"  # begins the keys of the empty prompt's condition, where it belongs to a row: see `picture_tokens`
 ON_PURPOSE = "kept dense"  # first words of the reason when a linear stays dense by choice, not because of its size
 
 
@@ -109,6 +111,11 @@ class Family:
     default_steps: ClassVar[int]
     default_guidance: ClassVar[float]
     text_length: ClassVar[int] = 1  # text tokens to which training and the bundle's usage pad
+    # Where the text encoder sees the references too: text tokens that it makes of each at most. Then every row has
+    # conditions of its own: of its prompt, and of the empty prompt.
+    picture_tokens: ClassVar[int] = 0
+    # Side in px of the square whose area the stock pipeline gives to every reference; None: it takes them as they are.
+    reference_side: ClassVar[int | None] = None
 
     def note(self, references: int = 0) -> str:
         """Note for users who convert this family with at most ``references`` references in a row; empty: no note."""
@@ -248,6 +255,10 @@ class Family:
         mu = self.mu(tokens, scheduler)
         return mu if scheduler.get("time_shift_type") == "linear" else math.exp(mu)
 
+    def condition_length(self, length: int) -> int:
+        """Text tokens of a condition whose prompts are padded to ``length``, with those of the references."""
+        return length + self.references * self.picture_tokens
+
     def text_width(self, config: dict[str, Any]) -> int:
         """Numbers in the condition of one text token; the size of the text cache follows from it."""
         width = next((config[key] for key in TEXT_WIDTHS if config.get(key)), 0)
@@ -310,6 +321,10 @@ class Family:
             return prediction if self.prediction == "flow" else -prediction
         return (prediction - z) / (1 - t).clamp_min(1e-4)[:, None, None, None]
 
+    def guided(self, v: Tensor, v_0: Tensor, guidance: float) -> Tensor:
+        """Classifier-free guidance: velocities of the prompt and of the empty prompt, (B, C, h, w), put together."""
+        return v_0 + guidance * (v - v_0)
+
     def noise_times(self) -> Tensor:
         """Noise level t of every step of the DDPM schedule of an epsilon family, (S,) float64."""
         raise TypeError(f"{type(self).__name__} has no DDPM schedule")
@@ -365,6 +380,12 @@ class Family:
     def encode_text(self, pipeline: Pipeline, prompts: list[str], length: int) -> Text:
         """Condition of each prompt, from the encoders of the stock pipeline, padded to ``length`` text tokens."""
         raise TypeError(f"{type(self).__name__} states no encode_text")
+
+    def encode_seen(
+        self, pipeline: Pipeline, prompts: list[str], length: int, pictures: Sequence[Sequence[Image]]
+    ) -> Text:
+        """As `encode_text`, with the references of each prompt; padded to `condition_length` of ``length``."""
+        raise TypeError(f"{type(self).__name__} states no encode_seen")
 
     def pipeline_call(
         self,

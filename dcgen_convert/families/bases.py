@@ -59,6 +59,8 @@ BASES = (
     Base("lumina2", "Alpha-VLLM/Lumina-Image-2.0", "lumina2.json", 8, 16),
     Base("zimage", "Tongyi-MAI/Z-Image", "zimage.json", 8, 16),
     Base("qwenimage", "Qwen/Qwen-Image", "qwenimage.json", 8, 16),
+    Base("qwenimage-edit", "Qwen/Qwen-Image-Edit", "qwenimage.json", 8, 16),
+    Base("qwenimage-edit-plus", "Qwen/Qwen-Image-Edit-2511", "qwenimage-edit-2511.json", 8, 16),
     Base("auraflow", "fal/AuraFlow-v0.3", "auraflow.json", 8, 4),
     Base("unet", "stable-diffusion-v1-5/stable-diffusion-v1-5", "sd-1.5.json", 8, 4),
     Base("krea2", "krea/Krea-2-Raw", "krea2.json", 8, 16),

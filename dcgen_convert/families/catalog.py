@@ -89,6 +89,7 @@ _BFL = "flux-1-dev-non-commercial-license"
 # FLUX: T5-XXL encoder 4,762,310,656 + CLIP-L 123,060,480 + AutoencoderKL 83,819,683. SANA: Gemma-2-2B 2,614,341,888 +
 # DC-AE 312,250,275. DiT: the VAE of Stable Diffusion 83,653,863.
 _FLUX_EXTRA, _SANA_EXTRA, _DIT_EXTRA = 4_969_190_819, 2_926_592_163, 83_653_863
+_QWEN_EXTRA = 8_419_059_187  # Qwen2.5-VL-7B 8,292,166,656 + AutoencoderKLQwenImage 126,892,531
 _SD_EXTRA = 123_060_480 + _DIT_EXTRA
 
 SOURCES: dict[str, SourceEntry] = {
@@ -119,6 +120,32 @@ SOURCES: dict[str, SourceEntry] = {
             patch=2,
             recipe="flux-kontext",
             extra_parameters=_FLUX_EXTRA,
+        ),
+        SourceEntry(
+            name="qwen-image-edit",
+            repo="Qwen/Qwen-Image-Edit",
+            family="qwenimage-edit",
+            licence="apache-2.0",
+            gated=False,
+            config="qwenimage.json",
+            vae_factor=8,
+            vae_channels=16,
+            patch=2,
+            recipe="qwen-image-edit",
+            extra_parameters=_QWEN_EXTRA,
+        ),
+        SourceEntry(
+            name="qwen-image-edit-2511",
+            repo="Qwen/Qwen-Image-Edit-2511",
+            family="qwenimage-edit-plus",
+            licence="apache-2.0",
+            gated=False,
+            config="qwenimage-edit-2511.json",
+            vae_factor=8,
+            vae_channels=16,
+            patch=2,
+            recipe="qwen-image-edit",
+            extra_parameters=_QWEN_EXTRA,
         ),
         SourceEntry(
             name="flux-dev",

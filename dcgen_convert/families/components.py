@@ -28,7 +28,8 @@ class Component:
 
     Attributes:
         library, kind: the class that loads it.
-        config: its config.json; of a tokenizer {"size": entries of its vocabulary, "model_max_length": tokens}.
+        config: its config.json; of a tokenizer {"size": entries of its vocabulary, "model_max_length": tokens}, as of a
+            processor, which has a tokenizer.
         dtype: of its weights; None: it has none.
     """
 
@@ -85,8 +86,8 @@ def _scheduler(name: str) -> Component:
     return Component(DIFFUSERS, config["_class_name"], config)
 
 
-def _kl(name: str, dtype: str) -> Component:
-    return Component(DIFFUSERS, "AutoencoderKL", _config(name), dtype)
+def _kl(name: str, dtype: str, kind: str = "AutoencoderKL") -> Component:
+    return Component(DIFFUSERS, kind, _config(name), dtype)
 
 
 def _text(kind: str, name: str) -> Component:
@@ -123,6 +124,16 @@ def _sana(scheduler: str) -> dict[str, Component]:
     }
 
 
+def _qwen_edit() -> dict[str, Component]:
+    return {
+        "scheduler": _scheduler("flow-qwenimage"),
+        "vae": _kl("kl-qwenimage", BF16, "AutoencoderKLQwenImage"),
+        "text_encoder": _text("Qwen2_5_VLForConditionalGeneration", "qwen2.5-vl-7b"),
+        "tokenizer": _tokenizer("Qwen2Tokenizer", 151665, model_max_length=131072),
+        "processor": _tokenizer("Qwen2VLProcessor", 151665, model_max_length=131072),
+    }
+
+
 def _dit() -> dict[str, Component]:
     return {"scheduler": _scheduler("ddim-dit"), "vae": _kl("kl-sd", F32)}
 
@@ -131,6 +142,8 @@ _BESIDE = {  # source -> what stands beside its network
     "flux-krea": lambda: _flux("flow-flux-dev"),
     "flux-dev": lambda: _flux("flow-flux-dev"),
     "flux-kontext": lambda: _flux("flow-flux-dev"),
+    "qwen-image-edit": _qwen_edit,
+    "qwen-image-edit-2511": _qwen_edit,
     "flux-schnell": lambda: _flux("flow-flux-schnell"),
     "sana-1.6b": lambda: _sana("dpm-sana"),
     "sana-sprint-1.6b": lambda: _sana("scm-sana-sprint"),

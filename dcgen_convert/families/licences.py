@@ -58,6 +58,9 @@ TERMS = {
 }
 DECLARED = {  # hub id -> licence, as declared when this was written
     "Qwen/Qwen-Image": "apache-2.0",
+    "Qwen/Qwen-Image-Edit": "apache-2.0",
+    "Qwen/Qwen-Image-Edit-2509": "apache-2.0",
+    "Qwen/Qwen-Image-Edit-2511": "apache-2.0",
     "fal/AuraFlow-v0.3": "apache-2.0",
     "Alpha-VLLM/Lumina-Image-2.0": "apache-2.0",
     "lodestones/Chroma1-HD": "apache-2.0",

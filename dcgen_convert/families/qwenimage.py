@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dcgen_convert.families.base import Family, Network, Pipeline, Text
 
@@ -28,7 +28,7 @@ class QwenImage(Family):
     )
     awq_pattern = r"transformer_blocks\.\d+\.(img_mod|txt_mod)\.1"
     bundle_tier = 2
-    default_cells = 128
+    default_cells: ClassVar[int | None] = 128
     default_steps = 50
     default_guidance = 4.0
     text_length = 512

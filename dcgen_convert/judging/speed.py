@@ -140,7 +140,8 @@ class Bench:
         for name, model in self.pair.models.items():
             self.bring([one.network for one in self.pair.models.values()])
             each = max(1, (steps[name]["peak_bytes"] or 0) - weights([model.network]))
-            batch = min(MOST_TOGETHER, at_once.pictures(each, at_once.free_bytes(self.device)))
+            most = 1 if model.family.picture_tokens else MOST_TOGETHER  # such a pipeline takes one prompt in a call
+            batch = min(most, at_once.pictures(each, at_once.free_bytes(self.device)))
             drawings[name] = self._that_fits(name, side, batch)
         return self._row([one.network for one in self.pair.models.values()], drawings, Recorded.one_step, _network)
 

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from dcgen_convert.checkpoint import trust
@@ -15,8 +16,8 @@ from dcgen_convert.core import clock, pulse
 from dcgen_convert.core.bars import quieted
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.families import Family, Text
-from dcgen_convert.families.base import Pipeline
-from dcgen_convert.networks import parts, tiles
+from dcgen_convert.families.base import NULL, Pipeline
+from dcgen_convert.networks import parts, processors, tiles
 from dcgen_convert.networks.wide import widen
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -34,6 +35,7 @@ def load_pipeline(source: Source, dtype: torch.dtype, **components: Any) -> Pipe
     """
     if "safety_checker" in source.index:
         components = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False, **components}
+    components = {**processors.without_torchvision(source.root, source.index), **components}
     require_parts(source, components)
     parts.check(source.root, {part: value for part, value in source.index.items() if part not in components})
     with quiet_diffusers():
@@ -62,9 +64,26 @@ def load_text_encoders(source: Source, dtype: torch.dtype) -> Pipeline:
 
 
 @torch.no_grad()
-def encode_text(family: Family, pipeline: Pipeline, prompts: Sequence[str], length: int) -> Text:
-    """Conditions of the B ``prompts``; each tensor is (B, ...) and on the CPU."""
-    return {key: value.cpu() for key, value in family.encode_text(pipeline, list(prompts), length).items()}
+def encode_text(
+    family: Family,
+    pipeline: Pipeline,
+    prompts: Sequence[str],
+    length: int,
+    pictures: Sequence[Sequence[Image]] = (),
+) -> Text:
+    """Conditions of the B ``prompts``; each tensor is (B, ...) and on the CPU.
+
+    Args:
+        pictures: the references of each prompt. A family whose text encoder sees them reads them: its conditions hold
+            that of the empty prompt beside the same references too, under `base.NULL`.
+    """
+    if not family.picture_tokens:
+        found = family.encode_text(pipeline, list(prompts), length)
+    else:
+        found = family.encode_seen(pipeline, list(prompts), length, pictures)
+        null = family.encode_seen(pipeline, [""] * len(prompts), length, pictures)
+        found = {**found, **{NULL + key: value for key, value in null.items()}}
+    return {key: value.cpu() for key, value in found.items()}
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from dcgen_convert.checkpoint.stream import Item
 from dcgen_convert.checkpoint.tensors import TORCH
 from dcgen_convert.families.base import Pipeline
 from dcgen_convert.families.components import Component, Layout
-from dcgen_convert.networks import random_source, random_weights
+from dcgen_convert.networks import processors, random_source, random_weights
 from dcgen_convert.networks.pipelines import quiet_diffusers
 from dcgen_convert.networks.wide import widen
 
@@ -87,7 +87,8 @@ def pipeline(layout: Layout, dtype: torch.dtype, numbers: Tensor) -> Pipeline:
     networks = {key: network(part, dtype, key, numbers) for key, part in layout.parts.items() if part.dtype}
     with TemporaryDirectory() as folder, quiet_diffusers():
         random_source.write_rest(layout, Path(folder))
-        found = getattr(diffusers, layout.pipeline).from_pretrained(folder, dtype=dtype, **networks)
+        others = processors.without_torchvision(Path(folder), random_source.index_of(layout))
+        found = getattr(diffusers, layout.pipeline).from_pretrained(folder, dtype=dtype, **networks, **others)
     found.set_progress_bar_config(disable=True)
     return found
 

@@ -77,7 +77,7 @@ def write_layout(layout: Layout, name: str, folder: Path, seed: int, console: Co
                 (target / key).mkdir()
                 _write_part(part, items[key], target / key, bar.advance)
         _write_card(target, name, seed)
-        write_json(target / "model_index.json", _index(layout))
+        write_json(target / "model_index.json", index_of(layout))
 
     return once(folder, _made_of(name, seed, asdict(layout)), fill)
 
@@ -107,7 +107,7 @@ def write_rest(layout: Layout, folder: Path) -> None:
         if part.dtype is None:
             (folder / key).mkdir()
             _write_part(part, {}, folder / key, lambda _: None)
-    write_json(folder / "model_index.json", _index(layout))
+    write_json(folder / "model_index.json", index_of(layout))
 
 
 def _items(name: str, part: Component, numbers: Tensor) -> dict[str, Item]:
@@ -130,7 +130,7 @@ def _write_part(part: Component, items: Mapping[str, Item], folder: Path, advanc
         write_json(folder / "config.json", {**part.config, **stated})
 
 
-def _index(layout: Layout) -> dict[str, Any]:
+def index_of(layout: Layout) -> dict[str, Any]:
     """model_index.json."""
     import diffusers
 

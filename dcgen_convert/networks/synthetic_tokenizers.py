@@ -1,4 +1,5 @@
-"""Tokenizers of the right class and the right number of entries, with a made-up vocabulary.
+"""Tokenizers of the right class and the right number of entries, with a made-up vocabulary; and what prepares pictures
+for a text encoder, which has a tokenizer too.
 
 The entries are single characters, pairs of lower-case letters, and groups of four. So a word of English has two or
 three tokens, about as many as with a trained vocabulary, and the ids are spread over all of it. Special tokens have the
@@ -14,6 +15,7 @@ from string import ascii_lowercase, digits, punctuation
 from typing import Any
 
 from dcgen_convert.core.errors import InputError
+from dcgen_convert.networks.processors import for_pictures
 
 END = "</w>"  # CLIP's mark of the last piece of a word
 SPACE = "▁"  # as T5 and Gemma write a space
@@ -21,6 +23,12 @@ CHARACTERS = [SPACE, *ascii_lowercase, *ascii_lowercase.upper(), *digits, *punct
 PAIRS = ["".join(pair) for pair in product(ascii_lowercase, repeat=2)]
 STRIDE = 271_829  # has no divisor in common with the number of groups, so each comes once
 EXTRA = 100  # T5's sentinels
+QWEN = (  # in the order of their ids, the first is 151,643 in the published vocabulary
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>", "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>",
+    "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>",
+)  # fmt: skip
 GROUP, PAIR, CHARACTER = -10.0, -8.0, -6.0  # T5's scores are log-probabilities: one large piece beats two small ones
 
 
@@ -35,10 +43,11 @@ def write(kind: str, size: int, folder: Path, **options: Any) -> None:
     """
     if kind not in BUILDERS:
         raise InputError(f"no synthetic tokenizer of the class {kind} can be built", f"known: {', '.join(BUILDERS)}")
-    tokenizer = BUILDERS[kind](size, options)
-    if len(tokenizer) != size:
-        raise InputError(f"a {kind} needs at least {len(tokenizer)} entries, {size} were asked for")
-    tokenizer.save_pretrained(folder)
+    made = BUILDERS[kind](size, options)
+    entries = len(getattr(made, "tokenizer", made))
+    if entries != size:
+        raise InputError(f"a {kind} needs at least {entries} entries, {size} were asked for")
+    made.save_pretrained(folder)
 
 
 def groups() -> Iterator[tuple[str, str]]:
@@ -99,8 +108,36 @@ def t5(size: int, options: dict[str, Any]) -> Any:
     return T5Tokenizer(vocab=[*special, *characters, *islice(larger, room), *sentinels], extra_ids=EXTRA, **options)
 
 
+def qwen2(size: int, options: dict[str, Any]) -> Any:
+    """Bytes and merges; the special tokens are the last entries."""
+    from transformers import Qwen2Tokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    characters = list(bytes_to_unicode().values())
+    pairs = ((pair[0], pair[1]) for pair in PAIRS)
+    merges = list(islice(chain(pairs, groups()), max(0, size - len(characters) - len(QWEN))))
+    vocab = _numbered([*characters, *map("".join, merges)])
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, pad_token=QWEN[0], **options)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(QWEN[1:])})
+    return tokenizer
+
+
+def qwen2_processor(size: int, options: dict[str, Any]) -> Any:
+    """The tokenizer and what prepares pictures, of the published size: up to 16,384 tokens for each."""
+    from transformers import Qwen2VLImageProcessorPil
+
+    most = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 16384}
+    return for_pictures()(image_processor=Qwen2VLImageProcessorPil(size=most), tokenizer=qwen2(size, options))
+
+
 def _numbered(entries: list[str]) -> dict[str, int]:
     return {entry: number for number, entry in enumerate(entries)}
 
 
-BUILDERS = {"CLIPTokenizer": clip, "GemmaTokenizer": gemma, "T5Tokenizer": t5}
+BUILDERS = {
+    "CLIPTokenizer": clip,
+    "GemmaTokenizer": gemma,
+    "T5Tokenizer": t5,
+    "Qwen2Tokenizer": qwen2,
+    "Qwen2VLProcessor": qwen2_processor,
+}

@@ -355,7 +355,7 @@ def _looked(recipe: Recipe, once: float) -> float:
 
 def _text_flops(sizes: Shapes) -> float:
     """FLOPs of encoding one prompt: nearly all of the companions' parameters are those of the text encoder."""
-    return 2.0 * sizes.companions * sizes.text
+    return 2.0 * sizes.companions * sizes.text * sizes.conditions
 
 
 def _base_share(sizes: Shapes) -> float:

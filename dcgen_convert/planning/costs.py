@@ -146,9 +146,12 @@ def _cached(recipe: Recipe, sizes: Shapes, number: int) -> dict[str, float]:
 
 def text_bytes(recipe: Recipe, sizes: Shapes) -> float:
     """Bytes of the embeddings of one caption that the run keeps."""
-    if recipe.latents.text != "cache":
-        return 0.0
-    return (4 if recipe.dtype == "fp32" else BF16) * float(sizes.text * sizes.base.text_width)
+    return embedding_bytes(recipe, sizes) if recipe.latents.text == "cache" else 0.0
+
+
+def embedding_bytes(recipe: Recipe, sizes: Shapes) -> float:
+    """Bytes of the embeddings of one caption."""
+    return sizes.conditions * (4 if recipe.dtype == "fp32" else BF16) * float(sizes.text * sizes.base.text_width)
 
 
 def picture_bytes(recipe: Recipe, number: int) -> float:

@@ -244,6 +244,7 @@ def _notes(fetch: list[dict], resolved: Resolved, sizes: Shapes) -> list[str]:
             f"it edits: each picture comes with {given}. The networks see the tokens of all too, {count + 1} times as "
             "many as the table of tokens says; time, memory and disk are priced with them"
         )
+    notes += _seen(resolved.recipe, sizes)
     for row in (row for row in fetch if not row["cached"]):
         if row["gated"]:
             notes.append(f"{row['repo']} is gated: accept its licence at {row['accept_at']} and set HF_TOKEN")
@@ -255,6 +256,25 @@ def _notes(fetch: list[dict], resolved: Resolved, sizes: Shapes) -> list[str]:
         drawn = [data for data in every if data.kind == "synthetic"]
         doubts = [_doubt(family, data) for data in drawn]
         notes += dict.fromkeys(doubt for doubt in doubts if doubt)
+    return notes
+
+
+def _seen(recipe: Recipe, sizes: Shapes) -> list[str]:
+    """What follows where the text encoder sees the references, and where the pipeline resizes them."""
+    family, notes, last = sizes.family, [], recipe.adapt.phases[-1].resolution
+    if family.picture_tokens:
+        each = costs.embedding_bytes(recipe, sizes)
+        done = "computed in every step" if recipe.latents.text == "encode" else "stored"
+        notes.append(
+            f"the text encoder of a {family.name} model sees the references: text embeddings are {each / 1e6:.0f} MB "
+            f"for each row, and no row shares them. With latents.text {recipe.latents.text} they are {done}"
+        )
+    if family.reference_side not in (None, last):
+        side = family.reference_side
+        notes.append(
+            f"the stock {family.pipeline_class} gives every reference the area of {side} x {side} px, and the last "
+            f"phase, at {last} px, trains with references of its own size: let it end at {side} px"
+        )
     return notes
 
 

@@ -54,6 +54,11 @@ class Shapes:
         new = each * sum(self.new.c * (side // self.new.f) ** 2 for side in sides)
         return new + aligned * each * self.old.c * (self.alignment.side // self.old.f) ** 2
 
+    @property
+    def conditions(self) -> int:
+        """Conditions of a row: its prompt's, and one of the empty prompt where the text encoder sees the references."""
+        return 2 if self.family.picture_tokens else 1
+
     def passes(self, guidance: float) -> int:
         """Forward passes of a denoising step: classifier-free guidance has two."""
         return 2 if self.family.guidance == "cfg" and guidance > 1 else 1
@@ -88,5 +93,5 @@ def shapes_of(recipe: Recipe, source: Identity) -> Shapes:
     aligned = alignment.alignment(recipe, source, new)
     base = structure(config)
     converted = structure(family.convert_config(config, new.f, new.c, recipe.adapt.phases[-1].resolution))
-    text = (recipe.latents.text_length or family.text_length) if base.text_width else 0
+    text = family.condition_length(recipe.latents.text_length or family.text_length) if base.text_width else 0
     return Shapes(source, base, converted, new, text, aligned, most_references(recipe, family))

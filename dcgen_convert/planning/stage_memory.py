@@ -27,10 +27,10 @@ FP32 = 4
 DEEP_FACTOR = 32  # a base with this f draws with a deep autoencoder of its own
 PIXELS = 100  # bytes per px of a picture that is read, on the host: what is decoded, read ahead, and put together
 DRAWN = 48  # bytes per px of a picture that was drawn, on the host: as it came, moved, and in 8 bits
-OWN = {
-    "flux2": "AutoencoderKLFlux2",
-    "qwenimage": "AutoencoderKLQwenImage",
-    "hunyuanimage": "AutoencoderKLHunyuanImage",
+OWN = {  # by the class of the network
+    "Flux2Transformer2DModel": "AutoencoderKLFlux2",
+    "QwenImageTransformer2DModel": "AutoencoderKLQwenImage",
+    "HunyuanImageTransformer2DModel": "AutoencoderKLHunyuanImage",
 }
 
 
@@ -141,9 +141,9 @@ def autoencoder_bytes(recipe: Recipe, sizes: Shapes) -> tuple[Bytes, Bytes]:
         ours = reader.optional(Path(entry.where if entry else recipe.ae) / "config.json") or {}
     folder = source.entry.folder if source.entry else None
     theirs = source.vae or (reader.optional(folder / "vae" / "config.json") if folder else None)
-    if theirs is None and sizes.old.f >= DEEP_FACTOR and sizes.family.name not in OWN:
+    if theirs is None and sizes.old.f >= DEEP_FACTOR and sizes.family.model_class not in OWN:
         theirs = {}
-    theirs = theirs if theirs is not None else {"_class_name": OWN.get(sizes.family.name, "AutoencoderKL")}
+    theirs = theirs if theirs is not None else {"_class_name": OWN.get(sizes.family.model_class, "AutoencoderKL")}
     return pixel_memory.bytes_per_pixel(ours), pixel_memory.bytes_per_pixel(theirs)
 
 

@@ -42,15 +42,20 @@ def recipe_for(source: Identity, chosen: str | None) -> tuple[str, bool]:
 
 
 def family_defaults(source: Identity) -> dict[str, Any]:
-    """What the general recipe leaves to the family: steps, guidance, and the loss that its kind of guidance needs."""
+    """What the general recipe leaves to the family: steps, guidance, the loss that its kind of guidance needs.
+
+    Text embeddings of a family whose text encoder sees the references are large, and each row has its own: they are not
+    stored.
+    """
     family = source.family
     drawing = {"steps": family.default_steps, "guidance": family.default_guidance}
     distilled = family.guidance == "embedded" and source.config.get("guidance_embeds")
-    return {
+    found = {
         "data": drawing,
         "bundle": drawing,
         "adapt": {"objective": "guidance-corrected" if distilled else "flow"},
     }
+    return {**found, "latents": {"text": "encode"}} if family.picture_tokens else found
 
 
 def check_few_steps(recipe: Recipe, family: Family, index: Mapping[str, Any] | None) -> None:

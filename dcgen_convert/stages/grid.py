@@ -26,6 +26,8 @@ from dcgen_convert.stages.watched import Watched
 from dcgen_convert.train.objective import Velocity, drop_text, shift_t
 from dcgen_convert.train.watch import sheet_of
 
+Combine = Callable[[Tensor, Tensor, float], Tensor]  # `Family.guided`
+
 
 def noise_levels(family: Family, steps: int, tokens: int, scheduler: dict[str, Any]) -> Tensor:
     """(steps + 1,) descending levels t, the last 0: spaced as the bundle samples, or over a DDPM schedule."""
@@ -37,12 +39,12 @@ def noise_levels(family: Family, steps: int, tokens: int, scheduler: dict[str, A
 
 
 def sample(
-    velocity: Velocity, z: Tensor, levels: Tensor, text: Text, null: Text, guidance: float, combine: bool
+    velocity: Velocity, z: Tensor, levels: Tensor, text: Text, null: Text, guidance: float, combine: Combine | None
 ) -> Tensor:
     """Euler steps of dz/dt = v from noise z (B, C, h, w) at levels[0] down to levels[-1].
 
     Args:
-        combine: classifier-free guidance v_0 + g (v_c - v_0) of two passes; else g goes into the network.
+        combine: the family's classifier-free guidance of two passes; None: g goes into the network.
     """
     for t, following in pairwise(levels.to(z.device)):
         times = t.expand(len(z))
@@ -50,7 +52,7 @@ def sample(
         v = velocity(z, times, text, g)
         if combine and guidance != 1:
             v_0 = velocity(z, times, null, g)
-            v = v_0 + guidance * (v - v_0)
+            v = combine(v, v_0, guidance)
         z = z + (following - t) * v
     return z
 
@@ -76,7 +78,7 @@ def drawing(
             generators = [torch.Generator().manual_seed(job.recipe.seed * 1_000_003 % 2**63 + i) for i in part]
             noise = torch.stack([torch.randn(z0.shape[1:], generator=generator) for generator in generators]).to(device)
             levels = noise_levels(job.family, settings.steps, z0.shape[2] * z0.shape[3], job.scheduler)
-            combine = job.family.guidance == "cfg"
+            combine = job.family.guided if job.family.guidance == "cfg" else None
             with clock.timed("grids", len(part) * settings.steps):
                 latents.append((sample(velocity, noise, levels, text, null, settings.guidance, combine), z0))
         if job.crew.rank:

@@ -20,8 +20,8 @@ from dcgen_convert.core.errors import InputError, RecipeError
 from dcgen_convert.core.files import hashes, read_json, read_object, sha256
 from dcgen_convert.core.journal import MARKER, Run
 from dcgen_convert.data.buckets import nearest
-from dcgen_convert.families import Family, Text, catalog, legacy
-from dcgen_convert.families.base import reference_keys
+from dcgen_convert.families import Family, catalog, legacy
+from dcgen_convert.families.base import Pipeline, reference_keys
 from dcgen_convert.families.grid import Grid, autoencoder_grid
 from dcgen_convert.networks import autoencoder_files, parts
 from dcgen_convert.networks.pipelines import stock_pipeline
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from dcgen_convert.data.given import PictureSource
     from dcgen_convert.data.images import Picture
     from dcgen_convert.data.sieve import Sieve
+    from dcgen_convert.stages.conditions import Conditions
 
 T = TypeVar("T")
 AE_PATTERNS = ["config.json", "*.safetensors", "*.safetensors.index.json", "README.md", "LICENSE*"]
@@ -306,20 +307,22 @@ class Job:
         base = Grid(f, c, self.family.patch(config, c))
         return {px: bucket_sizes(self.family, config, base, self.ae.grid, px) for px in self.resolutions}
 
+    def conditions(self, encoders: Callable[[], Pipeline], side: int) -> Conditions:
+        """What encodes the rows of these pictures at the resolution ``side``, with what ``encoders`` gives."""
+        from dcgen_convert.stages.conditions import Conditions
+
+        place, shapes = (self.folders.latents, self.pictures_root), self.buckets.get(side, [])
+        return Conditions(self.family, encoders, self.text_length, *place, side, shapes)
+
     def rows(self, resolution: int) -> LatentCache:
-        """The latent cache of these pictures. Where the recipe encodes on the fly, the first caption loads the
+        """The latent cache of these pictures. Where the recipe encodes on the fly, the first batch loads the
         encoders.
         """
         from dcgen_convert.data.cache import LatentCache
-        from dcgen_convert.networks import pipelines
         from dcgen_convert.stages import source_pipeline
 
         encoders = cache(partial(source_pipeline.text_encoders, self.source, self.dtype))
-
-        def encode(captions: list[str]) -> Text:
-            return pipelines.encode_text(self.family, encoders(), captions, self.text_length)
-
-        on_the_fly = encode if self.recipe.latents.text == "encode" else None
+        on_the_fly = self.conditions(encoders, resolution).of if self.recipe.latents.text == "encode" else None
         return LatentCache(self.folders.latents, resolution, encode=on_the_fly, key=self.latents_key)
 
     @property

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator
+from functools import cache as lazily
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -40,6 +41,7 @@ from dcgen_convert.planning.costs import LATENT, text_bytes
 from dcgen_convert.planning.shapes import shapes_of
 from dcgen_convert.stages import pictures as pictures_stage
 from dcgen_convert.stages import precision, source_pipeline
+from dcgen_convert.stages.conditions import Conditions
 from dcgen_convert.stages.job import Job
 from dcgen_convert.stages.pictures import require_few
 
@@ -422,7 +424,7 @@ def require_scale(job: Job, scale: float, measured: float, where: str = "") -> N
 def encode_captions(job: Job, stage: Stage, pictures: list[Picture]) -> None:
     """Write captions.safetensors, the tables "text" (unless the recipe encodes on the fly) and "null".
 
-    "null" has one row: the condition of the empty prompt.
+    "null" has one row: the condition of the empty prompt. It has none where the text encoder sees the references.
     """
     cache.write_captions(stage.folder, (picture.caption for picture in pictures))
     if job.recipe.latents.text == "cache":
@@ -431,35 +433,34 @@ def encode_captions(job: Job, stage: Stage, pictures: list[Picture]) -> None:
             job.crew.share("captions", bar, together=False, of=job.pictures),
         ):
             caption_part(job, bar)
-    _empty_prompt(job)
+    encoders = partial(source_pipeline.text_encoders, job.source, job.dtype)
+    _empty_prompt(job, job.conditions(encoders, job.resolutions[-1]))
 
 
 def caption_part(job: Job, bar: Bar) -> None:
     """Write this rank's shards of the table "text"; rows that are already there are kept. Rank 0 writes "null" too."""
-    folder, batch, encoders = job.folders.latents, job.recipe.latents.batch, None
-    captions, encoding = cache.Captions(folder), AtOnce(f"{folder.name}: text encoding", job.console.warn)
-    for _, number, rows in own_shards(job, [[range(len(captions))]], rows_per_shard(job)):
+    folder, batch = job.folders.latents, job.recipe.latents.batch
+    count, encoding = len(cache.Captions(folder)), AtOnce(f"{folder.name}: text encoding", job.console.warn)
+    encoders = lazily(partial(source_pipeline.text_encoders, job.source, job.dtype))
+    conditions = job.conditions(encoders, job.resolutions[-1])
+    for _, number, rows in own_shards(job, [[range(count)]], rows_per_shard(job)):
         before = cache.shard_before(folder, "text", number)
         done = cache.rows_of(before)
         bar.advance(done)
         if done == len(rows):
             continue
-        texts = captions.read(rows[done:])
-        encoders = encoders or source_pipeline.text_encoders(job.source, job.dtype)
         parts = [before] if done else []
-        encode = partial(pipelines.encode_text, job.family, encoders, length=job.text_length)
-        with clock.timed("encode captions", len(texts)):
-            for part in encoding.parts(texts, encode, batch):
+        encoders()
+        with clock.timed("encode captions", len(rows) - done):
+            for part in encoding.parts(rows[done:], conditions.of, batch):
                 parts.append(part)
                 bar.advance(cache.rows_of(part))
         cache.write_shard(folder, "text", number, {key: torch.cat([part[key] for part in parts]) for key in parts[0]})
     if job.crew.rank == 0:
-        _empty_prompt(job, encoders)  # now, while the encoders are loaded
+        _empty_prompt(job, conditions)  # now, while the encoders are loaded
 
 
-def _empty_prompt(job: Job, encoders: Any = None) -> None:
-    """Write the table "null", if it is not there. ``encoders`` are loaded where they are not given."""
+def _empty_prompt(job: Job, conditions: Conditions) -> None:
+    """Write the table "null", if it is not there."""
     if not (job.folders.latents / cache.shard_name("null", 0)).exists():
-        encoders = encoders or source_pipeline.text_encoders(job.source, job.dtype)
-        null = pipelines.encode_text(job.family, encoders, [""], job.text_length)
-        cache.write_shard(job.folders.latents, "null", 0, null)
+        cache.write_shard(job.folders.latents, "null", 0, conditions.null())

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dcgen_convert.families import Family, Text
-from dcgen_convert.families.base import Network
+from dcgen_convert.families.base import NULL, Network
 
 TRAINING, EVALUATION = 0, 1  # streams of random numbers that never meet
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -137,9 +137,11 @@ class Resident:
 def drop_text(text: Text, null: Text, dropped: Tensor) -> Text:
     """``text`` with the null condition (batch of one) in the dropped samples; ``dropped`` is (B,) bool.
 
-    What the null condition does not name stays: a dropped sample keeps its reference, as the pipelines do.
+    What the null condition does not name stays: a dropped sample keeps its reference, as the pipelines do. Where the
+    text encoder sees the reference, every sample brings a null condition of its own (`base.NULL`).
     """
     null = {key: value.to(text[key].device, text[key].dtype) for key, value in null.items()}
+    null |= {key.removeprefix(NULL): value for key, value in text.items() if key.startswith(NULL)}
     return {
         key: torch.where(dropped.view(-1, *[1] * (value.ndim - 1)), null[key], value) if key in null else value
         for key, value in text.items()

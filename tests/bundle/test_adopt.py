@@ -172,7 +172,7 @@ def test_code_in_the_folder_is_named_and_neither_run_nor_taken(copy, tmp_path):
     assert drawn["images"] and not (tmp_path / "ran").exists()
     assert "pipeline_dcgen_flux.py is code" in left and "their_autoencoder.AutoencoderDC is code" in left
     found = {path.name for path in (tmp_path / "bundle").rglob("*.py")}
-    assert found == {"autoencoder_dc_adapter_v3.py"}
+    assert found == {"autoencoder_dc_adapter_v4.py"}
 
 
 def test_what_the_folder_lacks_comes_from_base_and_autoencoder(parts, published, tmp_path):

@@ -108,10 +108,10 @@ def small_cache(folder, key=None):
 
 def test_captions_are_those_that_were_written(tmp_path):
     small_cache(tmp_path)
-    rows = cache.LatentCache(tmp_path, 64, encode=lambda texts: {"texts": texts})
+    rows = cache.LatentCache(tmp_path, 64, encode=lambda rows: {"rows": rows})
     assert rows.captions([0, 9, 3]) == ["picture 0, é", "picture 9, é", ""]
     _, held_out = rows.split()
-    assert held_out.condition([0]) == {"texts": ["picture 9, é"]}
+    assert held_out.condition([0]) == {"rows": [9]}
 
 
 def test_a_cache_of_something_else_is_refused(tmp_path):

@@ -16,10 +16,17 @@ from dcgen_convert.stages import surgery
 from dcgen_convert.stages.job import Autoencoder
 
 from .tiny_models import TINY
-from .tiny_parts import keep_states, network_of, reference_pixels
+from .tiny_parts import keep_states, network_of, reference_pixels, small_references
 
 GUIDANCE, SEED, STEPS = 2.5, 3, 2
 DEEP = [(32, 32), (64, 128), (128, 512), (32, 128)]  # the last is DC-AE 1.5 at f32
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _small_references():
+    with pytest.MonkeyPatch.context() as patch:
+        small_references(patch)
+        yield
 
 
 @pytest.fixture(scope="module", params=TINY)

@@ -40,7 +40,7 @@ from dcgen_convert.train.ridge import NormalEquations
 
 from .tiny_entry import Tiny
 from .tiny_models import TINY
-from .tiny_parts import alive, reference_pixels
+from .tiny_parts import alive, encoded, reference_pixels
 
 FACTOR, CHANNELS, ROWS = 32, 32, 8
 GUIDANCE, SEED, STEPS = 2.5, 3, 2
@@ -150,16 +150,16 @@ def _write_rows(bench: Bench) -> None:
         write_shard(folder, f"{table}-{bench.side}", 0, rows)
     encoders = pipelines.load_text_encoders(source, torch.float32)
     captions = [entry.prompt] * ROWS
-    write_shard(folder, "text", 0, pipelines.encode_text(bench.family, encoders, captions, entry.length))
-    write_shard(folder, "null", 0, pipelines.encode_text(bench.family, encoders, [""], entry.length))
+    null = {} if bench.family.picture_tokens else encoded(entry, bench.family, encoders, [""])
+    write_shard(folder, "text", 0, encoded(entry, bench.family, encoders, captions))
+    write_shard(folder, "null", 0, null)
     write_captions(folder, captions)
     write_index(folder, ROWS, ROWS, [2, 5])
 
 
 def text(bench: Bench, device: str) -> list[Tensor]:
     encoders = pipelines.load_text_encoders(bench.job.source, torch.float32)
-    found = pipelines.encode_text(bench.family, encoders, [bench.entry.prompt, ""], bench.entry.length)
-    return list(found.values())
+    return list(encoded(bench.entry, bench.family, encoders, [bench.entry.prompt, ""]).values())
 
 
 def draw(bench: Bench, device: str) -> list[Tensor]:
@@ -321,7 +321,8 @@ def drawing_step(bench: Bench, device: str) -> Once:
     z, *words = (value.to(device) for value in (z0, *text.values()))
     text = dict(zip(text, words, strict=True))
     null = objective.drop_text(text, bench.rows.null, torch.ones(2, dtype=torch.bool, device=device))
-    levels, combine = torch.tensor([1.0, 0.5], device=device), bench.family.guidance == "cfg"
+    levels, family = torch.tensor([1.0, 0.5], device=device), bench.family
+    combine = family.guided if family.guidance == "cfg" else None
 
     def velocity(*at: Any) -> Tensor:
         return objective.velocity(bench.family, model, *at)

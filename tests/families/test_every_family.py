@@ -5,18 +5,13 @@ B batch, C latent channels, h w latent grid, N tokens, D width, f c factor and c
 """
 
 import copy
-import json
-import os
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import diffusers
 import pytest
 import torch
 from bundle.conftest import Parts, autoencoder_dc, make_bundle, modules_cache  # noqa: F401 (a fixture)
-from PIL import Image
 
 from dcgen_convert import families
 from dcgen_convert.bundle.inspection import inspect
@@ -28,7 +23,7 @@ from dcgen_convert.core.files import read_json
 from dcgen_convert.data.images import to_image
 from dcgen_convert.families import grid
 from dcgen_convert.families.base import reference_keys, references_of
-from dcgen_convert.networks import autoencoders, models, pipelines
+from dcgen_convert.networks import autoencoders, models
 from dcgen_convert.planning.arithmetic import matching
 from dcgen_convert.planning.quantised import quantised_linears
 from dcgen_convert.planning.structures import structure
@@ -44,7 +39,7 @@ from dcgen_convert.train import lora
 from dcgen_convert.train.objective import Sampling, draw, drop_text, flow_loss
 
 from .conftest import DEEP, GUIDANCE, SEED, STEPS
-from .tiny_parts import Pairs, alive, keep_states, network_of, reference_latents, reference_pixels, trigflow
+from .tiny_parts import Pairs, alive, encoded, keep_states, network_of, reference_latents, reference_pixels, trigflow
 
 LEARNED_SIGMA = ("dit", "pixart")
 
@@ -61,16 +56,21 @@ def latent_of(entry, family, sample):
 def text_of(entry, family, pipeline, prompt, channels=None):
     """The condition of a prompt. Of a model that edits its references belong to it: of the entry's pictures as the base
     sees them, or, with the ``channels`` of a deep autoencoder, random latents."""
-    text = pipelines.encode_text(family, pipeline, [prompt], entry.length)
+    text = encoded(entry, family, pipeline, [prompt])
     if channels:
         return text | reference_latents(entry.references, channels)
-    latents = [base_latent(pipeline.vae, pixels[None]) for pixels in reference_pixels(entry.references)]
+    latents = [base_latent(pipeline, pixels[None]) for pixels in reference_pixels(entry.references)]
     return text | dict(zip(reference_keys(len(latents)), latents, strict=True))
 
 
 @torch.no_grad()
-def base_latent(vae, pixels):
-    """As the pipelines normalise it: by a shift and a factor, or FLUX.2 by the statistics of each place of a patch."""
+def base_latent(pipeline, pixels):
+    """What the stock pipeline makes of a reference, (1, C, h, w). Qwen-Image's has a frame axis, and FLUX.2's is
+    normalised by the statistics of each place of a patch.
+    """
+    vae = pipeline.vae
+    if "z_dim" in vae.config:
+        return pipeline._encode_vae_image(pixels.unsqueeze(2), None).squeeze(2)
     latent = vae.encode(pixels).latent_dist.mode()
     if hasattr(vae, "bn"):
         patches = torch.nn.functional.pixel_unshuffle(latent, 2)
@@ -189,7 +189,7 @@ def test_plan_counts_every_parameter(source):
     assert all(layer.runs == "once" for layer in modulation)
 
 
-def test_every_block_linear_is_lora_target_modulation_or_dense(source):
+def test_every_block_linear_is_lora_target_modulation_or_dense(tiny, source):
     family, model = source.family, models.load(source.transformer, torch.float32)
     linears = {path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     blocks = {path for path in linears if family.inside_blocks.match(path)}
@@ -197,7 +197,8 @@ def test_every_block_linear_is_lora_target_modulation_or_dense(source):
         {path for path in linears if re.fullmatch(pattern, path)}
         for pattern in (family.lora_targets, family.awq_pattern, family.dense_pattern)
     )
-    assert lora and lora | awq | dense == blocks and not lora & awq
+    left = {path for path in blocks if re.fullmatch(tiny[1].unadapted, path)}
+    assert lora and lora | awq | dense | left == blocks and not lora & (awq | left)
 
 
 def test_surgery_remakes_embedder_and_head_and_nothing_else(source, converted):
@@ -223,10 +224,8 @@ def test_head_rows_are_latent_channels_and_its_inputs_image_tokens(tiny, source,
     shape = (2, parts.channels, 2, 4 if "class_labels" not in family.text_keys else 2)
     z = torch.randn(shape, generator=torch.Generator().manual_seed(SEED))
     n = z.shape[2] * z.shape[3]
-    text = pipelines.encode_text(
-        family, pipeline, [entry.prompt, "a big blue cat" if entry.prompt != "fox" else "0"], entry.length
-    )
-    text = drop_text(text, pipelines.encode_text(family, pipeline, [""], entry.length), torch.tensor([True, False]))
+    text = encoded(entry, family, pipeline, [entry.prompt, "a big blue cat" if entry.prompt != "fox" else "0"])
+    text = drop_text(text, encoded(entry, family, pipeline, [""]), torch.tensor([True, False]))
     text |= reference_latents(entry.references, parts.channels, rows=2)
     seen = {"embedded": [], "features": [], "written": []}  # a family may split the batch
     embedder, head = (model.get_submodule(name) for name in (family.embedder, family.head))
@@ -286,110 +285,6 @@ def test_bundle_loads_in_the_stock_pipeline_and_draws_two_sizes(tiny, converted,
         torch.testing.assert_close(pixels * 2 - 1, codec.decode(deep), atol=1e-4, rtol=1e-4)
 
 
-DRAWER = """
-import json, os, sys, warnings
-results = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)
-import numpy
-warnings.filterwarnings("error", "invalid value")  # a picture that is not finite
-for line in sys.stdin:
-    names = {}
-    try:
-        exec(json.loads(line), names)
-        picture = numpy.asarray(names["image"]) / 255
-        found = {"size": picture.shape[:2], "std": picture.std(), "ours": any("dcgen" in name for name in sys.modules)}
-    except Exception as error:
-        found = {"error": repr(error)}
-    print(json.dumps(found), file=results, flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def stranger(tmp_path_factory):
-    """draw(code) -> what a process draws with it that knows diffusers and nothing of this package."""
-    folder = tmp_path_factory.mktemp("stranger")
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_MODULES_CACHE": str(folder)}
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    with subprocess.Popen([sys.executable, "-c", DRAWER], cwd=folder, env=env, **pipes) as child:
-
-        def draw(code: str) -> dict:
-            print(json.dumps(code), file=child.stdin, flush=True)
-            return json.loads(child.stdout.readline())
-
-        Image.new("RGB", (40, 30), "teal").save(folder / "picture.png")  # what the card's lines edit
-        yield draw
-        child.stdin.close()
-
-
-@pytest.mark.parametrize("converted", DEEP[:2], indirect=True, ids=["f32", "f64"])
-def test_the_lines_of_the_model_card_draw_in_a_fresh_process(tiny, converted, bundle, stranger):
-    lines = re.search(r"```python\n(.*?)```", (bundle / "README.md").read_text(), re.DOTALL)[1]
-    assert lines.count("from_pretrained(") == 1
-    here = {
-        f'"{bundle.name}"': repr(str(bundle)),
-        '.to("cuda")': "",
-        "torch.bfloat16": "torch.float32",
-    }  # this machine has no GPU
-    for old, new in here.items():
-        lines = lines.replace(old, new)
-    found = stranger(lines)
-    side = converted[0].side
-    assert found.get("size") == [side, side] and found["std"] > 1e-3 and not found["ours"], found
-
-
-SIBLINGS = {  # other stock pipelines of the families' models, by what they do
-    "flux": ("Img2Img", "Inpaint"),
-    "flux-kontext": ("Inpaint",),
-    "sd3": ("Img2Img", "Inpaint"),
-    "zimage": ("Img2Img", "Inpaint"),
-    "chroma": ("Img2Img", "Inpaint"),
-    "qwenimage": ("Img2Img", "Inpaint"),
-    "flux2-klein": ("Inpaint",),
-    "sana-sprint": ("Img2Img",),
-    "unet": ("Img2Img", "Inpaint"),
-}
-LOADS_ONLY = {
-    # They ask a stock AutoencoderDC for a name that it does not have.
-    ("sd3", "Img2Img"),
-    ("sd3", "Inpaint"),
-    # It edits a reference, and takes the channels in the autoencoder's config for those of
-    # its latent.
-    ("flux2-klein", "Inpaint"),
-    # diffusers 0.42 asks the transformer for FLUX.1's guidance_embeds, which no Chroma has: it cannot draw with the
-    # base model either.
-    ("chroma", "Inpaint"),
-    # It asks a stock AutoencoderDC for a name that it does not have.
-    ("sana-sprint", "Img2Img"),
-    # It takes 4 latent channels, or 9 with mask and picture.
-    ("unet", "Inpaint"),
-}
-
-
-@pytest.mark.parametrize("converted", DEEP[:1], indirect=True)
-def test_img2img_and_inpainting_load_where_stock_ones_exist(tiny, source, converted, bundle):
-    """And draw, unless `LOADS_ONLY` says why not."""
-    (name, entry), parts, family = tiny, converted[0], source.family
-    name = name.removesuffix("-edits")
-    stock = source.index["_class_name"].removesuffix("Pipeline")
-    assert SIBLINGS.get(name, ()) == tuple(
-        task for task in ("Img2Img", "Inpaint") if hasattr(diffusers, f"{stock}{task}Pipeline")
-    )
-    for task in SIBLINGS.get(name, ()):
-        pipeline = getattr(diffusers, f"{stock}{task}Pipeline").from_pretrained(
-            bundle, trust_remote_code=family.bundle_tier == 2
-        )
-        if (name, task) not in LOADS_ONLY:
-            settings = dict(height=parts.side, width=parts.side, steps=STEPS, guidance=GUIDANCE, length=entry.length)
-            call = family.pipeline_call(pipeline, [entry.prompt], **settings)
-            call |= {"image": torch.rand(1, 3, parts.side, parts.side), "strength": 0.9}
-            if task == "Inpaint":
-                call["mask_image"] = torch.ones(1, 1, parts.side, parts.side)
-            pixels = pipeline(**call, output_type="pt").images
-            assert (
-                pixels.shape[-2:] == (parts.side, parts.side) and torch.isfinite(pixels).all() and pixels.std() > 1e-3
-            )
-
-
 @pytest.mark.parametrize("converted", DEEP[:1], indirect=True)
 def test_quantisation_reaches_exactly_the_planned_linears(
     tiny, source, stock, converted, bundle, tmp_path, monkeypatch
@@ -412,6 +307,7 @@ def test_quantisation_reaches_exactly_the_planned_linears(
         {path for path in linears if re.fullmatch(pattern, path)}
         for pattern in (family.lora_targets, family.awq_pattern, family.dense_pattern)
     )
+    adapted |= {path for path in linears if re.fullmatch(entry.unadapted, path)}  # nothing but LoRA leaves them out
     sizes = SimpleNamespace(family=family, converted=structure(read_json(tmp_path / "dense" / "config.json")))
     plan, problems = quantised_linears(Quantize(format="nvfp4"), sizes)
     assert (plan["w4a4"], plan["w4a16"], plan["impossible"], problems) == (len(adapted - kept), len(awq), {}, [])

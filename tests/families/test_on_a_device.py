@@ -93,6 +93,8 @@ A_PASS = {
     "chroma": {IN: 1},
     "cogview4": {IN: 8, OUT: 1},
     "qwenimage": {IN: 1},
+    "qwenimage-edit": {IN: 1},
+    "qwenimage-edit-plus": {IN: 2},  # and which token is a reference's
     "hunyuanimage": {SIZE: 16},
 }
 MORE = {
@@ -104,7 +106,9 @@ MORE = {
 def waits(tiny, kind):
     """What is written down: copies of the batch where no thread has pinned it, results that leave the device."""
     corrected, guided = (tiny.family.guidance == name for name in ("embedded", "cfg"))
-    arriving = 5 + len(tiny.family.text_keys) + len(tiny.entry.references)  # latents, condition, four kinds of draws
+    conditions = 2 if tiny.family.picture_tokens else 1  # a row's own null condition
+    # latents, condition, four kinds of draws
+    arriving = 5 + conditions * len(tiny.family.text_keys) + len(tiny.entry.references)
     batch, passes = {
         "micro-step": ({}, 1 + corrected),
         "drawing step": ({}, 1 + guided),

@@ -25,7 +25,7 @@ from .tiny_models import TINY
     [
         ("flux", "FluxFillPipeline"),
         ("sd3", "StableDiffusion3InpaintPipeline"),
-        ("qwenimage", "QwenImageEditPipeline"),
+        ("qwenimage", "QwenImageInpaintPipeline"),
     ],
 )
 def test_pipelines_whose_inputs_are_not_trained(name, pipeline, tmp_path):

@@ -47,6 +47,7 @@ class Tiny:
         data_sigma: what TrigFlow (arXiv 2410.11081) takes for the deviation of a latent, and its states are scaled
             with; None: no TrigFlow.
         references: (height, width) px of each picture that an editing model is given, of other sizes than it draws.
+        unadapted: linears of the blocks that get no LoRA, but are quantised.
         packed_noise: whether it draws its noise on the grid of tokens.
     """
 
@@ -62,6 +63,7 @@ class Tiny:
     data_sigma: float | None = None
     packed_noise: bool = False
     references: tuple[tuple[int, int], ...] = ()
+    unadapted: str = r"(?!)"
     guided: bool = True
 
 

@@ -49,6 +49,7 @@ from transformers import (
 from .tiny_entry import Tiny, extra_cfg, lowest, rescaled_cfg
 from .tiny_parts import (
     DECODER,
+    IMAGE,
     ROPE,
     WIDTH,
     alive,
@@ -59,6 +60,7 @@ from .tiny_parts import (
     flux2_vae,
     glm_tokenizer,
     kl,
+    picture_processor,
     qwen_vae,
     t5,
 )
@@ -292,7 +294,8 @@ def krea2(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def qwenimage(folder: Path) -> None:
+def qwen_parts(**config: Any) -> dict[str, Any]:
+    """What the pipelines of Qwen-Image are made of; ``config`` of the transformer."""
     torch.manual_seed(2)
     transformer = diffusers.QwenImageTransformer2DModel(
         in_channels=64,
@@ -302,16 +305,38 @@ def qwenimage(folder: Path) -> None:
         num_attention_heads=2,
         joint_attention_dim=WIDTH,
         axes_dims_rope=(4, 4, 8),
+        **config,
     )
     text = dict(DECODER, num_hidden_layers=2, rope_parameters=ROPE)
     vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=WIDTH)
-    diffusers.QwenImagePipeline(
+    tokenizer = byte_tokenizer()
+    return dict(
         transformer=alive(transformer),
         scheduler=flow(use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192),
         vae=qwen_vae(),
-        text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)),
-        tokenizer=byte_tokenizer(),
-    ).save_pretrained(folder)
+        text_encoder=Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(
+                text_config=text, vision_config=vision, image_token_id=tokenizer.convert_tokens_to_ids(IMAGE)
+            )
+        ),
+        tokenizer=tokenizer,
+    )
+
+
+def qwenimage(folder: Path) -> None:
+    diffusers.QwenImagePipeline(**qwen_parts()).save_pretrained(folder)
+
+
+def qwenimage_edit(folder: Path) -> None:
+    parts = qwen_parts()
+    processor = picture_processor(parts["tokenizer"])
+    diffusers.QwenImageEditPipeline(**parts, processor=processor).save_pretrained(folder)
+
+
+def qwenimage_edit_plus(folder: Path) -> None:
+    parts = qwen_parts(zero_cond_t=True)  # as 2511
+    processor = picture_processor(parts["tokenizer"])
+    diffusers.QwenImageEditPlusPipeline(**parts, processor=processor).save_pretrained(folder)
 
 
 def flux2_dev(folder: Path) -> None:
@@ -466,6 +491,22 @@ TINY: dict[str, Tiny] = {
         cogview4, wide(time_embed_dim=64, num_layers=1), middle=0.001, prompt="a red fox in the snow", length=48
     ),
     "qwenimage": Tiny(qwenimage, wide(axes_dims_rope=[16, 24, 24], num_layers=1), length=256, guide=rescaled_cfg),
+    "qwenimage-edit": Tiny(
+        qwenimage_edit,
+        wide(axes_dims_rope=[16, 24, 24], num_layers=1),
+        length=512,
+        guide=rescaled_cfg,
+        references=((224, 320),),  # as `small_references` has it
+        unadapted=r"transformer_blocks\.\d+\.txt_mlp\.net\.(0\.proj|2)",
+    ),
+    "qwenimage-edit-plus": Tiny(
+        qwenimage_edit_plus,
+        wide(axes_dims_rope=[16, 24, 24], num_layers=1),
+        length=512,
+        guide=rescaled_cfg,
+        references=((224, 320), (256, 256)),
+        unadapted=r"transformer_blocks\.\d+\.txt_mlp\.net\.(0\.proj|2)",
+    ),
     "krea2": Tiny(
         krea2,
         wide(

@@ -4,6 +4,8 @@ alive; and what the tests of every family look at them through.
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import diffusers
 import torch
 from tokenizers.processors import TemplateProcessing
@@ -12,14 +14,20 @@ from transformers import (
     CLIPTextModelWithProjection,
     PreTrainedTokenizerFast,
     Qwen2Tokenizer,
+    Qwen2VLImageProcessorPil,
     T5Config,
     T5EncoderModel,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from dcgen_convert.core.pixels import to_image
 from dcgen_convert.families import COMPONENTS
 from dcgen_convert.families.base import reference_keys
+from dcgen_convert.families.qwenimage_edit import QwenImageEdit, QwenImageEditPlus
+from dcgen_convert.networks import pipelines
+from dcgen_convert.networks.processors import for_pictures
 
+IMAGE = "<|image_pad|>"  # Qwen's mark of where a picture stands
 WIDTH = 16  # of every text encoder
 ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
 DECODER = dict(
@@ -87,12 +95,18 @@ def byte_tokenizer(**options) -> Qwen2Tokenizer:
     marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     vocab = {piece: i for i, piece in enumerate([*marks, *bytes_to_unicode().values()])}
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], pad_token="<|endoftext|>", **options)
-    tokenizer.add_special_tokens({"additional_special_tokens": marks[1:]})
+    seen = ["<|vision_start|>", "<|vision_end|>", IMAGE, "<|video_pad|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": [*marks[1:], *seen]})
     tokenizer.chat_template = (
         "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
         "{% endfor %}<|im_start|>assistant\n"
     )
     return tokenizer
+
+
+def picture_processor(tokenizer: Qwen2Tokenizer):
+    """The processor of Qwen2-VL without its half for videos."""
+    return for_pictures()(image_processor=Qwen2VLImageProcessorPil(), tokenizer=tokenizer)
 
 
 def glm_tokenizer() -> PreTrainedTokenizerFast:
@@ -128,11 +142,34 @@ def reference_pixels(sizes):
     return [torch.randint(256, (3, *size), generator=generator) / 127.5 - 1 for size in sizes]
 
 
+def encoded(entry, family, pipeline, prompts):
+    """The conditions of prompts, whose references are the entry's pictures."""
+    seen = [to_image(pixels) for pixels in reference_pixels(entry.references)]
+    return pipelines.encode_text(family, pipeline, prompts, entry.length, [seen] * len(prompts))
+
+
 def reference_latents(sizes, channels, rows=1):
     """Random latents of references by their keys, (rows, channels, 1, 3 + number) each."""
     generator = torch.Generator().manual_seed(6)
     keys = reference_keys(len(sizes))
     return {key: torch.randn(rows, channels, 1, 3 + number, generator=generator) for number, key in enumerate(keys)}
+
+
+SMALLER = 16  # times fewer px
+REAL = {  # what the pipelines ask for the size of a reference
+    name: import_module(f"diffusers.pipelines.qwenimage.pipeline_qwenimage_{name}").calculate_dimensions
+    for name in ("edit", "edit_plus")
+}
+
+
+def small_references(patch):
+    """The pipelines of Qwen-Image-Edit give every reference an area of a megapixel: here a 16th of it, 256 x 256."""
+    for name, real in REAL.items():
+        module = import_module(f"diffusers.pipelines.qwenimage.pipeline_qwenimage_{name}")
+        patch.setattr(module, "calculate_dimensions", lambda area, ratio, real=real: real(area / SMALLER, ratio))
+    for family, seen in ((QwenImageEdit, 1024), (QwenImageEditPlus, 384)):
+        patch.setattr(family, "reference_side", int(1024 / SMALLER**0.5))
+        patch.setattr(family, "seen_side", int(seen / SMALLER**0.5))
 
 
 class Pairs:

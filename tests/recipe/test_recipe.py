@@ -15,7 +15,7 @@ from dcgen_convert.recipe.settings import leaves, schema_keys
 NAMES = shelf.names()
 SHIPPED = {
     "image", "few-steps", "flux-krea", "flux-dev", "flux-schnell", "flux-kontext", "sana-1.6b", "sana-sprint-1.6b",
-    "sd-1.5",
+    "qwen-image-edit", "sd-1.5",
     "flux-krea-2k", "flux-krea-4k", "sana-1.6b-2k", "sana-1.6b-4k",
     "dit-xl-256", "dit-xl-512",
     "tiny-flux", "tiny-flux-long", "tiny-flux-256", "tiny-flux-512",

@@ -46,7 +46,7 @@ def test_sampling_follows_a_straight_flow_to_its_end(family):
         seen.append(guidance.unique().tolist())
         return (z - text["end"]) / t[:, None, None, None]
 
-    for combine, end, inside in ((False, 2.0, 3.5), (True, -1.0 + 3.5 * 3.0, 1.0)):
+    for combine, end, inside in ((None, 2.0, 3.5), (family.guided, -1.0 + 3.5 * 3.0, 1.0)):
         seen = []
         z = sample(velocity, start, levels, conditioned, null, 3.5, combine)
         assert torch.allclose(z, torch.full_like(z, end), atol=1e-4)
