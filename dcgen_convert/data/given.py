@@ -181,14 +181,14 @@ def take(
 
     Args:
         sieve: leaves small pictures out; None: none is too small.
-        edited: whether to copy what an edited picture was made from out of shards too.
+        edited: whether to look for what the pictures were made from too.
     Raises:
         InputError: a source cannot be used. AccessError: it is on the hub and cannot be had.
         ResourceError: the disk has no room for the pictures of shards.
     """
     require_here(sources)
     if is_plain(sources, work):
-        return images.take(sources[0].path, count, sieve)
+        return images.take(sources[0].path, count, sieve, edited)
     work.mkdir(parents=True, exist_ok=True)
     opened = [_Opened(source, number, work, offline, edited) for number, source in enumerate(sources, 1)]
     shares = [source.share for source in sources if source.share is not None]
@@ -226,7 +226,7 @@ class _Opened:
             self.counts = [shards.count(shard) for shard in self.shards]
             self.size = sum(self.counts)
             return
-        self.every, self.left_out = images.gather(self._link(), source.column)
+        self.every, self.left_out = images.gather(self._link(), source.column, edited)
         self.size = len(self.every)
 
     def take(self, quota: int, sieve: Sieve | None) -> tuple[list[Picture], Tally]:

@@ -58,13 +58,13 @@ def read_folder(path: Path) -> list[Picture]:
     return gather(path)[0]
 
 
-def take(path: Path, count: int, sieve: Sieve | None = None) -> tuple[list[Picture], str]:
+def take(path: Path, count: int, sieve: Sieve | None = None, edited: bool = False) -> tuple[list[Picture], str]:
     """At most ``count`` pictures of `gather`, and a sentence that says what is taken, and what is left out and why.
 
     Args:
-        sieve: leaves small pictures out; None: none is too small.
+        sieve: leaves small pictures out; None: none is too small. edited: as `gather` takes it.
     """
-    every, left_out = gather(path)
+    every, left_out = gather(path, edited=edited)
     root = path.expanduser().absolute()
     root = root if root.is_dir() else root.parent
     pictures = chosen(every, count, root, sieve)
@@ -79,13 +79,14 @@ def take(path: Path, count: int, sieve: Sieve | None = None) -> tuple[list[Pictu
     return pictures, told
 
 
-def gather(path: Path, column: str | None = None) -> tuple[list[Picture], Tally]:
+def gather(path: Path, column: str | None = None, edited: bool = False) -> tuple[list[Picture], Tally]:
     """Pictures of a folder, or of a .jsonl with "file" and "caption"; and what is left out.
 
     The captions of a folder stand in a .txt beside each picture, or in the tables that `metadata` reads.
 
     Args:
         column: name of the captions in the .jsonl or in the tables; None: the usual ones.
+        edited: whether to look for what the pictures of a folder were made from, in files and tables.
     Raises:
         InputError: nothing there, no pictures, or pictures without captions (named).
     """
@@ -104,7 +105,7 @@ def gather(path: Path, column: str | None = None) -> tuple[list[Picture], Tally]
             "give a folder of images with .txt captions",
         )
     texts = {file: read_text(text).strip() for file in files if (text := gathering.caption_file(file))}
-    made_from = beside.of_files(files) | metadata.sources(path, files)
+    made_from = beside.of_files(files) | metadata.sources(path, files) if edited else {}
     named = {source for own in made_from.values() for source in own}
     if column or any(file not in texts and file not in named for file in files):
         texts = metadata.captions(path, files, column) | ({} if column else texts)

@@ -61,11 +61,26 @@ def write_table(folder, name):
 def test_a_table_of_a_folder_names_the_sources_which_are_no_pictures_of_their_own(name, tmp_path):
     folder = write_files(tmp_path / "mine")
     write_table(folder, name)
-    require_sources(take(tmp_path / "work", folder)[0])
+    require_sources(take(tmp_path / "work", folder, edited=True)[0])
     assert given.most_references(given.parse_all([str(folder)])) == 2
     for number in range(COUNT):  # beside captions in files too
         (folder / f"{number}.txt").write_text(f"edit {number}")
-    require_sources(take(tmp_path / "work", folder)[0])
+    require_sources(take(tmp_path / "work", folder, edited=True)[0])
+
+
+def test_a_model_that_draws_from_text_alone_does_not_look_for_sources(tmp_path):
+    """A table that it does not need may be damaged, and every picture needs a caption."""
+    folder = write_files(tmp_path / "mine")
+    (folder / "metadata.csv").write_text("text,text")
+    for number in range(COUNT):
+        (folder / f"{number}.txt").write_text(f"edit {number}")
+    with pytest.raises(InputError, match=r"4 of 8 images have no caption|names a column twice"):
+        take(tmp_path / "work", folder)
+    for file in (folder / "before").iterdir():
+        file.unlink()
+    assert len(take(tmp_path / "work", folder)[0]) == COUNT
+    with pytest.raises(InputError, match="names a column twice"):
+        take(tmp_path / "work", folder, edited=True)
 
 
 def test_files_beside_a_picture_are_its_sources(tmp_path):
@@ -74,10 +89,10 @@ def test_files_beside_a_picture_are_its_sources(tmp_path):
         (tmp_path / f"{number}.txt").write_text(f"edit {number}")
         for place, source in enumerate(sources_of(number), 1):
             (tmp_path / f"{number}.source{f'-{place}' if place > 1 else ''}.png").write_bytes(picture(source))
-    require_sources(take(tmp_path / "work", tmp_path)[0])
+    require_sources(take(tmp_path / "work", tmp_path, edited=True)[0])
     assert given.most_references(given.parse_all([str(tmp_path)])) == 2
     (tmp_path / "0.source.txt").write_text("edit 100")  # with a caption it is a picture too
-    found = {one.file.name: one.references for one in take(tmp_path / "work", tmp_path)[0]}
+    found = {one.file.name: one.references for one in take(tmp_path / "work", tmp_path, edited=True)[0]}
     assert len(found) == COUNT + 1 and [file.name for file in found["0.png"]] == ["0.source.png"]
 
 
