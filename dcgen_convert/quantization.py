@@ -26,15 +26,16 @@ from dcgen_convert.checkpoint.source import Source
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import CheckFailed, InputError
 from dcgen_convert.core.files import TEMPORARY, read_json, write_json
+from dcgen_convert.core.journal import fingerprint
 from dcgen_convert.core.progress import duration
-from dcgen_convert.data import prompts
+from dcgen_convert.data import edit_prompts, images, prompts
+from dcgen_convert.data.edit_prompts import Edit
 from dcgen_convert.families import QuantTargets, authors
 from dcgen_convert.families.grid import autoencoder_grid
 from dcgen_convert.networks import models, pipelines
 from dcgen_convert.recipe import loading
 from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.schema import Quantize
-from dcgen_convert.recipe.sources import refuse_editing
 from dcgen_convert.stages import compare, source_pipeline
 from dcgen_convert.stages.captions import class_names
 from dcgen_convert.stages.quantize import SINGLE_FILE, measured, settings_of
@@ -45,10 +46,12 @@ from dcgen_convert.svdquant.record import CALLS, DONE, CalibrationSet, read_call
 from dcgen_convert.svdquant.settings import QuantSettings
 from dcgen_convert.svdquant.skeleton import build
 from dcgen_convert.svdquant.targets import check_container, plan_targets
+from dcgen_convert.tiny import world
 
 BATCH = 4  # pictures drawn at once
 COMPARED = 4  # pictures of the source and of the bundle, for the card
 PIPELINE_SIDE = 1024  # px of the pictures of a pipeline whose model states no size (Z-Image)
+EDITED = "edited"  # in the work folder: pictures of the tiny world that are edited
 CALL = "call.json"  # in the work folder: what it belongs to
 
 
@@ -57,7 +60,8 @@ class Drawing:
     """How the calibration pictures are drawn.
 
     None means: as the recipe of a catalogue name says; for other sources the pipeline's own default.
-    data_free: draw no picture, quantise from the weights alone. prompts: a file, "builtin" or "tiny-world".
+    data_free: draw no picture, quantise from the weights alone. prompts: a file, "builtin" or "tiny-world"; of a model
+    that edits, with the folder ``sources`` of pictures to edit, as `edit_prompts.make` takes them.
     """
 
     data_free: bool = False
@@ -67,6 +71,7 @@ class Drawing:
     guidance: float | None = None
     text_length: int | None = None
     seed: int = 0
+    sources: str | None = None
 
     def filled(self, recipe_name: str | None) -> Drawing:
         """With the settings of the catalogue's recipe where this one has none."""
@@ -205,9 +210,8 @@ class SourceQuantisation:
             loras=request.loras,
             home=request.work_folder / STAGE,
         )
-        if not request.drawing.data_free:
-            hint = "convert it with --quantize, or use the weights alone: --calibration none"
-            refuse_editing(source.family, request.name, "quantize", hint)
+        if request.drawing.sources is not None and not source.family.references:
+            raise InputError(f"{request.name} draws from text alone", "leave --sources out")
         check_container(request.section.container, source.family)
         folders = list(source.parts.values())
         require_room(request.output, [path for path in folders if path.is_dir()], source.files)
@@ -247,12 +251,46 @@ class SourceQuantisation:
     @property
     def asked(self) -> dict[str, Any]:
         """The recipe section and the drawing, as plain data."""
-        return {"quantize": self.request.section.model_dump(mode="json"), "drawing": asdict(self.request.drawing)}
+        drawing = asdict(self.request.drawing)
+        if drawing["sources"] is None:
+            del drawing["sources"]
+        return {"quantize": self.request.section.model_dump(mode="json"), "drawing": drawing}
 
     @property
     def call(self) -> dict[str, Any]:
         """What the work folder belongs to."""
-        return {"source": self.source.fingerprint, **self.asked}
+        found = {"source": self.source.fingerprint, **self.asked}
+        if not self.edited or self.request.drawing.data_free:
+            return found
+        with TemporaryDirectory() as folder:
+            asked = self.request.section.calibration.prompts, self.request.drawing.seed
+            edits = self.edits(*asked, Path(folder), side=world.SIDE)  # of pictures that are drawn any size will do
+        return {**found, "edits": fingerprint([[edit.text, edit.digest] for edit in edits])}
+
+    @property
+    def edited(self) -> bool:
+        """Whether the pictures are edits: of a model that can do without a picture only with ``sources``."""
+        family = self.source.family
+        return bool(family.fewest_references or (family.references and self.request.drawing.sources))
+
+    def prompts(self, count: int, seed: int) -> list[str]:
+        """``count`` prompts of a model that draws from text alone."""
+        return prompts.make(self.request.drawing.prompts or "builtin", count, seed, class_names(self.source))
+
+    def edits(self, count: int, seed: int, folder: Path, side: int) -> list[Edit]:
+        """``count`` edits of a model that edits; empty for others.
+
+        Args:
+            folder: where pictures of the tiny world are drawn, at ``side`` px.
+
+        Raises:
+            InputError: nothing says what is edited and how, or a picture cannot be read.
+        """
+        most, drawing = self.source.family.references, self.request.drawing
+        if not self.edited:
+            return []
+        kind = drawing.prompts or (edit_prompts.usual(manifest.prompts_of(self.made)) if self.made else None)
+        return edit_prompts.make(kind, drawing.sources, count, seed, most=most, folder=folder, side=side)
 
     def clear(self) -> None:
         """Delete a work folder that another source or other settings left, and say so.
@@ -288,8 +326,10 @@ class SourceQuantisation:
         if drawing.data_free:
             return
         count = self.request.section.calibration.prompts
+        edits = self.edits(count, drawing.seed, self.request.work_folder / EDITED, self.defaults["height"])
         pictures = CalibrationSet(
-            texts=prompts.make(drawing.prompts or "builtin", count, drawing.seed, class_names(source)),
+            texts=[edit.text for edit in edits] or self.prompts(count, drawing.seed),
+            references=[edit.files for edit in edits],
             seed=drawing.seed,
             batch=BATCH,
             side=self.defaults["height"],
@@ -302,7 +342,7 @@ class SourceQuantisation:
             return
         what = f"{count} pictures of {pictures.side} px, {pictures.steps} steps, guidance {pictures.guidance}"
         self.console.say(f"calibration: {what}")
-        if note := prompts.told(drawing.prompts or "builtin", count):
+        if not edits and (note := prompts.told(drawing.prompts or "builtin", count)):
             self.console.say(f"calibration: {note}")
 
         with self.console.progress("calibration", count, "prompts") as bar:
@@ -323,14 +363,19 @@ class SourceQuantisation:
         if drawing.data_free:
             return {}
         first = drawing.seed + compare.SEED
-        texts = prompts.make(drawing.prompts or "builtin", COMPARED, first, class_names(self.source))
+        edits = self.edits(COMPARED, first, self.request.work_folder / EDITED, defaults["height"])
+        texts = [edit.text for edit in edits] or self.prompts(COMPARED, first)
+        given = [edit.files for edit in edits]
         seeds = [first + i for i in range(COMPARED)]
         sizes = {"side": defaults["height"], "length": defaults["text_length"], "batch": BATCH}
         steps, guidance = defaults["steps"], defaults["guidance"]
         runtime, form = compare.runtime_of(bundle, torch.bfloat16), self.request.section.format
         with TemporaryDirectory(prefix=TEMPORARY, dir=self.request.work_folder) as work:
-            sheet = compare.Comparison(self.source.family, texts, seeds, **sizes, console=self.console, work=Path(work))
-            drawn = {"converted": sheet.draw("converted", self.pipeline, steps, guidance)}
+            where: dict[str, Any] = {"console": self.console, "work": Path(work), "references": given}
+            sheet = compare.Comparison(self.source.family, texts, seeds, **sizes, **where)
+            references = (images.read_pixels(files[0], defaults["height"])[None] for files in given)
+            drawn = {"reference": sheet.shown("reference", references)} if edits else {}
+            drawn["converted"] = sheet.draw("converted", self.pipeline, steps, guidance)
             quantised = partial(compare.of_bundle, bundle, torch.bfloat16, runtime)
             drawn[form] = sheet.draw(form, quantised, steps, guidance)
             apart = compare.distance(drawn[form], drawn["converted"])

@@ -243,6 +243,7 @@ def quantize(  # noqa: PLR0913  every option of the verb by its name
     rank: int = 32,
     calibration: int | None = 64,
     prompts: str | Path | None = None,
+    sources: str | Path | None = None,
     resolution: int | None = None,
     steps: int | None = None,
     guidance: float | None = None,
@@ -262,7 +263,9 @@ def quantize(  # noqa: PLR0913  every option of the verb by its name
         output: folder of the bundle. None: ./NAME-FORMAT.
         rank: of the 16-bit branch, a multiple of 16.
         calibration: number of calibration pictures; None: use the weights alone.
-        prompts: of these pictures, in any form that `convert` takes. None: the catalogue's, else built-in ones.
+        prompts: of these pictures, in any form that `convert` takes. None: the catalogue's, else built-in ones. Of a
+            model that edits: as `evaluate` takes them.
+        sources: folder of the pictures that a model which edits is given. None: ``prompts`` says them.
         resolution, steps, guidance: side in px and settings of these pictures. None: the catalogue's, else the
             pipeline's own.
         dense: regex of block linears that stay 16-bit. None: none beyond the family's.
@@ -279,11 +282,17 @@ def quantize(  # noqa: PLR0913  every option of the verb by its name
     from dcgen_convert.quantization import Drawing, Request, quantize_source
     from dcgen_convert.recipe.sources import short_name
 
-    require_folders(output=output, prompts=prompts)
+    require_folders(output=output, prompts=prompts, sources=sources)
     require_range(resolution=resolution, steps=steps, guidance=guidance, seed=seed)
     section = quantisation(format, rank, calibration, dense, container, fuse_qkv)
     drawing = Drawing(
-        calibration is None, None if prompts is None else str(prompts), resolution, steps, guidance, seed=seed
+        calibration is None,
+        None if prompts is None else str(prompts),
+        resolution,
+        steps,
+        guidance,
+        seed=seed,
+        sources=None if sources is None else str(sources),
     )
     target = Path(output or f"{short_name(str(source))}-{section.format}").absolute()
     request = Request(str(source), target, section, drawing, base, loras)

@@ -40,6 +40,13 @@ BEFORE = "before"  # key of a file's entry: hash and size that it may still have
 TIMING = ("seconds", "per_second", "resumed_from")  # endings of metrics that differ from run to run
 
 
+def prompts_of(manifest: Mapping[str, Any]) -> str | None:
+    """What the pictures behind a bundle were drawn from: those that it was trained on, or those of its calibration."""
+    recipe = manifest["recipe"]
+    found: str | None = (recipe.get("data") or recipe.get("drawing") or {}).get("prompts")
+    return found
+
+
 def build(  # noqa: PLR0913  one argument for each section of the manifest
     *,
     recipe: Mapping[str, Any],

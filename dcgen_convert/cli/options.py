@@ -171,6 +171,14 @@ class Rank(click.IntRange):
         return rank
 
 
+SOURCES = option(
+    "--sources",
+    metavar="FOLDER",
+    type=PLACE,
+    help="Pictures that a model which edits is given, the first one with the first instruction. Default: --prompts "
+    "says them.",
+)
+
 QUANTIZE = [
     *INPUTS,
     option("--format", type=click.Choice(["nvfp4", "int4"]), default="nvfp4", show_default=True,
@@ -182,6 +190,7 @@ QUANTIZE = [
     option("--prompts", metavar="FILE[:COLUMN]", type=PLACE,
            help="Prompts of the calibration pictures, as `convert` takes them. Default: the catalogue's, else built-in "
            "ones."),
+    SOURCES,
     option("--resolution", metavar="PX", type=click.IntRange(min=1),
            help="Side of the calibration pictures. Default: the catalogue's, else the pipeline's."),
     option("--steps", metavar="N", type=click.IntRange(min=1),
@@ -221,9 +230,7 @@ EVALUATE = [
            help="Prompts: FILE.txt, FILE:COLUMN of a table, hf://datasets/ORG/NAME:COLUMN, mjhq:FOLDER, builtin or "
            "tiny-world; of a model that edits tiny-edits, or a table with source and caption in each row. "
            "Default: the kind in the bundle's recipe, else builtin."),
-    option("--sources", metavar="FOLDER", type=PLACE,
-           help="Pictures that a model which edits is given, the first one with the first instruction. Default: "
-           "--prompts says them."),
+    SOURCES,
     option("-n", "--count", type=click.IntRange(min=2), default=256, show_default=True,
            help="Prompts: pictures of each set."),
     option("--metrics", metavar="A,B",

@@ -82,6 +82,11 @@ def make(
     return _read(texts, files)
 
 
+def usual(kind: str | None) -> str | None:
+    """``kind`` where it stands for edits on every machine; None for captions, and for a list of somebody's."""
+    return kind if kind in prompts.KINDS and kind not in prompts.CAPTIONS else None
+
+
 def pictures_of(folder: str, option: str) -> list[Path]:
     """The pictures in a folder that the user names with ``option``, in the order of their names.
 

@@ -12,6 +12,7 @@ from dcgen_convert.core.errors import InputError
 from dcgen_convert.evaluation import clip, dino, geneval, geneval_prompts, inception, ocr, tiny_edits, tiny_world
 from dcgen_convert.evaluation.clip import ClipScore, Cmmd, PickScore, Tower
 from dcgen_convert.evaluation.dino import FrechetDino
+from dcgen_convert.evaluation.edit_measures import NOTHING, ClipDirection, DinoSource, Unchanged, asks_nothing
 from dcgen_convert.evaluation.geneval import GenEval
 from dcgen_convert.evaluation.inception import Fid
 from dcgen_convert.evaluation.measure import Distance, Measure, Score, Weights
@@ -53,6 +54,11 @@ class Setting:
         return {"device": self.device, "fetch": not self.offline, "asked": self.asked, "recipe": self.recipe}
 
     @cached_property
+    def dino(self) -> FrechetDino:
+        """The DINOv2 model that several measures share."""
+        return dino.dino(self.weights.dino, **self.finding)
+
+    @cached_property
     def clip(self) -> Tower:
         """The CLIP model that several measures share."""
         return clip.clip(self.weights.clip, **self.finding)
@@ -81,12 +87,13 @@ class Known:
 
 def known() -> dict[str, Known]:
     """Name -> measure, of all that there are."""
+    given = "the pictures that were edited"
     tiny, edits = "captions of the tiny world", "instructions of the tiny world"
     every = (
-        Known(ClipScore, lambda setting: ClipScore(setting.clip), _needs(clip.CLIP)),
+        Known(ClipScore, lambda setting: ClipScore(setting.clip), _needs(clip.CLIP), _instructed),
         Known(Cmmd, lambda setting: Cmmd(setting.clip), _needs(clip.CLIP)),
-        Known(FrechetDino, lambda setting: dino.dino(setting.weights.dino, **setting.finding), _needs(dino.DINO)),
-        Known(PickScore, _pickscore, _needs(clip.PICKSCORE)),
+        Known(FrechetDino, lambda setting: setting.dino, _needs(dino.DINO)),
+        Known(PickScore, _pickscore, _needs(clip.PICKSCORE), _instructed),
         Known(Fid, _fid, f"{inception.OPTION} FILE; the package torch-fidelity (extra eval)"),
         Known(Ocr, lambda _: ocr.ocr(), "RapidOCR, Tesseract or EasyOCR; captions with words in quotes", _no_quotes),
         Known(GenEval, _geneval, f"{_needs(geneval.DETECTOR)}; {_needs(clip.CLIP)}; GenEval's prompts", _not_geneval),
@@ -95,7 +102,10 @@ def known() -> dict[str, Known]:
         Known(TinyCmmd, lambda _: TinyCmmd(), tiny, _not_tiny),
         Known(CropsFrechet, lambda _: CropsFrechet(), f"{tiny}, pictures of {SIDE_OF_CROPS} px and more", _no_crops),
         Known(EditAccuracy, lambda _: EditAccuracy(), edits, _not_tiny_edits),
-        Known(Preservation, lambda _: Preservation(), f"{edits}, and the pictures that were edited", _no_sources),
+        Known(Preservation, lambda _: Preservation(), f"{edits}, and {given}", _no_sources),
+        Known(ClipDirection, lambda one: ClipDirection(one.clip), f"{given}; {_needs(clip.CLIP)}", _not_edited),
+        Known(DinoSource, lambda one: DinoSource(one.dino), f"{given}; {_needs(dino.DINO)}", _not_edited),
+        Known(Unchanged, lambda _: Unchanged(), f"{given}; instructions such as '{NOTHING[0]}'", _no_rest),
         Known(Sharpness, lambda _: Sharpness()),
         Known(Colour, lambda _: Colour()),
     )
@@ -200,9 +210,21 @@ def _not_tiny_edits(setting: Setting) -> str | None:
 
 
 def _no_sources(setting: Setting) -> str | None:
-    if reason := _not_tiny_edits(setting):
-        return reason
+    return _not_tiny_edits(setting) or _not_edited(setting)
+
+
+def _not_edited(setting: Setting) -> str | None:
     return None if setting.edited else "the pictures that were edited are not at hand"
+
+
+def _no_rest(setting: Setting) -> str | None:
+    if not any(map(asks_nothing, setting.captions)):
+        return f"no instruction is one of {', '.join(map(repr, NOTHING))}"
+    return _not_edited(setting)
+
+
+def _instructed(setting: Setting) -> str | None:
+    return "an instruction does not say what the picture shows; clip-direction fits" if setting.edited else None
 
 
 def _no_crops(setting: Setting) -> str | None:

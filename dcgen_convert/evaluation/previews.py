@@ -43,14 +43,21 @@ class Judged:
     other: Figures
 
 
-def seen(pictures: Sequence[Image], captions: Sequence[str], measures: Sequence[Measure]) -> Judged:
-    """Measure the pictures of one column, one by one: they may be large, and of several shapes."""
+def seen(
+    pictures: Sequence[Image], captions: Sequence[str], measures: Sequence[Measure], sources: Sequence[Image] = ()
+) -> Judged:
+    """Measure the pictures of one column, one by one: they may be large, and of several shapes.
+
+    Args:
+        sources: of edited pictures what each was made from.
+    """
     readers = [measure for measure in measures if isinstance(measure, Score) and measure.reads]
     others = [*captions[1:], *captions[:1]]  # of the next picture
 
-    def with_captions(texts: Sequence[str]) -> Iterator[tuple[Tensor, list[str]]]:
-        for picture, text in zip(pictures, texts, strict=True):
-            yield from_images([picture]), [text]
+    def with_captions(texts: Sequence[str]) -> Iterator[rows.Batch]:
+        for picture, text, *source in zip(pictures, texts, *([sources] if sources else []), strict=True):
+            shown = from_images([picture])
+            yield (shown, [text], from_images(source)) if source else (shown, [text])
             pulse.bump()
 
     return Judged(rows.measured(with_captions(captions), measures), rows.measured(with_captions(others), readers))

@@ -120,7 +120,7 @@ def settle(asked: Asked, console: Console) -> Trial:
     _check_size(family, bundle, mine.side)
     given = None if asked.reference is None else references.read(asked.reference)
     edits: list[Edit] = []
-    if family.fewest_references:
+    if family.fewest_references or (family.references and asked.sources):
         kind, edits = _edits(asked, manifest, family.references, mine.side)
         texts = [edit.text for edit in edits]
     else:
@@ -217,20 +217,12 @@ def _same_task(family: Family, other: Family, name: object) -> None:
 
 def _edits(asked: Asked, manifest: dict[str, Any], most: int, side: int) -> tuple[str, list[Edit]]:
     """(what is edited and how, one edit per picture). most: pictures that the model takes. side: px."""
-    known, sources = known_prompts(manifest), asked.sources
-    kind = asked.prompts or (None if known in prompts.CAPTIONS else known)
+    kind, sources = asked.prompts or edit_prompts.usual(manifests.prompts_of(manifest)), asked.sources
     folder, seed = asked.output / "edited", asked.seed + SEED
     place: dict[str, Any] = {"most": most, "folder": folder, "side": side, "offline": asked.offline}
     edits = edit_prompts.make(kind, sources, asked.count, seed, **place)
     of = "" if sources is None else f", on the pictures of {last_name(sources)}"
     return last_name(str(kind)) + of, edits
-
-
-def known_prompts(manifest: dict[str, Any]) -> str | None:
-    """The kind of prompts that the bundle was made with; None where that was a list of somebody's."""
-    recipe = manifest["recipe"]
-    found = (recipe.get("data") or recipe.get("drawing") or {}).get("prompts")
-    return found if found in prompts.KINDS else None
 
 
 def _prompts(
@@ -242,7 +234,9 @@ def _prompts(
         raise InputError(f"{asked.bundle} draws from text alone", "leave --sources out")
     if kind is not None and kind.startswith(references.MJHQ):
         return f"{kind}, the authors' subset", *references.mjhq_prompts(kind, asked.count)
-    kind = kind or known_prompts(manifest) or BUILTIN
+    if kind is None:
+        known = manifests.prompts_of(manifest)
+        kind = known if known in prompts.KINDS else BUILTIN
     if kind not in prompts.KINDS:
         prompt_lists.require_here(kind)
     texts = prompts.make(kind, asked.count, asked.seed + SEED, classes, asked.offline)

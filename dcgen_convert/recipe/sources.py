@@ -76,12 +76,6 @@ def check_few_steps(recipe: Recipe, family: Family, index: Mapping[str, Any] | N
         )
 
 
-def refuse_editing(family: Family, name: object, verb: str, hint: str) -> None:
-    """InputError for a model that must be given pictures, given to a verb that draws from text alone."""
-    if family.fewest_references:
-        raise InputError(f"{name} edits pictures: editing models are not known to the verb {verb} yet", hint)
-
-
 def require_access(recipe: Recipe, source: Identity) -> None:
     """Ask the hub for one small file of every repository that the recipe names, before anything else is begun.
 

@@ -20,6 +20,7 @@ from dcgen_convert.data import buckets
 from dcgen_convert.data.cache import LatentCache
 from dcgen_convert.evaluation.grids import grid
 from dcgen_convert.families import Family, Text
+from dcgen_convert.families.base import references_of
 from dcgen_convert.networks import autoencoders, pipelines
 from dcgen_convert.stages.job import Job
 from dcgen_convert.stages.watched import Watched
@@ -27,6 +28,7 @@ from dcgen_convert.train.objective import Velocity, drop_text, shift_t
 from dcgen_convert.train.watch import sheet_of
 
 Combine = Callable[[Tensor, Tensor, float], Tensor]  # `Family.guided`
+EDITED = "what is edited"  # title of its column
 
 
 def noise_levels(family: Family, steps: int, tokens: int, scheduler: dict[str, Any]) -> Tensor:
@@ -63,14 +65,15 @@ def drawing(
     """A function (velocity, step) that draws the grid to `sheet_of` and the console's tracker.
 
     Every rank samples, because a partitioned network needs all ranks. Rank 0 decodes, has the pictures measured by
-    ``watched``, and writes.
+    ``watched``, and writes. Of a model that edits the first column shows what is edited, as the autoencoder gives it
+    back: the rows hold its latents.
     """
     settings = job.recipe.bundle
 
     @torch.no_grad()
     def draw(velocity: Velocity, step: int) -> None:
         device, chosen = pipelines.device(), buckets.first_of_each(rows.spans, job.recipe.watch.pictures)
-        latents = []  # (drawn, of the picture) by shape
+        latents, given = [], []  # by shape: (drawn, of the picture); of the first reference, if there is one
         for part in chosen:
             z0, text = rows.batch(part)
             text = {key: value.to(device) for key, value in text.items()}
@@ -80,17 +83,23 @@ def drawing(
             levels = noise_levels(job.family, settings.steps, z0.shape[2] * z0.shape[3], job.scheduler)
             combine = job.family.guided if job.family.guidance == "cfg" else None
             with clock.timed("grids", len(part) * settings.steps):
-                latents.append((sample(velocity, noise, levels, text, null, settings.guidance, combine), z0))
+                sampled = sample(velocity, noise, levels, text, null, settings.guidance, combine)
+            latents.append((sampled, z0))
+            given += references_of(text)[:1]
         if job.crew.rank:
             return
         scale = job.recipe.latents.scale_override
         codec = autoencoders.load(job.target, device=device, scale=scale, console=job.console)
-        columns = zip((f"step {step}", "round trip"), zip(*latents, strict=True), strict=True)
-        pictures = {title: [to_image(pixels) for z in parts for pixels in codec.decode(z)] for title, parts in columns}
+        columns = dict(zip((f"step {step}", "round trip"), zip(*latents, strict=True), strict=True))
+        if len(given) == len(latents):
+            columns = {EDITED: tuple(given), **columns}
+        pictures = {
+            title: [to_image(pixels) for z in parts for pixels in codec.decode(z)] for title, parts in columns.items()
+        }
         captions = rows.captions([row for part in chosen for row in part])
         if watched:
-            drawn, trips = pictures.values()
-            watched.measure(step, drawn, trips, captions)
+            *edited, drawn, trips = pictures.values()
+            watched.measure(step, drawn, trips, captions, *edited)
         sheet, file = grid(pictures, captions), sheet_of(folder, step)
         file.parent.mkdir(exist_ok=True)
         with replacing(file) as temporary:

@@ -15,7 +15,7 @@ from dcgen_convert.data.held_out import held_out_rows
 from dcgen_convert.evaluation import curves, measures, previews, verdicts
 from dcgen_convert.evaluation.measure import Measure
 from dcgen_convert.evaluation.previews import Judged
-from dcgen_convert.stages import captions, judged
+from dcgen_convert.stages import captions, edited, judged
 from dcgen_convert.stages.job import Job
 from dcgen_convert.train.watch import kept_lines
 
@@ -55,13 +55,24 @@ class Watched:
         self._trips: Judged | None = None  # the same for every grid
         self._said: set[str] = set()
 
-    def measure(self, step: int, drawn: Sequence[Image], trips: Sequence[Image], texts: list[str]) -> None:
-        """Measure the drawn pictures of a grid beside the round trips, and write a line for each measure."""
+    def measure(
+        self,
+        step: int,
+        drawn: Sequence[Image],
+        trips: Sequence[Image],
+        texts: list[str],
+        sources: Sequence[Image] = (),
+    ) -> None:
+        """Measure the drawn pictures of a grid beside the round trips, and write a line for each measure.
+
+        Args:
+            sources: of a model that edits, what each picture was made from.
+        """
         if not self.job.recipe.watch.measures:
             return
         chosen = self._measures
-        self._trips = self._trips or previews.seen(trips, texts, chosen)
-        table = previews.lines(previews.seen(drawn, texts, chosen), self._trips, chosen)
+        self._trips = self._trips or previews.seen(trips, texts, chosen, sources)
+        table = previews.lines(previews.seen(drawn, texts, chosen, sources), self._trips, chosen)
         file, place = self.folder / MEASURES, {"step": step, "phase": self.folder.name}
         kept_lines(file, lambda line: line["step"] < step)  # a kill may have come between these lines and the grid
         with open(file, "a", encoding="utf-8") as lines:
@@ -90,7 +101,8 @@ class Watched:
 def _chosen(job: Job, number: int, texts: Sequence[str]) -> list[Measure]:
     names = dict.fromkeys((*job.recipe.watch.measures, *ALWAYS))
     side, weights = job.recipe.adapt.phases[number - 1].resolution, judged.weights(job.recipe)
-    return measures.chosen(names, weights, texts, side=side, offline=job.identity.offline, recipe=True)[0]
+    edits, offline = edited.tried(job.of_phase(number)), job.identity.offline
+    return measures.chosen(names, weights, texts, side=side, offline=offline, edited=edits, recipe=True)[0]
 
 
 def _captions(job: Job) -> list[str]:

@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from dcgen_convert.families import Family, Text
-from dcgen_convert.families.base import Network
+from dcgen_convert.families.base import Network, references_of
 from dcgen_convert.planning.arithmetic import forward_flops, side_passes, train_flops
 from dcgen_convert.planning.structures import structure
 
@@ -42,7 +42,8 @@ def peak_flops(device_name: str) -> float | None:
 
 @dataclass(frozen=True)
 class Meter:
-    """tokens: image and text tokens of one sample; flops: of one training sample; peak: FLOP/s of one device.
+    """tokens: image and text tokens of one sample, those of references too; flops: of one training sample; peak: FLOP/s
+    of one device.
 
     flops and peak are None where the device's peak is not known: then there is no MFU.
     """
@@ -78,12 +79,14 @@ def meter_of(
 
     Args:
         shape: (C, h, w) of a latent.
-        text: the condition of one row, as the cache gives it.
+        text: the condition of one row of that size, as the cache gives it; of a model that edits with the reference,
+            whose tokens count too.
         adapt: objective (recipe section ``adapt``).
         consistency: of the phase.
         full: whether every weight trains.
     """
-    image = shape[1] * shape[2] // family.patch(model.config, shape[0]) ** 2
+    pictures = [shape, *(value.shape[1:] for value in references_of(text))]
+    image = sum(height * width // family.patch(model.config, c) ** 2 for c, height, width in pictures)
     words = max((value.shape[1] for value in text.values() if value.ndim == 3), default=0)
     peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     if peak is None:

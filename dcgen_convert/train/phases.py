@@ -371,7 +371,8 @@ def _evaluate_once(engine: Engine, goal: Goal, place: Place) -> dict[str, float]
 
 def _watch(engine: Engine, task: Task, goal: Goal, place: Place, full: bool) -> TrainingWatch:
     """What is looked at on the way, always with the averaged weights."""
-    family, model, (_, words) = task.family, task.model, task.rows.batch([0])
+    family, model, rows = task.family, task.model, task.rows
+    firsts = [rows.batch([span.start])[1] for span in (rows.spans if family.references else rows.spans[:1])]
 
     def evaluate() -> dict[str, float] | None:
         with _averaged(engine):
@@ -385,7 +386,9 @@ def _watch(engine: Engine, task: Task, goal: Goal, place: Place, full: bool) -> 
             with _averaged(engine):
                 place.intervals.draw(through_engine, step)
 
-    meters = [meter_of(family, model, shape, words, task.adapt, full, task.consistency) for shape in task.rows.shapes]
+    texts = firsts if family.references else firsts * len(rows.shapes)
+    sizes = zip(rows.shapes, texts, strict=True)
+    meters = [meter_of(family, model, shape, text, task.adapt, full, task.consistency) for shape, text in sizes]
     return TrainingWatch(place.folder, place.intervals, meters, evaluate, draw)
 
 

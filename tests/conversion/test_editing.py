@@ -144,11 +144,6 @@ def test_what_a_sample_lacks_is_said(folder):
     assert done.returncode == 2 and "none.png" in done.stderr
 
 
-def test_quantize_refuses_a_model_that_edits(folder, source):
-    done = run_cli("quantize", str(source), "-o", "q", cwd=folder)
-    assert done.returncode == 2 and "not known to the verb quantize yet" in done.stderr, done.stderr[-2000:]
-
-
 def test_the_picture_grid_of_the_bundle_begins_with_what_is_edited(folder):
     assert "the picture that is edited" in (folder / "bundle" / "README.md").read_text()
 

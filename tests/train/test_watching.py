@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dcgen_convert import families
+from dcgen_convert.families.base import REFERENCE
 from dcgen_convert.planning.arithmetic import forward_flops
 from dcgen_convert.planning.structures import structure
 from dcgen_convert.stages.grid import noise_levels, sample
@@ -27,6 +28,18 @@ def test_meter_counts_tokens_and_useful_flops(monkeypatch):
     assert figures["tokens_per_s"] == 4 * 19
     assert figures["mfu"] == pytest.approx(8 * 3 * once / 2.0 / (4 * 989e12))
     assert 0.05 < figures["memory_gib"] < 64
+
+
+def test_meter_counts_the_tokens_of_a_reference(monkeypatch):
+    """A reference of twice the picture's width has twice its tokens, and the network computes all of them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    model, rows = tiny_flux(), Rows(1)
+    adapt = SimpleNamespace(objective="flow", checkpointing=False)
+    text = {**rows.batch([0])[1], REFERENCE: torch.zeros(1, *rows.shapes[0]).repeat(1, 1, 1, 2)}
+    meter = meter_of(families.get("flux-kontext"), model, rows.shapes[0], text, adapt, full=True)
+    once = forward_flops(structure({**model.config, "_class_name": "FluxTransformer2DModel"}), 16 + 32, 3)
+    assert meter == Meter(16 + 32 + 3, 3 * once, 989e12)
 
 
 def test_peaks_by_device_name():
