@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dcgen_convert.api.benchmarking import benchmark
     from dcgen_convert.api.calls import adopt, clean, convert, inspect, plan, quantize, resume, runs, sample, verify
     from dcgen_convert.api.evaluating import evaluate
+    from dcgen_convert.api.exporting import export
     from dcgen_convert.api.rehearsing import rehearse
     from dcgen_convert.api.results import (
         Adopted,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
         Cleaned,
         Conversion,
         Evaluation,
+        Exported,
         Inspection,
         Pictures,
         Plan,
@@ -54,6 +56,7 @@ __all__ = [
     "Conversion",
     "DcgenError",
     "Evaluation",
+    "Exported",
     "InputError",
     "Inspection",
     "InternalError",
@@ -72,6 +75,7 @@ __all__ = [
     "clean",
     "convert",
     "evaluate",
+    "export",
     "inspect",
     "plan",
     "quantize",
@@ -82,7 +86,15 @@ __all__ = [
     "verify",
 ]
 
-_HOMES = ("api.calls", "api.evaluating", "api.benchmarking", "api.rehearsing", "api.results", "core.errors")
+_HOMES = (
+    "api.calls",
+    "api.evaluating",
+    "api.benchmarking",
+    "api.exporting",
+    "api.rehearsing",
+    "api.results",
+    "core.errors",
+)
 
 
 def __getattr__(name: str) -> object:

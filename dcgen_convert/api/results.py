@@ -159,6 +159,29 @@ class Adopted(Result):
 
 
 @dataclass(frozen=True)
+class Exported(Result):
+    """A bundle as the files of another program.
+
+    to: the program. weights: the format that was asked for. transformer, autoencoder: the files. bytes: of both.
+    tensors: how many each file holds. linears: how many have each rounded format; all else is bfloat16. weight_error:
+    for each of these formats the root of sum (w - Q(w))^2 over sum w^2. notes: what a user must know of the weights.
+    """
+
+    SCHEMA: ClassVar[str] = "dcgen.export/1"
+
+    bundle: Path
+    to: str
+    weights: str
+    transformer: Path
+    autoencoder: Path
+    bytes: int
+    tensors: dict[str, int]
+    linears: dict[str, int]
+    weight_error: dict[str, float]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
 class Verdict(Result):
     """A bundle passed its checks (a difference raises `CheckFailed` instead).
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from dcgen_convert.checkpoint.headers import FLOAT8, Entry, read_header, read_weights
 from dcgen_convert.checkpoint.stream import CHUNK, Copied, Item, require_finite
+from dcgen_convert.checkpoint.tensors import as_bytes
 from dcgen_convert.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -128,6 +129,9 @@ class Held:
         return whole.reshape(self.rows, -1)[start:stop]
 
 
+Part = tuple[Held, int, int]  # rows [start, stop) of a tensor
+
+
 @dataclass(frozen=True)
 class Contents:
     """A transformer's tensors by name.
@@ -159,29 +163,31 @@ class Numbers(Item):
     """Rows whose bytes cannot be copied as they are: they are upcast, dequantised, or changed by ``update``."""
 
     name: str
-    parts: tuple[tuple[Held, int, int], ...]  # tensor, first and last row
+    parts: tuple[Part, ...]
     update: Change | None = None
 
     def chunks(self) -> Iterator[memoryview]:
-        import torch
-
-        done = 0
-        for held, start, stop in self.parts:
-            step = max(1, CHUNK // max(1, 4 * math.prod(held.shape[1:])))
-            for first in range(start, stop, step):
-                rows = held.read(first, min(first + step, stop))
-                if self.update is not None:
-                    rows = self.update(done, rows.float())
-                done += len(rows)
-                rows = rows.to(torch_dtype(self.dtype)).contiguous()
-                data = rows.view(-1).view(torch.uint8).numpy().data
-                require_finite(data, self.dtype, self.name, held.entry.file)
-                yield data
+        for first, file, rows in row_chunks(self.parts):
+            changed = rows if self.update is None else self.update(first, rows.float())
+            data = as_bytes(changed, self.dtype)
+            require_finite(data, self.dtype, self.name, file)
+            yield data
 
 
-def item_of(
-    name: str, shape: tuple[int, ...], parts: list[tuple[Held, int, int]], update: Change | None = None
-) -> Item:
+def row_chunks(parts: tuple[Part, ...]) -> Iterator[tuple[int, Path, Tensor]]:
+    """The rows of ``parts``, one below the other, in pieces of `CHUNK` bytes of float32: (number of the first row, file
+    that holds them, rows as `Held.read` gives them).
+    """
+    done = 0
+    for held, start, stop in parts:
+        step = max(1, CHUNK // max(1, 4 * math.prod(held.shape[1:])))
+        for first in range(start, stop, step):
+            rows = held.read(first, min(first + step, stop))
+            yield done, held.entry.file, rows
+            done += len(rows)
+
+
+def item_of(name: str, shape: tuple[int, ...], parts: list[Part], update: Change | None = None) -> Item:
     """What to write for a tensor that is a stack of rows of others."""
     first = parts[0][0]
     same = all(held.plain and held.dtype == first.dtype and held.entry.file == first.entry.file for held, _, _ in parts)

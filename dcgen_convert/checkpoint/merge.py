@@ -13,20 +13,17 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dcgen_convert import families
 from dcgen_convert.checkpoint import stream
 from dcgen_convert.checkpoint.headers import Entry, read_header
 from dcgen_convert.checkpoint.stream import CHUNK, Item
-from dcgen_convert.checkpoint.tensors import TORCH, read_tensor
+from dcgen_convert.checkpoint.tensors import as_bytes, read_tensor
 from dcgen_convert.checkpoint.updates import Stored, read_lora
 from dcgen_convert.core.console import NULL, Console
 from dcgen_convert.core.errors import CheckFailed, InputError
 from dcgen_convert.core.files import TEMPORARY, fresh_folder, fsync, read_json
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 AT_ONCE = 1 << 26  # numbers of a weight that are computed together: .25 GiB of float32
 
@@ -191,14 +188,6 @@ class Merged(Item):
                 raise CheckFailed(f"merge: the LoRA of {self.name} is not finite")
             self.note(max(-lowest, highest))
             yield as_bytes(total.add_(weight), self.dtype)
-
-
-def as_bytes(tensor: Tensor, dtype: str) -> memoryview:
-    """The bytes of a tensor that was rounded to ``dtype``."""
-    import torch
-
-    rounded = tensor.to(getattr(torch, TORCH[dtype])).contiguous()
-    return rounded.view(-1).view(torch.uint8).numpy().data
 
 
 def _put(folder: Path, output: Path) -> None:

@@ -6,6 +6,7 @@ A hash is of a tensor's bytes alone, whatever file and shard they lie in.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,7 +51,11 @@ def tensor_sha256(entry: Entry) -> str:
 
 def same_tensors(one: Path, other: Path) -> bool:
     """Whether two folders of weights hold the same tensors: names, shapes, dtypes and bytes."""
-    first, second = read_weights(one), read_weights(other)
+    return same_entries(read_weights(one), read_weights(other))
+
+
+def same_entries(first: Mapping[str, Entry], second: Mapping[str, Entry]) -> bool:
+    """Whether two headers point to the same tensors: names, shapes, dtypes and bytes."""
     kinds = [{name: (entry.dtype, entry.shape) for name, entry in found.items()} for found in (first, second)]
     return kinds[0] == kinds[1] and all(tensor_sha256(first[name]) == tensor_sha256(second[name]) for name in first)
 
@@ -77,3 +82,11 @@ def read_tensor(entry: Entry, first: int = 0, last: int | None = None) -> Tensor
                 raise InputError(f"{entry.file} ends inside a tensor.", hint="Download or copy the checkpoint again.")
             done += count
     return buffer.view(getattr(torch, TORCH[entry.dtype])).view(shape)
+
+
+def as_bytes(tensor: Tensor, dtype: str) -> memoryview:
+    """The bytes of a tensor that is rounded to ``dtype``, a name of a safetensors file."""
+    import torch
+
+    rounded = tensor.to(getattr(torch, TORCH[dtype])).contiguous()
+    return rounded.view(-1).view(torch.uint8).numpy().data

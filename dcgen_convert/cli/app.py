@@ -424,9 +424,11 @@ def completion_script(shell: str) -> int:
 
 def _register() -> None:
     from dcgen_convert.cli.benchmark_verb import benchmark
+    from dcgen_convert.cli.export_verb import export
     from dcgen_convert.cli.recipes_verb import recipes
 
     cli.add_command(benchmark)
+    cli.add_command(export)
     cli.add_command(recipes)
 
 

@@ -104,6 +104,7 @@ class Family:
     few_steps: ClassVar[bool] = False  # whether every model of the family was distilled to a few steps
     fixed_shift: ClassVar[bool] = False  # whether the network's time input depends on the shift of the stock scheduler
     official_layout: ClassVar[bool] = False  # whether the DC-Gen authors published a pipeline class
+    comfyui: ClassVar[bool] = False  # whether bundles can be exported to ComfyUI; needs a key map of `checkpoint`
     nunchaku_container: ClassVar[bool] = False  # whether nunchaku's classic single file has a layout for the family
     # layout of a single file -> prefixes of tensor names. Only files of this family and layout have all of them.
     layouts: ClassVar[dict[str, tuple[str, ...]]]
@@ -307,6 +308,12 @@ class Family:
         ``config`` is the config of the AutoencoderDC.
         """
         return {}
+
+    def comfyui_network(self, config: dict[str, Any]) -> dict[str, Any]:
+        """What ComfyUI's own network class is built with for a converted model with this config, where ComfyUI would
+        make something else of the tensors. For families with `comfyui`.
+        """
+        raise TypeError(f"{type(self).__name__} states no comfyui_network")
 
     # -- one step in the common convention ------------------------------------------------------------------------
 

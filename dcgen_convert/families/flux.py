@@ -23,6 +23,7 @@ class Flux(Family):
     in_order = out_order = "c p1 p2"
     guidance = "embedded"  # schnell (guidance_embeds false) has no guidance input
     official_layout = True
+    comfyui = True
     nunchaku_container = True
     layouts = {
         "bfl": ("double_blocks.0.img_attn.norm.key_norm.scale", "vector_in."),
@@ -60,6 +61,17 @@ class Flux(Family):
                 "give the text-to-image model (dev, Krea or schnell): the conversion trains with one picture",
             )
         return {**config, "in_channels": channels, "out_channels": channels}
+
+    def comfyui_network(self, config: dict[str, Any]) -> dict[str, Any]:
+        # ComfyUI takes every FLUX.1 for a model with patch 2, 16 channels and heads of 128 numbers.
+        return {
+            "image_model": "flux",
+            "patch_size": 1,
+            "in_channels": config["in_channels"],
+            "out_channels": config.get("out_channels") or config["in_channels"],
+            "num_heads": config["num_attention_heads"],
+            "axes_dim": list(config["axes_dims_rope"]),
+        }
 
     def predict(self, model: Network, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
         patch = self.patch(model.config, z.shape[1])

@@ -22,6 +22,7 @@ class FluxKontext(Flux):
     references = 1
     layouts = {}  # and so are its tensor names
     official_layout = False
+    comfyui = False  # the nodes know no reference
     recipe = "flux-kontext"
     default_cells = None
     default_px = 1024  # it scales every size to the area of its `max_area`
