@@ -280,7 +280,7 @@ def _seen(recipe: Recipe, sizes: Shapes) -> list[str]:
 
 def _doubt(family: Family, data: Data) -> str:
     """Why the prompts of ``data`` will not do to draw from; empty where they may."""
-    if not (family.fewest_references or (family.references and data.sources)):
+    if not drawable.draws_edits(data, family):
         return prompts.doubt(data.prompts, data.count)
     if data.prompts not in prompts.CAPTIONS:
         return ""

@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dcgen_convert.families import Family
+from dcgen_convert.recipe.drawable import draws_edits
 from dcgen_convert.recipe.schema import Data, Recipe
 
 if TYPE_CHECKING:
@@ -58,8 +59,8 @@ def most_references(recipe: Recipe, family: Family) -> int:
 
 def _references(data: Data, family: Family) -> int:
     fewest, most = family.fewest_references, family.references
-    if data.kind != "folder":  # the base edits one picture
-        return max(fewest, min(most, int(data.sources is not None)))
+    if data.kind != "folder":
+        return int(draws_edits(data, family))  # each of one picture
     if fewest == most:
         return most
     from dcgen_convert.data import given

@@ -13,10 +13,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dcgen_convert.core.errors import RecipeError
+from dcgen_convert.data import prompts
 from dcgen_convert.families import Family
 from dcgen_convert.families.grid import Grid
 from dcgen_convert.recipe.identity import Identity
-from dcgen_convert.recipe.schema import Recipe
+from dcgen_convert.recipe.schema import Data, Recipe
+
+
+def draws_edits(data: Data, family: Family) -> bool:
+    """Whether what the base draws for ``data`` are edits: it must be given a picture, or it can be and is."""
+    given = data.sources is not None or data.prompts in set(prompts.KINDS) - set(prompts.CAPTIONS)
+    return data.kind != "folder" and bool(family.fewest_references or (family.references and given))
 
 
 @dataclass(frozen=True)

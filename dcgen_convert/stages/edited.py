@@ -15,6 +15,7 @@ from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import hashes
 from dcgen_convert.data import drawn_edits, edit_prompts, images, prompts
 from dcgen_convert.data.images import Picture
+from dcgen_convert.recipe.drawable import draws_edits
 from dcgen_convert.stages.job import Job
 
 FOLDER = "references"
@@ -23,9 +24,7 @@ ROW = '{"file": "edited/1.png", "source": "original/1.png", "caption": "make the
 
 def drawn(job: Job) -> bool:
     """Whether what the base draws for these pictures are edits."""
-    data, family = job.recipe.data, job.family
-    asked = data.sources is not None or data.prompts == drawn_edits.WORD
-    return data.kind != "folder" and bool(family.fewest_references or (family.references and asked))
+    return draws_edits(job.recipe.data, job.family)
 
 
 def tried(job: Job) -> bool:

@@ -19,6 +19,7 @@ from dcgen_convert.core.journal import Run
 from dcgen_convert.families.base import references_of
 from dcgen_convert.networks import autoencoders
 from dcgen_convert.planning import plan
+from dcgen_convert.planning.shapes import shapes_of
 from dcgen_convert.recipe.loading import Resolved
 from dcgen_convert.recipe.loading import load as resolved
 from dcgen_convert.recipe.schema import Recipe
@@ -161,3 +162,26 @@ def test_a_plan_says_whether_editing_is_trained_and_prices_it(count, source, tmp
     found = plan.plan(resolved("image", sets=["data.min_side=1"], flags=flags | {"data.path": str(rows)}))
     assert any("edits with the converted model are untested" in note for note in found["notes"]) == (not count)
     assert any("up to 2 references of its size" in note for note in found["notes"]) == bool(count)
+
+
+@pytest.mark.parametrize(
+    "sets, edits",
+    [
+        ([], False),
+        (["data.prompts=TEXTS"], False),
+        (["data.prompts=TEXTS", "data.sources=BEFORE"], True),
+        (["data.prompts=tiny-edits"], True),
+    ],
+)
+def test_the_base_draws_edits_where_it_is_given_pictures_to_edit(sets, edits, source, tmp_path):
+    """And the plan prices their references."""
+    (tmp_path / "texts.txt").write_text("make it red\nmake it blue")
+    (tmp_path / "before").mkdir()
+    Image.new("RGB", (80, 80), "teal").save(tmp_path / "before" / "a.png")
+    names = {"TEXTS": str(tmp_path / "texts.txt"), "BEFORE": str(tmp_path / "before")}
+    sets = ["=".join(names.get(part, part) for part in text.split("=")) for text in [*sets, "data.count=2"]]
+    recipe = resolved("image", sets=sets, flags={"source": str(source), "ae": "tiny-dc-ae-f32", "resolution": SIDE})
+    assert shapes_of(recipe.recipe, recipe.identity).references == int(edits)
+    job = prepare(recipe, Run(tmp_path / "run", NULL), NULL)
+    pictures.require(job)
+    assert [len(picture.references) for picture in pictures.intended(job)] == [int(edits)] * 2

@@ -88,7 +88,8 @@ def test_each_prompt_of_a_batch_is_drawn_with_its_own_references(source):
     def drawn(prompts, references):
         return pipelines.draw(FLUX2, pipeline, prompts, [1] * len(prompts), **settings, references=references)
 
-    pixels = [reference_pixels([(64, 96)]), reference_pixels([(96, 64), (64, 64)])]
-    found, alone = drawn(["a", "a"], pixels), [drawn(["a"], [own]) for own in pixels]
-    torch.testing.assert_close(found, torch.cat(alone), atol=0, rtol=0)
-    assert (found[0] - found[1]).abs().max() > 1e-3
+    first = reference_pixels([(64, 96)])
+    for other in ([-first[0]], reference_pixels([(96, 64), (64, 64)])):  # of one number and size, and of others
+        found, alone = drawn(["a", "a"], [first, other]), [drawn(["a"], [own]) for own in (first, other)]
+        torch.testing.assert_close(found, torch.cat(alone), atol=0, rtol=0)
+        assert (found[0] - found[1]).abs().max() > 1e-3
