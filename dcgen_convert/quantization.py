@@ -269,9 +269,10 @@ class SourceQuantisation:
 
     @property
     def edited(self) -> bool:
-        """Whether the pictures are edits: of a model that can do without a picture only with ``sources``."""
-        family = self.source.family
-        return bool(family.fewest_references or (family.references and self.request.drawing.sources))
+        """Whether the calibration draws edits."""
+        family, drawing = self.source.family, self.request.drawing
+        numbers = family.fewest_references, family.references
+        return edit_prompts.asked_of(*numbers, drawing.prompts, drawing.sources)
 
     def prompts(self, count: int, seed: int) -> list[str]:
         """``count`` prompts of a model that draws from text alone."""

@@ -87,6 +87,20 @@ def usual(kind: str | None) -> str | None:
     return kind if kind in prompts.KINDS and kind not in prompts.CAPTIONS else None
 
 
+def asked_of(fewest: int, most: int, kind: str | None, sources: str | None) -> bool:
+    """Whether a model is asked for edits that takes ``fewest`` to ``most`` pictures: always where it must be given one;
+    where it may be given some, if pictures are named.
+    """
+    named = sources is not None or kind == drawn_edits.WORD or (kind is not None and _has_sources(kind))
+    return bool(fewest or (most and named))
+
+
+def _has_sources(kind: str) -> bool:
+    """Whether ``kind`` is a table with sources."""
+    path, _ = prompt_lists.place_of(kind)
+    return path.suffix.lower() in tables.SUFFIXES and path.is_file() and SOURCE in tables.columns(path)
+
+
 def pictures_of(folder: str, option: str) -> list[Path]:
     """The pictures in a folder that the user names with ``option``, in the order of their names.
 
@@ -116,13 +130,11 @@ def _read(texts: Sequence[str], files: Sequence[tuple[Path, ...]]) -> list[Edit]
 
 def _rows(kind: str, most: int) -> list[tuple[str, tuple[str, ...]]] | None:
     """(instruction, names of its pictures) of every row of a table, each once; None for what holds no sources."""
-    path, column = prompt_lists.place_of(kind)
-    if path.suffix.lower() not in tables.SUFFIXES or not path.is_file():
+    if not _has_sources(kind):
         return None
+    path, column = prompt_lists.place_of(kind)
     names = tables.columns(path)
     column = prompt_lists.column_of(names, column)
-    if SOURCE not in names:
-        return None
     found: dict[tuple[str, tuple[str, ...]], None] = {}
     for number, row in tables.rows(path, [name for name in (column, SOURCE) if name in names]):
         try:

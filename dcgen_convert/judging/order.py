@@ -120,13 +120,13 @@ def settle(asked: Asked, console: Console) -> Trial:
     _check_size(family, bundle, mine.side)
     given = None if asked.reference is None else references.read(asked.reference)
     edits: list[Edit] = []
-    if family.fewest_references or (family.references and asked.sources):
+    if edit_prompts.asked_of(family.fewest_references, family.references, asked.prompts, asked.sources):
         kind, edits = _edits(asked, manifest, family.references, mine.side)
         texts = [edit.text for edit in edits]
     else:
         kind, texts, own = _prompts(asked, manifest, labels(family, index, bundle))
         given = given or own
-    base, why, notes = _base(asked, manifest, mine, family, home, console)
+    base, why, notes = _base(asked, manifest, mine, family, home, console, bool(edits))
     if base is None:
         notes.append(
             f"{why}: the bundle is judged alone, without comparison, floor and ceiling; --against names a base"
@@ -172,14 +172,14 @@ def _check_size(family: Family, folder: Path, side: int) -> None:
 
 
 def _base(
-    asked: Asked, manifest: dict[str, Any], mine: Painter, family: Family, home: Path, console: Console
+    asked: Asked, manifest: dict[str, Any], mine: Painter, family: Family, home: Path, console: Console, edited: bool
 ) -> tuple[Painter | None, str, list[str]]:
-    """(what draws the base's pictures, why there is none, notes)."""
+    """(what draws the base's pictures, why there is none, notes). edited: they are edits."""
     wish = {"steps": asked.steps, "guidance": asked.guidance}
     grid = painter.grid_of(asked.bundle, family)
     if asked.against is not None and (Path(asked.against).expanduser() / names.MANIFEST).is_file():
         other = Path(asked.against).expanduser().absolute()
-        _same_task(family, family_of(other), other)
+        _same_task(edited, family_of(other), other)
         own = own_side(Identity(str(other)), grid, mine.side)
         _check_size(family_of(other), other, own)
         return painter.of_bundle(other, home, console, side=own, **wish), "", []
@@ -195,7 +195,7 @@ def _base(
         if source is None:
             return None, why, []
         identity, notes = Identity(source.name, offline=True), [f"the base is {source.name}, which the manifest names"]
-    _same_task(family, source.family, source.name)
+    _same_task(edited, source.family, source.name)
     own = own_side(identity, grid, mine.side)
     vae = source.parts.get("vae", source.vae)  # of a source that is still to be written: in its base
     check_size(source.family, source.config, read_json(vae / "config.json"), own, own)
@@ -209,10 +209,12 @@ def _home(home: Path, place: str) -> Path:
     return home / fingerprint([place, *state])[:12]
 
 
-def _same_task(family: Family, other: Family, name: object) -> None:
-    """InputError where one of two models edits pictures and the other draws from text alone."""
-    if family.fewest_references != other.fewest_references:
-        raise InputError(f"{name} is a {other.name} model, and the bundle a {family.name}", "name the bundle's base")
+def _same_task(edited: bool, other: Family, name: object) -> None:
+    """InputError for a base that draws from text alone where the bundle edits, or the other way round."""
+    if edited and not other.references:
+        raise InputError(f"{name} is a {other.name} model, which cannot edit pictures", "name the bundle's base")
+    if not edited and other.fewest_references:
+        raise InputError(f"{name} is a {other.name} model, which edits pictures", "name the bundle's base")
 
 
 def _edits(asked: Asked, manifest: dict[str, Any], most: int, side: int) -> tuple[str, list[Edit]]:

@@ -13,6 +13,7 @@ from bundle.conftest import bundles, parts  # noqa: F401  fixtures
 from conftest import run_cli
 from diffusers import FluxKontextPipeline
 
+from dcgen_convert import families
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.data import drawn_edits, edit_prompts, images
@@ -165,7 +166,7 @@ def test_the_command_edits_the_pictures_of_a_folder(asked, rows):
         ({"prompts": "TWO"}, "row 1 has 2 sources, and the model takes 1"),
         ({"prompts": "GONE"}, "gone.png"),
         ({"prompts": "MUTE"}, "row 2 has no instruction"),
-        ({"against": "FLUX"}, "is a flux model, and the bundle a flux-kontext"),
+        ({"against": "FLUX"}, "is a flux model, which cannot edit pictures"),
     ],
 )
 def test_what_cannot_be_edited_is_refused_before_anything_is_drawn(asked, rows, parts, given, message):  # noqa: F811
@@ -179,6 +180,26 @@ def test_what_cannot_be_edited_is_refused_before_anything_is_drawn(asked, rows, 
     with pytest.raises(InputError, match=message):
         evaluate(replace(asked, **{key: names.get(value, value) for key, value in given.items()}), NULL)
     assert files(asked.output) == {}
+
+
+def test_a_model_that_can_do_without_pictures_edits_where_they_are_named(rows):
+    (rows.parent / "texts.jsonl").write_text('{"caption": "a red fox"}')
+    plain = str(rows.parent / "texts.jsonl")
+    found = map(families.get, ("flux2", "flux-kontext", "flux"))
+    flux2, kontext, flux = ((one.fewest_references, one.references) for one in found)
+    asked_of = edit_prompts.asked_of
+    for kind, sources in ((str(rows), None), ("tiny-edits", None), (plain, str(rows.parent / "photos"))):
+        assert (
+            asked_of(*flux2, kind, sources) and asked_of(*kontext, kind, sources) and not asked_of(*flux, kind, sources)
+        )
+    for kind in (plain, "builtin", None, "hf://datasets/a/b:text"):
+        assert not asked_of(*flux2, kind, None) and asked_of(*kontext, kind, None)
+
+
+def test_a_base_of_the_other_task_is_refused(bundles, parts, tmp_path):  # noqa: F811
+    asked = Asked(bundles("flux"), tmp_path / "out", str(parts("flux-kontext").source), "tiny-world", offline=True)
+    with pytest.raises(InputError, match="is a flux-kontext model, which edits pictures"):
+        evaluate(asked, NULL)
 
 
 def test_pictures_to_edit_are_nothing_for_a_model_that_draws_from_text(bundles, tmp_path):  # noqa: F811
