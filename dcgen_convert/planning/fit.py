@@ -63,6 +63,7 @@ def decide(recipe: Recipe, phase: Phase, sizes: Shapes, gpus: int, gpu_bytes: fl
         gpu_bytes: memory that training may use on each GPU.
     """
     adapt, what = recipe.adapt, training(recipe, phase, sizes)
+    gpu_bytes -= sizes.encoders_beside(recipe)
     part = max(1, phase.batch // gpus)
     if adapt.zero == "auto":
         choice = memory.choose(what, gpus, phase.micro_batch or 1, gpu_bytes)

@@ -46,6 +46,10 @@ class Shapes:
         """Parameters of the source's text encoders and autoencoder; 0 where nothing tells them."""
         return self.source.entry.extra_parameters if self.source.entry else 0
 
+    def encoders_beside(self, recipe: Recipe) -> float:
+        """Bytes of the text encoders that every rank has in memory while it trains: where embeddings are not stored."""
+        return (4.0 if recipe.dtype == "fp32" else 2.0) * self.companions * (recipe.latents.text == "encode")
+
     def latent_numbers(self, sides: Iterable[int], aligned: bool = True) -> float:
         """Numbers in the latents of one picture, at every one of ``sides``; those of the base are for the alignment
         only.

@@ -112,11 +112,12 @@ def needs(recipe: Recipe, sizes: Shapes, fits: list[Fit]) -> Iterator[Need]:
     once = LIVE * e * sizes.converted.width * float(sizes.tokens(recipe.adapt.phases[0]))
     sums = 8.0 * 3 * sizes.converted.width**2
     batch = min(recipe.latents.batch, recipe.data_of(recipe.aligned_set).count)
-    head = Need("align-head", converted, once, batch, sums, converted)
-    yield _larger(head, fits[0]) if recipe.align_head.steps else head
+    beside = sizes.encoders_beside(recipe)
+    head = Need("align-head", converted + beside, once, batch, sums, converted)
+    yield _larger(head, fits[0], beside) if recipe.align_head.steps else head
     for number, fit in enumerate(fits[-len(sides) :], 1):
         sums = group_bytes(sizes.lora_layers(recipe.adapt.phases[0])) if recipe.starts_along_gradient(number) else 0.0
-        yield _larger(Need(f"adapt-{number}", converted, once, fixed=sums, loaded=converted), fit)
+        yield _larger(Need(f"adapt-{number}", converted + beside, once, fixed=sums, loaded=converted), fit, beside)
         yield Need(f"merge-{number}", max(base, converted), _gap(sizes, e), 1, loaded=max(base, converted))
     side, tokens = last.resolution, sizes.seen(sizes.new, last.resolution)
     if recipe.quantize.format != "none":
@@ -177,10 +178,10 @@ def _gap(sizes: Shapes, element: int) -> float:
     return tokens * sizes.base.width * element * (sizes.base.blocks + LIVE)
 
 
-def _larger(need: Need, fit: Fit) -> Need:
-    """The need of a stage that also trains as ``fit`` says."""
+def _larger(need: Need, fit: Fit, beside: float) -> Need:
+    """The need of a stage that also trains as ``fit`` says; ``beside``: bytes of networks that it holds too."""
     memory = fit.memory
-    trained = memory.weights + memory.grads + memory.optimizer + memory.step
+    trained = beside + memory.weights + memory.grads + memory.optimizer + memory.step
     if trained + memory.activations < need.weights + need.fixed + need.each * need.at_once:
         return need
     each = memory.activations / max(1, fit.micro_batch)

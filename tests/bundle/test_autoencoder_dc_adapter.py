@@ -75,6 +75,17 @@ def test_same_pictures_as_stock(factor, channels):
         assert torch.equal(model(picture).sample, stock(picture).sample)
 
 
+def test_a_picture_with_a_part_of_a_cell_is_resized_to_whole_cells():
+    """As pipelines that edit count them; both sides of 1 or more cells, with and without a frame axis."""
+    model, picture = adapted(64, 128), torch.rand(1, 3, 96, 160) * 2 - 1
+    whole = torch.nn.functional.interpolate(picture, size=(64, 128), mode="bilinear", antialias=True)
+    with torch.no_grad():
+        wanted = model.encode(whole).latents
+        assert wanted.shape == (1, 32, 2, 4) and torch.equal(model.encode(picture).latents, wanted)
+        assert torch.equal(model.encode(picture[:, :, None]).latents[:, :, 0], wanted)
+        assert model.encode(picture[..., :32, :]).latents.shape == (1, 32, 2, 4)
+
+
 def test_answers_to_every_name_that_pipelines_use():
     model = adapted(32, 32)
     with torch.no_grad():

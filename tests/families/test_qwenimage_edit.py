@@ -144,6 +144,18 @@ def test_a_plan_says_why_text_embeddings_are_not_stored_and_what_the_pipeline_do
     assert any("1024 x 1024 px" in note for note in larger)
 
 
+def test_a_plan_counts_the_text_encoder_that_stays_beside_the_training():
+    """16.8 GB of weights in bfloat16, which every rank has on its GPU."""
+    totals, fixed = {}, ["adapt.zero=2", "adapt.phases.*.micro_batch=1"]
+    for how in ("cache", "encode"):
+        found = plan.plan(load("qwen-image-edit", sets=[f"latents.text={how}", *fixed]))
+        totals[how] = {row["stage"]: row["gpu_gib"] for row in found["memory"]["stages"]}
+    added = 2 * 8_419_059_187 / 2**30
+    for stage in ("align-head", "adapt-1", "adapt-2"):
+        assert totals["encode"][stage] - totals["cache"][stage] == pytest.approx(1.08 * added, abs=0.5)
+    assert totals["encode"]["latents"] == totals["cache"]["latents"]
+
+
 def test_any_recipe_leaves_the_embeddings_of_such_a_family_out_of_the_cache(source):
     flags = {"source": str(source.root), "ae": "tiny-dc-ae-f32", "resolution": 64}
     resolved = load(str(source.root), flags={"ae": "tiny-dc-ae-f32", "resolution": 64}, recipe="image")

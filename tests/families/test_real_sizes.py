@@ -4,6 +4,7 @@ The pretend device refuses tensors of the CPU. Here its tensors have no values e
 `--every` all models are tried.
 """
 
+import re
 import resource
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -17,6 +18,8 @@ from dcgen_convert import families
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.files import read_json
 from dcgen_convert.families import catalog, ddpm
+from dcgen_convert.families.base import NULL as EMPTY
+from dcgen_convert.families.base import REFERENCE
 from dcgen_convert.networks import pipelines
 from dcgen_convert.recipe.schema import Adapt
 from dcgen_convert.stages import grid
@@ -60,12 +63,26 @@ SIZES = {
         {"encoder_hidden_states": ((300, 2304), torch.bfloat16), "encoder_attention_mask": ((300,), torch.int64)},
     ),
     "dit-xl-256": Size("dit", 0.75, {"class_labels": ((), torch.int64)}, factor=32, channels=32, side=256),
+    "qwenimage-edit-2511": Size(
+        "qwenimage-edit-plus",
+        20.4,
+        {
+            f"{start}{name}": kind
+            for start in ("", EMPTY)
+            for name, kind in (
+                ("encoder_hidden_states", ((928, 3584), torch.bfloat16)),
+                ("encoder_hidden_states_mask", ((928,), torch.int64)),
+            )
+        }
+        | {REFERENCE: ((128, 8, 24), torch.bfloat16)},
+    ),
     "qwenimage": Size(
         "qwenimage",
         20.4,
         {"encoder_hidden_states": ((256, 3584), torch.bfloat16), "encoder_hidden_states_mask": ((256,), torch.int64)},
     ),
 }
+IDLE = r"transformer_blocks\.59\.(attn\.to_add_out|txt_mlp)\."  # Qwen-Image writes no text after its last block
 
 
 class Rows:
@@ -74,7 +91,7 @@ class Rows:
     def __init__(self, size: Size, count: int = 64) -> None:
         self.size, cells = size, size.side // size.factor
         self.rows, self.spans, self.shapes = range(count), [range(count)], [(size.channels, cells, cells)]
-        self.null = self.condition(1)
+        self.null = {} if families.get(size.family).picture_tokens else self.condition(1)
 
     def __len__(self) -> int:
         return len(self.spans[0])
@@ -159,7 +176,7 @@ def test_features_of_the_head(task, device, tmp_path, little_memory):
 @torch.no_grad()
 def test_a_step_of_the_grids_sampler(task, device, little_memory):
     z0, text, _ = objective.to_device(batch_of(task), device)
-    null = {key: value.to(device).expand_as(text[key]) for key, value in task.rows.null.items()}
+    null = objective.drop_text(text, task.rows.null, torch.ones(BATCH, dtype=torch.bool, device=device))
     levels = grid.noise_levels(task.family, 1, z0.shape[2] * z0.shape[3], task.scheduler)
 
     def velocity(*at):
@@ -185,5 +202,8 @@ def test_loss_and_gradients_of_a_lora_step(task, device, little_memory):
     loss.backward()
     for name, parameter in named.items():
         found = parameter.grad
+        if re.match(IDLE, name) and family.model_class.startswith("QwenImage"):
+            assert found is None
+            continue
         assert found is not None, name
         assert (found.shape, found.dtype, found.device.type) == (parameter.shape, torch.bfloat16, device), name

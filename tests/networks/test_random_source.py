@@ -57,6 +57,25 @@ CUT = {  # class -> what makes it small
         head_dim=16,
         vocab_size=700,
     ),
+    "QwenImageTransformer2DModel": dict(
+        num_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=WIDTH, axes_dims_rope=[4, 4, 8]
+    ),
+    "AutoencoderKLQwenImage": dict(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+    "Qwen2_5_VLForConditionalGeneration": dict(
+        text_config=dict(
+            hidden_size=WIDTH,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            vocab_size=700,
+            rope_parameters=dict(rope_type="default", mrope_section=[2, 3, 3], rope_theta=1e6),
+        ),
+        vision_config=dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=WIDTH),
+        image_token_id=690,
+        video_token_id=691,
+        vision_start_token_id=687,
+    ),
     "AutoencoderKL": dict(block_out_channels=[32] * 4, layers_per_block=1),
     "AutoencoderDC": dict(
         encoder_block_out_channels=[16, 32, 32, 32, 64, 64],
@@ -103,7 +122,10 @@ def test_the_deep_autoencoders_have_the_published_sizes(alias):
     assert part.config.get("scaling_factor") == entry.scaling_factor
 
 
-@pytest.mark.parametrize("name", ["flux-krea", "sana-1.6b", "sana-sprint-1.6b", "sd-1.5", "dit-xl-256"])
+DRAWN = ["flux-krea", "sana-1.6b", "sana-sprint-1.6b", "sd-1.5", "dit-xl-256", "qwen-image-edit-2511"]
+
+
+@pytest.mark.parametrize("name", DRAWN)
 def test_a_small_one_loads_and_draws_as_the_stock_pipeline_does(name, tmp_path):
     layout = small(components.layout_of(catalog.SOURCES[name]))
     folder = random_source.write_layout(layout, name, tmp_path / name, seed=1)
@@ -111,19 +133,26 @@ def test_a_small_one_loads_and_draws_as_the_stock_pipeline_does(name, tmp_path):
     pipeline = pipelines.load_pipeline(source, torch.bfloat16)
     assert type(pipeline).__name__ == layout.pipeline
     prompt = "7" if name.startswith("dit") else "a photograph of a red fox in the snow"
-    picture = pipelines.draw(source.family, pipeline, [prompt], [3], side=64, steps=2, guidance=3.0, length=64)
+    settings = dict(side=64, steps=2, guidance=3.0, length=64)
+    given = [[torch.zeros(3, 32, 48)]] if source.family.references else ()
+    picture = pipelines.draw(source.family, pipeline, [prompt], [3], **settings, references=given)
     assert picture.shape == (1, 3, 64, 64)
     assert torch.isfinite(picture).all() and picture.std() > 0.01
 
 
 @pytest.mark.parametrize(
     ("kind", "special"),
-    [("CLIPTokenizer", (49406, 49407, 49407)), ("T5Tokenizer", (None, 1, 0)), ("GemmaTokenizer", (2, 1, 0))],
+    [
+        ("CLIPTokenizer", (49406, 49407, 49407)),
+        ("T5Tokenizer", (None, 1, 0)),
+        ("GemmaTokenizer", (2, 1, 0)),
+        ("Qwen2Tokenizer", (None, 151643, 151643)),
+    ],
 )
 def test_a_tokenizer_of_the_published_size_has_the_published_special_tokens(kind, special, tmp_path):
     part = next(
         part
-        for name in ("flux-dev", "sana-1.6b")
+        for name in ("flux-dev", "sana-1.6b", "qwen-image-edit")
         for part in components.layout_of(catalog.SOURCES[name]).parts.values()
         if part.kind == kind
     )
@@ -135,7 +164,10 @@ def test_a_tokenizer_of_the_published_size_has_the_published_special_tokens(kind
     ids = tokenizer(" ".join(words)).input_ids
     assert max(ids) < len(tokenizer) and len(ids) < 4 * len(words)
     assert tokenizer.unk_token_id is None or kind == "CLIPTokenizer" or tokenizer.unk_token_id not in ids
-    assert len(tokenizer("").input_ids) == {"CLIPTokenizer": 2}.get(kind, 1)
+    assert len(tokenizer("").input_ids) == {"CLIPTokenizer": 2, "Qwen2Tokenizer": 0}.get(kind, 1)
+    if kind == "Qwen2Tokenizer":
+        marks = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+        assert tokenizer.convert_tokens_to_ids(marks) == [151644, 151652, 151653, 151655]
 
 
 def test_a_vocabulary_that_is_too_small_is_refused(tmp_path):

@@ -137,6 +137,7 @@ def test_fit_obeys_the_user_and_decides_auto():
         converted=Structure((), 0, 57, 3072, 4096),
         trainable=lambda _: Trainable(TRAINED, FROZEN, 418),
         tokens=lambda _: 4608,
+        encoders_beside=lambda _: 0.0,
     )
     room = 79.1 * plan.GIB
 
