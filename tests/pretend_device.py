@@ -225,6 +225,11 @@ def _pin(tensor: torch.Tensor) -> torch.Tensor:
     return pinned
 
 
+def _read(data: object) -> object:
+    """Numbers of the device in a list are read one by one, as torch does it on a GPU."""
+    return [one.item() if isinstance(one, Placed) else one for one in data] if isinstance(data, list) else data
+
+
 @cache
 def _register() -> None:
     torch.utils.backend_registration._setup_privateuseone_for_python_backend(NAME)
@@ -241,7 +246,7 @@ def ready() -> Iterator[str]:
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # a wrapper's data cannot be exchanged
     for name, make in makers.items():
-        setattr(torch, name, lambda data, *, device=None, make=make, **options: make(data, **options).to(device))
+        setattr(torch, name, lambda data, *, device=None, make=make, **options: make(_read(data), **options).to(device))
     torch.Tensor.pin_memory = _pin
     try:
         with (

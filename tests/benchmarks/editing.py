@@ -5,7 +5,7 @@ reference is zero everywhere. What the edits then still keep of the source is ch
 
     PYTHONPATH=. python tests/benchmarks/editing.py FOLDER [--count 256] [--steps 12] [--guidance 2.5]
 
-FOLDER is a pipeline with an AutoencoderKL, such as the tiny-kontext that tools/tiny writes.
+FOLDER is a pipeline with an AutoencoderKL, such as dcgen_convert/tiny/weights/tiny-kontext.
 """
 
 from __future__ import annotations

@@ -79,9 +79,11 @@ def test_work_gives_the_same_on_a_device(kind, tiny, on, monkeypatch):
         for found in quantised:
             assert torch.isfinite(found).all() and 1e-4 < (found - dense).norm() / dense.norm() < 0.4
         return
+    for mine, goal in zip(there, here, strict=True):
+        assert (mine.device.type, mine.shape, mine.dtype) == ("cpu", goal.shape, goal.dtype)
+    there, here = ([found.float() for found in every] for every in (there, here))  # of masks too
     largest = max(goal.abs().max().item() for goal in here)
     for mine, goal in zip(there, here, strict=True):
-        assert (mine.device.type, mine.shape) == ("cpu", goal.shape)
         scale = max(goal.abs().max().item(), 1e-3 * largest)  # what ought to be zero is rounding
         torch.testing.assert_close(mine / scale, goal / scale, atol=TOLERANCE.get(kind, 2e-5), rtol=0)
 

@@ -10,9 +10,9 @@ Each part is one command. Its weights (float32) go to WORK. A part needs those b
 transformer needs its autoencoder, flux and kontext need their teachers. The teacher of kontext goes on from the shipped
 tiny-flux.
 
-Four parts do not ship: dc-f128c512, unet, sana-sprint and, so far, kontext. tests/benchmarks/compression_sweep.py,
-unet.py and few_steps.py train the first three; editing.py beside them judges the last. sana-sprint starts from the
-shipped tiny-sana. dc-f128c512 and unet start from the shipped tiny-dc-ae-f64 and f8c4 where WORK has none.
+Three parts do not ship: dc-f128c512, unet and sana-sprint. tests/benchmarks/compression_sweep.py, unet.py and
+few_steps.py train them. sana-sprint starts from the shipped tiny-sana. dc-f128c512 and unet start from the shipped
+tiny-dc-ae-f64 and f8c4 where WORK has none. tests/benchmarks/editing.py judges kontext.
 
 The shipped weights were made in several runs: tiny-flux was distilled once before its teacher's last two phases, and
 tiny-dit began on pictures of every texture and place. A new run gives weights of the same quality, not the same bytes.

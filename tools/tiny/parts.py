@@ -41,13 +41,20 @@ PHASES: dict[str, list[tuple[int, float] | tuple[int, float, float]]] = {
     "dit": [(8000, 1.5e-3), (3200, 1.5e-3)],  # uniform over its DDPM steps
     "unet": [(4000, 2e-3)],
     "sana-sprint": [(3000, 1e-3, 3.0)],
-    "kontext-teacher": [(2400, 1.5e-3, 2.5), (800, 8e-4, 4.0)],
-    "kontext": [(400, 6e-4, 2.0)],
+    "kontext-teacher": [
+        (900, 1e-3, 2.5),
+        (900, 1e-3, 2.5),
+        (650, 8e-4, 2.5),
+        (1000, 1.2e-3, 4.0),
+        (1600, 1.2e-3, 2.5),
+        (700, 9e-4, 2.5),
+    ],
+    "kontext": [(650, 6e-4, 2.0)],
 }
 BATCH = {"flux-teacher": 32, "flux": 32, "sana": 64, "dit": 32, "unet": 16, "sana-sprint": 64, "kontext": 32}
 BATCH["kontext-teacher"] = 32
 HALF = ("unet", "kontext-teacher", "kontext")
-ORTHOGONAL = ("kontext-teacher", "kontext")
+ORTHOGONAL = {"kontext-teacher": 4, "kontext": 0}  # the first phase in which matrices take orthogonal steps
 NAMES = ("evaluator", *AUTOENCODERS, *PHASES)
 
 
@@ -108,9 +115,8 @@ def train_kontext(work: Path, part: str, log: Log) -> Network:
 def training(part: str, number: int) -> base.Training:
     """Phase ``number`` of a transformer, counted from 0."""
     steps, rate, *shift = PHASES[part][number]
-    return base.Training(
-        steps, BATCH[part], rate, SEED + number, *shift, half=part in HALF, orthogonal=part in ORTHOGONAL
-    )
+    orthogonal = number >= ORTHOGONAL.get(part, len(PHASES[part]))
+    return base.Training(steps, BATCH[part], rate, SEED + number, *shift, half=part in HALF, orthogonal=orthogonal)
 
 
 def sana_pairs(work: Path, log: Log) -> base.Pairs:
