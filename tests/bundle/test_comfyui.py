@@ -104,6 +104,27 @@ def test_the_rounded_linears_are_those_of_the_blocks(files, weights):
     assert any("low-rank branch" in note for note in made.notes) == (weights == "nvfp4")
 
 
+def test_formulas_on_the_authors_names_are_the_network(own_bundle, tmp_path):
+    """With weights that leave nothing out: norms are no ones, and attention is far from even."""
+    path = (bundle := own_bundle("flux")) / "transformer" / "diffusion_pytorch_model.safetensors"
+    draws = torch.Generator().manual_seed(6)
+    dense = {name: torch.randn(x.shape, generator=draws).mul(0.3).bfloat16() for name, x in load_file(path).items()}
+    save_file(dense, path)
+    made = dcgen_convert.export(bundle, output=tmp_path, quiet=True)
+    weights = {name: value.float() for name, value in load_file(made.transformer).items()}
+    network = json.loads(metadata(made.transformer)["dcgen"])["network"]
+    z, t, guidance = torch.randn(2, 32, 2, 3, generator=draws), torch.tensor([0.7, 0.3]), torch.tensor([3.5, 2.0])
+    text = {
+        "encoder_hidden_states": torch.randn(2, 5, 16, generator=draws),
+        "pooled_projections": torch.randn(2, 16, generator=draws),
+    }
+    with torch.no_grad():
+        model = load(bundle, torch.float32)[0].transformer
+        wanted = family_named("flux").predict(model, z, t, text, guidance)
+    found = forward(weights, network, z, t, *text.values(), guidance)
+    assert torch.allclose(found, wanted, atol=1e-4 * wanted.abs().max())
+
+
 def test_the_files_draw_the_picture_of_sample(bundles, files, nodes):
     """From the same noise, through formulas on the authors' names, the DC-AE of the nodes and the shift of the file."""
     pipeline, _ = load(bundles("flux"))
