@@ -53,7 +53,6 @@ class Asked:
     output: Path
     against: str | None = None
     prompts: str | None = None
-    sources: str | None = None
     count: int = 256
     metrics: tuple[str, ...] | None = None
     weights: Weights = field(default_factory=Weights)
@@ -65,6 +64,7 @@ class Asked:
     seed: int = 0
     offline: bool = False
     gates: tuple[Gate, ...] = ()
+    sources: str | None = None
 
 
 @dataclass(frozen=True)
