@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.families.base import Family, Network, Pipeline, Text, linear_mu
+from dcgen_convert.families.base import Family, Network, Pipeline, Text
+from dcgen_convert.families.shifts import linear_mu
 
 if TYPE_CHECKING:
     from torch import Tensor

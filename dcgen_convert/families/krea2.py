@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from dcgen_convert.families.base import Family, Network, Pipeline, Text, linear_mu, token_ids
+from dcgen_convert.families.base import Family, Network, Pipeline, Text, token_ids
+from dcgen_convert.families.shifts import linear_mu
 
 if TYPE_CHECKING:
     from torch import Tensor

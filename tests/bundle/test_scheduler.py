@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEuler
 
 from dcgen_convert.bundle.scheduler import flux2_shift, scheduler_config
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.families.base import sampling_shift
+from dcgen_convert.families.shifts import sampling_shift
 
 DYNAMIC = dict(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).config) | {
     "_class_name": "FlowMatchEulerDiscreteScheduler"
