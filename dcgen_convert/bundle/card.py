@@ -297,7 +297,7 @@ def _limits(card: Card) -> str:
         "LoRAs of the base model: those of its blocks fit. The keys of the embedder and the head "
         f"({code(card.family.embedder)}, {code(card.family.head)}) have other sizes here, and must be deleted from the "
         "file first.",
-        "ComfyUI cannot draw with these latents: it has no latent format and no decoder for them.",
+        _comfyui(card),
     ]
     if card.references and not card.family.fewest_references:
         lines.insert(
@@ -305,6 +305,16 @@ def _limits(card: Card) -> str:
         )
     lines[1:1] = _untold(card)
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _comfyui(card: Card) -> str:
+    """What it takes to draw with the bundle in ComfyUI."""
+    if card.family.comfyui and not card.lora and card.format == "none":
+        return (
+            "ComfyUI draws with it after `dcgen-convert export BUNDLE --to comfyui`, with the nodes that dcgen-convert "
+            "brings along (`integrations/comfyui`)."
+        )
+    return "ComfyUI cannot draw with this bundle: it has no latent format and no decoder for it."
 
 
 def _adopted(card: Card) -> str:

@@ -95,7 +95,7 @@ def test_card_names_versions_sizes_and_limits(parts):
     assert "Trained at 64 x 64, 96 x 96 px (pictures of several shapes" in card
     assert "Phase 2 had pictures of its own (`adapt.phases.1.data` in" in card and "Phase 1 had" not in card
     assert "multiples of 32 px" in card and "edges of a mask on multiples of 32 px" in card
-    assert "ComfyUI cannot draw" in card and "`x_embedder`" in card and "Give height and width" in card
+    assert "`x_embedder`" in card and "Give height and width" in card
     assert f"draws {64 * flux.factor} x {64 * flux.factor} px, whatever" in card  # 128 cells of half a factor
     sana = render(manifest_of(parts("sana")), family=parts("sana").family, title="t")
     assert "draws 1024 x 1024 px, whatever" in sana and "Give `use_resolution_binning=False`" in sana
@@ -110,6 +110,11 @@ def test_card_promises_comfyui_only_what_its_latents_allow(parts):
     assert "ComfyUI-nunchaku" in card and "latent format" in card and "not tried" in card
     converted = render(single, family=flux.family, title="t", layout="stock")
     assert "ComfyUI cannot draw" in converted and "ComfyUI-nunchaku" not in converted
+    dense, sana = manifest_of(flux), parts("sana")
+    assert "export BUNDLE --to comfyui" in render(dense, family=flux.family, title="t")
+    apart = render(dense, family=flux.family, title="t", lora=True)
+    assert "ComfyUI cannot draw" in apart and "--to comfyui" not in apart
+    assert "ComfyUI cannot draw" in render(manifest_of(sana), family=sana.family, title="t")
 
 
 def test_a_quantised_source_is_no_conversion(parts):
