@@ -63,8 +63,9 @@ def test_what_a_pipeline_draws_that_is_told_no_size(name):
         px = re.search(r"height = height or (\d+)$", code, re.MULTILINE)
         area = inspect.signature(kind.__call__).parameters.get("max_area")
         side = given.default if given and given.default else int(px[1]) if px else None
-        if area:  # every size is scaled to it
-            side, cells = math.isqrt(area.default), None
+        of_reference = re.search(r"calculate_dimensions\((\d+) \* \1, image_size", code)  # that area, in its shape
+        if area or of_reference:  # every size is scaled to it
+            side, cells = int(of_reference[1]) if of_reference else math.isqrt(area.default), None
         assert (family.default_cells, family.default_px) == (int(cells[1]) if cells else None, side), pipeline
         if (side, cells) == (None, None):
             assert "sample_size" in code

@@ -250,7 +250,7 @@ def test_head_rows_are_latent_channels_and_its_inputs_image_tokens(tiny, source,
     for row in range(2):
         torch.testing.assert_close(rows[row * step : row * step + n], mine[row], atol=1e-5, rtol=1e-5)
     whole = seen["written"]
-    written = whole[:, :n] if entry.references else family.image_tokens(whole, n, text)
+    written = whole[:, :n] if family.references else family.image_tokens(whole, n, text)
     written = written[..., : parts.channels]
     torch.testing.assert_close(written, prediction.flatten(2).transpose(1, 2), atol=1e-5, rtol=1e-5)
     features = family.head_inputs(seen["features"], n, text)
