@@ -48,8 +48,9 @@ PHASES: dict[str, list[tuple[int, float] | tuple[int, float, float]]] = {
         (1000, 1.2e-3, 4.0),
         (1600, 1.2e-3, 2.5),
         (700, 9e-4, 2.5),
+        (800, 9e-4, 2.5),
     ],
-    "kontext": [(650, 6e-4, 2.0)],
+    "kontext": [(600, 6e-4, 2.0)],
 }
 BATCH = {"flux-teacher": 32, "flux": 32, "sana": 64, "dit": 32, "unet": 16, "sana-sprint": 64, "kontext": 32}
 BATCH["kontext-teacher"] = 32
