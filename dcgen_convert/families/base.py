@@ -193,10 +193,11 @@ class Family:
     def image_tokens(self, features: Any, count: int, text: Text) -> Tensor:
         """The ``count`` = N image tokens (B, N, D) in the output of a repeated block or in the input of the head.
 
-        Here: blocks with two streams return (text, image), blocks with one stream hold the text before the image.
+        Here: blocks with two streams return (text, image), blocks with one stream hold the text before the image. A
+        model that edits has two streams, and its references stand behind the image.
         """
         features = features[1] if isinstance(features, tuple) else features
-        return features[:, -count:]
+        return features[:, :count] if self.references else features[:, -count:]
 
     def head_inputs(self, features: Any, count: int, text: Text) -> Tensor:
         """Inputs of the head, in which it is linear, from the features that it receives: (B, N, K) with K = D."""

@@ -29,11 +29,6 @@ class FluxKontext(Flux):
     default_steps = 28
     default_guidance = 2.5
 
-    def image_tokens(self, features: Any, count: int, text: Text) -> Tensor:
-        """The target's tokens stand before the reference's, and the text's in a stream of their own."""
-        features = features[1] if isinstance(features, tuple) else features
-        return features[:, :count]
-
     def predict(self, model: Network, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
         import torch
 

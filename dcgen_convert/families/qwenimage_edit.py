@@ -41,11 +41,6 @@ class QwenImageEdit(QwenImage):
     default_px = 1024  # the area that it draws without a size, in the shape of its reference
     text_length = 256
 
-    def image_tokens(self, features: Any, count: int, text: Text) -> Tensor:
-        """The target's tokens stand before the references', and the text's in a stream of their own."""
-        features = features[1] if isinstance(features, tuple) else features
-        return features[:, :count]
-
     def predict(self, model: Network, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
         import torch
 
