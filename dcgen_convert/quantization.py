@@ -256,9 +256,9 @@ class SourceQuantisation:
             del drawing["sources"]
         return {"quantize": self.request.section.model_dump(mode="json"), "drawing": drawing}
 
-    @property
+    @cached_property
     def call(self) -> dict[str, Any]:
-        """What the work folder belongs to."""
+        """What the work folder belongs to. Kept: the pictures that are edited are read for it."""
         found = {"source": self.source.fingerprint, **self.asked}
         if not self.edited or self.request.drawing.data_free:
             return found

@@ -1,7 +1,7 @@
 """What a model that edits is asked for: instructions, each with the pictures that it is given.
 
-`tiny-edits` draws both. A table with the columns `source` and `caption` holds both: rows {image, source, caption}, the
-image is not looked at. Any other list of instructions goes with a folder of pictures: the first instruction edits the
+`tiny-edits` draws both. A table with sources (columns as `beside` knows them) and a column of instructions holds both:
+rows {image, source, caption}, the image is not looked at. Any other list of instructions goes with a folder of pictures: the first instruction edits the
 first picture, and so on; where instructions are more, the pictures are used again.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -18,8 +18,7 @@ from typing import Any
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import hashes
 from dcgen_convert.core.journal import fingerprint
-from dcgen_convert.data import decoding, drawn_edits, gathering, prompt_lists, prompts, tables
-from dcgen_convert.data.images import SOURCE
+from dcgen_convert.data import beside, decoding, drawn_edits, gathering, prompt_lists, prompts, tables
 
 HELP = (
     "--prompts FILE of instructions with --sources FOLDER of pictures; or --prompts FILE.jsonl with a source and a "
@@ -98,7 +97,7 @@ def asked_of(fewest: int, most: int, kind: str | None, sources: str | None) -> b
 def _has_sources(kind: str) -> bool:
     """Whether ``kind`` is a table with sources."""
     path, _ = prompt_lists.place_of(kind)
-    return path.suffix.lower() in tables.SUFFIXES and path.is_file() and SOURCE in tables.columns(path)
+    return path.suffix.lower() in tables.SUFFIXES and path.is_file() and bool(beside.columns(tables.columns(path)))
 
 
 def pictures_of(folder: str, option: str) -> list[Path]:
@@ -136,9 +135,9 @@ def _rows(kind: str, most: int) -> list[tuple[str, tuple[str, ...]]] | None:
     names = tables.columns(path)
     column = prompt_lists.column_of(names, column)
     found: dict[tuple[str, tuple[str, ...]], None] = {}
-    for number, row in tables.rows(path, [name for name in (column, SOURCE) if name in names]):
+    for number, row in tables.rows(path, [name for name in (column, *beside.columns(names)) if name in names]):
         try:
-            text, sources = prompt_lists.text_of(row.get(str(column))), _names(row.get(SOURCE))
+            text, sources = prompt_lists.text_of(row.get(str(column))), _names(row)
         except ValueError as error:
             raise InputError(f"{path} row {number}: {error}", HELP) from error
         if not text or not 1 <= len(sources) <= most:
@@ -148,9 +147,13 @@ def _rows(kind: str, most: int) -> list[tuple[str, tuple[str, ...]]] | None:
     return list(found)
 
 
-def _names(value: Any) -> tuple[str, ...]:
-    """One text or a list of texts; ValueError for all else."""
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(one, str) and one for one in values):
-        raise ValueError(f"{SOURCE} must be a text or a list of texts, not {json.dumps(value, default=str)[:60]}")
+def _names(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Files of the sources of a row; ValueError where something else stands."""
+    found = beside.columns([*row])
+    values = beside.values(row, found)
+    for value in values:
+        if not isinstance(value, str):
+            raise ValueError(
+                f"{' and '.join(found)} must hold names of files, not {json.dumps(value, default=str)[:60]}"
+            )
     return tuple(values)
