@@ -1,8 +1,9 @@
 """What a model that edits is asked for: instructions, each with the pictures that it is given.
 
 `tiny-edits` draws both. A table with sources (columns as `beside` knows them) and a column of instructions holds both:
-rows {image, source, caption}, the image is not looked at. Any other list of instructions goes with a folder of pictures: the first instruction edits the
-first picture, and so on; where instructions are more, the pictures are used again.
+rows {image, source, caption}, the image is not looked at. Any other list of instructions goes with a folder of
+pictures: the first instruction edits the first picture, and so on; where instructions are more, the pictures are used
+again.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from pathlib import Path
 from dcgen_convert.core.disk import check_disk
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import TEMPORARY, atomic_write, fresh_folder, json_text, read_json, write_json
-from dcgen_convert.data import beside, decoding, drawn, gathering, hub, images, metadata, prompt_lists, shards
+from dcgen_convert.data import decoding, drawn, gathering, hub, images, prompt_lists, shards
 from dcgen_convert.data.images import Picture
 from dcgen_convert.data.sieve import ENOUGH, Sieve
 from dcgen_convert.data.tally import Tally
@@ -139,17 +139,18 @@ def held(sources: Sequence[PictureSource], most: int, sieve: Sieve) -> int | Non
 
 
 def most_references(sources: Sequence[PictureSource]) -> int:
-    """Most references that a picture of a list or a folder on this machine has; those of shards are not known."""
+    """Most references that a picture on this machine has. Of shards the first samples count."""
     places = [source.path for source in sources if not source.is_elsewhere and source.path.exists()]
-    return max((_longest(path, path.stat().st_mtime_ns) for path in places if not _shards(path)), default=0)
+    return max((_longest(path, path.stat().st_mtime_ns) for path in places), default=0)
 
 
 @cache
 def _longest(path: Path, written: int) -> int:  # noqa: ARG001  what was written again is read again
     if path.suffix == LIST:
         return max(len(one.references) for one in images.read_folder(path))
-    files = gathering.gather(path)[0]
-    return max(map(len, (beside.of_files(files) | metadata.sources(path, files)).values()), default=0)
+    if found := _shards(path):
+        return max(map(shards.most_references, found))
+    return max(map(len, images.sources(path, gathering.gather(path)[0]).values()), default=0)
 
 
 def _size(source: PictureSource, most: int, sieve: Sieve) -> int | None:
@@ -163,8 +164,12 @@ def _size(source: PictureSource, most: int, sieve: Sieve) -> int | None:
 
 
 def _files(path: Path) -> list[Path]:
-    """The pictures of a folder or of a list."""
-    return [one.file for one in images.read_folder(path)] if path.suffix == LIST else gathering.gather(path)[0]
+    """The pictures of a folder or of a list; those without a caption that others were made from are none."""
+    if path.suffix == LIST:
+        return [one.file for one in images.read_folder(path)]
+    files = gathering.gather(path)[0]
+    named = {source for own in images.sources(path, files).values() for source in own}
+    return [file for file in files if file not in named or gathering.caption_file(file)]
 
 
 def take(

@@ -105,7 +105,7 @@ def gather(path: Path, column: str | None = None, edited: bool = False) -> tuple
             "give a folder of images with .txt captions",
         )
     texts = {file: read_text(text).strip() for file in files if (text := gathering.caption_file(file))}
-    made_from = beside.of_files(files) | metadata.sources(path, files) if edited else {}
+    made_from = sources(path, files) if edited else {}
     named = {source for own in made_from.values() for source in own}
     if column or any(file not in texts and file not in named for file in files):
         texts = metadata.captions(path, files, column) | ({} if column else texts)
@@ -117,6 +117,11 @@ def gather(path: Path, column: str | None = None, edited: bool = False) -> tuple
             f"write {bare[0].with_suffix('.txt').name} beside it, or metadata.jsonl with file_name and caption",
         )
     return [Picture(file, texts[file], references=made_from.get(file, ())) for file in files], left_out
+
+
+def sources(folder: Path, files: Sequence[Path]) -> dict[Path, tuple[Path, ...]]:
+    """Picture -> what it was made from, of the ``files`` of a folder: by their names, or by its tables."""
+    return beside.of_files(files) | metadata.sources(folder, files)
 
 
 def _read_jsonl(path: Path, column: str) -> list[Picture]:

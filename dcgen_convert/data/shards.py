@@ -1,9 +1,9 @@
 """Pictures in shards: .tar as webdataset writes them, and .parquet with the bytes of the pictures in a column.
 
 The chosen pictures are copied into a folder, byte by byte as they are; those of a model that edits with their sources,
-which `beside` names. A name in a shard is never a path: the copies
-are numbered. Archives are read without decompression, links and devices in them are left out, and no more than one
-picture is in memory. (A row group of a .parquet is read as a whole by pyarrow: that is how the format works.)
+which `beside` names. A name in a shard is never a path: the copies are numbered. Archives are read without
+decompression, links and devices in them are left out, and no more than one picture is in memory. (A row group of a
+.parquet is read as a whole by pyarrow: that is how the format works.)
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,6 +31,7 @@ CAPTION_PARTS = ("txt", "caption", "text", "json", "cls")  # of a webdataset sam
 PICTURE_COLUMNS = ("image", "jpg", "png", "picture", "img")
 # Of edits, as published data sets name them: InstructPix2Pix, HQ-Edit, MagicBrush, OmniEdit.
 EDITED_COLUMNS = ("edited_image", "output_image", "target_image", "target_img", "edited_img")
+LOOKED_AT = 64  # samples of a shard in which references are counted for a plan
 LONGEST = 1 << 20  # bytes of a caption or of the .json beside a picture
 NO_CAPTION = "because they have no caption"
 NO_PICTURE = "because they hold no picture"
@@ -69,6 +71,17 @@ def count(shard: Path) -> int:
         with tables.Parquet(shard) as file:
             return int(file.metadata.num_rows)
     return sum(1 for _ in _samples(shard, Tally()))
+
+
+def most_references(shard: Path) -> int:
+    """Most pictures that one of the first samples of a shard was made from."""
+    if shard.suffix.lower() == PARQUET:
+        if not (found := beside.columns(tables.columns(shard))):
+            return 0
+        counts = (len(_given(row, found)) for _, row in tables.rows(shard, found))
+    else:
+        counts = (len(_sources(sample)) for sample in _samples(shard, Tally()))
+    return max(islice(counts, LOOKED_AT), default=0)
 
 
 def extract(
@@ -116,8 +129,7 @@ def _from_parquet(
             name = f"{number:07d}{_suffix(content[:4])}"
             _write(folder / name, content)
             made_from = []
-            given = beside.values(row, sources)
-            for place, source in enumerate(given if not all(isinstance(one, str) for one in given) else (), 1):
+            for place, source in enumerate(_given(row, sources), 1):
                 if (content := _bytes(source)) is None:
                     raise InputError(
                         f"{shown}: its {sources[0]} {place} holds no bytes of a picture",
@@ -135,9 +147,8 @@ def _from_tar(
         for sample in _members(tar, left_out):
             if sample.number not in wanted:
                 continue
-            shown_parts = [part for part in sample.parts if f".{part.rpartition('.')[2]}" in decoding.suffixes()]
-            sources = {place: part for part in shown_parts if (place := beside.number(part))}
-            suffix = next((part for part in shown_parts if not beside.number(part)), None)
+            sources = _sources(sample)
+            suffix = next((part for part in sample.parts if _is_picture(part) and not beside.number(part)), None)
             shown = f"{shard.name} sample {sample.number}"
             text = _caption(tar, sample, column, shown)
             if suffix is None:
@@ -154,6 +165,21 @@ def _from_tar(
                         with _whole(folder / file) as opened:
                             shutil.copyfileobj(_content(tar, sample.parts[part]), opened)
                 yield name, text, [file for file in copied if file != name]
+
+
+def _given(row: dict[str, Any], columns: list[str]) -> list[Any]:
+    """The sources in ``columns`` of a row of a .parquet. Texts alone are no pictures."""
+    found = beside.values(row, columns)
+    return [] if all(isinstance(one, str) for one in found) else found
+
+
+def _is_picture(part: str) -> bool:
+    return f".{part.rpartition('.')[2]}" in decoding.suffixes()
+
+
+def _sources(sample: Sample) -> dict[int, str]:
+    """Number of a source, from 1 on -> the part that holds it."""
+    return {place: part for part in sample.parts if _is_picture(part) and (place := beside.number(part))}
 
 
 def _samples(shard: Path, left_out: Tally) -> Iterator[Sample]:

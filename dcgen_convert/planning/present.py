@@ -53,7 +53,7 @@ def counted(recipe: Recipe) -> tuple[Recipe, list[str]]:
 
 
 def most_references(recipe: Recipe, family: Family) -> int:
-    """Most references that a row has in any set of pictures; those in shards and on the hub are not known yet."""
+    """Most references that a row has in any set of pictures; those on the hub are not known yet."""
     return max(_references(recipe.data_of(number), family) for number in recipe.sets)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.data import beside, decoding, given
+from dcgen_convert.data.sieve import Sieve, square
 
 from .test_given import add, picture, take
 
@@ -90,7 +91,9 @@ def test_files_beside_a_picture_are_its_sources(tmp_path):
         for place, source in enumerate(sources_of(number), 1):
             (tmp_path / f"{number}.source{f'-{place}' if place > 1 else ''}.png").write_bytes(picture(source))
     require_sources(take(tmp_path / "work", tmp_path, edited=True)[0])
-    assert given.most_references(given.parse_all([str(tmp_path)])) == 2
+    sources = given.parse_all([str(tmp_path)])
+    assert given.most_references(sources) == 2
+    assert given.held(sources, 100, Sieve(1, "x", square(1))) == COUNT  # what is priced is what is taken
     (tmp_path / "0.source.txt").write_text("edit 100")  # with a caption it is a picture too
     found = {one.file.name: one.references for one in take(tmp_path / "work", tmp_path, edited=True)[0]}
     assert len(found) == COUNT + 1 and [file.name for file in found["0.png"]] == ["0.source.png"]
@@ -136,6 +139,8 @@ def test_shards_hold_the_sources_beside_the_pictures(write, tmp_path):
     require_sources(take(tmp_path / "work", path, edited=True)[0])
     again, _ = take(tmp_path / "work", path, edited=True)  # from what was copied
     require_sources(again)
+    sources = given.parse_all([str(path)])
+    assert given.most_references(sources) == 2 and given.held(sources, 100, Sieve(1, "x", square(1))) == COUNT
     plain, _ = take(tmp_path / "other", path)  # a model that draws from text alone copies none
     assert len(plain) == COUNT and not any(one.references for one in plain)
     assert not [*(tmp_path / "other").rglob("*.source*")]
@@ -153,6 +158,7 @@ def test_a_cell_of_a_source_without_its_bytes_is_refused_with_its_row_and_texts_
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     pictures, _ = take(tmp_path / "work", tmp_path / "a.parquet", edited=True)
     assert len(pictures) == 3 and not any(one.references for one in pictures)
+    assert given.most_references(given.parse_all([str(tmp_path)])) == 0
 
 
 def test_a_data_set_of_the_hub_brings_its_sources(tmp_path, monkeypatch):
