@@ -108,8 +108,9 @@ def adapter_part(root: Path, index: Mapping[str, Any], dtype: Any) -> Iterator[d
     if not trust.is_adapter(index.get("vae")):
         yield {}
         return
-    with own_adapter(index["vae"][0]):
-        yield {"vae": _adapter(root / "vae", dtype)}
+    name = index["vae"][0]
+    with own_adapter(name):
+        yield {"vae": _loaded(_class(name), root / "vae", dtype)}
 
 
 @contextmanager
@@ -121,10 +122,8 @@ def own_adapter(name: str) -> Iterator[None]:
     """
     from diffusers import ModelMixin
 
-    from dcgen_convert.bundle.autoencoder_dc_adapter import AutoencoderDCAdapter
-
     module = ModuleType(name)
-    vars(module).update(AutoencoderDCAdapter=AutoencoderDCAdapter, ModelMixin=ModelMixin)
+    vars(module).update({trust.class_of(name): _class(name), "ModelMixin": ModelMixin})
     former = sys.modules.get(name)
     sys.modules[name] = module
     try:
@@ -209,12 +208,20 @@ def _official(bundle: Path, family: Family, parts: dict[str, Any], options: dict
     """
     import diffusers
 
-    vae = _adapter(bundle / "vae", options["dtype"], latent_order=family.adapter_order)
+    from dcgen_convert.bundle.autoencoder_dc_adapter import AutoencoderDCAdapter
+
+    vae = _loaded(AutoencoderDCAdapter, bundle / "vae", options["dtype"], latent_order=family.adapter_order)
     return getattr(diffusers, family.pipeline_class).from_pretrained(bundle, vae=vae, **parts, **options)
 
 
-def _adapter(folder: Path, dtype: Any, **settings: Any) -> Any:
-    """This program's adapter around the autoencoder in ``folder``."""
+def _class(name: str) -> Any:
+    """This program's class for the module ``name`` of model_index.json."""
     from dcgen_convert.bundle.autoencoder_dc_adapter import AutoencoderDCAdapter
+    from dcgen_convert.networks.autoencoder_dc_video import AutoencoderDCVideo
 
-    return AutoencoderDCAdapter.from_pretrained(folder, dtype=dtype, use_safetensors=True, **settings)
+    return AutoencoderDCVideo if trust.class_of(name) == trust.VIDEO_CLASS else AutoencoderDCAdapter
+
+
+def _loaded(kind: Any, folder: Path, dtype: Any, **settings: Any) -> Any:
+    """The autoencoder in ``folder``."""
+    return kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, **settings)

@@ -18,8 +18,8 @@ from dcgen_convert.core.files import read_object, sha256
 LIBRARIES = ("diffusers", "transformers")
 # A diffusers class that lives beside its pipeline.
 SAFETY_CHECKER = ("stable_diffusion", "StableDiffusionSafetyChecker")
-ADAPTER_CLASS = "AutoencoderDCAdapter"
-# Module name of the in-bundle adapter -> sha256 of every file that this program has written under that name.
+ADAPTER_CLASS, VIDEO_CLASS = "AutoencoderDCAdapter", "AutoencoderDCVideo"
+# Module name of an in-bundle autoencoder -> sha256 of every file that this program has written under that name.
 ADAPTERS = {
     "autoencoder_dc_adapter_v1": ("155ea1f9545d982f2e5d0bf03bc34d6dd148dc440f6b0160d9241d26822ec705",),
     "autoencoder_dc_adapter_v2": (
@@ -28,6 +28,7 @@ ADAPTERS = {
     ),
     "autoencoder_dc_adapter_v3": ("7a1e401a45df3677b51c6325346c8a0fa286194d1f27a029824ed8981dfaabfc",),
     "autoencoder_dc_adapter_v4": ("3274b246d1401e5263977e7a80e4cef56c85504cced59dab381ced3ea650c7a3",),
+    "autoencoder_dc_video_v1": ("91587abce81b14cde6f5e2c5d2b1d53ab93eec4692dc44cba08ab28a1d24abfc",),
 }
 CODE = (".py", ".pyc", ".pyd", ".so")
 FOLLOWS_AUTO_MAP = re.compile(r"Auto(?!encoder)|\w*Processor$")  # classes that look for another class in a JSON file
@@ -46,7 +47,12 @@ def components(index: Mapping[str, Any]) -> dict[str, list[str]]:
 
 def is_adapter(value: Any) -> bool:
     """Whether a model_index.json value names this program's own autoencoder class."""
-    return is_component(value) and value[0] in ADAPTERS and value[1] == ADAPTER_CLASS
+    return is_component(value) and value[0] in ADAPTERS and value[1] == class_of(value[0])
+
+
+def class_of(module: str) -> str:
+    """The class in one of the ``ADAPTERS``."""
+    return VIDEO_CLASS if module.startswith("autoencoder_dc_video_") else ADAPTER_CLASS
 
 
 def is_custom(value: Any) -> bool:

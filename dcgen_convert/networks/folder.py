@@ -13,7 +13,7 @@ from dcgen_convert.families.base import Network
 
 
 def load_folder(folder: Path, what: str, dtype: torch.dtype) -> Network:
-    """The network in ``folder``, of the diffusers class that its config.json names.
+    """The network in ``folder``, of the class that its config.json names.
 
     Args:
         what: kind of network for the messages, such as "transformer".
@@ -24,9 +24,13 @@ def load_folder(folder: Path, what: str, dtype: torch.dtype) -> Network:
     """
     import diffusers
 
+    from dcgen_convert.networks.autoencoder_dc_video import AutoencoderDCVideo
+
     name = read_json(Path(folder) / "config.json")["_class_name"]
-    # The in-bundle adapter is an AutoencoderDC with the same tensors.
-    cls = getattr(diffusers, "AutoencoderDC" if name == trust.ADAPTER_CLASS else name)
+    if name == trust.VIDEO_CLASS:
+        cls = AutoencoderDCVideo
+    else:  # the in-bundle adapter is an AutoencoderDC with the same tensors
+        cls = getattr(diffusers, "AutoencoderDC" if name == trust.ADAPTER_CLASS else name)
     try:
         model, info = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True, use_safetensors=True)
     except (ValueError, RuntimeError, OSError) as error:
