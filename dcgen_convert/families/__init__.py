@@ -26,6 +26,7 @@ from dcgen_convert.families.sana import Sana
 from dcgen_convert.families.sana_sprint import SanaSprint
 from dcgen_convert.families.sd3 import SD3
 from dcgen_convert.families.unet import UNet
+from dcgen_convert.families.wan import Wan
 from dcgen_convert.families.zimage import ZImage
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "network_folder",
     "of_pipeline",
     "recognise",
+    "refuse_videos",
 ]
 
 # Tensor names are tried in this order. A family stands before another one whose tensor names it has too.
@@ -64,6 +66,7 @@ FAMILIES: dict[str, Family] = {
         CogView4(),
         HunyuanImage(),
         HiDream(),
+        Wan(),
         UNet(),
     )
 }
@@ -102,6 +105,16 @@ def of_pipeline(family: Family, index: Mapping[str, Any]) -> Family:
     """The family that has the network of ``family`` and is told by its pipeline, ``index``; else ``family``."""
     kin = (other for other in FAMILIES.values() if other.told_by_pipeline and other.model_class == family.model_class)
     return next((other for other in kin if index.get("_class_name") in other.pipelines), family)
+
+
+def refuse_videos(family: Family, name: object) -> None:
+    """InputError for the model ``name`` if it draws videos: what converts, draws and measures takes pictures alone."""
+    if family.axes == 3:
+        raise InputError(
+            f"{name} is a {family.name} model, which draws videos: no verb but inspect takes these yet, because videos "
+            "as training data and the bundle of a model that draws them are not written",
+            "give a model that draws pictures; dcgen-convert recipes list shows some",
+        )
 
 
 def family_of(config: Mapping[str, Any], where: object, index: Mapping[str, Any] | None = None) -> Family:

@@ -58,8 +58,8 @@ class AuraFlow(Family):
     def table_side(self, config: dict[str, Any]) -> int | None:
         return math.isqrt(config.get("pos_embed_max_size", 1024))
 
-    def position_term(self, model: Network, height: int, width: int) -> Tensor | None:
-        return added_positions(model.pos_embed, model.config.in_channels, height, width)
+    def position_term(self, model: Network, grid: tuple[int, ...]) -> Tensor | None:
+        return added_positions(model.pos_embed, model.config.in_channels, grid)
 
     def predict(self, model: Network, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
         return model(z, timestep=t.to(z.dtype), return_dict=False, **text)[0]

@@ -1,6 +1,8 @@
 """The facts that a family of diffusion models states, and the arithmetic that follows from them.
 
-Shapes: B batch, C latent channels, h w latent grid, p patch, N = (h/p)(w/p) tokens, D width, L text tokens.
+Shapes: B batch, C latent channels, h w latent grid, p patch, N = (h/p)(w/p) tokens, D width, L text tokens. Latents of
+a family of videos have a third axis, T latent frames: where a shape below says h w, theirs is T h w, and N = T (h/p)
+(w/p).
 All families use one flow convention: z_t = (1 - t) z_0 + t eps, v = eps - z_0, t in [0, 1] (arXiv 2509.25180).
 
 A family is one file of facts. Functions import torch themselves, so that `plan` and `inspect` can read the facts
@@ -28,6 +30,8 @@ Pipeline = Any  # a stock DiffusionPipeline
 # clean latents of the references too: see `reference_keys` and `references_of`.
 Text = dict[str, "Tensor"]
 REFERENCE = "reference"
+# Axes of a latent -> its axes, divided into tokens and their cells, and the order of the tokens, in einops notation.
+_PATTERNS = {2: ("(h p1) (w p2)", "h w"), 3: ("(t p0) (h p1) (w p2)", "t h w")}
 NULL = "null:"  # begins the keys of the empty prompt's condition, where it belongs to a row: see `picture_tokens`
 ON_PURPOSE = "kept dense"  # first words of the reason when a linear stays dense by choice, not because of its size
 
@@ -71,6 +75,7 @@ class Family:
     """
 
     name: ClassVar[str]
+    axes: ClassVar[int] = 2  # of a latent's grid: 2 for pictures (h, w), 3 for videos (T, h, w)
     model_class: ClassVar[str]  # diffusers class of the network
     component: ClassVar[str] = "transformer"  # name of the network in the stock pipeline, and of its folder
     experimental: ClassVar[str] = ""  # note for users who convert this family; empty: no note
@@ -157,6 +162,17 @@ class Family:
         """
         return math.isqrt(config["in_channels"] * (config.get("patch_size") or 1) ** 2 // channels)
 
+    def window(self, patch: int) -> dict[str, int]:
+        """Cells of one token along each axis of the latent, by their names in `in_order`: p0 (frames), p1, p2.
+
+        A token of a video lies in one latent frame.
+        """
+        return {"p0": 1, "p1": patch, "p2": patch} if self.axes == 3 else {"p1": patch, "p2": patch}
+
+    def grid(self, sides: Sequence[int], patch: int) -> tuple[int, ...]:
+        """Tokens along each axis of a latent with these ``sides``, (h, w) or (T, h, w)."""
+        return tuple(side // cells for side, cells in zip(sides, self.window(patch).values(), strict=True))
+
     def tokens(self, z: Tensor, patch: int) -> Tensor:
         """Inputs of the embedder, in which it is linear: (B, C, h, w) -> (B, N, K) with K = C p p.
 
@@ -164,25 +180,26 @@ class Family:
         """
         from einops import rearrange
 
-        return rearrange(z, f"b c (h p1) (w p2) -> b (h w) ({self.in_order})", p1=patch, p2=patch)
+        cells, rows = _PATTERNS[self.axes]
+        return rearrange(z, f"b c {cells} -> b ({rows}) ({self.in_order})", **self.window(patch))
 
-    def untokens(self, tokens: Tensor, height: int, width: int, patch: int, order: str | None = None) -> Tensor:
-        """Latent from tokens: (B, N, C p p) -> (B, C, height, width). ``order`` None: the order of the head."""
+    def untokens(self, tokens: Tensor, sides: Sequence[int], patch: int, order: str | None = None) -> Tensor:
+        """Latent with these ``sides``, (h, w), from tokens: (B, N, C p p) -> (B, C, h, w).
+
+        ``order`` None: the order of the head.
+        """
         from einops import rearrange
 
+        cells, rows = _PATTERNS[self.axes]
+        counts = dict(zip(rows.split(), self.grid(sides, patch), strict=True))
         return rearrange(
-            tokens,
-            f"b (h w) ({order or self.out_order}) -> b c (h p1) (w p2)",
-            h=height // patch,
-            w=width // patch,
-            p1=patch,
-            p2=patch,
+            tokens, f"b ({rows}) ({order or self.out_order}) -> b c {cells}", **counts, **self.window(patch)
         )
 
-    def position_term(self, model: Network, height: int, width: int) -> Tensor | None:
+    def position_term(self, model: Network, grid: tuple[int, ...]) -> Tensor | None:
         """Table of absolute positions that the model adds to the embedded tokens, (N, D). None: RoPE or no positions.
 
-        ``height`` and ``width`` are in tokens.
+        ``grid`` counts the tokens along each axis.
         """
         return None
 
@@ -203,9 +220,9 @@ class Family:
         """Inputs of the head, in which it is linear, from the features that it receives: (B, N, K) with K = D."""
         return self.image_tokens(features, count, text)
 
-    def block_map(self, output: Any, grid: tuple[int, int], text: Text) -> Tensor:
+    def block_map(self, output: Any, grid: tuple[int, ...], text: Text) -> Tensor:
         """The image part of a block's output as a map (B, D, rows, columns). ``grid`` counts the image's tokens."""
-        return self.image_tokens(output, grid[0] * grid[1], text).unflatten(1, grid).movedim(-1, 1)
+        return self.image_tokens(output, math.prod(grid), text).unflatten(1, grid).movedim(-1, 1)
 
     def block_modules(self, model: nn.Module) -> list[nn.Module]:
         """The blocks of a model, in forward order."""
@@ -329,7 +346,7 @@ class Family:
         prediction = self.predict(model, z, t, text, guidance)
         if self.prediction != "epsilon":
             return prediction if self.prediction == "flow" else -prediction
-        return (prediction - z) / (1 - t).clamp_min(1e-4)[:, None, None, None]
+        return (prediction - z) / per_row((1 - t).clamp_min(1e-4), z)
 
     def guided(self, v: Tensor, v_0: Tensor, guidance: float) -> Tensor:
         """Classifier-free guidance: velocities of the prompt and of the empty prompt, (B, C, h, w), put together."""
@@ -421,6 +438,10 @@ class Family:
             max_sequence_length=length,
         )
 
+    def frames_call(self, frames: int) -> dict[str, Any]:
+        """Keyword arguments that tell the stock pipeline of a family of videos how many frames to draw."""
+        return {"num_frames": frames} if self.axes == 3 else {}
+
     def reference_call(self, pixels: Sequence[Tensor]) -> dict[str, Any]:
         """Keyword arguments that give references to the stock pipeline, beside those of `pipeline_call`.
 
@@ -476,6 +497,11 @@ def token_ids(rows: int, columns: int, like: Tensor) -> Tensor:
     return torch.cartesian_prod(*axes).to(like.dtype)
 
 
+def per_row(values: Tensor, like: Tensor) -> Tensor:
+    """``values`` (B,), one for each row of ``like`` (B, ...), in a shape that multiplies it: (B, 1, ..., 1)."""
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
 def constant_rows(like: Tensor, *values: float) -> Tensor:
     """``values`` for each picture of ``like`` (B, ...): (B, values) in its dtype, made on its device."""
     import torch
@@ -483,12 +509,12 @@ def constant_rows(like: Tensor, *values: float) -> Tensor:
     return torch.cat([like.new_full((len(like), 1), value) for value in values], dim=1)
 
 
-def added_positions(embed: Any, channels: int, height: int, width: int) -> Tensor:
-    """What the patch embedder of diffusers adds to its projection of a latent of ``height`` x ``width`` tokens, (N, D).
+def added_positions(embed: Any, channels: int, grid: tuple[int, ...]) -> Tensor:
+    """What the patch embedder of diffusers adds to its projection of a latent of ``grid`` tokens, (N, D).
 
     Args:
         embed: diffusers' PatchEmbed or a class with the same attributes.
     """
-    z = embed.proj.weight.new_zeros(1, channels, height * embed.patch_size, width * embed.patch_size)
+    z = embed.proj.weight.new_zeros(1, channels, *(side * embed.patch_size for side in grid))
     tokens = embed(z)[0]
     return tokens if embed.proj.bias is None else tokens - embed.proj.bias

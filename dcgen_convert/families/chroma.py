@@ -59,7 +59,7 @@ class Chroma(Family):
             attention_mask=torch.cat([mask, mask.new_ones(tokens.shape[:2])], dim=1),
             return_dict=False,
         )[0]
-        return self.untokens(output, z.shape[2], z.shape[3], patch)
+        return self.untokens(output, z.shape[2:], patch)
 
     def encode_text(self, pipeline: Pipeline, prompts: list[str], length: int) -> Text:
         embeds, _, mask, *_ = pipeline.encode_prompt(

@@ -54,9 +54,9 @@ class DiT(Family):
     def only_side(self, config: dict[str, Any], cell: int) -> int | None:
         return config["sample_size"] * cell if config.get("sample_size") else None  # a single file does not state it
 
-    def position_term(self, model: Network, height: int, width: int) -> Tensor | None:
+    def position_term(self, model: Network, grid: tuple[int, ...]) -> Tensor | None:
         # The table is for one size. diffusers makes another one where the latent has another size.
-        return added_positions(model.pos_embed, model.config.in_channels, height, width)
+        return added_positions(model.pos_embed, model.config.in_channels, grid)
 
     def noise_times(self) -> Tensor:
         return ddpm.noise_times(ddpm.LINEAR)

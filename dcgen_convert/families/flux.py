@@ -76,9 +76,7 @@ class Flux(Family):
     def predict(self, model: Network, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
         patch = self.patch(model.config, z.shape[1])
         ids = token_ids(z.shape[2] // patch, z.shape[3] // patch, z)
-        return self.untokens(
-            self.run(model, self.tokens(z, patch), ids, t, text, guidance), z.shape[2], z.shape[3], patch
-        )
+        return self.untokens(self.run(model, self.tokens(z, patch), ids, t, text, guidance), z.shape[2:], patch)
 
     def run(
         self, model: Network, tokens: Tensor, ids: Tensor, t: Tensor, text: Text, guidance: Tensor | None

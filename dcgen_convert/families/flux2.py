@@ -96,7 +96,7 @@ class Flux2(Family):
             txt_ids=torch.cartesian_prod(zero, zero, zero, words),
             return_dict=False,
         )[0]
-        return self.untokens(output[:, : tokens[0].shape[1]], z.shape[2], z.shape[3], patch)
+        return self.untokens(output[:, : tokens[0].shape[1]], z.shape[2:], patch)
 
     def _ids(self, picture: Tensor, patch: int, time: int) -> Tensor:
         """Positions (time, row, column, word) of a picture's tokens, (N, 4)."""

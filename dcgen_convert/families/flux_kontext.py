@@ -37,7 +37,7 @@ class FluxKontext(Flux):
         ids = [token_ids(picture.shape[2] // patch, picture.shape[3] // patch, z) for picture in pictures]
         ids[1][:, 0] = 1
         output = self.run(model, torch.cat(tokens, dim=1), torch.cat(ids), t, text, guidance)
-        return self.untokens(output[:, : tokens[0].shape[1]], z.shape[2], z.shape[3], patch)
+        return self.untokens(output[:, : tokens[0].shape[1]], z.shape[2:], patch)
 
     def pipeline_call(
         self,

@@ -57,7 +57,7 @@ class Krea2(Family):
             return_dict=False,
             **text,
         )[0]
-        return self.untokens(output, z.shape[2], z.shape[3], patch)
+        return self.untokens(output, z.shape[2:], patch)
 
     def encode_text(self, pipeline: Pipeline, prompts: list[str], length: int) -> Text:
         embeds, mask = pipeline.encode_prompt(prompts, max_sequence_length=length)

@@ -63,8 +63,8 @@ class PixArt(Family):
     def vae_config(self, config: dict[str, Any]) -> dict[str, Any]:
         return {"block_out_channels": list(config["encoder_block_out_channels"])}
 
-    def position_term(self, model: Network, height: int, width: int) -> Tensor | None:
-        return added_positions(model.pos_embed, model.config.in_channels, height, width)
+    def position_term(self, model: Network, grid: tuple[int, ...]) -> Tensor | None:
+        return added_positions(model.pos_embed, model.config.in_channels, grid)
 
     def noise_times(self) -> Tensor:
         return ddpm.noise_times(ddpm.LINEAR)

@@ -54,7 +54,7 @@ class QwenImageEdit(QwenImage):
             return_dict=False,
             **{key: text[key] for key in self.text_keys},
         )[0]
-        return self.untokens(output[:, : tokens[0].shape[1]], z.shape[2], z.shape[3], patch)
+        return self.untokens(output[:, : tokens[0].shape[1]], z.shape[2:], patch)
 
     def guided(self, v: Tensor, v_0: Tensor, guidance: float) -> Tensor:
         """Each token of the result has the norm that it has without guidance; a token is a cell here, (B, C, h, w)."""

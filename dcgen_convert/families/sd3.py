@@ -60,8 +60,8 @@ class SD3(Family):
     def table_side(self, config: dict[str, Any]) -> int | None:
         return config.get("pos_embed_max_size", 96)
 
-    def position_term(self, model: Network, height: int, width: int) -> Tensor | None:
-        return added_positions(model.pos_embed, model.config.in_channels, height, width)
+    def position_term(self, model: Network, grid: tuple[int, ...]) -> Tensor | None:
+        return added_positions(model.pos_embed, model.config.in_channels, grid)
 
     def predict(self, model: Network, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
         return model(hidden_states=z, timestep=(t * 1000).to(z.dtype), return_dict=False, **text)[0]

@@ -100,7 +100,7 @@ class UNet(Family):
     def head_inputs(self, features: Any, count: int, text: Text) -> Tensor:
         return neighbourhoods(features)
 
-    def block_map(self, output: Any, grid: tuple[int, int], text: Text) -> Tensor:
+    def block_map(self, output: Any, grid: tuple[int, ...], text: Text) -> Tensor:
         # Down blocks return a tuple: their output, and the tensors of the skip connections.
         return output[0] if isinstance(output, tuple) else output
 

@@ -19,7 +19,7 @@ from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import AccessError, CheckFailed, InputError
 from dcgen_convert.core.files import read_json
 from dcgen_convert.core.journal import fingerprint
-from dcgen_convert.families import Family, catalog
+from dcgen_convert.families import Family, catalog, refuse_videos
 from dcgen_convert.families.grid import Grid, autoencoder_grid
 from dcgen_convert.networks import pipelines
 from dcgen_convert.networks.pipelines import DTYPES
@@ -78,7 +78,9 @@ class Painter:
 
 def opened(name: str, place: str, revision: str | None, home: Path, *, offline: bool = False) -> Source:
     """The source, from its headers."""
-    return load_source(name, place, revision=revision, home=home, offline=offline)
+    source = load_source(name, place, revision=revision, home=home, offline=offline)
+    refuse_videos(source.family, name)
+    return source
 
 
 def of_bundle(bundle: Path, home: Path, console: Console, **drawing: Any) -> Painter:

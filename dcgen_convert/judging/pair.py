@@ -21,7 +21,7 @@ from dcgen_convert.bundle.layout import adapter_config, has_adapter
 from dcgen_convert.bundle.manifest import quantised_formats
 from dcgen_convert.checkpoint.open import load_source
 from dcgen_convert.core.errors import InputError, ResourceError
-from dcgen_convert.families import Family, catalog, components, deep_autoencoders
+from dcgen_convert.families import Family, catalog, components, deep_autoencoders, refuse_videos
 from dcgen_convert.families.base import Network, Pipeline
 from dcgen_convert.families.components import DIFFUSERS, Component
 from dcgen_convert.families.grid import Grid, autoencoder_grid
@@ -136,6 +136,7 @@ def of_bundle(
 
 def _loaded_base(base: Identity, revision: str | None, dtype: torch.dtype) -> Model:
     source = load_source(base.name, base.where, revision=revision or base.revision, offline=base.offline)
+    refuse_videos(source.family, base.name)
     if source.imported:
         raise InputError(
             f"{base.name} is no pipeline folder that loads as it is",

@@ -3,7 +3,7 @@
 Model latents are what the transformer sees: (z - shift) * scale for VAEs like FLUX's, z * scale for VAEs like Stable
 Diffusion's and for DC-AE. Scale and shift are numbers, or tensors with a value per channel (Qwen-Image), or with a
 value per channel and place in a 2 x 2 patch (FLUX.2).
-B batch, C latent channels, H W px, h = H / f.
+B batch, C latent channels, H W px, h = H / f. A video has F frames, and T latent frames.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ CLASSES = (
     "AutoencoderKLQwenImage",
     "AutoencoderKLFlux2",
     "AutoencoderKLHunyuanImage",
+    "AutoencoderKLWan",
 )
+VIDEO = ("AutoencoderKLWan",)  # those that encode videos
+BY_CHANNEL = ("AutoencoderKLQwenImage", "AutoencoderKLWan")  # those with statistics of each latent channel
 SCALES = {"AutoencoderKL": 0.18215, "AutoencoderDC": 1.0}  # scaling factors of configs that state none (diffusers 0.42)
 
 
@@ -48,11 +51,13 @@ class Codec:
         factor: spatial compression f.
         channels: latent channels C.
         scale, shift: model latent = (z - shift) * scale. A number, or (C, 1, p, 1, p): a value for each place in a
-            p x p patch.
-        frames: whether the autoencoder's pixels and latents have a frame axis, (B, 3, 1, H, W).
+            p x p patch. Of a video (C, 1, 1, p, 1, p).
+        axes: of its latents (`Family.axes`): with 3 it takes videos.
+        frames: whether the autoencoder's pixels and latents have a frame axis, (B, 3, 1, H, W), that the pictures here
+            do not have.
 
     Results are on the CPU. Pictures are taken together up to `pixel_memory.TOGETHER` px and as memory holds them,
-    larger ones one by one, and those above `tiles.TILED` px in tiles.
+    larger ones one by one, and those above `tiles.TILED` px in tiles. Videos are taken one by one.
     """
 
     model: Network
@@ -60,6 +65,7 @@ class Codec:
     channels: int
     scale: float | Tensor
     shift: float | Tensor = 0.0
+    axes: int = 2
     frames: bool = False
     console: Console = NULL
     _at_once: tuple[AtOnce, AtOnce] = field(init=False)
@@ -69,11 +75,14 @@ class Codec:
         self._at_once = (AtOnce(f"{name} encodes", tell), AtOnce(f"{name} decodes", tell))
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> model latents (B, C, H/f, W/f) float32: the posterior's mean, not a sample."""
+        """(B, 3, H, W) in [-1, 1] -> model latents (B, C, H/f, W/f) float32: the posterior's mean, not a sample.
+
+        Of videos (B, 3, F, H, W) -> (B, C, T, H/f, W/f).
+        """
         return self._in_parts(ENCODE, self._encode, pixels, *pixels.shape[-2:])
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Model latents (B, C, h, w) -> (B, 3, h f, w f) in [-1, 1] float32."""
+        """Model latents (B, C, h, w) -> (B, 3, h f, w f) in [-1, 1] float32. Of videos as in `encode`."""
         height, width = (side * self.factor for side in latents.shape[-2:])
         return self._in_parts(DECODE, self._decode, latents, height, width)
 
@@ -87,7 +96,7 @@ class Codec:
     def _in_parts(self, way: int, work: Callable[[Tensor], Tensor], rows: Tensor, height: int, width: int) -> Tensor:
         free = at_once.free_bytes(self.model.device)
         fits = at_once.pictures(self.needs(way, height, width), free)
-        limit = min(fits, pixel_memory.together(len(rows), height * width))
+        limit = min(fits, pixel_memory.together(len(rows), height * width)) if self.axes == 2 else 1
         with tiles.by_size(self.model, 1, height, width):
             return joined(self._at_once[way].parts(rows, lambda part: work(part).cpu(), limit))
 
@@ -97,11 +106,11 @@ class Codec:
         encoded = self.model.encode(pixels.unsqueeze(2) if self.frames else pixels)
         latent = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
         patches = self._patches(latent.squeeze(2) if self.frames else latent)
-        return ((patches - self.shift) * self.scale).flatten(-2).flatten(2, 3)
+        return ((patches - self.shift) * self.scale).flatten(-2).flatten(-3, -2)
 
     @torch.no_grad()
     def _decode(self, latents: Tensor) -> Tensor:
-        latents = (self._patches(latents.to(self.model.device)) / self.scale + self.shift).flatten(-2).flatten(2, 3)
+        latents = (self._patches(latents.to(self.model.device)) / self.scale + self.shift).flatten(-2).flatten(-3, -2)
         latents = latents.to(self.model.dtype)
         pixels = self.model.decode(latents.unsqueeze(2) if self.frames else latents).sample
         return (pixels.squeeze(2) if self.frames else pixels).float().clamp(-1, 1)
@@ -132,19 +141,22 @@ def load(
         raise InputError(f"the autoencoder {folder} holds NaN or infinite values in {bad}", "fetch the file again")
     factor, channels = autoencoder_grid(config)
     widen(model)
+    video = config["_class_name"] in VIDEO
     codec = Codec(
         model.eval().requires_grad_(False).to(device),
         factor,
         channels,
         *normalisation(model, config, scale),
+        axes=3 if video else 2,
         frames=config["_class_name"] == "AutoencoderKLQwenImage",
         console=console,
     )
-    shape = tuple(codec.encode(torch.zeros(1, 3, 2 * factor, 2 * factor)).shape)
-    if shape != (1, channels, 2, 2):
+    one = (1,) * video  # the first frame of a video has a latent frame of its own
+    shape = tuple(codec.encode(torch.zeros(1, 3, *one, 2 * factor, 2 * factor)).shape)
+    if shape != (1, channels, *one, 2, 2):
         raise InputError(
-            f"the autoencoder {folder} makes latents {shape} from {2 * factor} px, its config says (1, {channels}, "
-            "2, 2)"
+            f"the autoencoder {folder} makes latents {shape} from {2 * factor} px, its config says "
+            f"{(1, channels, *one, 2, 2)}"
         )
     return codec
 
@@ -157,8 +169,9 @@ def joined(parts: Iterable[Tensor]) -> Tensor:
 
 def normalisation(model: Network, config: dict[str, Any], scale: float | None) -> tuple[float | Tensor, float | Tensor]:
     """(scale, shift) of a `Codec`: each class of autoencoder keeps them in another place."""
-    if config["_class_name"] == "AutoencoderKLQwenImage":
-        mean, std = (torch.tensor(config[key]).view(-1, 1, 1, 1, 1) for key in ("latents_mean", "latents_std"))
+    if config["_class_name"] in BY_CHANNEL:
+        each = [1] * (5 if config["_class_name"] in VIDEO else 4)
+        mean, std = (torch.tensor(config[key]).view(-1, *each) for key in ("latents_mean", "latents_std"))
         return 1 / std.to(model.device), mean.to(model.device)
     if config["_class_name"] == "AutoencoderKLFlux2":  # statistics of 2 x 2 patches, channel first
         std = (model.bn.running_var.float() + model.config.batch_norm_eps).sqrt()

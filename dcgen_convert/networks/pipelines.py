@@ -98,8 +98,9 @@ def draw(  # noqa: PLR0913  what a pipeline is called with
     guidance: float,
     length: int,
     references: Sequence[Sequence[Tensor]] = (),
+    frames: int = 1,
 ) -> Tensor:
-    """Pictures of ``prompts``, (B, 3, side, side) in [-1, 1].
+    """Pictures of ``prompts``, (B, 3, side, side) in [-1, 1]; videos of a family of videos, (B, 3, frames, side, side).
 
     The noise of a picture follows from its seed. In another batch its pixels are the same but for rounding.
 
@@ -117,12 +118,15 @@ def draw(  # noqa: PLR0913  what a pipeline is called with
         pipeline, list(prompts), height=side, width=side, steps=steps, guidance=guidance, length=length
     )
     call |= family.reference_call([torch.stack(slot) for slot in zip(*references, strict=True)])
+    call |= family.frames_call(frames)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     with (
         tiles.by_size(pipeline.vae, len(prompts), side, side),
         passes_timed(getattr(pipeline, family.component), pictures=len(prompts), steps=steps),
     ):
-        return pipeline(**call, generator=generators, output_type="pt").images.float().cpu() * 2 - 1
+        drawn = pipeline(**call, generator=generators, output_type="pt")
+    pixels = drawn.images if family.axes == 2 else drawn.frames.movedim(1, 2)
+    return pixels.float().cpu() * 2 - 1
 
 
 @contextmanager

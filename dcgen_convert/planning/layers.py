@@ -21,7 +21,7 @@ class Layer:
         weights, bias: number of entries of W and of b.
         runs: what the layer is applied to: "image" (every image token), "text" (every text token), "both", or "once"
             (once per picture).
-        convolution: whether it is an nn.Conv2d; a 1 x 1 one does the work of a linear.
+        convolution: whether it is an nn.Conv2d or nn.Conv3d; a 1 x 1 one does the work of a linear.
         token_fraction: fraction of the image tokens that the layer is applied to.
     """
 

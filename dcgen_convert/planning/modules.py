@@ -34,8 +34,9 @@ def measured(config: dict[str, Any], family: Family) -> Structure:
 
     with torch.device("meta"):
         model = getattr(diffusers, family.model_class).from_config(config)
+    convolutions = torch.nn.Conv2d | torch.nn.Conv3d
     linears = {
-        name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
+        name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | convolutions)
     }
     split = {
         block for block in family.blocks if any(TEXT.match(name) for name in linears if name.startswith(f"{block}."))
@@ -58,7 +59,7 @@ def measured(config: dict[str, Any], family: Family) -> Structure:
             module.weight.numel(),
             0 if module.bias is None else module.bias.numel(),
             runs(name),
-            isinstance(module, torch.nn.Conv2d),
+            isinstance(module, convolutions),
             family.token_fraction(name, model.config) if runs(name) == "image" else 1.0,
         )
         for name, module in linears.items()

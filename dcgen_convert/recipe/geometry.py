@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dcgen_convert.core.errors import AccessError, RecipeError
 from dcgen_convert.data import buckets
-from dcgen_convert.families import Family, authors, catalog
+from dcgen_convert.families import Family, authors, catalog, refuse_videos
 from dcgen_convert.families.grid import Grid, autoencoder_grid
 from dcgen_convert.networks import autoencoder_files
 from dcgen_convert.recipe import sources
@@ -82,6 +82,7 @@ def check(recipe: Recipe, source: Identity) -> None:
         InputError: a scheduler that the family cannot follow, or a few-step model that would lose its few steps.
     """
     try:
+        refuse_videos(source.here.family, source.name)
         old = source.here.grid
         new = new_grid(recipe.ae, channels=recipe.ae_channels, reader=source.reader)
         config, family = source.here.config, source.here.family

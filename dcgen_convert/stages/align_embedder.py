@@ -33,6 +33,7 @@ from dcgen_convert.svdquant.source import read_folder
 from dcgen_convert.train.ridge import NormalEquations
 
 OVERFIT = 2.0  # warn above this ratio of held-out MSE to training MSE: the fit has too few rows
+Affine = nn.Linear | nn.Conv2d | nn.Conv3d  # what an embedder or a head is
 READ_ONCE = 1_000_000  # tokens of a cache that is small enough to be kept in memory
 
 
@@ -125,13 +126,13 @@ class Problem:
         target home both grids are the same.
         """
         z_base, z = (cache or self.cache).pairs(indices)
-        grid_base = (z_base.shape[2] // self.patch_base, z_base.shape[3] // self.patch_base)
-        grid = (z.shape[2] // self.patch, z.shape[3] // self.patch)
+        grid_base = self.family.grid(z_base.shape[2:], self.patch_base)
+        grid = self.family.grid(z.shape[2:], self.patch)
         goal = affine(self.teacher, self.family.tokens(z_base, self.patch_base))  # (B, N0, D)
-        if (added := self.base_positions(*grid_base)) is not None:
+        if (added := self.base_positions(grid_base)) is not None:
             goal = goal + added
         x = self.family.tokens(z, self.patch)  # (B, N, K)
-        own = self.positions(*grid)  # the model adds them after the embedder: the embedder must not
+        own = self.positions(grid)  # the model adds them after the embedder: the embedder must not
         if self.pooling == "average":
             goal = resize(goal, grid_base, grid, "area")
         else:  # bilinear interpolation is linear too, so it may act on the inputs
@@ -151,11 +152,14 @@ class Problem:
         return equations
 
 
-def resize(tokens: Tensor, grid: tuple[int, int], to: tuple[int, int], mode: str) -> Tensor:
-    """(B, N, K) on ``grid`` -> (B, N', K) on ``to``."""
+def resize(tokens: Tensor, grid: tuple[int, ...], to: tuple[int, ...], mode: str) -> Tensor:
+    """(B, N, K) on ``grid`` -> (B, N', K) on ``to``; mode "area" | "bilinear", which of videos is trilinear."""
     maps = tokens.unflatten(1, grid).movedim(-1, 1)
-    kwargs = {"align_corners": False} if mode == "bilinear" else {}
-    return F.interpolate(maps, size=to, mode=mode, **kwargs).movedim(1, -1).flatten(1, 2)
+    if mode == "area":
+        resized = F.interpolate(maps, size=to, mode=mode)
+    else:
+        resized = F.interpolate(maps, size=to, mode=mode if len(to) == 2 else "trilinear", align_corners=False)
+    return resized.movedim(1, -1).flatten(1, -2)
 
 
 def embedding(folder: Path, embedder: str) -> Network:
@@ -170,27 +174,27 @@ def embedding(folder: Path, embedder: str) -> Network:
     return model
 
 
-def linear(model: nn.Module, path: str) -> nn.Linear | nn.Conv2d:
+def linear(model: nn.Module, path: str) -> Affine:
     """The linear or convolution at ``path``, which an embedder or a head is."""
     module = model.get_submodule(path)
-    assert isinstance(module, nn.Linear | nn.Conv2d), f"{path} is a {type(module).__name__}"
+    assert isinstance(module, Affine), f"{path} is a {type(module).__name__}"
     return module
 
 
-def affine(module: nn.Linear | nn.Conv2d, tokens: Tensor) -> Tensor:
-    """The embedder on tokens. A Conv2d is a linear on the flattened windows that it reads."""
+def affine(module: Affine, tokens: Tensor) -> Tensor:
+    """The embedder on tokens. A convolution is a linear on the flattened windows that it reads."""
     return F.linear(tokens, module.weight.flatten(1), module.bias)
 
 
-def xavier(module: nn.Linear | nn.Conv2d, seed: int) -> tuple[Tensor, Tensor]:
+def xavier(module: Affine, seed: int) -> tuple[Tensor, Tensor]:
     """Xavier-uniform weight and zero bias: what the authors start from."""
     weight = torch.empty(module.weight.flatten(1).shape, dtype=torch.float32)
     nn.init.xavier_uniform_(weight, generator=torch.Generator().manual_seed(seed))
     return weight, torch.zeros(len(weight))
 
 
-def as_module(module: nn.Linear | nn.Conv2d, name: str, weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
-    """State-dict entries of the embedder in its own shape (Linear or Conv2d), float32."""
+def as_module(module: Affine, name: str, weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
+    """State-dict entries of the embedder in its own shape, float32."""
     state = {f"{name}.weight": weight.float().reshape(module.weight.shape)}
     return state if module.bias is None else {**state, f"{name}.bias": bias.float()}
 

@@ -84,9 +84,9 @@ def walk(job: Job, transformer: Path, rows: LatentCache, side: str) -> Iterator[
 
 def squares(old: Tensor, new: Tensor) -> Tensor:
     """(2,) float64: squared distance of the maps (B, D, rows, cols), ``old`` pooled onto the grid of ``new``, and
-    squared norm. Float32 arithmetic.
+    squared norm. Float32 arithmetic. Maps of videos are (B, D, frames, rows, cols).
     """
-    goal = F.interpolate(old.float(), size=tuple(new.shape[-2:]), mode="area")
+    goal = F.interpolate(old.float(), size=tuple(new.shape[2:]), mode="area")
     return torch.stack([part.double().square().sum() for part in (new.float() - goal, goal)])
 
 
@@ -96,8 +96,7 @@ def block_tokens(
     """Image tokens after every block at the drawn noise, each as a map (B, D, rows, cols) on the CPU, in the model's
     dtype.
     """
-    patch = family.patch(model.config, z0.shape[1])
-    grid = (z0.shape[2] // patch, z0.shape[3] // patch)
+    grid = family.grid(z0.shape[2:], family.patch(model.config, z0.shape[1]))
     blocks = family.block_modules(model)
     outputs: dict[nn.Module, list[Tensor]] = {block: [] for block in blocks}  # a family may split the batch
 

@@ -5,6 +5,7 @@ The conditions come from held-out rows of the latent cache, so no text encoder i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -59,6 +60,11 @@ def sample(
     return z
 
 
+def shown(family: Family, pixels: Tensor) -> Tensor:
+    """What a sheet shows of pixels: a picture (3, H, W) itself, of a video (3, F, H, W) its middle frame."""
+    return pixels if family.axes == 2 else pixels[:, pixels.shape[1] // 2]
+
+
 def drawing(
     job: Job, rows: LatentCache, folder: Path, watched: Watched | None = None
 ) -> Callable[[Velocity, int], None]:
@@ -80,7 +86,7 @@ def drawing(
             null = drop_text(text, rows.null, torch.ones(len(part), dtype=torch.bool, device=device))
             generators = [torch.Generator().manual_seed(job.recipe.seed * 1_000_003 % 2**63 + i) for i in part]
             noise = torch.stack([torch.randn(z0.shape[1:], generator=generator) for generator in generators]).to(device)
-            levels = noise_levels(job.family, settings.steps, z0.shape[2] * z0.shape[3], job.scheduler)
+            levels = noise_levels(job.family, settings.steps, math.prod(z0.shape[2:]), job.scheduler)
             combine = job.family.guided if job.family.guidance == "cfg" else None
             with clock.timed("grids", len(part) * settings.steps):
                 sampled = sample(velocity, noise, levels, text, null, settings.guidance, combine)
@@ -94,7 +100,8 @@ def drawing(
         if len(given) == len(latents):
             columns = {EDITED: tuple(given), **columns}
         pictures = {
-            title: [to_image(pixels) for z in parts for pixels in codec.decode(z)] for title, parts in columns.items()
+            title: [to_image(shown(job.family, pixels)) for z in parts for pixels in codec.decode(z)]
+            for title, parts in columns.items()
         }
         captions = rows.captions([row for part in chosen for row in part])
         if watched:

@@ -17,6 +17,7 @@ part, or at the start.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -83,6 +84,11 @@ def held_out(spans: Sequence[range]) -> list[Unit]:
     return [Unit(number, rows, True) for number in range(len(objective.QUANTILES)) for rows in batches]
 
 
+def _cells(shape: Sequence[int]) -> int:
+    """Rows of a latent of ``shape`` (C, h, w): the head's patch is 1."""
+    return math.prod(shape[1:])
+
+
 class HeadFit:
     """The units of one job, what they add to the equations, and the files that hold the sums. Every rank makes one.
 
@@ -96,7 +102,7 @@ class HeadFit:
         self.job, self.task, self.unseen, self.folder = job, task, unseen, folder / SUMS
         self.head = linear(task.model, job.family.head)
         self.inputs = self.head.weight[0].numel()
-        every = sum(len(span) * h * w for span, (_, h, w) in zip(task.rows.spans, task.rows.shapes, strict=True))
+        every = sum(len(span) * _cells(shape) for span, shape in zip(task.rows.spans, task.rows.shapes, strict=True))
         draws = useful_draws(job.recipe.align_head.draws, every, self.inputs)
         units = shuffled(task.rows.spans, draws, job.recipe.seed)
         bounds = [0, *ends([self._count(unit) for unit in units], self.inputs)]
@@ -114,8 +120,7 @@ class HeadFit:
         """Rows of a unit."""
         cache = self._cache(unit)
         number = next(number for number, span in enumerate(cache.spans) if unit.rows[0] in span)
-        _, height, width = cache.shapes[number]
-        return len(unit.rows) * height * width  # the head's patch is 1
+        return len(unit.rows) * _cells(cache.shapes[number])
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -161,7 +166,7 @@ class HeadFit:
         self._features.clear()
         objective.predict(self.job.family, self.task.model, z, t, text, guidance)
         features = torch.cat(self._features)
-        return self.job.family.head_inputs(features, z.shape[2] * z.shape[3], text).float()
+        return self.job.family.head_inputs(features, _cells(z.shape[1:]), text).float()
 
     def own_sums(self, number: int, bar: Bar) -> None:
         """Write this rank's sums of part ``number``; what it has written of them already is kept."""

@@ -23,12 +23,19 @@ from dcgen_convert.networks.models import TRANSFORMER
 from dcgen_convert.networks.pipelines import require_parts
 from dcgen_convert.stages.job import Job
 
+OF = {2: "pictures", 3: "videos"}  # by the axes of a latent
+
 
 def run(job: Job, stage: Stage) -> None:
     """Writes transformer/ and surgery.json (module names, old and new shapes)."""
     require_parts(job.source)
-    autoencoders.load(job.source.vae)  # both autoencoders must work before anything is drawn
-    autoencoders.load(job.ae.folder)
+    for folder in (job.source.vae, job.ae.folder):  # both autoencoders must work before anything is drawn
+        axes = autoencoders.load(folder).axes
+        if axes != job.family.axes:
+            raise InputError(
+                f"the autoencoder {folder} encodes {OF[axes]}, and {job.family.name} models draw {OF[job.family.axes]}",
+                f"give an autoencoder of {OF[job.family.axes]} with --ae",
+            )
     config = job.converted_config
     replaced = new_shapes(job, config)
     if job.keeps_latents:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -86,7 +87,7 @@ def meter_of(
         full: whether every weight trains.
     """
     pictures = [shape, *(value.shape[1:] for value in references_of(text))]
-    image = sum(height * width // family.patch(model.config, c) ** 2 for c, height, width in pictures)
+    image = sum(math.prod(family.grid(sides, family.patch(model.config, c))) for c, *sides in pictures)
     words = max((value.shape[1] for value in text.values() if value.ndim == 3), default=0)
     peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     if peak is None:

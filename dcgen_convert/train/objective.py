@@ -1,7 +1,7 @@
 """What training minimises, as pure functions, and the random draws behind it.
 
-B batch, C latent channels, h w latent grid. Flow convention (arXiv 2509.25180): z_t = (1 - t) z_0 + t eps, v = eps -
-z_0, t in [0, 1].
+B batch, C latent channels, h w latent grid, which of a video is T h w. Flow convention (arXiv 2509.25180): z_t =
+(1 - t) z_0 + t eps, v = eps - z_0, t in [0, 1].
 
 A guidance-distilled network outputs v_g = v_0 + g (v_c - v_0) for its guidance input g. With the null text the guidance
 has no effect: v_g(null) = v_0. So the velocity without guidance is v_hat = [v_g(c) - (1 - g) v(null)] / g. The
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dcgen_convert.families import Family, Text
-from dcgen_convert.families.base import NULL, Network
+from dcgen_convert.families.base import NULL, Network, per_row
 
 TRAINING, EVALUATION = 0, 1  # streams of random numbers that never meet
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -119,8 +119,13 @@ def shift_t(t: Tensor, shift: float) -> Tensor:
 
 def noised(z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """z_t = (1 - t) z_0 + t eps; t is (B,)."""
-    t = t[:, None, None, None]
+    t = per_row(t, z0)
     return (1 - t) * z0 + t * eps
+
+
+def mean_per_row(error: Tensor) -> Tensor:
+    """(B, ...) -> (B,)."""
+    return error.mean(dim=tuple(range(1, error.ndim)))
 
 
 class Resident:
@@ -143,7 +148,7 @@ def drop_text(text: Text, null: Text, dropped: Tensor) -> Text:
     null = {key: value.to(text[key].device, text[key].dtype) for key, value in null.items()}
     null |= {key.removeprefix(NULL): value for key, value in text.items() if key.startswith(NULL)}
     return {
-        key: torch.where(dropped.view(-1, *[1] * (value.ndim - 1)), null[key], value) if key in null else value
+        key: torch.where(per_row(dropped, value), null[key], value) if key in null else value
         for key, value in text.items()
     }
 
@@ -170,7 +175,7 @@ def flow_loss(
     """
     z = noised(z0, draws.eps, draws.t)
     prediction = predict(family, model, z, draws.t, drop_text(text, null, draws.dropped), draws.guidance)
-    error = (prediction - family.target(z0, draws.eps)).square().mean(dim=(1, 2, 3))
+    error = mean_per_row((prediction - family.target(z0, draws.eps)).square())
     return (error_weight(family, draws.t, weighting) * error).mean()
 
 
@@ -179,7 +184,7 @@ def nothing_loss(family: Family, z0: Tensor, text: Text, draws: Draws, *, weight
 
     A start above it is that of a network whose embedder and head do not belong to its blocks.
     """
-    return (error_weight(family, draws.t, weighting) * family.target(z0, draws.eps).square().mean(dim=(1, 2, 3))).mean()
+    return (error_weight(family, draws.t, weighting) * mean_per_row(family.target(z0, draws.eps).square())).mean()
 
 
 def error_weight(family: Family, t: Tensor, weighting: str) -> Tensor:
@@ -230,7 +235,7 @@ def corrected(guided: Tensor, null: Tensor, guidance: Tensor, data_guidance: flo
     """null + (g_d / g) (guided - null), (B, ...): v_hat of velocities, or the features that a linear head makes it
     from.
     """
-    return null + data_guidance / guidance.view(-1, *[1] * (null.ndim - 1)) * (guided - null)
+    return null + data_guidance / per_row(guidance, null) * (guided - null)
 
 
 def consistency_loss(
@@ -247,7 +252,7 @@ def consistency_loss(
         teacher: (z, t, text, guidance) -> v; what the model was when the phase began.
     """
     z, text, t = noised(z0, draws.eps, draws.t), drop_text(text, null, draws.dropped), draws.t
-    t_, r_ = t[:, None, None, None], ratio * t[:, None, None, None]
+    t_, r_ = per_row(t, z), ratio * per_row(t, z)
     with torch.no_grad():
         z_r = z + (r_ - t_) * teacher(z, t, text, draws.guidance)
         guess = z_r - r_ * velocity(family, model, z_r, ratio * t, text, draws.guidance)

@@ -6,6 +6,7 @@ stages 2 and 3 of arXiv 2509.25180.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -249,11 +250,11 @@ def sampling_of(
             f"the time input of a {family.name} network leans on its scheduler's shift, {adapt.shift!r} would break it",
             hint="set adapt.shift to model",
         )
-    positions = shape[1] * shape[2]
+    channels, *sides = shape
     if adapt.shift == "model":
-        shift = family.shift(positions // family.patch(config, shape[0]) ** 2, scheduler)
+        shift = family.shift(math.prod(family.grid(sides, family.patch(config, channels))), scheduler)
     else:
-        shift = flux2_shift(shape[0], positions) if adapt.shift == "flux2" else float(adapt.shift)
+        shift = flux2_shift(channels, math.prod(sides)) if adapt.shift == "flux2" else float(adapt.shift)
     return Sampling("logit-normal", shift, guidance, drop)
 
 

@@ -11,12 +11,14 @@ from bundle.conftest import Parts, autoencoder_dc, make_bundle
 from dcgen_convert.checkpoint.open import load_source
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.journal import Stage
+from dcgen_convert.families import Family
 from dcgen_convert.networks import models, pipelines
 from dcgen_convert.stages import surgery
 from dcgen_convert.stages.job import Autoencoder
 
 from .tiny_models import TINY
 from .tiny_parts import keep_states, network_of, reference_pixels, small_references
+from .tiny_videos import VIDEOS, video_vae
 
 GUIDANCE, SEED, STEPS = 2.5, 3, 2
 DEEP = [(32, 32), (64, 128), (128, 512), (32, 128)]  # the last is DC-AE 1.5 at f32
@@ -29,9 +31,20 @@ def _small_references():
         yield
 
 
-@pytest.fixture(scope="module", params=TINY)
+def pytest_generate_tests(metafunc):
+    """Every family in turn. There are no bundles of videos yet."""
+    if {"tiny", "source"} <= {*metafunc.fixturenames}:
+        names = TINY if "bundle" in metafunc.fixturenames else {**TINY, **VIDEOS}
+        metafunc.parametrize("tiny", names, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def tiny(request):
-    return request.param, TINY[request.param]
+    return request.param, {**TINY, **VIDEOS}[request.param]
+
+
+def deep_autoencoder(family: Family, factor: int, channels: int):
+    return autoencoder_dc(factor, channels) if family.axes == 2 else video_vae(factor, channels)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +66,7 @@ def stock(tiny, source):
     keep_states(pipeline, states, steps)
     embedder = network_of(pipeline).get_submodule(family.embedder)
     hook = embedder.register_forward_hook(lambda module, args, output: embedded.append(output))
-    settings = dict(side=entry.side, steps=STEPS, guidance=GUIDANCE, length=entry.length)
+    settings = dict(side=entry.side, steps=STEPS, guidance=GUIDANCE, length=entry.length, frames=entry.frames)
     given = reference_pixels(entry.references)
     picture = pipelines.draw(family, pipeline, [entry.prompt], [SEED], **settings, references=[given] if given else ())
     hook.remove()
@@ -66,7 +79,7 @@ def converted(request, tiny, source, tmp_path_factory):
     """(Parts of the bundle, converted model) after surgery, embedder and head random: they are aligned elsewhere."""
     factor, channels = request.param
     folder = tmp_path_factory.mktemp(f"{tiny[0]}-f{factor}")
-    autoencoder_dc(factor, channels).save_pretrained(folder / "ae")
+    deep_autoencoder(source.family, factor, channels).save_pretrained(folder / "ae")
     ae = Autoencoder("tiny", folder / "ae", None, factor, channels)
     side = tiny[1].deep_side or 2 * factor
     config = source.family.convert_config(source.config, factor, channels, side)

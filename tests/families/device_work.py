@@ -41,6 +41,7 @@ from dcgen_convert.train.ridge import NormalEquations
 from .tiny_entry import Tiny
 from .tiny_models import TINY
 from .tiny_parts import alive, encoded, reference_pixels
+from .tiny_videos import VIDEOS, video_vae
 
 FACTOR, CHANNELS, ROWS = 32, 32, 8
 GUIDANCE, SEED, STEPS = 2.5, 3, 2
@@ -96,11 +97,12 @@ class Bench:
 
 def bench(name: str, folder: Path) -> Bench:
     """The family ``name`` in ``folder``, on the CPU."""
-    entry = TINY[name]
+    entry = {**TINY, **VIDEOS}[name]
     entry.build(folder / "source")
     source = load_source(name, str(folder / "source"))
     family = source.family
-    autoencoder_dc(FACTOR, CHANNELS).save_pretrained(folder / "ae")
+    make = autoencoder_dc if family.axes == 2 else video_vae
+    make(FACTOR, CHANNELS).save_pretrained(folder / "ae")
     side = entry.deep_side or 2 * FACTOR
     objective_of = "guidance-corrected" if family.guidance == "embedded" else "flow"
     recipe = Recipe.model_validate(
@@ -144,7 +146,8 @@ def _write_rows(bench: Bench) -> None:
     if "class_labels" in bench.family.text_keys:
         fine = source.config["sample_size"]  # its position table fits one size
     base = autoencoders.load(source.vae).channels
-    for table, shape in (("target", (CHANNELS, cells, cells)), ("base", (base, fine, fine))):
+    times = (2,) * (bench.family.axes == 3)  # latent frames
+    for table, shape in (("target", (CHANNELS, *times, cells, cells)), ("base", (base, *times, fine, fine))):
         names = ["z", *reference_keys(len(entry.references))]
         rows = {name: torch.randn(ROWS, *shape, generator=generator) for name in names}
         write_shard(folder, f"{table}-{bench.side}", 0, rows)
@@ -166,12 +169,13 @@ def draw(bench: Bench, device: str) -> list[Tensor]:
     pipeline, entry = pipelines.load_pipeline(bench.job.source, torch.float32), bench.entry
     settings = dict(side=entry.side, steps=STEPS, guidance=GUIDANCE, length=entry.length)
     given = reference_pixels(entry.references)
-    settings["references"] = [given] if given else ()
+    settings |= {"references": [given] if given else (), "frames": entry.frames}
     return [pipelines.draw(bench.family, pipeline, [entry.prompt], [SEED], **settings)]
 
 
 def autoencoding(bench: Bench, device: str) -> list[Tensor]:
-    pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(SEED)) * 2 - 1
+    times = (bench.entry.frames,) * (bench.family.axes == 3)
+    pixels = torch.rand(2, 3, *times, 64, 64, generator=torch.Generator().manual_seed(SEED)) * 2 - 1
     found = []
     for folder in (bench.job.source.vae, bench.job.ae.folder):
         codec = autoencoders.load(folder, device=device)
@@ -354,7 +358,7 @@ def held_out_batch(bench: Bench, device: str) -> Once:
 def encoded_batch(bench: Bench, device: str) -> Once:
     """Latents of two pictures in the deep autoencoder."""
     codec = autoencoders.load(bench.job.ae.folder, device=device)
-    pixels = torch.zeros(2, 3, 64, 64)
+    pixels = torch.zeros(2, 3, *(5,) * (bench.family.axes == 3), 64, 64)
     return lambda: codec.encode(pixels)
 
 

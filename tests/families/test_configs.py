@@ -38,7 +38,7 @@ def test_pixart_positions_run_over_the_range_of_the_base(factor, channels):
     base = {**SIGMA, "sample_size": 128, "interpolation_scale": 2}
     new = pixart.convert_config(base, factor, channels, 1024)
     old_model, model = (diffusers.PixArtTransformer2DModel.from_config(config) for config in (base, new))
-    fine, coarse = pixart.position_term(old_model, 64, 64), pixart.position_term(model, 1024 // factor, 1024 // factor)
+    fine, coarse = pixart.position_term(old_model, (64, 64)), pixart.position_term(model, (1024 // factor,) * 2)
     ratio, side = factor // 16, 1024 // factor
     step = fine.unflatten(0, (64, 64))[::ratio, ::ratio].flatten(0, 1)  # fine tokens where the coarse ones begin
     assert len(step) == side**2
@@ -78,6 +78,6 @@ def test_dit_has_positions_for_every_grid(grid):
     model = diffusers.DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=1, sample_size=8, patch_size=2
     )
-    found = families.get("dit").position_term(model, *grid)
+    found = families.get("dit").position_term(model, grid)
     table = diffusers.models.embeddings.get_2d_sincos_pos_embed(16, grid, base_size=4, output_type="pt")
     torch.testing.assert_close(found, table.float(), atol=1e-6, rtol=0)

@@ -5,6 +5,7 @@ B batch, C latent channels, h w latent grid, N tokens, D width, f c factor and c
 """
 
 import copy
+import math
 import re
 from types import SimpleNamespace
 
@@ -49,8 +50,13 @@ def latent_of(entry, family, sample):
     sample = sample / (entry.data_sigma or 1.0)
     cells = entry.side // entry.factor
     if sample.ndim == 3:
-        return family.untokens(sample, cells, cells, 2, family.in_order)
-    return sample[:1].flatten(1, -4) if sample.ndim > 4 else sample[:1]
+        return family.untokens(sample, (cells, cells), 2, family.in_order)
+    return sample[:1].flatten(1, -4) if sample.ndim > 2 + family.axes else sample[:1]
+
+
+def grid_of(family, *sides):
+    """Sides of a latent: of a video there are two frames more."""
+    return sides if family.axes == 2 else (2, *sides)
 
 
 def text_of(entry, family, pipeline, prompt, channels=None):
@@ -97,6 +103,8 @@ def test_velocity_is_what_the_stock_scheduler_receives(tiny, source, stock):
             z, step, goal = x * (t.square() + (1 - t).square()).sqrt(), trigflow(family), goal / entry.data_sigma
         else:
             t, z, step = pipeline.scheduler.sigmas[i][None], x, family.velocity
+            if not pipeline.scheduler.timesteps.is_floating_point():  # UniPC gives the network whole thousandths
+                t = timestep[None] / 1000
 
         with torch.no_grad():
             mine, free = (step(network_of(pipeline), z, t, condition, g) for condition in (text, null))
@@ -114,13 +122,13 @@ def test_latent_and_tokens_are_in_the_stock_order_element_by_element(tiny, sourc
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(SEED))
     if entry.packed_noise:  # drawn as (1, C p p, h / p, w / p)
         noise = noise.reshape(1, -1, x.shape[2] // 2, x.shape[3] // 2)
-        noise = family.untokens(noise.flatten(2).transpose(1, 2), *x.shape[2:], 2, family.in_order)
+        noise = family.untokens(noise.flatten(2).transpose(1, 2), x.shape[2:], 2, family.in_order)
     torch.testing.assert_close(x, noise, atol=1e-6, rtol=1e-6)
     embedder = network_of(pipeline).get_submodule(family.embedder)
     patch = family.patch(network_of(pipeline).config, x.shape[1])
     with torch.no_grad():
         mine = affine(embedder, family.tokens(x, patch))  # (1, N, D)
-    theirs = embedded[0].flatten(2).transpose(1, 2) if embedded[0].ndim == 4 else embedded[0]
+    theirs = embedded[0].flatten(2).transpose(1, 2) if embedded[0].ndim > 3 else embedded[0]
     if entry.references:  # they follow the picture, one after the other
         references = references_of(text_of(entry, family, pipeline, entry.prompt))
         with torch.no_grad():
@@ -145,7 +153,7 @@ def test_training_shift_is_the_one_that_the_stock_pipeline_samples_with(tiny, so
         return
     monkeypatch.setattr(type(family), "default_steps", STEPS)  # FLUX.2's rule counts them
     z = latent_of(entry, family, steps[0][2])
-    tokens = z.shape[2] * z.shape[3] // family.patch(pipeline.transformer.config, z.shape[1]) ** 2
+    tokens = math.prod(family.grid(z.shape[2:], family.patch(pipeline.transformer.config, z.shape[1])))
     r = family.shift(tokens, pipeline.scheduler.config)
     assert pipeline.scheduler.sigmas[1].item() == pytest.approx(
         r * entry.middle / (1 + (r - 1) * entry.middle), rel=1e-4
@@ -160,8 +168,8 @@ def test_model_latents_are_those_of_the_stock_pipeline(tiny, source, stock):
     z = latent_of(entry, source.family, last)
     torch.testing.assert_close(picture, codec.decode(z), atol=1e-4, rtol=1e-4)
     # encode undoes decode's arithmetic: the same round trip as the autoencoder's own
-    pixels = torch.rand(1, 3, 64, 64).unsqueeze(2) * 2 - 1
-    pixels = pixels if codec.frames else pixels.squeeze(2)
+    pixels = torch.rand(1, 3, entry.frames, 64, 64) * 2 - 1
+    pixels = pixels if codec.frames or codec.axes == 3 else pixels.squeeze(2)
     with torch.no_grad():
         encoded = codec.model.encode(pixels)
         latent = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
@@ -211,7 +219,10 @@ def test_surgery_remakes_embedder_and_head_and_nothing_else(source, converted):
     assert set(state) == set(base)
     assert all(torch.equal(value, base[name]) for name, value in state.items() if not name.startswith(fresh))
     embedder, head = (model.get_submodule(name).weight for name in (family.embedder, family.head))
-    assert embedder.flatten(1).shape[1] == family.tokens(torch.zeros(1, parts.channels, 2, 2), 1).shape[2]
+    assert (
+        embedder.flatten(1).shape[1]
+        == family.tokens(torch.zeros(1, parts.channels, *grid_of(family, 2, 2)), 1).shape[2]
+    )
     assert head.shape[0] == (2 if family.name in LEARNED_SIGMA else 1) * parts.channels
     assert family.patch(model.config, parts.channels) == 1
 
@@ -221,9 +232,9 @@ def test_head_rows_are_latent_channels_and_its_inputs_image_tokens(tiny, source,
     length.
     """
     (_, entry), family, (pipeline, *_), (parts, model) = tiny, source.family, stock, converted
-    shape = (2, parts.channels, 2, 4 if "class_labels" not in family.text_keys else 2)
-    z = torch.randn(shape, generator=torch.Generator().manual_seed(SEED))
-    n = z.shape[2] * z.shape[3]
+    sides = grid_of(family, 2, 4 if "class_labels" not in family.text_keys else 2)
+    z = torch.randn(2, parts.channels, *sides, generator=torch.Generator().manual_seed(SEED))
+    n = math.prod(sides)
     text = encoded(entry, family, pipeline, [entry.prompt, "a big blue cat" if entry.prompt != "fox" else "0"])
     text = drop_text(text, encoded(entry, family, pipeline, [""]), torch.tensor([True, False]))
     text |= reference_latents(entry.references, parts.channels, rows=2)
@@ -239,7 +250,7 @@ def test_head_rows_are_latent_channels_and_its_inputs_image_tokens(tiny, source,
     [hook.remove() for hook in hooks]
     seen = {key: torch.cat(parts) for key, parts in seen.items()}
     assert prediction.shape == z.shape
-    embedded = seen["embedded"].flatten(2).transpose(1, 2) if seen["embedded"].ndim == 4 else seen["embedded"]
+    embedded = seen["embedded"].flatten(2).transpose(1, 2) if seen["embedded"].ndim > 3 else seen["embedded"]
     scale = 1.0
     if family.prediction == "epsilon":
         t = torch.tensor([0.3, 0.8])
@@ -279,7 +290,7 @@ def test_bundle_loads_in_the_stock_pipeline_and_draws_two_sizes(tiny, converted,
         assert pixels.shape == (1, 3, height, width) and torch.isfinite(pixels).all() and pixels.std() > 1e-3
         last = states[-1][:1] / (entry.data_sigma or 1.0)
         if last.ndim == 3:
-            deep = family.untokens(last, height // parts.factor, width // parts.factor, 1)
+            deep = family.untokens(last, (height // parts.factor, width // parts.factor), 1)
         else:
             deep = last if last.shape[1] == parts.channels else family.collect(last, parts.channels)
         torch.testing.assert_close(pixels * 2 - 1, codec.decode(deep), atol=1e-4, rtol=1e-4)
@@ -353,7 +364,8 @@ def test_alignment_reaches_the_least_squares_optimum_of_the_embedder(tiny, sourc
     cells, fine = parts.side // parts.factor, parts.side // entry.factor
     if "class_labels" in family.text_keys:
         fine = teacher.config.sample_size  # its position table fits one size
-    cache = Pairs((channels, fine, fine), (parts.channels, cells, cells), count=2000 // cells**2 + 8)
+    base, deep = ((c, *grid_of(family, side, side)) for c, side in ((channels, fine), (parts.channels, cells)))
+    cache = Pairs(base, deep, count=2000 // cells**2 + 8)
     problem = Problem(SimpleNamespace(family=family), teacher, student, cache, "average")
     small = [embedding(folder, family.embedder) for folder in (source.transformer, parts.transformer)]
     read = Problem(SimpleNamespace(family=family), *small, cache, "average")
@@ -386,7 +398,7 @@ def test_one_lora_step_changes_exactly_the_planned_tensors_and_merge_reaches_all
     trained = dict(lora.trainable(model, [family.embedder, family.head]))
     [value.requires_grad_(True) for value in trained.values()]
     text, null = (text_of(entry, family, pipeline, prompt, parts.channels) for prompt in (entry.prompt, ""))
-    z0 = torch.randn(2, parts.channels, 2, 2, generator=torch.Generator().manual_seed(SEED))
+    z0 = torch.randn(2, parts.channels, *grid_of(family, 2, 2), generator=torch.Generator().manual_seed(SEED))
     text = {key: value.expand(2, *value.shape[1:]) for key, value in text.items()}
     sampling = Sampling("logit-normal", 1.0, (1.0, 1.0), 0.0)
     if family.prediction == "epsilon":

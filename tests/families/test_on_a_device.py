@@ -19,7 +19,9 @@ from dcgen_convert.train.objective import QUANTILES
 
 from .device_work import FOUR_BITS, REPEATED, WORK, bench
 from .tiny_models import TINY
+from .tiny_videos import VIDEOS
 
+EVERY = {**TINY, **VIDEOS}
 OFTEN = ("head", "lora")
 WHOLE = ("flux", "dit", "sana")
 TOLERANCE = {
@@ -34,10 +36,10 @@ def pytest_generate_tests(metafunc):
     """Tests of a ``kind`` of work: which kinds on which families."""
     every, name = metafunc.config.getoption("--every"), metafunc.function.__name__
     if name.startswith("test_work"):
-        wanted = [(family, kind) for family in TINY for kind in WORK if every or often(family, kind)]
-        pairs = [(family, kind) for family, kind in wanted if TINY[family].wide or kind not in FOUR_BITS]
+        wanted = [(family, kind) for family in EVERY for kind in WORK if every or often(family, kind)]
+        pairs = [(family, kind) for family, kind in wanted if EVERY[family].wide or kind not in FOUR_BITS]
     elif name.startswith("test_the_host"):  # HiDream reads how many tokens each of its experts has
-        pairs = [(family, kind) for family in TINY for kind in REPEATED if family != "hidream"]
+        pairs = [(family, kind) for family in EVERY for kind in REPEATED if family != "hidream"]
     else:
         pairs = [("flux", "gap")]
     metafunc.parametrize(("tiny", "kind"), pairs, indirect=["tiny"])
@@ -111,12 +113,13 @@ def waits(tiny, kind):
     conditions = 2 if tiny.family.picture_tokens else 1  # a row's own null condition
     # latents, condition, four kinds of draws
     arriving = 5 + conditions * len(tiny.family.text_keys) + len(tiny.entry.references)
+    parts = 2 if tiny.family.axes == 3 else 1  # videos are encoded one by one
     batch, passes = {
         "micro-step": ({}, 1 + corrected),
         "drawing step": ({}, 1 + guided),
         "head batch": ({IN: arriving}, 1 + corrected),
         "held-out batch": ({IN: len(QUANTILES) * arriving, OUT: 1}, len(QUANTILES) * (1 + corrected)),
-        "encoded batch": ({IN: 1, OUT: 1}, 0),
+        "encoded batch": ({IN: parts, OUT: parts}, 0),
     }[kind]
     found = Counter(batch) + Counter(MORE.get((tiny.name, kind), {}))
     return found + Counter({name: passes * count for name, count in A_PASS.get(tiny.name, {}).items()})

@@ -74,7 +74,7 @@ def test_a_reference_of_the_same_numbers_on_another_grid_is_another_picture(mode
     """Its positions are rows and columns of its own grid."""
     z, t, text, g = inputs()
     tokens = KONTEXT.tokens(text[REFERENCE], 2)
-    turned = KONTEXT.untokens(tokens, 6, 4, 2, KONTEXT.in_order)
+    turned = KONTEXT.untokens(tokens, (6, 4), 2, KONTEXT.in_order)
     with torch.no_grad():
         wide, tall = (KONTEXT.predict(model, z, t, text | {REFERENCE: r}, g) for r in (text[REFERENCE], turned))
     assert (wide - tall).abs().max() > 1e-4

@@ -81,7 +81,7 @@ def test_tokens_and_untokens_are_inverse_in_the_input_order(name, patch):
     z = torch.arange(2 * 3 * 4 * 6, dtype=torch.float32).reshape(2, 3, 4, 6)
     tokens = family.tokens(z, patch)
     assert tokens.shape == (2, 24 // patch**2, 3 * patch**2)
-    torch.testing.assert_close(family.untokens(tokens, 4, 6, patch, family.in_order), z)
+    torch.testing.assert_close(family.untokens(tokens, (4, 6), patch, family.in_order), z)
     # element by element: token (row, column), feature (channel, dy, dx)
     assert tokens[1, 1, 0] == z[1, 0, 0, patch]
     assert tokens[0, 0, -1] == z[0, 2, patch - 1, patch - 1]

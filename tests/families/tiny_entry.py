@@ -38,6 +38,7 @@ class Tiny:
         prompt: what is drawn.
         length: text tokens that both sides pad to.
         side: px of the square picture.
+        frames: of the video, of a family of videos.
         factor: px per latent cell of the source's autoencoder.
         deep_side: px of the bundle's square picture where the pipeline draws one area; None: two latent cells, and
             others.
@@ -56,6 +57,7 @@ class Tiny:
     prompt: str = "a red fox"
     length: int = 16
     side: int = 128
+    frames: int = 1
     factor: int = 8
     deep_side: int | None = None
     guide: Callable = cfg

@@ -1,0 +1,82 @@
+"""Wan 2.1, which draws videos from text: `WanTransformer3DModel`. Source: diffusers 0.42 pipeline_wan.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.families.base import Family, Network, Pipeline, QuantTargets, Text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}  # of UniPC's config
+
+
+class Wan(Family):
+    name = "wan"
+    axes = 3
+    model_class = "WanTransformer3DModel"
+    pipeline_class = "WanPipeline"
+    embedder = "patch_embedding"
+    head = "proj_out"
+    in_order = "c p0 p1 p2"
+    out_order = "p0 p1 p2 c"
+    guidance = "cfg"
+    layouts = {"diffusers": ("patch_embedding.", "condition_embedder.text_embedder.", "blocks.0.attn2.")}
+    text_keys = ("encoder_hidden_states",)
+    blocks = ("blocks",)
+    # Without the cross-attention attn2, as its authors' LoRA for DC-AE-V.
+    lora_targets = r"blocks\.\d+\.(attn1\.(to_q|to_k|to_v|to_out\.0)|ffn\.net\.(0\.proj|2))"
+    dense_pattern = r"blocks\.\d+\.attn2\..*"
+    default_px = 480
+    default_steps = 50
+    default_guidance = 5.0
+    text_length = 512
+
+    def claims(self, config: Mapping[str, Any]) -> bool:
+        # A network that is given a picture too reads its latent and a mask in further channels.
+        return super().claims(config) and config.get("in_channels") == (
+            config.get("out_channels") or config.get("in_channels")
+        )
+
+    def patch(self, config: dict[str, Any], channels: int) -> int:
+        frames, rows, columns = config["patch_size"]
+        if frames != 1 or rows != columns:
+            raise InputError(
+                f"this Wan model has patches of {frames} x {rows} x {columns} cells", "give one of 1 x p x p cells"
+            )
+        return int(rows)
+
+    def convert_config(self, config: dict[str, Any], factor: int, channels: int, side: int) -> dict[str, Any]:
+        return {**config, "in_channels": channels, "out_channels": channels, "patch_size": [1, 1, 1]}
+
+    def text_width(self, config: dict[str, Any]) -> int:
+        return config["text_dim"]
+
+    def check_scheduler(self, scheduler: dict[str, Any]) -> None:
+        name = str(scheduler.get("_class_name"))
+        if name.startswith("FlowMatch") or all(scheduler.get(key) == value for key, value in FLOW.items()):
+            return
+        raise InputError(
+            f"the scheduler of this Wan model, {name}, is set to another prediction or other noise levels than flow's",
+            "give the scheduler that Wan was published with: UniPCMultistepScheduler with use_flow_sigmas",
+        )
+
+    def quant_targets(self, linears: dict[str, tuple[int, int]], dense: str | None = None) -> QuantTargets:
+        """No linear: `nunchaku_lite`, the host of the 4-bit kernels in diffusers, has no mapping for Wan."""
+        return QuantTargets([], [])
+
+    def predict(self, model: Network, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
+        return model(
+            hidden_states=z,
+            timestep=t * 1000,  # in float32, as the pipeline gives it
+            encoder_hidden_states=text["encoder_hidden_states"],
+            return_dict=False,
+        )[0]
+
+    def encode_text(self, pipeline: Pipeline, prompts: list[str], length: int) -> Text:
+        """Padded with zeros, which the network attends to: there is no mask."""
+        embeds, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=length)
+        return {"encoder_hidden_states": embeds}

@@ -1,0 +1,58 @@
+"""Tiny pipelines of families of videos, with random weights; and an autoencoder of videos of any compression."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import diffusers
+import torch
+from bundle.conftest import tokenizer_t5
+from transformers import UMT5Config, UMT5EncoderModel
+
+from .tiny_entry import Tiny
+from .tiny_parts import WIDTH, alive
+
+
+def video_vae(factor: int, channels: int) -> diffusers.AutoencoderKLWan:
+    """Wan's autoencoder, four frames to a latent frame; latents with statistics away from 0 and 1."""
+    levels = factor.bit_length()
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKLWan(
+        base_dim=8,
+        z_dim=channels,
+        dim_mult=[1] * levels,
+        num_res_blocks=1,
+        temperal_downsample=[False] * (levels - 3) + [True, True],
+        latents_mean=(0.5 * torch.randn(channels)).tolist(),
+        latents_std=(0.5 + torch.rand(channels)).tolist(),
+        scale_factor_spatial=factor,
+    ).eval()
+
+
+def wan(folder: Path) -> None:
+    torch.manual_seed(2)
+    transformer = diffusers.WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=24,
+        text_dim=WIDTH,
+        freq_dim=16,
+        ffn_dim=64,
+        num_layers=2,
+    )
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    text = UMT5Config(vocab_size=40, d_model=WIDTH, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    diffusers.WanPipeline(
+        transformer=alive(transformer),
+        scheduler=scheduler,
+        vae=video_vae(8, 16),
+        text_encoder=UMT5EncoderModel(text).eval(),
+        tokenizer=tokenizer_t5(),
+    ).save_pretrained(folder)
+
+
+VIDEOS: dict[str, Tiny] = {
+    # UniPC spaces its steps from 1 to 1 / 1000
+    "wan": Tiny(wan, None, length=32, side=64, frames=9, middle=0.5005),
+}
