@@ -34,8 +34,10 @@ if TYPE_CHECKING:
         Quantised,
         Rehearsed,
         Runs,
+        Signed,
         Verdict,
     )
+    from dcgen_convert.api.signing import sign
     from dcgen_convert.core.errors import (
         AccessError,
         CheckFailed,
@@ -68,6 +70,7 @@ __all__ = [
     "Rehearsed",
     "ResourceError",
     "Runs",
+    "Signed",
     "Verdict",
     "__version__",
     "adopt",
@@ -83,6 +86,7 @@ __all__ = [
     "resume",
     "runs",
     "sample",
+    "sign",
     "verify",
 ]
 
@@ -92,6 +96,7 @@ _HOMES = (
     "api.benchmarking",
     "api.exporting",
     "api.rehearsing",
+    "api.signing",
     "api.results",
     "core.errors",
 )

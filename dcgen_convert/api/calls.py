@@ -347,6 +347,8 @@ def verify(
     bundle: str | Path,
     *,
     against: str | Path | None = None,
+    signed_by: str | Path | None = None,
+    issuer: str | None = None,
     trust_remote_code: bool = False,
     quiet: bool = False,
     console: Console | None = None,
@@ -355,18 +357,29 @@ def verify(
 
     Args:
         against: also compare the tensors that must be untouched with this source (folder, catalogue name or hub id).
+        signed_by: whose signature the bundle must have: a file with a public key, or the identity of a keyless
+            signature. It is looked at before all else.
+        issuer: who vouches for that identity. None: that of the forge, for a workflow on GitHub or GitLab.
         trust_remote_code: run the Python files that come with the bundle. Without it, code of others is a difference.
         quiet: only warnings on stderr.
         console: where to speak instead.
 
     Raises:
         CheckFailed: something differs; the message lists what and where.
-        InputError: not a bundle.
+        InputError: not a bundle; no public key, an identity without an issuer, or the extra `sign` is not installed.
+        AccessError: sigstore cannot be reached, for the signature of an identity.
     """
     from dcgen_convert.bundle import verify as checking
 
     console = console or console_of(quiet)
-    found = checking.verify(Path(bundle), console, against, trust_remote_code=trust_remote_code)
+    found = checking.verify(
+        Path(bundle),
+        console,
+        against,
+        signed_by=None if signed_by is None else str(signed_by),
+        issuer=issuer,
+        trust_remote_code=trust_remote_code,
+    )
     return Verdict(**{**found, "bundle": Path(bundle)})
 
 

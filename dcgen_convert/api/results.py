@@ -182,15 +182,26 @@ class Exported(Result):
 
 
 @dataclass(frozen=True)
+class Signed(Result):
+    """A bundle with a signature: the file that holds it, and how many files it covers."""
+
+    bundle: Path
+    signature: Path
+    files: int
+
+
+@dataclass(frozen=True)
 class Verdict(Result):
     """A bundle passed its checks (a difference raises `CheckFailed` instead).
 
-    files: how many. tensors: "total", and how many are "identical" to the base model's. picture: what a fresh process
-    drew: its size in px, runtime, mean and standard deviation.
+    signed_by: whose signature it has; None: nobody asked. files: how many. tensors: "total", and how many are
+    "identical" to the base model's. picture: what a fresh process drew: its size in px, runtime, mean and standard
+    deviation.
     """
 
     ok: bool
     bundle: Path
+    signed_by: str | None
     checks: list[str]
     files: int
     tensors: dict[str, int]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ from dcgen_convert.checkpoint import trust
 from dcgen_convert.checkpoint.headers import Entry, read_weights
 from dcgen_convert.checkpoint.record import is_hub_file
 from dcgen_convert.checkpoint.tensors import tensor_sha256
+from dcgen_convert.core import names
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import DcgenError, InputError
 from dcgen_convert.core.files import read_json, sha256
 from dcgen_convert.networks import parts
 
+SHOWN = 20  # differences that an error lists
 # Names that systems and tools give to their own files: macOS, Windows, KDE, NFS, editors, notebooks.
 STRAY = re.compile(
     r"\.DS_Store|\._.*|__MACOSX|\.AppleDouble|\.Spotlight-V100|\.Trash.*|\.fseventsd|Thumbs\.db|desktop\.ini|\.directory"
@@ -29,9 +31,20 @@ STRAY = re.compile(
 
 def check_files(bundle: Path, manifest: Mapping[str, Any], console: Console) -> list[str]:
     """Every file listed is there with its size and hash; every file there is listed."""
-    present = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
-    extra = sorted(name for name in present - {*manifest["files"], manifests.FILE} if not is_stray(name))
+    extra = sorted(present_files(bundle) - {*manifest["files"], manifests.FILE, names.SIGNATURE})
     return check_listed(bundle, manifest, console) + [f"{name} is not in the manifest" for name in extra]
+
+
+def present_files(bundle: Path) -> set[str]:
+    """Relative paths of all files in the folder but those that systems and editors leave there."""
+    found = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
+    return {name for name in found if not is_stray(name)}
+
+
+def listed(found: Sequence[str]) -> str:
+    """The first of many differences, as the end of a sentence."""
+    more = f" (and {len(found) - SHOWN} more)" if len(found) > SHOWN else ""
+    return f"{'; '.join(found[:SHOWN])}{more}"
 
 
 def check_listed(bundle: Path, manifest: Mapping[str, Any], console: Console) -> list[str]:

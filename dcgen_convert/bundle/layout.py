@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dcgen_convert import families
-from dcgen_convert.bundle import lineage
+from dcgen_convert.bundle import lineage, sbom
 from dcgen_convert.bundle import manifest as manifests
 from dcgen_convert.bundle.card import PICTURES, render
 from dcgen_convert.checkpoint import licence
@@ -161,6 +161,7 @@ def _write_own(parts: BundleParts, index: dict[str, Any], card: str, staging: Pa
         (staging / "scheduler").mkdir()
         write_json(staging / "scheduler" / "scheduler_config.json", parts.scheduler)
     atomic_write(staging / CARD, card)
+    write_json(staging / sbom.FILE, sbom.describe())
     write_json(staging / "model_index.json", index)
 
 
@@ -241,10 +242,7 @@ class PictureGrid:
 def add_metrics(
     bundle: Path, family: Family, stage: str, metrics: dict[str, Any], pictures: PictureGrid | None = None
 ) -> None:
-    """Put what was measured on the finished bundle into its manifest and model card, and pictures of it into both.
-
-    The manifest first names both cards, the one that is there and the new one: so the bundle is right at every moment.
-    """
+    """Put what was measured on the finished bundle into its manifest and model card, and pictures of it into both."""
     record = manifests.read(bundle)
     steady, timing = manifests.split_timing({stage: metrics})
     record["metrics"] |= steady
@@ -255,7 +253,21 @@ def add_metrics(
         record["files"] |= manifests.file_table(bundle, {PICTURES: sha256(bundle / PICTURES)})
     elif PICTURES not in record["files"]:
         (bundle / PICTURES).unlink(missing_ok=True)  # of a run that ended before the manifest was written
-    path, card = bundle / CARD, card_of(record, title=bundle.name, family=family).encode()
+    _renew_card(bundle, record, card_of(record, title=bundle.name, family=family).encode())
+
+
+def name_repository(bundle: Path, repo: str) -> None:
+    """Let the card of a finished bundle load it from the hub repository ``repo``."""
+    record = manifests.read(bundle)
+    _renew_card(bundle, record, card_of(record, title=repo.rpartition("/")[2], place=repo).encode())
+
+
+def _renew_card(bundle: Path, record: dict[str, Any], card: bytes) -> None:
+    """Replace the card of a finished bundle, and its manifest by ``record`` with the hash of this card.
+
+    The manifest first names both cards, the one that is there and the new one: so the bundle is right at every moment.
+    """
+    path = bundle / CARD
     entry = {"sha256": hashlib.sha256(card).hexdigest(), "bytes": len(card)}
     if path.is_file() and sha256(path) != entry["sha256"]:
         both = {**entry, manifests.BEFORE: manifests.file_table(bundle, {CARD: sha256(path)})[CARD]}

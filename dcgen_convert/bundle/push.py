@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dcgen_convert.bundle import checks
+from dcgen_convert.bundle import checks, signature
 from dcgen_convert.bundle import manifest as manifests
 from dcgen_convert.bundle.layout import CARD, card_of, read_index
 from dcgen_convert.core.console import Console
@@ -25,14 +25,13 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 KEPT = (".gitattributes",)  # the hub's own file in a repository
-SHOWN = 5  # differences that the error lists
 
 
 def push(bundle: Path, repo: str, private: bool, console: Console, *, endpoint: str | None = None) -> str:
     """Check the bundle, upload it in one commit to the model repository ``repo``, and return the repository's address.
 
     The repository is created when it is missing. Files there that are not part of the bundle are removed. The card that
-    arrives names the repository in its code.
+    arrives names the repository in its code. A signed bundle arrives as it was signed.
 
     Args:
         bundle: a finished bundle; files that its manifest does not list stay here.
@@ -43,19 +42,23 @@ def push(bundle: Path, repo: str, private: bool, console: Console, *, endpoint: 
     Raises:
         InputError: not a bundle, a name that no repository can have, a card that the hub refuses, or ``private`` and
             the repository is public.
-        CheckFailed: an unfinished or damaged bundle.
+        CheckFailed: an unfinished or damaged bundle, or one that has changed since it was signed.
         AccessError: no token, offline mode, or an account that may not write there.
     """
     from huggingface_hub import HfApi
 
     bundle = Path(bundle)
-    with _explained(repo):
-        _check_name(repo)
+    check_name(repo)
     record = checked(bundle, console)
+    signed = signature.require_current(bundle, record)
     written = _for_repository(record, repo)
+    if signed:
+        if written[CARD] != (bundle / CARD).read_bytes():
+            console.warn(f"the card of the signed bundle does not name {repo}: sign it with --repo {repo}")
+        written = {}
     api = HfApi(endpoint=endpoint)
     with _explained(repo):
-        _check_card(api, written[CARD].decode())
+        _check_card(api, written.get(CARD, (bundle / CARD).read_bytes()).decode())
         there = _present(api, repo)
         if there and private and not there["private"]:
             raise InputError(
@@ -63,11 +66,12 @@ def push(bundle: Path, repo: str, private: bool, console: Console, *, endpoint: 
                 "make it private on the hub, or give the name of a new repository",
             )
         size = sum(entry["bytes"] for entry in record["files"].values())
-        console.say(f"push: {len(record['files']) + 1} files, {size / 1e9:.2f} GB to {repo}")
+        files = sorted({*record["files"], manifests.FILE, *([signature.FILE] if signed else [])})
+        console.say(f"push: {len(files)} files, {size / 1e9:.2f} GB to {repo}")
         url = there["url"] if there else str(api.create_repo(repo, private=private, token=True))
         upload = _Upload(api, repo, console)
         try:
-            upload.send(bundle, record, written, there["files"] if there else [])
+            upload.send(bundle, files, written, there["files"] if there else [])
         except BaseException:
             if not there and not upload.arrived:
                 _remove_empty(api, repo, console)
@@ -75,13 +79,15 @@ def push(bundle: Path, repo: str, private: bool, console: Console, *, endpoint: 
     return url
 
 
-def _check_name(repo: str) -> None:
+def check_name(repo: str) -> None:
+    """InputError when no repository can have this name."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    validate_repo_id(repo)
-    if repo.count("/") != 1:
-        raise HFValidationError("it has no owner")
+    with _explained(repo):
+        validate_repo_id(repo)
+        if repo.count("/") != 1:
+            raise HFValidationError("it has no owner")
 
 
 def checked(bundle: Path, console: Console) -> dict[str, Any]:
@@ -90,9 +96,8 @@ def checked(bundle: Path, console: Console) -> dict[str, Any]:
     found = checks.check_listed(bundle, record, console)
     found = found or checks.check_structure(bundle, index) + checks.check_table(bundle, record)
     if found:
-        more = f" (and {len(found) - SHOWN} more)" if len(found) > SHOWN else ""
         raise CheckFailed(
-            f"{bundle} is damaged, so nothing was uploaded: {'; '.join(found[:SHOWN])}{more}",
+            f"{bundle} is damaged, so nothing was uploaded: {checks.listed(found)}",
             "dcgen-convert verify names every difference",
         )
     return record
@@ -148,13 +153,10 @@ class _Upload:
         self.api, self.repo, self.console = api, repo, console
         self.arrived = 0
 
-    def send(self, bundle: Path, record: Mapping[str, Any], written: Mapping[str, bytes], present: list[str]) -> None:
-        """Send the files of ``record``, those of ``written`` in place of the bundle's, and remove the rest of
-        ``present``.
-        """
+    def send(self, bundle: Path, names: list[str], written: Mapping[str, bytes], present: list[str]) -> None:
+        """Send the files ``names``, those of ``written`` in place of the bundle's; remove the rest of ``present``."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-        names = sorted({*record["files"], manifests.FILE})
         operations: list[Any] = [
             CommitOperationDelete(name) for name in sorted({*present} - {*names, *KEPT}) if not name.endswith("/")
         ]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dcgen_convert import families
-from dcgen_convert.bundle import checks
+from dcgen_convert.bundle import checks, signature
 from dcgen_convert.bundle import manifest as manifests
 from dcgen_convert.bundle.layout import read_index
 from dcgen_convert.checkpoint.source import resolve_folder
@@ -20,7 +20,6 @@ from dcgen_convert.core.errors import CheckFailed
 from dcgen_convert.ranks.join import alone
 from dcgen_convert.recipe.identity import Identity
 
-SHOWN = 20  # differences that the error lists
 PROBE_SECONDS = 3600
 
 
@@ -29,6 +28,8 @@ def verify(
     console: Console,
     against: Path | str | None = None,
     *,
+    signed_by: str | None = None,
+    issuer: str | None = None,
     probe: bool = True,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
@@ -38,6 +39,7 @@ def verify(
         bundle: bundle folder.
         against: the base model as a folder, catalogue name or hub id: every tensor that the manifest calls identical
             must be there, byte for byte.
+        signed_by, issuer: whose signature the bundle must have, as in `signature.check`; looked at before all else.
         probe: draw a picture in a fresh process.
         trust_remote_code: run the Python files that come with the bundle; without it, code of others is a difference.
 
@@ -46,6 +48,11 @@ def verify(
         InputError: ``bundle`` is no bundle, or ``against`` no diffusers folder.
     """
     bundle = Path(bundle)
+    if signed_by is not None:
+        signature.check(bundle, signed_by, issuer)
+        console.say(f"verify signature: ok (of {signed_by})")
+    elif (bundle / signature.FILE).is_file():
+        console.say("verify: whose signature it has was not looked at; --signed-by says whose it must be")
     index, manifest = read_index(bundle), manifests.read(bundle)
     steps = {
         "files": lambda: checks.check_files(bundle, manifest, console),
@@ -77,15 +84,13 @@ def verify(
             if manifest["layout"] != "source":  # else the pipeline is the source's own
                 _tell_untold(picture["untold"], manifest["defaults"]["height"], console)
     if found:
-        more = f" (and {len(found) - SHOWN} more)" if len(found) > SHOWN else ""
-        raise CheckFailed(
-            f"{bundle} failed its checks: {'; '.join(found[:SHOWN])}{more}", "copy or convert the bundle again"
-        )
+        raise CheckFailed(f"{bundle} failed its checks: {checks.listed(found)}", "copy or convert the bundle again")
     identical = sum(record["origin"] == "identical" for record in manifest["tensors"].values())
     return {
         "ok": True,
         "bundle": str(bundle),
-        "checks": [*steps, *(["picture"] if picture else [])],
+        "signed_by": signed_by,
+        "checks": [*(["signature"] if signed_by else []), *steps, *(["picture"] if picture else [])],
         "files": len(manifest["files"]),
         "tensors": {"total": len(manifest["tensors"]), "identical": identical},
         "picture": picture,

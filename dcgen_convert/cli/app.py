@@ -250,16 +250,27 @@ def inspect(session: Session, path: str, **values: Any) -> int:
     type=PLACE,
     help="Also compare untouched tensors with this source. Default: off.",
 )
+@option(
+    "--signed-by",
+    metavar="FILE|IDENTITY",
+    help="Public key whose signature BUNDLE must have; of a keyless signature an e-mail address, or the address of a "
+    "CI workflow. Default: off.",
+)
+@option(
+    "--issuer",
+    metavar="URL",
+    help="Who vouches for IDENTITY. Default: that of the forge, for a workflow on GitHub or GitLab.",
+)
 @TRUST
 @stack(OUTPUT)
 @click.pass_obj
-def verify(session: Session, bundle: str, against: str | None, trust_remote_code: bool, **values: Any) -> int:
+def verify(session: Session, bundle: str, **values: Any) -> int:
     """Check hashes, structure and numbers of BUNDLE, then draw a picture in a fresh process. Exit 1 if something
     differs."""
     console = session.begin(**output_options(values))
     from dcgen_convert.api import calls
 
-    found = calls.verify(bundle, against=against, trust_remote_code=trust_remote_code, console=console)
+    found = calls.verify(bundle, **values, console=console)
     console.result(found.document(), bundle)
     return 0
 
@@ -426,10 +437,12 @@ def _register() -> None:
     from dcgen_convert.cli.benchmark_verb import benchmark
     from dcgen_convert.cli.export_verb import export
     from dcgen_convert.cli.recipes_verb import recipes
+    from dcgen_convert.cli.sign_verb import sign
 
     cli.add_command(benchmark)
     cli.add_command(export)
     cli.add_command(recipes)
+    cli.add_command(sign)
 
 
 _register()

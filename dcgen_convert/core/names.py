@@ -6,6 +6,7 @@ OPEN = "open.json"  # in a run folder: the stages that may still have to run
 TRANSFORMER = "transformer"  # of a stage, a source or a bundle: the folder of the network
 LOCK = "lock"  # in a run folder: held by the process that works there
 MANIFEST = "dcgen_manifest.json"  # in a bundle: what it holds and what it was made from
+SIGNATURE = "model.sig"  # in a bundle: who vouches for it; it covers every other file
 MODULES = "modules.safetensors"  # whole tensors of the embedder and the head under the network's own names, float32
 LORA = "pytorch_lora_weights.safetensors"  # the name that a stock pipeline's load_lora_weights(folder) looks for
 RECORDS = "quantization.json"  # beside 4-bit weights: the record of every layer; written last, so the folder is whole

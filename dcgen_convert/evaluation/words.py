@@ -16,6 +16,7 @@ PICTURES_OF = {
 }
 
 CHECKS = {
+    "signature": "every file is as the one who is named has signed it",
     "files": "every file has the size and the hash that the manifest names",
     "code": "no Python file comes from others",
     "structure": "the folder is what stock diffusers loads",

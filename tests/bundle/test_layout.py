@@ -22,7 +22,7 @@ from diffusers import (
 from einops import rearrange
 
 from dcgen_convert.bundle import autoencoder_dc_adapter as adapter
-from dcgen_convert.bundle import layout
+from dcgen_convert.bundle import layout, sbom
 from dcgen_convert.bundle.loading import load
 from dcgen_convert.bundle.manifest import FILE
 from dcgen_convert.bundle.verify import verify
@@ -33,7 +33,7 @@ from dcgen_convert.core.files import sha256
 
 from .conftest import make_bundle, manifest_of
 
-COMMON = {"README.md", "LICENSE.md", "model_index.json", FILE, "scheduler/scheduler_config.json"}
+COMMON = {"README.md", "LICENSE.md", "model_index.json", FILE, sbom.FILE, "scheduler/scheduler_config.json"}
 MODEL = {"config.json", "diffusion_pytorch_model.safetensors"}
 PARTS = {f"{folder}/{name}" for folder in ("transformer", "vae") for name in MODEL}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}

@@ -2,15 +2,21 @@
 
 import base64
 import json
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
+from dcgen_convert import families
+from dcgen_convert.api.signing import sign
+from dcgen_convert.bundle.layout import add_metrics
 from dcgen_convert.bundle.manifest import FILE
 from dcgen_convert.bundle.push import push
 from dcgen_convert.bundle.verify import verify
-from dcgen_convert.core.console import NULL
+from dcgen_convert.core.console import NULL, Console
 from dcgen_convert.core.errors import AccessError, CheckFailed, InputError
 from dcgen_convert.core.files import read_json
 
@@ -235,3 +241,48 @@ def test_unfinished_bundles_and_bad_names_stay_here(own_bundle, hub):
     with pytest.raises(CheckFailed, match="README.md is missing"):
         push(bundle, "me/out", False, NULL, endpoint=hub.address)
     assert hub.requests == []
+
+
+@pytest.fixture
+def signed_bundle(own_bundle, tmp_path):
+    """`signed_bundle(repo)`: a bundle that was signed for a repository, and the public key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    plain, public = serialization.NoEncryption(), serialization.PublicFormat.SubjectPublicKeyInfo
+    pem = serialization.Encoding.PEM
+    (tmp_path / "key.pem").write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
+    (tmp_path / "key.pub").write_bytes(key.public_key().public_bytes(pem, public))
+
+    def make(repo):
+        bundle = own_bundle("dit")
+        sign(bundle, key=tmp_path / "key.pem", repo=repo, quiet=True)
+        return bundle, str(tmp_path / "key.pub")
+
+    return make
+
+
+def test_a_signed_bundle_arrives_as_it_was_signed(signed_bundle, hub, tmp_path, capsys):
+    bundle, key = signed_bundle("me/out")
+    push(bundle, "me/out", False, Console("human", stderr=sys.stdout), endpoint=hub.address)
+    assert "does not name" not in capsys.readouterr().out
+    for name, data in hub.files.items():
+        assert data == (bundle / name).read_bytes()
+        (tmp_path / "got" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "got" / name).write_bytes(data)
+    assert verify(tmp_path / "got", NULL, signed_by=key, probe=False)["ok"]
+    assert 'DiffusionPipeline.from_pretrained("me/out"' in (tmp_path / "got" / "README.md").read_text()
+
+
+def test_a_signed_card_that_names_another_place_is_told(signed_bundle, hub, capsys):
+    bundle, _ = signed_bundle(None)
+    push(bundle, "me/out", False, Console("human", stderr=sys.stdout), endpoint=hub.address)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "the card of the signed bundle does not name me/out: sign it with --repo me/out" in told
+    assert hub.files["README.md"] == (bundle / "README.md").read_bytes()
+
+
+def test_a_bundle_that_changed_since_it_was_signed_stays_here(signed_bundle, hub):
+    bundle, _ = signed_bundle(None)
+    add_metrics(bundle, families.get("dit"), "evaluate", {"clip": 0.5})
+    with pytest.raises(CheckFailed, match=f"has changed since it was signed: README.md; {FILE}"):
+        push(bundle, "me/out", False, NULL, endpoint=hub.address)
+    assert not hub.exists

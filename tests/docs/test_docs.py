@@ -202,5 +202,5 @@ def test_the_steps_of_verify_are_those_of_the_code():
     rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", TEXTS["bundle.md"].partition("## Check a bundle")[2], re.MULTILINE)
     code = (ROOT / "dcgen_convert" / "bundle" / "verify.py").read_text()
     named = re.findall(r'"(\w+)": lambda: checks\.', code) + re.findall(r'steps\["(\w+)"\] = lambda', code)
-    assert [name for name, _ in rows] == [*CHECKS] == [*named, "picture"]
+    assert [name for name, _ in rows] == [*CHECKS] == ["signature", *named, "picture"]
     assert all(text in shown for (_, shown), text in zip(rows, CHECKS.values(), strict=True))
