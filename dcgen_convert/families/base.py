@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dcgen_convert.families.shifts import linear_mu, sampling_shift
+from dcgen_convert.families.tensors import per_row
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -467,54 +468,3 @@ def references_of(text: Text) -> list[Tensor]:
     """
     keys = [key for key in text if key.partition("-")[0] == REFERENCE]
     return [text[key] for key in reference_keys(len(keys))]
-
-
-def guidance_input(model: Network, guidance: Tensor | None, z: Tensor, scale: float = 1.0) -> Tensor | None:
-    """``guidance`` times ``scale`` in the dtype of ``z``, (B,), for a network with guidance_embeds; else None."""
-    if not model.config.guidance_embeds:
-        return None
-    if guidance is None:
-        raise TypeError(f"{type(model).__name__} has a guidance input, but no guidance was given")
-    return (guidance * scale).to(z.dtype)
-
-
-def padded(rows: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
-    """Text features (L_i, D) of B prompts as (B, length, D) with zeros at the end, and their 0 / 1 mask (B, length)."""
-    import torch
-
-    embeds = rows[0].new_zeros(len(rows), length, rows[0].shape[-1])
-    mask = torch.zeros(len(rows), length, dtype=torch.long, device=embeds.device)
-    for i, row in enumerate(rows):
-        embeds[i, : len(row)], mask[i, : len(row)] = row, 1
-    return embeds, mask
-
-
-def token_ids(rows: int, columns: int, like: Tensor) -> Tensor:
-    """FLUX's position ids (0, row, column) of an image's tokens, (N, 3), with the dtype and the device of ``like``."""
-    import torch
-
-    axes = (torch.arange(length, dtype=torch.float32, device=like.device) for length in (1, rows, columns))
-    return torch.cartesian_prod(*axes).to(like.dtype)
-
-
-def per_row(values: Tensor, like: Tensor) -> Tensor:
-    """``values`` (B,), one for each row of ``like`` (B, ...), in a shape that multiplies it: (B, 1, ..., 1)."""
-    return values.view(-1, *[1] * (like.ndim - 1))
-
-
-def constant_rows(like: Tensor, *values: float) -> Tensor:
-    """``values`` for each picture of ``like`` (B, ...): (B, values) in its dtype, made on its device."""
-    import torch
-
-    return torch.cat([like.new_full((len(like), 1), value) for value in values], dim=1)
-
-
-def added_positions(embed: Any, channels: int, grid: tuple[int, ...]) -> Tensor:
-    """What the patch embedder of diffusers adds to its projection of a latent of ``grid`` tokens, (N, D).
-
-    Args:
-        embed: diffusers' PatchEmbed or a class with the same attributes.
-    """
-    z = embed.proj.weight.new_zeros(1, channels, *(side * embed.patch_size for side in grid))
-    tokens = embed(z)[0]
-    return tokens if embed.proj.bias is None else tokens - embed.proj.bias

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dcgen_convert.families.base import Family, Network, Pipeline, Text, token_ids
+from dcgen_convert.families.base import Family, Network, Pipeline, Text
+from dcgen_convert.families.tensors import token_ids
 
 if TYPE_CHECKING:
     from torch import Tensor

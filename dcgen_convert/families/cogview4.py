@@ -7,7 +7,8 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.families.base import Family, Network, Pipeline, Text, constant_rows, padded
+from dcgen_convert.families.base import Family, Network, Pipeline, Text
+from dcgen_convert.families.tensors import constant_rows, padded
 
 if TYPE_CHECKING:
     from torch import Tensor

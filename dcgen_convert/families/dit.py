@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dcgen_convert.families import ddpm
-from dcgen_convert.families.base import Family, Network, Pipeline, Text, added_positions
+from dcgen_convert.families.base import Family, Network, Pipeline, Text
+from dcgen_convert.families.tensors import added_positions
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.families.base import Family, Network, Pipeline, Text, guidance_input, token_ids
+from dcgen_convert.families.base import Family, Network, Pipeline, Text
+from dcgen_convert.families.tensors import guidance_input, token_ids
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dcgen_convert.core.pixels import to_image
-from dcgen_convert.families.base import Family, Network, Pipeline, Text, guidance_input, references_of
+from dcgen_convert.families.base import Family, Network, Pipeline, Text, references_of
+from dcgen_convert.families.tensors import guidance_input
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dcgen_convert.families.base import Network, Pipeline, Text, references_of, token_ids
+from dcgen_convert.families.base import Network, Pipeline, Text, references_of
 from dcgen_convert.families.flux import Flux
+from dcgen_convert.families.tensors import token_ids
 
 if TYPE_CHECKING:
     from torch import Tensor

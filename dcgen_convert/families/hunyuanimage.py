@@ -9,7 +9,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.families.base import Family, Network, Pipeline, Text, guidance_input
+from dcgen_convert.families.base import Family, Network, Pipeline, Text
+from dcgen_convert.families.tensors import guidance_input
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from dcgen_convert.families.base import Family, Network, Pipeline, Text, token_ids
+from dcgen_convert.families.base import Family, Network, Pipeline, Text
 from dcgen_convert.families.shifts import linear_mu
+from dcgen_convert.families.tensors import token_ids
 
 if TYPE_CHECKING:
     from torch import Tensor

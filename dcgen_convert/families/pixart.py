@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dcgen_convert.families import ddpm
-from dcgen_convert.families.base import Family, Network, Pipeline, Text, added_positions, constant_rows
+from dcgen_convert.families.base import Family, Network, Pipeline, Text
+from dcgen_convert.families.tensors import added_positions, constant_rows
 
 if TYPE_CHECKING:
     from torch import Tensor

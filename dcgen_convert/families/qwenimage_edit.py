@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dcgen_convert.core.pixels import to_image
-from dcgen_convert.families.base import Network, Pipeline, Text, padded, references_of
+from dcgen_convert.families.base import Network, Pipeline, Text, references_of
 from dcgen_convert.families.qwenimage import QwenImage
+from dcgen_convert.families.tensors import padded
 
 if TYPE_CHECKING:
     from PIL.Image import Image

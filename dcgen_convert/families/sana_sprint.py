@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from dcgen_convert.families.base import Network, Pipeline, Text, guidance_input
+from dcgen_convert.families.base import Network, Pipeline, Text
 from dcgen_convert.families.sana import Sana
+from dcgen_convert.families.tensors import guidance_input
 
 if TYPE_CHECKING:
     from torch import Tensor

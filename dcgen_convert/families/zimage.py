@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.families.base import Family, Network, Pipeline, Text, padded
+from dcgen_convert.families.base import Family, Network, Pipeline, Text
+from dcgen_convert.families.tensors import padded
 
 if TYPE_CHECKING:
     from torch import Tensor

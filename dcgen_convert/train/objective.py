@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from dcgen_convert.families import Family, Text
-from dcgen_convert.families.base import NULL, Network, per_row
+from dcgen_convert.families.base import NULL, Network
+from dcgen_convert.families.tensors import per_row
 
 TRAINING, EVALUATION = 0, 1  # streams of random numbers that never meet
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
