@@ -195,7 +195,7 @@ def autoencoders() -> str:
     rows = [
         (
             f"`{entry.alias}`",
-            where(entry.repo),
+            "[a file](dc_ae_v.md#the-authors-weights)" if entry.given else where(entry.repo),
             entry.factor,
             entry.channels,
             entry.scaling_factor or "measured",

@@ -17,6 +17,7 @@ from dcgen_convert.core.files import read_json
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CONFIGS = Path(__file__).resolve().parent / "configs"
+WEIGHTS = (".safetensors", ".pt")  # names of autoencoders that are single files end so
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,13 @@ class SourceEntry:
 
 @dataclass(frozen=True)
 class AutoencoderEntry:
-    """A deep-compression autoencoder. scaling_factor None: it is in config.json, or it is 1 / RMS of the latents."""
+    """A deep-compression autoencoder.
+
+    Attributes:
+        scaling_factor: None: it is in config.json, or it is 1 / RMS of the latents.
+        frames: frames of a video per latent frame; 1: it takes pictures.
+        sha256: of the pickle that its weights are published as; None: the user states it.
+    """
 
     alias: str
     repo: str | None
@@ -74,11 +81,18 @@ class AutoencoderEntry:
     scaling_factor: float | None
     parameters: int
     folder: Path | None = None
+    frames: int = 1
+    sha256: str | None = None
+
+    @property
+    def given(self) -> bool:
+        """Whether its weights are never fetched, because they are published as a pickle: the user gives the file."""
+        return self.frames > 1 and self.folder is None
 
     @property
     def where(self) -> str:
-        """Folder or hub id."""
-        return str(self.folder or self.repo)
+        """Folder or hub id; the alias of one that is `given`."""
+        return self.alias if self.given else str(self.folder or self.repo)
 
 
 def _tiny(name: str) -> Path:
@@ -296,6 +310,7 @@ SOURCES: dict[str, SourceEntry] = {
 }
 
 _MIT, _DCAI = "mit-han-lab/dc-ae-{}-diffusers", "dc-ai/dc-ae-{}-diffusers"
+_VIDEO = "dc-ai/dc-ae-v-1.0-f32t4c32"  # the others are not on the hub
 
 AUTOENCODERS: dict[str, AutoencoderEntry] = {
     entry.alias: entry
@@ -314,6 +329,11 @@ AUTOENCODERS: dict[str, AutoencoderEntry] = {
         AutoencoderEntry("dc-ae-f128-mix", _MIT.format("f128c512-mix-1.0"), 128, 512, 0.3620, 1_121_000_000),
         AutoencoderEntry("dc-ae-1.5-f32", _DCAI.format("1.5-f32c128"), 32, 128, None, 524_000_000),
         AutoencoderEntry("dc-ae-1.5-f64", _DCAI.format("1.5-f64c128"), 64, 128, 0.5935, 715_000_000),
+        AutoencoderEntry("dc-ae-v-f32t4c32", _VIDEO, 32, 32, 0.7241, 2_139_000_000, frames=4),
+        AutoencoderEntry("dc-ae-v-f32t4c64", None, 32, 64, 0.7614, 2_140_000_000, frames=4),
+        AutoencoderEntry("dc-ae-v-f32t4c128", None, 32, 128, 0.4457, 2_144_000_000, frames=4),
+        AutoencoderEntry("dc-ae-v-f32t4c256", None, 32, 256, 0.4752, 2_151_000_000, frames=4),
+        AutoencoderEntry("dc-ae-v-f64t4c128", None, 64, 128, 0.4752, 2_717_000_000, frames=4),
         AutoencoderEntry("tiny-dc-ae-f32", None, 32, 32, None, 3_819_188, folder=_tiny("tiny-dc-ae-f32")),
         AutoencoderEntry("tiny-dc-ae-f64", None, 64, 128, None, 3_929_268, folder=_tiny("tiny-dc-ae-f64")),
     )
@@ -334,7 +354,8 @@ def find_autoencoder(name: str) -> AutoencoderEntry | None:
     entry = AUTOENCODERS.get(name) or next(
         (entry for entry in AUTOENCODERS.values() if entry.repo and entry.repo == name), None
     )
-    if entry is None and "/" not in name and ".safetensors" not in name and not Path(name).exists():
+    is_file = any(suffix in name for suffix in WEIGHTS)
+    if entry is None and "/" not in name and not is_file and not Path(name).exists():
         hits = difflib.get_close_matches(name, AUTOENCODERS, n=1, cutoff=0.3)
         hint = f"; did you mean {hits[0]!r}?" if hits else ""
         raise InputError(

@@ -1,6 +1,8 @@
-"""Configs of the published deep-compression autoencoders, as diffusers' AutoencoderDC takes them.
+"""Configs of the published deep-compression autoencoders, as diffusers' AutoencoderDC and our AutoencoderDCVideo take
+them.
 
-Sources: arXiv 2410.10733 (DC-AE 1.0), arXiv 2508.00413 (DC-AE 1.5), and the authors' list of models.
+Sources: arXiv 2410.10733 (DC-AE 1.0), arXiv 2508.00413 (DC-AE 1.5), the authors' list of models, and their code
+(DC-AE-V).
 """
 
 from __future__ import annotations
@@ -12,11 +14,12 @@ from dcgen_convert.families.catalog import AutoencoderEntry
 
 WIDTHS = (128, 256, 512, 512, 1024, 1024, 2048, 2048)
 FLAT = (128, 256, 512, 512, 1024, 1024, 1024)  # DC-AE 1.5
+VIDEO = (256, 512, 512, 1024, 1024, 1024, 1024)  # DC-AE-V, whose first level has no blocks
 IN, SANA, LITE, FIFTEEN = "-in-", "-sana-", "lite", "1.5"
 
 
 def kind_of(entry: AutoencoderEntry) -> str | None:
-    """IN (also `mix`: the same network), SANA, LITE or FIFTEEN; None for an autoencoder of another make."""
+    """IN (also `mix`: the same network), SANA, LITE or FIFTEEN; None for videos and for another make."""
     name = (entry.repo or "").partition("dc-ae-")[2]
     if name.startswith((LITE, FIFTEEN)):
         return LITE if name.startswith(LITE) else FIFTEEN
@@ -29,6 +32,8 @@ def config_of(entry: AutoencoderEntry) -> dict[str, Any]:
     scaling_factor is left out where none is published.
     """
     kind, levels = kind_of(entry), int(math.log2(entry.factor)) + 1
+    if entry.given:
+        return _video(entry, levels)
     if kind is None:
         raise TypeError(f"{entry.alias} is no published deep-compression autoencoder")
     widths = list((FLAT if kind == FIFTEEN else WIDTHS)[:levels])
@@ -41,6 +46,20 @@ def config_of(entry: AutoencoderEntry) -> dict[str, Any]:
     if entry.scaling_factor is not None:
         common["scaling_factor"] = entry.scaling_factor
     return {**common, **{IN: _in, SANA: _sana, LITE: _lite, FIFTEEN: _fifteen}[kind](levels)}
+
+
+def _video(entry: AutoencoderEntry, levels: int) -> dict[str, Any]:
+    """DC-AE-V. In its f64 the convolution that makes four frames of one was set to chunks that it never meets."""
+    return {
+        "_class_name": "AutoencoderDCVideo",
+        "latent_channels": entry.channels,
+        "block_out_channels": list(VIDEO[:levels]),
+        "layers_per_block": [5, 10] + [4] * (levels - 2),
+        "spatial_compression_ratio": entry.factor,
+        "chunk_frames": 40,
+        "causal_time": entry.factor == 32,
+        "scaling_factor": entry.scaling_factor,
+    }
 
 
 def _in(levels: int) -> dict[str, Any]:

@@ -36,10 +36,12 @@ CLASSES = (
     "AutoencoderKLFlux2",
     "AutoencoderKLHunyuanImage",
     "AutoencoderKLWan",
+    trust.VIDEO_CLASS,
 )
-VIDEO = ("AutoencoderKLWan",)  # those that encode videos
+VIDEO = ("AutoencoderKLWan", trust.VIDEO_CLASS)  # those that encode videos
 BY_CHANNEL = ("AutoencoderKLQwenImage", "AutoencoderKLWan")  # those with statistics of each latent channel
-SCALES = {"AutoencoderKL": 0.18215, "AutoencoderDC": 1.0}  # scaling factors of configs that state none (diffusers 0.42)
+# Scaling factors of configs that state none (diffusers 0.42; ours).
+SCALES = {"AutoencoderKL": 0.18215, "AutoencoderDC": 1.0, trust.VIDEO_CLASS: 1.0}
 
 
 @dataclass

@@ -24,11 +24,12 @@ def is_tiled(height: int, width: int) -> bool:
 def by_size(vae: Network, pictures: int, height: int, width: int) -> Iterator[None]:
     """Let ``vae`` take pictures of this size, in px, in tiles where they are large, and one by one where they are many.
 
-    What it was set to before holds again afterwards. An autoencoder that is set to tiles by its user keeps them.
+    What it was set to before holds again afterwards. An autoencoder that is set to tiles by its user keeps them; one
+    that has none takes large pictures whole.
     """
     before = {name: value for name, value in vars(vae).items() if name.startswith(("tile_", "use_"))}
     try:
-        if is_tiled(height, width) and not vae.use_tiling:
+        if is_tiled(height, width) and not getattr(vae, "use_tiling", True):
             _set_tiles(vae)
         if hasattr(vae, "use_slicing") and pictures * height * width > pixel_memory.TOGETHER:
             vae.enable_slicing()

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from dcgen_convert.checkpoint import trust
 from dcgen_convert.core.errors import AccessError, RecipeError
 from dcgen_convert.data import buckets
 from dcgen_convert.families import Family, authors, catalog, refuse_videos
@@ -88,6 +89,7 @@ def check(recipe: Recipe, source: Identity) -> None:
         config, family = source.here.config, source.here.family
     except AccessError:
         return
+    _require_axes(recipe, family)
     authors.refuse(source.pipeline.index, source.pipeline.name, family)
     drawn = {f"{recipe.data_key(number)}.resolution": recipe.data_of(number) for number in recipe.sets}
     sides = {key: data.resolution for key, data in drawn.items()}
@@ -111,6 +113,18 @@ def check(recipe: Recipe, source: Identity) -> None:
     require_drawable(recipe, source.here)
     for number in recipe.sets:
         _require_not_enlarged(recipe, number)
+
+
+def _require_axes(recipe: Recipe, family: Family) -> None:
+    """RecipeError for an autoencoder for videos and a family that draws pictures."""
+    entry = catalog.find_autoencoder(recipe.ae)
+    of_file = entry is None and autoencoder_files.is_file(recipe.ae)
+    config = autoencoder_files.file_and_config(recipe.ae)[1] if of_file else {}
+    video = (entry and entry.frames > 1) or config.get("_class_name") == trust.VIDEO_CLASS
+    if video and family.axes == 2:
+        raise RecipeError(
+            f"{recipe.ae} is for videos, and {recipe.source} draws pictures", "use an --ae for pictures: dc-ae-f32"
+        )
 
 
 def _require_not_enlarged(recipe: Recipe, number: int) -> None:

@@ -10,6 +10,7 @@ from einops import rearrange, reduce, repeat
 from dcgen_convert.core.files import read_json
 from dcgen_convert.families.grid import autoencoder_grid
 from dcgen_convert.networks import autoencoder_dc_video as video
+from dcgen_convert.networks import autoencoders, tiles
 from dcgen_convert.networks.autoencoder_dc_video import AutoencoderDCVideo, ChunkConv, fold, unfold
 
 K, C = 8, 4
@@ -260,6 +261,25 @@ def test_saved_it_brings_its_code(tmp_path):
     again = AutoencoderDCVideo.from_pretrained(tmp_path)
     assert again.config.latents_std == [2.0] * C and again.config.block_out_channels == [8, 16, 16, 32]
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_the_codec_scales_its_latents(tmp_path):
+    """Model latents are scaling_factor times its own; frames come back clamped. To 1e-4 of numbers up to 10."""
+    model, x = small(scaling_factor=0.7241), clip(9)
+    model.save_pretrained(tmp_path)
+    codec = autoencoders.load(tmp_path)
+    assert (codec.factor, codec.channels, codec.axes, codec.scale) == (8, C, 3, 0.7241)
+    z = codec.encode(x)
+    torch.testing.assert_close(z, 0.7241 * latents(model, x), atol=1e-4, rtol=0)
+    torch.testing.assert_close(codec.decode(z), frames(model, z / 0.7241).clamp(-1, 1), atol=1e-4, rtol=0)
+
+
+def test_large_frames_are_taken_whole(monkeypatch):
+    """It has no tiles in space."""
+    monkeypatch.setattr(tiles, "TILED", 8)
+    model, x = small(), clip(4)
+    with tiles.by_size(model, 1, 8, 16):
+        assert latents(model, x).shape == (2, C, 1, 1, 2)
 
 
 def test_file_names_its_licence_since_it_travels_alone():

@@ -21,7 +21,7 @@ from dcgen_convert.families.grid import autoencoder_grid
 from dcgen_convert.networks import autoencoders, pipelines, random_source, random_weights, synthetic_tokenizers
 
 SOURCES = [name for name, entry in catalog.SOURCES.items() if entry.repo]
-ALIASES = [alias for alias, entry in catalog.AUTOENCODERS.items() if entry.repo]
+ALIASES = [alias for alias, entry in catalog.AUTOENCODERS.items() if entry.repo and not entry.given]
 WIDTH = 32  # of every text encoder
 CUT = {  # class -> what makes it small
     "FluxTransformer2DModel": dict(
