@@ -17,9 +17,18 @@ BLOCK = 1024  # edits that are sampled at once
 
 def sampled(count: int, seed: int) -> tuple[Tensor, list[str]]:
     """The scenes that are edited, attribute indices (count, 6), and the instructions; more begin with the same ones."""
+    before, _, instructions = pairs(count, seed)
+    return before, instructions
+
+
+def pairs(count: int, seed: int) -> tuple[Tensor, Tensor, list[str]]:
+    """As `sampled`, with the scenes that the edits lead to between the two."""
     blocks = [edits.sample(BLOCK, seed + (block << 32)) for block in range(-(-count // BLOCK))]
-    scenes = torch.cat([block.before for block in blocks]) if blocks else torch.empty(0, len(edits.COLUMNS))
-    return scenes[:count], [text for block in blocks for text in block.instructions][:count]
+    nothing = torch.empty(0, len(edits.COLUMNS), dtype=torch.int64)
+    before, after = (
+        torch.cat([nothing, *(getattr(block, name) for block in blocks)])[:count] for name in ("before", "after")
+    )
+    return before, after, [text for block in blocks for text in block.instructions][:count]
 
 
 def draw(folder: Path, count: int, seed: int, side: int) -> list[Path]:

@@ -5,7 +5,7 @@ A folder or list alone stays where it is, and so do its names. Otherwise every s
 
     1/            link to the folder, or to the folder of the list
     2.unpacked/   pictures of shards, with pictures.jsonl and, written last, unpacked.json
-    3.drawn-256/  pictures of the tiny world, drawn at 256 px
+    3.drawn-256/  pictures of the tiny world, drawn at 256 px; edits in 3.edits-256/
 """
 
 from __future__ import annotations
@@ -141,7 +141,8 @@ def held(sources: Sequence[PictureSource], most: int, sieve: Sieve) -> int | Non
 def most_references(sources: Sequence[PictureSource]) -> int:
     """Most references that a picture on this machine has. Of shards the first samples count."""
     places = [source.path for source in sources if not source.is_elsewhere and source.path.exists()]
-    return max((_longest(path, path.stat().st_mtime_ns) for path in places), default=0)
+    counts = [_longest(path, path.stat().st_mtime_ns) for path in places]
+    return max([*counts, *(int(drawn.holds_edits(source.where)) for source in sources)], default=0)
 
 
 @cache
@@ -238,7 +239,9 @@ class _Opened:
         """At most ``quota`` pictures, those of the smallest hashes of names: more of them hold the same ones."""
         if self.side:
             self.size = quota
-            every, left_out = drawn.draw(self.work / f"{self.number}.drawn-{self.side}", quota, self.side), Tally()
+            kind = "edits" if drawn.holds_edits(self.source.where) else "drawn"
+            folder = self.work / f"{self.number}.{kind}-{self.side}"
+            every, left_out = drawn.draw(folder, self.source.where, quota, self.edited), Tally()
         else:
             every, left_out = self._unpack(quota) if self.shards else (self.every, self.left_out)
         before = set(sieve.small) if sieve else set()

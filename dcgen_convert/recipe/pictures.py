@@ -19,8 +19,8 @@ class Data(Section):
     path: Text | tuple[Text, ...] | None = Field(
         default=None,
         description="your pictures, or a list of several sources: a folder, a .jsonl, shards (.tar, .parquet) or "
-        "hf://datasets/ORG/NAME; :COLUMN names the captions, =0.7 the share of a source; tiny-world:256 draws the tiny "
-        "world at 256 px; needed by kind folder",
+        "hf://datasets/ORG/NAME; :COLUMN names the captions, =0.7 the share of a source; tiny-world:256 and "
+        "tiny-edits:128 draw the tiny world; needed by kind folder",
     )
     prompts: Text = Field(
         default="builtin",

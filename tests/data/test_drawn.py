@@ -8,14 +8,14 @@ import torch
 from PIL import Image
 
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.data import drawn, given
-from dcgen_convert.evaluation import tiny_world
+from dcgen_convert.data import drawn, given, images
+from dcgen_convert.evaluation import tiny_edits, tiny_world
 from dcgen_convert.recipe.loading import load
 from dcgen_convert.tiny import world
 
 
-def taken(work, count, *texts):
-    return given.take(given.parse_all(texts), count, work)
+def taken(work, count, *texts, edited=False):
+    return given.take(given.parse_all(texts), count, work, edited=edited)
 
 
 def test_pictures_show_their_captions_at_the_size_that_is_asked_for(tmp_path):
@@ -26,6 +26,29 @@ def test_pictures_show_their_captions_at_the_size_that_is_asked_for(tmp_path):
     shown = torch.from_numpy(numpy.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
     assert tiny_world.accuracy(shown, [picture.caption for picture in pictures]) > 0.97
     assert len({part.tobytes() for part in pixels}) == 40
+
+
+def test_edits_show_what_their_instructions_ask_for_and_keep_the_rest(tmp_path):
+    pictures, told = taken(tmp_path / "sources", 60, "tiny-edits:96", edited=True)
+    assert told == "60 pictures taken: tiny-edits:96 60 of 60 pictures"
+    edited, given_ = (
+        torch.stack([images.read_pixels(file, 96) for file in files])
+        for files in ([one.file for one in pictures], [one.references[0] for one in pictures])
+    )
+    instructions = [one.caption for one in pictures]
+    assert (
+        tiny_edits.changed(edited, instructions).mean() > 0.97 > 0.1 > tiny_edits.changed(given_, instructions).mean()
+    )
+    assert tiny_edits.kept(edited, given_, instructions).nanmean() > 0.97
+    assert given.most_references(given.parse_all(["tiny-edits:96"])) == 1
+    more, _ = taken(tmp_path / "more", 2000, "tiny-edits:32", edited=True)
+    few, _ = taken(tmp_path / "few", 1100, "tiny-edits:32", edited=True)
+    assert [one.caption for one in more[:1100]] == [one.caption for one in few] and len(set(more)) == 2000
+
+
+def test_a_model_that_draws_from_text_alone_takes_no_edits(tmp_path):
+    with pytest.raises(InputError, match="tiny-edits:64 gives edits, and the model draws from text alone"):
+        taken(tmp_path, 4, "tiny-edits:64")
 
 
 def test_more_pictures_begin_with_the_same_ones_and_keep_their_files(tmp_path):
@@ -47,7 +70,9 @@ def test_it_is_one_source_among_others(tmp_path):
     assert sum(picture.caption == "mine" for picture in pictures) == 4 and len(pictures) == 8
 
 
-@pytest.mark.parametrize("text, wanted", [("tiny-world:256", 256), ("tiny-world", None), ("tiny-world:x", None)])
+@pytest.mark.parametrize(
+    "text, wanted", [("tiny-world:256", 256), ("tiny-world", None), ("tiny-world:x", None), ("tiny-edits:64", 64)]
+)
 def test_its_name(text, wanted):
     assert drawn.side_of(text) == wanted
 

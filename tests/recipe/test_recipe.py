@@ -19,7 +19,7 @@ SHIPPED = {
     "flux-krea-2k", "flux-krea-4k", "sana-1.6b-2k", "sana-1.6b-4k",
     "dit-xl-256", "dit-xl-512",
     "tiny-flux", "tiny-flux-long", "tiny-flux-256", "tiny-flux-512",
-    "tiny-sana", "tiny-sana-long", "tiny-dit", "tiny-dit-long", "tiny-kontext",
+    "tiny-sana", "tiny-sana-long", "tiny-dit", "tiny-dit-long", "tiny-kontext", "tiny-kontext-long",
     "ablations/compression", "ablations/dit-sd-vae-to-dc-ae",
     "ablations/no-alignment", "ablations/full-finetune", "ablations/plain-flow-loss",
     "ablations/published",
