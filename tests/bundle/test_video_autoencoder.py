@@ -36,14 +36,12 @@ torch.save(drawn, sys.argv[2])
 """
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A random WanPipeline whose autoencoder is a small DC-AE-V, f8 K 8; without text encoder."""
-    torch.manual_seed(0)
-    transformer = WanTransformer3DModel(
+def wan(channels: int) -> WanTransformer3DModel:
+    """A small random Wan for latents of so many channels, one token for each cell, and texts of WORDS numbers."""
+    return WanTransformer3DModel(
         patch_size=(1, 1, 1),
-        in_channels=C,
-        out_channels=C,
+        in_channels=channels,
+        out_channels=channels,
         num_attention_heads=2,
         attention_head_dim=12,
         num_layers=1,
@@ -51,6 +49,13 @@ def folder(tmp_path_factory):
         text_dim=WORDS,
         freq_dim=16,
     )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random WanPipeline whose autoencoder is a small DC-AE-V, f8 K 8; without text encoder."""
+    torch.manual_seed(0)
+    transformer = wan(C)
     vae = video.AutoencoderDCVideo(
         latent_channels=C,
         block_out_channels=(8, 16, 16, 32),
