@@ -88,13 +88,22 @@ def sample_labels(count: int, seed: int, by_class: bool = False) -> torch.Tensor
     return torch.stack(columns, dim=1)
 
 
-def draw(labels: torch.Tensor, seed: int, side: int = SIDE) -> torch.Tensor:
+def draw(
+    labels: torch.Tensor,
+    seed: int,
+    side: int = SIDE,
+    *,
+    shift: torch.Tensor | None = None,
+    growth: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Draw one picture per row of ``labels``.
 
     Args:
         labels: (B, 6) attribute indices.
         seed: seed of all jitter; the same (labels, seed) gives the same pixels.
         side: height and width in px.
+        shift: where the shapes are moved to, (B, 2) in px of the 128 px picture: (x, y). None: nowhere.
+        growth: what their radius is multiplied by, (B,). None: 1.
 
     Returns:
         (B, 3, side, side) float32 in [-1, 1].
@@ -111,6 +120,8 @@ def draw(labels: torch.Tensor, seed: int, side: int = SIDE) -> torch.Tensor:
 
     places = torch.tensor(list(PLACES.values()))[labels[:, 3]] * SIDE + jitter(2) * 4.0
     radius = torch.tensor(list(SIZES.values()))[labels[:, 4]] * (1 + 0.08 * jitter())
+    places = places if shift is None else places + shift
+    radius = radius if growth is None else radius * growth
     dx, dy = x - places[:, 0, None, None], y - places[:, 1, None, None]
     distance = _signed_distance(labels[:, 0], dx, dy, radius[:, None, None])
     inside = (0.5 - distance * scale).clamp(0, 1)[:, None]  # one pixel of anti-aliasing
