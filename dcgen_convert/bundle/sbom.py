@@ -6,8 +6,11 @@ random number and no path: the same environment gives the same bytes.
 
 from __future__ import annotations
 
+import os
 import platform
 import re
+import subprocess
+import sys
 from importlib.metadata import Distribution, PackageMetadata, distributions
 from typing import Any
 
@@ -44,10 +47,19 @@ def describe() -> dict[str, Any]:
 def _packages() -> dict[str, Distribution]:
     """Name -> what is imported under it, sorted: of two with one name, the first that Python finds."""
     found: dict[str, Distribution] = {}
-    for package in distributions():
+    for package in distributions(path=_places()):
         if package.metadata["Name"]:  # else a folder that an uninstallation has left
             found.setdefault(_plain(package.metadata["Name"]), package)
     return dict(sorted(found.items()))
+
+
+def _places() -> list[str]:
+    """Where a new Python of this environment looks for packages. What was imported may have added to our own sys.path:
+    setuptools does, for the packages inside it.
+    """
+    tell = "import os, sys; sys.stdout.buffer.write(os.fsencode('\\0'.join(sys.path)))"
+    told = subprocess.run([sys.executable, "-P", "-c", tell], stdin=subprocess.DEVNULL, capture_output=True, check=True)
+    return os.fsdecode(told.stdout).split("\0")
 
 
 def _needs(package: Distribution, known: dict[str, Distribution]) -> set[str]:

@@ -1,6 +1,7 @@
 """sbom.cdx.json: valid by the schema of CycloneDX, complete by the word of pip, and the same bytes in each process."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,8 +54,11 @@ def test_of_two_packages_with_one_name_the_imported_one_is_told(tmp_path, monkey
             "Requires-Dist: pillow; extra == 'pictures'\nRequires-Dist: absent\nLicense: MIT\n"
         )
     (tmp_path / "first" / "left-0.dist-info").mkdir()
-    monkeypatch.syspath_prepend(tmp_path / "second")
-    monkeypatch.syspath_prepend(tmp_path / "first")
+    places = [str(tmp_path / folder) for folder in ("first", "second")]
+    before = sbom.describe()
+    monkeypatch.setattr(sys, "path", [*places, *sys.path])  # as setuptools adds the packages inside it
+    assert sbom.describe() == before
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*places, os.environ.get("PYTHONPATH", "")]))
     document = sbom.describe()
     (twin,) = [part for part in document["components"] if part["name"] == "twin-pack"]
     assert twin["purl"] == "pkg:pypi/twin-pack@1%2Bx" and twin["licenses"] == [{"license": {"name": "MIT"}}]

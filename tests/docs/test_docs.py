@@ -92,6 +92,7 @@ OTHERS = {
     "-c",
     "-m",
     "-e",
+    "--gpus-per-node",
     "--gpus-per-task",
     "--no-verify",
 }  # pytest, pip, git, python, srun
