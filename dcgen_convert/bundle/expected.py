@@ -10,7 +10,6 @@ import inspect
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_json
 
 DENSE = ("BF16", "F16", "F32")
@@ -26,16 +25,13 @@ class Expected(NamedTuple):
 def meta_model(folder: Path) -> Any:
     """The model that ``folder``/config.json describes, on the meta device, without its quantisation.
 
-    InputError when diffusers has no such class.
+    InputError when there is no such class.
     """
-    import diffusers
     import torch
 
-    config = read_json(Path(folder) / "config.json")
-    # The in-bundle adapter has AutoencoderDC's tensors; only its own settings go beyond it.
-    model_class = getattr(diffusers, str(config.get("_class_name")).removesuffix("Adapter"), None)
-    if not isinstance(model_class, type):
-        raise InputError(f"{folder / 'config.json'} names {config.get('_class_name')}, which is no class of diffusers")
+    from dcgen_convert.networks.folder import class_of
+
+    config, model_class = read_json(Path(folder) / "config.json"), class_of(folder)
     accepted = inspect.signature(model_class).parameters
     with torch.device("meta"):
         return model_class(**{key: value for key, value in config.items() if key in accepted})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,6 +11,27 @@ from dcgen_convert.checkpoint import trust
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_json
 from dcgen_convert.families.base import Network
+
+
+def class_of(folder: Path) -> Any:
+    """The class that ``folder``/config.json names: of diffusers, or this program's own.
+
+    The in-bundle adapter is an AutoencoderDC with the same tensors.
+
+    Raises:
+        InputError: there is no such class.
+    """
+    import diffusers
+
+    from dcgen_convert.networks.autoencoder_dc_video import AutoencoderDCVideo
+
+    path = Path(folder) / "config.json"
+    name = str(read_json(path).get("_class_name"))
+    own = {trust.VIDEO_CLASS: AutoencoderDCVideo, trust.ADAPTER_CLASS: diffusers.AutoencoderDC}
+    found = own.get(name) or getattr(diffusers, name, None)
+    if not isinstance(found, type):
+        raise InputError(f"{path} names {name}, which is no class of diffusers")
+    return found
 
 
 def load_folder(folder: Path, what: str, dtype: torch.dtype) -> Network:
@@ -22,15 +44,7 @@ def load_folder(folder: Path, what: str, dtype: torch.dtype) -> Network:
         InputError: the weights do not load, some that the config asks for are missing or have another shape, or there
             are more than it asks for.
     """
-    import diffusers
-
-    from dcgen_convert.networks.autoencoder_dc_video import AutoencoderDCVideo
-
-    name = read_json(Path(folder) / "config.json")["_class_name"]
-    if name == trust.VIDEO_CLASS:
-        cls = AutoencoderDCVideo
-    else:  # the in-bundle adapter is an AutoencoderDC with the same tensors
-        cls = getattr(diffusers, "AutoencoderDC" if name == trust.ADAPTER_CLASS else name)
+    cls = class_of(folder)
     try:
         model, info = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True, use_safetensors=True)
     except (ValueError, RuntimeError, OSError) as error:

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from safetensors import safe_open
 
+from dcgen_convert.bundle.expected import expected_tensors
 from dcgen_convert.bundle.loading import adapter_part
 from dcgen_convert.checkpoint import trust
 from dcgen_convert.core.files import read_json, sha256
@@ -103,6 +105,13 @@ def test_this_program_takes_its_own_class(folder):
         pipe = DiffusionPipeline.from_pretrained(folder, tokenizer=None, text_encoder=None, **parts)
     assert type(pipe.vae) is video.AutoencoderDCVideo
     assert (pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial) == (4, F)
+
+
+def test_verify_knows_the_tensors_that_it_must_have(folder):
+    expected, problems = expected_tensors(folder / "vae")
+    with safe_open(folder / "vae" / "diffusion_pytorch_model.safetensors", "pt") as file:
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  no mapping
+    assert {name: entry.shape for name, entry in expected.items()} == found and problems == []
 
 
 def test_changed_code_is_foreign(folder, tmp_path):
