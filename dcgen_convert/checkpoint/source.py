@@ -24,7 +24,7 @@ from dcgen_convert.families import Family, authors, legacy
 
 # What a conversion takes of a hub repository, the base model's and that of a base which only completes a transformer.
 _REST = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", *LICENCES]
-_REST += [f"{part}/*.safetensors" for part in ("vae", "text_encoder*", "safety_checker")]
+_REST += [f"{part}/*.safetensors" for part in ("vae", "text_encoder*", "image_encoder", "safety_checker")]
 WHOLE, COMPLETING = [*_REST, *(f"{name}/*.safetensors" for name in families.COMPONENTS)], _REST
 CONTENT = (".json", ".safetensors", ".txt", ".model", ".jinja", ".tiktoken")  # files that change what is computed
 

@@ -103,7 +103,7 @@ class LatentCache:
 
     def seen(self, name: str, indices: list[int] | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """`batch` as the model on the latents ``name`` ("base" or "target") sees it: so are the references."""
-        latents = {key: value.float() for key, value in self.read(name, indices).items()}
+        latents = self._latents(name, indices)
         return latents.pop("z"), {**self.condition(indices), **latents}
 
     def condition(self, indices: list[int] | Tensor) -> dict[str, Tensor]:
@@ -116,9 +116,14 @@ class LatentCache:
         """Captions of rows ``indices``."""
         return Captions(self.folder).read(self.rows[int(i)] for i in indices)
 
-    def pairs(self, indices: list[int] | Tensor) -> tuple[Tensor, Tensor]:
-        """Latents of the same pictures in both autoencoders: base (B, C0, h0, w0) and target (B, C, h, w), float32."""
-        return self.read("base", indices)["z"].float(), self.read("target", indices)["z"].float()
+    def pairs(self, indices: list[int] | Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Latents of the same pictures in both autoencoders, float32: of base and target z, (B, C0, h0, w0) and
+        (B, C, h, w), and those of references.
+        """
+        return self._latents("base", indices), self._latents("target", indices)
+
+    def _latents(self, name: str, indices: list[int] | Tensor) -> dict[str, Tensor]:
+        return {key: value.float() for key, value in self.read(name, indices).items()}
 
     def read(self, name: str, indices: list[int] | Tensor) -> dict[str, Tensor]:
         """Rows of every tensor of the tables called ``name`` ("base", "target", "text"), in the order asked for."""

@@ -27,6 +27,7 @@ from dcgen_convert.families.sana_sprint import SanaSprint
 from dcgen_convert.families.sd3 import SD3
 from dcgen_convert.families.unet import UNet
 from dcgen_convert.families.wan import Wan
+from dcgen_convert.families.wan_image import WanImage
 from dcgen_convert.families.zimage import ZImage
 
 __all__ = [
@@ -66,6 +67,7 @@ FAMILIES: dict[str, Family] = {
         CogView4(),
         HunyuanImage(),
         HiDream(),
+        WanImage(),
         Wan(),
         UNet(),
     )

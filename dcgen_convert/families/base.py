@@ -85,6 +85,8 @@ class Family:
     told_by_pipeline: ClassVar[bool] = False  # whether only the pipeline tells the network from another family's
     references: ClassVar[int] = 0  # most pictures that the model is given beside the text; a model that edits has some
     optional_references: ClassVar[bool] = False  # whether a model that edits draws from text alone too
+    # Whether a reference is read in further channels of the picture's own tokens; else it has tokens of its own.
+    reference_channels: ClassVar[bool] = False
     # Whether all prompts of a call of the stock pipeline get the same references: then each prompt has its own call.
     shared_references: ClassVar[bool] = False
     embedder: ClassVar[str]  # module that reads the latent; it is linear in the result of `tokens`
@@ -162,6 +164,13 @@ class Family:
         C / p^2 channels on a finer grid.
         """
         return math.isqrt(config["in_channels"] * (config.get("patch_size") or 1) ** 2 // channels)
+
+    def inputs(self, z: Tensor, text: Text) -> Tensor:
+        """What the embedder's tokens are made of: here z alone, (B, C, h, w).
+
+        A family with `reference_channels` puts further channels behind those of z, from the reference in ``text``.
+        """
+        return z
 
     def window(self, patch: int) -> dict[str, int]:
         """Cells of one token along each axis of the latent, by their names in `in_order`: p0 (frames), p1, p2.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.families.base import Family, Network, Pipeline, QuantTargets, Text
@@ -25,7 +25,7 @@ class Wan(Family):
     out_order = "p0 p1 p2 c"
     guidance = "cfg"
     layouts = {"diffusers": ("patch_embedding.", "condition_embedder.text_embedder.", "blocks.0.attn2.")}
-    text_keys = ("encoder_hidden_states",)
+    text_keys: ClassVar[tuple[str, ...]] = ("encoder_hidden_states",)
     blocks = ("blocks",)
     # Without the cross-attention attn2, as its authors' LoRA for DC-AE-V.
     lora_targets = r"blocks\.\d+\.(attn1\.(to_q|to_k|to_v|to_out\.0)|ffn\.net\.(0\.proj|2))"
@@ -36,7 +36,7 @@ class Wan(Family):
     text_length = 512
 
     def claims(self, config: Mapping[str, Any]) -> bool:
-        # A network that is given a picture too reads its latent and a mask in further channels.
+        # A network that is given a picture too reads further channels: see WanImage.
         return super().claims(config) and config.get("in_channels") == (
             config.get("out_channels") or config.get("in_channels")
         )
@@ -70,10 +70,10 @@ class Wan(Family):
 
     def predict(self, model: Network, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
         return model(
-            hidden_states=z,
+            hidden_states=self.inputs(z, text),
             timestep=t * 1000,  # in float32, as the pipeline gives it
-            encoder_hidden_states=text["encoder_hidden_states"],
             return_dict=False,
+            **{key: text[key] for key in self.text_keys},
         )[0]
 
     def encode_text(self, pipeline: Pipeline, prompts: list[str], length: int) -> Text:

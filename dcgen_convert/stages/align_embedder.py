@@ -112,20 +112,20 @@ class Problem:
         self.family, self.cache, self.pooling = job.family, cache, pooling
         self.teacher = linear(teacher, job.family.embedder)
         self.biased = self.teacher.bias is not None
-        z_base, z = cache.pairs([0])
-        self.patch_base = job.family.patch(teacher.config, z_base.shape[1])
-        self.patch = job.family.patch(student.config, z.shape[1])
+        old, new = cache.pairs([0])
+        self.patch_base = job.family.patch(teacher.config, old["z"].shape[1])
+        self.patch = job.family.patch(student.config, new["z"].shape[1])
         self.base_positions = functools.cache(functools.partial(job.family.position_term, teacher))
         self.positions = functools.cache(functools.partial(job.family.position_term, student))
 
     @torch.no_grad()
     def rows(self, indices: list[int], cache: LatentCache | None = None) -> tuple[Tensor, Tensor]:
-        """x (B, N', C p p) and y (B, N', D) of rows of one span of ``cache`` (None: all rows).
+        """x (B, N', K) and y (B, N', D) of rows of one span of ``cache`` (None: all rows).
 
         N' is the number of tokens of the new grid (pooling "average") or of the base's grid ("bilinear"). For the
         target home both grids are the same.
         """
-        z_base, z = (cache or self.cache).pairs(indices)
+        z_base, z = (self.family.inputs(found["z"], found) for found in (cache or self.cache).pairs(indices))
         grid_base = self.family.grid(z_base.shape[2:], self.patch_base)
         grid = self.family.grid(z.shape[2:], self.patch)
         goal = affine(self.teacher, self.family.tokens(z_base, self.patch_base))  # (B, N0, D)

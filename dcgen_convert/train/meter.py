@@ -86,7 +86,8 @@ def meter_of(
         consistency: of the phase.
         full: whether every weight trains.
     """
-    pictures = [shape, *(value.shape[1:] for value in references_of(text))]
+    beside = [] if family.reference_channels else references_of(text)
+    pictures = [shape, *(value.shape[1:] for value in beside)]
     image = sum(math.prod(family.grid(sides, family.patch(model.config, c))) for c, *sides in pictures)
     words = max((value.shape[1] for value in text.values() if value.ndim == 3), default=0)
     peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None

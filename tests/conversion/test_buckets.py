@@ -101,7 +101,7 @@ def test_every_latent_is_the_autoencoder_of_its_own_pictures_crop(folder, job):
                 .view(1, height, width, 3)
                 .permute(0, 3, 1, 2)
             )
-            for name, latents in zip(("base", "target"), rows.pairs([row]), strict=True):
+            for name, latents in zip(("base", "target"), (found["z"] for found in rows.pairs([row])), strict=True):
                 torch.testing.assert_close(latents, codecs[name].encode(pixels / 127.5 - 1), atol=2e-4, rtol=1e-3)
             seen[image.size] = seen.get(image.size, 0) + 1
     assert seen == {(width, height): count for (height, width), count in SHAPES.items()}
@@ -136,7 +136,7 @@ def test_embedder_is_fitted_to_all_shapes(folder, job):
     equations = problem.equations(4)
     inputs, goals = [], []
     for row in range(len(rows)):
-        base, deep = rows.pairs([row])
+        base, deep = (found["z"] for found in rows.pairs([row]))
         tokens = affine(teacher.x_embedder, job.family.tokens(base, 2)).detach()
         maps = tokens.view(base.shape[2] // 2, base.shape[3] // 2, -1).permute(2, 0, 1)
         goals.append(torch.nn.functional.avg_pool2d(maps, 2).flatten(1).T.double())

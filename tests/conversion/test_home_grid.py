@@ -57,7 +57,7 @@ def test_base_sees_the_same_picture_at_its_home_size_and_in_the_first_phase_only
     captions = {file.with_suffix(".txt").read_text(): file for file in job.pictures_root.glob("*.png")}
     seen = set()
     for row in range(len(rows)):
-        base, target = rows.pairs([row])
+        base, target = (found["z"] for found in rows.pairs([row]))
         height, width = target.shape[2] * 32, target.shape[3] * 32
         size = HOME[height, width]
         seen.add(size)
@@ -79,7 +79,7 @@ def test_embedder_is_fitted_token_to_token(job):
     inputs, goals = [], []
     rows = job.rows(256)
     for row in range(len(rows)):
-        base, target = rows.pairs([row])
+        base, target = (found["z"] for found in rows.pairs([row]))
         tokens = job.family.tokens(base, 2)
         assert tokens.shape[1] == target[0, 0].numel()
         goals.append(teacher.x_embedder(tokens)[0].detach().double())

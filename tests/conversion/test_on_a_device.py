@@ -70,7 +70,7 @@ def test_the_gap_holds_one_model_at_a_time(job, tmp_path, monkeypatch):
     sums = []
     for index in range(min(len(rows), gap.PICTURES)):
         tokens = []
-        for model, latent in zip((base, converted), rows.pairs([index]), strict=True):
+        for model, latent in zip((base, converted), (pair["z"] for pair in rows.pairs([index])), strict=True):
             sampling = phases.sampling_of(job.family, job.recipe.adapt, latent.shape[1:], model.config, job.scheduler)
             drawn = objective.draw(job.recipe.seed, 0, [index], latent.shape[1:], sampling, objective.EVALUATION)
             drawn = replace(drawn, t=torch.full((1,), gap.T))

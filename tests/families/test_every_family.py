@@ -64,13 +64,32 @@ def text_of(entry, family, pipeline, prompt, channels=None):
     sees them, or, with the ``channels`` of a deep autoencoder, random latents."""
     text = encoded(entry, family, pipeline, [prompt])
     if channels:
-        return text | reference_latents(entry.references, channels)
-    latents = [base_latent(pipeline, pixels[None]) for pixels in reference_pixels(entry.references)]
+        return text | deep_references(entry, family, channels)
+    see = video_latent if family.reference_channels else base_latent
+    latents = [see(entry, pipeline, pixels[None]) for pixels in reference_pixels(entry.references)]
     return text | dict(zip(reference_keys(len(latents)), latents, strict=True))
 
 
+def deep_references(entry, family, channels, rows=1, sides=(2, 2)):
+    """Random references in the latents of a deep autoencoder, beside a latent of ``sides`` where both are read as
+    one.
+    """
+    grid = grid_of(family, *sides) if family.reference_channels else None
+    return reference_latents(entry.references, channels, rows, grid)
+
+
 @torch.no_grad()
-def base_latent(pipeline, pixels):
+def video_latent(entry, pipeline, pixels):
+    """The condition that the stock pipeline puts behind its mask, (1, C, T, h, w)."""
+    side, channels = entry.side, pipeline.vae.config.z_dim
+    image = pipeline.video_processor.preprocess(to_image(pixels[0]), height=side, width=side)
+    size = dict(height=side, width=side, num_frames=entry.frames)
+    _, condition = pipeline.prepare_latents(image, 1, channels, **size, dtype=torch.float32, device="cpu")
+    return condition[:, -channels:]
+
+
+@torch.no_grad()
+def base_latent(entry, pipeline, pixels):
     """What the stock pipeline makes of a reference, (1, C, h, w). Qwen-Image's has a frame axis, and FLUX.2's is
     normalised by the statistics of each place of a patch.
     """
@@ -126,13 +145,13 @@ def test_latent_and_tokens_are_in_the_stock_order_element_by_element(tiny, sourc
     torch.testing.assert_close(x, noise, atol=1e-6, rtol=1e-6)
     embedder = network_of(pipeline).get_submodule(family.embedder)
     patch = family.patch(network_of(pipeline).config, x.shape[1])
+    text = text_of(entry, family, pipeline, entry.prompt)
     with torch.no_grad():
-        mine = affine(embedder, family.tokens(x, patch))  # (1, N, D)
+        mine = affine(embedder, family.tokens(family.inputs(x, text), patch))  # (1, N, D)
     theirs = embedded[0].flatten(2).transpose(1, 2) if embedded[0].ndim > 3 else embedded[0]
-    if entry.references:  # they follow the picture, one after the other
-        references = references_of(text_of(entry, family, pipeline, entry.prompt))
+    if entry.references and not family.reference_channels:  # they follow the picture, one after the other
         with torch.no_grad():
-            behind = torch.cat([affine(embedder, family.tokens(one, patch)) for one in references], dim=1)
+            behind = torch.cat([affine(embedder, family.tokens(one, patch)) for one in references_of(text)], dim=1)
         torch.testing.assert_close(theirs[:, mine.shape[1] :], behind, atol=1e-5, rtol=1e-5)
         theirs = theirs[:, : mine.shape[1]]
     for row in theirs.reshape(-1, *mine.shape[1:]):
@@ -209,7 +228,7 @@ def test_every_block_linear_is_lora_target_modulation_or_dense(tiny, source):
     assert lora and lora | awq | dense | left == blocks and not lora & (awq | left)
 
 
-def test_surgery_remakes_embedder_and_head_and_nothing_else(source, converted):
+def test_surgery_remakes_embedder_and_head_and_nothing_else(tiny, source, converted):
     parts, model = converted
     family, base = source.family, models.load(source.transformer, torch.float32).state_dict()
     fresh = tuple(f"{name}." for name in (family.embedder, family.head))
@@ -219,10 +238,9 @@ def test_surgery_remakes_embedder_and_head_and_nothing_else(source, converted):
     assert set(state) == set(base)
     assert all(torch.equal(value, base[name]) for name, value in state.items() if not name.startswith(fresh))
     embedder, head = (model.get_submodule(name).weight for name in (family.embedder, family.head))
-    assert (
-        embedder.flatten(1).shape[1]
-        == family.tokens(torch.zeros(1, parts.channels, *grid_of(family, 2, 2)), 1).shape[2]
-    )
+    z = torch.zeros(1, parts.channels, *grid_of(family, 2, 2))
+    read = family.inputs(z, deep_references(tiny[1], family, parts.channels))
+    assert embedder.flatten(1).shape[1] == family.tokens(read, 1).shape[2]
     assert head.shape[0] == (2 if family.name in LEARNED_SIGMA else 1) * parts.channels
     assert family.patch(model.config, parts.channels) == 1
 
@@ -237,7 +255,7 @@ def test_head_rows_are_latent_channels_and_its_inputs_image_tokens(tiny, source,
     n = math.prod(sides)
     text = encoded(entry, family, pipeline, [entry.prompt, "a big blue cat" if entry.prompt != "fox" else "0"])
     text = drop_text(text, encoded(entry, family, pipeline, [""]), torch.tensor([True, False]))
-    text |= reference_latents(entry.references, parts.channels, rows=2)
+    text |= deep_references(entry, family, parts.channels, rows=2, sides=sides[-2:])
     seen = {"embedded": [], "features": [], "written": []}  # a family may split the batch
     embedder, head = (model.get_submodule(name) for name in (family.embedder, family.head))
     hooks = [
@@ -255,7 +273,7 @@ def test_head_rows_are_latent_channels_and_its_inputs_image_tokens(tiny, source,
     if family.prediction == "epsilon":
         t = torch.tensor([0.3, 0.8])
         scale = (t.square() + (1 - t).square()).rsqrt()[:, None, None, None]
-    mine = affine(embedder, family.tokens(z * scale, 1))
+    mine = affine(embedder, family.tokens(family.inputs(z * scale, text), 1))
     rows = embedded.reshape(-1, embedded.shape[-1])
     step = len(rows) // 2  # a family may pad the tokens of every picture
     for row in range(2):
@@ -365,7 +383,7 @@ def test_alignment_reaches_the_least_squares_optimum_of_the_embedder(tiny, sourc
     if "class_labels" in family.text_keys:
         fine = teacher.config.sample_size  # its position table fits one size
     base, deep = ((c, *grid_of(family, side, side)) for c, side in ((channels, fine), (parts.channels, cells)))
-    cache = Pairs(base, deep, count=2000 // cells**2 + 8)
+    cache = Pairs(base, deep, 2000 // cells**2 + 8, len(entry.references))
     problem = Problem(SimpleNamespace(family=family), teacher, student, cache, "average")
     small = [embedding(folder, family.embedder) for folder in (source.transformer, parts.transformer)]
     read = Problem(SimpleNamespace(family=family), *small, cache, "average")
@@ -379,7 +397,7 @@ def test_alignment_reaches_the_least_squares_optimum_of_the_embedder(tiny, sourc
         x, y = (rows.double().flatten(0, 1) for rows in problem.rows(list(range(len(cache)))))
         left = (affine(module.double(), x) - y).square().mean()
     design = torch.cat([x, torch.ones(len(x), 1)], 1) if module.bias is not None else x
-    optimum = (design @ torch.linalg.lstsq(design, y).solution - y).square().mean()
+    optimum = (design @ torch.linalg.lstsq(design, y, driver="gelsd").solution - y).square().mean()
     assert optimum * (1 - 1e-9) <= left <= optimum * 1.001 < y.square().mean()
 
 

@@ -85,26 +85,25 @@ def test_tokens_stand_frame_by_frame_and_are_undone(patch):
 
 def test_the_target_of_the_embedder_is_the_bases_convolution_averaged_over_two_by_two(model, student):
     """AvgPool3d (1, 2, 2) of the convolution itself (arXiv 2509.25182), rows (f h w); float64, to 1e-12."""
-    pairs = Pairs((16, FRAMES, 8, 12), (32, FRAMES, 2, 3), 8)
-    pairs.base, pairs.deep = pairs.base.double(), pairs.deep.double()
+    pairs = Pairs((16, FRAMES, 8, 12), (32, FRAMES, 2, 3), 8, dtype=torch.float64)
+    base, deep = (found["z"] for found in pairs.pairs(slice(None)))
     problem = Problem(SimpleNamespace(family=WAN), model, student, pairs, "average")
     x, y = problem.rows(list(range(8)))
-    conv = model.patch_embedding(pairs.base)
+    conv = model.patch_embedding(base)
     wanted = F.avg_pool3d(conv, (1, 2, 2)).flatten(2).transpose(1, 2)
     torch.testing.assert_close(y, wanted, atol=1e-12, rtol=1e-12)
-    assert torch.equal(x, pairs.deep.flatten(2).transpose(1, 2))
+    assert torch.equal(x, deep.flatten(2).transpose(1, 2))
     # bilinear pooling goes the other way: the new latents onto the base's grid
     problem.pooling = "bilinear"
     x, y = problem.rows([0])
     assert torch.equal(y, conv[:1].flatten(2).transpose(1, 2))
-    wanted = torch.stack([F.interpolate(z, size=(4, 6), mode="bilinear") for z in pairs.deep[:1].unbind(2)], dim=2)
+    wanted = torch.stack([F.interpolate(z, size=(4, 6), mode="bilinear") for z in deep[:1].unbind(2)], dim=2)
     torch.testing.assert_close(x, wanted.flatten(2).transpose(1, 2), atol=1e-12, rtol=1e-12)
 
 
 def test_the_closed_form_of_the_embedder_is_the_least_squares_optimum(model, student):
     """Against a dense solver in float64, to 1e-10 of the error."""
-    pairs = Pairs((16, FRAMES, 8, 12), (32, FRAMES, 2, 3), 24)
-    pairs.base, pairs.deep = pairs.base.double(), pairs.deep.double()
+    pairs = Pairs((16, FRAMES, 8, 12), (32, FRAMES, 2, 3), 24, dtype=torch.float64)
     problem = Problem(SimpleNamespace(family=WAN), model, student, pairs, "average")
     weight, bias = problem.equations(5).solve(0.0, bias=True)
     x, y = (rows.flatten(0, 1) for rows in problem.rows(list(range(24))))
@@ -195,7 +194,11 @@ def test_the_autoencoder_sees_all_frames_of_a_video(frames, latent, tmp_path):
 def test_what_is_no_text_to_video_model_of_wan():
     config = {"_class_name": "WanTransformer3DModel", "patch_size": [1, 2, 2], "in_channels": 16, "out_channels": 16}
     assert families.recognise(config) is WAN and WAN.patch(config, 16) == 2
-    assert families.recognise({**config, "in_channels": 36}) is None  # it is given a picture too
+    # one that is given a picture too, without an image encoder (Wan 2.2), or the last frame
+    pictured = {**config, "in_channels": 36}
+    assert families.recognise({**pictured, "image_dim": 1280}) is families.get("wan-image")
+    assert families.recognise(pictured) is None
+    assert families.recognise({**pictured, "image_dim": 1280, "pos_embed_seq_len": 514}) is None
     with pytest.raises(InputError, match="patches of 2 x 2 x 2 cells"):
         WAN.patch({**config, "patch_size": [2, 2, 2]}, 16)
     published = {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "flow_shift": 5.0}

@@ -148,11 +148,13 @@ def encoded(entry, family, pipeline, prompts):
     return pipelines.encode_text(family, pipeline, prompts, entry.length, [seen] * len(prompts))
 
 
-def reference_latents(sizes, channels, rows=1):
-    """Random latents of references by their keys, (rows, channels, 1, 3 + number) each."""
+def reference_latents(sizes, channels, rows=1, grid=None):
+    """Random latents of references by their keys, (rows, channels, 1, 3 + number) each, or (rows, channels, *grid)."""
     generator = torch.Generator().manual_seed(6)
-    keys = reference_keys(len(sizes))
-    return {key: torch.randn(rows, channels, 1, 3 + number, generator=generator) for number, key in enumerate(keys)}
+    return {
+        key: torch.randn(rows, channels, *(grid or (1, 3 + number)), generator=generator)
+        for number, key in enumerate(reference_keys(len(sizes)))
+    }
 
 
 SMALLER = 16  # times fewer px
@@ -175,16 +177,20 @@ def small_references(patch):
 class Pairs:
     """Rows of both latent spaces as `LatentCache` gives them: random, which is all that linear algebra asks for."""
 
-    def __init__(self, base, deep, count):
+    def __init__(self, base, deep, count, references=0, dtype=torch.float32):
         generator = torch.Generator().manual_seed(9)
-        self.base, self.deep = (torch.randn(count, *shape, generator=generator) + 0.3 for shape in (base, deep))
+        names = ["z", *reference_keys(references)]
+        self.rows = [
+            {name: (torch.randn(count, *shape, generator=generator) + 0.3).to(dtype) for name in names}
+            for shape in (base, deep)
+        ]
         self.spans = [range(count)]
 
     def __len__(self):
-        return len(self.deep)
+        return self.spans[0].stop
 
     def pairs(self, indices):
-        return self.base[indices], self.deep[indices]
+        return tuple({name: value[indices] for name, value in side.items()} for side in self.rows)
 
 
 def qwen_vae() -> diffusers.AutoencoderKLQwenImage:

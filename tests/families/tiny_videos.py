@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
 from bundle.conftest import tokenizer_t5
-from transformers import UMT5Config, UMT5EncoderModel
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from .tiny_entry import Tiny
 from .tiny_parts import WIDTH, alive
@@ -29,7 +30,8 @@ def video_vae(factor: int, channels: int) -> diffusers.AutoencoderKLWan:
     ).eval()
 
 
-def wan(folder: Path) -> None:
+def parts(**options: Any) -> dict[str, Any]:
+    """What pipelines of Wan 2.1 are made of; ``options`` of the transformer."""
     torch.manual_seed(2)
     transformer = diffusers.WanTransformer3DModel(
         num_attention_heads=2,
@@ -38,21 +40,44 @@ def wan(folder: Path) -> None:
         freq_dim=16,
         ffn_dim=64,
         num_layers=2,
+        **options,
     )
     scheduler = diffusers.UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     )
     text = UMT5Config(vocab_size=40, d_model=WIDTH, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    diffusers.WanPipeline(
+    return dict(
         transformer=alive(transformer),
         scheduler=scheduler,
         vae=video_vae(8, 16),
         text_encoder=UMT5EncoderModel(text).eval(),
         tokenizer=tokenizer_t5(),
+    )
+
+
+def wan(folder: Path) -> None:
+    diffusers.WanPipeline(**parts()).save_pretrained(folder)
+
+
+def wan_image(folder: Path) -> None:
+    networks = parts(in_channels=36, image_dim=WIDTH, added_kv_proj_dim=48)
+    vision = CLIPVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=16,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+        num_hidden_layers=2,
+    )
+    diffusers.WanImageToVideoPipeline(
+        **networks,
+        image_encoder=CLIPVisionModel(vision).eval(),
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
     ).save_pretrained(folder)
 
 
 VIDEOS: dict[str, Tiny] = {
     # UniPC spaces its steps from 1 to 1 / 1000
     "wan": Tiny(wan, None, length=32, side=64, frames=9, middle=0.5005),
+    "wan-image": Tiny(wan_image, None, length=512, side=64, frames=9, middle=0.5005, references=((48, 80),)),
 }
