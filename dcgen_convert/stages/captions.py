@@ -40,7 +40,7 @@ def texts_of(job: Job, count: int) -> list[str]:
 def others(job: Job, count: int, seed: int) -> list[str]:
     """``count`` prompts of the same kind, drawn with another seed; of a user's edited pictures, their own."""
     job = edited.judging(job)
-    if edited.tried(job) and job.recipe.data.kind == "folder":
+    if edited.tried(job) and edited.by_given(job):
         return [picture.caption for picture in edited.shown(job, count)]
     kind, classes = job.recipe.data.prompts, class_names(job.source)
     if kind in prompts.KINDS:

@@ -14,6 +14,7 @@ from pathlib import Path
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import hashes
 from dcgen_convert.data import drawn_edits, edit_prompts, images, prompts
+from dcgen_convert.data.drawn import holds_edits
 from dcgen_convert.data.images import Picture
 from dcgen_convert.recipe.drawable import draws_edits
 from dcgen_convert.stages.job import Job
@@ -48,11 +49,17 @@ def of_prompts(job: Job, count: int, seed: int, folder: Path) -> list[tuple[Path
     data = job.recipe.data
     if not tried(job):
         return []
-    if data.kind == "folder":
+    if by_given(job):
         return [picture.references for picture in shown(job, count)]
     own = data.prompts == drawn_edits.WORD
     files = drawn_edits.draw(folder, count, seed, data.resolution) if own else islice(cycle(sources(job)), count)
     return [(file,) for file in files]
+
+
+def by_given(job: Job) -> bool:
+    """Whether a model that edits is tried with the user's own pictures. Of drawn edits, new ones are drawn."""
+    data = job.recipe.data
+    return data.kind == "folder" and not (data.prompts == drawn_edits.WORD and all(map(holds_edits, data.paths)))
 
 
 def sources(job: Job) -> list[Path]:

@@ -189,6 +189,22 @@ def test_what_is_tried_is_held_out_and_comes_with_its_own_reference(folder):
     assert [file.name for (file,) in files] == [f"original-{text.split()[1]}.png" for text in texts]
 
 
+def test_a_model_that_learned_drawn_edits_is_tried_with_others(source, tmp_path):
+    sets = [
+        "data.kind=folder",
+        "data.path=tiny-edits:64",
+        "data.prompts=tiny-edits",
+        "data.count=4",
+        "data.resolution=64",
+    ]
+    job = new_job(source, tmp_path / "run", *sets)
+    wanted = edits.sample(drawn_edits.BLOCK, 99)
+    assert captions.others(job, 6, 99) == wanted.instructions[:6]
+    for number, (file,) in enumerate(edited.of_prompts(job, 6, 99, tmp_path / "given")):
+        pixels = world.draw(wanted.before[number : number + 1], 99 + number, 64)[0]
+        torch.testing.assert_close(images.read_pixels(file, 64), pixels, atol=1 / 127, rtol=0)
+
+
 @pytest.mark.parametrize(
     "sets, says",
     [
