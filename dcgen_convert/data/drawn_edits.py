@@ -23,7 +23,7 @@ def sampled(count: int, seed: int) -> tuple[Tensor, list[str]]:
 
 def pairs(count: int, seed: int) -> tuple[Tensor, Tensor, list[str]]:
     """As `sampled`, with the scenes that the edits lead to between the two."""
-    blocks = [edits.sample(BLOCK, seed + (block << 32)) for block in range(-(-count // BLOCK))]
+    blocks = [edits.sample(BLOCK, world.block_seed(seed, block)) for block in range(-(-count // BLOCK))]
     nothing = torch.empty(0, len(edits.COLUMNS), dtype=torch.int64)
     before, after = (
         torch.cat([nothing, *(getattr(block, name) for block in blocks)])[:count] for name in ("before", "after")

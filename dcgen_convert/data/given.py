@@ -5,7 +5,7 @@ A folder or list alone stays where it is, and so do its names. Otherwise every s
 
     1/            link to the folder, or to the folder of the list
     2.unpacked/   pictures of shards, with pictures.jsonl and, written last, unpacked.json
-    3.drawn-256/  pictures of the tiny world, drawn at 256 px; edits in 3.edits-256/
+    3.scenes-256/ pictures of the tiny world, drawn at 256 px; edits in 3.edits-256/
 """
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ class _Opened:
         """At most ``quota`` pictures, those of the smallest hashes of names: more of them hold the same ones."""
         if self.side:
             self.size = quota
-            kind = "edits" if drawn.holds_edits(self.source.where) else "drawn"
+            kind = "edits" if drawn.holds_edits(self.source.where) else "scenes"
             folder = self.work / f"{self.number}.{kind}-{self.side}"
             every, left_out = drawn.draw(folder, self.source.where, quota, self.edited), Tally()
         else:

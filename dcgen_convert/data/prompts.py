@@ -36,7 +36,7 @@ def generated(kind: str, count: int, seed: int, classes: list[str] | None = None
     if kind == "tiny-world":
         from dcgen_convert.tiny import world
 
-        blocks = (world.sample_labels(BLOCK, seed + (block << 32)) for block in range(-(-count // BLOCK)))
+        blocks = (world.sample_labels(BLOCK, world.block_seed(seed, block)) for block in range(-(-count // BLOCK)))
         return [world.caption(row) for block in blocks for row in block.tolist()][:count]
     if kind == "tiny-edits":
         from dcgen_convert.data import drawn_edits

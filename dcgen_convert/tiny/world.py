@@ -75,6 +75,14 @@ def parse(text: str) -> list[int] | None:
     return labels
 
 
+def block_seed(seed: int, block: int) -> int:
+    """Seed of block number ``block`` of a long draw; that of block 0 is ``seed``.
+
+    torch's generator on the CPU reads the low 32 bits of a seed alone: what is added must not stand above them.
+    """
+    return seed + block * 0x9E3779B1  # 2^32 over the golden ratio: its multiples lie far apart
+
+
 def sample_labels(count: int, seed: int, by_class: bool = False) -> torch.Tensor:
     """``count`` rows of uniformly drawn attribute indices, (count, 6) int64.
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy
 import pytest
 import torch
 from PIL import Image
 
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.data import drawn, given, images
+from dcgen_convert.data import drawn, drawn_edits, given, images, prompts
 from dcgen_convert.evaluation import tiny_edits, tiny_world
 from dcgen_convert.recipe.loading import load
 from dcgen_convert.tiny import world
@@ -43,7 +45,18 @@ def test_edits_show_what_their_instructions_ask_for_and_keep_the_rest(tmp_path):
     assert given.most_references(given.parse_all(["tiny-edits:96"])) == 1
     more, _ = taken(tmp_path / "more", 2000, "tiny-edits:32", edited=True)
     few, _ = taken(tmp_path / "few", 1100, "tiny-edits:32", edited=True)
-    assert [one.caption for one in more[:1100]] == [one.caption for one in few] and len(set(more)) == 2000
+    assert [one.caption for one in more[:1100]] == [one.caption for one in few]
+
+
+def test_long_draws_never_begin_again():
+    """torch's generator reads 32 bits of a seed: blocks whose seeds differ above them would all be the same."""
+    captions = prompts.generated("tiny-world", 4096, 7)
+    scenes, _, instructions = drawn_edits.pairs(4096, 7)
+    for draws in (captions, instructions, scenes.tolist()):
+        blocks = [draws[start : start + 1024] for start in range(0, 4096, 1024)]
+        assert all(one != other for one, other in combinations(blocks, 2))
+    assert len(set(captions)) > 2500 < len(scenes.unique(dim=0))  # of 5,400 scenes
+    assert captions[:1024] == prompts.generated("tiny-world", 1024, 7)
 
 
 def test_a_model_that_draws_from_text_alone_takes_no_edits(tmp_path):
