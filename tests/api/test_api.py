@@ -146,7 +146,7 @@ DOCUMENTS = {  # frozen: scripts read these keys
     "convert": "schema status bundle run stages metrics",
     "stopped": "schema status run stages",
     "quantize": "schema status bundle metrics checks layers",
-    "verify": "schema status ok bundle checks files tensors picture",
+    "verify": "schema status ok bundle signed_by checks files tensors picture",
     "sample": "schema status images prompts seeds runtime height width steps guidance seconds",
 }
 
