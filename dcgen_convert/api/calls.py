@@ -372,13 +372,9 @@ def verify(
     from dcgen_convert.bundle import verify as checking
 
     console = console or console_of(quiet)
+    signer = None if signed_by is None else str(signed_by)
     found = checking.verify(
-        Path(bundle),
-        console,
-        against,
-        signed_by=None if signed_by is None else str(signed_by),
-        issuer=issuer,
-        trust_remote_code=trust_remote_code,
+        Path(bundle), console, against, signed_by=signer, issuer=issuer, trust_remote_code=trust_remote_code
     )
     return Verdict(**{**found, "bundle": Path(bundle)})
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import subprocess
 import sys
 from importlib.metadata import Distribution, PackageMetadata, distributions
 from typing import Any
 
 from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
 
 from dcgen_convert.core.version import __version__
 
@@ -49,7 +49,7 @@ def _packages() -> dict[str, Distribution]:
     found: dict[str, Distribution] = {}
     for package in distributions(path=_places()):
         if package.metadata["Name"]:  # else a folder that an uninstallation has left
-            found.setdefault(_plain(package.metadata["Name"]), package)
+            found.setdefault(canonicalize_name(package.metadata["Name"]), package)
     return dict(sorted(found.items()))
 
 
@@ -64,14 +64,14 @@ def _places() -> list[str]:
 
 def _needs(package: Distribution, known: dict[str, Distribution]) -> set[str]:
     """The packages here that this one requires, without its extras."""
-    found = set()
+    found: set[str] = set()
     for line in package.requires or ():
         try:
             required = Requirement(line)
         except InvalidRequirement:  # an old package; pip reads more than the standard allows
             continue
         if required.marker is None or required.marker.evaluate({"extra": ""}):
-            found.add(_plain(required.name))
+            found.add(canonicalize_name(required.name))
     return found & known.keys()
 
 
@@ -90,8 +90,3 @@ def _licences(about: PackageMetadata) -> list[dict[str, Any]]:
     named = [line.removeprefix(LICENCE) for line in about.get_all("Classifier") or () if line.startswith(LICENCE)]
     named = named or [line for line in about.get_all("License") or () if line.strip() and "\n" not in line]
     return [{"license": {"name": name}} for name in sorted(set(named))]
-
-
-def _plain(name: str) -> str:
-    """A package's name as every index writes it (PEP 503)."""
-    return re.sub(r"[-_.]+", "-", name).lower()

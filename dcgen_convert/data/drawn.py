@@ -8,15 +8,12 @@ models: these.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from dcgen_convert.core import pulse
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.data import drawn_edits, images, prompts
+from dcgen_convert.data import drawn_edits, prompts
 from dcgen_convert.data.images import Picture
 from dcgen_convert.tiny import world
 
@@ -58,26 +55,15 @@ def draw(folder: Path, text: str, count: int, edited: bool = False) -> list[Pict
     assert side is not None, text
     if not holds_edits(text):
         captions = prompts.generated(WORD, count, CAPTIONS_SEED)
-        scenes = (torch.tensor([world.parse(caption)]) for caption in captions)
-        return [Picture(file, caption) for caption, file in zip(captions, _files(folder, scenes, side), strict=True)]
+        scenes = torch.tensor([world.parse(caption) for caption in captions])
+        files = drawn_edits.draw_scenes(folder, scenes, DRAWING_SEED, side)
+        return [Picture(file, caption) for caption, file in zip(captions, files, strict=True)]
     if not edited:
         raise InputError(f"{text} gives edits, and the model draws from text alone", f"use {WORD}:{side}")
     before, after, instructions = drawn_edits.pairs(count, CAPTIONS_SEED)
-    given, wanted = (_files(folder / name, labels.split(1), side) for name, labels in (("given", before), ("", after)))
+    wanted = drawn_edits.draw_scenes(folder, after, DRAWING_SEED, side)
+    given = drawn_edits.draw_scenes(folder / "given", before, DRAWING_SEED, side)
     return [
         Picture(picture, instruction, references=(source,))
         for picture, source, instruction in zip(wanted, given, instructions, strict=True)
     ]
-
-
-def _files(folder: Path, scenes: Iterable[Tensor], side: int) -> list[Path]:
-    """The pictures of scenes, each (1, 6) attribute indices. Pictures of one number have one jitter."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    for number, scene in enumerate(scenes):
-        file = folder / f"{number:07d}.png"
-        if not (file.exists() and images.is_whole(file)):
-            images.write(world.draw(scene, DRAWING_SEED + number, side)[0], file)
-            pulse.bump()
-        files.append(file)
-    return files

@@ -33,9 +33,18 @@ def pairs(count: int, seed: int) -> tuple[Tensor, Tensor, list[str]]:
 
 def draw(folder: Path, count: int, seed: int, side: int) -> list[Path]:
     """Files of the pictures that the first ``count`` instructions speak of; those that are there are kept."""
+    return draw_scenes(folder, sampled(count, seed)[0], seed, side)
+
+
+def draw_scenes(folder: Path, scenes: Tensor, seed: int, side: int) -> list[Path]:
+    """Files of the pictures of scenes, attribute indices (count, 6); those that are there are kept.
+
+    Args:
+        seed: of the jitter of the first: pictures of one number have one jitter, whatever they show.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    for number, scene in enumerate(sampled(count, seed)[0]):
+    for number, scene in enumerate(scenes):
         file = folder / f"{number:07d}.png"
         if not (file.exists() and images.is_whole(file)):
             images.write(world.draw(scene[None], seed + number, side)[0], file)

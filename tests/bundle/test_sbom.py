@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
+from packaging.utils import canonicalize_name
 from warm import environment
 
 from dcgen_convert.bundle import sbom
@@ -25,7 +26,7 @@ def test_it_is_valid_by_the_schema_and_names_every_package_that_pip_lists(bundle
     parts = {part["name"]: part.get("version") for part in document["components"]}
     command = [sys.executable, "-m", "pip", "list", "--format", "json", "--disable-pip-version-check"]
     listed = json.loads(subprocess.run(command, capture_output=True, check=True, env=environment()).stdout)
-    known = {sbom._plain(one["name"]): one["version"] for one in listed}
+    known = {canonicalize_name(one["name"]): one["version"] for one in listed}
     assert {**parts, sbom.OWN: ""} == {**known, "python": sys.version.split()[0], sbom.OWN: ""}
     assert document["metadata"]["component"]["version"] == __version__ and parts["torch"] == torch.__version__
     needs = {one["ref"]: one["dependsOn"] for one in document["dependencies"]}
