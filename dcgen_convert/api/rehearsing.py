@@ -158,7 +158,8 @@ def _random(resolved: Resolved, recipe: Recipe, folder: Path, console: Console) 
     assert entry is not None, "order checked it"
     source = random_source.write(entry, folder / entry.name, recipe.seed, console)
     changes = {"source": str(source)}
-    if (autoencoder := catalog.find_autoencoder(recipe.ae)) is not None and autoencoder.repo:
+    autoencoder = catalog.find_autoencoder(recipe.ae)
+    if autoencoder is not None and (autoencoder.repo or autoencoder.given):
         target = random_source.write_autoencoder(autoencoder, folder / autoencoder.alias, recipe.seed)
         changes["ae"] = str(target)
     console.say(f"rehearsal: random weights in {folder}, no download; the pictures will be noise")

@@ -2,7 +2,8 @@
 
 Three layouts, which differ in model_index.json and the vae's config and code only:
 
-    stock     the family's stock pipeline; where it packs p x p latents, the in-bundle AutoencoderDCAdapter undoes that
+    stock     the family's stock pipeline; where it packs p x p latents, the in-bundle AutoencoderDCAdapter undoes that.
+              A bundle for videos carries AutoencoderDCVideo, which diffusers does not have
     official  the DC-Gen authors' own pipeline class, which expects a plain AutoencoderDC
     source    the source's own pipeline, autoencoder and scheduler: only the transformer is another (`quantize`)
 
@@ -13,6 +14,7 @@ whole bundle.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -48,8 +50,8 @@ class BundleParts:
     source: diffusers folder of the base pipeline; text encoders, tokenizers and licences are copied from it.
     transformer: folder of the converted transformer, dense or quantised (`nunchaku_lite`).
     layout: "stock", "official" or "source".
-    autoencoder: AutoencoderDC folder. scheduler: config from `bundle.scheduler.scheduler_config`. The layout "source"
-        has neither.
+    autoencoder: AutoencoderDC or AutoencoderDCVideo folder. scheduler: config from `bundle.scheduler.scheduler_config`.
+        The layout "source" has neither.
     lora: adapter file in the form that `load_lora_weights` takes, for bundles that keep it apart; None when merged.
     single_file: the transformer once more, in the classic nunchaku container; None: the bundle has none.
     scaling_factor: replaces the autoencoder's own, when it was measured anew.
@@ -179,10 +181,7 @@ def model_index(parts: BundleParts) -> dict[str, Any]:
             f"the DC-Gen authors published no pipeline class for {family.name}",
             "use the stock layout, which needs none",
         )
-    from dcgen_convert.bundle.autoencoder_dc_adapter import CLASS_NAME, MODULE_NAME
-
     source = read_json(parts.source / "model_index.json")
-    adapted = layout == "stock" and has_adapter(family)
     index = {
         **{key: value for key, value in source.items() if not key.startswith("_")},
         "_class_name": f"DCGen_{family.pipeline_class}" if layout == "official" else family.pipeline_of(source),
@@ -191,7 +190,8 @@ def model_index(parts: BundleParts) -> dict[str, Any]:
     }
     if parts.scheduler is not None:
         index["scheduler"] = ["diffusers", parts.scheduler["_class_name"]]
-        index["vae"] = [MODULE_NAME, CLASS_NAME] if adapted else ["diffusers", "AutoencoderDC"]
+        code = carried(family, layout)
+        index["vae"] = [code.MODULE_NAME, code.CLASS_NAME] if code else ["diffusers", "AutoencoderDC"]
     return index
 
 
@@ -201,6 +201,16 @@ def has_adapter(family: Family) -> bool:
     It does when the stock pipeline packs latents, or calls something that an AutoencoderDC does not have.
     """
     return family.bundle_tier == 2
+
+
+def carried(family: Family, layout: str) -> Any:
+    """The module of this program whose file a bundle carries for its autoencoder; None: diffusers has the class."""
+    if layout != "stock" or family.bundle_tier < 2:
+        return None
+    from dcgen_convert.bundle import autoencoder_dc_adapter
+    from dcgen_convert.networks import autoencoder_dc_video
+
+    return autoencoder_dc_adapter if has_adapter(family) else autoencoder_dc_video
 
 
 def check_output(output: Path, force: bool) -> None:
@@ -290,11 +300,10 @@ def _write_vae(folder: Path, parts: BundleParts) -> None:
     config, family = read_json(folder / "config.json"), parts.family
     if parts.scaling_factor is not None:
         config["scaling_factor"] = parts.scaling_factor
-    if parts.layout == "stock" and has_adapter(family):
-        from dcgen_convert.bundle import autoencoder_dc_adapter as adapter
-
-        config |= adapter_config(family, config, read_json(parts.transformer / "config.json"))
-        atomic_write(folder / f"{adapter.MODULE_NAME}.py", Path(adapter.__file__).read_bytes())
+    if code := carried(family, parts.layout):
+        transformer = read_json(parts.transformer / "config.json")
+        config |= adapter_config(family, config, transformer) if has_adapter(family) else video_config(config)
+        atomic_write(folder / f"{code.MODULE_NAME}.py", Path(code.__file__).read_bytes())
     write_json(folder / "config.json", config | family.vae_config(config))
 
 
@@ -315,6 +324,18 @@ def adapter_config(family: Family, config: Mapping[str, Any], transformer: Mappi
         "shift_factor": 0.0,
         "block_out_channels": widths[: len(widths) - (pack.bit_length() - 1)],
     }
+
+
+def video_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of an AutoencoderDCVideo with all that pipelines read from it, which follows from the rest."""
+    import torch
+
+    from dcgen_convert.networks.autoencoder_dc_video import AutoencoderDCVideo
+
+    with torch.device("meta"):
+        model = AutoencoderDCVideo.from_config(dict(config))
+    found: dict[str, Any] = json.loads(model.to_json_string())
+    return found
 
 
 def _copy_licences(folders: dict[str, Path | None], staging: Path) -> None:

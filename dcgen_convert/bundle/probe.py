@@ -13,23 +13,27 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dcgen_convert.core.errors import InterruptedRun
+from dcgen_convert.core.errors import CheckFailed, InterruptedRun
 
 PROMPTS = {"class_labels": "0"}
 TOKENS_PER_SIDE = 4
 STEPS = 2
+FRAMES = 9  # of a video: three latent frames
 
 
 def probe(bundle: Path, trust_remote_code: bool = False) -> dict[str, Any]:
     """{"runtime", "height", "width", "mean", "std"} of a small picture, and "untold": the side in px of a picture whose
-    size is not given. Exceptions of loading and drawing pass through. trust_remote_code: as `loading.load` takes it.
+    size is not given; of a video "frames" too. Exceptions of loading and drawing pass through. trust_remote_code: as
+    `loading.load` takes it.
+
+    Raises:
+        CheckFailed: a video has another number of frames than was asked for.
     """
-    import numpy
     import torch
 
     from dcgen_convert.bundle.loading import family_of, load, transformer_config
     from dcgen_convert.bundle.manifest import read
-    from dcgen_convert.bundle.sample import draw, only_side, token_side, untold_side
+    from dcgen_convert.bundle.sample import draw_pixels, only_side, token_side, untold_side
     from dcgen_convert.core.files import read_json
 
     family, defaults = family_of(bundle), read(bundle)["defaults"]
@@ -39,13 +43,18 @@ def probe(bundle: Path, trust_remote_code: bool = False) -> dict[str, Any]:
     prompt = PROMPTS.get(family.text_keys[0], "a red fox in the snow")
     settings = dict(height=side, width=side, steps=STEPS, guidance=defaults["guidance"], length=defaults["text_length"])
     references = [torch.linspace(-1, 1, side).expand(3, side, side)] * family.fewest_references
-    picture = numpy.asarray(draw(pipeline, family, [prompt], [0], **settings, references=references)[0]) / 255
+    settings |= {"references": references, "frames": FRAMES}
+    drawn = draw_pixels(pipeline, family, [prompt], [0], **settings)[0].double().cpu()
+    picture = (drawn.clamp(0, 1) * 255).round() / 255
+    if family.axes == 3 and len(drawn) != FRAMES:
+        raise CheckFailed(f"the pipeline draws {len(drawn)} frames where {FRAMES} are asked for")
     return {
         "runtime": runtime,
         "height": side,
         "width": side,
-        "mean": float(picture.mean()),
-        "std": float(picture.std()),
+        **({"frames": FRAMES} if family.axes == 3 else {}),
+        "mean": picture.mean().item(),
+        "std": picture.std(correction=0).item(),
         "untold": only_side(*kind) or untold_side(pipeline, family, defaults["height"]),
     }
 

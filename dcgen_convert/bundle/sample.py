@@ -102,7 +102,12 @@ def sample(  # noqa: PLR0913  every option of the verb by its name
     }
 
 
-def draw(  # noqa: PLR0913  what a pipeline is called with
+def draw(pipeline: Any, family: Family, prompts: list[str], seeds: list[int], **settings: Any) -> list[Image]:
+    """One batch of pictures as PIL images; else as `draw_pixels`."""
+    return [to_pil(picture) for picture in draw_pixels(pipeline, family, prompts, seeds, **settings)]
+
+
+def draw_pixels(  # noqa: PLR0913  what a pipeline is called with
     pipeline: Any,
     family: Family,
     prompts: list[str],
@@ -114,8 +119,10 @@ def draw(  # noqa: PLR0913  what a pipeline is called with
     guidance: float,
     length: int,
     references: Sequence[torch.Tensor] = (),
-) -> list[Image]:
-    """One batch from a loaded stock pipeline: PIL images, one CPU generator per picture.
+    frames: int = 1,
+) -> torch.Tensor:
+    """One batch from a loaded stock pipeline, one CPU generator per picture: (B, 3, H, W) in [0, 1], of a family of
+    videos (B, frames, 3, H, W).
 
     ``references``: the pictures that a model which edits is given with each prompt, (3, H, W) in [-1, 1] each.
     CheckFailed when a decoded picture is not finite; stock pipelines would paint it black.
@@ -129,13 +136,15 @@ def draw(  # noqa: PLR0913  what a pipeline is called with
         pipeline, prompts, height=height, width=width, steps=steps, guidance=guidance, length=length
     )
     call |= family.reference_call([one.expand(len(prompts), *one.shape) for one in references])
+    call |= family.frames_call(frames)
     with tiles.by_size(pipeline.vae, len(prompts), height, width):
-        pixels = pipeline(**call, generator=generators, output_type="pt").images  # (B, 3, H, W) in [0, 1]
+        drawn = pipeline(**call, generator=generators, output_type="pt")
+    pixels: torch.Tensor = drawn.images if family.axes == 2 else drawn.frames
     if not torch.isfinite(pixels).all():
         raise CheckFailed(
             f"the picture of {prompts[0]!r} holds numbers that are not finite", "dcgen-convert verify names the tensor"
         )
-    return [to_pil(picture) for picture in pixels]
+    return pixels
 
 
 def untold_side(pipeline: Any, family: Family, trained: int) -> int:

@@ -110,11 +110,10 @@ def of_pipeline(family: Family, index: Mapping[str, Any]) -> Family:
 
 
 def refuse_videos(family: Family, name: object) -> None:
-    """InputError for the model ``name`` if it draws videos: what converts, draws and measures takes pictures alone."""
+    """InputError for the model ``name`` if it draws videos: what measures models takes pictures alone."""
     if family.axes == 3:
         raise InputError(
-            f"{name} is a {family.name} model, which draws videos: no verb but inspect takes these yet, because videos "
-            "as training data and the bundle of a model that draws them are not written",
+            f"{name} is a {family.name} model, which draws videos, and this verb takes models that draw pictures",
             "give a model that draws pictures; dcgen-convert recipes list shows some",
         )
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
 
+TIME = 4  # frames of a video per latent frame
 TEXT_WIDTHS = ("joint_attention_dim", "caption_channels", "text_embed_dim", "cap_feat_dim", "text_hidden_dim")
 Network = Any  # a diffusers ModelMixin. Its type does not say that it has a config and can be called.
 Pipeline = Any  # a stock DiffusionPipeline
@@ -77,6 +78,7 @@ class Family:
 
     name: ClassVar[str]
     axes: ClassVar[int] = 2  # of a latent's grid: 2 for pictures (h, w), 3 for videos (T, h, w)
+    default_frames: ClassVar[int] = 0  # of a training video, where the recipe states none; 0: it draws pictures
     model_class: ClassVar[str]  # diffusers class of the network
     component: ClassVar[str] = "transformer"  # name of the network in the stock pipeline, and of its folder
     experimental: ClassVar[str] = ""  # note for users who convert this family; empty: no note
@@ -101,16 +103,18 @@ class Family:
     blocks: ClassVar[tuple[str, ...]]  # ModuleLists of repeated blocks, or single blocks, in forward order
     lora_targets: ClassVar[str]  # regex that matches whole module names, as PEFT's target_modules takes it
     awq_pattern: ClassVar[str] = r"(?!)"  # AdaLN and modulation linears inside the blocks
+    unquantised: ClassVar[str] = ""  # ": " and why no linear of the family can be 4-bit; empty: some can
     dense_pattern: ClassVar[str] = r"(?!)"  # linears in blocks that the authors of the kernels keep in half precision
     # Autoencoder of the bundle. 0: stock AutoencoderDC. 1: the same, with more keys in its config for the pipeline.
     # 2: an adapter class inside the bundle. It undoes the p x p packing of the pipeline or of the transformer, and
-    # accepts arguments that AutoencoderDC does not accept.
+    # accepts arguments that AutoencoderDC does not accept. 3: AutoencoderDCVideo, whose code lies inside the bundle.
     bundle_tier: ClassVar[int] = 0
     any_shape: ClassVar[bool] = True  # whether the stock pipeline draws other shapes than squares at the size asked for
     # What the stock pipeline draws when it is told no size: so many cells of its `vae_scale_factor`, or so many px per
     # side. Both None: what the network's config says (sample_size), and that is the trained size in a bundle.
     default_cells: ClassVar[int | None] = None
     default_px: ClassVar[int | None] = None
+    shape: ClassVar[tuple[int, int]] = (1, 1)  # height to width of what is usually drawn, where shapes are free
     few_steps: ClassVar[bool] = False  # whether every model of the family was distilled to a few steps
     fixed_shift: ClassVar[bool] = False  # whether the network's time input depends on the shift of the stock scheduler
     official_layout: ClassVar[bool] = False  # whether the DC-Gen authors published a pipeline class
@@ -178,6 +182,13 @@ class Family:
         A token of a video lies in one latent frame.
         """
         return {"p0": 1, "p1": patch, "p2": patch} if self.axes == 3 else {"p1": patch, "p2": patch}
+
+    def base_frames(self, frames: int) -> int:
+        """Of a training video of ``frames`` frames those that the base's autoencoder is given: the first ones.
+
+        It makes its first latent frame of one frame alone, the new one of `TIME`. So both make as many latent frames.
+        """
+        return frames - (TIME - 1)
 
     def grid(self, sides: Sequence[int], patch: int) -> tuple[int, ...]:
         """Tokens along each axis of a latent with these ``sides``, (h, w) or (T, h, w)."""
@@ -451,6 +462,14 @@ class Family:
     def frames_call(self, frames: int) -> dict[str, Any]:
         """Keyword arguments that tell the stock pipeline of a family of videos how many frames to draw."""
         return {"num_frames": frames} if self.axes == 3 else {}
+
+    def reference_video(self, pixels: Tensor, frames: int, first: int) -> Tensor:
+        """What the autoencoder is given of a reference: (B, 3, H, W) -> (B, 3, frames, H, W).
+
+        Args:
+            first: frames in the first latent frame.
+        """
+        raise TypeError(f"{type(self).__name__} reads no references as videos")
 
     def reference_call(self, pixels: Sequence[Tensor]) -> dict[str, Any]:
         """Keyword arguments that give references to the stock pipeline, beside those of `pipeline_call`.

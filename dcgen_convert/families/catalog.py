@@ -104,6 +104,7 @@ _BFL = "flux-1-dev-non-commercial-license"
 # DC-AE 312,250,275. DiT: the VAE of Stable Diffusion 83,653,863.
 _FLUX_EXTRA, _SANA_EXTRA, _DIT_EXTRA = 4_969_190_819, 2_926_592_163, 83_653_863
 _QWEN_EXTRA = 8_419_059_187  # Qwen2.5-VL-7B 8,292,166,656 + AutoencoderKLQwenImage 126,892,531
+_WAN_EXTRA = 5_680_910_336 + 126_892_531  # UMT5-XXL + AutoencoderKLWan
 _SD_EXTRA = 123_060_480 + _DIT_EXTRA
 
 SOURCES: dict[str, SourceEntry] = {
@@ -251,6 +252,34 @@ SOURCES: dict[str, SourceEntry] = {
             patch=2,
             recipe="dit-xl-512",
             extra_parameters=_DIT_EXTRA,
+        ),
+        SourceEntry(
+            name="wan-1.3b",
+            repo="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+            family="wan",
+            licence="apache-2.0",
+            gated=False,
+            config="wan-1.3b.json",
+            vae_factor=8,
+            vae_channels=16,
+            patch=2,
+            recipe="wan-1.3b-480p",
+            extra_parameters=_WAN_EXTRA,
+            trained_side=640,
+        ),
+        SourceEntry(
+            name="wan-14b",
+            repo="Wan-AI/Wan2.1-T2V-14B-Diffusers",
+            family="wan",
+            licence="apache-2.0",
+            gated=False,
+            config="wan-14b.json",
+            vae_factor=8,
+            vae_channels=16,
+            patch=2,
+            recipe="wan-14b-704p",
+            extra_parameters=_WAN_EXTRA,
+            trained_side=960,
         ),
         SourceEntry(
             name="tiny-flux",

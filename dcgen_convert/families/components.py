@@ -27,7 +27,7 @@ class Component:
     """One folder of a pipeline.
 
     Attributes:
-        library, kind: the class that loads it.
+        library, kind: the class that loads it. AutoencoderDCVideo, which is this program's, counts as diffusers'.
         config: its config.json; of a tokenizer {"size": entries of its vocabulary, "model_max_length": tokens}, as of a
             processor, which has a tokenizer.
         dtype: of its weights; None: it has none.
@@ -68,13 +68,16 @@ def layout_of(entry: SourceEntry) -> Layout:
 
 def autoencoder_of(entry: AutoencoderEntry) -> Component:
     """A deep-compression autoencoder of the catalogue; InputError for one that is embedded in the package."""
-    if deep_autoencoders.kind_of(entry) is None:
-        known = [known.alias for known in catalog.AUTOENCODERS.values() if deep_autoencoders.kind_of(known)]
+    if deep_autoencoders.kind_of(entry) is None and not entry.given:
+        known = [
+            known.alias for known in catalog.AUTOENCODERS.values() if deep_autoencoders.kind_of(known) or known.given
+        ]
         raise InputError(
             f"{entry.alias} cannot be written with random weights: this program lacks its config",
             f"these can: {', '.join(known)}",
         )
-    return Component(DIFFUSERS, "AutoencoderDC", deep_autoencoders.config_of(entry), F32)
+    config = deep_autoencoders.config_of(entry)
+    return Component(DIFFUSERS, config["_class_name"], config, F32)
 
 
 def _config(name: str) -> dict[str, Any]:
@@ -134,6 +137,15 @@ def _qwen_edit() -> dict[str, Component]:
     }
 
 
+def _wan() -> dict[str, Component]:
+    return {
+        "scheduler": _scheduler("unipc-wan"),
+        "vae": _kl("kl-wan", F32, "AutoencoderKLWan"),
+        "text_encoder": _text("UMT5EncoderModel", "umt5-xxl"),
+        "tokenizer": _tokenizer("T5Tokenizer", 256300, model_max_length=512),
+    }
+
+
 def _dit() -> dict[str, Component]:
     return {"scheduler": _scheduler("ddim-dit"), "vae": _kl("kl-sd", F32)}
 
@@ -148,6 +160,8 @@ _BESIDE = {  # source -> what stands beside its network
     "sana-1.6b": lambda: _sana("dpm-sana"),
     "sana-sprint-1.6b": lambda: _sana("scm-sana-sprint"),
     "sd-1.5": lambda: {"scheduler": _scheduler("pndm-sd-1.5"), "vae": _kl("kl-sd", F32), **_clip()},
+    "wan-1.3b": _wan,
+    "wan-14b": _wan,
     "dit-xl-256": _dit,
     "dit-xl-512": _dit,
 }

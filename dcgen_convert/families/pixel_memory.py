@@ -26,6 +26,10 @@ SHALLOW: dict[str, Bytes] = {  # by class
     "AutoencoderKLHunyuanImage": {"fp32": (1536, 1792), "bf16": (768, 896)},
     "AutoencoderKLQwenImage": {"fp32": (5000, 6923), "bf16": (2500, 3462)},
 }
+VIDEO: dict[str, Bytes] = {  # by class, per px of a frame: with 80 frames, which are worked on in chunks
+    "AutoencoderKLWan": {"fp32": (15174, 20532), "bf16": (7914, 10593)},
+    "AutoencoderDCVideo": {"fp32": (49680, 48230), "bf16": (24840, 24115)},
+}
 DEEP: dict[tuple[str | None, int], Bytes] = {  # by make and factor
     (deep.IN, 32): {"fp32": (1281, 972), "bf16": (896, 678)},
     (deep.IN, 64): {"fp32": (1281, 1098), "bf16": (896, 741)},
@@ -36,11 +40,15 @@ DEEP: dict[tuple[str | None, int], Bytes] = {  # by make and factor
     (deep.FIFTEEN, 64): {"fp32": (1281, 1153), "bf16": (896, 832)},
 }
 OTHER = {0: DEEP[deep.IN, 32], 1: DEEP[deep.SANA, 32]}  # of another make: without or with layers at full size
+WIDTHS = {"AutoencoderKLWan": 96, "AutoencoderDCVideo": 256}  # channels of those in VIDEO
 WIDTH = 128  # channels at full size of those that were counted
 
 
 def bytes_per_pixel(config: Mapping[str, Any]) -> Bytes:
     """dtype -> (encode, decode) of the autoencoder with this config.json; in proportion for one of another width."""
+    if (kind := str(config.get("_class_name"))) in VIDEO:
+        width = config.get("base_dim") or (config.get("block_out_channels") or [None])[0]
+        return _scaled(VIDEO[kind], [width] if width else None, WIDTHS[kind])
     if config.get("_class_name") in SHALLOW:
         return _scaled(SHALLOW[config["_class_name"]], config.get("block_out_channels"))
     for entry in AUTOENCODERS.values():
@@ -71,6 +79,6 @@ def _same(config: Mapping[str, Any], published: Mapping[str, Any]) -> bool:
     return all(list(config.get(key) or ()) == list(published[key]) for key in keys)
 
 
-def _scaled(known: Bytes, widths: Sequence[int] | None) -> Bytes:
-    share = widths[0] / WIDTH if widths else 1.0
+def _scaled(known: Bytes, widths: Sequence[int] | None, width: int = WIDTH) -> Bytes:
+    share = widths[0] / width if widths else 1.0
     return {dtype: (round(share * encode), round(share * decode)) for dtype, (encode, decode) in known.items()}

@@ -30,7 +30,12 @@ class Wan(Family):
     # Without the cross-attention attn2, as its authors' LoRA for DC-AE-V.
     lora_targets = r"blocks\.\d+\.(attn1\.(to_q|to_k|to_v|to_out\.0)|ffn\.net\.(0\.proj|2))"
     dense_pattern = r"blocks\.\d+\.attn2\..*"
+    bundle_tier = 3
+    unquantised = ": `nunchaku_lite`, the host of the 4-bit kernels in diffusers, has no mapping for Wan"
+    recipe = "wan-1.3b-480p"
+    default_frames = 80
     default_px = 480
+    shape = (9, 16)
     default_steps = 50
     default_guidance = 5.0
     text_length = 512
@@ -65,7 +70,6 @@ class Wan(Family):
         )
 
     def quant_targets(self, linears: dict[str, tuple[int, int]], dense: str | None = None) -> QuantTargets:
-        """No linear: `nunchaku_lite`, the host of the 4-bit kernels in diffusers, has no mapping for Wan."""
         return QuantTargets([], [])
 
     def predict(self, model: Network, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:

@@ -79,11 +79,7 @@ class WanImage(Wan):
         return {"image": to_image(pixels[0][0])}
 
     def reference_video(self, pixels: Tensor, frames: int, first: int) -> Tensor:
-        """What the autoencoder is given of a reference: (B, 3, H, W) -> (B, 3, frames, H, W), grey after the reference.
-
-        Args:
-            first: frames in the first latent frame, which are all the reference: 1 of Wan's own autoencoder.
-        """
+        """The reference in all frames of the first latent frame, 1 of Wan's own autoencoder, and grey after it."""
         import torch
 
         grey = pixels.new_zeros(*pixels.shape[:2], frames - first, *pixels.shape[2:])

@@ -16,22 +16,28 @@ from dcgen_convert.families.base import Network
 def class_of(folder: Path) -> Any:
     """The class that ``folder``/config.json names: of diffusers, or this program's own.
 
-    The in-bundle adapter is an AutoencoderDC with the same tensors.
-
     Raises:
         InputError: there is no such class.
+    """
+    path = Path(folder) / "config.json"
+    name = str(read_json(path).get("_class_name"))
+    found = class_called(name)
+    if not isinstance(found, type):
+        raise InputError(f"{path} names {name}, which is no class of diffusers")
+    return found
+
+
+def class_called(name: str) -> Any:
+    """The class of diffusers, or this program's own, with this name; None where there is none.
+
+    The in-bundle adapter is an AutoencoderDC with the same tensors.
     """
     import diffusers
 
     from dcgen_convert.networks.autoencoder_dc_video import AutoencoderDCVideo
 
-    path = Path(folder) / "config.json"
-    name = str(read_json(path).get("_class_name"))
     own = {trust.VIDEO_CLASS: AutoencoderDCVideo, trust.ADAPTER_CLASS: diffusers.AutoencoderDC}
-    found = own.get(name) or getattr(diffusers, name, None)
-    if not isinstance(found, type):
-        raise InputError(f"{path} names {name}, which is no class of diffusers")
-    return found
+    return own.get(name) or getattr(diffusers, name, None)
 
 
 def load_folder(folder: Path, what: str, dtype: torch.dtype) -> Network:

@@ -22,6 +22,7 @@ from dcgen_convert.core.version import __version__
 from dcgen_convert.families import components
 from dcgen_convert.families.catalog import AutoencoderEntry, SourceEntry
 from dcgen_convert.families.components import TRANSFORMERS, Component, Layout
+from dcgen_convert.networks import folder as folders
 from dcgen_convert.networks import random_weights, synthetic_tokenizers
 
 SHARD_BYTES = 2 * 1000**3
@@ -90,11 +91,10 @@ def model_of(part: Component) -> nn.Module:
 
 def network_of(part: Component) -> nn.Module:
     """The network of a part, as its class makes it."""
-    import diffusers
     import transformers
 
     if part.library != TRANSFORMERS:
-        network: nn.Module = getattr(diffusers, part.kind).from_config(part.config)
+        network: nn.Module = folders.class_called(part.kind).from_config(part.config)
         return network
     cls = getattr(transformers, part.kind)
     encoder: nn.Module = cls(cls.config_class(**part.config))

@@ -32,7 +32,8 @@ SMALL = 100_000_000
 """Models below this many parameters are planned for two CPU cores, larger ones for H100s."""
 ENCODE, DECODE = 5e6, 9e6
 """FLOPs per pixel of an autoencoder at full width. Counted by torch on the published configs: AutoencoderKL 4.2 and 9.5
-million, DC-AE f32 and f64 4.9 and 8.0 million."""
+million, DC-AE f32 and f64 4.9 and 8.0 million, and of each frame AutoencoderKLWan 5.0 and 8.5 million."""
+ENCODE_VIDEO, DECODE_VIDEO = 31e6, 34e6  # the same of each frame, of DC-AE-V
 TINY_AUTOENCODER = 20_000_000  # parameters; one below has about this share of the FLOPs:
 TINY_SHARE = 0.02
 SMOOTHINGS = 21  # candidates of svdquant.smooth
@@ -191,18 +192,21 @@ def _prepared(sizes: Shapes) -> Iterator[Work]:
     yield _fixed("surgery", "copy", 2 * dense, "bytes", "disk")
 
 
-def _pixels(recipe: Recipe, number: int) -> float:
-    """Pixels of one picture of set ``number``: as it is drawn, or as large as it must be at least."""
+def _pixels(recipe: Recipe, sizes: Shapes, number: int) -> float:
+    """Pixels of one picture of set ``number``, or of all frames of a video: as it is drawn, or as large as it must be at
+    least.
+    """
     data = recipe.data_of(number)
-    return float((data.resolution if data.kind == "synthetic" else max(recipe.sides(number))) ** 2)
+    side = data.resolution if data.kind == "synthetic" else max(recipe.sides(number))
+    return float(sizes.frames * side**2)
 
 
 def _data(recipe: Recipe, sizes: Shapes, number: int) -> Iterator[Work]:
     stage, data = names.of_set("data", number), recipe.data_of(number)
-    pixels = _pixels(recipe, number)
+    pixels = _pixels(recipe, sizes, number)
     if data.kind == "folder":
         yield Work(stage, "hash", data.count, "pictures", "hash", pixels, False)
-        if copied := picture_bytes(recipe, number):
+        if copied := picture_bytes(recipe, sizes, number):
             yield Work(stage, "copy out of shards", data.count, "pictures", "disk", 2 * copied / data.count, False)
         return
     passes = sizes.passes(data.guidance)
@@ -217,13 +221,13 @@ def _data(recipe: Recipe, sizes: Shapes, number: int) -> Iterator[Work]:
 def _latents(recipe: Recipe, sizes: Shapes, number: int) -> Iterator[Work]:
     stage, data, sides = names.of_set("latents", number), recipe.data_of(number), recipe.sides(number)
     aligned = number == recipe.aligned_set  # the base's latents are for the alignment only
-    source = _pixels(recipe, number)
+    source = _pixels(recipe, sizes, number)
     files = data.count * (1 + sizes.references)
     yield Work(stage, "check", files, "pictures", "decoding", source, False)
     yield Work(stage, "read", files * len(sides), "pictures", "decoding", source)
     yield _fixed(stage, "load", BF16 * sizes.companions, "bytes", "disk")
-    new, old = sum(float(side**2) for side in sides), aligned * float(sizes.alignment.side**2)
-    each = ENCODE * (old * _base_share(sizes) + new * _new_share(recipe)) / (old + new)
+    new, old = (sizes.frames * float(area) for area in (sum(s**2 for s in sides), aligned * sizes.alignment.side**2))
+    each = (ENCODE * old * _base_share(sizes) + _new_flops(recipe, sizes)[0] * new) / (old + new)
     yield Work(stage, "encode", files * (old + new), "pixels", "convolution", each)
     written = LATENT * sizes.latent_numbers(sides, aligned) + text_bytes(recipe, sizes)
     yield Work(stage, "write", data.count * len(sides), "pictures", "disk", written / len(sides), False)
@@ -237,11 +241,11 @@ def _aligned(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
     cells = sizes.latent_numbers([first.resolution])
     yield Work("align-embedder", "read latents", recipe.data.count, "pictures", "disk", LATENT * cells, False)
     inputs = sizes.new.c
-    solve = 2.0 * sizes.new.tokens(first.resolution) * (inputs + 1) * (inputs + sizes.base.width)
+    solve = 2.0 * sizes.drawn(sizes.new, first.resolution) * (inputs + 1) * (inputs + sizes.base.width)
     yield Work("align-embedder", "sum", recipe.data.count, "pictures", "float32", solve, False)
     yield _fixed("align-head", "load", BF16 * sizes.converted.parameters, "bytes", "disk")
     once = _once(sizes, first)
-    tokens, width = sizes.new.tokens(first.resolution), sizes.base.width
+    tokens, width = sizes.drawn(sizes.new, first.resolution), sizes.base.width
     fit = head_samples(recipe, width, tokens)
     yield Work("align-head", "start", fit.usual + fit.held_out, "samples", "matmul", fit.passes * once)
     yield Work("align-head", "sum", fit.usual, "samples", "float32", 2.0 * tokens * width**2)
@@ -287,9 +291,9 @@ def _quantised(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
     calls = section.calibration.prompts * steps
     guided = sizes.passes(recipe.bundle.guidance)
     yield Work("quantize", "draw", calls, "denoising steps", "matmul", guided * once)
-    prompts, pixels = section.calibration.prompts, float(last.resolution**2)
+    prompts, decode = section.calibration.prompts, last.resolution**2 * _new_flops(recipe, sizes)[1]
     yield Work("quantize", "encode prompts", prompts, "pictures", "matmul", guided * _text_flops(sizes))
-    yield Work("quantize", "decode", prompts, "pictures", "convolution", pixels * DECODE * _new_share(recipe))
+    yield Work("quantize", "decode", prompts, "pictures", "convolution", decode)
     yield Work("quantize", "run the blocks", guided * calls, "forward passes", "matmul", once, False)
     spool = 2.0 * BF16 * sizes.tokens(last) * sizes.converted.width * sizes.converted.blocks
     yield Work("quantize", "keep block outputs", guided * calls, "forward passes", "disk", spool, False)
@@ -322,7 +326,7 @@ def _finished(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
     yield _fixed("verify", "load", 3 * whole, "bytes", "disk")
     count, last = recipe.evaluate.prompts, recipe.adapt.phases[-1]
     if count:
-        data, pixels = recipe.data, float(last.resolution**2)
+        data, pixels = recipe.data, float(sizes.frames * last.resolution**2)
         own = own_side(sizes.source, sizes.new, last.resolution)
         base = forward_flops(sizes.base, sizes.seen(sizes.old, own), sizes.text) * sizes.passes(data.guidance)
         of_base = count * (2 if recipe.evaluate.measures else 1)  # with the noise floor
@@ -331,11 +335,15 @@ def _finished(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
         each = sizes.passes(recipe.bundle.guidance) * _once(sizes, last)
         for name in models:
             yield Work("verify", name, count * recipe.bundle.steps, "denoising steps", "matmul", each, False)
-        drawn, new, old = of_base + len(models) * count, _new_share(recipe), _base_share(sizes)
+        drawn, (encode, new), old = (
+            of_base + len(models) * count,
+            _new_flops(recipe, sizes),
+            DECODE * _base_share(sizes),
+        )
         yield Work("verify", "encode prompts", drawn, "pictures", "matmul", _text_flops(sizes), False)
-        decode = pixels * DECODE * (len(models) * new + old) / (1 + len(models))
+        decode = pixels * (len(models) * new + old) / (1 + len(models))
         yield Work("verify", "decode", drawn, "pictures", "convolution", decode, False)
-        yield Work("verify", "round trip", count, "pictures", "convolution", pixels * (ENCODE + DECODE) * new, False)
+        yield Work("verify", "round trip", count, "pictures", "convolution", pixels * (encode + new), False)
 
 
 def _once(sizes: Shapes, phase: Phase) -> float:
@@ -362,6 +370,9 @@ def _base_share(sizes: Shapes) -> float:
     return TINY_SHARE if sizes.base.parameters < SMALL else 1.0
 
 
-def _new_share(recipe: Recipe) -> float:
+def _new_flops(recipe: Recipe, sizes: Shapes) -> tuple[float, float]:
+    """FLOPs per pixel of the new autoencoder: (encode, decode)."""
     entry = catalog.find_autoencoder(recipe.ae)
-    return TINY_SHARE if entry is not None and entry.parameters < TINY_AUTOENCODER else 1.0
+    share = TINY_SHARE if entry is not None and entry.parameters < TINY_AUTOENCODER else 1.0
+    encode, decode = (ENCODE, DECODE) if sizes.family.axes == 2 else (ENCODE_VIDEO, DECODE_VIDEO)
+    return share * encode, share * decode

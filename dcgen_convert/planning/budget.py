@@ -79,7 +79,7 @@ def applied(
     recipe, origins = recipe.model_copy(update={"budget": chosen}), resolved.origins
     resolved = replace(resolved, recipe=recipe)
     if not hours:
-        tokens = shapes.new.tokens(recipe.adapt.phases[-1].resolution)
+        tokens = shapes.drawn(shapes.new, recipe.adapt.phases[-1].resolution)
         line = f"The recipe has no budget for a model with {tokens:,} image tokens: it is carried out as written."
         return replace(resolved, derivation=(line, "Option --max-gpu-hours sets a budget."))
     said = {key for key, value in origins.items() if value.startswith(EXPLICIT)}
@@ -162,7 +162,7 @@ def _of_tokens(recipe: Recipe, sizes: Shapes) -> float | None:
     value = recipe.budget.gpu_hours
     if not isinstance(value, dict):
         return value
-    tokens = sizes.new.tokens(recipe.adapt.phases[-1].resolution)
+    tokens = sizes.drawn(sizes.new, recipe.adapt.phases[-1].resolution)
     return next((value[size] for size in sorted(value) if tokens <= size), None)
 
 
@@ -236,7 +236,7 @@ def _with(recipe: Recipe, sizes: Shapes, values: Mapping[str, int], said: Collec
             found[f"adapt.phases.{number}.warmup"] = min(phase.warmup, steps // WARM)
     aligned = recipe.aligned_set
     pictures = values.get(_count(aligned), _first_count(recipe))
-    rows = pictures * sizes.new.tokens(recipe.adapt.phases[0].resolution)
+    rows = pictures * sizes.drawn(sizes.new, recipe.adapt.phases[0].resolution)
     found[DRAWS] = min(recipe.align_head.draws, math.ceil(2 * USUAL * sizes.base.width / rows))
     found[HEAD_STEPS] = 0
     return _set(recipe, {key: value for key, value in found.items() if key not in said})

@@ -32,7 +32,7 @@ def downloads(recipe: Recipe, sizes: Shapes) -> list[dict]:
     if base_repo:
         found.append(_download("base", base_repo, None, None))
     ae = catalog.find_autoencoder(recipe.ae)
-    if ae is not None and ae.repo:
+    if ae is not None and ae.repo and not ae.given:
         found.append(_download("autoencoder", ae.repo, BF16 * ae.parameters, False))
     elif ae is None and not autoencoder_files.is_file(recipe.ae) and not Path(recipe.ae).expanduser().exists():
         found.append(_download("autoencoder", recipe.ae, None, None))
@@ -92,7 +92,7 @@ def run_peak(recipe: Recipe, sizes: Shapes, until: str | None = None, bundle: fl
     held = {
         ("import", "weights"): kinds["import"],
         ("surgery", "weights"): kinds["surgery"],
-        **{(names.of_set("data", number), "pictures"): picture_bytes(recipe, number) for number in recipe.sets},
+        **{(names.of_set("data", number), "pictures"): picture_bytes(recipe, sizes, number) for number in recipe.sets},
         **{
             (names.of_set("latents", number), "latents"): sum(_cached(recipe, sizes, number).values())
             for number in recipe.sets
@@ -124,7 +124,7 @@ def _kinds(recipe: Recipe, sizes: Shapes) -> dict[str, float]:
     imported = bool(recipe.base or recipe.loras) or (sizes.source.path is not None and sizes.source.path.is_file())
     return {
         "downloads": fetched,
-        "pictures": sum(picture_bytes(recipe, number) for number in recipe.sets),
+        "pictures": sum(picture_bytes(recipe, sizes, number) for number in recipe.sets),
         "latents": sum(part["latents"] for part in cached),
         "text": sum(part["text"] for part in cached),
         "import": dense if imported else 0,
@@ -154,11 +154,11 @@ def embedding_bytes(recipe: Recipe, sizes: Shapes) -> float:
     return sizes.conditions * (4 if recipe.dtype == "fp32" else BF16) * float(sizes.text * sizes.base.text_width)
 
 
-def picture_bytes(recipe: Recipe, number: int) -> float:
+def picture_bytes(recipe: Recipe, sizes: Shapes, number: int) -> float:
     """Bytes of the pictures of set ``number`` that the run keeps: drawn, or copied out of shards."""
     data = recipe.data_of(number)
     if data.kind == "synthetic":
-        return data.count * data.resolution**2 * PNG_BYTES_PER_PIXEL
+        return data.count * sizes.frames * data.resolution**2 * PNG_BYTES_PER_PIXEL
     from dcgen_convert.data import given  # it needs an imaging library
 
     return given.shard_bytes(given.parse_all(data.paths))

@@ -222,13 +222,15 @@ def _tokens(resolved: Resolved, sizes: Shapes) -> list[dict]:
     recipe = resolved.recipe
     rows = []
     for side in sorted({phase.resolution for phase in recipe.adapt.phases}):
-        before, after = sizes.old.tokens(side), sizes.new.tokens(side)
+        before, after = sizes.drawn(sizes.old, side), sizes.drawn(sizes.new, side)
         row: dict[str, Any] = {"resolution": side, "before": before, "after": after, "ratio": before / after}
+        if sizes.family.axes == 3:
+            row |= {"frames": sizes.frames, "latent_frames": sizes.times}
         rows.append(row)
         if recipe.data.buckets:
             found = geometry.bucket_sizes(sizes.family, sizes.source.config, sizes.old, sizes.new, side)
             row["buckets"] = [
-                {"height": h, "width": w, "before": sizes.old.tokens(h, w), "after": sizes.new.tokens(h, w)}
+                {"height": h, "width": w, "before": sizes.drawn(sizes.old, h, w), "after": sizes.drawn(sizes.new, h, w)}
                 for h, w in found
             ]
     return rows

@@ -36,9 +36,8 @@ def quantised_linears(section: Quantize, sizes: Shapes) -> tuple[dict[str, Any] 
         for name, reason in impossible.items()
     ]
     if not problems and not targets.svdq:
-        problems.append(
-            (f"no linear of this {sizes.family.name} model can be quantised to 4 bits", "use --quantize none")
-        )
+        told = f"no linear of this {sizes.family.name} model can be quantised to 4 bits{sizes.family.unquantised}"
+        problems.append((told, "use --quantize none"))
     if problem := container_problem(section.container, sizes.family):
         problems.append((problem, "leave out quantize.container"))
     return part, problems

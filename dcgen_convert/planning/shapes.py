@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dcgen_convert.families import Family
+from dcgen_convert.families.base import TIME
 from dcgen_convert.families.grid import Grid
 from dcgen_convert.planning.arithmetic import Trainable, matching, trainable
 from dcgen_convert.planning.layers import Layer, Structure
@@ -15,6 +16,7 @@ from dcgen_convert.recipe import alignment, geometry
 from dcgen_convert.recipe.alignment import Alignment
 from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.schema import Phase, Recipe
+from dcgen_convert.recipe.videos import frames_of
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Shapes:
     """Before and after the swap.
 
     text: tokens per prompt, 0 for class-conditional models; alignment: at which size the base sees the pictures;
-    references: most pictures that a row is given beside the text.
+    references: most pictures that a row is given beside the text. frames: of a training video; 1: it is a picture.
     """
 
     source: Identity
@@ -32,6 +34,7 @@ class Shapes:
     text: int
     alignment: Alignment
     references: int = 0
+    frames: int = 1
 
     @property
     def family(self) -> Family:
@@ -55,8 +58,13 @@ class Shapes:
         only.
         """
         each = 1 + self.references
-        new = each * sum(self.new.c * (side // self.new.f) ** 2 for side in sides)
-        return new + aligned * each * self.old.c * (self.alignment.side // self.old.f) ** 2
+        new = each * self.times * sum(self.new.c * (side // self.new.f) ** 2 for side in sides)
+        return new + aligned * each * self.times * self.old.c * (self.alignment.side // self.old.f) ** 2
+
+    @property
+    def times(self) -> int:
+        """Latent frames of a video; 1 for a picture."""
+        return -(-self.frames // TIME)
 
     @property
     def conditions(self) -> int:
@@ -81,9 +89,15 @@ class Shapes:
         """Image + text tokens per picture that the converted model sees in a phase."""
         return self.seen(self.new, phase.resolution) + self.text
 
+    def drawn(self, grid: Grid, height: int, width: int | None = None) -> int:
+        """Tokens of a picture, or of a video, on ``grid``, with sides in px; without ``width`` of a square."""
+        return self.times * grid.tokens(height, width)
+
     def seen(self, grid: Grid, side: int) -> int:
-        """Image tokens that a model on ``grid`` sees while it draws ``side`` px: the picture's and its references'."""
-        return grid.tokens(side) * (1 + self.references)
+        """Tokens that a model on ``grid`` sees while it draws ``side`` px: the picture's, and those of its references
+        where they have tokens of their own.
+        """
+        return self.drawn(grid, side) * (1 if self.family.reference_channels else 1 + self.references)
 
 
 def shapes_of(recipe: Recipe, source: Identity) -> Shapes:
@@ -98,4 +112,5 @@ def shapes_of(recipe: Recipe, source: Identity) -> Shapes:
     base = structure(config)
     converted = structure(family.convert_config(config, new.f, new.c, recipe.adapt.phases[-1].resolution))
     text = family.condition_length(recipe.latents.text_length or family.text_length) if base.text_width else 0
-    return Shapes(source, base, converted, new, text, aligned, most_references(recipe, family))
+    frames = max(1, frames_of(recipe, family))
+    return Shapes(source, base, converted, new, text, aligned, most_references(recipe, family), frames)

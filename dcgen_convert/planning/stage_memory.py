@@ -31,6 +31,7 @@ OWN = {  # by the class of the network
     "Flux2Transformer2DModel": "AutoencoderKLFlux2",
     "QwenImageTransformer2DModel": "AutoencoderKLQwenImage",
     "HunyuanImageTransformer2DModel": "AutoencoderKLHunyuanImage",
+    "WanTransformer3DModel": "AutoencoderKLWan",
 }
 
 
@@ -84,10 +85,11 @@ def needs(recipe: Recipe, sizes: Shapes, fits: list[Fit]) -> Iterator[Need]:
     ours, theirs = autoencoder_bytes(recipe, sizes)
 
     def drawing(stage: str, network: float, codec: Bytes, tokens: int, side: int, batch: int, guidance: float) -> Need:
-        batch = together(batch, side**2, pixel_memory.DRAWN)
-        kept = DRAWN * float(side**2) * batch
+        pixels = sizes.frames * side**2
+        batch = together(batch, pixels, pixel_memory.DRAWN)
+        kept = DRAWN * float(pixels) * batch
         passes = LIVE * e * sizes.converted.width * (tokens + sizes.text) * sizes.passes(guidance)
-        decode = work(codec["fp32" if e == FP32 else "bf16"], DECODE, side, batch)
+        decode = work(codec["fp32" if e == FP32 else "bf16"], DECODE, side, batch, sizes.frames)
         each = max(passes, decode / batch)
         networks = network + companions
         return Need(stage, networks, each, batch, loaded=networks, pixels=kept)
@@ -101,11 +103,11 @@ def needs(recipe: Recipe, sizes: Shapes, fits: list[Fit]) -> Iterator[Need]:
             tokens, stage = sizes.seen(sizes.old, own.resolution), of_set("data", number)
             yield drawing(stage, base, theirs, tokens, own.resolution, min(own.batch, own.count), own.guidance)
         side = max(recipe.sides(number))
-        batch = together(min(recipe.latents.batch, own.count), side**2)
-        both = [work(ours["fp32"], way, side, batch) for way in (ENCODE, DECODE)] + [
-            work(theirs["fp32"], way, seen, together(recipe.latents.batch, seen**2)) for way in (ENCODE, DECODE)
+        batch = together(min(recipe.latents.batch, own.count), sizes.frames * side**2)
+        both = [work(ours["fp32"], way, side, batch, sizes.frames) for way in (ENCODE, DECODE)] + [
+            work(theirs["fp32"], way, seen, recipe.latents.batch, sizes.frames) for way in (ENCODE, DECODE)
         ]
-        read = PIXELS * float(side**2) * batch
+        read = PIXELS * float(sizes.frames * side**2) * batch
         weights = max(codecs if e == FP32 else 1.5 * codecs, companions)  # in both precisions, until one is chosen
         yield Need(of_set("latents", number), weights, max(both) / batch, batch, loaded=companions, pixels=read)
     yield Need("align-embedder", 0.0, loaded=FP32 * 8.0 * sizes.base.width * 4096)
@@ -127,7 +129,7 @@ def needs(recipe: Recipe, sizes: Shapes, fits: list[Fit]) -> Iterator[Need]:
     count = recipe.evaluate.prompts
     tokens = max(tokens, sizes.seen(sizes.old, own_side(sizes.source, sizes.new, side)))
     verified = drawing("verify", max(base, converted), ours, tokens, side, min(data.batch, count or 1), 2.0)
-    trip = Need("verify", codecs, max(work(ours["fp32"], way, side, 1) for way in (ENCODE, DECODE)))
+    trip = Need("verify", codecs, max(work(ours["fp32"], way, side, 1, sizes.frames) for way in (ENCODE, DECODE)))
     if trip.gpu(1) > verified.gpu():
         verified = replace(verified, weights=trip.weights, each=trip.each, at_once=1)
     yield replace(verified, loaded=verified.loaded + PROCESS)  # a second process draws a picture
@@ -136,7 +138,7 @@ def needs(recipe: Recipe, sizes: Shapes, fits: list[Fit]) -> Iterator[Need]:
 def autoencoder_bytes(recipe: Recipe, sizes: Shapes) -> tuple[Bytes, Bytes]:
     """What the new autoencoder and the base's need per px; of one whose config is not at hand, the most of its kind."""
     reader, entry, source = sizes.source.reader, catalog.find_autoencoder(recipe.ae), sizes.source
-    if entry is not None and deep_autoencoders.kind_of(entry) is not None:
+    if entry is not None and (entry.given or deep_autoencoders.kind_of(entry) is not None):
         ours: dict[str, Any] = deep_autoencoders.config_of(entry)
     else:
         ours = reader.optional(Path(entry.where if entry else recipe.ae) / "config.json") or {}
@@ -148,10 +150,10 @@ def autoencoder_bytes(recipe: Recipe, sizes: Shapes) -> tuple[Bytes, Bytes]:
     return pixel_memory.bytes_per_pixel(ours), pixel_memory.bytes_per_pixel(theirs)
 
 
-def work(each: tuple[int, int], way: int, side: int, count: int) -> float:
+def work(each: tuple[int, int], way: int, side: int, count: int, frames: int = 1) -> float:
     """Bytes that an autoencoder works with for ``count`` squares of ``side`` px; it takes large ones one by one."""
     picture = float(pixel_memory.picture_bytes(each[way], way, side, side))
-    return picture * together(count, side**2)
+    return picture * together(count, frames * side**2)
 
 
 def rows(every: list[Need], on_gpu: bool, measured: Peaks | None = None) -> list[dict[str, Any]]:

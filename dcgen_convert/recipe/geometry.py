@@ -13,7 +13,7 @@ from pathlib import Path
 from dcgen_convert.checkpoint import trust
 from dcgen_convert.core.errors import AccessError, RecipeError
 from dcgen_convert.data import buckets
-from dcgen_convert.families import Family, authors, catalog, refuse_videos
+from dcgen_convert.families import Family, authors, catalog
 from dcgen_convert.families.grid import Grid, autoencoder_grid
 from dcgen_convert.networks import autoencoder_files
 from dcgen_convert.recipe import sources
@@ -23,6 +23,7 @@ from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.pictures import Data
 from dcgen_convert.recipe.reader import Reader
 from dcgen_convert.recipe.schema import Recipe
+from dcgen_convert.recipe.videos import require_frames
 
 
 def new_grid(ae: str, offline: bool = True, channels: int | None = None, reader: Reader | None = None) -> Grid:
@@ -83,13 +84,13 @@ def check(recipe: Recipe, source: Identity) -> None:
         InputError: a scheduler that the family cannot follow, or a few-step model that would lose its few steps.
     """
     try:
-        refuse_videos(source.here.family, source.name)
         old = source.here.grid
         new = new_grid(recipe.ae, channels=recipe.ae_channels, reader=source.reader)
         config, family = source.here.config, source.here.family
     except AccessError:
         return
     _require_axes(recipe, family)
+    require_frames(recipe, family)
     authors.refuse(source.pipeline.index, source.pipeline.name, family)
     drawn = {f"{recipe.data_key(number)}.resolution": recipe.data_of(number) for number in recipe.sets}
     sides = {key: data.resolution for key, data in drawn.items()}
@@ -116,7 +117,9 @@ def check(recipe: Recipe, source: Identity) -> None:
 
 
 def _require_axes(recipe: Recipe, family: Family) -> None:
-    """RecipeError for an autoencoder for videos and a family that draws pictures."""
+    """RecipeError for an autoencoder for videos and a family that draws pictures, or the other way round; and for what
+    rewrites an autoencoder for pictures.
+    """
     entry = catalog.find_autoencoder(recipe.ae)
     of_file = entry is None and autoencoder_files.is_file(recipe.ae)
     config = autoencoder_files.file_and_config(recipe.ae)[1] if of_file else {}
@@ -124,6 +127,17 @@ def _require_axes(recipe: Recipe, family: Family) -> None:
     if video and family.axes == 2:
         raise RecipeError(
             f"{recipe.ae} is for videos, and {recipe.source} draws pictures", "use an --ae for pictures: dc-ae-f32"
+        )
+    if (entry or of_file) and not video and family.axes == 3:
+        raise RecipeError(
+            f"{recipe.ae} is for pictures, and {recipe.source} draws videos",
+            "use an --ae for videos: FILE.pt:dc-ae-v-f32t4c32:SHA256",
+        )
+    rewritten = "ae_channels" if recipe.ae_channels else "latents.normalise"
+    if family.axes == 3 and (recipe.ae_channels or recipe.latents.normalise != "none"):
+        raise RecipeError(
+            f"{rewritten} is set, which rewrites an autoencoder for pictures, and {recipe.source} draws videos",
+            f"leave out {rewritten}",
         )
 
 

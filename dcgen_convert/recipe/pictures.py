@@ -54,6 +54,11 @@ class Data(Section):
         description="true: pictures of a folder keep their shapes, at sizes of about resolution^2 px; false: centre "
         "squares",
     )
+    frames: Count | None = Field(
+        default=None,
+        description="frames of a training video, a multiple of 4; null: the family's (80 for Wan). For models that "
+        "draw videos only",
+    )
     max_broken: Fraction = Field(
         default=0.01, description="fraction of unreadable pictures tolerated; 0 tolerates none"
     )

@@ -68,8 +68,8 @@ def describe(job: Job) -> dict[str, Any]:
             "scaling_factor": job.recipe.latents.scale_override or config["scaling_factor"],
         },
         defaults={
-            "height": job.resolution,
-            "width": job.resolution,
+            **dict(zip(("height", "width"), job.size, strict=True)),
+            **({"frames": job.family.base_frames(job.frames)} if job.frames else {}),
             "steps": job.recipe.bundle.steps,
             "guidance": job.recipe.bundle.guidance,
             "text_length": job.text_length,

@@ -21,7 +21,7 @@ from dcgen_convert.core.console import Console
 from dcgen_convert.core.files import TEMPORARY, replacing
 from dcgen_convert.core.journal import Stage
 from dcgen_convert.core.pixels import to_image
-from dcgen_convert.data import images
+from dcgen_convert.data import contents, images, videos
 from dcgen_convert.evaluation import tiny_edits, tiny_world
 from dcgen_convert.evaluation.grids import cell, grid
 from dcgen_convert.evaluation.metrics import psnr_of
@@ -31,6 +31,7 @@ from dcgen_convert.networks import models, pipelines
 from dcgen_convert.networks.at_once import AtOnce, release
 from dcgen_convert.recipe.drawable import own_side
 from dcgen_convert.stages import captions, edited, judged, precision, source_pipeline
+from dcgen_convert.stages.grid import shown
 from dcgen_convert.stages.job import Job
 from dcgen_convert.stages.preview import converted_pipeline
 from dcgen_convert.tiny import world
@@ -64,9 +65,12 @@ def run(job: Job, stage: Stage, bundle: Path) -> PictureGrid:
         sizes = job.resolution, job.text_length, settings.batch
         given = edited.of_prompts(edited.judging(job), count, job.recipe.seed + SEED, Path(work, edited.FOLDER))
         first = [own[0] for own in given]  # shown and compared with, whatever else the model is given
-        sheet = Comparison(job.family, texts, seeds, *sizes, job.console, Path(work), given)
+        frames = job.family.base_frames(job.frames) if job.frames else 0
+        sheet = Comparison(job.family, texts, seeds, *sizes, job.console, Path(work), given, frames)
         source = partial(source_pipeline.load, job.source, job.dtype)
-        drawn = {"reference": replace(sheet, side=own).shown("reference", _read(first, own))} if given else {}
+        drawn: dict[str, Column] = {}
+        if given:
+            drawn["reference"] = replace(sheet, side=own, frames=0).shown("reference", _read(first, own))
         with clock.renamed({"draw": "draw with the source"}):
             drawn |= {"source": replace(sheet, side=own).draw("source", source, settings.steps, settings.guidance)}
         if job.recipe.quantize.format != "none":
@@ -100,19 +104,22 @@ def run(job: Job, stage: Stage, bundle: Path) -> PictureGrid:
 class Column:
     """What was drawn by one pipeline: the pictures as files of 8 bits, and what is kept of them in memory.
 
-    side: px. cells: the first ROWS pictures, as the grid shows them. judged: (1, 3, s, s) of every picture, as the
-    evaluator of the tiny world sees it; centres: the same of its middle, where the picture is larger than that.
+    side: px. frames: of a video; 0: they are pictures. cells: the first ROWS pictures, as the grid shows them. judged:
+    (1, 3, s, s) of every picture, as the evaluator of the tiny world sees it; centres: the same of its middle, where
+    the picture is larger than that. Of a video these are of its middle frame.
     """
 
     side: int
+    frames: int = 0
     files: list[Path] = field(default_factory=list)
     cells: list[Image] = field(default_factory=list)
     judged: list[Tensor] = field(default_factory=list)
     centres: list[Tensor] = field(default_factory=list)
 
     def pictures(self) -> Iterator[Tensor]:
-        """The pictures one by one, (1, 3, side, side) in [-1, 1]."""
-        return _read(self.files, self.side)
+        """The pictures one by one, (1, 3, side, side) in [-1, 1], or the videos, (1, 3, frames, side, side)."""
+        size = (self.frames, self.side, self.side) if self.frames else (self.side, self.side)
+        return (contents.read(file, [size])[0][None] for file in self.files)
 
 
 def distance(one: Column, other: Column) -> float:
@@ -183,7 +190,8 @@ def _twin(job: Job) -> Any:
 class Comparison:
     """The pictures that several pipelines draw: prompts with their seeds, side in px, text tokens, pictures at once.
 
-    references: of an editing model, the files of the pictures that each prompt edits.
+    references: of an editing model, the files of the pictures that each prompt edits. frames: of a video that is drawn;
+    0: pictures are.
     A picture is written to the folder ``work`` as soon as it is drawn, so that memory holds few of them.
     """
 
@@ -196,6 +204,7 @@ class Comparison:
     console: Console
     work: Path
     references: Sequence[Sequence[Path]] = ()
+    frames: int = 0
 
     def draw(self, name: str, load: Callable[[], Any], steps: int, guidance: float) -> Column:
         """The pictures of one pipeline. What ``load`` returns is freed before the next one is loaded."""
@@ -204,15 +213,20 @@ class Comparison:
         return drawn
 
     def shown(self, name: str, parts: Iterable[Tensor]) -> Column:
-        """A column of pictures that come in parts, (B, 3, H, W) in [-1, 1]."""
-        column = Column(self.side)
+        """A column of pictures that come in parts, (B, 3, H, W) in [-1, 1], or of videos (B, 3, F, H, W)."""
+        column = Column(self.side, self.frames)
         for pixels in chain.from_iterable(parts):
-            image, file = to_image(pixels), self.work / f"{name.replace(' ', '-')}-{len(column.files)}.png"
-            image.save(file, format="PNG", compress_level=1)
-            column.files.append(file)
-            column.judged.append(seen(pixels[None]))
+            still = shown(self.family, pixels) if self.frames else pixels
+            image, file = to_image(still), self.work / f"{name.replace(' ', '-')}-{len(column.files)}"
+            if self.frames:
+                column.files.append(file.with_suffix(videos.LOSSLESS))
+                videos.write(pixels, column.files[-1])
+            else:
+                column.files.append(file.with_suffix(".png"))
+                image.save(column.files[-1], format="PNG", compress_level=1)
+            column.judged.append(seen(still[None]))
             if self.side >= 2 * world.SIDE:
-                column.centres.append(tiny_world.centre(pixels[None]).clone())
+                column.centres.append(tiny_world.centre(still[None]).clone())
             if len(column.cells) < ROWS:
                 column.cells.append(cell(image))
         return column
@@ -230,8 +244,9 @@ class Comparison:
                 guidance=guidance,
                 length=self.length,
                 references=images.read_references(given, self.side),
+                frames=max(1, self.frames),
             )
 
         drawing = AtOnce("verify: drawing", self.console.warn)
-        most = pixel_memory.together(self.batch, self.side**2, pixel_memory.DRAWN)
+        most = pixel_memory.together(self.batch, max(1, self.frames) * self.side**2, pixel_memory.DRAWN)
         return drawing.parts(range(len(self.texts)), part, most)

@@ -30,6 +30,7 @@ PICTURES = "the contents of data.path"
 SOURCES = "the pictures that are edited"
 PHASE = "adapt.phases.*"  # without its data: they are the inputs of stages of their own
 START, OPTIMIZER = "adapt.lora_start", "adapt.optimizer"
+FRAMES = "data.frames"
 BEYOND = "the shift beyond the base's size"
 TRAINING = (
     "seed", "dtype", "adapt.objective", "adapt.null_branch", "adapt.guidance_range", "adapt.data_guidance",
@@ -43,10 +44,10 @@ DEPENDS: dict[str, tuple[str, ...]] = {
     folders.SURGERY: (NETWORK, AUTOENCODER, RESOLUTION),
     folders.DATA: (
         SOURCE, PICTURES, CAPTIONS, SOURCES, "seed", "dtype", "data.kind", "data.count", "data.steps", "data.guidance",
-        "data.resolution", BEYOND, "latents.text_length",
+        "data.resolution", FRAMES, BEYOND, "latents.text_length",
     ),
     folders.LATENTS: (
-        SOURCE, AUTOENCODER, "dtype", "data.buckets", "latents", "adapt.phases.resolution", BASE_VIEW,
+        SOURCE, AUTOENCODER, "dtype", "data.buckets", FRAMES, "latents", "adapt.phases.resolution", BASE_VIEW,
     ),
     folders.ALIGN_EMBEDDER: (NETWORK, "seed", "align_embedder"),
     folders.ALIGN_HEAD: ("align_head", *TRAINING),
@@ -138,6 +139,8 @@ def _network(job: Job, contents: dict[str, str]) -> dict[str, str]:
 
 def _counts(job: Job, stage: str, number: int, name: str) -> bool:
     """Whether a setting has a part in this job's result of the stage."""
+    if name == FRAMES:
+        return bool(job.frames)
     if kind_of(stage) == folders.DATA:
         own = job.recipe.data.kind == "folder"
         if (name == BEYOND and job.beyond is None) or (
@@ -164,6 +167,7 @@ def _value(job: Job, settings: dict[str, Any], name: str, number: int) -> Any:
         RESOLUTION: lambda: job.resolution,
         PICTURES: lambda: _given(job),
         SOURCES: lambda: _edited(job),
+        FRAMES: lambda: job.frames,
         BEYOND: lambda: [job.beyond.shift] if job.beyond else [],
         CAPTIONS: lambda: _captions(job, job.recipe.data.count),
         "data.prompts": lambda: _prompts(job),

@@ -19,9 +19,9 @@ from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError, RecipeError
 from dcgen_convert.core.files import hashes, read_json, read_object, sha256
 from dcgen_convert.core.journal import MARKER, Run
-from dcgen_convert.data.buckets import nearest
+from dcgen_convert.data.buckets import Size, nearest
 from dcgen_convert.families import Family, catalog, legacy
-from dcgen_convert.families.base import Pipeline, reference_keys
+from dcgen_convert.families.base import TIME, Pipeline, reference_keys
 from dcgen_convert.families.grid import Grid, autoencoder_grid
 from dcgen_convert.networks import autoencoder_files, parts
 from dcgen_convert.networks.pipelines import stock_pipeline
@@ -33,6 +33,7 @@ from dcgen_convert.recipe.geometry import bucket_sizes
 from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.loading import Resolved
 from dcgen_convert.recipe.schema import Recipe
+from dcgen_convert.recipe.videos import frames_of
 from dcgen_convert.stages.folders import ALIGN_HEAD, Folders, adapt_stage, latents_stage
 from dcgen_convert.svdquant import targets
 
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from dcgen_convert.stages.conditions import Conditions
 
 T = TypeVar("T")
+OF = {2: "pictures", 3: "videos"}  # by the axes of a latent
+DEEP = {2: "AutoencoderDC", 3: trust.VIDEO_CLASS}
 AE_PATTERNS = ["config.json", "*.safetensors", "*.safetensors.index.json", "README.md", "LICENSE*"]
 
 
@@ -140,9 +143,22 @@ class Job:
         return self.recipe.adapt.phases[-1].resolution
 
     @property
+    def frames(self) -> int:
+        """Frames of a training video, as the new autoencoder takes it; 0 for a family that draws pictures."""
+        return frames_of(self.recipe, self.family)
+
+    @property
+    def size(self) -> Size:
+        """(height, width) in px that the bundle is made for: of the last phase's buckets the usual one."""
+        shapes = self.of_phase(len(self.recipe.adapt.phases)).buckets.get(self.resolution)
+        height, width = self.family.shape
+        return nearest(shapes, width, height) if shapes else (self.resolution, self.resolution)
+
+    @property
     def tokens(self) -> tuple[int, ...]:
-        """Image tokens at every resolution of the phases."""
-        return tuple(sorted({(phase.resolution // self.ae.factor) ** 2 for phase in self.recipe.adapt.phases}))
+        """Tokens of a picture, or of a video, at every resolution of the phases."""
+        times = max(1, self.frames // TIME)
+        return tuple(sorted({times * (phase.resolution // self.ae.factor) ** 2 for phase in self.recipe.adapt.phases}))
 
     @property
     def converted_config(self) -> dict[str, Any]:
@@ -198,7 +214,8 @@ class Job:
         sizes = {str(px): [[*size] for size in found] for px, found in self.buckets.items()}
         shown = self.alignment
         home = {"home": [shown.resolution, shown.side]} if shown.target == "home" and self.is_aligned else {}
-        return {**key, **home, **({"buckets": sizes} if sizes else {})}
+        frames = {"frames": self.frames} if self.frames else {}
+        return {**key, **home, **frames, **({"buckets": sizes} if sizes else {})}
 
     @cached_property
     def pictures_root(self) -> Path:
@@ -365,7 +382,7 @@ def prepare(resolved: Resolved, run: Run, console: Console, crew: Crew = SOLO) -
             f"the stock {source.family.pipeline_class} cannot load a LoRA apart", "leave out --no-merge-lora"
         )
     parts.check(source.base if isinstance(source, Imported) else source.root, source.index)
-    ae = find_autoencoder(recipe.ae, run.path, channels=recipe.ae_channels, offline=offline)
+    ae = find_autoencoder(recipe.ae, run.path, channels=recipe.ae_channels, offline=offline, axes=source.family.axes)
     job = Job(recipe, identity, source, ae, run, console, crew)
     for number in recipe.sets:
         _ = job.of_set(number).buckets  # refuse what cannot have any
@@ -405,10 +422,13 @@ def require_even(recipe: Recipe, run_dir: Path, world: int) -> None:
         raise RecipeError(f"{world} ranks cannot share these batches evenly: {named}", even)
 
 
-def find_autoencoder(name: str, work: Path, *, channels: int | None = None, offline: bool = False) -> Autoencoder:
+def find_autoencoder(
+    name: str, work: Path, *, channels: int | None = None, offline: bool = False, axes: int = 2
+) -> Autoencoder:
     """The autoencoder called ``name`` (alias, folder, hub id or single file), its headers checked.
 
     Args:
+        axes: `Family.axes` of the source, which draws pictures or videos.
         work: folder that takes what a single file or a prefix of ``channels`` is rewritten into; what is there already
             is kept.
     """
@@ -421,10 +441,11 @@ def find_autoencoder(name: str, work: Path, *, channels: int | None = None, offl
         folder, revision = resolve_folder(entry.where if entry else name, offline=offline, patterns=AE_PATTERNS)
     config = autoencoders.describe(folder)
     stated = read_json(folder / "config.json")["_class_name"]
-    if stated != "AutoencoderDC":
+    if stated != (wanted := DEEP[axes]):
+        known = [alias for alias, one in catalog.AUTOENCODERS.items() if (one.frames > 1) == (axes == 3)]
         raise InputError(
-            f"{name} is a {stated}, a conversion needs an AutoencoderDC",
-            f"known: {', '.join(catalog.AUTOENCODERS)}",
+            f"{name} is a {stated}, a conversion needs an {wanted} to draw {OF[axes]}",
+            f"known: {', '.join(known)}",
         )
     read_weights(folder)
     if channels and channels != config["latent_channels"]:

@@ -27,13 +27,14 @@ from dcgen_convert.core.files import read_json, replacing, write_json
 from dcgen_convert.core.journal import Stage
 from dcgen_convert.core.pixels import to_image
 from dcgen_convert.core.progress import Bar
-from dcgen_convert.data import buckets, cache, decoding, images
+from dcgen_convert.data import buckets, cache, contents, decoding, images, videos
 from dcgen_convert.data.ahead import ahead
 from dcgen_convert.data.buckets import Span
 from dcgen_convert.data.images import Picture
 from dcgen_convert.data.tally import Tally
 from dcgen_convert.evaluation.grids import cell, grid
 from dcgen_convert.families import pixel_memory
+from dcgen_convert.families.base import TIME
 from dcgen_convert.networks import autoencoder_files, autoencoders, pipelines
 from dcgen_convert.networks.at_once import AtOnce, release
 from dcgen_convert.networks.autoencoders import Codec
@@ -42,6 +43,7 @@ from dcgen_convert.planning.shapes import shapes_of
 from dcgen_convert.stages import pictures as pictures_stage
 from dcgen_convert.stages import precision, source_pipeline
 from dcgen_convert.stages.conditions import Conditions
+from dcgen_convert.stages.grid import shown
 from dcgen_convert.stages.job import Job
 from dcgen_convert.stages.pictures import require_few
 
@@ -51,6 +53,7 @@ SHARDS = 256  # files that a small data set is divided into, so that each rank g
 ROUNDTRIP = 8  # pictures in roundtrip.png
 EARLY = 256  # pictures that the scale is checked on before the others are encoded
 READ_AHEAD = 16  # pictures
+CHECKED = (16, 16)  # px at which the frames of a video are read to see that they can be
 STATISTICS = 1024  # pictures that the scale of a channel is measured on
 HELD_OUT = "held-out.json"  # rows that no training sees
 LAYOUT = "layout.json"  # rows per shard: of the first pictures, and of all that are appended later
@@ -121,7 +124,7 @@ def row_name(job: Job, picture: Picture) -> str:
 def arranged(job: Job, pictures: list[Picture]) -> list[Picture]:
     """The pictures in the order of the cache's rows: by number of references, then by shape where there are buckets."""
     if job.recipe.data.buckets:
-        pictures = [pictures[i] for i in buckets.by_shape([images.size_of(picture.file) for picture in pictures])]
+        pictures = [pictures[i] for i in buckets.by_shape([shape_of(job, picture) for picture in pictures])]
     return sorted(pictures, key=lambda picture: len(job.references_of(picture)))
 
 
@@ -131,7 +134,7 @@ def spans_of(job: Job, stage: Stage, pictures: list[Picture], resolutions: list[
     if not job.recipe.data.buckets:
         squares = [(1, 1)] * len(pictures)
         return {px: buckets.spans(squares, [], px, more) for px in resolutions}
-    shapes = [images.size_of(picture.file) for picture in pictures]
+    shapes = [shape_of(job, picture) for picture in pictures]
     spans = {px: buckets.spans(shapes, job.buckets[px], px, more) for px in resolutions}
     for px in resolutions:
         filled = buckets.tables(spans[px]).values()
@@ -143,45 +146,61 @@ def spans_of(job: Job, stage: Stage, pictures: list[Picture], resolutions: list[
     return spans
 
 
-def stacked(pictures: list[Picture], rows: Iterable[int], span: Span) -> Tensor:
-    """Pixels of ``rows``, (B, 3, height, width); the size is that of the span."""
-    return torch.stack([pixels_of(pictures, span, row) for row in rows])
+def stacked(job: Job, pictures: list[Picture], rows: Iterable[int], span: Span) -> Tensor:
+    """Pixels of ``rows`` as the new autoencoder sees them, (B, 3, height, width); the size is that of the span."""
+    return torch.stack([contents.read(pictures[row].file, [sizes_of(job, span)["target"]])[0] for row in rows])
 
 
-def views(files: list[dict[str, Path]], sizes: dict[str, tuple[int, int]], row: int) -> dict[tuple[str, str], Tensor]:
+def views(
+    job: Job, files: list[dict[str, Path]], sizes: dict[str, contents.Size], row: int
+) -> dict[tuple[str, str], Tensor]:
     """(autoencoder, tensor) -> pixels of a row as the autoencoder sees them, (3, height, width).
 
     Args:
         files: tensor -> file, of every row. All files of a row are seen at one size.
     """
-    return {
-        (name, tensor): pixels
-        for tensor, file in files[row].items()
-        for name, pixels in zip(sizes, images.read_sizes(file, [*sizes.values()]), strict=True)
-    }
+    found = {}
+    for tensor, file in files[row].items():
+        for name, pixels in zip(sizes, _seen(job, tensor, file, [*sizes.values()]), strict=True):
+            found[name, tensor] = pixels
+    return found
 
 
-def sizes_of(job: Job, span: Span) -> dict[str, tuple[int, int]]:
-    """(height, width) in px of the pictures of a span, by autoencoder.
+def _seen(job: Job, tensor: str, file: Path, sizes: list[contents.Size]) -> list[Tensor]:
+    """Pixels of a file at several sizes; a reference of a video is a picture, of which the family makes a video."""
+    if tensor == "z" or not job.frames:
+        return contents.read(file, sizes)
+    stills = contents.read(file, [size[1:] for size in sizes])
+    return [
+        job.family.reference_video(still[None], size[0], first=(size[0] - 1) % TIME + 1)[0]
+        for still, size in zip(stills, sizes, strict=True)
+    ]
+
+
+def sizes_of(job: Job, span: Span) -> dict[str, contents.Size]:
+    """(height, width) in px of the pictures of a span, of videos (frames, height, width); by autoencoder.
 
     The base sees them in the first phase only, at the size of the alignment: no later stage reads its latents.
     """
-    sizes = {"target": (span.height, span.width)}
+    sizes: dict[str, contents.Size] = {"target": (span.height, span.width)}
     if job.is_aligned and span.table.partition("-")[0] == str(job.alignment.resolution):
         sizes["base"] = job.alignment.size(span.height, span.width)
+    if job.frames:
+        frames = {"target": job.frames, "base": job.family.base_frames(job.frames)}
+        sizes = {name: (frames[name], *size) for name, size in sizes.items()}
     return sizes
 
 
-def first_views(job: Job, spans: dict[int, list[Span]]) -> dict[str, tuple[int, int, list[int]]]:
+def first_views(job: Job, spans: dict[int, list[Span]]) -> dict[str, tuple[contents.Size, list[int]]]:
     """What each autoencoder is tried on: the first pictures, at the largest size that it sees."""
     shown = {"base": spans[job.alignment.resolution][0], "target": spans[max(spans)][0]}
     most = precision.PICTURES
-    return {name: (*sizes_of(job, span)[name], list(span.rows[:most])) for name, span in shown.items()}
+    return {name: (sizes_of(job, span)[name], list(span.rows[:most])) for name, span in shown.items()}
 
 
-def pixels_of(pictures: list[Picture], span: Span, row: int) -> Tensor:
-    """Pixels of a row, (3, height, width)."""
-    return images.read_pixels(pictures[row].file, span.height, span.width)
+def shape_of(job: Job, picture: Picture) -> tuple[int, int]:
+    """(width, height) in px of a picture or a video as it is shown."""
+    return videos.shape(picture.file)[:2] if job.frames else images.size_of(picture.file)
 
 
 def looked_at(spans: list[Span], count: int) -> list[tuple[Span, list[int]]]:
@@ -210,7 +229,7 @@ def normalise(job: Job, pictures: list[Picture], spans: list[Span]) -> None:
 
 def at_once(job: Job, span: Span) -> int:
     """Pictures of the span's size that are read and encoded together."""
-    return pixel_memory.together(job.recipe.latents.batch, span.height * span.width)
+    return pixel_memory.together(job.recipe.latents.batch, max(1, job.frames) * span.height * span.width)
 
 
 def powers(job: Job, pictures: list[Picture], codec: Codec, spans: list[Span], count: int) -> Tensor:
@@ -218,7 +237,7 @@ def powers(job: Job, pictures: list[Picture], codec: Codec, spans: list[Span], c
     square, samples, batch = torch.zeros(codec.channels, dtype=torch.float64), 0, at_once(job, spans[0])
     for span, rows in looked_at(spans, count):
         for start in range(0, len(rows), batch):
-            z = codec.encode(stacked(pictures, rows[start : start + batch], span))
+            z = codec.encode(stacked(job, pictures, rows[start : start + batch], span))
             z = z.double().movedim(1, 0).flatten(1)  # (C, samples)
             square, samples = square + z.square().sum(1), samples + z.shape[1]
     return square / samples
@@ -256,7 +275,8 @@ def readable(job: Job, pictures: list[Picture], count: int) -> list[Picture]:
     broken: list[str] = []
     left_out, seen, kept = Tally(), Tally(), []
     files = [[*job.files_of(picture).values()] for picture in pictures]
-    for picture, (size, found, problem) in zip(pictures, ahead(files, decoded, depth=READ_AHEAD), strict=True):
+    check = partial(decoded, job.frames)
+    for picture, (size, found, problem) in zip(pictures, ahead(files, check, depth=READ_AHEAD), strict=True):
         if problem:
             job.console.warn(problem)
             broken.append(problem)
@@ -275,19 +295,22 @@ def readable(job: Job, pictures: list[Picture], count: int) -> list[Picture]:
     return kept
 
 
-def decoded(files: list[Path]) -> tuple[tuple[int, int], list[str], str]:
+def decoded(frames: int, files: list[Path]) -> tuple[tuple[int, int], list[str], str]:
     """(width, height), what had to be done about a picture, and why it cannot be read; the last is mostly empty.
 
     Args:
+        frames: that a video must have; 0: it is a picture.
         files: the picture, and its references if there are any.
     """
     pulse.bump()
     try:
-        found = [decoding.decode(file) for file in files]
+        if frames:
+            contents.read(files[0], [(frames, *CHECKED)])
+        found = [decoding.decode(file) for file in files[bool(frames) :]]
+        shape = videos.shape(files[0])[:2] if frames else found[0][0].size
     except InputError as error:
         return (0, 0), [], error.message
-    image, notes = found[0]
-    return image.size, notes, ""
+    return shape, [] if frames else found[0][1], ""
 
 
 def roundtrip(job: Job, stage: Stage, pictures: list[Picture], codec: Codec, spans: list[Span]) -> float:
@@ -296,10 +319,11 @@ def roundtrip(job: Job, stage: Stage, pictures: list[Picture], codec: Codec, spa
     captions, square, count = [], 0.0, 0
     for span, rows in looked_at(spans, ROUNDTRIP):
         for row in rows:
-            pixels = stacked(pictures, [row], span)
+            pixels = stacked(job, pictures, [row], span)
             again = codec.decode(codec.encode(pixels))
-            columns["picture"].append(cell(to_image(pixels[0])))
-            columns["round trip"].append(cell(to_image(again[0])))
+            pixels = pixels[:, :, : again.shape[2]]  # of a video the last frames are not given back
+            columns["picture"].append(cell(to_image(shown(job.family, pixels[0]))))
+            columns["round trip"].append(cell(to_image(shown(job.family, again[0]))))
             captions.append(pictures[row].caption)
             square, count = square + (again - pixels).square().sum(dtype=torch.float64).item(), count + pixels.numel()
     with replacing(stage.folder / "roundtrip.png") as temporary:
@@ -364,7 +388,7 @@ def encode_pictures(job: Job, pictures: list[Picture], codecs: dict[str, Codec],
         encoded: dict[tuple[str, str], list[Tensor]] = {
             (name, tensor): [parts[name][tensor][:done]] if done else [] for name, tensor in kinds
         }
-        read = partial(views, files, sizes)
+        read = partial(views, job, files, sizes)
         reading = ahead(rows[done:], read, depth=2 * batch)  # threads decode while the device encodes
         while True:
             with clock.timed("read", min(batch, len(rows) - done)):

@@ -14,7 +14,7 @@ import torch
 
 from dcgen_convert.core.files import read_object, write_json
 from dcgen_convert.core.journal import Stage
-from dcgen_convert.data import images
+from dcgen_convert.data import contents
 from dcgen_convert.data.images import Picture
 from dcgen_convert.evaluation.metrics import psnr_of
 from dcgen_convert.networks import autoencoders, pipelines
@@ -58,11 +58,11 @@ def decided(job: Job, name: str) -> Precision:
     return Precision(**read_object(path)[name]) if path.exists() else Precision("fp32", None)
 
 
-def decide(job: Job, stage: Stage, pictures: list[Picture], views: dict[str, tuple[int, int, list[int]]]) -> None:
+def decide(job: Job, stage: Stage, pictures: list[Picture], views: dict[str, tuple[contents.Size, list[int]]]) -> None:
     """Write PRECISION, if it is not there.
 
     Args:
-        views: autoencoder -> height and width in px, and the rows of ``pictures`` to measure on.
+        views: autoencoder -> size in px, and the rows of ``pictures`` to measure on.
     """
     path = file_of(job)
     if not path.exists():
@@ -82,11 +82,11 @@ def has_bfloat16(device: str) -> bool:
     return device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def _measured(job: Job, name: str, pictures: list[Picture], height: int, width: int, rows: list[int]) -> Precision:
+def _measured(job: Job, name: str, pictures: list[Picture], size: contents.Size, rows: list[int]) -> Precision:
     if job.recipe.dtype != "bf16" or not has_bfloat16(pipelines.device()):
         return Precision("fp32", None)
     exact, rounded = load(job, name, torch.float32), load(job, name, torch.bfloat16)
-    seen = (images.read_pixels(pictures[row].file, height, width)[None] for row in rows[:PICTURES])
+    seen = (contents.read(pictures[row].file, [size])[0][None] for row in rows[:PICTURES])
     trips = ((exact.decode(exact.encode(pixels)), rounded.decode(rounded.encode(pixels))) for pixels in seen)
     psnr = min(psnr_of(trips, peak=2.0), HIGHEST_DB)
     return Precision("bf16" if psnr >= SAFE_DB else "fp32", round(psnr, 1))

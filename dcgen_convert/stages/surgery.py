@@ -21,9 +21,7 @@ from dcgen_convert.core.journal import Stage
 from dcgen_convert.networks import autoencoders
 from dcgen_convert.networks.models import TRANSFORMER
 from dcgen_convert.networks.pipelines import require_parts
-from dcgen_convert.stages.job import Job
-
-OF = {2: "pictures", 3: "videos"}  # by the axes of a latent
+from dcgen_convert.stages.job import OF, Job
 
 
 def run(job: Job, stage: Stage) -> None:

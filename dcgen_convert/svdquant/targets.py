@@ -38,5 +38,8 @@ def plan_targets(family: Family, config: dict[str, Any], dense: str | None) -> Q
             "keep them 16-bit with --set quantize.dense=REGEX (quantize: --dense REGEX), or --quantize none",
         )
     if not targets.svdq:
-        raise InputError(f"no linear of this {family.name} model can be quantised to 4 bits", "use --quantize none")
+        raise InputError(
+            f"no linear of this {family.name} model can be quantised to 4 bits{family.unquantised}",
+            "use --quantize none",
+        )
     return targets
