@@ -14,13 +14,14 @@ import yaml
 from dcgen_convert.bundle import lineage, measured
 from dcgen_convert.bundle.markdown import block, code, one_line, plain, table
 from dcgen_convert.checkpoint.licence import FIELDS
-from dcgen_convert.families.base import Family
+from dcgen_convert.families.base import TIME, Family
 from dcgen_convert.families.grid import tile_sizes
 from dcgen_convert.families.pixel_memory import TILED
 
 PICTURES = "pictures.png"  # in the bundle: the grid that the card shows
 AUTHORS = "https://github.com/dc-ai-projects/DC-Gen"
 LOADING = ("from diffusers.utils import load_image",)  # for the picture that an editing model is given
+EXPORTING = ("from diffusers.utils import export_to_video",)  # for what a model of videos draws
 PACKAGES = ("diffusers", "transformers", "torch", "dcgen-convert")  # whose versions the card names
 
 
@@ -49,6 +50,17 @@ class Card:
     def adapted(self) -> bool:
         """Whether the bundle has the in-bundle adapter."""
         return self.layout == "stock" and self.family.bundle_tier == 2
+
+    @property
+    def carries_code(self) -> bool:
+        """Whether the bundle holds the code of its autoencoder."""
+        return self.layout == "stock" and self.family.bundle_tier >= 2
+
+    @property
+    def frames(self) -> int | None:
+        """Frames of a video as the bundle draws it; None where it draws pictures."""
+        found: int | None = self.manifest["defaults"].get("frames")
+        return found
 
     @property
     def adopted(self) -> Mapping[str, Any]:
@@ -125,7 +137,7 @@ def _front_matter(card: Card) -> str:
             relation = "quantized" if card.format != "none" else "adapter" if card.lora else "finetune"
             header["base_model_relation"] = relation
     if "encoder_hidden_states" in family.text_keys:
-        header["pipeline_tag"] = "text-to-image"
+        header["pipeline_tag"] = "text-to-video" if card.frames else "text-to-image"
     tags = ["dcgen-convert", *(["dc-ae"] if card.converted else []), family.name]
     header |= {"library_name": "diffusers", "tags": [*tags, *(["svdquant"] if card.format != "none" else [])]}
     return f"---\n{_yaml(header | _results(card))}---"
@@ -161,7 +173,8 @@ def _summary(card: Card) -> str:
     elif card.converted:
         text = (
             f"{base} converted to the deep-compression autoencoder {code(lineage.last_name(str(ae['name'])))} "
-            f"(f{ae['factor']}, {ae['channels']} channels, one token per {ae['factor']} x {ae['factor']} px) "
+            f"(f{ae['factor']}, {ae['channels']} channels, one token per {ae['factor']} x {ae['factor']} px"
+            f"{f' of {TIME} frames' if card.frames else ''}) "
             "with the DC-Gen method (arXiv 2509.25180)."
         )
     else:
@@ -197,7 +210,13 @@ def _usage(card: Card) -> str:
             "`from_pretrained` the autoencoder too (`vae=`), loaded by `AutoModel.from_pretrained` from the folder "
             "`vae`."
         )
-    if card.converted and card.layout != "official":
+    elif card.carries_code:
+        text.append(
+            "The flag runs `vae/autoencoder_dc_video_v*.py` of this repository: the autoencoder, which diffusers does "
+            "not have. The pipeline, the transformer and the scheduler are stock. diffusers warns that it expected "
+            "another class: that is a remark only."
+        )
+    if card.converted and card.layout != "official" and not card.frames:
         tile, stride = tile_sizes(card.factor)
         text.append(
             f"Pictures above {TILED} px need less memory in tiles: "
@@ -230,8 +249,9 @@ def _versions(card: Card) -> str:
 def _lines(card: Card) -> list[str]:
     """The code that draws a picture with the bundle."""
     kind = f"DCGen_{card.family.pipeline_class}" if card.layout == "official" else "DiffusionPipeline"
-    place, trust = one_line(card.place), ", trust_remote_code=True" if card.adapted else ""
-    lines = ["import torch", f"from diffusers import {kind}", *(LOADING if card.family.fewest_references else ()), ""]
+    place, trust = one_line(card.place), ", trust_remote_code=True" if card.carries_code else ""
+    helpers = [*(EXPORTING if card.frames else ()), *(LOADING if card.family.fewest_references else ())]
+    lines = ["import torch", f"from diffusers import {kind}", *helpers, ""]
     if card.layout == "official":
         lines = [
             f"# The class is part of the DC-Gen authors' code: git clone {AUTHORS}",
@@ -247,7 +267,12 @@ def _lines(card: Card) -> list[str]:
     defaults = card.manifest["defaults"]
     if card.family.fewest_references:
         lines.append(f'picture = load_image("picture.png").resize(({defaults["width"]}, {defaults["height"]}))')
-    return [*lines, f"image = pipe({_arguments(defaults, card.family)}).images[0]"]
+    call = f"pipe({_arguments(defaults, card.family)})"
+    if card.frames:
+        from dcgen_convert.data.videos import FPS  # it needs an imaging library
+
+        return [*lines, f"video = {call}.frames[0]", f'export_to_video(video, "video.mp4", fps={FPS})']
+    return [*lines, f"image = {call}.images[0]"]
 
 
 def _quoted(text: str) -> str:
@@ -260,6 +285,7 @@ def _arguments(defaults: Mapping[str, Any], family: Family) -> str:
     prompt = "207" if "class_labels" in family.text_keys else "a red fox in the snow"
     prompt = "make it a red fox in the snow" if family.fewest_references else prompt
     call = family.pipeline_call(None, [prompt], **size, length=defaults["text_length"])
+    call |= family.frames_call(defaults.get("frames", 1))
     if "prompt" in call:
         call["prompt"] = prompt
     given = ["image=picture"] if family.fewest_references else []
@@ -280,8 +306,11 @@ def _limits(card: Card) -> str:
     phases = (card.trained.get("adapt") or {}).get("phases") or []
     sides = sorted({phase["resolution"] for phase in phases} or {defaults["height"]})
     buckets = (card.trained.get("data") or {}).get("buckets")
-    shapes = "pictures of several shapes with the area of these squares" if buckets else "squares"
+    what = f"videos of {defaults['frames']} frames" if card.frames else "pictures"
+    shapes = f"{what} of several shapes with the area of these squares" if buckets else "squares"
     trained = f"Trained at {', '.join(f'{side} x {side}' for side in sides)} px ({shapes})."
+    if card.frames and not buckets:
+        trained += f" The videos had {defaults['frames']} frames."
     for number, phase in enumerate(phases):
         if phase.get("data"):
             trained += f" Phase {number + 1} had pictures of its own (`adapt.phases.{number}.data` in the manifest)."
@@ -303,6 +332,11 @@ def _limits(card: Card) -> str:
         lines.insert(
             1, f"Trained with up to {card.references} pictures beside the text too: give them as `image=[...]`."
         )
+    if card.frames:
+        lines[2:3] = [
+            f"The number of frames is one more than a multiple of {TIME}: the stock pipeline takes the nearest one "
+            "below what it is asked for."
+        ]
     lines[1:1] = _untold(card)
     return "\n".join(f"- {line}" for line in lines)
 
@@ -336,12 +370,13 @@ def _untold(card: Card) -> list[str]:
     """What the stock pipeline does with sizes that it is not told, or does not like."""
     if card.layout == "official":
         return []
-    trained = int(card.manifest["defaults"]["height"])
+    trained, across = (int(card.manifest["defaults"][key]) for key in ("height", "width"))
     side = card.family.untold_side(card.factor // (2 if card.adapted else 1), trained)
+    width = card.family.default_width or side
     lines = []
-    if side != trained:
+    if (side, width) != (trained, across):
         lines.append(
-            f"Give height and width in each call, as above. Without them the stock pipeline draws {side} x {side} px, "
+            f"Give height and width in each call, as above. Without them the stock pipeline draws {side} x {width} px, "
             "whatever the model was trained at."
         )
     if own := card.family.reference_side:

@@ -22,9 +22,9 @@ FRAMES = 9  # of a video: three latent frames
 
 
 def probe(bundle: Path, trust_remote_code: bool = False) -> dict[str, Any]:
-    """{"runtime", "height", "width", "mean", "std"} of a small picture, and "untold": the side in px of a picture whose
-    size is not given; of a video "frames" too. Exceptions of loading and drawing pass through. trust_remote_code: as
-    `loading.load` takes it.
+    """{"runtime", "height", "width", "mean", "std"} of a small picture, of a video "frames" too; and "untold": the side in
+    px of a picture whose size is not given, with "untold_width" where that is no square. Exceptions of loading and
+    drawing pass through. trust_remote_code: as `loading.load` takes it.
 
     Raises:
         CheckFailed: a video has another number of frames than was asked for.
@@ -56,6 +56,7 @@ def probe(bundle: Path, trust_remote_code: bool = False) -> dict[str, Any]:
         "mean": picture.mean().item(),
         "std": picture.std(correction=0).item(),
         "untold": only_side(*kind) or untold_side(pipeline, family, defaults["height"]),
+        **({"untold_width": family.default_width} if family.default_width else {}),
     }
 
 

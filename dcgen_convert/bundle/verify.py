@@ -78,11 +78,13 @@ def verify(
         if "error" in picture:
             found.append(f"a fresh process could not draw a picture: {picture['error']}")
         else:
+            frames = f", {picture['frames']} frames" if "frames" in picture else ""
             console.say(
-                f"verify picture: ok ({picture['height']} x {picture['width']} px, {picture['runtime']} runtime)"
+                f"verify picture: ok ({picture['height']} x {picture['width']} px{frames}, {picture['runtime']} runtime)"
             )
             if manifest["layout"] != "source":  # else the pipeline is the source's own
-                _tell_untold(picture["untold"], manifest["defaults"]["height"], console)
+                untold = picture["untold"], picture.get("untold_width", picture["untold"])
+                _tell_untold(untold, (manifest["defaults"]["height"], manifest["defaults"]["width"]), console)
     if found:
         raise CheckFailed(f"{bundle} failed its checks: {checks.listed(found)}", "copy or convert the bundle again")
     identical = sum(record["origin"] == "identical" for record in manifest["tensors"].values())
@@ -97,12 +99,12 @@ def verify(
     }
 
 
-def _tell_untold(side: int, made_for: int, console: Console) -> None:
-    """Say what a call without a size draws, where the bundle is not made for that."""
-    if side != made_for:
+def _tell_untold(untold: tuple[int, int], made_for: tuple[int, int], console: Console) -> None:
+    """Say what a call without a size draws, (height, width) in px, where the bundle is not made for that."""
+    if untold != made_for:
         console.say(
-            f"verify: without height and width the pipeline draws {side} x {side} px, and this bundle is made for "
-            f"{made_for} x {made_for} px: give both in each call"
+            f"verify: without height and width the pipeline draws {untold[0]} x {untold[1]} px, and this bundle is made "
+            f"for {made_for[0]} x {made_for[1]} px: give both in each call"
         )
 
 

@@ -114,6 +114,7 @@ class Family:
     # side. Both None: what the network's config says (sample_size), and that is the trained size in a bundle.
     default_cells: ClassVar[int | None] = None
     default_px: ClassVar[int | None] = None
+    default_width: ClassVar[int | None] = None  # px, where `default_px` is the height alone
     shape: ClassVar[tuple[int, int]] = (1, 1)  # height to width of what is usually drawn, where shapes are free
     few_steps: ClassVar[bool] = False  # whether every model of the family was distilled to a few steps
     fixed_shift: ClassVar[bool] = False  # whether the network's time input depends on the shift of the stock scheduler

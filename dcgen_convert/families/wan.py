@@ -35,6 +35,7 @@ class Wan(Family):
     recipe = "wan-1.3b-480p"
     default_frames = 80
     default_px = 480
+    default_width = 832
     shape = (9, 16)
     default_steps = 50
     default_guidance = 5.0

@@ -193,8 +193,8 @@ def _prepared(sizes: Shapes) -> Iterator[Work]:
 
 
 def _pixels(recipe: Recipe, sizes: Shapes, number: int) -> float:
-    """Pixels of one picture of set ``number``, or of all frames of a video: as it is drawn, or as large as it must be at
-    least.
+    """Pixels of one picture of set ``number``, or of a video in all its frames: as it is drawn, or as large as it must
+    be at least.
     """
     data = recipe.data_of(number)
     side = data.resolution if data.kind == "synthetic" else max(recipe.sides(number))

@@ -31,9 +31,8 @@ def render(doc: dict) -> str:
     ]
     for row in doc["tokens"]:
         frames = f" and {row['frames']} frames ({row['latent_frames']} latent frames)" if "frames" in row else ""
-        lines.append(
-            f"tokens at {row['resolution']} px{frames}: {row['before']:,} -> {row['after']:,} ({row['ratio']:g} x fewer)"
-        )
+        counts = f"{row['before']:,} -> {row['after']:,} ({row['ratio']:g} x fewer)"
+        lines.append(f"tokens at {row['resolution']} px{frames}: {counts}")
         lines += _buckets(row.get("buckets", []))
     lines.append(doc["alignment"]["told"])
     speed, paper = doc["speedup"], doc["speedup_paper"]
