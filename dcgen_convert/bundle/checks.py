@@ -129,6 +129,22 @@ def is_pipeline(library: str) -> bool:
     return hasattr(diffusers.pipelines, library)
 
 
+def check_latents(bundle: Path) -> list[str]:
+    """What pipelines read of the latents of a video autoencoder in its config is what the class makes of the rest."""
+    from dcgen_convert.bundle.layout import video_config
+
+    config = read_json(bundle / "vae" / "config.json")
+    if config.get("_class_name") != trust.VIDEO_CLASS:
+        return []
+    derived = ("latents_mean", "latents_std", "z_dim", "scale_factor_temporal", "scale_factor_spatial")
+    wanted = video_config(config)
+    return [
+        f"vae/config.json says {key} {config.get(key)}, its other values give {wanted[key]}"
+        for key in derived
+        if config.get(key) != wanted[key]
+    ]
+
+
 def check_tensors(bundle: Path, index: Mapping[str, Any], console: Console) -> list[str]:
     """Names, dtypes and shapes of the transformer and the autoencoder against their classes; no NaN, no infinity.
 

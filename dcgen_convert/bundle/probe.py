@@ -22,8 +22,8 @@ FRAMES = 9  # of a video: three latent frames
 
 
 def probe(bundle: Path, trust_remote_code: bool = False) -> dict[str, Any]:
-    """{"runtime", "height", "width", "mean", "std"} of a small picture, of a video "frames" too; and "untold": the side in
-    px of a picture whose size is not given, with "untold_width" where that is no square. Exceptions of loading and
+    """{"runtime", "height", "width", "mean", "std"} of a small picture, of a video "frames" too; and "untold": the side
+    in px of a picture whose size is not given, with "untold_width" where that is no square. Exceptions of loading and
     drawing pass through. trust_remote_code: as `loading.load` takes it.
 
     Raises:

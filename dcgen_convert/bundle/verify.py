@@ -14,6 +14,7 @@ from dcgen_convert import families
 from dcgen_convert.bundle import checks, signature
 from dcgen_convert.bundle import manifest as manifests
 from dcgen_convert.bundle.layout import read_index
+from dcgen_convert.bundle.loading import family_of
 from dcgen_convert.checkpoint.source import resolve_folder
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import CheckFailed
@@ -60,6 +61,7 @@ def verify(
         "structure": lambda: checks.check_structure(bundle, index),
         "tensors": lambda: checks.check_tensors(bundle, index, console),
         "table": lambda: checks.check_table(bundle, manifest),
+        **({"latents": lambda: checks.check_latents(bundle)} if family_of(bundle).axes == 3 else {}),
         "parts": lambda: checks.check_parts(bundle, index),
     }
     if against is not None:
@@ -79,9 +81,8 @@ def verify(
             found.append(f"a fresh process could not draw a picture: {picture['error']}")
         else:
             frames = f", {picture['frames']} frames" if "frames" in picture else ""
-            console.say(
-                f"verify picture: ok ({picture['height']} x {picture['width']} px{frames}, {picture['runtime']} runtime)"
-            )
+            size = f"{picture['height']} x {picture['width']} px{frames}"
+            console.say(f"verify picture: ok ({size}, {picture['runtime']} runtime)")
             if manifest["layout"] != "source":  # else the pipeline is the source's own
                 untold = picture["untold"], picture.get("untold_width", picture["untold"])
                 _tell_untold(untold, (manifest["defaults"]["height"], manifest["defaults"]["width"]), console)
@@ -102,9 +103,10 @@ def verify(
 def _tell_untold(untold: tuple[int, int], made_for: tuple[int, int], console: Console) -> None:
     """Say what a call without a size draws, (height, width) in px, where the bundle is not made for that."""
     if untold != made_for:
+        drawn, wanted = (f"{height} x {width} px" for height, width in (untold, made_for))
         console.say(
-            f"verify: without height and width the pipeline draws {untold[0]} x {untold[1]} px, and this bundle is made "
-            f"for {made_for[0]} x {made_for[1]} px: give both in each call"
+            f"verify: without height and width the pipeline draws {drawn}, and this bundle is made for {wanted}: give "
+            "both in each call"
         )
 
 

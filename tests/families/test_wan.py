@@ -11,13 +11,14 @@ import torch.nn.functional as F
 
 from dcgen_convert import families
 from dcgen_convert.checkpoint.open import load_source
-from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.errors import InputError, RecipeError
 from dcgen_convert.data.cache import LatentCache, write_captions, write_index, write_shard
 from dcgen_convert.judging import painter
 from dcgen_convert.networks import autoencoders
 from dcgen_convert.planning.structures import structure
 from dcgen_convert.recipe.loading import load
 from dcgen_convert.recipe.schema import Adapt
+from dcgen_convert.recipe.videos import frames_of
 from dcgen_convert.stages import gap, grid
 from dcgen_convert.stages.align_embedder import Problem
 from dcgen_convert.svdquant.targets import plan_targets
@@ -220,11 +221,32 @@ def test_lora_leaves_the_cross_attention_alone(source):
     assert len(adapted) == 6 * source.config["num_layers"]
 
 
-def test_verbs_that_take_pictures_alone_refuse(source, tmp_path):
-    with pytest.raises(InputError, match="is a wan model, which draws videos: no verb but inspect") as caught:
-        load("image", flags={"source": str(source.root), "ae": "tiny-dc-ae-f32", "resolution": 64})
-    assert "give a model that draws pictures" in caught.value.hint
-    with pytest.raises(InputError, match="which draws videos"):
+def test_what_takes_pictures_alone_refuses(source, tmp_path):
+    with pytest.raises(InputError, match="is a wan model, which draws videos") as caught:
         painter.opened("wan", str(source.root), None, tmp_path)
-    with pytest.raises(InputError, match="no linear of this wan model can be quantised to 4 bits"):
+    assert "give a model that draws pictures" in caught.value.hint
+    with pytest.raises(InputError, match="no linear of this wan model can be quantised to 4 bits: `nunchaku_lite`"):
         plan_targets(WAN, source.config, None)
+
+
+def test_the_recipe_of_videos(source, tmp_path):
+    given = {"source": str(source.root), "ae": "dc-ae-v-f32t4c32", "data.path": str(tmp_path)}
+
+    def loaded(**changes):
+        return load("wan-1.3b-480p", flags={**given, **changes}).recipe
+
+    assert frames_of(loaded(), WAN) == 80 and WAN.base_frames(80) == 77
+    assert frames_of(loaded(**{"data.frames": 8}), WAN) == 8
+    with pytest.raises(RecipeError, match="data.frames is 81, and 4 frames make one latent frame") as caught:
+        loaded(**{"data.frames": 81})
+    assert caught.value.hint == "--set data.frames=80 or 84"
+    with pytest.raises(RecipeError, match="data.frames is 2,") as caught:
+        loaded(**{"data.frames": 2})
+    assert caught.value.hint == "--set data.frames=4"
+    with pytest.raises(RecipeError, match="tiny-dc-ae-f32 is for pictures, and .* draws videos"):
+        loaded(ae="tiny-dc-ae-f32")
+    with pytest.raises(RecipeError, match="latents.normalise is set, which rewrites an autoencoder for pictures"):
+        loaded(**{"latents.normalise": "channel"})
+    with pytest.raises(RecipeError, match="data.frames is 8, and tiny-flux draws pictures"):
+        load("tiny-flux", flags={"data.frames": 8})
+    assert frames_of(load("tiny-flux").recipe, families.get("flux")) == 0

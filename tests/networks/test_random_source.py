@@ -21,7 +21,7 @@ from dcgen_convert.families.grid import autoencoder_grid
 from dcgen_convert.networks import autoencoders, pipelines, random_source, random_weights, synthetic_tokenizers
 
 SOURCES = [name for name, entry in catalog.SOURCES.items() if entry.repo]
-ALIASES = [alias for alias, entry in catalog.AUTOENCODERS.items() if entry.repo and not entry.given]
+ALIASES = [alias for alias, entry in catalog.AUTOENCODERS.items() if entry.repo or entry.given]
 WIDTH = 32  # of every text encoder
 CUT = {  # class -> what makes it small
     "FluxTransformer2DModel": dict(
@@ -76,6 +76,11 @@ CUT = {  # class -> what makes it small
         video_token_id=691,
         vision_start_token_id=687,
     ),
+    "WanTransformer3DModel": dict(
+        num_layers=1, attention_head_dim=24, num_attention_heads=2, text_dim=WIDTH, ffn_dim=32
+    ),
+    "AutoencoderKLWan": dict(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+    "UMT5EncoderModel": dict(d_model=WIDTH, d_kv=16, d_ff=32, num_layers=2, num_heads=2, vocab_size=728),
     "AutoencoderKL": dict(block_out_channels=[32] * 4, layers_per_block=1),
     "AutoencoderDC": dict(
         encoder_block_out_channels=[16, 32, 32, 32, 64, 64],
@@ -122,7 +127,7 @@ def test_the_deep_autoencoders_have_the_published_sizes(alias):
     assert part.config.get("scaling_factor") == entry.scaling_factor
 
 
-DRAWN = ["flux-krea", "sana-1.6b", "sana-sprint-1.6b", "sd-1.5", "dit-xl-256", "qwen-image-edit-2511"]
+DRAWN = ["flux-krea", "sana-1.6b", "sana-sprint-1.6b", "sd-1.5", "dit-xl-256", "qwen-image-edit-2511", "wan-1.3b"]
 
 
 @pytest.mark.parametrize("name", DRAWN)
@@ -135,8 +140,8 @@ def test_a_small_one_loads_and_draws_as_the_stock_pipeline_does(name, tmp_path):
     prompt = "7" if name.startswith("dit") else "a photograph of a red fox in the snow"
     settings = dict(side=64, steps=2, guidance=3.0, length=64)
     given = [[torch.zeros(3, 32, 48)]] if source.family.references else ()
-    picture = pipelines.draw(source.family, pipeline, [prompt], [3], **settings, references=given)
-    assert picture.shape == (1, 3, 64, 64)
+    picture = pipelines.draw(source.family, pipeline, [prompt], [3], **settings, references=given, frames=5)
+    assert picture.shape == (1, 3, *(5,) * (source.family.axes == 3), 64, 64)
     assert torch.isfinite(picture).all() and picture.std() > 0.01
 
 

@@ -150,7 +150,7 @@ def test_trained_parameters_are_those_of_peft(name):
     assert found.linears == sum("lora_A" in key and key.endswith("default") for key, _ in model.named_modules())
 
 
-@pytest.mark.parametrize("name", ["flux-dev", "dit-xl-256"])
+@pytest.mark.parametrize("name", ["flux-dev", "dit-xl-256", "wan-1.3b"])
 def test_flops_are_those_that_torch_counts(name):
     """Against torch's own counter on a small real model; sizes that no constant could hide in."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -167,17 +167,18 @@ def test_flops_are_those_that_torch_counts(name):
     family = families.recognise(config)
     model = getattr(diffusers, config["_class_name"]).from_config(config).eval()
     side, text = 32, 7
-    z = torch.randn(1, 16 if name == "flux-dev" else 4, side, side)
+    z = torch.randn(1, 4 if name == "dit-xl-256" else 16, *(() if name != "wan-1.3b" else (3,)), side, side)
     if name == "flux-dev":
         condition = {"encoder_hidden_states": torch.randn(1, text, 40), "pooled_projections": torch.randn(1, 768)}
+    elif name == "wan-1.3b":
+        condition = {"encoder_hidden_states": torch.randn(1, text, 4096)}
     else:
         condition, text = {"class_labels": torch.tensor([1])}, 0
     # the counter does not know the fused CPU attention: let it see the two matrix products
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         family.predict(model, z, torch.tensor([0.5]), condition, torch.tensor([3.5]))
-    assert forward_flops(structure(config), (side // 2) ** 2, text) == pytest.approx(
-        counter.get_total_flops(), rel=1e-3
-    )
+    tokens = (side // 2) ** 2 * (3 if name == "wan-1.3b" else 1)
+    assert forward_flops(structure(config), tokens, text) == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
 def test_training_flops_count_what_runs():

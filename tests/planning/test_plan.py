@@ -13,7 +13,9 @@ from dcgen_convert import families
 from dcgen_convert.core.errors import InputError, RecipeError
 from dcgen_convert.data import given
 from dcgen_convert.data.sieve import Sieve, square
+from dcgen_convert.families import catalog, deep_autoencoders
 from dcgen_convert.families.grid import Grid
+from dcgen_convert.networks.autoencoder_dc_video import AutoencoderDCVideo
 from dcgen_convert.planning import bill, plan
 from dcgen_convert.planning.shapes import shapes_of
 from dcgen_convert.ranks import machine
@@ -39,7 +41,7 @@ def row(doc: dict, stage: str) -> dict:
 
 @pytest.mark.parametrize("name", shelf.names())
 def test_every_shipped_recipe_passes_offline(name):
-    sets = OWN if name.endswith(("-2k", "-4k")) else ()
+    sets = OWN if name.endswith(("-2k", "-4k", "-480p", "-704p")) else ()
     doc = document(name, sets=sets)
     assert doc["status"] == "feasible"
     assert doc["tokens"][-1]["ratio"] >= 4
@@ -252,19 +254,22 @@ def test_the_table_of_the_time_has_straight_columns():
 
 
 def test_the_flops_of_an_autoencoder_are_those_that_torch_counts():
-    """Of AutoencoderKL as FLUX has it, and of DC-AE f32 and f64: within 20 % of the two constants."""
+    """Of AutoencoderKL as FLUX has it, of DC-AE f32 and f64, and per frame of Wan's: within 20 % of the two constants;
+    of DC-AE-V, within 10 % of its own.
+    """
     import diffusers
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    def counted(model, side):
+    def counted(model, side, *frames):
+        pixels = math.prod((*frames, side, side))
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            encoded = model.encode(torch.empty(1, 3, side, side))
+            encoded = model.encode(torch.empty(1, 3, *frames, side, side))
         encode = counter.get_total_flops()
-        latent = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mean
+        latent = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
         with FlopCounterMode(display=False) as counter:
             model.decode(latent)
-        return encode / side**2, counter.get_total_flops() / side**2
+        return encode / pixels, counter.get_total_flops() / pixels
 
     def deep(channels, widths):
         types = ("ResBlock",) * 3 + ("EfficientViTBlock",) * (len(widths) - 3)
@@ -284,8 +289,34 @@ def test_the_flops_of_an_autoencoder_are_those_that_torch_counts():
             deep(32, (128, 256, 512, 512, 1024, 1024)),
             deep(128, (128, 256, 512, 512, 1024, 1024, 2048)),
         ]  # fmt: skip
+        wan = diffusers.AutoencoderKLWan()
+        config = deep_autoencoders.config_of(catalog.AUTOENCODERS["dc-ae-v-f32t4c32"])
+        video = AutoencoderDCVideo.from_config(config)
     for model in models:
         assert counted(model, 256) == pytest.approx((bill.ENCODE, bill.DECODE), rel=0.20)
+    assert counted(wan.eval(), 64, 9) == pytest.approx((bill.ENCODE, bill.DECODE), rel=0.20)
+    assert counted(video, 128, 40) == pytest.approx((bill.ENCODE_VIDEO, bill.DECODE_VIDEO), rel=0.10)
+
+
+def test_videos_are_counted_in_all_their_frames():
+    """Wan 14B in 10 H100-days, as its authors say: within a factor of 2; 20 latent frames of 80 frames."""
+    doc = document("wan-14b", sets=OWN, gpus=8)
+    first, last = doc["tokens"]
+    assert (first["frames"], first["latent_frames"], first["before"], first["after"]) == (80, 20, 32_000, 8_000)
+    shapes = [{(each["height"], each["width"]): each["after"] for each in row["buckets"]} for row in (first, last)]
+    assert (shapes[0][480, 832], shapes[1][704, 1280]) == (7_800, 17_600)
+    assert 0.5 < doc["time"]["gpu_hours"] / 240 < 2
+    text = plan.render(doc)
+    assert "tokens at 640 px and 80 frames (20 latent frames): 32,000 -> 8,000" in text
+    half = document("wan-14b", sets=[*OWN, "data.frames=40"], gpus=8)
+    linear = [row(each, "latents")["work"] for each in (half, doc)]
+    encode = [next(part["wall_hours"] for part in works if part["what"] == "encode") for works in linear]
+    assert encode[1] == pytest.approx(2 * encode[0])
+    assert (
+        half["tokens"][0]["after"] == 4_000 and half["disk"]["bytes"]["latents"] * 2 == doc["disk"]["bytes"]["latents"]
+    )
+    infeasible = document("wan-14b", sets=[*OWN, "quantize.format=nvfp4"], gpus=8)
+    assert "no linear of this wan model can be quantised to 4 bits: `nunchaku_lite`" in infeasible["problems"][0]
 
 
 def test_a_plan_says_no_where_the_disk_is_too_small():

@@ -13,6 +13,7 @@ from dcgen_convert.core.errors import ResourceError, explain, is_out_of_memory
 from dcgen_convert.evaluation.metrics import psnr
 from dcgen_convert.families import catalog, components, deep_autoencoders, pixel_memory
 from dcgen_convert.networks import at_once, autoencoders, pipelines, tiles
+from dcgen_convert.networks.autoencoder_dc_video import AutoencoderDCVideo
 from dcgen_convert.stages import memory, tasks
 from dcgen_convert.tiny import world
 
@@ -27,9 +28,9 @@ def published(name):
     return deep_autoencoders.config_of(catalog.AUTOENCODERS[name])
 
 
-def counted(model, side):
+def counted(model, side, *frames):
     """Bytes per px of (encode, decode) at their peak: every tensor that lives, on the meta device."""
-    pixels = torch.empty(1, 3, side, side, dtype=model.dtype, device="meta")
+    pixels = torch.empty(1, 3, *frames, side, side, dtype=model.dtype, device="meta")
     with torch.no_grad():
         with Census("meta") as census:
             encoded = model.encode(pixels)
@@ -55,6 +56,18 @@ def test_bytes_per_pixel_are_those_of_the_published_sizes(name, dtype):
     model = on_meta(config, pipelines.DTYPES[dtype])
     for found, stated in zip(counted(model, side), pixel_memory.bytes_per_pixel(config)[dtype], strict=True):
         assert 0.9 * stated <= found <= 1.02 * stated
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_bytes_per_pixel_of_a_video_autoencoder(dtype):
+    """Of DC-AE-V with 80 frames, and within a fifth with 40: chunks are worked on one after the other."""
+    config = deep_autoencoders.config_of(catalog.AUTOENCODERS["dc-ae-v-f32t4c32"])
+    with torch.device("meta"):
+        model = AutoencoderDCVideo.from_config(config).to(pipelines.DTYPES[dtype]).eval()
+    stated = pixel_memory.bytes_per_pixel(config)[dtype]
+    for frames, least in ((80, 0.98), (40, 0.8)):
+        for found, most in zip(counted(model, 64, frames), stated, strict=True):
+            assert least * most <= found <= 1.02 * most
 
 
 def test_a_picture_in_tiles_needs_one_tile_and_its_results():
