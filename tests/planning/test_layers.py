@@ -29,7 +29,7 @@ def agree(config: dict) -> torch.nn.Module:
         model = getattr(diffusers, config["_class_name"]).from_config(config)
     found = structure(config)
     assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
-    kinds = (torch.nn.Linear, torch.nn.Conv2d)
+    kinds = (torch.nn.Linear, torch.nn.Conv2d | torch.nn.Conv3d)
     real = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     assert set(real) == {layer.name for layer in found.layers}
     for layer in found.layers:
@@ -37,7 +37,7 @@ def agree(config: dict) -> torch.nn.Module:
         assert layer.weights == module.weight.numel(), layer.name
         assert layer.bias == (0 if module.bias is None else module.bias.numel()), layer.name
         assert layer.outputs == module.weight.shape[0], layer.name
-        assert layer.convolution == isinstance(module, torch.nn.Conv2d), layer.name
+        assert layer.convolution == isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d), layer.name
     return model
 
 
