@@ -71,8 +71,8 @@ def measured(config: dict[str, Any], family: Family) -> Structure:
     if all(layer.token_fraction == 1 for layer in layers):
         kinds = [getattr(module, "is_cross_attention", None) for module in model.modules()]
         if any(kinds):  # the others are over the image alone
-            alone, cross = kinds.count(False), kinds.count(True)
-            return Structure(layers, total - held, blocks, width, text, alone=alone, cross=cross)
+            counts = {"alone": kinds.count(False), "cross": kinds.count(True)}
+            return Structure(layers, total - held, blocks, width, text, **counts)
         return Structure(layers, total - held, blocks, width, text, quadratic=blocks)
     # Several grids: attn1 is over the image's cells alone, attn2 from them to the text.
     queries = [layer for layer in layers if layer.name.endswith(("attn1.to_q", "attn2.to_q"))]
