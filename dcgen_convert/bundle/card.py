@@ -334,8 +334,8 @@ def _limits(card: Card) -> str:
         )
     if card.frames:
         lines[2:3] = [
-            f"The number of frames is one more than a multiple of {TIME}: the stock pipeline takes the nearest one "
-            "below what it is asked for."
+            f"The number of frames is one more than a multiple of {TIME}. The stock pipeline changes another number to "
+            "such a one, and says so."
         ]
     lines[1:1] = _untold(card)
     return "\n".join(f"- {line}" for line in lines)

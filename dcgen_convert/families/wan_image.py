@@ -47,6 +47,9 @@ class WanImage(Wan):
         plain = super().convert_config(config, factor, channels, side)
         return {**plain, "in_channels": 2 * channels + MASK}
 
+    def vae_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        return {"first_alone": True}  # as `reference_video` repeats the reference
+
     def inputs(self, z: Tensor, text: Text) -> Tensor:
         import torch
 

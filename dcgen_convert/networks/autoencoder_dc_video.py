@@ -9,7 +9,8 @@ by chunk, and one frame per convolution is kept between two chunks.
 
 A stock WanPipeline asks for (n - 1) // 4 + 1 latent frames of n frames, and Wan's VAE gives 4 T - 3 frames of T.
 Therefore `encode` repeats the last frame until the frames are a multiple of 4, and `decode` leaves the last 3 out. A
-picture is a video of one frame.
+picture is a video of one frame. A pipeline that draws from a picture encodes the picture and grey frames after it: with
+`first_alone` the first frame is repeated instead, so that the first latent frame is of the picture alone.
 
 Legend: B batch, C channels, T frames, H W px or cells, K frames per chunk, c latent channels, f spatial compression.
 
@@ -35,7 +36,7 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-MODULE_NAME = "autoencoder_dc_video_v1"
+MODULE_NAME = "autoencoder_dc_video_v2"
 CLASS_NAME = "AutoencoderDCVideo"
 TIME = 4  # frames of a video per latent frame
 
@@ -222,6 +223,7 @@ class AutoencoderDCVideo(ModelMixin, ConfigMixin):
         causal_time: whether the decoder's convolution that makes four frames of one sees the chunk before. It does not
             in the authors' f64.
         scaling_factor: model latent = scaling_factor * latent; there is no shift.
+        first_alone: whether `encode` repeats the first frame, and not the last, where frames are missing.
         z_dim, latents_mean, latents_std, scale_factor_temporal, scale_factor_spatial, spatial_compression_ratio:
             derived, whatever is passed. Pipelines read them.
         auto_map: derived, whatever is passed. `AutoModel` finds this class through it.
@@ -242,6 +244,7 @@ class AutoencoderDCVideo(ModelMixin, ConfigMixin):
         chunk_frames: int = 40,
         causal_time: bool = True,
         scaling_factor: float = 1.0,
+        first_alone: bool = False,
         z_dim: int | None = None,
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
@@ -282,7 +285,10 @@ class AutoencoderDCVideo(ModelMixin, ConfigMixin):
                 f"sides that are multiples of {factor} px"
             )
         missing = -x.shape[2] % TIME
-        x = torch.cat([x, x[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
+        if self.config.first_alone:
+            x = torch.cat([x[:, :, :1].expand(-1, -1, missing, -1, -1), x], dim=2)
+        else:
+            x = torch.cat([x, x[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
         latents = IdentityDistribution(torch.cat([*self._chunks(self.encoder, x, self.config.chunk_frames)], dim=2))
         return AutoencoderKLOutput(latent_dist=latents) if return_dict else (latents,)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import hashes
-from dcgen_convert.data import drawn_edits, edit_prompts, images, prompts
+from dcgen_convert.data import drawn_edits, edit_prompts, images, prompts, videos
 from dcgen_convert.data.drawn import holds_edits
 from dcgen_convert.data.images import Picture
 from dcgen_convert.recipe.drawable import draws_edits
@@ -50,9 +50,19 @@ def of_prompts(job: Job, count: int, seed: int, folder: Path) -> list[tuple[Path
     if not tried(job):
         return []
     if by_given(job):
-        return [picture.references for picture in shown(job, count)]
+        return _firsts(shown(job, count), folder) if job.frames else [one.references for one in shown(job, count)]
     own = data.prompts == drawn_edits.WORD
     files = drawn_edits.draw(folder, count, seed, data.resolution) if own else islice(cycle(sources(job)), count)
+    return [(file,) for file in files]
+
+
+def _firsts(pictures: list[Picture], folder: Path) -> list[tuple[Path, ...]]:
+    """The first frames of videos, written as pictures into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{place}.png" for place in range(len(pictures))]
+    for picture, file in zip(pictures, files, strict=True):
+        width, height, _ = videos.shape(picture.file, most=1)
+        images.write(videos.read(picture.file, 1, height, width)[:, 0], file)
     return [(file,) for file in files]
 
 
@@ -89,8 +99,8 @@ def shown(job: Job, count: int) -> list[Picture]:
 def require(job: Job, pictures: list[Picture]) -> None:
     """InputError for a picture of the user's own that was made from more pictures, or fewer, than the model reads."""
     fewest, most = job.family.fewest_references, job.family.references
-    bare = [picture for picture in pictures if len(picture.references) < fewest]
-    full = [picture for picture in pictures if most and len(picture.references) > most]
+    bare = [picture for picture in pictures if len(job.references_of(picture)) < fewest]
+    full = [picture for picture in pictures if most and len(job.references_of(picture)) > most]
     if bare:
         raise InputError(
             f"{len(bare)} of {len(pictures)} pictures do not say what they were made from, first {bare[0].file}",

@@ -295,8 +295,13 @@ class Job:
         return [replace(one, references_sha256=own) for one, own in zip(found, every_hash, strict=True)]
 
     def references_of(self, picture: Picture) -> tuple[Path, ...]:
-        """The references that come with a picture; none for a model that reads none."""
-        return picture.references if self.family.references else ()
+        """The references that come with a picture; none for a model that reads none.
+
+        Of a video it is the video itself: the model is given its first frame.
+        """
+        if not self.family.references:
+            return ()
+        return (picture.file,) if self.frames else picture.references
 
     def files_of(self, picture: Picture) -> dict[str, Path]:
         """The files behind the tensors of a row: "z", the picture, and the references of an editing model."""

@@ -167,12 +167,12 @@ def views(
 
 
 def _seen(job: Job, tensor: str, file: Path, sizes: list[contents.Size]) -> list[Tensor]:
-    """Pixels of a file at several sizes; a reference of a video is a picture, of which the family makes a video."""
+    """Pixels of a file at several sizes; of a reference the video that the family makes of its first frame."""
     if tensor == "z" or not job.frames:
         return contents.read(file, sizes)
-    stills = contents.read(file, [size[1:] for size in sizes])
+    stills = contents.read(file, [(1, *size[1:]) for size in sizes])
     return [
-        job.family.reference_video(still[None], size[0], first=(size[0] - 1) % TIME + 1)[0]
+        job.family.reference_video(still[None, :, 0], size[0], first=(size[0] - 1) % TIME + 1)[0]
         for still, size in zip(stills, sizes, strict=True)
     ]
 
@@ -306,11 +306,12 @@ def decoded(frames: int, files: list[Path]) -> tuple[tuple[int, int], list[str],
     try:
         if frames:
             contents.read(files[0], [(frames, *CHECKED)])
-        found = [decoding.decode(file) for file in files[bool(frames) :]]
-        shape = videos.shape(files[0])[:2] if frames else found[0][0].size
+            return videos.shape(files[0])[:2], [], ""
+        found = [decoding.decode(file) for file in files]
     except InputError as error:
         return (0, 0), [], error.message
-    return shape, [] if frames else found[0][1], ""
+    image, notes = found[0]
+    return image.size, notes, ""
 
 
 def roundtrip(job: Job, stage: Stage, pictures: list[Picture], codec: Codec, spans: list[Span]) -> float:

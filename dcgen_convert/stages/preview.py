@@ -32,7 +32,7 @@ def converted_pipeline(job: Job, transformer: Network) -> Any:
                 **options,
             )
         elif job.family.axes == 3:
-            vae = AutoencoderDCVideo.from_pretrained(job.target, dtype=job.dtype, **options)
+            vae = AutoencoderDCVideo.from_pretrained(job.target, dtype=job.dtype, **keys, **options)
         else:
             vae = AutoencoderDC.from_pretrained(job.target, dtype=job.dtype, **options)
             vae.register_to_config(**keys)

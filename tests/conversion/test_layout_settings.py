@@ -61,6 +61,7 @@ AGAIN = {
     "data.sources": ["data"],
     "data.prompts": ["data", "quantize"],
     "data.buckets": ["latents"],
+    "data.frames": ["data", "latents"],
     "latents.text_length": ["data", "latents", "quantize"],
     "latents.scale_override": ["latents", "bundle"],
     "adapt.phases.*.resolution": ["surgery", "latents", "adapt"],

@@ -14,6 +14,7 @@ from dcgen_convert.core.pixels import to_image
 from dcgen_convert.families import wan_image
 from dcgen_convert.families.base import REFERENCE
 from dcgen_convert.networks import autoencoders, pipelines
+from dcgen_convert.networks.autoencoder_dc_video import AutoencoderDCVideo
 from dcgen_convert.recipe.schema import Adapt
 from dcgen_convert.stages.align_embedder import Problem
 from dcgen_convert.train.meter import meter_of
@@ -75,6 +76,27 @@ def test_mask_where_four_frames_are_the_reference():
     z = torch.randn(1, 8, 3, 2, 2)
     mask = WAN.inputs(z, {REFERENCE: z})[:, 8:12]
     assert torch.equal(mask, frames.view(1, 3, 4, 2, 2).transpose(1, 2))
+
+
+@torch.no_grad()
+def test_the_bundle_s_condition_is_that_of_the_training(pipeline, tmp_path):
+    """The stock pipeline with the bundle's autoencoder makes of 9 frames what the latents hold of 12: to 1e-5."""
+    stock, _ = pipeline
+    torch.manual_seed(0)
+    sizes = {"latent_channels": 8, "block_out_channels": (8, 16, 16, 16, 32), "layers_per_block": (1,) * 5}
+    AutoencoderDCVideo(**sizes, chunk_frames=8, scaling_factor=0.7).save_pretrained(tmp_path)
+    codec = autoencoders.load(tmp_path)
+    own = AutoencoderDCVideo.from_pretrained(tmp_path, **WAN.vae_config({}))
+    bundle = diffusers.WanImageToVideoPipeline(**{**stock.components, "vae": own})
+    pixels = reference_pixels([(64, 48)])[0][None]
+    size = dict(height=64, width=48, num_frames=9)
+    z, wanted = bundle.prepare_latents(pixels, 1, 8, **size, dtype=torch.float32, device="cpu")
+    found = WAN.inputs(z, {REFERENCE: codec.encode(WAN.reference_video(pixels, 12, first=4))})
+    assert found.shape == (1, 20, 3, 4, 3) and torch.equal(found[:, :8], z)
+    torch.testing.assert_close(found[:, 8:], wanted, atol=1e-5, rtol=1e-5)
+    plain = diffusers.WanImageToVideoPipeline(**{**stock.components, "vae": codec.model})
+    _, other = plain.prepare_latents(pixels, 1, 8, **size, dtype=torch.float32, device="cpu")
+    assert (other - wanted).abs().max() > 0.01  # without `first_alone` the picture is one frame of four
 
 
 def test_the_whole_embedder_is_aligned():
