@@ -16,7 +16,7 @@ from dcgen_convert.api import order
 from dcgen_convert.cli.app import cli
 from dcgen_convert.core import errors
 from dcgen_convert.evaluation import measures
-from dcgen_convert.families import catalog
+from dcgen_convert.families import catalog, refused
 from dcgen_convert.planning import plan as planning
 from dcgen_convert.recipe import shelf
 from dcgen_convert.recipe.schema import Recipe
@@ -191,6 +191,13 @@ def where(repo: str | None) -> str:
     return f"`{repo}`" if repo else "in the package"
 
 
+def refusals() -> str:
+    rows = [
+        (found.name, f"`{kind}`", f"{found.why[0].upper()}{found.why[1:]}.") for kind, found in refused.REFUSED.items()
+    ]
+    return table(("model", "known by its class", "why it cannot be converted"), rows)
+
+
 def autoencoders() -> str:
     rows = [
         (
@@ -272,6 +279,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "errors": exit_codes,
     "sources": sources,
     "autoencoders": autoencoders,
+    "refusals": refusals,
     "plan": plans,
     "plan_4k": large_plans,
     "measures": measure_table,

@@ -17,7 +17,7 @@ from dcgen_convert.checkpoint.held import PREFIXES
 from dcgen_convert.checkpoint.single import read_single
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import understood
-from dcgen_convert.families import authors, bases, grid
+from dcgen_convert.families import authors, bases, grid, refused
 from dcgen_convert.families.keys import recognise_keys
 from dcgen_convert.recipe.identity import Identity
 
@@ -31,6 +31,7 @@ SIZES = (
     "attention_head_dim",
 )
 
+MODULAR = "modular_model_index.json"  # of a pipeline that is not a DiffusionPipeline
 FOREIGN = "comfyui"  # quantised by ComfyUI's own tools
 # What only other kinds of low-rank updates have in their tensors' names -> what they are.
 OTHER_UPDATES = {
@@ -115,16 +116,17 @@ def _transformer(path: Path) -> dict[str, Any]:
 def _folder(path: Path) -> dict[str, Any]:
     """A pipeline folder (model_index.json), a bundle (with its manifest), or one component's folder (config.json)."""
     source, manifest = Identity(str(path.absolute())), path / MANIFEST
-    home = path if source.index is None else families.network_folder(path)
+    index = source.index or source.reader.optional(path / MODULAR)
+    home = path if index is None else families.network_folder(path)
     config = source.reader.first(home / "config.json")
     if not isinstance(config.get("quantization_config") or {}, dict):
         raise InputError(f"{home / 'config.json'} has a damaged quantization_config", "fetch the checkpoint again")
     known = families.recognise(config, source.index)
     found: dict[str, Any] = {
-        "kind": "bundle" if manifest.is_file() else "component" if source.index is None else "pipeline",
+        "kind": "bundle" if manifest.is_file() else "component" if index is None else "pipeline",
         "family": known.name if known else None,
         "class": config.get("_class_name"),
-        "pipeline": source.index.get("_class_name") if source.index is not None else None,
+        "pipeline": index.get("_class_name") if index is not None else None,
         "experimental": (known and known.experimental) or None,
         "sizes": {key: config[key] for key in SIZES if config.get(key) is not None},
         "licences": _licences(path),
@@ -135,6 +137,8 @@ def _folder(path: Path) -> dict[str, Any]:
         found["pipeline"] = authors.pipeline_class(source.index)
         how = f"dcgen-convert adopt {path} -o BUNDLE makes a bundle of it"
         found["notes"] = [f"the layout of the DC-Gen authors, which no stock pipeline draws with: {how}"]
+    if refusal := refused.refusal_of(config, index):
+        found["notes"] = [f"convert refuses it: {refusal.name} cannot be converted: {refusal.why}"]
     if (vae := source.vae) is not None:
         f, c = grid.autoencoder_grid(vae)
         found["autoencoder"] = {

@@ -88,6 +88,8 @@ def write_bundle(
         ResourceError: the disk is too small.
     """
     index = model_index(parts)
+    if parts.family.index_side and parts.layout != "source":
+        index[parts.family.index_side] = manifest["defaults"]["height"]
     check_output(output, force)
     copies = _components(parts, index)
     require_room(output, copies.values(), () if parts.single_file is None else (parts.single_file,))

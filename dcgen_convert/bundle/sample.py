@@ -149,6 +149,8 @@ def draw_pixels(  # noqa: PLR0913  what a pipeline is called with
 
 def untold_side(pipeline: Any, family: Family, trained: int) -> int:
     """Side in px that a loaded stock pipeline draws when it is called without height and width."""
+    if family.index_side:
+        return int(getattr(pipeline.config, family.index_side))
     factor = getattr(pipeline, "vae_scale_factor", None)
     network = getattr(pipeline, family.component).config
     cells = getattr(pipeline, "default_sample_size", None) or getattr(network, "sample_size", None)

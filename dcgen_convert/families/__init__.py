@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from dcgen_convert.core.errors import InputError
+from dcgen_convert.families import refused
 from dcgen_convert.families.auraflow import AuraFlow
 from dcgen_convert.families.base import Family, QuantTargets, Text
 from dcgen_convert.families.chroma import Chroma
 from dcgen_convert.families.cogview4 import CogView4
 from dcgen_convert.families.dit import DiT
+from dcgen_convert.families.ernie_image import ErnieImage
 from dcgen_convert.families.flux import Flux
 from dcgen_convert.families.flux2 import Flux2
 from dcgen_convert.families.flux_kontext import FluxKontext
@@ -19,7 +21,9 @@ from dcgen_convert.families.hidream import HiDream
 from dcgen_convert.families.hunyuanimage import HunyuanImage
 from dcgen_convert.families.krea2 import Krea2
 from dcgen_convert.families.lumina2 import Lumina2
+from dcgen_convert.families.ovis_image import OvisImage
 from dcgen_convert.families.pixart import PixArt
+from dcgen_convert.families.prx import PRX
 from dcgen_convert.families.qwenimage import QwenImage
 from dcgen_convert.families.qwenimage_edit import QwenImageEdit, QwenImageEditPlus
 from dcgen_convert.families.sana import Sana
@@ -67,6 +71,9 @@ FAMILIES: dict[str, Family] = {
         CogView4(),
         HunyuanImage(),
         HiDream(),
+        OvisImage(),
+        ErnieImage(),
+        PRX(),
         WanImage(),
         Wan(),
         UNet(),
@@ -125,8 +132,9 @@ def family_of(config: Mapping[str, Any], where: object, index: Mapping[str, Any]
         where: what the config was read from, for the error.
         index: as `recognise`.
     Raises:
-        InputError: no family claims it.
+        InputError: no family claims it, or it is one of the models in `refused`.
     """
+    refused.refuse(config, where, index)
     family = recognise(config, index)
     if family is None:
         classes = dict.fromkeys(known.model_class for known in FAMILIES.values())

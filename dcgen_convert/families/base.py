@@ -5,8 +5,7 @@ a family of videos have a third axis, T latent frames: where a shape below says 
 (w/p).
 All families use one flow convention: z_t = (1 - t) z_0 + t eps, v = eps - z_0, t in [0, 1] (arXiv 2509.25180).
 
-A family is one file of facts. Functions import torch themselves, so that `plan` and `inspect` can read the facts
-without torch.
+A family is one file of facts. Functions import torch themselves: `plan` and `inspect` read the facts without it.
 """
 
 from __future__ import annotations
@@ -114,8 +113,10 @@ class Family:
     # side. Both None: what the network's config says (sample_size), and that is the trained size in a bundle.
     default_cells: ClassVar[int | None] = None
     default_px: ClassVar[int | None] = None
+    index_side: ClassVar[str] = ""  # key of model_index.json that holds this size in px, where there is one
     default_width: ClassVar[int | None] = None  # px, where `default_px` is the height alone
     shape: ClassVar[tuple[int, int]] = (1, 1)  # height to width of what is usually drawn, where shapes are free
+    idle: ClassVar[tuple[str, ...]] = ()  # optional parts of the stock pipeline that `pipeline_call` leaves unused
     few_steps: ClassVar[bool] = False  # whether every model of the family was distilled to a few steps
     fixed_shift: ClassVar[bool] = False  # whether the network's time input depends on the shift of the stock scheduler
     official_layout: ClassVar[bool] = False  # whether the DC-Gen authors published a pipeline class
@@ -337,7 +338,7 @@ class Family:
         return 1
 
     def check_scheduler(self, scheduler: dict[str, Any]) -> None:
-        """Raise InputError for a scheduler config with other noise levels or another prediction than the family's."""
+        """InputError for a scheduler config with other noise levels or another prediction than the family's."""
 
     def pipeline_of(self, index: dict[str, Any]) -> str:
         """Stock pipeline class that runs a folder with this model_index.json."""

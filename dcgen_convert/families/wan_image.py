@@ -7,12 +7,12 @@ with the reference and is grey after it. Source: diffusers 0.42 pipeline_wan_i2v
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from dcgen_convert.core.errors import InputError, ResourceError
+from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.pixels import to_image
 from dcgen_convert.families.base import Pipeline, Text, references_of
+from dcgen_convert.families.cleaning import require_ftfy
 from dcgen_convert.families.wan import Wan
 
 if TYPE_CHECKING:
@@ -63,11 +63,7 @@ class WanImage(Wan):
     def encode_seen(
         self, pipeline: Pipeline, prompts: list[str], length: int, pictures: Sequence[Sequence[Image]]
     ) -> Text:
-        if find_spec("ftfy") is None:
-            raise ResourceError(
-                f"the stock {self.pipeline_class} cleans prompts with the package ftfy, which is not installed",
-                "pip install 'dcgen-convert[video]'",
-            )
+        require_ftfy(self.pipeline_class)
         if length != WORDS:
             raise InputError(
                 f"the attention of a {self.name} network takes {WORDS} text tokens, not {length}",

@@ -31,8 +31,10 @@ def device() -> str:
 def load_pipeline(source: Source, dtype: torch.dtype, **components: Any) -> Pipeline:
     """The stock pipeline of the source. ``components`` replace its parts; None leaves a part out.
 
-    The safety checker is always left out: pictures that it paints black are useless as training data.
+    The safety checker is always left out: pictures that it paints black are useless as training data. So are the parts
+    that the family leaves idle.
     """
+    components = {**{part: None for part in source.family.idle if part in source.index}, **components}
     if "safety_checker" in source.index:
         components = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False, **components}
     components = {**processors.without_torchvision(source.root, source.index), **components}

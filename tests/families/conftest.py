@@ -71,7 +71,15 @@ def stock(tiny, source):
     picture = pipelines.draw(family, pipeline, [entry.prompt], [SEED], **settings, references=[given] if given else ())
     hook.remove()
     assert len(steps) == STEPS
+    if entry.packed_noise:  # a sampler's state of tokens may be a map of them
+        steps = [(as_tokens(output), timestep, as_tokens(sample)) for output, timestep, sample in steps]
+        states = [as_tokens(state) for state in states]
     return pipeline, steps, embedded, (states[-1], picture)
+
+
+def as_tokens(state: torch.Tensor) -> torch.Tensor:
+    """(B, K, rows, columns) -> (B, N, K); tokens stay as they are."""
+    return state.flatten(2).transpose(1, 2) if state.ndim == 4 else state
 
 
 @pytest.fixture(scope="module", params=DEEP, ids=lambda deep: f"f{deep[0]}c{deep[1]}")

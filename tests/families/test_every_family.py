@@ -17,6 +17,7 @@ from bundle.conftest import Parts, autoencoder_dc, make_bundle, modules_cache  #
 from dcgen_convert import families
 from dcgen_convert.bundle.inspection import inspect
 from dcgen_convert.bundle.loading import load
+from dcgen_convert.bundle.sample import untold_side
 from dcgen_convert.checkpoint.merge import merge
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.errors import InputError
@@ -206,6 +207,12 @@ def test_the_family_is_found_from_headers_alone(tiny, source):
     assert folder["autoencoder"]["f"] == tiny[1].factor
 
 
+def test_parts_that_stay_idle_are_not_loaded(source, stock):
+    family, (pipeline, *_) = source.family, stock
+    assert {part: pipeline.components[part] for part in family.idle} == dict.fromkeys(family.idle)
+    assert all((source.root / part).is_dir() for part in family.idle)
+
+
 def test_plan_counts_every_parameter(source):
     model = models.load(source.transformer, torch.float32)
     found = structure(source.config)
@@ -295,6 +302,8 @@ def test_bundle_loads_in_the_stock_pipeline_and_draws_two_sizes(tiny, converted,
     keep_states(pipeline, states)
     side, cell = parts.side, parts.factor // pipeline.vae.config.get("latent_pack", 1)
     assert family.only_side(network_of(pipeline).config, cell) in (None, side)
+    if family.index_side:
+        assert untold_side(pipeline, family, 0) == side
     sizes = [(side, side)]
     if "class_labels" not in family.text_keys:  # with classes the stock pipeline draws one size only
         sizes.append((side // 2 if entry.deep_side else side, 2 * side))

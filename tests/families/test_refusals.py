@@ -4,14 +4,20 @@ import json
 import re
 from dataclasses import replace
 
+import diffusers
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from dcgen_convert import families
+from dcgen_convert.bundle.inspection import inspect, render
 from dcgen_convert.checkpoint.open import load_source
 from dcgen_convert.core.console import NULL, Console
 from dcgen_convert.core.errors import InputError, RecipeError
 from dcgen_convert.core.journal import Run
+from dcgen_convert.families import refused
 from dcgen_convert.planning import plan
+from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.loading import load
 from dcgen_convert.recipe.schema import Adapt
 from dcgen_convert.stages.job import prepare
@@ -73,6 +79,7 @@ def test_every_sana_sprint_was_distilled(tmp_path):
         ("hidream", {}, 24, "draws on 128 x 128 cells"),
         ("zimage", {"all_patch_size": (1, 2), "all_f_patch_size": (1, 1)}, 32, "other patch sizes"),
         ("hunyuanimage", {"use_meanflow": True}, 32, "distilled to a few steps"),
+        ("prx", {"bottleneck_size": 256}, 32, "draws pixels"),
     ],
 )
 def test_configs_that_do_not_convert(name, config, channels, text):
@@ -96,11 +103,41 @@ def test_what_may_be_z_image_turbo_is_a_warning():
         assert doubt is None if says is None else re.search(says, doubt)
     assert zimage.doubt("Tongyi-MAI/Z-Image", {}) is None
     assert "turbo" in zimage.doubt("z_image_turbo.safetensors", {})
-    assert all(
-        family.doubt("some-turbo", {"shift": 3.0}) is None
-        for name, family in families.FAMILIES.items()
-        if name != "zimage"
-    )
+    assert [name for name, family in families.FAMILIES.items() if family.doubt("some-turbo", {"shift": 3.0})] == [
+        "zimage",
+        "ernie-image",
+    ]
+
+
+def test_what_was_distilled_by_its_name_is_a_warning():
+    assert "baidu/ERNIE-Image is" in families.get("ernie-image").doubt("baidu/ERNIE-Image-Turbo", {"shift": 4.0})
+    assert "8 steps" in families.get("prx").doubt("Photoroom/prx-512-t2i-sft-distilled", {})
+    assert families.get("prx").doubt("Photoroom/prx-512-t2i-sft", {}) is None
+
+
+MODULAR = ("Flux3Transformer2DModel",)  # no DiffusionPipeline draws with it
+NETWORKS = {"PRXPixelPipeline": "PRXTransformer2DModel", "StableDiffusionXLPipeline": "UNet2DConditionModel"}
+
+
+@pytest.mark.parametrize("kind", refused.REFUSED)
+def test_models_of_diffusers_that_do_not_fit_are_refused_with_the_reason(kind, tmp_path):
+    """By the class of the network or of its pipeline, from JSON alone: `inspect` tells, and `convert` stops."""
+    assert hasattr(diffusers, kind)
+    pipeline, network = (kind, NETWORKS[kind]) if kind in NETWORKS else ("SomePipeline", kind)
+    folder = tmp_path / ("unet" if network.startswith("UNet") else "transformer")
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"_class_name": network, "in_channels": 4}))
+    save_file({"x": torch.zeros(1)}, folder / "diffusion_pytorch_model.safetensors")
+    index = "modular_model_index.json" if kind in MODULAR else "model_index.json"
+    (tmp_path / index).write_text(json.dumps({"_class_name": pipeline}))
+    found = inspect(tmp_path)
+    assert (found["kind"], found["class"], found["pipeline"]) == ("pipeline", network, pipeline)
+    assert refused.REFUSED[kind].why in render(found)
+    with pytest.raises(InputError, match=re.escape(f"cannot be converted: {refused.REFUSED[kind].why}")):
+        _ = Identity(str(tmp_path)).family
+    if kind not in MODULAR:
+        with pytest.raises(InputError, match=f"is a {re.escape(refused.REFUSED[kind].name)} model"):
+            load_source("x", str(tmp_path))
 
 
 def test_a_conversion_of_what_may_be_z_image_turbo_says_so(tmp_path, capsys):

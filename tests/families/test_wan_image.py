@@ -11,7 +11,7 @@ from dcgen_convert import families
 from dcgen_convert.checkpoint.open import load_source
 from dcgen_convert.core.errors import InputError, ResourceError
 from dcgen_convert.core.pixels import to_image
-from dcgen_convert.families import wan_image
+from dcgen_convert.families import cleaning
 from dcgen_convert.families.base import REFERENCE
 from dcgen_convert.networks import autoencoders, pipelines
 from dcgen_convert.networks.autoencoder_dc_video import AutoencoderDCVideo
@@ -138,6 +138,8 @@ def test_what_its_text_needs(pipeline, monkeypatch):
         WAN.encode_seen(stock, ["a fox"], 256, seen)
     with pytest.raises(TypeError, match="encode_seen"):
         WAN.encode_text(stock, ["a fox"], 512)
-    monkeypatch.setattr(wan_image, "find_spec", lambda name: None)
+    monkeypatch.setattr(cleaning, "find_spec", lambda name: None)
     with pytest.raises(ResourceError, match="ftfy, which is not installed"):
         WAN.encode_seen(stock, ["a fox"], 512, seen)
+    with pytest.raises(ResourceError, match="PRXPipeline cleans prompts"):
+        families.get("prx").encode_text(stock, ["a fox"], 16)

@@ -7,7 +7,6 @@ A builder writes a whole diffusers folder; `TINY` names it and says what differs
 from __future__ import annotations
 
 from pathlib import Path
-from string import ascii_lowercase
 from typing import Any
 
 import diffusers
@@ -26,7 +25,6 @@ from transformers import (
     CLIPTextModel,
     Gemma2Config,
     Gemma2Model,
-    GemmaTokenizer,
     GlmConfig,
     GlmModel,
     LlamaConfig,
@@ -45,6 +43,7 @@ from transformers import (
 
 from .tiny_editors import flux2_dev, flux2_klein, qwenimage, qwenimage_edit, qwenimage_edit_plus
 from .tiny_entry import Tiny, extra_cfg, lowest, rescaled_cfg
+from .tiny_later import ernie_image, gemma_tokenizer, ovis_image, prx
 from .tiny_parts import (
     DECODER,
     ROPE,
@@ -137,13 +136,12 @@ def lumina2(folder: Path) -> None:
         axes_dim_rope=(8, 8, 8),
         cap_feat_dim=WIDTH,
     )
-    vocab = {piece: i for i, piece in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *ascii_lowercase])}
     diffusers.Lumina2Pipeline(
         transformer=alive(transformer),
         scheduler=flow(shift=6.0),
         vae=kl(16, scaling_factor=0.4, shift_factor=0.1),
         text_encoder=Gemma2Model(Gemma2Config(**DECODER, num_hidden_layers=2)),
-        tokenizer=GemmaTokenizer(vocab=vocab, merges=[]),
+        tokenizer=gemma_tokenizer(),
     ).save_pretrained(folder)
 
 
@@ -451,5 +449,12 @@ TINY: dict[str, Tiny] = {
     "flux2-klein-edits": Tiny(
         flux2_klein, wide(axes_dims_rope=[16, 16, 16, 16]), length=96, packed_noise=True, references=((96, 64),)
     ),
+    "ovis-image": Tiny(ovis_image, wide(axes_dims_rope=[16, 24, 24]), length=256),
+    "ernie-image": Tiny(
+        ernie_image,
+        dict(hidden_size=128, ffn_hidden_size=128, rope_axes_dim=[16, 24, 24], num_layers=1),
+        packed_noise=True,
+    ),
+    "prx": Tiny(prx, dict(hidden_size=256, num_heads=4, axes_dim=[32, 32], depth=1), middle=lowest(3.0)),
     "unet": Tiny(unet, None, middle=None),
 }

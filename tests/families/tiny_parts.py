@@ -216,10 +216,14 @@ def flux2_transformer(**options) -> diffusers.Flux2Transformer2DModel:
     return alive(model)
 
 
-def flux2_vae() -> diffusers.AutoencoderKLFlux2:
+def flux2_vae(**options) -> diffusers.AutoencoderKLFlux2:
     torch.manual_seed(0)
     vae = diffusers.AutoencoderKLFlux2(
-        block_out_channels=(8, 8, 8, 8), norm_num_groups=4, layers_per_block=1, mid_block_add_attention=False
+        block_out_channels=(8, 8, 8, 8),
+        norm_num_groups=4,
+        layers_per_block=1,
+        mid_block_add_attention=False,
+        **options,
     )
     vae.bn.running_mean.normal_(std=0.2)
     vae.bn.running_var.uniform_(0.5, 2.0)
