@@ -47,6 +47,8 @@ def test_sdist_holds_what_git_holds(sdist):
 def test_wheel_of_the_sdist_holds_package_recipes_and_type_marker(sdist, tmp_path):
     with zipfile.ZipFile(build(sdist, "wheel", tmp_path)) as wheel:
         held = {name for name in wheel.namelist() if ".dist-info/" not in name}
+        links = {name for name in held if (ROOT / name).is_symlink()}
+        assert links and all(wheel.read(name) == (ROOT / name).read_bytes() for name in links)  # a wheel has none
     files = tracked("--cached", "--others", "--exclude-standard")
     package = {name for name in files if name.startswith("dcgen_convert/")}
     recipes = {f"dcgen_convert/{name}" for name in files if name.startswith("recipes/")}

@@ -7,7 +7,12 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+
+from dcgen_convert.core.files import sha256
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the programs are no part of the package
+from tools.tiny import assemble
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,6 +42,22 @@ def test_assemble_writes_what_work_holds(tmp_path, weights):
         written, shipped = load_file(out / name), load_file(weights / name)
         assert written.keys() == shipped.keys()
         assert all(torch.equal(written[key], shipped[key]) for key in shipped)
+
+
+def test_equal_weights_are_held_once(tmp_path, weights):
+    """Links are relative, so that they hold wherever the folder stands."""
+    for name, value in (("a/vae/w", 1.0), ("b/vae/w", 1.0), ("c/w", 2.0)):
+        (tmp_path / name).parent.mkdir(parents=True)
+        save_file({"x": torch.full((3,), value)}, tmp_path / f"{name}.safetensors")
+    for _ in range(2):
+        assemble.link_equal(tmp_path)
+        links = {file for file in tmp_path.rglob("*.safetensors") if file.is_symlink()}
+        assert links == {tmp_path / "b/vae/w.safetensors"}
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    assert load_file(moved / "b/vae/w.safetensors")["x"].tolist() == [1, 1, 1]
+    assert load_file(moved / "c/w.safetensors")["x"].tolist() == [2, 2, 2]
+    own = [file for file in weights.rglob("*.safetensors") if not file.is_symlink()]
+    assert len({sha256(file) for file in own}) == len(own)
 
 
 def test_an_unknown_part_prints_the_commands(tmp_path):

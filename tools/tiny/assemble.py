@@ -7,6 +7,7 @@ without a dtype computes in float32 everywhere: diffusers converts to float32, t
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +33,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
-from dcgen_convert.core.files import read_json, write_json
+from dcgen_convert.core.files import read_json, sha256, write_json
 from dcgen_convert.networks import autoencoders
 from dcgen_convert.tiny import world
 from dcgen_convert.tiny.evaluator import Evaluator
@@ -54,7 +55,10 @@ For tests and demonstrations.
 
 
 def write(work: Path, weights: Path) -> None:
-    """Write every folder whose parts exist in ``work``. A folder that exists already is replaced."""
+    """Write every folder whose parts exist in ``work``. A folder that exists already is replaced.
+
+    Weight files that are equal are held once: the later one in the alphabet is a link to the earlier one.
+    """
     weights.mkdir(parents=True, exist_ok=True)
     if (work / evaluator.FILE).exists():
         evaluator.save(evaluator.load(work), weights)
@@ -80,6 +84,17 @@ def write(work: Path, weights: Path) -> None:
                 }
                 write_json(weights / "tiny-dit" / "model_index.json", index)
             _card(weights / f"tiny-{name}", f"tiny-{name}", what)
+    link_equal(weights)
+
+
+def link_equal(weights: Path) -> None:
+    """Put a relative symbolic link in the place of each weight file that is equal to an earlier one."""
+    known: dict[str, Path] = {}
+    for file in sorted(weights.rglob("*.safetensors")):
+        first = known.setdefault(sha256(file), file)
+        if first != file and not file.is_symlink():
+            file.unlink()
+            file.symlink_to(os.path.relpath(first, file.parent))
 
 
 def flux(work: Path) -> FluxPipeline:

@@ -18,9 +18,9 @@ from dcgen_convert import families
 from dcgen_convert.families import catalog
 from dcgen_convert.families.base import Network, Pipeline
 from dcgen_convert.tiny import world
-from tools.tiny import assemble, autoencoders, editing, evaluator, few_steps, text
+from tools.tiny import assemble, autoencoders, editing, evaluator, few_steps, text, video_autoencoders
 from tools.tiny import transformers as base
-from tools.tiny.transformers import Log
+from tools.tiny.loop import Log, Training
 
 SEED = 7
 AUTOENCODERS = {  # steps, batch, learning rate
@@ -56,7 +56,7 @@ BATCH = {"flux-teacher": 32, "flux": 32, "sana": 64, "dit": 32, "unet": 16, "san
 BATCH["kontext-teacher"] = 32
 HALF = ("unet", "kontext-teacher", "kontext")
 ORTHOGONAL = {"kontext-teacher": 4, "kontext": 0}  # the first phase in which matrices take orthogonal steps
-NAMES = ("evaluator", *AUTOENCODERS, *PHASES)
+NAMES = ("evaluator", *AUTOENCODERS, *PHASES, *video_autoencoders.NAMES)
 
 
 def make(work: Path, part: str, log: Log) -> None:
@@ -68,6 +68,8 @@ def make(work: Path, part: str, log: Log) -> None:
         autoencoders.train(part, *AUTOENCODERS[part], SEED, log, trained_before(work, part)).save_pretrained(
             work / part
         )
+    elif part in video_autoencoders.NAMES:
+        video_autoencoders.train(part, SEED, work, log).save_pretrained(work / part)
     else:
         train_transformer(work, part, log).save_pretrained(work / part)
 
@@ -113,11 +115,11 @@ def train_kontext(work: Path, part: str, log: Log) -> Network:
     return model
 
 
-def training(part: str, number: int) -> base.Training:
+def training(part: str, number: int) -> Training:
     """Phase ``number`` of a transformer, counted from 0."""
     steps, rate, *shift = PHASES[part][number]
     orthogonal = number >= ORTHOGONAL.get(part, len(PHASES[part]))
-    return base.Training(steps, BATCH[part], rate, SEED + number, *shift, half=part in HALF, orthogonal=orthogonal)
+    return Training(steps, BATCH[part], rate, SEED + number, *shift, half=part in HALF, orthogonal=orthogonal)
 
 
 def sana_pairs(work: Path, log: Log) -> base.Pairs:

@@ -8,8 +8,6 @@ B batch, C latent channels, h w latent grid, L text tokens; everywhere z_t = (1 
 from __future__ import annotations
 
 import copy
-import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,6 +27,7 @@ from dcgen_convert.families import Family, Text, ddpm
 from dcgen_convert.families.base import Network
 from dcgen_convert.families.dit import NULL_CLASS
 from dcgen_convert.tiny import world
+from tools.tiny.loop import Log, Training, optimise
 
 FLUX = dict(
     patch_size=1,
@@ -79,7 +78,6 @@ UNET = dict(
     norm_num_groups=16,
 )
 GUIDANCE_RANGE = (1.0, 6.0)  # of the distilled tiny-flux
-Log = Callable[[str], None]
 
 
 @dataclass
@@ -107,23 +105,6 @@ class Pairs:
         return self.z[index], text
 
 
-@dataclass(frozen=True)
-class Training:
-    """Length, batch, learning rate and seed of one training. ``shift`` moves the noise levels towards heavy noise.
-
-    half: the network runs in bfloat16, a fifth faster; its weights stay in float32.
-    orthogonal: the matrices of the blocks take orthogonal steps (Muon), three times as large as a usual AdamW step.
-    """
-
-    steps: int
-    batch: int
-    lr: float
-    seed: int
-    shift: float = 1.0
-    half: bool = False
-    orthogonal: bool = False
-
-
 @torch.no_grad()
 def encode_pictures(vae: Network, labels: Tensor, seed: int) -> Tensor:
     """Model latents (S, C, h, w) of pictures that are drawn from ``labels`` (S, 6)."""
@@ -143,62 +124,6 @@ def logit_normal(count: int, shift: float, generator: torch.Generator) -> Tensor
     """Noise levels in (0, 1), (count,): the sigmoid of normal numbers, then shifted towards 1 by ``shift``."""
     s = torch.sigmoid(torch.randn(count, generator=generator))
     return shift * s / (1 + (shift - 1) * s)
-
-
-def optimise(
-    model: Network, loss_of: Callable[[torch.Generator], Tensor], training: Training, log: Log = print
-) -> Network:
-    """AdamW or Muon with warm-up and cosine decay. Returns the exponential moving average of the weights."""
-    steps = training.steps
-    # eval(): in training mode the LabelEmbedding of diffusers would drop labels in each block separately.
-    model.eval().requires_grad_(True)
-    optimizers = optimizers_of(model, training)
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda s: min(1, (s + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * s / steps)))
-        )
-        for optimizer in optimizers
-    ]
-    ema = copy.deepcopy(model).requires_grad_(False)
-    generator = torch.Generator().manual_seed(training.seed)
-    started = time.time()
-    window: list[float] = []
-    for step in range(steps):
-        with torch.autocast("cpu", torch.bfloat16, enabled=training.half):
-            loss = loss_of(generator)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-        decay = min(0.998, (step + 1) / (step + 10))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-        window.append(loss.item())
-        if step % 100 == 99 or step == steps - 1:
-            log(
-                f"step {step + 1} loss {sum(window) / len(window):.4f} {(time.time() - started) / (step + 1):.3f} "
-                "s/step"
-            )
-            window.clear()
-    return ema
-
-
-def optimizers_of(model: Network, training: Training) -> list[torch.optim.Optimizer]:
-    """AdamW for all weights, or for all but the matrices of the blocks."""
-    matrices, rest = [], []
-    for name, weight in model.named_parameters():
-        chosen = training.orthogonal and weight.ndim == 2 and "blocks" in name
-        (matrices if chosen else rest).append(weight)
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(rest, lr=training.lr, betas=(0.9, 0.99), weight_decay=1e-3)
-    ]
-    if matrices:
-        optimizers.append(
-            torch.optim.Muon(matrices, lr=3 * training.lr, weight_decay=1e-3, adjust_lr_fn="match_rms_adamw")
-        )
-    return optimizers
 
 
 def train_flow(family: Family, model: Network, pairs: Pairs, training: Training, log: Log = print) -> Network:

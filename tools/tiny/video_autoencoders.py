@@ -1,0 +1,142 @@
+"""Train the autoencoders of the tiny world in motion: kl-wan (Wan's, f8 t4 c16) and dc-ae-v-f32t4c32.
+
+Most steps see parts of 64 px: of the same work they show more, and different, videos than whole ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from dcgen_convert.families.base import Network
+from dcgen_convert.networks.autoencoder_dc_video import TIME, AutoencoderDCVideo
+from dcgen_convert.tiny import world
+from tools.tiny import videos
+from tools.tiny.loop import Log, Training, optimise, state_of
+
+CHANNELS = 16  # of Wan's latents
+CONFIGS = {
+    "kl-wan": dict(
+        base_dim=8,
+        z_dim=CHANNELS,
+        dim_mult=[1, 2, 4, 4],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * CHANNELS,
+        latents_std=[1.0] * CHANNELS,
+    ),
+    "dc-ae-v-f32t4c32": dict(
+        latent_channels=32,
+        block_out_channels=(16, 32, 32, 32, 64, 64),
+        layers_per_block=(0, 1, 1, 1, 1, 1),
+        chunk_frames=8,
+    ),
+}
+NAMES = (*CONFIGS,)
+PICTURES = 0.15  # share of the steps of a deep autoencoder that see one latent frame alone, as a picture is one
+SEEDS = 2**31
+PROBE = 99  # seed of the videos that say how large latents are
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps of ``batch`` videos of ``frames`` frames, of which a part of ``side`` px is seen."""
+
+    steps: int
+    batch: int
+    lr: float
+    side: int
+    frames: int
+
+
+PHASES = {
+    "kl-wan": [Phase(1900, 3, 2e-3, 64, 9), Phase(300, 1, 1e-3, 128, 13)],
+    "dc-ae-v-f32t4c32": [Phase(1600, 4, 2e-3, 64, 16), Phase(1800, 2, 1.5e-3, 128, 16)],
+}
+
+
+def new_model(name: str, seed: int) -> Network:
+    """Autoencoder ``name`` of ``CONFIGS`` with random weights."""
+    torch.manual_seed(seed)
+    if name != "kl-wan":
+        return AutoencoderDCVideo(**CONFIGS[name])
+    model = AutoencoderKLWan(**CONFIGS[name])
+    model.quant_conv.bias.data[CHANNELS:] = -7  # almost no noise: a posterior of std 1 would hide the latents
+    return model
+
+
+def train(name: str, seed: int, work: Path, log: Log = print) -> Network:
+    """Train autoencoder ``name`` with drawn videos, then write into its config how large its latents are.
+
+    Args:
+        work: folder of the states of its phases.
+    """
+    model = new_model(name, seed)
+    for number, phase in enumerate(PHASES[name]):
+        training = Training(phase.steps, phase.batch, phase.lr, seed + number, half=True, orthogonal=True)
+        model = optimise(model, loss(model, phase), training, log, state_of(work, name, number))
+    return set_scale(model.eval())
+
+
+def loss(model: Network, phase: Phase) -> Callable[[torch.Generator], Tensor]:
+    """Loss of a round trip of newly drawn videos: pixels, their differences to all neighbours, and the latents."""
+
+    def of(generator: torch.Generator) -> Tensor:
+        frames = phase.frames
+        if isinstance(model, AutoencoderDCVideo) and torch.rand(1, generator=generator).item() < PICTURES:
+            frames = TIME
+        clips = drawn(phase.batch, frames, phase.side, generator)
+        output, regulariser = reconstruct(model, clips, generator)
+        output = output.float()
+        edges = sum(F.l1_loss(output.diff(dim=axis), clips.diff(dim=axis)) for axis in (2, 3, 4))
+        return F.l1_loss(output, clips) + 2 * F.mse_loss(output, clips) + 0.5 * edges + regulariser
+
+    return of
+
+
+def drawn(count: int, frames: int, side: int, generator: torch.Generator) -> Tensor:
+    """Parts of new videos, at random places and moments: (count, 3, frames, side, side)."""
+
+    def number(below: int) -> int:
+        return int(torch.randint(below, (1,), generator=generator))
+
+    seed = number(SEEDS)
+    clips = videos.draw(videos.sample_labels(count, seed), seed)
+    start, top, left = number(videos.FRAMES - frames + 1), number(world.SIDE - side + 1), number(world.SIDE - side + 1)
+    return clips[:, :, start : start + frames, top : top + side, left : left + side].contiguous()
+
+
+def reconstruct(model: Network, clips: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Round trip for training: clips -> reconstruction, and a loss on the latents (KL, or their energy)."""
+    if isinstance(model, AutoencoderKLWan):
+        posterior = model.encode(clips).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator)
+        output = model.decode(posterior.mean + posterior.std * noise).sample
+        return output, 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+    latent = model.encoder(clips)  # `decode` would leave out the last three frames
+    noise = torch.randn(latent.shape, generator=generator)
+    noisy = latent + 0.05 * latent.detach().square().mean().sqrt() * noise  # makes latents smooth, as of DC-AE
+    return model.decoder(noisy), 1e-4 * latent.square().mean()
+
+
+@torch.no_grad()
+def set_scale(model: Network) -> Network:
+    """Write into the config how large latents are: Wan's mean and std of each channel; for DC-AE-V 1 / RMS of all."""
+    frames = videos.FRAMES - (TIME - 1 if isinstance(model, AutoencoderKLWan) else 0)
+    labels = videos.sample_labels(128, PROBE)
+    clips = (videos.draw(rows, PROBE + i)[:, :, :frames] for i, rows in enumerate(labels.split(8)))
+    latents = torch.cat([model.encode(part).latent_dist.mode() for part in clips]).transpose(0, 1).flatten(1)
+    if isinstance(model, AutoencoderKLWan):
+        mean, std = ([round(value, 4) for value in of.tolist()] for of in (latents.mean(1), latents.std(1)))
+        model.register_to_config(latents_mean=mean, latents_std=std)
+        return model
+    scale = round(1 / latents.square().mean().sqrt().item(), 4)
+    scaled = AutoencoderDCVideo(**{**model.config, "scaling_factor": scale})
+    scaled.load_state_dict(model.state_dict())
+    return scaled.eval()
