@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dcgen_convert.tiny import world
-from tools.tiny import videos
+from dcgen_convert.tiny import videos, world
+from tools.tiny.videos import main
 
 MOTIONS = tuple(videos.MOTIONS)
 SIDE = 64
@@ -101,7 +101,7 @@ def test_every_value_is_as_frequent_and_tied_to_no_other():
 
 def test_the_command_writes_them(tmp_path):
     for name in ("one", "two"):
-        videos.main([str(tmp_path / f"{name}.safetensors"), "--count", "20", "--frames", "5", "--side", "64"])
+        main([str(tmp_path / f"{name}.safetensors"), "--count", "20", "--frames", "5", "--side", "64"])
     held = load_file(tmp_path / "one.safetensors")
     assert held["videos"].shape == (20, 3, 5, 64, 64) and held["videos"].dtype is torch.uint8
     assert torch.equal(held["labels"], videos.sample_labels(20, 0))

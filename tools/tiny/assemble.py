@@ -35,9 +35,10 @@ from diffusers import (
 
 from dcgen_convert.core.files import read_json, sha256, write_json
 from dcgen_convert.networks import autoencoders
+from dcgen_convert.networks.folder import load_folder
 from dcgen_convert.tiny import world
 from dcgen_convert.tiny.evaluator import Evaluator
-from tools.tiny import evaluator, text
+from tools.tiny import evaluator, text, video_gates, wan
 
 SHIPPED = Path(world.__file__).parent / "weights"
 # FLUX's dynamic shift, with anchors that fit this world: mu is 0.5 at 64 tokens (128 px at f8 p2) and 1.15 at 1024.
@@ -49,7 +50,7 @@ license: apache-2.0
 ---
 # {name}
 
-A miniature of {what}, trained on drawn pictures of the tiny world (128 px) by `tools/tiny` of dcgen-convert. \
+A miniature of {what}, trained on drawn {shown} of the tiny world (128 px) by `tools/tiny` of dcgen-convert. \
 For tests and demonstrations.
 """
 
@@ -61,16 +62,25 @@ def write(work: Path, weights: Path) -> None:
     """
     weights.mkdir(parents=True, exist_ok=True)
     if (work / evaluator.FILE).exists():
-        evaluator.save(evaluator.load(work), weights)
+        evaluator.save(evaluator.load(work), weights / evaluator.FILE)
+    if (work / evaluator.MOTION).exists():
+        evaluator.save(evaluator.load_motion(work), weights / evaluator.MOTION)
     for name, part in (("tiny-dc-ae-f32", "dc-f32c32"), ("tiny-dc-ae-f64", "dc-f64c128")):
         if (work / part).exists():
             _save(AutoencoderDC.from_pretrained(work / part, dtype=torch.bfloat16), weights / name)
             _card(weights / name, name, f"the {part[3:6]} deep-compression autoencoder DC-AE")
+    if (work / "dc-ae-v-f32t4c32").exists():
+        folder = weights / "tiny-dc-ae-v"
+        _save(load_folder(work / "dc-ae-v-f32t4c32", "autoencoder", torch.bfloat16), folder)
+        for code in folder.glob("*.py"):  # the package has it
+            code.unlink()
+        _card(folder, "tiny-dc-ae-v", "the f32t4 deep-compression autoencoder for videos DC-AE-V", "videos")
     parts = (
         ("flux", flux, "FLUX.1-dev"),
         ("kontext", kontext, "FLUX.1 Kontext"),
         ("sana", sana, "SANA"),
         ("sana-sprint", sana_sprint, "SANA-Sprint"),
+        ("wan", wan.pipeline, "Wan 2.1"),
         ("dit", dit, "DiT"),
         ("unet", unet, "Stable Diffusion 1.5"),
     )
@@ -83,7 +93,8 @@ def write(work: Path, weights: Path) -> None:
                     str(label): f"{color} {shape}" for label, (shape, color) in enumerate(world.CLASSES)
                 }
                 write_json(weights / "tiny-dit" / "model_index.json", index)
-            _card(weights / f"tiny-{name}", f"tiny-{name}", what)
+            shown = "videos" if name == "wan" else "pictures"
+            _card(weights / f"tiny-{name}", f"tiny-{name}", what, shown)
     link_equal(weights)
 
 
@@ -181,12 +192,15 @@ def _save(model: Any, folder: Path) -> None:
         write_json(path, config)
 
 
-def _card(folder: Path, name: str, what: str) -> None:
-    (folder / "README.md").write_text(CARD.format(name=name, what=what))
+def _card(folder: Path, name: str, what: str, shown: str = "pictures") -> None:
+    (folder / "README.md").write_text(CARD.format(name=name, what=what, shown=shown))
 
 
 def gates(work: Path, log: Callable[[str], None]) -> None:
-    """Round trips of the autoencoders: attribute accuracy and PSNR on 1,000 pictures that no model saw."""
+    """Round trips: attribute accuracy and PSNR on 1,000 pictures that no model saw, and the figures of videos."""
+    video_gates.gates(work, log)
+    if not (work / evaluator.FILE).exists():
+        return
     judge = evaluator.load(work)
     labels, pictures = unseen()
     log(f"pictures themselves: accuracy {(judge.read(pictures) == labels).float().mean():.4f}")

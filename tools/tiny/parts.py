@@ -18,7 +18,7 @@ from dcgen_convert import families
 from dcgen_convert.families import catalog
 from dcgen_convert.families.base import Network, Pipeline
 from dcgen_convert.tiny import world
-from tools.tiny import assemble, autoencoders, editing, evaluator, few_steps, text, video_autoencoders
+from tools.tiny import assemble, autoencoders, editing, evaluator, few_steps, text, video_autoencoders, wan
 from tools.tiny import transformers as base
 from tools.tiny.loop import Log, Training
 
@@ -56,20 +56,24 @@ BATCH = {"flux-teacher": 32, "flux": 32, "sana": 64, "dit": 32, "unet": 16, "san
 BATCH["kontext-teacher"] = 32
 HALF = ("unet", "kontext-teacher", "kontext")
 ORTHOGONAL = {"kontext-teacher": 4, "kontext": 0}  # the first phase in which matrices take orthogonal steps
-NAMES = ("evaluator", *AUTOENCODERS, *PHASES, *video_autoencoders.NAMES)
+NAMES = ("evaluator", "motion", *AUTOENCODERS, *PHASES, *video_autoencoders.NAMES, "wan")
 
 
 def make(work: Path, part: str, log: Log) -> None:
     """Train ``part`` (one of `NAMES`) and write it to ``work``."""
     work.mkdir(parents=True, exist_ok=True)
     if part == "evaluator":
-        evaluator.save(evaluator.train(900, 48, 5, log), work)
+        evaluator.save(evaluator.train(900, 48, 5, log), work / evaluator.FILE)
+    elif part == "motion":
+        evaluator.save(evaluator.train_motion(400, 48, 5, log), work / evaluator.MOTION)
     elif part in AUTOENCODERS:
         autoencoders.train(part, *AUTOENCODERS[part], SEED, log, trained_before(work, part)).save_pretrained(
             work / part
         )
     elif part in video_autoencoders.NAMES:
         video_autoencoders.train(part, SEED, work, log).save_pretrained(work / part)
+    elif part == "wan":
+        wan.train(work, log).save_pretrained(work / part)
     else:
         train_transformer(work, part, log).save_pretrained(work / part)
 

@@ -1,4 +1,5 @@
-"""Small frozen text encoders with real tokenizers: CLIP + T5 for tiny-flux, Gemma2 for tiny-sana, CLIP for tiny-unet.
+"""Small frozen text encoders with real tokenizers: CLIP + T5 for tiny-flux, Gemma2 for tiny-sana, UMT5 for tiny-wan,
+CLIP for tiny-unet.
 
 The encoders have random weights and are not trained. A caption of the tiny world is clear even without the order of
 its words, so the transformers only need different features for different words.
@@ -24,9 +25,11 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
-from dcgen_convert.tiny import world
+from dcgen_convert.tiny import videos, world
 
 WIDTH = 64
 LENGTH = 16  # tokens; the longest caption takes 12
@@ -104,12 +107,22 @@ def clip(work: Path, length: int = 77, pooled: bool = True) -> tuple[CLIPTextMod
 
 
 def t5() -> tuple[T5EncoderModel, T5Tokenizer]:
+    return _t5(words(), T5Config, T5EncoderModel)
+
+
+def umt5() -> tuple[UMT5EncoderModel, T5Tokenizer]:
+    """Its vocabulary has the words of the motions too. The longest caption of a video takes 15 tokens."""
+    moving = {word for phrase in videos.MOTIONS for word in phrase.split()}
+    return _t5(sorted({*words(), *moving}), UMT5Config, UMT5EncoderModel)
+
+
+def _t5(known: list[str], config: type, cls: type) -> tuple[Any, T5Tokenizer]:
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
-    vocab += [("▁" + word, -2.0) for word in words()] + [(c, -8.0) for c in CHARACTERS]
+    vocab += [("▁" + word, -2.0) for word in known] + [(c, -8.0) for c in CHARACTERS]
     tokenizer = T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=512)
     torch.manual_seed(2)
-    model = T5EncoderModel(
-        T5Config(
+    model = cls(
+        config(
             vocab_size=len(tokenizer),
             d_model=WIDTH,
             d_kv=16,

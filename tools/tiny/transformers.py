@@ -1,4 +1,4 @@
-"""Train the base networks of the tiny world: tiny-flux, tiny-kontext, tiny-sana, tiny-dit and tiny-unet.
+"""Train the base networks of the tiny world: tiny-flux, tiny-kontext, tiny-sana, tiny-wan, tiny-dit and tiny-unet.
 
 For tiny-flux a teacher is trained with dropped conditions first. Then its guidance is distilled into a student. So it
 is for tiny-kontext.
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +20,13 @@ from diffusers import (
     FluxTransformer2DModel,
     SanaTransformer2DModel,
     UNet2DConditionModel,
+    WanTransformer3DModel,
 )
 from torch import Tensor, nn
 
 from dcgen_convert import families
 from dcgen_convert.families import Family, Text, ddpm
-from dcgen_convert.families.base import Network
+from dcgen_convert.families.base import Network, per_row
 from dcgen_convert.families.dit import NULL_CLASS
 from dcgen_convert.tiny import world
 from tools.tiny.loop import Log, Training, optimise
@@ -63,6 +65,17 @@ DIT = dict(
     sample_size=16,
     patch_size=2,
     num_embeds_ada_norm=1000,
+)
+WAN = dict(
+    num_attention_heads=4,
+    attention_head_dim=32,
+    in_channels=16,
+    out_channels=16,
+    text_dim=64,
+    freq_dim=64,
+    ffn_dim=512,
+    num_layers=5,
+    rope_max_seq_len=64,
 )
 UNET = dict(
     sample_size=16,
@@ -126,18 +139,20 @@ def logit_normal(count: int, shift: float, generator: torch.Generator) -> Tensor
     return shift * s / (1 + (shift - 1) * s)
 
 
-def train_flow(family: Family, model: Network, pairs: Pairs, training: Training, log: Log = print) -> Network:
-    """Flow matching; 10 % of the conditions are dropped, for classifier-free guidance."""
+def train_flow(
+    family: Family, model: Network, pairs: Pairs, training: Training, log: Log = print, state: Path | None = None
+) -> Network:
+    """Flow matching; 10 % of the conditions are dropped, for classifier-free guidance. ``state``: as of `optimise`."""
 
     def loss_of(generator: torch.Generator) -> Tensor:
         index = torch.randint(len(pairs.z), (training.batch,), generator=generator)
         z0, text = pairs.batch(index, torch.rand(training.batch, generator=generator) < 0.1)
         eps = torch.randn(z0.shape, generator=generator)
         t = logit_normal(training.batch, training.shift, generator)
-        zt = torch.lerp(z0, eps, t[:, None, None, None])
+        zt = torch.lerp(z0, eps, per_row(t, z0))
         return F.mse_loss(family.predict(model, zt, t, text, torch.ones(training.batch)), family.target(z0, eps))
 
-    return optimise(model, loss_of, training, log)
+    return optimise(model, loss_of, training, log, state)
 
 
 def distill_guidance(family: Family, teacher: Network, pairs: Pairs, training: Training, log: Log = print) -> Network:
@@ -254,6 +269,7 @@ MODELS = {
     "flux": (FluxTransformer2DModel, FLUX),
     "sana": (SanaTransformer2DModel, SANA),
     "dit": (DiTTransformer2DModel, DIT),
+    "wan": (WanTransformer3DModel, WAN),
     "unet": (UNet2DConditionModel, UNET),
 }
 

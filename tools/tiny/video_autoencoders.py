@@ -16,8 +16,7 @@ from torch import Tensor
 
 from dcgen_convert.families.base import Network
 from dcgen_convert.networks.autoencoder_dc_video import TIME, AutoencoderDCVideo
-from dcgen_convert.tiny import world
-from tools.tiny import videos
+from dcgen_convert.tiny import videos, world
 from tools.tiny.loop import Log, Training, optimise, state_of
 
 CHANNELS = 16  # of Wan's latents
@@ -129,7 +128,7 @@ def reconstruct(model: Network, clips: Tensor, generator: torch.Generator) -> tu
 def set_scale(model: Network) -> Network:
     """Write into the config how large latents are: Wan's mean and std of each channel; for DC-AE-V 1 / RMS of all."""
     frames = videos.FRAMES - (TIME - 1 if isinstance(model, AutoencoderKLWan) else 0)
-    labels = videos.sample_labels(128, PROBE)
+    labels = videos.sample_labels(32, PROBE)
     clips = (videos.draw(rows, PROBE + i)[:, :, :frames] for i, rows in enumerate(labels.split(8)))
     latents = torch.cat([model.encode(part).latent_dist.mode() for part in clips]).transpose(0, 1).flatten(1)
     if isinstance(model, AutoencoderKLWan):
