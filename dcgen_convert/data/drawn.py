@@ -1,5 +1,6 @@
-"""Pictures of the tiny world as the user's pictures: `--data tiny-world:256` draws them at 256 px, with captions, and
-`--data tiny-edits:128` draws edits at 128 px, each with its instruction and the picture that is edited.
+"""Pictures of the tiny world as the user's pictures: `--data tiny-world:256` draws them at 256 px, with captions.
+`--data tiny-edits:128` draws edits at 128 px, each with its instruction and the picture that is edited, and
+`--data tiny-videos:128` videos with captions, of as many frames as the recipe asks for.
 
 The embedded base models draw 128 px. A conversion to larger pictures needs pictures from elsewhere, as it does for real
 models: these.
@@ -12,24 +13,28 @@ from pathlib import Path
 
 import torch
 
+from dcgen_convert.core import pulse
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.data import drawn_edits, prompts
+from dcgen_convert.data import drawn_edits, prompts, videos
 from dcgen_convert.data.images import Picture
+from dcgen_convert.tiny import videos as tiny_videos
 from dcgen_convert.tiny import world
 
-WORD = "tiny-world"
+WORD, VIDEOS = "tiny-world", "tiny-videos"
+SHOWN = {WORD: "pictures", drawn_edits.WORD: "edits", VIDEOS: "videos"}
 SIDES = (32, 2048)  # px
 CAPTIONS_SEED = 15_485_863  # captions and jitter that neither prompts nor metrics use
 DRAWING_SEED = 32_452_843
+FPS = 8  # frames a second of a video
 
 
 def side_of(text: str) -> int | None:
-    """Side in px of the pictures that a source `tiny-world:SIDE` or `tiny-edits:SIDE` names; None for all else.
+    """Side in px of the pictures that a source WORD:SIDE names, of one of the words in SHOWN; None for all else.
 
     Raises:
         InputError: the size is too small or too large.
     """
-    found = re.fullmatch(rf"(?:{WORD}|{drawn_edits.WORD}):(\d+)", text)
+    found = re.fullmatch(rf"(?:{'|'.join(SHOWN)}):(\d+)", text)
     if not found:
         return None
     least, most = SIDES
@@ -43,17 +48,31 @@ def holds_edits(text: str) -> bool:
     return text.startswith(f"{drawn_edits.WORD}:") and side_of(text) is not None
 
 
-def draw(folder: Path, text: str, count: int, edited: bool = False) -> list[Picture]:
+def folder_name(text: str, frames: int = 0) -> str:
+    """Name of the folder for what a source names: another size, or another number of frames, has another one."""
+    word, _, side = text.partition(":")
+    return {WORD: f"scenes-{side}", drawn_edits.WORD: f"edits-{side}", VIDEOS: f"videos-{side}-{frames}"}[word]
+
+
+def draw(folder: Path, text: str, count: int, edited: bool = False, frames: int = 0) -> list[Picture]:
     """The first ``count`` pictures of the source ``text`` in ``folder``; those that are there are kept.
 
     Args:
-        edited: whether they are for a model that edits.
+        edited: whether they are for a model that edits. frames: of a video; 0: for a model that draws pictures.
     Raises:
-        InputError: edits for a model that draws from text alone.
+        InputError: edits for a model that draws from text alone, videos for one that draws pictures, or pictures for
+            one that draws videos.
+        ResourceError: videos, and PyAV is not installed.
     """
     side = side_of(text)
     assert side is not None, text
-    if not holds_edits(text):
+    word = text.partition(":")[0]
+    if (word == VIDEOS) != (frames > 0):
+        draws, use = ("videos", VIDEOS) if frames else ("pictures", WORD)
+        raise InputError(f"{text} gives {SHOWN[word]}, and the model draws {draws}", f"use {use}:{side}")
+    if word == VIDEOS:
+        return _videos(folder, count, side, frames)
+    if word == WORD:
         captions = prompts.generated(WORD, count, CAPTIONS_SEED)
         scenes = torch.tensor([world.parse(caption) for caption in captions])
         files = drawn_edits.draw_scenes(folder, scenes, DRAWING_SEED, side)
@@ -67,3 +86,16 @@ def draw(folder: Path, text: str, count: int, edited: bool = False) -> list[Pict
         Picture(picture, instruction, references=(source,))
         for picture, source, instruction in zip(wanted, given, instructions, strict=True)
     ]
+
+
+def _videos(folder: Path, count: int, side: int, frames: int) -> list[Picture]:
+    folder.mkdir(parents=True, exist_ok=True)
+    found = []
+    for number, caption in enumerate(prompts.generated(VIDEOS, count, CAPTIONS_SEED)):
+        file = folder / f"{number:07d}{videos.LOSSLESS}"
+        if not (file.exists() and videos.is_whole(file)):
+            labels = torch.tensor([tiny_videos.parse(caption)])
+            videos.write(tiny_videos.draw(labels, DRAWING_SEED + number, frames, side)[0], file, fps=FPS)
+            pulse.bump()
+        found.append(Picture(file, caption))
+    return found

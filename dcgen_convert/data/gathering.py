@@ -1,4 +1,4 @@
-"""Finding the pictures of a folder: what is taken, and what is left out and why."""
+"""Finding the pictures of a folder, or its videos: what is taken, and what is left out and why."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from dcgen_convert.core.names import LOCK, MANIFEST, RECIPE
-from dcgen_convert.data import decoding
+from dcgen_convert.data import decoding, videos
 from dcgen_convert.data.tally import Tally
 
 FORMAT = "because of their format"
@@ -25,18 +25,31 @@ UNREAD = {
     *(".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2", ".pef", ".srw"),
 }
 """Suffixes of pictures that Pillow does not know."""
+OTHER_VIDEOS = {".avi", ".wmv", ".flv", ".m4v", ".mpg", ".mpeg", ".ts", ".m2ts", ".ogv", ".3gp"}
 
 
-def gather(root: Path) -> tuple[list[Path], Tally]:
-    """The picture files below ``root``, sorted, and what was left out."""
+def suffixes(moving: bool = False) -> frozenset[str]:
+    """Suffixes of what is taken, in small letters: pictures, or videos."""
+    return videos.suffixes() if moving else decoding.suffixes()
+
+
+def gather(root: Path, moving: bool = False) -> tuple[list[Path], Tally]:
+    """The picture files below ``root``, sorted, and what was left out.
+
+    Args:
+        moving: find videos in their place, files and folders of frames.
+    """
     left_out, found = Tally(), []
-    for folder, names in _folders(root, left_out):
-        pictures = [name for name in names if Path(name).suffix.lower() in decoding.suffixes()]
+    for folder, names in _folders(root, left_out, suffixes(moving)):
+        if moving and folder != root and videos.is_frames(names):
+            found.append(folder)
+            continue
+        pictures = [name for name in names if Path(name).suffix.lower() in suffixes(moving)]
         found += [folder / name for name in pictures]
-        stems = {Path(name).stem for name in pictures}
+        stems = {Path(name).stem for name in [*pictures, *(_names_of_folders(folder) if moving else ())]}
         for name in sorted(set(names) - set(pictures)):
             suffix, shown = Path(name).suffix.lower(), str((folder / name).relative_to(root))
-            if suffix in _unread():
+            if suffix in _unread(moving):
                 left_out.add(FORMAT, shown)
                 stems.add(Path(name).stem)
         for name in names:
@@ -53,15 +66,26 @@ def caption_file(picture: Path) -> Path | None:
     return None
 
 
+def _names_of_folders(folder: Path) -> list[str]:
+    """Of the folders in ``folder``, which may be the frames of a video."""
+    return [inner.name for inner in folder.iterdir() if inner.is_dir()]
+
+
 @cache
-def _unread() -> frozenset[str]:
-    """Suffixes of pictures that are left out."""
+def _unread(moving: bool) -> frozenset[str]:
+    """Suffixes of pictures that are left out; or of videos, beside which pictures are left out too."""
     Image.init()
+    if moving:
+        return frozenset({*OTHER_VIDEOS, *decoding.suffixes()})
     return frozenset({*UNREAD, *Image.registered_extensions()} - decoding.suffixes())
 
 
-def _folders(root: Path, left_out: Tally) -> Iterator[tuple[Path, list[str]]]:
-    """Every folder below ``root`` with the sorted names of its files. Links are followed, each folder is met once."""
+def _folders(root: Path, left_out: Tally, wanted: frozenset[str]) -> Iterator[tuple[Path, list[str]]]:
+    """Every folder below ``root`` with the sorted names of its files. Links are followed, each folder is met once.
+
+    Args:
+        wanted: suffixes of files that are told of where they are left out.
+    """
     waiting, seen = [root], set()
     while waiting:
         folder = waiting.pop()
@@ -77,7 +101,7 @@ def _folders(root: Path, left_out: Tally) -> Iterator[tuple[Path, list[str]]]:
                 (folders if _is_folder(entry) else files).append(entry.name)
         kept = [name for name in files if not _is_foreign(name)]
         for name in sorted(set(files) - set(kept)):
-            if Path(name).suffix.lower() in decoding.suffixes():
+            if Path(name).suffix.lower() in wanted:
                 left_out.add(FOREIGN, str((folder / name).relative_to(root)))
         yield folder, kept
         for name in reversed(folders):

@@ -5,7 +5,9 @@ A folder or list alone stays where it is, and so do its names. Otherwise every s
 
     1/            link to the folder, or to the folder of the list
     2.unpacked/   pictures of shards, with pictures.jsonl and, written last, unpacked.json
-    3.scenes-256/ pictures of the tiny world, drawn at 256 px; edits in 3.edits-256/
+    3.scenes-256/ pictures of the tiny world, drawn at 256 px; edits in 3.edits-256/, videos in 3.videos-256-16/
+
+For a family that draws videos they are videos: files and folders of frames, in the same forms.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from pathlib import Path
 from dcgen_convert.core.disk import check_disk
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import TEMPORARY, atomic_write, fresh_folder, json_text, read_json, write_json
-from dcgen_convert.data import decoding, drawn, gathering, hub, images, prompt_lists, shards
+from dcgen_convert.data import drawn, gathering, hub, images, prompt_lists, shards
 from dcgen_convert.data.images import Picture
 from dcgen_convert.data.sieve import ENOUGH, Sieve
 from dcgen_convert.data.tally import Tally
@@ -37,11 +39,15 @@ HUB_SUFFIXES = (*shards.SUFFIXES, ".txt", LIST, ".csv", ".tsv")
 
 @dataclass(frozen=True)
 class PictureSource:
-    """where: path or address as the user wrote it; column of the captions; share of the pictures."""
+    """where: path or address as the user wrote it; column of the captions; share of the pictures.
+
+    frames: that a video must have; 0: the source is read for pictures.
+    """
 
     where: str
     column: str | None = None
     share: float | None = None
+    frames: int = 0
 
     @property
     def path(self) -> Path:
@@ -52,9 +58,18 @@ class PictureSource:
         """Whether it is no path on this machine: a data set of the hub, or pictures that are drawn first."""
         return hub.is_address(self.where) or drawn.side_of(self.where) is not None
 
+    @property
+    def moving(self) -> bool:
+        """Whether it is read for videos."""
+        return self.frames > 0
 
-def parse(text: str) -> PictureSource:
-    """`PATH`, `PATH:COLUMN`, `PATH=SHARE` or `PATH:COLUMN=SHARE`; also with an address of the hub for PATH."""
+
+def parse(text: str, frames: int = 0) -> PictureSource:
+    """`PATH`, `PATH:COLUMN`, `PATH=SHARE` or `PATH:COLUMN=SHARE`; also with an address of the hub for PATH.
+
+    Args:
+        frames: as in PictureSource.
+    """
     share = None
     if not Path(text).expanduser().exists() and (found := re.fullmatch(r"(.+)=([0-9]*\.?[0-9]+)", text)):
         text, share = found[1], float(found[2])
@@ -62,12 +77,12 @@ def parse(text: str) -> PictureSource:
             raise InputError(f"the share of {text} is {share:g}", "leave the source out, or give a larger share")
     whole = Path(text).expanduser().exists() or drawn.side_of(text)
     where, column = (text, None) if whole else prompt_lists.split(text)
-    return PictureSource(where, column, share)
+    return PictureSource(where, column, share, frames)
 
 
-def parse_all(texts: Sequence[str]) -> list[PictureSource]:
-    """The sources; InputError when some have a share and others none."""
-    found = [parse(text) for text in texts]
+def parse_all(texts: Sequence[str], frames: int = 0) -> list[PictureSource]:
+    """The sources, as `parse`; InputError when some have a share and others none."""
+    found = [parse(text, frames) for text in texts]
     without = [source.where for source in found if source.share is None]
     if without and len(without) < len(found):
         raise InputError(f"{without[0]} has no share, other sources have", "give every source a share, or none")
@@ -81,19 +96,19 @@ def is_plain(sources: Sequence[PictureSource], work: Path) -> bool:
     path = sources[0].path
     if not path.exists():
         return not work.exists()
-    return sources[0].column is None and not _shards(path)
+    return sources[0].column is None and not _shards(path, sources[0].moving)
 
 
-def _shards(place: Path) -> list[Path]:
-    """The shards of a source. A folder that holds pictures too is a folder of pictures."""
+def _shards(place: Path, moving: bool = False) -> list[Path]:
+    """The shards of a source. A folder that holds pictures too is a folder of pictures; the same of videos."""
     found = [] if place.suffix.lower() == LIST else shards.find(place)
-    return [] if found and place.is_dir() and gathering.gather(place)[0] else found
+    return [] if found and place.is_dir() and gathering.gather(place, moving)[0] else found
 
 
 def shard_bytes(sources: Sequence[PictureSource]) -> int:
     """Bytes of the shards on this machine: what their pictures need in the run folder, at most."""
-    places = [source.path for source in sources if not source.is_elsewhere and source.path.exists()]
-    return sum(shard.stat().st_size for place in places for shard in _shards(place))
+    here = [source for source in sources if not source.is_elsewhere and source.path.exists()]
+    return sum(shard.stat().st_size for source in here for shard in _shards(source.path, source.moving))
 
 
 def require_here(sources: Sequence[PictureSource]) -> None:
@@ -114,9 +129,9 @@ def require_large(sources: Sequence[PictureSource], sieve: Sieve) -> None:
     """InputError when too few pictures on this machine pass ``sieve``. Those in shards are found out later."""
     passed = 0
     for source in sources:
-        if source.is_elsewhere or _shards(source.path):
+        if source.is_elsewhere or _shards(source.path, source.moving):
             return
-        for file in _files(source.path):
+        for file in _files(source.path, source.moving):
             passed += sieve.passes(file)
             if passed == ENOUGH:
                 return
@@ -159,16 +174,16 @@ def _size(source: PictureSource, most: int, sieve: Sieve) -> int | None:
         return ENDLESS
     if source.is_elsewhere or not source.path.exists():
         return None
-    if found := _shards(source.path):
+    if found := _shards(source.path, source.moving):
         return sum(map(shards.count, found))
-    return sum(1 for _ in islice(filter(sieve.passes, _files(source.path)), most))
+    return sum(1 for _ in islice(filter(sieve.passes, _files(source.path, source.moving)), most))
 
 
-def _files(path: Path) -> list[Path]:
+def _files(path: Path, moving: bool) -> list[Path]:
     """The pictures of a folder or of a list; those without a caption that others were made from are none."""
     if path.suffix == LIST:
         return [one.file for one in images.read_folder(path)]
-    files = gathering.gather(path)[0]
+    files = gathering.gather(path, moving)[0]
     named = {source for own in images.sources(path, files).values() for source in own}
     return [file for file in files if file not in named or gathering.caption_file(file)]
 
@@ -194,7 +209,7 @@ def take(
     """
     require_here(sources)
     if is_plain(sources, work):
-        return images.take(sources[0].path, count, sieve, edited)
+        return images.take(sources[0].path, count, sieve, edited, sources[0].moving)
     work.mkdir(parents=True, exist_ok=True)
     opened = [_Opened(source, number, work, offline, edited) for number, source in enumerate(sources, 1)]
     shares = [source.share for source in sources if source.share is not None]
@@ -209,9 +224,9 @@ def take(
         found, left_out = one.take(quota, sieve)
         pictures += found
         rest = f", {left_out.total} left out {left_out.reasons()}" if left_out.total else ""
-        told.append(f"{one.source.where} {len(found)} of {one.size} pictures{rest}")
+        told.append(f"{one.source.where} {len(found)} of {one.size} {one.noun}{rest}")
     kept = images.chosen(pictures, count, work)
-    return kept, f"{len(kept)} pictures taken: {'; '.join(told)}"
+    return kept, f"{len(kept)} {opened[0].noun} taken: {'; '.join(told)}"
 
 
 class _Opened:
@@ -220,34 +235,35 @@ class _Opened:
     def __init__(self, source: PictureSource, number: int, work: Path, offline: bool, edited: bool) -> None:
         self.source, self.work, self.number, self.edited = source, work, number, edited
         self.place = source.path
+        self.noun = images.NOUNS[source.moving]
         self.shards: list[Path] = []
         self.side = drawn.side_of(source.where)
         if self.side:
             self.size = ENDLESS
             return
         if hub.is_address(source.where):
-            self.place = hub.fetch(source.where, {*HUB_SUFFIXES, *decoding.suffixes()}, offline)
-        self.shards = _shards(self.place)
+            self.place = hub.fetch(source.where, {*HUB_SUFFIXES, *gathering.suffixes(source.moving)}, offline)
+        self.shards = _shards(self.place, source.moving)
         if self.shards:
             self.counts = [shards.count(shard) for shard in self.shards]
             self.size = sum(self.counts)
             return
-        self.every, self.left_out = images.gather(self._link(), source.column, edited)
+        self.every, self.left_out = images.gather(self._link(), source.column, edited, source.moving)
         self.size = len(self.every)
 
     def take(self, quota: int, sieve: Sieve | None) -> tuple[list[Picture], Tally]:
         """At most ``quota`` pictures, those of the smallest hashes of names: more of them hold the same ones."""
         if self.side:
             self.size = quota
-            kind = "edits" if drawn.holds_edits(self.source.where) else "scenes"
-            folder = self.work / f"{self.number}.{kind}-{self.side}"
-            every, left_out = drawn.draw(folder, self.source.where, quota, self.edited), Tally()
+            folder = self.work / f"{self.number}.{drawn.folder_name(self.source.where, self.source.frames)}"
+            every, left_out = drawn.draw(folder, self.source.where, quota, self.edited, self.source.frames), Tally()
         else:
             every, left_out = self._unpack(quota) if self.shards else (self.every, self.left_out)
-        before = set(sieve.small) if sieve else set()
+        before = set(sieve.dropped) if sieve else set()
         pictures = images.chosen(every, quota, self.work, sieve)
-        for file in (file for file in (sieve.small if sieve else ()) if file not in before):
-            left_out.add(sieve.reason if sieve else "", file.name)
+        for file in sieve.dropped if sieve else ():
+            if sieve and file not in before:
+                left_out.add(sieve.reason(file), file.name)
         return pictures, left_out
 
     def _link(self) -> Path:
@@ -265,7 +281,8 @@ class _Opened:
         root = self.place if self.place.is_dir() else self.place.parent
         stats = [(shards.label(shard, root), shard.stat()) for shard in self.shards]
         made_from = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-        key = {"shards": made_from, "column": self.source.column, **({"edited": True} if self.edited else {})}
+        kinds = {name: True for name, of in (("edited", self.edited), ("moving", self.source.moving)) if of}
+        key = {"shards": made_from, "column": self.source.column, **kinds}
         record = read_json(folder / UNPACKED) if (folder / UNPACKED).exists() else {}
         if record.get("key") != key:
             fresh_folder(folder)
@@ -280,12 +297,14 @@ class _Opened:
         for shard, (name, _), numbers in zip(self.shards, stats, wanted, strict=True):
             if numbers:
                 column, place = self.source.column, folder / name
-                for file, caption, sources in shards.extract(shard, numbers, place, column, left_out, self.edited):
+                for file, caption, sources in shards.extract(shard, numbers, place, column, left_out, **kinds):
                     made = {images.SOURCE: [f"{name}/{source}" for source in sources]} if sources else {}
                     rows.append(json_text({"file": f"{name}/{file}", "caption": caption, **made}))
         if not rows:
             why = f": {left_out.reasons()}" if left_out.total else ""
-            raise InputError(f"{self.source.where} holds no picture with a caption{why}", "see the page on pictures")
+            raise InputError(
+                f"{self.source.where} holds no {self.noun[:-1]} with a caption{why}", "see the page on pictures"
+            )
         atomic_write(folder / PICTURES, "\n".join(rows) + "\n")
         os.sync()
         write_json(folder / UNPACKED, {"key": key, "quota": quota, "left_out": vars(left_out)})

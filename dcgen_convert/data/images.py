@@ -2,6 +2,8 @@
 
 index.jsonl   one object per picture: {"file", "caption", "seed"}; relative files lie beside the index. An edited
               picture has "source" too, the picture that it was made from, or a list of them
+
+For a family that draws videos the file of a row is a video, see `videos`.
 """
 
 from __future__ import annotations
@@ -15,12 +17,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy
-from PIL import Image
-
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import atomic_write, json_text, read_lines, read_text, replacing, understood
-from dcgen_convert.core.pixels import to_image
+from dcgen_convert.core.pixels import fitted, to_image
 from dcgen_convert.data import beside, decoding, gathering, metadata
 from dcgen_convert.data.sieve import Sieve
 from dcgen_convert.data.tally import Tally
@@ -35,12 +34,14 @@ SOURCE, SOURCE_SHA256 = (
     beside.SOURCE,
     f"{beside.SOURCE}_sha256",
 )  # keys of what an edited picture was made from: a text or a list
+NOUNS = {False: "pictures", True: "videos"}
 ROWS = "rows.jsonl"  # beside the latents: the pictures in the order of their rows
 
 
 @dataclass(frozen=True)
 class Picture:
-    """file; caption; seed of one that was drawn; sha256 of the file's bytes where it was asked for.
+    """file, of a video also a folder of its frames; caption; seed of one that was drawn; sha256 of the file's bytes
+    where it was asked for.
 
     references: of an edited picture, the files that it was made from; references_sha256: of their bytes, if asked for.
     """
@@ -58,28 +59,32 @@ def read_folder(path: Path) -> list[Picture]:
     return gather(path)[0]
 
 
-def take(path: Path, count: int, sieve: Sieve | None = None, edited: bool = False) -> tuple[list[Picture], str]:
+def take(
+    path: Path, count: int, sieve: Sieve | None = None, edited: bool = False, moving: bool = False
+) -> tuple[list[Picture], str]:
     """At most ``count`` pictures of `gather`, and a sentence that says what is taken, and what is left out and why.
 
     Args:
-        sieve: leaves small pictures out; None: none is too small. edited: as `gather` takes it.
+        sieve: leaves small pictures out; None: none is too small. edited, moving: as `gather` takes them.
     """
-    every, left_out = gather(path, edited=edited)
+    every, left_out = gather(path, edited=edited, moving=moving)
     root = path.expanduser().absolute()
     root = root if root.is_dir() else root.parent
     pictures = chosen(every, count, root, sieve)
-    kept, small = set(pictures), sieve.small if sieve else {}
+    kept = set(pictures)
     for picture in every:
         if picture not in kept:
-            why = sieve.reason if sieve and picture.file in small else f"because data.count is {count}"
+            why = (sieve.reason(picture.file) if sieve else "") or f"because data.count is {count}"
             left_out.add(why, os.path.relpath(picture.file, root))
-    told = f"{len(pictures)} {f'of {len(every)} ' if len(every) > len(pictures) else ''}pictures taken"
+    told = f"{len(pictures)} {f'of {len(every)} ' if len(every) > len(pictures) else ''}{NOUNS[moving]} taken"
     if left_out.total:
         told += f", {left_out.total} left out {left_out.reasons()}"
     return pictures, told
 
 
-def gather(path: Path, column: str | None = None, edited: bool = False) -> tuple[list[Picture], Tally]:
+def gather(
+    path: Path, column: str | None = None, edited: bool = False, moving: bool = False
+) -> tuple[list[Picture], Tally]:
     """Pictures of a folder, or of a .jsonl with "file" and "caption"; and what is left out.
 
     The captions of a folder stand in a .txt beside each picture, or in the tables that `metadata` reads.
@@ -87,22 +92,24 @@ def gather(path: Path, column: str | None = None, edited: bool = False) -> tuple
     Args:
         column: name of the captions in the .jsonl or in the tables; None: the usual ones.
         edited: whether to look for what the pictures of a folder were made from, in files and tables.
+        moving: whether to take videos, files and folders of frames, and no pictures.
     Raises:
         InputError: nothing there, no pictures, or pictures without captions (named).
     """
     path = Path(path).expanduser().absolute()  # what is written into an index lies beside it or is absolute
+    noun = "videos" if moving else "images"
     if path.suffix == ".jsonl":
         if not path.is_file():
-            raise InputError(f"{path} does not exist", "give a folder of images with .txt captions, or a .jsonl")
+            raise InputError(f"{path} does not exist", f"give a folder of {noun} with .txt captions, or a .jsonl")
         return _read_jsonl(path, column or CAPTION), Tally()
     if not path.is_dir():
-        raise InputError(f"{path} is not a folder", "give a folder of images with .txt captions, or a .jsonl")
-    files, left_out = gathering.gather(path)
+        raise InputError(f"{path} is not a folder", f"give a folder of {noun} with .txt captions, or a .jsonl")
+    files, left_out = gathering.gather(path, moving)
     if not files:
         why = f"; {left_out.total} left out {left_out.reasons()}" if left_out.total else ""
         raise InputError(
-            f"{path} holds no images ({', '.join(sorted(decoding.suffixes()))}){why}",
-            "give a folder of images with .txt captions",
+            f"{path} holds no {noun} ({', '.join(sorted(gathering.suffixes(moving)))}){why}",
+            f"give a folder of {noun} with .txt captions",
         )
     texts = {file: read_text(text).strip() for file in files if (text := gathering.caption_file(file))}
     made_from = sources(path, files) if edited else {}
@@ -113,7 +120,7 @@ def gather(path: Path, column: str | None = None, edited: bool = False) -> tuple
     bare = [file for file in files if file not in texts]
     if bare:
         raise InputError(
-            f"{len(bare)} of {len(files)} images have no caption, first {bare[0]}",
+            f"{len(bare)} of {len(files)} {noun} have no caption, first {bare[0]}",
             f"write {bare[0].with_suffix('.txt').name} beside it, or metadata.jsonl with file_name and caption",
         )
     return [Picture(file, texts[file], references=made_from.get(file, ())) for file in files], left_out
@@ -142,8 +149,8 @@ def _picture(record: object, folder: Path, column: str = CAPTION) -> Picture:
     """The picture of one line of a .jsonl in ``folder``; ValueError says what is wrong with the line."""
     if not isinstance(record, dict):
         raise ValueError("it is no object with file and caption")
-    if "file" not in record and "image" in record:
-        record = {**record, "file": record["image"]}
+    if "file" not in record and (key := next((key for key in ("image", "video") if key in record), None)):
+        record = {**record, "file": record[key]}
     for key in ("file", column):
         if key not in record:
             raise ValueError(f"it has no {key}")
@@ -241,23 +248,6 @@ def read_sizes(file: Path, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
     """The picture in a file, read once, at several sizes (height, width); else as `read_pixels`."""
     image, _ = decoding.decode(file)
     return [fitted(image, *size) for size in sizes]
-
-
-def fitted(image: Image.Image, height: int, width: int) -> Tensor:
-    """(3, height, width) float32 in [-1, 1]: the largest centred part of that shape, resized with Lanczos.
-
-    The part begins at a whole pixel. It is the same part for all sizes of one shape.
-    """
-    import torch
-
-    across, down = min(image.width, image.height * width / height), min(image.height, image.width * height / width)
-    left, top = (image.width - across) // 2, (image.height - down) // 2
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + across, top + down))
-    array = numpy.array(image, dtype=numpy.float32)
-    array /= 127.5  # in place: a large picture is not copied
-    array -= 1
-    return torch.from_numpy(array).permute(2, 0, 1)
 
 
 def write(pixels: Tensor, file: Path) -> None:

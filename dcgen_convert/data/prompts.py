@@ -7,8 +7,12 @@ from collections.abc import Sequence
 
 from dcgen_convert.data import grammar, prompt_lists
 
-KINDS = ("builtin", "tiny-world", "tiny-edits")  # anything else names a list
-CAPTIONS = ("builtin", "tiny-world")  # those that describe a picture; a model that edits needs instructions
+KINDS = ("builtin", "tiny-world", "tiny-edits", "tiny-videos")  # anything else names a list
+CAPTIONS = (
+    "builtin",
+    "tiny-world",
+    "tiny-videos",
+)  # those that describe a picture; a model that edits needs instructions
 BLOCK = 1024  # captions of the tiny world that are drawn at once
 MANY = 10_000  # pictures from which on the built-in prompts are too few
 
@@ -17,7 +21,7 @@ def make(kind: str, count: int, seed: int, classes: list[str] | None = None, off
     """``count`` prompts. A larger count begins with the same ones.
 
     Args:
-        kind: "builtin", "tiny-world", "tiny-edits", or what `prompt_lists.read` takes.
+        kind: one of KINDS, or what `prompt_lists.read` takes.
         classes: labels of a class-conditional model; then all KINDS draw labels uniformly.
         offline: take a data set of the hub from the cache only.
     Raises:
@@ -33,11 +37,12 @@ def generated(kind: str, count: int, seed: int, classes: list[str] | None = None
     if classes:
         generator = random.Random(seed)
         return [generator.choice(classes) for _ in range(count)]
-    if kind == "tiny-world":
-        from dcgen_convert.tiny import world
+    if kind in ("tiny-world", "tiny-videos"):
+        from dcgen_convert.tiny import videos, world
 
-        blocks = (world.sample_labels(BLOCK, world.block_seed(seed, block)) for block in range(-(-count // BLOCK)))
-        return [world.caption(row) for block in blocks for row in block.tolist()][:count]
+        drawn = videos if kind == "tiny-videos" else world
+        blocks = (drawn.sample_labels(BLOCK, world.block_seed(seed, block)) for block in range(-(-count // BLOCK)))
+        return [drawn.caption(row) for block in blocks for row in block.tolist()][:count]
     if kind == "tiny-edits":
         from dcgen_convert.data import drawn_edits
 

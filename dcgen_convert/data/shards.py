@@ -1,4 +1,4 @@
-"""Pictures in shards: .tar as webdataset writes them, and .parquet with the bytes of the pictures in a column.
+"""Pictures in shards, or videos: .tar as webdataset writes them, and .parquet with their bytes in a column.
 
 The chosen pictures are copied into a folder, byte by byte as they are; those of a model that edits with their sources,
 which `beside` names. A name in a shard is never a path: the copies are numbered. Archives are read without
@@ -22,21 +22,30 @@ from pathlib import Path
 from typing import IO, Any
 
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.data import beside, decoding, prompt_lists, tables
+from dcgen_convert.data import beside, gathering, prompt_lists, tables
 from dcgen_convert.data.tally import Tally
 
 TAR, PARQUET = ".tar", ".parquet"
 SUFFIXES = (PARQUET, TAR)
 CAPTION_PARTS = ("txt", "caption", "text", "json", "cls")  # of a webdataset sample; the first that is there counts
 PICTURE_COLUMNS = ("image", "jpg", "png", "picture", "img")
+VIDEO_COLUMNS = ("video", "mp4")
 # Of edits, as published data sets name them: InstructPix2Pix, HQ-Edit, MagicBrush, OmniEdit.
 EDITED_COLUMNS = ("edited_image", "output_image", "target_image", "target_img", "edited_img")
 LOOKED_AT = 64  # samples of a shard in which references are counted for a plan
 LONGEST = 1 << 20  # bytes of a caption or of the .json beside a picture
 NO_CAPTION = "because they have no caption"
-NO_PICTURE = "because they hold no picture"
+NO_PICTURE = {False: "because they hold no picture", True: "because they hold no video"}
 NO_FILE = "because they are links, devices or sparse files in an archive"
-MAGIC = {b"\x89PNG": ".png", b"\xff\xd8": ".jpg", b"RIFF": ".webp", b"GIF8": ".gif", b"BM": ".bmp"}
+MAGIC = {
+    b"\x89PNG": ".png",
+    b"\xff\xd8": ".jpg",
+    b"RIFF": ".webp",
+    b"GIF8": ".gif",
+    b"BM": ".bmp",
+    b"\x1aE\xdf\xa3": ".mkv",
+}
+BRAND = b"ftyp"  # from byte 4 on: .mp4 and .mov
 
 
 @dataclass
@@ -85,32 +94,40 @@ def most_references(shard: Path) -> int:
 
 
 def extract(
-    shard: Path, wanted: set[int], folder: Path, column: str | None, left_out: Tally, edited: bool = False
+    shard: Path,
+    wanted: set[int],
+    folder: Path,
+    column: str | None,
+    left_out: Tally,
+    edited: bool = False,
+    moving: bool = False,
 ) -> Iterator[tuple[str, str, list[str]]]:
     """Copy the samples ``wanted`` into ``folder``, those that are not there yet: (name in the folder, caption, names of
     what it was made from) of each.
 
     Args:
         edited: whether to copy what an edited picture was made from too.
+        moving: whether the samples hold videos.
     Raises:
         InputError: the shard is damaged, or has no such column.
     """
     folder.mkdir(parents=True, exist_ok=True)
     taken = _from_parquet if shard.suffix.lower() == PARQUET else _from_tar
-    yield from taken(shard, wanted, folder, column, left_out, edited)
+    yield from taken(shard, wanted, folder, column, left_out, edited, moving)
 
 
 def _from_parquet(
-    shard: Path, wanted: set[int], folder: Path, column: str | None, left_out: Tally, edited: bool
+    shard: Path, wanted: set[int], folder: Path, column: str | None, left_out: Tally, edited: bool, moving: bool
 ) -> Iterator[tuple[str, str, list[str]]]:
     names = tables.columns(shard)
-    picture = next((name for name in (*PICTURE_COLUMNS, *EDITED_COLUMNS) if name in names), None)
+    known, noun = (VIDEO_COLUMNS, "videos") if moving else (PICTURE_COLUMNS, "pictures")
+    picture = next((name for name in (*known, *(() if moving else EDITED_COLUMNS)) if name in names), None)
     caption = prompt_lists.column_of(names, column)
-    for kind, found in (("pictures", picture), ("captions", caption)):
+    for kind, found in ((noun, picture), ("captions", caption)):
         if found not in names:
             raise InputError(
                 f"{shard} has no column of {kind}; it has {', '.join(names[:12])}",
-                f"known are {', '.join(PICTURE_COLUMNS)} for pictures, {', '.join(prompt_lists.COLUMNS)} for captions; "
+                f"known are {', '.join(known)} for {noun}, {', '.join(prompt_lists.COLUMNS)} for captions; "
                 "PATH:COLUMN names the column of captions",
             )
     sources = beside.columns(names) if edited else []
@@ -122,11 +139,11 @@ def _from_parquet(
         content = _bytes(cell)
         text = _text(row[str(caption)], shown)
         if content is None:
-            left_out.add(NO_PICTURE, shown)
+            left_out.add(NO_PICTURE[moving], shown)
         elif text is None:
             left_out.add(NO_CAPTION, shown)
         else:
-            name = f"{number:07d}{_suffix(content[:4])}"
+            name = f"{number:07d}{_suffix(content)}"
             _write(folder / name, content)
             made_from = []
             for place, source in enumerate(_given(row, sources), 1):
@@ -135,24 +152,25 @@ def _from_parquet(
                         f"{shown}: its {sources[0]} {place} holds no bytes of a picture",
                         "embed the pictures in the table, or use a .jsonl with their files",
                     )
-                made_from.append(_source_name(number, place, _suffix(content[:4])))
+                made_from.append(_source_name(number, place, _suffix(content)))
                 _write(folder / made_from[-1], content)
             yield name, text, made_from
 
 
 def _from_tar(
-    shard: Path, wanted: set[int], folder: Path, column: str | None, left_out: Tally, edited: bool
+    shard: Path, wanted: set[int], folder: Path, column: str | None, left_out: Tally, edited: bool, moving: bool
 ) -> Iterator[tuple[str, str, list[str]]]:
     with _archive(shard) as tar:
         for sample in _members(tar, left_out):
             if sample.number not in wanted:
                 continue
             sources = _sources(sample)
-            suffix = next((part for part in sample.parts if _is_picture(part) and not beside.number(part)), None)
+            known = (part for part in sample.parts if _is_one(part, moving) and not beside.number(part))
+            suffix = next(known, None)
             shown = f"{shard.name} sample {sample.number}"
             text = _caption(tar, sample, column, shown)
             if suffix is None:
-                left_out.add(NO_PICTURE, shown)
+                left_out.add(NO_PICTURE[moving], shown)
             elif text is None:
                 left_out.add(NO_CAPTION, shown)
             else:
@@ -173,13 +191,14 @@ def _given(row: dict[str, Any], columns: list[str]) -> list[Any]:
     return [] if all(isinstance(one, str) for one in found) else found
 
 
-def _is_picture(part: str) -> bool:
-    return f".{part.rpartition('.')[2]}" in decoding.suffixes()
+def _is_one(part: str, moving: bool) -> bool:
+    """Whether a part is a picture, or a video."""
+    return f".{part.rpartition('.')[2]}" in gathering.suffixes(moving)
 
 
 def _sources(sample: Sample) -> dict[int, str]:
     """Number of a source, from 1 on -> the part that holds it."""
-    return {place: part for part in sample.parts if _is_picture(part) and (place := beside.number(part))}
+    return {place: part for part in sample.parts if _is_one(part, False) and (place := beside.number(part))}
 
 
 def _samples(shard: Path, left_out: Tally) -> Iterator[Sample]:
@@ -273,8 +292,10 @@ def _write(file: Path, content: bytes) -> None:
             opened.write(content)
 
 
-def _suffix(start: bytes) -> str:
-    return next((suffix for magic, suffix in MAGIC.items() if start.startswith(magic)), ".img")
+def _suffix(content: bytes) -> str:
+    """Of the format that the first bytes of a file state."""
+    other = ".mp4" if content[4:8] == BRAND else ".img"
+    return next((suffix for magic, suffix in MAGIC.items() if content.startswith(magic)), other)
 
 
 @contextmanager

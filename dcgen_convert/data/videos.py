@@ -20,8 +20,8 @@ from PIL import Image
 
 from dcgen_convert.core.errors import InputError, ResourceError
 from dcgen_convert.core.files import atomic_write
-from dcgen_convert.core.pixels import to_image
-from dcgen_convert.data import decoding, images
+from dcgen_convert.core.pixels import fitted, to_image
+from dcgen_convert.data import decoding
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +46,7 @@ def suffixes() -> frozenset[str]:
 
 
 def read(file: Path, frames: int, height: int, width: int) -> Tensor:
-    """(3, frames, height, width) float32 in [-1, 1]: the first frames of a video, each as `images.fitted`.
+    """(3, frames, height, width) float32 in [-1, 1]: the first frames of a video, each as `pixels.fitted`.
 
     Raises:
         InputError: the file is missing, no video, damaged, too large, or has fewer frames.
@@ -60,7 +60,7 @@ def read_sizes(file: Path, frames: int, sizes: Sequence[tuple[int, int]]) -> lis
     import torch
 
     with closing(pictures(file)) as every:
-        shown = [[images.fitted(image, *size) for size in sizes] for image in islice(every, frames)]
+        shown = [[fitted(image, *size) for size in sizes] for image in islice(every, frames)]
     require_frames(file, len(shown), frames)
     return [torch.stack(slot, dim=1) for slot in zip(*shown, strict=True)]
 
@@ -92,7 +92,8 @@ def shape(file: Path, most: int | None = None) -> tuple[int, int, int]:
     """
     if file.is_dir():
         files = frame_files(file)
-        return *images.size_of(files[0]), len(files)
+        with decoding.opened(files[0]) as image:
+            return *decoding.shown_size(image), len(files)
     first, count = None, 0
     with _opened(file) as (container, stream):
         for packet in container.demux(stream):  # the last one is empty, and makes the decoder give what it holds

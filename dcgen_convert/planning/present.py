@@ -43,10 +43,9 @@ def counted(recipe: Recipe) -> tuple[Recipe, list[str]]:
         found = given.held(given.parse_all(data.paths), data.count, sieve)
         if not found or found >= data.count:
             continue
-        small = f", {len(sieve.small):,} are left out {sieve.reason}" if sieve.small else ""
         told.append(
-            f"{', '.join(data.paths)}: {found:,} pictures can be used{small}; {key} is {data.count:,}, and {found:,} "
-            "are priced"
+            f"{', '.join(data.paths)}: {found:,} pictures can be used{sieve.told}; {key} is {data.count:,}, and "
+            f"{found:,} are priced"
         )
         recipe = _with_count(recipe, number, found)
     return recipe, told

@@ -19,13 +19,13 @@ class Data(Section):
     path: Text | tuple[Text, ...] | None = Field(
         default=None,
         description="your pictures, or a list of several sources: a folder, a .jsonl, shards (.tar, .parquet) or "
-        "hf://datasets/ORG/NAME; :COLUMN names the captions, =0.7 the share of a source; tiny-world:256 and "
-        "tiny-edits:128 draw the tiny world; needed by kind folder",
+        "hf://datasets/ORG/NAME; :COLUMN names the captions, =0.7 the share of a source; tiny-world:256, "
+        "tiny-edits:128 and tiny-videos:128 draw the tiny world; needed by kind folder",
     )
     prompts: Text = Field(
         default="builtin",
-        description="builtin, tiny-world, tiny-edits, FILE.txt with one prompt per line, FILE:COLUMN of a .jsonl, "
-        ".csv, .tsv or .parquet, or hf://datasets/ORG/NAME:COLUMN (synthetic only)",
+        description="builtin, tiny-world, tiny-edits, tiny-videos, FILE.txt with one prompt per line, FILE:COLUMN of a "
+        ".jsonl, .csv, .tsv or .parquet, or hf://datasets/ORG/NAME:COLUMN (synthetic only)",
     )
     sources: Text | None = Field(
         default=None,

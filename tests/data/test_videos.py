@@ -1,6 +1,6 @@
 """Videos as every player shows them, and damaged files as one sentence.
 
-References: the pixels that were written, the matrices of BT.601 and BT.709 by hand, `images.fitted` of every frame.
+References: the pixels that were written, the matrices of BT.601 and BT.709 by hand, `fitted` of every frame.
 """
 
 import builtins
