@@ -98,10 +98,14 @@ def validate(session: Session, name: str, **values: Any) -> int:
     from dcgen_convert.planning.absent import require_here
     from dcgen_convert.planning.plan import require_possible
     from dcgen_convert.recipe import loading
+    from dcgen_convert.recipe.videos import frames_of
 
     resolved = loading.load(_known(name))
-    require_here(resolved.recipe)
+    frames = 0
     with suppress(AccessError):  # of a source whose config is not here yet, its own stage asks
+        frames = frames_of(resolved.recipe, resolved.identity.here.family)
+    require_here(resolved.recipe, frames)
+    with suppress(AccessError):
         require_possible(resolved.recipe, resolved.identity.here)
     console.result({"schema": "dcgen.result/1", "status": "done", "recipe": name, "valid": True}, f"{name}: valid")
     return 0

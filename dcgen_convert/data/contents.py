@@ -1,12 +1,15 @@
-"""What the file of a row shows: a picture, or a video where a number of frames is asked for."""
+"""What the file of a row shows: a picture, or a video where the model draws videos. Here both are read and written."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dcgen_convert.data import images, videos
+from dcgen_convert.core import files as core_files
+from dcgen_convert.data import decoding, images, videos
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,3 +28,38 @@ def read(file: Path, sizes: Sequence[Size]) -> list[Tensor]:
         return images.read_sizes(file, planes)
     every = videos.read_sizes(file, max(size[0] for size in sizes), planes)
     return [seen[:, : size[0]] for seen, size in zip(every, sizes, strict=True)]
+
+
+def suffix(moving: bool) -> str:
+    """Of the files that `write` writes: of pictures, or of videos."""
+    return videos.LOSSLESS if moving else ".png"
+
+
+def write(pixels: Tensor, file: Path) -> None:
+    """Write a picture, (3, H, W) in [-1, 1], or a video, (3, F, H, W), without loss: the whole file or nothing."""
+    (images if pixels.ndim == 3 else videos).write(pixels, file)
+
+
+def is_whole(file: Path) -> bool:
+    """Whether a file still holds what `write` wrote."""
+    return (videos if file.suffix == videos.LOSSLESS else images).is_whole(file)
+
+
+def require(file: Path, moving: bool) -> None:
+    """InputError for a file that is no picture, or no video. Its head is read, of a video the first frame too."""
+    if moving:
+        videos.shape(file, 1)
+    else:
+        with decoding.opened(file):
+            pass
+
+
+def hashes(files: Sequence[Path]) -> list[str]:
+    """Hex SHA-256 of the bytes of every file; of a folder, that of the hashes of its files by their names."""
+    inner = {file: sorted(one for one in file.iterdir() if one.is_file()) for file in files if file.is_dir()}
+    found = iter(core_files.hashes(one for file in files for one in inner.get(file, [file])))
+    joined = ("".join(islice(found, len(inner[file]))) if file in inner else next(found) for file in files)
+    return [
+        hashlib.sha256(text.encode()).hexdigest() if file in inner else text
+        for file, text in zip(files, joined, strict=True)
+    ]

@@ -11,21 +11,25 @@ from dcgen_convert.planning.present import sieve_of
 from dcgen_convert.recipe.schema import Recipe
 
 
-def absent(recipe: Recipe) -> list[InputError]:
-    """The errors that a conversion would stop with: pictures, prompts, a base and LoRA files that cannot be found."""
-    return [*{error.message: error for error in _absent(recipe)}.values()]
+def absent(recipe: Recipe, frames: int = 0) -> list[InputError]:
+    """The errors that a conversion would stop with: pictures, prompts, a base and LoRA files that cannot be found.
+
+    Args:
+        frames: of a training video; 0: they are pictures.
+    """
+    return [*{error.message: error for error in _absent(recipe, frames)}.values()]
 
 
-def require_here(recipe: Recipe) -> None:
-    """InputError for the first thing that is not there."""
-    for problem in _absent(recipe):
+def require_here(recipe: Recipe, frames: int = 0) -> None:
+    """InputError for the first thing that is not there; else as `absent`."""
+    for problem in _absent(recipe, frames):
         raise problem
 
 
-def _absent(recipe: Recipe) -> Iterator[InputError]:
+def _absent(recipe: Recipe, frames: int) -> Iterator[InputError]:
     for number in recipe.sets:
         try:
-            _require_pictures(recipe, number)
+            _require_pictures(recipe, number, frames)
         except InputError as error:
             yield error
     if recipe.base is not None and catalog.find_source(recipe.base) is None:
@@ -44,7 +48,7 @@ def _absent(recipe: Recipe) -> Iterator[InputError]:
             yield error
 
 
-def _require_pictures(recipe: Recipe, number: int) -> None:
+def _require_pictures(recipe: Recipe, number: int, frames: int) -> None:
     """InputError for pictures or prompts of set ``number`` that are not here, or for pictures that are too small."""
     data = recipe.data_of(number)
     if data.kind != "folder":
@@ -53,6 +57,6 @@ def _require_pictures(recipe: Recipe, number: int) -> None:
         return
     from dcgen_convert.data import given  # it needs an imaging library
 
-    sources = given.parse_all(data.paths)
+    sources = given.parse_all(data.paths, frames)
     given.require_here(sources)
-    given.require_large(sources, sieve_of(recipe, number))
+    given.require_large(sources, sieve_of(recipe, number, frames))

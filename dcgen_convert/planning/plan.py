@@ -32,6 +32,7 @@ from dcgen_convert.recipe.loading import Resolved
 from dcgen_convert.recipe.pictures import Data
 from dcgen_convert.recipe.schema import Phase, Recipe
 from dcgen_convert.recipe.settings import leaves
+from dcgen_convert.recipe.videos import frames_of
 
 __all__ = [
     "Fit", "fit_phase", "head_phase", "plan", "render", "require_disk", "require_fits", "require_possible",
@@ -55,14 +56,14 @@ def plan(
         found: what a rehearsal measured.
     """
     gpus, source = hosts.world_of(resolved.machine), resolved.identity
-    recipe, fewer = counted(resolved.recipe)
+    recipe, fewer = counted(resolved.recipe, source.family)
     sizes = shapes_of(recipe, source)
     last = recipe.adapt.phases[-1]
     trained = sizes.trainable(last)
     fits = _fits(recipe, sizes, gpus, gpu_bytes)
     quantization, _ = quantised_linears(recipe.quantize, sizes)
     space = costs.disk(recipe, sizes)
-    problems = [*absent(recipe), *_impossible(recipe, sizes), *_too_large(fits)]
+    problems = [*absent(recipe, frames_of(recipe, sizes.family)), *_impossible(recipe, sizes), *_too_large(fits)]
     problems += [*_too_heavy(recipe, sizes, fits, gpu_bytes), *_too_full(space["peak"], disk_bytes)]
     fetch = costs.downloads(recipe, sizes)
     doubt = sizes.family.doubt(source.name, source.scheduler or {})
@@ -190,7 +191,8 @@ def require_disk(resolved: Resolved, run_dir: Path, output: Path, until: str | N
     Raises:
         ResourceError: naming the disk, what is needed and what is free.
     """
-    recipe, sizes = counted(resolved.recipe)[0], shapes_of(resolved.recipe, resolved.identity)
+    sizes = shapes_of(resolved.recipe, resolved.identity)
+    recipe = counted(resolved.recipe, sizes.family)[0]
     kinds = costs.disk(recipe, sizes)["bytes"]
     needed = costs.run_peak(recipe, sizes, until) - _made(Path(run_dir))
     bundle = kinds["bundle"] if until in (None, "bundle", "verify") else 0

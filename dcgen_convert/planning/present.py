@@ -9,22 +9,27 @@ from typing import TYPE_CHECKING
 from dcgen_convert.families import Family
 from dcgen_convert.recipe.drawable import draws_edits
 from dcgen_convert.recipe.schema import Data, Recipe
+from dcgen_convert.recipe.videos import frames_of
 
 if TYPE_CHECKING:
     from dcgen_convert.data.sieve import Sieve
 
 
-def sieve_of(recipe: Recipe, number: int) -> Sieve:
-    """What leaves pictures out of set ``number`` that are smaller than they are used at."""
+def sieve_of(recipe: Recipe, number: int, frames: int) -> Sieve:
+    """What leaves pictures out of set ``number`` that are smaller than they are used at.
+
+    Args:
+        frames: of a training video; 0: they are pictures.
+    """
     from dcgen_convert.data import sieve  # it needs an imaging library
 
     data = recipe.data_of(number)
     side = data.min_side or recipe.sides(number)[-1]
     needed = sieve.area(side) if data.buckets else sieve.square(side)
-    return sieve.Sieve(side, f"{recipe.data_key(number)}.min_side", needed)
+    return sieve.Sieve(side, f"{recipe.data_key(number)}.min_side", needed, frames)
 
 
-def counted(recipe: Recipe) -> tuple[Recipe, list[str]]:
+def counted(recipe: Recipe, family: Family) -> tuple[Recipe, list[str]]:
     """The recipe with the pictures that are there, where a folder holds fewer than it asks for; and a line on each.
 
     Pictures that come from the hub are not known yet. They count as the recipe says.
@@ -32,19 +37,20 @@ def counted(recipe: Recipe) -> tuple[Recipe, list[str]]:
     Raises:
         InputError: a source of pictures is damaged.
     """
-    told = []
+    told, frames = [], frames_of(recipe, family)
+    noun = "videos" if frames else "pictures"
     for number in recipe.sets:
         data, key = recipe.data_of(number), f"{recipe.data_key(number)}.count"
         if data.kind != "folder":
             continue
         from dcgen_convert.data import given  # it needs an imaging library
 
-        sieve = sieve_of(recipe, number)
-        found = given.held(given.parse_all(data.paths), data.count, sieve)
+        sieve = sieve_of(recipe, number, frames)
+        found = given.held(given.parse_all(data.paths, frames), data.count, sieve)
         if not found or found >= data.count:
             continue
         told.append(
-            f"{', '.join(data.paths)}: {found:,} pictures can be used{sieve.told}; {key} is {data.count:,}, and "
+            f"{', '.join(data.paths)}: {found:,} {noun} can be used{sieve.told}; {key} is {data.count:,}, and "
             f"{found:,} are priced"
         )
         recipe = _with_count(recipe, number, found)

@@ -17,7 +17,7 @@ from dcgen_convert.checkpoint.tensors import same_tensors
 from dcgen_convert.core import names
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError, RecipeError
-from dcgen_convert.core.files import hashes, read_json, read_object, sha256
+from dcgen_convert.core.files import read_json, read_object, sha256
 from dcgen_convert.core.journal import MARKER, Run
 from dcgen_convert.data.buckets import Size, nearest
 from dcgen_convert.families import Family, catalog, legacy
@@ -239,7 +239,7 @@ class Job:
         """Where the user's pictures come from."""
         from dcgen_convert.data import given
 
-        return given.parse_all(self.recipe.data.paths)
+        return given.parse_all(self.recipe.data.paths, self.frames)
 
     @cached_property
     def taken(self) -> tuple[list[Picture], str]:
@@ -267,27 +267,31 @@ class Job:
 
     @cached_property
     def sieve(self) -> Sieve:
-        """Leaves out the user's pictures that are too small for the largest size that they are used at."""
+        """Leaves out the user's pictures that are too small for the largest size that they are used at, and videos
+        that are too short.
+        """
         from dcgen_convert.data.sieve import Sieve, square
 
         key, side = f"{self.recipe.data_key(self.pictures)}.min_side", self.resolutions[-1]
         shapes, share = self.buckets.get(side), self.min_side / side
         if shapes is None:
-            return Sieve(self.min_side, key, square(self.min_side))
+            return Sieve(self.min_side, key, square(self.min_side), self.frames)
 
         def needed(size: tuple[float, float]) -> tuple[float, float]:
             height, width = nearest(shapes, int(size[0]), int(size[1]))
             return width * share, height * share
 
-        return Sieve(self.min_side, key, needed)
+        return Sieve(self.min_side, key, needed, self.frames)
 
     @cached_property
     def given(self) -> list[Picture]:
         """The user's pictures with the hashes of their bytes."""
+        from dcgen_convert.data import contents
+
         pictures = self.taken[0]
         every = dict.fromkeys(file for picture in pictures for file in self.files_of(picture).values())
-        files = [file for file in every if file.is_file()]
-        known = dict(zip(files, hashes(files), strict=True))
+        files = [file for file in every if file.is_file() or (self.frames and file.is_dir())]
+        known = dict(zip(files, contents.hashes(files), strict=True))
         found = [replace(picture, sha256=known.get(picture.file)) for picture in pictures]
         if not self.family.references:
             return found

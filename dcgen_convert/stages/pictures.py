@@ -1,4 +1,7 @@
-"""Stage `data`: captioned pictures. The base model draws them from prompts, as in the paper, or the user gives them."""
+"""Stage `data`: captioned pictures, or videos for a family that draws them.
+
+The base model draws them from prompts, as in the paper, or the user gives them.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,13 @@ from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import hashes
 from dcgen_convert.core.journal import MARKER, Stage
 from dcgen_convert.core.progress import Bar
-from dcgen_convert.data import decoding, images, prompts
+from dcgen_convert.data import contents, images, prompts, videos
 from dcgen_convert.data.images import Picture
 from dcgen_convert.families import pixel_memory
 from dcgen_convert.networks import models, pipelines, text_lengths
 from dcgen_convert.networks.at_once import AtOnce
 from dcgen_convert.stages import captions, edited, source_pipeline
-from dcgen_convert.stages.job import Job
+from dcgen_convert.stages.job import OF, Job
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,14 +58,17 @@ def require(job: Job) -> None:
         for picture in pictures:
             try:
                 for file in job.files_of(picture).values():
-                    with decoding.opened(file):  # the head alone
-                        pass
+                    contents.require(file, moving=bool(job.frames))
             except InputError as error:
                 broken.append(error.message)
         require_few(job, broken, len(pictures))
         count = len(pictures) - len(broken)
         require_classes(job, (picture.caption for picture in pictures))
-    elif settings.prompts not in prompts.KINDS:
+        require_two(count)
+        return
+    if job.frames:
+        videos.require_reader()  # not after hours of drawing
+    if settings.prompts not in prompts.KINDS:
         edited.require_instructions(job)
         require_classes(job, captions.prompt_list(job).texts)
     elif edited.drawn(job):
@@ -77,7 +83,7 @@ def require_few(job: Job, broken: list[str], count: int) -> None:
     limit = math.floor(job.recipe.data.max_broken * count)
     if len(broken) > limit:
         raise InputError(
-            f"{len(broken)} of {count} pictures cannot be read, {limit} are tolerated; first: {broken[0]}",
+            f"{len(broken)} of {count} {OF[job.family.axes]} cannot be read, {limit} are tolerated; first: {broken[0]}",
             "repair them, or raise data.max_broken",
         )
 
@@ -122,7 +128,7 @@ def run(job: Job, stage: Stage) -> None:
     if counts := Counter(len(given) for picture in pictures if (given := job.references_of(picture))):
         stage.metrics |= {"references": max(counts), "with_references": counts.total()}
         job.console.say(f"{name}: {counts.total()} of {len(pictures)} pictures have references, at most {max(counts)}")
-    job.console.say(f"{name}: {len(pictures)} pictures, {stage.metrics['captions']} distinct captions")
+    job.console.say(f"{name}: {len(pictures)} {OF[job.family.axes]}, {stage.metrics['captions']} distinct captions")
     tell_captions(job, [picture.caption for picture in pictures])
 
 
@@ -151,12 +157,12 @@ def synthesise(job: Job) -> list[Picture]:
     pictures[0].file.parent.mkdir(exist_ok=True)
     captions.keep(job)
     for picture in pictures:
-        if picture.file.exists() and not images.is_whole(picture.file):
+        if picture.file.exists() and not contents.is_whole(picture.file):
             job.console.warn(f"{picture.file} is damaged: it is drawn again")
             picture.file.unlink()
     missing = sum(not picture.file.exists() for picture in pictures)
     if missing:
-        with job.console.progress("synthesis by the base model", len(pictures), "pictures") as bar:
+        with job.console.progress("synthesis by the base model", len(pictures), OF[job.family.axes]) as bar:
             bar.advance(len(pictures) - missing)
             with job.crew.share("pictures", bar, together=False, of=job.pictures):
                 draw_part(job, bar)
@@ -169,9 +175,20 @@ def intended(job: Job) -> list[Picture]:
     texts = captions.texts_of(job, job.recipe.data.count)
     folder = job.folders.data / "pictures"
     first = job.recipe.seed * 1_000_003 % 2**63
-    drawn = [Picture(folder / f"{i:07d}.png", text, first + i) for i, text in enumerate(texts)]
+    suffix = contents.suffix(bool(job.frames))
+    drawn = [Picture(folder / f"{i:07d}{suffix}", text, first + i) for i, text in enumerate(texts)]
     files = edited.of_prompts(job, len(texts), job.recipe.seed, job.folders.data / edited.FOLDER)
     return [replace(one, references=own) for one, own in zip(drawn, files, strict=True)] if files else drawn
+
+
+def drawn_frames(job: Job) -> int:
+    """Frames that the base draws of a training video; 1 of a picture.
+
+    Pipelines draw 4 n + 1 frames, and a training video has 4 (n + 1). So one more than these is drawn, and left out:
+    three fewer would not do, and a frame that is made up would be learned. Of 80 frames that are the 81 of Wan's own
+    training.
+    """
+    return job.frames + 1 if job.frames else 1
 
 
 def draw_part(job: Job, bar: Bar) -> None:
@@ -182,7 +199,8 @@ def draw_part(job: Job, bar: Bar) -> None:
     was cut off draws the very same pictures. Where memory is short, a batch is halved.
     """
     settings = job.recipe.data
-    batch = pixel_memory.together(settings.batch, settings.resolution**2, pixel_memory.DRAWN)
+    frames = drawn_frames(job)
+    batch = pixel_memory.together(settings.batch, frames * settings.resolution**2, pixel_memory.DRAWN)
     own = intended(job)[job.crew.rank :: job.crew.world]
     batches = [own[start : start + batch] for start in range(0, len(own), batch)]
     batches = [part for part in batches if not all(picture.file.exists() for picture in part)]
@@ -195,7 +213,7 @@ def draw_part(job: Job, bar: Bar) -> None:
     drawing = AtOnce(f"{job.folders.data.name}: drawing", job.console.warn)
 
     def draw(part: list[Picture]) -> Tensor:
-        return pipelines.draw(
+        pixels = pipelines.draw(
             job.family,
             pipeline,
             [picture.caption for picture in part],
@@ -205,7 +223,9 @@ def draw_part(job: Job, bar: Bar) -> None:
             guidance=settings.guidance,
             length=job.text_length,
             references=images.read_references([one.references for one in part if one.references], settings.resolution),
+            frames=frames,
         )
+        return pixels[:, :, : job.frames] if job.frames else pixels
 
     for together in batches:
         drawn = [pixels for part in drawing.parts(together, draw) for pixels in part]
@@ -213,5 +233,5 @@ def draw_part(job: Job, bar: Bar) -> None:
         missing = [(picture, pixels) for picture, pixels in pairs if not picture.file.exists()]
         for picture, pixels in missing:
             with clock.timed("write"):
-                images.write(pixels, picture.file)
+                contents.write(pixels, picture.file)
         bar.advance(len(missing))

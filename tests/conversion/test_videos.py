@@ -1,0 +1,139 @@
+"""Videos through the stage `data`: a tiny random Wan draws them, or the user gives them.
+
+References: the stock WanPipeline called by hand, the hashes of the files, the drawn tiny world.
+"""
+
+import hashlib
+import shutil
+
+import diffusers
+import pytest
+import torch
+from families.tiny_videos import VIDEOS
+
+from dcgen_convert import conversion
+from dcgen_convert.core.console import NULL
+from dcgen_convert.core.errors import InputError, ResourceError
+from dcgen_convert.core.journal import Run
+from dcgen_convert.data import images, videos
+from dcgen_convert.networks import autoencoder_dc_video as video
+from dcgen_convert.recipe.loading import load
+from dcgen_convert.stages import pictures
+from dcgen_convert.stages.job import Job, prepare
+
+FRAMES, SIDE, COUNT, STEPS = 8, 32, 4, 2
+SETTINGS = {
+    "dtype": "fp32",
+    "data.frames": FRAMES,
+    "data.steps": STEPS,
+    "data.count": COUNT,
+    "data.guidance": 1,
+    "data.batch": 2,
+    "latents.text_length": 32,
+    "latents.scale_tolerance": 1000,
+    "watch.grid_every": 0,
+    "evaluate.prompts": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A tiny Wan and a small DC-AE-V."""
+    root = tmp_path_factory.mktemp("wan")
+    VIDEOS["wan"].build(root / "source")
+    torch.manual_seed(5)
+    video.AutoencoderDCVideo(
+        latent_channels=8,
+        block_out_channels=(8, 16, 16, 16, 32),
+        layers_per_block=(1,) * 5,
+        chunk_frames=8,
+        scaling_factor=0.9,
+    ).save_pretrained(root / "autoencoder")
+    return root
+
+
+def resolved(models, **changes):
+    sets = [f"{key}={value}" for key, value in {**SETTINGS, **changes}.items()]
+    return load(
+        "image",
+        sets=sets,
+        flags={"source": str(models / "source"), "ae": str(models / "autoencoder"), "resolution": SIDE},
+    )
+
+
+def job_in(folder, models, **changes) -> Job:
+    return prepare(resolved(models, **changes), Run(folder / "run", NULL), NULL)
+
+
+def until_data(folder, models, **changes) -> Job:
+    conversion.convert(resolved(models, **changes), folder / "run", folder / "out", NULL, until="data")
+    return job_in(folder, models, **changes)
+
+
+def test_the_base_draws_one_frame_more_and_every_video_is_stored_whole(models, tmp_path):
+    job = until_data(tmp_path, models)
+    found = pictures.listed(job)
+    assert [one.file.name for one in found] == [f"{i:07d}.mkv" for i in range(COUNT)]
+    assert all(one.sha256 == hashlib.sha256(one.file.read_bytes()).hexdigest() for one in found)
+    stock = diffusers.WanPipeline.from_pretrained(models / "source")
+    stock.set_progress_bar_config(disable=True)
+    drawn = stock(
+        [one.caption for one in found[:2]],
+        height=SIDE,
+        width=SIDE,
+        num_frames=FRAMES + 1,
+        num_inference_steps=STEPS,
+        guidance_scale=1.0,
+        max_sequence_length=32,
+        generator=[torch.Generator().manual_seed(one.seed) for one in found[:2]],
+        output_type="pt",
+    ).frames  # (B, F, 3, H, W) in [0, 1]
+    for one, wanted in zip(found[:2], drawn, strict=True):
+        assert videos.shape(one.file) == (SIDE, SIDE, FRAMES)
+        kept = videos.read(one.file, FRAMES, SIDE, SIDE)
+        torch.testing.assert_close((kept + 1) / 2, wanted.movedim(0, 1)[:, :FRAMES], atol=0.51 / 255, rtol=0)
+
+    before = [one.file.read_bytes() for one in found]  # cut off: one video damaged, one missing
+    found[1].file.write_bytes(before[1][: len(before[1]) // 2])
+    found[2].file.unlink()
+    times = [found[i].file.stat().st_mtime_ns for i in (0, 3)]
+    again = pictures.synthesise(job)
+    assert [one.file.read_bytes() for one in again] == before
+    assert [found[i].file.stat().st_mtime_ns for i in (0, 3)] == times
+
+
+def test_the_users_videos_are_hashed_and_those_that_are_too_short_left_out(models, tmp_path, capsys):
+    clips = tmp_path / "clips"
+    (clips / "frames").mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    for name, frames in (("a", 8), ("b", 9), ("c", 7)):
+        videos.write(torch.rand(3, frames, 40, 48, generator=generator) * 2 - 1, clips / f"{name}.mkv")
+    for number in range(8):
+        images.write(torch.rand(3, 40, 48, generator=generator), clips / "frames" / f"frame-{number:03d}.png")
+    for name in ("a", "b", "c", "frames"):
+        (clips / f"{name}.txt").write_text(f"clip {name}")
+    given = {"data.kind": "folder", "data.path": str(clips)}
+    job = until_data(tmp_path, models, **given)
+    found = {one.caption: one for one in pictures.listed(job)}
+    assert sorted(found) == ["clip a", "clip b", "clip frames"]
+    assert found["clip a"].sha256 == hashlib.sha256((clips / "a.mkv").read_bytes()).hexdigest()
+    of_folder = found["clip frames"].sha256
+    shutil.copy(clips / "frames" / "frame-000.png", clips / "frames" / "frame-003.png")
+    assert {one.caption: one.sha256 for one in job_in(tmp_path, models, **given).given}["clip frames"] != of_folder
+    with pytest.raises(InputError, match="4 videos in .* fewer than the 12 frames .* the longest has 9"):
+        pictures.require(job_in(tmp_path, models, **{**given, "data.frames": 12, "data.count": 3}))
+
+
+def test_a_broken_video_is_told_before_any_work(models, tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.mp4").write_bytes(b"no video")
+        (tmp_path / f"{name}.txt").write_text(name)
+    job = job_in(tmp_path / "run", models, **{"data.kind": "folder", "data.path": str(tmp_path)})
+    with pytest.raises(InputError, match="3 of 3 videos cannot be read, 0 are tolerated; first: the video .*a.mp4"):
+        pictures.require(job)
+
+
+def test_what_reads_videos_is_asked_for_before_the_base_draws(models, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    with pytest.raises(ResourceError, match="needs the package av"):
+        pictures.require(job_in(tmp_path, models))
