@@ -34,9 +34,11 @@ if TYPE_CHECKING:
         Quantised,
         Rehearsed,
         Runs,
+        Served,
         Signed,
         Verdict,
     )
+    from dcgen_convert.api.serving import serve
     from dcgen_convert.api.signing import sign
     from dcgen_convert.core.errors import (
         AccessError,
@@ -70,6 +72,7 @@ __all__ = [
     "Rehearsed",
     "ResourceError",
     "Runs",
+    "Served",
     "Signed",
     "Verdict",
     "__version__",
@@ -86,6 +89,7 @@ __all__ = [
     "resume",
     "runs",
     "sample",
+    "serve",
     "sign",
     "verify",
 ]
@@ -96,6 +100,7 @@ _HOMES = (
     "api.benchmarking",
     "api.exporting",
     "api.rehearsing",
+    "api.serving",
     "api.signing",
     "api.results",
     "core.errors",

@@ -227,6 +227,31 @@ class Pictures(Result):
 
 
 @dataclass(frozen=True)
+class Served(Result):
+    """A page that answers at ``address``, on this machine only, until `close` or the end of the process.
+
+    status: "running". base: name of the model that draws beside the bundle; None: ``without`` says why there is none.
+    """
+
+    bundle: Path
+    address: str
+    base: str | None
+    without: str
+    page: Any = field(repr=False, compare=False)
+
+    def wait(self) -> None:
+        """Until the page is closed, or Ctrl-C."""
+        self.page.wait()
+
+    def close(self) -> None:
+        """End the page."""
+        self.page.close()
+
+    def document(self) -> dict[str, Any]:
+        return {key: value for key, value in super().document().items() if key != "page"}
+
+
+@dataclass(frozen=True)
 class Evaluation(Result):
     """What an evaluation measured. It is what evaluation.json holds.
 

@@ -73,8 +73,7 @@ def sample(  # noqa: PLR0913  every option of the verb by its name
     check_size(family, config, read_json(bundle / "vae" / "config.json"), height, width)
     if doubt := beyond_training(read_manifest(bundle), family, config, height, width):
         console.warn(f"{bundle.name}: {doubt}")
-    shown = family.reference_side
-    references = [reference_of(image, shown or height, shown or width, token_side_of(bundle)) for image in images]
+    references = references_of(family, images, height, width, token_side_of(bundle))
     steps, guidance = steps or defaults["steps"], defaults["guidance"] if guidance is None else guidance
     pipeline, used = load(bundle, dtype, runtime, trust_remote_code=trust_remote_code)
     console.say(describe(bundle, used))
@@ -218,6 +217,12 @@ def require_images(family: Family, images: Sequence[Path]) -> None:
             f"a {family.name} model is given at most {family.references} pictures, not {len(images)}",
             f"leave out {images[family.references]}",
         )
+
+
+def references_of(family: Family, images: Sequence[Path], height: int, width: int, cell: int) -> list[torch.Tensor]:
+    """The pictures in files as references of a picture of ``height`` x ``width`` px: see `reference_of`."""
+    shown = family.reference_side
+    return [reference_of(image, shown or height, shown or width, cell) for image in images]
 
 
 def reference_of(image: Path, height: int, width: int, cell: int) -> torch.Tensor:

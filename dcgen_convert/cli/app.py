@@ -437,11 +437,13 @@ def _register() -> None:
     from dcgen_convert.cli.benchmark_verb import benchmark
     from dcgen_convert.cli.export_verb import export
     from dcgen_convert.cli.recipes_verb import recipes
+    from dcgen_convert.cli.serve_verb import serve
     from dcgen_convert.cli.sign_verb import sign
 
     cli.add_command(benchmark)
     cli.add_command(export)
     cli.add_command(recipes)
+    cli.add_command(serve)
     cli.add_command(sign)
 
 

@@ -35,6 +35,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "rank_timeout": (0, AMOUNT),
     "seconds": (SMALLEST, AMOUNT),
     "gpu_memory": (SMALLEST, AMOUNT),
+    "port": (0, 65_535),
     "disk": (0, AMOUNT),
 }
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]|[\ud800-\udc7f\udd00-\udfff]")  # \udc80 and up are bytes of a file's name

@@ -17,7 +17,6 @@ from dcgen_convert.core import names
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_json
-from dcgen_convert.core.journal import fingerprint
 from dcgen_convert.data import edit_prompts, prompt_lists, prompts, references
 from dcgen_convert.data.edit_prompts import Edit
 from dcgen_convert.data.references import References
@@ -189,7 +188,9 @@ def _base(
         identity = Identity(asked.against, offline=asked.offline)
         require_source(identity)
         place = identity.where
-        source = painter.opened(asked.against, place, identity.revision, _home(home, place), offline=asked.offline)
+        source = painter.opened(
+            asked.against, place, identity.revision, painter.import_folder(home, place), offline=asked.offline
+        )
     else:
         source, place, why = painter.named_base(manifest, home)
         if source is None:
@@ -199,14 +200,11 @@ def _base(
     own = own_side(identity, grid, mine.side)
     vae = source.parts.get("vae", source.vae)  # of a source that is still to be written: in its base
     check_size(source.family, source.config, read_json(vae / "config.json"), own, own)
-    return painter.of_source(source, place, manifest, console, side=own, home=_home(home, place), **wish), "", notes
-
-
-def _home(home: Path, place: str) -> Path:
-    """Folder for the pipeline of a source that is no pipeline folder; another one for each state of the source."""
-    path = Path(place).expanduser()
-    state = [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else []
-    return home / fingerprint([place, *state])[:12]
+    return (
+        painter.of_source(source, place, manifest, console, side=own, home=painter.import_folder(home, place), **wish),
+        "",
+        notes,
+    )
 
 
 def _same_task(edited: bool, other: Family, name: object) -> None:

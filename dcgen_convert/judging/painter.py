@@ -83,6 +83,13 @@ def opened(name: str, place: str, revision: str | None, home: Path, *, offline: 
     return source
 
 
+def import_folder(home: Path, place: str) -> Path:
+    """Folder in ``home`` for the pipeline of a source that is no pipeline folder; another one for each state of it."""
+    path = Path(place).expanduser()
+    state = [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else []
+    return home / fingerprint([place, *state])[:12]
+
+
 def of_bundle(bundle: Path, home: Path, console: Console, **drawing: Any) -> Painter:
     """The bundle as it is meant to draw, or as ``drawing`` says: side, steps, guidance; None: the bundle's own.
 
