@@ -30,6 +30,7 @@ from dcgen_convert.families.sana import Sana
 from dcgen_convert.families.sana_sprint import SanaSprint
 from dcgen_convert.families.sd3 import SD3
 from dcgen_convert.families.unet import UNet
+from dcgen_convert.families.unet_xl import UNetXL
 from dcgen_convert.families.wan import Wan
 from dcgen_convert.families.wan_image import WanImage
 from dcgen_convert.families.zimage import ZImage
@@ -76,6 +77,7 @@ FAMILIES: dict[str, Family] = {
         PRX(),
         WanImage(),
         Wan(),
+        UNetXL(),
         UNet(),
     )
 }

@@ -46,10 +46,6 @@ REFUSED: dict[str, Refusal] = {
     "QwenImage21Transformer2DModel": Refusal(
         "Qwen-Image 2.1", "its pipeline takes 16 px for a token, whatever the autoencoder says"
     ),
-    "StableDiffusionXLPipeline": Refusal(
-        "Stable Diffusion XL",
-        "of U-Nets only Stable Diffusion 1.5's was tried, and this one is told the size of the picture too",
-    ),
 }
 
 

@@ -10,7 +10,8 @@ Source: diffusers 0.42 pipeline_stable_diffusion.py.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.families import ddpm
@@ -50,6 +51,7 @@ class UNet(Family):
         "was tried"
     )
     pipeline_class = "StableDiffusionPipeline"
+    plain: ClassVar[Mapping[str, object]] = PLAIN
     embedder = "conv_in"
     head = "conv_out"
     in_order = "c p1 p2"
@@ -60,7 +62,7 @@ class UNet(Family):
         "diffusers": ("conv_in.", "conv_out.", "mid_block.attentions.0.transformer_blocks.0.attn2."),
         "original": ("input_blocks.0.0.", "middle_block.1.transformer_blocks.0.attn2.", "output_blocks."),
     }
-    text_keys = ("encoder_hidden_states",)
+    text_keys: ClassVar[tuple[str, ...]] = ("encoder_hidden_states",)
     blocks = ("down_blocks", "mid_block", "up_blocks")
     lora_targets = (
         r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(attentions\.\d+\.(proj_in|proj_out|transformer_blocks\.\d+\."
@@ -74,11 +76,12 @@ class UNet(Family):
     text_length = 77
 
     def convert_config(self, config: dict[str, Any], factor: int, channels: int, side: int) -> dict[str, Any]:
-        odd = next((f"{key} {config[key]}" for key, plain in PLAIN.items() if config.get(key, plain) != plain), None)
+        plain = self.plain.items()
+        odd = next((f"{key} {config[key]}" for key, value in plain if config.get(key, value) != value), None)
         if odd or config["in_channels"] != config["out_channels"]:
             raise InputError(
                 f"this U-Net has {odd or 'more channels in than out'}: it is conditioned on more than time and text",
-                "give a text-to-image U-Net of the Stable Diffusion 1.5 kind",
+                "give a text-to-image U-Net of the Stable Diffusion 1.5 or XL kind",
             )
         # If the config names an early version of diffusers, the pipeline takes a small sample_size for a mistake of
         # that version and replaces it.
@@ -130,7 +133,7 @@ class UNet(Family):
             if not same:
                 raise InputError(
                     f"the scheduler of this U-Net has {key} {found}, only {wanted} can be converted",
-                    "give a model of the Stable Diffusion 1.5 kind",
+                    "give a model of the Stable Diffusion 1.5 or XL kind",
                 )
 
     def noise_times(self) -> Tensor:

@@ -84,6 +84,7 @@ SIBLINGS = {  # other stock pipelines of the families' models, by what they do
     "flux2-klein": ("Inpaint",),
     "sana-sprint": ("Img2Img",),
     "unet": ("Img2Img", "Inpaint"),
+    "unet-xl": ("Img2Img", "Inpaint"),
 }
 LOADS_ONLY = {
     # They ask a stock AutoencoderDC for a name that it does not have.
@@ -99,8 +100,9 @@ LOADS_ONLY = {
     ("sana-sprint", "Img2Img"),
     # It draws in the size of its picture alone, which must be a PIL image.
     ("qwenimage-edit", "Inpaint"),
-    # It takes 4 latent channels, or 9 with mask and picture.
+    # They take 4 latent channels, or 9 with mask and picture.
     ("unet", "Inpaint"),
+    ("unet-xl", "Inpaint"),
 }
 
 

@@ -31,6 +31,7 @@ from dcgen_convert.train.ridge import NormalEquations
 from .tiny_models import TINY
 
 UNET = families.get("unet")
+XL = families.get("unet-xl")
 LEVELS = dict(
     down_block_types=["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
     up_block_types=["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
@@ -258,3 +259,23 @@ def test_a_lora_is_fused_as_diffusers_fuses_it(source, tmp_path, kohya):
     assert changed == {f"{module}.weight" for module in modules} and found.keys() == wanted.keys()
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_network_that_is_told_the_size_hears_of_pixels_before_and_after_the_conversion(tmp_path):
+    """What the stock pipeline tells it of 64 x 128 px: cells of 8 px, and of 32."""
+    TINY["unet-xl"].build(tmp_path)
+    source, pipeline = load_source("xl", str(tmp_path)), diffusers.StableDiffusionXLPipeline.from_pretrained(tmp_path)
+    assert source.family is XL
+    size, dim = (64, 128), pipeline.text_encoder_2.config.projection_dim
+    wanted = pipeline._get_add_time_ids(size, (0, 0), size, torch.float32, dim)
+    text = XL.encode_text(pipeline, ["a fox", ""], 16)
+    assert text["text_embeds"][0].any() and not any(value[1].any() for value in text.values())
+    for factor, config in ((8, source.config), (32, XL.convert_config(source.config, 32, 32, 128))):
+        model, told = diffusers.UNet2DConditionModel.from_config(config), []
+        model.register_forward_pre_hook(
+            lambda module, args, given, told=told: told.append(given["added_cond_kwargs"]["time_ids"]), with_kwargs=True
+        )
+        z = torch.zeros(2, config["in_channels"], *(side // factor for side in size))
+        assert XL.predict(model, z, torch.full((2,), 0.5), text).shape == z.shape
+        torch.testing.assert_close(told[0], wanted.expand(2, -1), atol=0, rtol=0)

@@ -22,7 +22,6 @@ from bundle.conftest import (
 )
 from transformers import (
     ByT5Tokenizer,
-    CLIPTextModel,
     Gemma2Config,
     Gemma2Model,
     GlmConfig,
@@ -57,6 +56,7 @@ from .tiny_parts import (
     qwen_vae,
     t5,
 )
+from .tiny_unets import unet, unet_xl
 
 
 def sana_sprint(folder: Path) -> None:
@@ -325,38 +325,6 @@ def hunyuanimage(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def unet(folder: Path) -> None:
-    text = CLIPTextModel(clip_projection(3).config)
-    torch.manual_seed(2)
-    network = diffusers.UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=text.config.hidden_size,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    )
-    diffusers.StableDiffusionPipeline(
-        unet=alive(network),
-        scheduler=diffusers.DDIMScheduler(
-            beta_schedule="scaled_linear",
-            beta_start=0.00085,
-            beta_end=0.012,
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        ),
-        vae=kl(4, scaling_factor=0.18),
-        text_encoder=text.eval(),
-        tokenizer=tokenizer_clip(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
-
-
 def wide(**changes: Any) -> dict[str, Any]:
     """Heads of 64 instead of 16, and what has to change with them."""
     return {"attention_head_dim": 64, **changes}
@@ -457,4 +425,5 @@ TINY: dict[str, Tiny] = {
     ),
     "prx": Tiny(prx, dict(hidden_size=256, num_heads=4, axes_dim=[32, 32], depth=1), middle=lowest(3.0)),
     "unet": Tiny(unet, None, middle=None),
+    "unet-xl": Tiny(unet_xl, None, middle=None),
 }
