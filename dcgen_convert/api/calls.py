@@ -396,7 +396,7 @@ def sample(  # noqa: PLR0913  every option of the verb by its name
     quiet: bool = False,
     console: Console | None = None,
 ) -> Pictures:
-    """Draw ``count`` pictures of every prompt with ``bundle`` and write them as PNG files into the folder ``output``.
+    """Draw ``count`` pictures of every prompt with ``bundle`` into the folder ``output``: PNG files; videos as .mp4.
 
     A 4-bit bundle runs on any machine: where its kernels cannot run, its weights are dequantised.
 

@@ -210,7 +210,8 @@ class Verdict(Result):
 
 @dataclass(frozen=True)
 class Pictures(Result):
-    """Pictures that were drawn: images (PNG files), prompts and seeds in the same order, and the settings used.
+    """Pictures that were drawn: images (PNG files; of videos .mp4), prompts and seeds in the same order, and the
+    settings used.
 
     height, width: px. runtime: "stock", "dequantised" or "emulated". seconds: for all pictures.
     """

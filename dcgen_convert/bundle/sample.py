@@ -1,4 +1,4 @@
-"""Pictures from a bundle, on any machine: `dcgen-convert sample`."""
+"""Pictures or videos from a bundle, on any machine: `dcgen-convert sample`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def sample(  # noqa: PLR0913  every option of the verb by its name
     trust_remote_code: bool = False,
     images: Sequence[Path] = (),
 ) -> dict[str, Any]:
-    """Draw ``count`` pictures of every prompt and write them as PNG files into the folder ``output``.
+    """Draw ``count`` pictures of every prompt and write them as PNG files into the folder ``output``; videos as .mp4,
+    with the frames that the bundle states.
 
     Picture i of the whole call has seed ``seed`` + i and its own CPU generator, so it does not depend on the others
     or on the device's random numbers.
@@ -61,12 +62,17 @@ def sample(  # noqa: PLR0913  every option of the verb by its name
         InputError: no prompt, a size that does not fit, foreign code, a runtime that does not apply, no picture to edit
             or one that the model cannot use.
         CheckFailed: the bundle is unfinished, or a picture is not finite.
+        ResourceError: it draws videos, and PyAV is not installed.
     """
+    from dcgen_convert.data import videos
+
     if not prompts or count < 1:
         raise InputError("there is nothing to draw", "give a prompt with -p and a count of at least 1")
     bundle, output = Path(bundle), Path(output)
     family = family_of(bundle)
     require_images(family, images)
+    if family.axes == 3:
+        videos.require_reader()
     defaults = read_manifest(bundle)["defaults"]
     height, width = height or defaults["height"], width or defaults["width"]
     config = transformer_config(bundle)
@@ -82,10 +88,16 @@ def sample(  # noqa: PLR0913  every option of the verb by its name
     output.mkdir(parents=True, exist_ok=True)
     with console.progress("draw", len(jobs), "image") as bar:
         for i, prompt in enumerate(jobs):
-            settings = dict(height=height, width=width, steps=steps, guidance=guidance, length=defaults["text_length"])
-            picture = draw(pipeline, family, [prompt], [seed + i], **settings, references=references)[0]
-            path = output / f"{i:04d}-seed-{seed + i}.png"
-            write_png(picture, path)
+            settings: dict[str, Any] = dict(
+                height=height, width=width, steps=steps, guidance=guidance, length=defaults["text_length"]
+            )
+            settings |= {"references": references, "frames": defaults.get("frames", 1)}
+            pixels = draw_pixels(pipeline, family, [prompt], [seed + i], **settings)[0]
+            path = output / f"{i:04d}-seed-{seed + i}{'.png' if family.axes == 2 else '.mp4'}"
+            if family.axes == 2:
+                write_png(to_pil(pixels), path)
+            else:
+                videos.write_mp4(pixels.movedim(0, 1).float().cpu() * 2 - 1, path)
             written.append(str(path))
             bar.advance()
     return {

@@ -11,6 +11,7 @@ import re
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from fractions import Fraction
+from importlib.util import find_spec
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -135,7 +136,8 @@ def write(pixels: Tensor, file: Path, fps: float = FPS) -> None:
         ResourceError: PyAV is not installed.
     """
     options = {"level": "3", "flags": "+bitexact"}
-    atomic_write(file, _encoded(pixels, fps, ("matroska", "ffv1", "bgr0"), options, sealed=True))
+    every = [to_image(picture) for picture in pixels.unbind(1)]
+    atomic_write(file, _encoded(every, fps, ("matroska", "ffv1", "bgr0"), options, sealed=True))
 
 
 def is_whole(file: Path) -> bool:
@@ -160,15 +162,25 @@ def write_mp4(pixels: Tensor, file: Path, fps: float = FPS) -> None:
     """
     import torch
 
-    pixels = torch.nn.functional.pad(
-        pixels.float(), (0, pixels.shape[-1] % 2, 0, pixels.shape[-2] % 2), mode="replicate"
-    )
-    atomic_write(file, _encoded(pixels, fps, ("mp4", "libx264", "yuv420p"), {"crf": "14", "preset": "medium"}))
+    more = (0, pixels.shape[-1] % 2, 0, pixels.shape[-2] % 2)
+    pixels = torch.nn.functional.pad(pixels.float(), more, mode="replicate")
+    write_film([to_image(picture) for picture in pixels.unbind(1)], file, fps)
+
+
+def write_film(frames: Sequence[Image.Image], file: Path, fps: float = FPS) -> None:
+    """`write_mp4` of pictures, all of one size with even sides."""
+    options = {"crf": "14", "x264-params": "mbtree=0"}  # with this step x264 gives other bytes each time
+    atomic_write(file, _encoded(frames, fps, ("mp4", "libx264", "yuv420p"), options))
 
 
 def require_reader() -> None:
     """ResourceError where PyAV is not installed."""
     _av()
+
+
+def has_reader() -> bool:
+    """Whether PyAV is installed."""
+    return find_spec("av") is not None
 
 
 def _av() -> Any:
@@ -221,9 +233,13 @@ def _shown(frame: Any, stream: Any) -> Image.Image:
 
 
 def _encoded(
-    pixels: Tensor, fps: float, kind: tuple[str, str, str], options: dict[str, str], sealed: bool = False
+    frames: Sequence[Image.Image],
+    fps: float,
+    kind: tuple[str, str, str],
+    options: dict[str, str],
+    sealed: bool = False,
 ) -> bytes:
-    """The bytes of a file with (3, F, H, W) in [-1, 1].
+    """The bytes of a file with these frames.
 
     Args:
         kind: format, codec, and how that holds a pixel.
@@ -235,12 +251,12 @@ def _encoded(
     buffer = BytesIO()
     with av.open(buffer, "w", format=container_format, options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
-        stream.width, stream.height, stream.pix_fmt = pixels.shape[-1], pixels.shape[-2], held
+        stream.width, stream.height, stream.pix_fmt = *frames[0].size, held
         coder = stream.codec_context
         coder.thread_count = 1  # so that the same pixels give the same bytes on every machine
         if held.startswith("yuv"):
             coder.colorspace = coder.color_primaries = coder.color_trc = ITU709
-        packets = [packet for picture in pixels.unbind(1) for packet in stream.encode(_frame(av, picture, held))]
+        packets = [packet for picture in frames for packet in stream.encode(_frame(av, picture, held))]
         packets += stream.encode()
         if sealed:
             digest = hashlib.sha256(b"".join(map(bytes, packets)))
@@ -250,8 +266,8 @@ def _encoded(
     return buffer.getvalue()
 
 
-def _frame(av: Any, picture: Tensor, held: str) -> Any:
-    """(3, H, W) in [-1, 1] -> a frame of PyAV whose pixels are ``held`` so."""
-    return av.VideoFrame.from_image(to_image(picture)).reformat(
+def _frame(av: Any, picture: Image.Image, held: str) -> Any:
+    """A frame of PyAV whose pixels are ``held`` so."""
+    return av.VideoFrame.from_image(picture).reformat(
         format=held, dst_colorspace=ITU709, interpolation=BICUBIC_EXACT, threads=1
     )

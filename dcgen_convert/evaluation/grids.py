@@ -19,6 +19,7 @@ SIDE = 192  # px of a cell
 GAP = 4  # px between cells
 TITLE = 18  # px of the column titles
 CAPTION = 14  # px of a row's caption
+FRAMES = 5  # of a video that `strips` shows
 INK, PAPER = (32, 32, 32), (255, 255, 255)
 
 
@@ -62,6 +63,33 @@ def grid(columns: Mapping[str, Sequence[Image]], captions: Sequence[str], side: 
         for x, pictures in enumerate(columns.values()):
             sheet.paste(cell(pictures[y], side), (GAP + x * (side + GAP), top + CAPTION))
     return sheet
+
+
+def strips(columns: Mapping[str, Sequence[Sequence[Image]]], captions: Sequence[str]) -> Image:
+    """One picture of all videos: each is a row of FRAMES of its frames, from the first to the last.
+
+    The rows of one caption follow one another: they are the videos that stand side by side in `films`.
+
+    Args:
+        columns: title -> the frames of every video, one video per caption.
+    """
+    films = [
+        (f"{title}: {caption}", column[y]) for y, caption in enumerate(captions) for title, column in columns.items()
+    ]
+    last = max(len(film) for _, film in films) - 1
+    places = sorted({round(number * last / (FRAMES - 1)) for number in range(FRAMES)})
+    shown = {f"frame {place + 1}": [film[min(place, len(film) - 1)] for _, film in films] for place in places}
+    return grid(shown, [title for title, _ in films])
+
+
+def films(columns: Mapping[str, Sequence[Sequence[Image]]], captions: Sequence[str]) -> list[Image]:
+    """The videos side by side: `grid` of the first frames, of the second, and so on. A shorter one stays at its end."""
+    count = max(len(film) for column in columns.values() for film in column)
+    moments = [
+        {title: [film[min(place, len(film) - 1)] for film in column] for title, column in columns.items()}
+        for place in range(count)
+    ]
+    return [grid(moment, captions) for moment in moments]
 
 
 def _fit(pen: ImageDraw, text: str, font: Font, width: int) -> str:

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from dcgen_convert.core import clock
 from dcgen_convert.core.files import replacing
 from dcgen_convert.core.pixels import to_image
-from dcgen_convert.data import buckets
+from dcgen_convert.data import buckets, videos
 from dcgen_convert.data.cache import LatentCache
-from dcgen_convert.evaluation.grids import grid
+from dcgen_convert.evaluation.grids import films, grid, strips
 from dcgen_convert.families import Family, Text
 from dcgen_convert.families.base import references_of
 from dcgen_convert.networks import autoencoders, pipelines
@@ -65,13 +66,19 @@ def shown(family: Family, pixels: Tensor) -> Tensor:
     return pixels if family.axes == 2 else pixels[:, pixels.shape[1] // 2]
 
 
+def _images(pixels: Tensor) -> list[Image]:
+    """A picture (3, H, W) alone, or the frames of a video (3, F, H, W)."""
+    return [to_image(one) for one in ([pixels] if pixels.ndim == 3 else pixels.unbind(1))]
+
+
 def drawing(
     job: Job, rows: LatentCache, folder: Path, watched: Watched | None = None
 ) -> Callable[[Velocity, int], None]:
     """A function (velocity, step) that draws the grid to `sheet_of` and the console's tracker.
 
     Every rank samples, because a partitioned network needs all ranks. Rank 0 decodes, has the pictures measured by
-    ``watched``, and writes. Of a model that edits the first column shows what is edited, as the autoencoder gives it
+    ``watched``, and writes. Of videos a film of all frames lies beside it, if PyAV is there; their middle frames are
+    measured. Of a model that edits the first column shows what is edited, as the autoencoder gives it
     back: the rows hold its latents.
     """
     settings = job.recipe.bundle
@@ -99,16 +106,19 @@ def drawing(
         columns = dict(zip((f"step {step}", "round trip"), zip(*latents, strict=True), strict=True))
         if len(given) == len(latents):
             columns = {EDITED: tuple(given), **columns}
-        pictures = {
-            title: [to_image(shown(job.family, pixels)) for z in parts for pixels in codec.decode(z)]
-            for title, parts in columns.items()
+        moving = job.family.axes == 3
+        seen = {
+            title: [_images(pixels) for z in parts for pixels in codec.decode(z)] for title, parts in columns.items()
         }
+        pictures = {title: [frames[len(frames) // 2] for frames in column] for title, column in seen.items()}
         captions = rows.captions([row for part in chosen for row in part])
         if watched:
             *edited, drawn, trips = pictures.values()
             watched.measure(step, drawn, trips, captions, *edited)
-        sheet, file = grid(pictures, captions), sheet_of(folder, step)
+        sheet, file = strips(seen, captions) if moving else grid(pictures, captions), sheet_of(folder, step)
         file.parent.mkdir(exist_ok=True)
+        if moving and videos.has_reader():
+            videos.write_film(films(seen, captions), file.with_suffix(".mp4"))
         with replacing(file) as temporary:
             sheet.save(temporary, format="PNG")
         job.console.picture(f"{folder.name}/samples", step, sheet)

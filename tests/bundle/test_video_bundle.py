@@ -11,12 +11,14 @@ from families.tiny_videos import VIDEOS
 from safetensors.torch import load_file
 
 from dcgen_convert import families
+from dcgen_convert.bundle import loading, sample
 from dcgen_convert.bundle.layout import BundleParts, write_bundle
 from dcgen_convert.bundle.verify import verify
 from dcgen_convert.checkpoint import trust
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.errors import CheckFailed, InputError
 from dcgen_convert.core.files import read_json, write_json
+from dcgen_convert.data import videos
 from dcgen_convert.networks import autoencoder_dc_video as video
 from dcgen_convert.stages.job import find_autoencoder
 
@@ -93,6 +95,21 @@ def test_the_stock_pipeline_draws_where_this_program_is_not(bundle, parts, tmp_p
         wanted = vae.decode(drawn["latent"] / SCALE).sample
     shown = (wanted.permute(0, 2, 1, 3, 4) / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(drawn["pt"], shown, atol=1e-5, rtol=0)
+
+
+def test_sample_writes_videos(bundle, tmp_path):
+    """The file shows what the loaded pipeline draws, as far as H.264 keeps noise: the light of it."""
+    size = {"height": 32, "width": 64, "steps": 2, "guidance": 1.0}
+    done = sample.sample(bundle, ["a red fox"], tmp_path / "out", NULL, seed=3, **size)
+    (file,) = (tmp_path / "out").iterdir()
+    assert done["images"] == [str(file)] and file.name == "0000-seed-3.mp4"
+    assert videos.shape(file) == (64, 32, 9)
+    pipeline, _ = loading.load(bundle)
+    drawn = sample.draw_pixels(pipeline, WAN, ["a red fox"], [3], **size, length=32, frames=9)[0].movedim(0, 1)
+    weights = torch.tensor([0.2126, 0.7152, 0.0722])[:, None, None, None]
+    light = [(one.float() * weights).sum(0) for one in (videos.read(file, 9, 32, 64), drawn, drawn.flip(1))]
+    same, other = torch.corrcoef(torch.stack([one.flatten() for one in light]))[0, 1:]
+    assert same > 0.95 and other < 0.8
 
 
 def test_the_files_of_the_autoencoder(bundle, parts):

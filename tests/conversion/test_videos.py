@@ -10,12 +10,14 @@ import diffusers
 import pytest
 import torch
 from families.tiny_videos import VIDEOS
+from PIL import Image
 
 from dcgen_convert import conversion
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.errors import InputError, ResourceError
 from dcgen_convert.core.journal import Run
 from dcgen_convert.data import images, videos
+from dcgen_convert.evaluation import grids
 from dcgen_convert.networks import autoencoder_dc_video as video
 from dcgen_convert.recipe.loading import load
 from dcgen_convert.stages import pictures
@@ -137,3 +139,18 @@ def test_what_reads_videos_is_asked_for_before_the_base_draws(models, tmp_path, 
     monkeypatch.setitem(__import__("sys").modules, "av", None)
     with pytest.raises(ResourceError, match="needs the package av"):
         pictures.require(job_in(tmp_path, models))
+
+
+def test_the_sheet_of_a_training_shows_frames_and_a_film_lies_beside_it(models, tmp_path):
+    given = {"data.kind": "folder", "data.path": "tiny-videos:32", "watch.grid_every": 2, "watch.pictures": 1}
+    phases = "[{mode: lora, resolution: 32, steps: 2, rank: 2, batch: 2, warmup: 0}]"
+    training = {"adapt.phases": phases, "align_head.steps": 0, "bundle.steps": 2}
+    changes = {**given, **training, "data.guidance": 1}
+    conversion.convert(resolved(models, **changes), tmp_path / "run", tmp_path / "out", NULL, until="adapt-1")
+    sheet, *_ = sorted((tmp_path / "run").glob("adapt*/samples/*.png"))
+    across, down = Image.open(sheet).size
+    rows = 2  # of the drawn video and of the round trip
+    assert (across, down) == (grids.GAP + 5 * (grids.SIDE + grids.GAP), 18 + rows * (14 + grids.SIDE + grids.GAP))
+    frames = FRAMES - 3  # the autoencoder gives back 4 T - 3 frames
+    width, _, count = videos.shape(sheet.with_suffix(".mp4"))
+    assert (width, count) == (grids.GAP + 2 * (grids.SIDE + grids.GAP), frames)

@@ -5,7 +5,9 @@ import pytest
 from PIL import Image
 
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.evaluation.grids import CAPTION, GAP, TITLE, grid
+from dcgen_convert.evaluation.grids import CAPTION, GAP, SIDE, TITLE, films, grid, strips
+
+RED, GREEN = numpy.array([20, 0, 0]), numpy.array([0, 20, 0])
 
 
 def plain(colour, size=(64, 64)):
@@ -27,6 +29,20 @@ def test_every_picture_lies_in_its_cell():
     for column in range(2):
         for row in range(2):
             assert (cell(sheet, row, column, 48) == colours[column][row]).all()
+
+
+def test_videos_are_rows_of_frames_and_a_film_shows_them_side_by_side():
+    """Frame n of the first column is red n, of the second green n; the second column has fewer frames."""
+    red, green = ([plain(tuple(n * unit)) for n in range(count)] for unit, count in ((RED, 9), (GREEN, 6)))
+    columns = {"step 2": [red], "round trip": [green]}
+    sheet, moments = strips(columns, ["a fox"]), films(columns, ["a fox"])
+    assert sheet.size == (GAP + 5 * (SIDE + GAP), TITLE + 2 * (CAPTION + SIDE + GAP)) and len(moments) == 9
+    for column, place in enumerate((0, 2, 4, 6, 8)):
+        for row, (unit, last) in enumerate(((RED, 8), (GREEN, 5))):
+            assert (cell(sheet, row, column, SIDE) == min(place, last) * unit).all()
+    for number, moment in enumerate(moments):
+        assert (cell(moment, 0, 0, SIDE) == number * RED).all()
+        assert (cell(moment, 0, 1, SIDE) == min(number, 5) * GREEN).all()
 
 
 def test_aspect_ratio_is_kept():
