@@ -368,13 +368,14 @@ class SourceQuantisation:
         texts = [edit.text for edit in edits] or self.prompts(COMPARED, first)
         given = [edit.files for edit in edits]
         seeds = [first + i for i in range(COMPARED)]
-        sizes = {"side": defaults["height"], "length": defaults["text_length"], "batch": BATCH}
+        size = defaults["height"], defaults["width"]
+        sizes = {"size": size, "length": defaults["text_length"], "batch": BATCH}
         steps, guidance = defaults["steps"], defaults["guidance"]
         runtime, form = compare.runtime_of(bundle, torch.bfloat16), self.request.section.format
         with TemporaryDirectory(prefix=TEMPORARY, dir=self.request.work_folder) as work:
             where: dict[str, Any] = {"console": self.console, "work": Path(work), "references": given}
             sheet = compare.Comparison(self.source.family, texts, seeds, **sizes, **where)
-            references = (images.read_pixels(files[0], defaults["height"])[None] for files in given)
+            references = (images.read_pixels(files[0], *size)[None] for files in given)
             drawn = {"reference": sheet.shown("reference", references)} if edits else {}
             drawn["converted"] = sheet.draw("converted", self.pipeline, steps, guidance)
             quantised = partial(compare.of_bundle, bundle, torch.bfloat16, runtime)

@@ -101,29 +101,31 @@ def draw(  # noqa: PLR0913  what a pipeline is called with
     length: int,
     references: Sequence[Sequence[Tensor]] = (),
     frames: int = 1,
+    width: int | None = None,
 ) -> Tensor:
     """Pictures of ``prompts``, (B, 3, side, side) in [-1, 1]; videos of a family of videos, (B, 3, frames, side, side).
 
     The noise of a picture follows from its seed. In another batch its pixels are the same but for rounding.
 
     Args:
+        width: in px, of pictures that are no squares; None: ``side``.
         references: what an editing model is given with each prompt, (3, H, W) in [-1, 1] each; empty where the prompts
             have none. Prompts of one number and sizes are drawn together, if the family's pipeline can.
     """
     shapes = {tuple(one.shape for one in own) for own in references}
     if len(prompts) > 1 and (len(shapes) > 1 or (shapes and family.shared_references)):
         settings: dict[str, Any] = dict(side=side, steps=steps, guidance=guidance, length=length)
+        settings |= {"frames": frames, "width": width}
         each = zip(prompts, seeds, references, strict=True)
         parts = [draw(family, pipeline, [text], [seed], **settings, references=[own]) for text, seed, own in each]
         return torch.cat(parts)
-    call = family.pipeline_call(
-        pipeline, list(prompts), height=side, width=side, steps=steps, guidance=guidance, length=length
-    )
+    size = {"height": side, "width": width or side}
+    call = family.pipeline_call(pipeline, list(prompts), **size, steps=steps, guidance=guidance, length=length)
     call |= family.reference_call([torch.stack(slot) for slot in zip(*references, strict=True)])
     call |= family.frames_call(frames)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     with (
-        tiles.by_size(pipeline.vae, len(prompts), side, side),
+        tiles.by_size(pipeline.vae, len(prompts), **size),
         passes_timed(getattr(pipeline, family.component), pictures=len(prompts), steps=steps),
     ):
         drawn = pipeline(**call, generator=generators, output_type="pt")

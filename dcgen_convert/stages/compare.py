@@ -22,6 +22,7 @@ from dcgen_convert.core.files import TEMPORARY, replacing
 from dcgen_convert.core.journal import Stage
 from dcgen_convert.core.pixels import to_image
 from dcgen_convert.data import contents, images, videos
+from dcgen_convert.data.buckets import Size
 from dcgen_convert.evaluation import tiny_edits, tiny_world
 from dcgen_convert.evaluation.grids import cell, grid
 from dcgen_convert.evaluation.metrics import psnr_of
@@ -62,7 +63,8 @@ def run(job: Job, stage: Stage, bundle: Path) -> PictureGrid:
     if own != job.resolution:
         job.console.say(f"verify: the base model draws at {own} px, as it was not trained on {job.resolution} px")
     with TemporaryDirectory(prefix=TEMPORARY, dir=stage.folder) as work:
-        sizes = job.resolution, job.text_length, settings.batch
+        sizes = job.size, job.text_length, settings.batch
+        same = job.size if own == job.resolution else (own, own)
         given = edited.of_prompts(edited.judging(job), count, job.recipe.seed + SEED, Path(work, edited.FOLDER))
         first = [own[0] for own in given]  # shown and compared with, whatever else the model is given
         frames = job.family.base_frames(job.frames) if job.frames else 0
@@ -70,9 +72,9 @@ def run(job: Job, stage: Stage, bundle: Path) -> PictureGrid:
         source = partial(source_pipeline.load, job.source, job.dtype)
         drawn: dict[str, Column] = {}
         if given:
-            drawn["reference"] = replace(sheet, side=own, frames=0).shown("reference", _read(first, own))
+            drawn["reference"] = replace(sheet, size=same, frames=0).shown("reference", _read(first, same))
         with clock.renamed({"draw": "draw with the source"}):
-            drawn |= {"source": replace(sheet, side=own).draw("source", source, settings.steps, settings.guidance)}
+            drawn |= {"source": replace(sheet, size=same).draw("source", source, settings.steps, settings.guidance)}
         if job.recipe.quantize.format != "none":
             with clock.renamed({"draw": "draw in 16 bits"}):
                 drawn["converted"] = sheet.draw("converted", lambda: _twin(job), steps, guidance)
@@ -84,11 +86,11 @@ def run(job: Job, stage: Stage, bundle: Path) -> PictureGrid:
         codec = precision.load(job, "target")
         with clock.timed("round trip", count):
             trips = (codec.decode(codec.encode(picture)) for picture in drawn["source"].pictures())
-            drawn["round trip"] = replace(sheet, side=own).shown("round trip", trips)
+            drawn["round trip"] = replace(sheet, size=same).shown("round trip", trips)
         if "converted" in drawn and name != "converted":
             stage.metrics["psnr_quantised_db"] = round(distance(drawn[name], drawn["converted"]), 2)
         if job.recipe.evaluate.measures:
-            others = replace(sheet, side=own, seeds=[(seed + OTHER) % 2**63 for seed in seeds])
+            others = replace(sheet, size=same, seeds=[(seed + OTHER) % 2**63 for seed in seeds])
             with clock.renamed({"draw": "draw with the source"}):
                 floor = others.draw("floor", source, settings.steps, settings.guidance)
             columns = {CONVERTED: drawn[name], BASE: drawn["source"], FLOOR: floor, CEILING: drawn["round trip"]}
@@ -104,12 +106,12 @@ def run(job: Job, stage: Stage, bundle: Path) -> PictureGrid:
 class Column:
     """What was drawn by one pipeline: the pictures as files of 8 bits, and what is kept of them in memory.
 
-    side: px. frames: of a video; 0: they are pictures. cells: the first ROWS pictures, as the grid shows them. judged:
-    (1, 3, s, s) of every picture, as the evaluator of the tiny world sees it; centres: the same of its middle, where
-    the picture is larger than that. Of a video these are of its middle frame.
+    size: (height, width) in px. frames: of a video; 0: they are pictures. cells: the first ROWS pictures, as the grid
+    shows them. judged: (1, 3, s, s) of every picture, as the evaluator of the tiny world sees it; centres: the same of
+    its middle, where the picture is larger than that. Of a video these are of its middle frame.
     """
 
-    side: int
+    size: Size
     frames: int = 0
     files: list[Path] = field(default_factory=list)
     cells: list[Image] = field(default_factory=list)
@@ -117,8 +119,8 @@ class Column:
     centres: list[Tensor] = field(default_factory=list)
 
     def pictures(self) -> Iterator[Tensor]:
-        """The pictures one by one, (1, 3, side, side) in [-1, 1], or the videos, (1, 3, frames, side, side)."""
-        size = (self.frames, self.side, self.side) if self.frames else (self.side, self.side)
+        """The pictures one by one, (1, 3, height, width) in [-1, 1], or the videos, (1, 3, frames, height, width)."""
+        size = (self.frames, *self.size) if self.frames else self.size
         return (contents.read(file, [size])[0][None] for file in self.files)
 
 
@@ -154,7 +156,7 @@ def figures(job: Job, stage: Stage, drawn: dict[str, Column], texts: list[str]) 
         stage.metrics[f"accuracy_{key}"] = round(tiny_world.accuracy(pictures, texts), 4)
         stage.metrics[f"frechet_{key}"] = round(tiny_world.distance(pictures, texts), 2)
         if column.centres:
-            apart = tiny_world.distance_of_crops(torch.cat(column.centres), texts, side=column.side)
+            apart = tiny_world.distance_of_crops(torch.cat(column.centres), texts, side=column.size[0])
             stage.metrics[f"crops_frechet_{key}"] = round(apart, 2)
     shown = ", ".join(f"{name} {stage.metrics['accuracy_' + name.replace(' ', '_')]:.1%}" for name in drawn)
     job.console.say(f"evaluate: attribute accuracy {shown} on {len(texts)} prompts")
@@ -176,9 +178,9 @@ def figures_of_edits(job: Job, stage: Stage, drawn: dict[str, Column], texts: li
         )
 
 
-def _read(files: list[Path], side: int) -> Iterator[Tensor]:
-    """The pictures in ``files`` one by one, (1, 3, side, side) in [-1, 1]."""
-    return (images.read_pixels(file, side)[None] for file in files)
+def _read(files: list[Path], size: Size) -> Iterator[Tensor]:
+    """The pictures in ``files`` one by one, (1, 3, height, width) in [-1, 1]."""
+    return (images.read_pixels(file, *size)[None] for file in files)
 
 
 def _twin(job: Job) -> Any:
@@ -188,7 +190,8 @@ def _twin(job: Job) -> Any:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The pictures that several pipelines draw: prompts with their seeds, side in px, text tokens, pictures at once.
+    """The pictures that several pipelines draw: prompts with their seeds, size (height, width) in px, text tokens,
+    pictures at once.
 
     references: of an editing model, the files of the pictures that each prompt edits. frames: of a video that is drawn;
     0: pictures are.
@@ -198,7 +201,7 @@ class Comparison:
     family: Family
     texts: list[str]
     seeds: list[int]
-    side: int
+    size: Size
     length: int
     batch: int
     console: Console
@@ -214,7 +217,7 @@ class Comparison:
 
     def shown(self, name: str, parts: Iterable[Tensor]) -> Column:
         """A column of pictures that come in parts, (B, 3, H, W) in [-1, 1], or of videos (B, 3, F, H, W)."""
-        column = Column(self.side, self.frames)
+        column = Column(self.size, self.frames)
         for pixels in chain.from_iterable(parts):
             still = shown(self.family, pixels) if self.frames else pixels
             image, file = to_image(still), self.work / f"{name.replace(' ', '-')}-{len(column.files)}"
@@ -225,7 +228,7 @@ class Comparison:
                 column.files.append(file.with_suffix(".png"))
                 image.save(column.files[-1], format="PNG", compress_level=1)
             column.judged.append(seen(still[None]))
-            if self.side >= 2 * world.SIDE:
+            if min(self.size) >= 2 * world.SIDE:
                 column.centres.append(tiny_world.centre(still[None]).clone())
             if len(column.cells) < ROWS:
                 column.cells.append(cell(image))
@@ -239,14 +242,15 @@ class Comparison:
                 pipeline,
                 [self.texts[place] for place in places],
                 [self.seeds[place] for place in places],
-                side=self.side,
+                side=self.size[0],
+                width=self.size[1],
                 steps=steps,
                 guidance=guidance,
                 length=self.length,
-                references=images.read_references(given, self.side),
+                references=[[images.read_pixels(file, *self.size) for file in own] for own in given],
                 frames=max(1, self.frames),
             )
 
         drawing = AtOnce("verify: drawing", self.console.warn)
-        most = pixel_memory.together(self.batch, max(1, self.frames) * self.side**2, pixel_memory.DRAWN)
+        most = pixel_memory.together(self.batch, max(1, self.frames) * self.size[0] * self.size[1], pixel_memory.DRAWN)
         return drawing.parts(range(len(self.texts)), part, most)

@@ -12,10 +12,13 @@ import torch.nn.functional as F
 from dcgen_convert import families
 from dcgen_convert.checkpoint.open import load_source
 from dcgen_convert.core.errors import InputError, RecipeError
+from dcgen_convert.data.buckets import nearest
 from dcgen_convert.data.cache import LatentCache, write_captions, write_index, write_shard
+from dcgen_convert.families.grid import Grid
 from dcgen_convert.judging import painter
 from dcgen_convert.networks import autoencoders
 from dcgen_convert.planning.structures import structure
+from dcgen_convert.recipe.geometry import bucket_sizes
 from dcgen_convert.recipe.loading import load
 from dcgen_convert.recipe.schema import Adapt
 from dcgen_convert.recipe.videos import frames_of
@@ -250,3 +253,11 @@ def test_the_recipe_of_videos(source, tmp_path):
     with pytest.raises(RecipeError, match="data.frames is 8, and tiny-flux draws pictures"):
         load("tiny-flux", flags={"data.frames": 8})
     assert frames_of(load("tiny-flux").recipe, families.get("flux")) == 0
+
+
+def test_what_a_bundle_draws_by_default_is_the_bucket_of_wide_videos(source):
+    """As the authors trained, and the nearest to 720 x 1280 px that has whole tokens."""
+    height, width = WAN.shape
+    grids = Grid(8, 16, 2), Grid(32, 32, 1)
+    for side, size in ((640, (480, 832)), (960, (704, 1280))):
+        assert nearest(bucket_sizes(WAN, source.config, *grids, side), width, height) == size

@@ -65,6 +65,17 @@ def test_condition_and_mask_are_those_of_the_stock_pipeline(pipeline):
     torch.testing.assert_close(found[:, 16:], wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_several_prompts_are_drawn_one_by_one_in_all_their_frames(pipeline):
+    """The stock pipeline gives its picture to every prompt of a call; each is as it is drawn alone, to 1e-5."""
+    stock, source = pipeline
+    given, settings = [reference_pixels([(32, 48)]), reference_pixels([(32, 48)])], dict(steps=1, guidance=1.0)
+    settings |= {"side": 32, "width": 48, "frames": 5, "length": 512}
+    both = pipelines.draw(source.family, stock, ["a", "b"], [1, 2], **settings, references=given)
+    assert both.shape == (2, 3, 5, 32, 48)
+    alone = pipelines.draw(source.family, stock, ["b"], [2], **settings, references=given[1:])
+    torch.testing.assert_close(both[1:], alone, atol=1e-5, rtol=0)
+
+
 def test_mask_where_four_frames_are_the_reference():
     """DC-AE-V has no first frame of its own: a mask of 1 for frames 0 to 3, viewed as latent frames, is the same."""
     pixels = reference_pixels([(6, 4)])[0][None]

@@ -1,0 +1,118 @@
+"""A whole conversion of tiny Wan pipelines from a folder of videos, with a random DC-AE-V, through the real command."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import run_cli
+from families.tiny_videos import VIDEOS
+
+from dcgen_convert import families
+from dcgen_convert.core.console import NULL
+from dcgen_convert.core.files import read_json
+from dcgen_convert.core.journal import Run
+from dcgen_convert.data import images, videos
+from dcgen_convert.families.base import REFERENCE
+from dcgen_convert.networks import autoencoders
+from dcgen_convert.networks.autoencoder_dc_video import AutoencoderDCVideo
+from dcgen_convert.recipe.loading import Resolved
+from dcgen_convert.recipe.schema import Recipe
+from dcgen_convert.stages.job import prepare
+from dcgen_convert.tiny import videos as world
+
+COUNT, FRAMES, SIDE, F, C, SCALE = 8, 8, 64, 16, 8, 1.5
+SETTINGS = {
+    "data.buckets": "off", "data.count": COUNT, "data.frames": FRAMES, "data.steps": 2, "data.resolution": SIDE,
+    "dtype": "fp32", "latents.scale_override": SCALE, "align_head.draws": 1, "adapt.zero": 1,
+    "adapt.phases.0.resolution": SIDE, "adapt.phases.0.steps": 2, "adapt.phases.0.batch": 2,
+    "adapt.phases.0.rank": 4, "adapt.phases.0.warmup": 0, "bundle.steps": 2, "evaluate.prompts": 2,
+    "watch.evaluate_every": 2, "watch.grid_every": 2, "watch.pictures": 2,
+}  # fmt: skip
+# Runs where this program is not.
+PROGRAM = """
+import sys, torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
+pipe.set_progress_bar_config(disable=True)
+assert "dcgen_convert" not in sys.modules
+given = {"image": torch.zeros(1, 3, 32, 64)} if sys.argv[2] == "wan-image" else {}
+options = dict(height=32, width=64, num_frames=5, num_inference_steps=2, output_type="pt", max_sequence_length=512)
+frames = pipe(prompt="a red fox", **given, **options).frames
+assert frames.shape == (1, 5, 3, 32, 64) and torch.isfinite(frames).all(), frames.shape
+print(type(pipe).__name__, type(pipe.vae).__name__, round(1 / pipe.vae.config.latents_std[0], 6))
+"""
+
+
+@pytest.fixture(scope="module", params=["wan", "wan-image"])
+def whole(request, tmp_path_factory):
+    """(name, folder with source, ae, videos, run and bundle), of a conversion to its end."""
+    name, root = request.param, tmp_path_factory.mktemp(request.param)
+    VIDEOS[name].build(root / "source")
+    torch.manual_seed(0)
+    sizes = {"latent_channels": C, "block_out_channels": (8, 16, 16, 16, 32), "layers_per_block": (1,) * 5}
+    AutoencoderDCVideo(**sizes, chunk_frames=8, scaling_factor=0.9).save_pretrained(root / "ae")
+    labels = world.sample_labels(COUNT, 7)
+    (root / "videos").mkdir()
+    for place, row in enumerate(labels):
+        videos.write(world.draw(row[None], 7 + place, FRAMES + 1, SIDE)[0], root / "videos" / f"{place}.mkv")
+        (root / "videos" / f"{place}.txt").write_text(world.caption(row.tolist()))
+    length = {"latents.text_length": VIDEOS[name].length}
+    sets = [part for key, value in {**SETTINGS, **length}.items() for part in ("--set", f"{key}={value}")]
+    arguments = [
+        "--recipe",
+        "wan-1.3b-480p",
+        "--ae",
+        "ae",
+        "--data",
+        "videos",
+        "-o",
+        "bundle",
+        "--run-dir",
+        "run",
+        "-y",
+    ]
+    done = run_cli("convert", "source", *arguments, *sets, cwd=root)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return name, root
+
+
+@pytest.fixture(scope="module")
+def job(whole):
+    record = json.loads((whole[1] / "run" / "recipe.json").read_text())
+    here = os.getcwd()
+    os.chdir(whole[1])  # the recipe names its folders from there
+    try:
+        yield prepare(Resolved(Recipe.model_validate(record["recipe"]), {}), Run(whole[1] / "run", NULL), NULL)
+    finally:
+        os.chdir(here)
+
+
+def test_the_bundle_is_verified_and_the_stock_pipeline_draws_from_it(whole, tmp_path):
+    name, root = whole
+    manifest = read_json(root / "bundle" / "dcgen_manifest.json")
+    assert manifest["defaults"]["frames"] == 5 and manifest["family"] == name
+    where = {"HF_HOME": str(tmp_path / "hub"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | where
+    call = [sys.executable, "-c", PROGRAM, str(root / "bundle"), name]
+    done = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [families.get(name).pipeline_class, "AutoencoderDCVideo", str(SCALE)]
+
+
+def test_every_latent_is_of_the_frames_of_its_autoencoder(whole, job):
+    """8 frames for the new one, 5 for the base's: two latent frames each. One at a time; atol 2e-4."""
+    name, root = whole
+    rows = images.read_index(root / "run" / "latents" / images.ROWS, root / "videos")
+    old, new = job.rows(SIDE).pairs(range(COUNT))
+    base, target = autoencoders.load(job.source.vae), autoencoders.load(job.target, scale=SCALE)
+    assert old["z"].shape == (COUNT, 16, 2, 8, 8) and new["z"].shape == (COUNT, C, 2, 4, 4)
+    for place, row in enumerate(rows):
+        pixels = videos.read(row.file, FRAMES, SIDE, SIDE)[None]
+        torch.testing.assert_close(new["z"][place], target.encode(pixels)[0], atol=2e-4, rtol=0)
+        torch.testing.assert_close(old["z"][place], base.encode(pixels[:, :, :5])[0], atol=2e-4, rtol=0)
+        if name == "wan-image":
+            first = job.family.reference_video(pixels[:, :, 0], FRAMES, first=4)
+            torch.testing.assert_close(new[REFERENCE][place], target.encode(first)[0], atol=2e-4, rtol=0)
