@@ -95,7 +95,9 @@ OTHERS = {
     "--gpus-per-node",
     "--gpus-per-task",
     "--no-verify",
-}  # pytest, pip, git, python, srun
+    "--backend",
+    "--diffusion-load-format",
+}  # pytest, pip, git, python, srun, sglang, vllm
 
 
 @each_page
