@@ -142,10 +142,12 @@ def draw_pixels(  # noqa: PLR0913  what a pipeline is called with
 
     from dcgen_convert.networks import tiles
 
+    settings: dict[str, Any] = dict(height=height, width=width, steps=steps, guidance=guidance, length=length)
+    if family.one_prompt and len(prompts) > 1:
+        each = zip(prompts, seeds, strict=True)
+        return torch.cat([draw_pixels(pipeline, family, [text], [seed], **settings) for text, seed in each])
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    call = family.pipeline_call(
-        pipeline, prompts, height=height, width=width, steps=steps, guidance=guidance, length=length
-    )
+    call = family.pipeline_call(pipeline, prompts, **settings)
     call |= family.reference_call([one.expand(len(prompts), *one.shape) for one in references])
     call |= family.frames_call(frames)
     with tiles.by_size(pipeline.vae, len(prompts), height, width):

@@ -116,6 +116,7 @@ class Family:
     index_side: ClassVar[str] = ""  # key of model_index.json that holds this size in px, where there is one
     default_width: ClassVar[int | None] = None  # px, where `default_px` is the height alone
     shape: ClassVar[tuple[int, int]] = (1, 1)  # height to width of what is usually drawn, where shapes are free
+    one_prompt: ClassVar[bool] = False  # whether a call of the stock pipeline with guidance takes one prompt alone
     idle: ClassVar[tuple[str, ...]] = ()  # optional parts of the stock pipeline that `pipeline_call` leaves unused
     few_steps: ClassVar[bool] = False  # whether every model of the family was distilled to a few steps
     fixed_shift: ClassVar[bool] = False  # whether the network's time input depends on the shift of the stock scheduler
@@ -128,8 +129,7 @@ class Family:
     default_steps: ClassVar[int]
     default_guidance: ClassVar[float]
     text_length: ClassVar[int] = 1  # text tokens to which training and the bundle's usage pad
-    # Where the text encoder sees the references too: text tokens that it makes of each at most. Then every row has
-    # conditions of its own: of its prompt, and of the empty prompt.
+    # Text tokens of each reference at most, where the text encoder sees it. Then every row has null conditions too.
     picture_tokens: ClassVar[int] = 0
     # Side in px of the square whose area the stock pipeline gives to every reference; None: it takes them as they are.
     reference_side: ClassVar[int | None] = None

@@ -34,6 +34,7 @@ class PRX(Family):
     awq_pattern = r"blocks\.\d+\.modulation\.lin"
     bundle_tier = 0
     index_side = "default_sample_size"
+    one_prompt = True  # it makes two time steps, of the prompt and of the empty one, however many prompts there are
     default_steps = 28
     default_guidance = 5.0
     text_length = 256

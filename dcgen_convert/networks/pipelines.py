@@ -113,10 +113,10 @@ def draw(  # noqa: PLR0913  what a pipeline is called with
             have none. Prompts of one number and sizes are drawn together, if the family's pipeline can.
     """
     shapes = {tuple(one.shape for one in own) for own in references}
-    if len(prompts) > 1 and (len(shapes) > 1 or (shapes and family.shared_references)):
+    if len(prompts) > 1 and (family.one_prompt or len(shapes) > 1 or (shapes and family.shared_references)):
         settings: dict[str, Any] = dict(side=side, steps=steps, guidance=guidance, length=length)
         settings |= {"frames": frames, "width": width}
-        each = zip(prompts, seeds, references, strict=True)
+        each = zip(prompts, seeds, references or [()] * len(prompts), strict=True)
         parts = [draw(family, pipeline, [text], [seed], **settings, references=[own]) for text, seed, own in each]
         return torch.cat(parts)
     size = {"height": side, "width": width or side}
