@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the programs are no part o
 from tools.tiny import assemble, loop, text, video_autoencoders, wan
 from tools.tiny.video_autoencoders import Phase
 
-AUTOENCODERS = {"kl-wan": 5, "dc-ae-v-f32t4c32": 8}  # frames that its training sees
+AUTOENCODERS = {"kl-wan": (1, 5), "dc-ae-v-f32t4c32": (4, 8)}  # frames that the phases of its training see
+PROBES = 4
 
 
 class Layers(nn.Module):
@@ -72,29 +73,44 @@ def test_orthogonal_steps_are_those_of_torch_and_a_convolution_counts_as_a_matri
     assert (ours.detach().flatten(1) - theirs.detach()).norm() < 0.03 * way.norm()
 
 
+def test_a_new_autoencoder_of_wan_codes_frame_by_frame():
+    """Of a still video every latent frame and every frame is that of the picture, to 1e-5; not so of a moving one."""
+    model = video_autoencoders.new_model("kl-wan", 1)
+    labels = videos.sample_labels(1, 2)
+    labels[:, -1] = list(videos.MOTIONS).index("growing")
+    moving = videos.draw(labels, 2, 5, 64)
+    still = moving[:, :, :1].expand(-1, -1, 5, -1, -1)
+    with torch.no_grad():
+        one, same, other = (model.encode(clip).latent_dist.mode() for clip in (still[:, :, :1], still, moving))
+        picture, seen = (model.decode(z).sample for z in (one, same))
+    torch.testing.assert_close(same, one.expand_as(same), atol=1e-5, rtol=0)
+    torch.testing.assert_close(seen, picture.expand_as(seen), atol=1e-5, rtol=0)
+    assert (other[:, :, 1] - other[:, :, 0]).abs().max() > 0.01 and picture.std() > 1e-3
+
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """Autoencoders after two steps of each phase."""
     work = tmp_path_factory.mktemp("work")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(video_autoencoders, "PROBES", PROBES)
         for name, frames in AUTOENCODERS.items():
-            patch.setitem(
-                video_autoencoders.PHASES, name, [Phase(2, 1, 1e-3, 64, frames), Phase(2, 1, 1e-3, 32, frames)]
-            )
+            patch.setitem(video_autoencoders.PHASES, name, [Phase(2, 1, 1e-3, 64, number) for number in frames])
             video_autoencoders.train(name, 1, work, lambda line: None).save_pretrained(work / name)
     return work
 
 
 @pytest.mark.parametrize("name", AUTOENCODERS)
 def test_configs_say_how_large_latents_are(work, name):
-    """Of 8 other videos, to 25 %: standard deviations of each channel (Wan), the mean square of all (DC-AE-V)."""
-    codec = autoencoders.load(work / name)
-    z = codec.encode(videos.draw(videos.sample_labels(8, 3), 3)[:, :, : 13 if name == "kl-wan" else 16])
-    assert z.shape == ((8, 16, 4, 16, 16) if name == "kl-wan" else (8, 32, 4, 4, 4))
+    """Of the same videos: mean and standard deviation of each channel (Wan), the mean square of all (DC-AE-V)."""
+    codec, seed = autoencoders.load(work / name), video_autoencoders.PROBE
+    z = codec.encode(videos.draw(videos.sample_labels(PROBES, seed), seed)[:, :, : 13 if name == "kl-wan" else 16])
+    assert z.shape == ((PROBES, 16, 4, 16, 16) if name == "kl-wan" else (PROBES, 32, 4, 4, 4))
     if name == "kl-wan":
-        torch.testing.assert_close(z.std(dim=(0, 2, 3, 4)), torch.ones(16), atol=0.25, rtol=0)
-        torch.testing.assert_close(z.mean(dim=(0, 2, 3, 4)), torch.zeros(16), atol=0.25, rtol=0)
-    assert abs(z.square().mean() - 1) < 0.25
+        channels = z.transpose(0, 1).flatten(1)
+        torch.testing.assert_close(channels.std(1), torch.ones(16), atol=0.01, rtol=0)
+        torch.testing.assert_close(channels.mean(1), torch.zeros(16), atol=0.01, rtol=0)
+    assert abs(z.square().mean() - 1) < 0.01
     assert codec.decode(z[:1]).shape == (1, 3, 13, 128, 128)
 
 
@@ -104,7 +120,7 @@ def test_latents_are_made_once(work, monkeypatch):
     z = wan.latents(work, labels, 4, 5, lines.append)
     assert z.shape == (5, 16, 2, 16, 16) and len(lines) == 3
     exact = autoencoders.load(work / "kl-wan").encode(videos.draw(labels[4:], 4 + 2 * 2)[:, :, :5])
-    assert (z[4:] - exact).square().mean() < 1e-3  # of a variance of 1
+    assert (z[4:] - exact).square().mean() < 4e-3  # of a variance of 1
     (work / "wan-latents-5-4" / "0001.safetensors").unlink()
     assert torch.equal(wan.latents(work, labels, 4, 5, lines.append), z) and len(lines) == 4
 

@@ -1,6 +1,7 @@
 """Train the autoencoders of the tiny world in motion: kl-wan (Wan's, f8 t4 c16) and dc-ae-v-f32t4c32.
 
-Most steps see parts of 64 px: of the same work they show more, and different, videos than whole ones.
+First they see pictures (kl-wan) or single latent frames, then videos: pictures cost little, and teach colours and
+shapes. Most steps see parts of 64 px: of the same work they show more than whole videos.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
-from torch import Tensor
+from torch import Tensor, nn
 
 from dcgen_convert.families.base import Network
 from dcgen_convert.networks.autoencoder_dc_video import TIME, AutoencoderDCVideo
@@ -38,9 +39,11 @@ CONFIGS = {
     ),
 }
 NAMES = (*CONFIGS,)
-PICTURES = 0.15  # share of the steps of a deep autoencoder that see one latent frame alone, as a picture is one
+PICTURES = (
+    0.15  # share of the steps of a deep autoencoder on videos that see one latent frame alone, as a picture is one
+)
 SEEDS = 2**31
-PROBE = 99  # seed of the videos that say how large latents are
+PROBE, PROBES = 99, 32  # seed and number of the videos that say how large latents are
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,8 @@ class Phase:
 
 
 PHASES = {
-    "kl-wan": [Phase(1900, 3, 2e-3, 64, 9), Phase(300, 1, 1e-3, 128, 13)],
-    "dc-ae-v-f32t4c32": [Phase(1600, 4, 2e-3, 64, 16), Phase(1800, 2, 1.5e-3, 128, 16)],
+    "kl-wan": [Phase(1500, 12, 2e-3, 64, 1), Phase(1500, 2, 2e-3, 64, 9), Phase(300, 1, 1e-3, 128, 13)],
+    "dc-ae-v-f32t4c32": [Phase(1500, 12, 2e-3, 64, 4), Phase(900, 4, 2e-3, 64, 16), Phase(800, 2, 1.2e-3, 128, 16)],
 }
 
 
@@ -67,6 +70,27 @@ def new_model(name: str, seed: int) -> Network:
         return AutoencoderDCVideo(**CONFIGS[name])
     model = AutoencoderKLWan(**CONFIGS[name])
     model.quant_conv.bias.data[CHANNELS:] = -7  # almost no noise: a posterior of std 1 would hide the latents
+    return inflated(model)
+
+
+@torch.no_grad()
+def inflated(model: AutoencoderKLWan) -> AutoencoderKLWan:
+    """``model`` with weights that see one frame at a time, as a picture's. Wan's authors inflated trained ones so.
+
+    Of a convolution over three frames only the present one counts. Two frames become one by leaving the first out, and
+    one becomes two by repeating it.
+    """
+    for name, layer in model.named_modules():
+        if not isinstance(layer, nn.Conv3d) or layer.kernel_size[0] == 1:
+            continue
+        weight, present = layer.weight, layer.weight[:, :, -1:] * 3**0.5  # a third of the inputs, of the same variance
+        weight.zero_()
+        if not name.endswith("time_conv"):
+            weight[:, :, -1:] = present
+            continue
+        times = layer.out_channels // layer.in_channels
+        weight[:, :, -1, 0, 0] = torch.eye(layer.in_channels).repeat(times, 1)
+        layer.bias.zero_()
     return model
 
 
@@ -93,7 +117,8 @@ def loss(model: Network, phase: Phase) -> Callable[[torch.Generator], Tensor]:
         clips = drawn(phase.batch, frames, phase.side, generator)
         output, regulariser = reconstruct(model, clips, generator)
         output = output.float()
-        edges = sum(F.l1_loss(output.diff(dim=axis), clips.diff(dim=axis)) for axis in (2, 3, 4))
+        axes = [axis for axis in (2, 3, 4) if clips.shape[axis] > 1]
+        edges = sum(F.l1_loss(output.diff(dim=axis), clips.diff(dim=axis)) for axis in axes)
         return F.l1_loss(output, clips) + 2 * F.mse_loss(output, clips) + 0.5 * edges + regulariser
 
     return of
@@ -106,9 +131,10 @@ def drawn(count: int, frames: int, side: int, generator: torch.Generator) -> Ten
         return int(torch.randint(below, (1,), generator=generator))
 
     seed = number(SEEDS)
-    clips = videos.draw(videos.sample_labels(count, seed), seed)
     start, top, left = number(videos.FRAMES - frames + 1), number(world.SIDE - side + 1), number(world.SIDE - side + 1)
-    return clips[:, :, start : start + frames, top : top + side, left : left + side].contiguous()
+    labels, moments = videos.sample_labels(count, seed), videos.moments()[start : start + frames]
+    clips = torch.stack([videos.frame(labels, seed, moment) for moment in moments], dim=2)
+    return clips[..., top : top + side, left : left + side].contiguous()
 
 
 def reconstruct(model: Network, clips: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -128,7 +154,7 @@ def reconstruct(model: Network, clips: Tensor, generator: torch.Generator) -> tu
 def set_scale(model: Network) -> Network:
     """Write into the config how large latents are: Wan's mean and std of each channel; for DC-AE-V 1 / RMS of all."""
     frames = videos.FRAMES - (TIME - 1 if isinstance(model, AutoencoderKLWan) else 0)
-    labels = videos.sample_labels(32, PROBE)
+    labels = videos.sample_labels(PROBES, PROBE)
     clips = (videos.draw(rows, PROBE + i)[:, :, :frames] for i, rows in enumerate(labels.split(8)))
     latents = torch.cat([model.encode(part).latent_dist.mode() for part in clips]).transpose(0, 1).flatten(1)
     if isinstance(model, AutoencoderKLWan):

@@ -76,7 +76,7 @@ def pairs(work: Path, seed: int, frames: int, count: int, log: Log = print) -> b
 def latents(work: Path, labels: Tensor, seed: int, frames: int, log: Log = print) -> Tensor:
     """Model latents (S, C, T, h, w) of videos of ``labels`` (S, 7). Files hold them in parts: those there are not made.
 
-    The autoencoder computes in bfloat16, several times as fast: what that rounds is 1 % of the latents.
+    The autoencoder computes in bfloat16, several times as fast. What that rounds is 3 % of the latents (RMS).
     """
     codec, folder, found = autoencoders.load(work / VAE), work / f"wan-latents-{frames}-{seed}", []
     folder.mkdir(exist_ok=True)
