@@ -28,6 +28,7 @@ class Measure:
         better: which of two values is the better one.
         label: what it says, for tables and charts.
         unit: of its numbers; "" where they have none.
+        moving: whether it looks at whole videos; else at pictures, and of videos at some of their frames.
     """
 
     name: ClassVar[str]
@@ -35,6 +36,7 @@ class Measure:
     better: ClassVar[Literal["higher", "lower"]]
     label: ClassVar[str]
     unit: ClassVar[str] = ""
+    moving: ClassVar[bool] = False
 
     def made_of(self) -> str:
         """Hash of what its numbers depend on beside pictures and captions: the weights, the program; "" for nothing."""

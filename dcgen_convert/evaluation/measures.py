@@ -20,7 +20,9 @@ from dcgen_convert.evaluation.ocr import Ocr
 from dcgen_convert.evaluation.plain import Colour, Sharpness
 from dcgen_convert.evaluation.tiny_edits import EditAccuracy, Preservation
 from dcgen_convert.evaluation.tiny_measures import SIDE_OF_CROPS, Accuracy, CropsFrechet, TinyCmmd, TinyFrechet
+from dcgen_convert.evaluation.video_measures import MotionAccuracy, TemporalDifference
 from dcgen_convert.evaluation.weights import Needed, NotAtHand
+from dcgen_convert.tiny import videos
 
 __all__ = ["Distance", "Known", "Measure", "Score", "Setting", "Weights", "chosen", "known"]
 
@@ -37,6 +39,7 @@ class Setting:
         asked: measures were asked for by their names. Otherwise the usual models are not fetched.
         edited: the pictures were made from other pictures, which are at hand.
         recipe: what the user gave stands in a recipe: errors name its settings.
+        moving: they are videos.
     """
 
     weights: Weights
@@ -47,6 +50,7 @@ class Setting:
     asked: bool = False
     edited: bool = False
     recipe: bool = False
+    moving: bool = False
 
     @property
     def finding(self) -> dict[str, Any]:
@@ -106,13 +110,15 @@ def known() -> dict[str, Known]:
         Known(ClipDirection, lambda one: ClipDirection(one.clip), f"{given}; {_needs(clip.CLIP)}", _not_edited),
         Known(DinoSource, lambda one: DinoSource(one.dino), f"{given}; {_needs(dino.DINO)}", _not_edited),
         Known(Unchanged, lambda _: Unchanged(), f"{given}; instructions such as '{NOTHING[0]}'", _no_rest),
+        Known(MotionAccuracy, lambda _: MotionAccuracy(), "captions of the tiny world in motion", _not_in_motion),
+        Known(TemporalDifference, lambda _: TemporalDifference(), "videos", _no_videos),
         Known(Sharpness, lambda _: Sharpness()),
         Known(Colour, lambda _: Colour()),
     )
     return {one.name: one for one in every}
 
 
-def chosen(
+def chosen(  # noqa: PLR0913  all that a choice depends on, by name
     names: Iterable[str] | None,
     weights: Weights,
     captions: Sequence[str],
@@ -122,6 +128,7 @@ def chosen(
     offline: bool = False,
     edited: bool = False,
     recipe: bool = False,
+    moving: bool = False,
 ) -> tuple[list[Measure], dict[str, str]]:
     """The measures that are to be used, and the names of those left out with the reason.
 
@@ -134,6 +141,7 @@ def chosen(
         offline: fetch nothing from the hub.
         edited: the pictures were made from other pictures, which `rows.measured` will be given.
         recipe: ``names`` and ``weights`` stand in a recipe: errors name its settings.
+        moving: they are videos.
 
     Raises:
         InputError: no measure has this name; it does not apply to these captions or pictures; the weights that the user
@@ -142,7 +150,7 @@ def chosen(
     """
     table = known()
     measures, left_out = [], {}
-    setting = Setting(weights, captions, side, device, offline, names is not None, edited, recipe)
+    setting = Setting(weights, captions, side, device, offline, names is not None, edited, recipe, moving)
     for name in table if names is None else dict.fromkeys(names):
         if name not in table:
             raise _unknown(name, table)
@@ -207,6 +215,19 @@ def _not_tiny_edits(setting: Setting) -> str | None:
         except InputError as error:
             return error.message
     return None if setting.captions else "there are no instructions"
+
+
+def _no_videos(setting: Setting) -> str | None:
+    return None if setting.moving else "it looks at videos, and these are pictures"
+
+
+def _not_in_motion(setting: Setting) -> str | None:
+    if reason := _no_videos(setting):
+        return reason
+    for caption in setting.captions:
+        if videos.parse(caption) is None:
+            return f"the tiny world in motion has no caption {caption[:80]!r}"
+    return None if setting.captions else "there are no captions"
 
 
 def _no_sources(setting: Setting) -> str | None:

@@ -15,7 +15,6 @@ from torch import Tensor
 from dcgen_convert.core import pulse
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import CheckFailed
-from dcgen_convert.data import images
 from dcgen_convert.families import pixel_memory
 from dcgen_convert.judging import measuring
 from dcgen_convert.judging.gallery import Gallery
@@ -66,7 +65,7 @@ def _part(gallery: Gallery, console: Console) -> Share:
     that was cut off, give the same files.
     """
     missing = gallery.missing(console)
-    size = pixel_memory.together(BATCH, gallery.side**2, pixel_memory.DRAWN)
+    size = pixel_memory.together(BATCH, max(1, gallery.frames) * gallery.side**2, pixel_memory.DRAWN)
     wanted = sorted({place // size for place in missing})
     batches = [list(range(number * size, min((number + 1) * size, len(gallery)))) for number in wanted]
     return Share(gallery, batches, set(missing))
@@ -92,7 +91,7 @@ Made = Iterator[tuple[Gallery, int, Tensor]]
 
 
 def _drawn(parts: Sequence[Share], painter: Painter, console: Console) -> Made:
-    """(gallery, place, picture (3, H, W) in [-1, 1]) of all that is missing, drawn by a model."""
+    """(gallery, place, picture (3, H, W) or video (3, F, H, W) in [-1, 1]) of all that is missing, drawn by a model."""
     pipeline, family = painter.load()
     drawing = AtOnce("evaluate: drawing", console.warn)
 
@@ -107,6 +106,7 @@ def _drawn(parts: Sequence[Share], painter: Painter, console: Console) -> Made:
             guidance=painter.guidance,
             length=painter.length,
             references=gallery.references(places, painter.side),
+            frames=max(1, painter.frames),
         )
 
     for part in parts:
@@ -126,7 +126,8 @@ class RoundTrip:
 
     def about(self, digest: str) -> dict[str, Any]:
         """What the pictures depend on. digest: hash of the bundle's content."""
-        return {"side": self.of.side, "through": digest, "of": self.of.about}
+        frames = {"frames": self.of.frames} if self.of.frames else {}
+        return {"side": self.of.side, **frames, "through": digest, "of": self.of.about}
 
 
 def _passed(parts: Sequence[Share], trip: RoundTrip, console: Console) -> Made:
@@ -135,7 +136,7 @@ def _passed(parts: Sequence[Share], trip: RoundTrip, console: Console) -> Made:
         codec = autoencoders.load(trip.bundle / "vae", torch.float32, device=pipelines.device(), console=console)
     for part in parts:
         for place in filter(part.missing.__contains__, chain.from_iterable(part.batches)):
-            pixels = images.read_pixels(trip.of.file(place), part.gallery.side)[None]
+            pixels = next(trip.of.stream([place], part.gallery.side))[None]
             yield part.gallery, place, codec.decode(codec.encode(pixels))[0]
             pulse.bump()
 

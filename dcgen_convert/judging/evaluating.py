@@ -79,7 +79,7 @@ def _measure(trial: Trial, galleries: Mapping[str, Gallery], crew: Crew, console
         place = asked.output / "pictures" / f"reference-{fingerprint(name)[:12]}" / FOLDER
         sets[REFERENCE] = Set(name, place, jpeg=False)
     made = {measure.name: measure for measure in trial.measures}
-    where = trial.side, pipelines.device(), asked.offline, bool(trial.edits)
+    where = trial.side, pipelines.device(), asked.offline, bool(trial.edits), trial.converted.frames
     judges = Judges([*made], asked.weights, trial.prompts, *where)
     return measured(sets, judges, made, crew, console)
 

@@ -3,7 +3,8 @@ again.
 
     OUT/pictures/converted-1f2e3d4c5b6a/   what drew them: title, and hash of model, steps, guidance, side and the like
       about.json                           the same in words
-      7-0a1b2c3d4e5f.png                   seed, and hash of the prompt; of an edit also of the picture that is edited
+      7-0a1b2c3d4e5f.png                   seed, and hash of the prompt; of an edit also of the picture that is edited.
+                                           A video is an .mkv without loss
       index-0.jsonl                        SHA-256 of each file that rank 0 wrote
 """
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.files import hashes, json_text, write_json
 from dcgen_convert.core.journal import fingerprint
-from dcgen_convert.data import images
+from dcgen_convert.data import contents, images
 from dcgen_convert.data.edit_prompts import Edit
 
 
@@ -53,13 +54,18 @@ class Gallery:
         """px of each picture."""
         return int(self.about["side"])
 
+    @property
+    def frames(self) -> int:
+        """Of each video; 0: they are pictures."""
+        return int(self.about.get("frames", 0))
+
     def __len__(self) -> int:
         return len(self.prompts)
 
     def file(self, place: int) -> Path:
         asked = self.prompts[place] + (f" {self.edits[place].digest}" if self.edits else "")
         prompt = hashlib.sha256(asked.encode()).hexdigest()
-        return self.folder / f"{self.seeds[place]}-{prompt[:12]}.png"
+        return self.folder / f"{self.seeds[place]}-{prompt[:12]}{contents.suffix(self.frames > 0)}"
 
     def missing(self, console: Console) -> list[int]:
         """The places whose picture is not there. A file that is not as it was written is said to be damaged."""
@@ -78,9 +84,11 @@ class Gallery:
         return [place for place in range(len(self)) if place not in whole]
 
     def add(self, place: int, pixels: Tensor, rank: int) -> None:
-        """Keep a picture, (3, H, W) in [-1, 1]. The file first, then its hash: a kill between costs one picture."""
+        """Keep a picture, (3, H, W) in [-1, 1], or a video, (3, F, H, W). The file first, then its hash: a kill between
+        costs one picture.
+        """
         file = self.file(place)
-        images.write(pixels, file)
+        contents.write(pixels, file)
         line = json_text({"file": file.name, "sha256": hashes([file])[0]}) + "\n"
         with open(self.folder / f"index-{rank}.jsonl", "ab+") as index:
             if index.tell() and os.pread(index.fileno(), 1, index.tell() - 1) != b"\n":
@@ -108,5 +116,6 @@ class Gallery:
         return images.read_references([self.edits[place].files for place in places] if self.edits else [], side)
 
     def stream(self, places: Sequence[int], side: int) -> Iterator[Tensor]:
-        """The pictures at ``places``, (3, side, side) in [-1, 1] each."""
-        return (images.read_pixels(self.file(place), side) for place in places)
+        """The pictures at ``places``, (3, side, side) in [-1, 1] each; videos, (3, frames, side, side)."""
+        size = (self.frames, side, side) if self.frames else (side, side)
+        return (contents.read(self.file(place), [size])[0] for place in places)

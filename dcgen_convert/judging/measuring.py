@@ -25,7 +25,7 @@ from dcgen_convert.core.files import atomic_save, sealed
 from dcgen_convert.core.journal import fingerprint
 from dcgen_convert.data import references
 from dcgen_convert.data.references import together
-from dcgen_convert.evaluation import measures
+from dcgen_convert.evaluation import measures, video_measures
 from dcgen_convert.evaluation.measure import Distance, EditScore, Measure, Score, Weights
 from dcgen_convert.evaluation.pixels import through_jpeg
 from dcgen_convert.evaluation.rows import Figures
@@ -46,7 +46,7 @@ class Judges:
     Attributes:
         names: of the measures. weights: where their networks lie. texts: all prompts.
         side: px at which pictures are measured. device: where networks run. offline: fetch nothing.
-        edited: the pictures are edits.
+        edited: the pictures are edits. frames: of each video; 0: they are pictures.
     """
 
     names: list[str]
@@ -56,10 +56,12 @@ class Judges:
     device: str
     offline: bool
     edited: bool = False
+    frames: int = 0
 
     def made(self) -> dict[str, Measure]:
         """Name -> measure."""
         settings = {key: getattr(self, key) for key in ("side", "device", "offline", "edited")}
+        settings["moving"] = self.frames > 0
         return {one.name: one for one in measures.chosen(self.names, self.weights, self.texts, **settings)[0]}
 
 
@@ -154,7 +156,7 @@ Files = list[tuple[list[int], dict[str, Path]]]  # places of a group, and measur
 
 def _files(one: Set, judges: Judges, made: Mapping[str, Measure]) -> Files:
     """The groups of a set, whatever the number of ranks, with the file of every measure."""
-    keys, size = one.keys(), together(judges.side)
+    keys, size = one.keys(), max(1, together(judges.side) // max(1, judges.frames))
     about = {name: [VERSION, name, measure.made_of(), judges.side, one.jpeg] for name, measure in made.items()}
     found: Files = []
     for start in range(0, len(keys), size):
@@ -223,6 +225,15 @@ def work(
 
 
 def _values(measure: Measure, pixels: Tensor, captions: list[str], sources: Tensor | None) -> Tensor:
+    """(B,) scores or (B, D) features. Of videos, a measure of pictures gives the mean score of some frames, or the
+    features of each: (B, K, D).
+    """
+    if pixels.ndim == 5 and not measure.moving:
+        frames = video_measures.frames_of(pixels)
+        count, each = frames.shape[:2]
+        texts = [caption for caption in captions for _ in range(each)]
+        found = _values(measure, frames.flatten(0, 1), texts, None).unflatten(0, (count, each))
+        return found.mean(1) if measure.kind == "score" else found
     if isinstance(measure, Distance):
         return measure.features(pixels)
     if isinstance(measure, EditScore):
@@ -239,5 +250,6 @@ def _joined(groups: Files, known: Mapping[Path, Tensor], made: Mapping[str, Meas
         for name, file in files.items():
             found.setdefault(name, []).append(known[file])
     whole = {name: torch.cat(parts) for name, parts in found.items()}
+    whole = {name: values.flatten(0, 1) if values.ndim == 3 else values for name, values in whole.items()}
     scores = {name: values for name, values in whole.items() if made[name].kind == "score"}
     return Figures(scores, {name: values for name, values in whole.items() if name not in scores})

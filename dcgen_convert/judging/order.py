@@ -17,7 +17,7 @@ from dcgen_convert.core import names
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_json
-from dcgen_convert.data import edit_prompts, prompt_lists, prompts, references
+from dcgen_convert.data import edit_prompts, prompt_lists, prompts, references, videos
 from dcgen_convert.data.edit_prompts import Edit
 from dcgen_convert.data.references import References
 from dcgen_convert.evaluation import gates, measures, rows
@@ -117,6 +117,8 @@ def settle(asked: Asked, console: Console) -> Trial:
     home = asked.output / "import"
     mine = painter.of_bundle(bundle, home, console, side=asked.side, **wish)
     _check_size(family, bundle, mine.side)
+    if family.axes == 3:
+        _require_videos(asked, family, bundle)
     given = None if asked.reference is None else references.read(asked.reference)
     edits: list[Edit] = []
     if edit_prompts.asked_of(family.fewest_references, family.references, asked.prompts, asked.sources):
@@ -144,6 +146,7 @@ def settle(asked: Asked, console: Console) -> Trial:
         device=pipelines.device(),
         offline=asked.offline,
         edited=bool(edits),
+        moving=mine.frames > 0,
     )
     if base is None and given is None:
         found, alone = _alone(found, asked.metrics)
@@ -155,6 +158,17 @@ def settle(asked: Asked, console: Console) -> Trial:
     sets += [rows.REFERENCE] if given else []
     gates.require_measured(asked.gates, rows.names(found, sets), left_out)
     return Trial(asked, manifest, kind, texts, edits, mine, base, trip, side, given, found, left_out, notes)
+
+
+def _require_videos(asked: Asked, family: Family, bundle: Path) -> None:
+    """InputError for what cannot be asked of a bundle that draws videos."""
+    if family.fewest_references:
+        raise InputError(f"{bundle} draws videos from a picture, which are not evaluated yet", "look at its samples")
+    if asked.reference is not None:
+        raise InputError(f"{bundle} draws videos, and --reference gives pictures", "leave --reference out")
+    if str(asked.prompts).startswith(references.MJHQ):
+        raise InputError(f"{bundle} draws videos, and {asked.prompts} are prompts of pictures", "give other --prompts")
+    videos.require_reader()
 
 
 def _alone(found: Sequence[Measure], asked: Sequence[str] | None) -> tuple[list[Measure], dict[str, str]]:
@@ -189,7 +203,12 @@ def _base(
         require_source(identity)
         place = identity.where
         source = painter.opened(
-            asked.against, place, identity.revision, painter.import_folder(home, place), offline=asked.offline
+            asked.against,
+            place,
+            identity.revision,
+            painter.import_folder(home, place),
+            offline=asked.offline,
+            moving=family.axes == 3,
         )
     else:
         source, place, why = painter.named_base(manifest, home)
@@ -197,6 +216,10 @@ def _base(
             return None, why, []
         identity, notes = Identity(source.name, offline=True), [f"the base is {source.name}, which the manifest names"]
     _same_task(edited, source.family, source.name)
+    if source.family.axes != family.axes:
+        raise InputError(
+            f"{source.name} is a {source.family.name} model, and the bundle a {family.name}", "name its base"
+        )
     own = own_side(identity, grid, mine.side)
     vae = source.parts.get("vae", source.vae)  # of a source that is still to be written: in its base
     check_size(source.family, source.config, read_json(vae / "config.json"), own, own)

@@ -41,6 +41,7 @@ class Painter:
         side: px. steps, guidance, length: of the drawing; length in text tokens.
         dtype: "fp32" or "bf16". runtime: how a bundle runs, as in `bundle.loading`; "stock" for a source.
         home: folder for a source that must be written as a pipeline first.
+        frames: of each video; 0: it draws pictures.
     """
 
     name: str
@@ -55,12 +56,14 @@ class Painter:
     dtype: str
     runtime: str
     home: Path
+    frames: int = 0
 
     @property
     def about(self) -> dict[str, Any]:
         """What its pictures depend on."""
         left_out = ("name", "place", "is_bundle", "revision", "home")
-        return {key: value for key, value in asdict(self).items() if key not in left_out}
+        found = {key: value for key, value in asdict(self).items() if key not in left_out}
+        return found if self.frames else {key: value for key, value in found.items() if key != "frames"}
 
     def load(self) -> tuple[Any, Family]:
         """The pipeline, ready to draw, and its family."""
@@ -70,16 +73,19 @@ class Painter:
             pipeline, _ = loading.load(bundle, DTYPES[self.dtype], self.runtime)
             getattr(pipeline, family.component).register_forward_hook(pulse.bump)
             return pipeline, family
-        source = opened(self.name, self.place, self.revision, self.home)
+        source = opened(self.name, self.place, self.revision, self.home, moving=self.frames > 0)
         pipeline = source_pipeline.load(source, DTYPES[self.dtype])
         source_pipeline.cap_shift(pipeline, Identity(self.name), self.side)
         return pipeline, source.family
 
 
-def opened(name: str, place: str, revision: str | None, home: Path, *, offline: bool = False) -> Source:
-    """The source, from its headers."""
+def opened(
+    name: str, place: str, revision: str | None, home: Path, *, offline: bool = False, moving: bool = False
+) -> Source:
+    """The source, from its headers. moving: it may draw videos."""
     source = load_source(name, place, revision=revision, home=home, offline=offline)
-    refuse_videos(source.family, name)
+    if not moving:
+        refuse_videos(source.family, name)
     return source
 
 
@@ -115,6 +121,7 @@ def of_bundle(bundle: Path, home: Path, console: Console, **drawing: Any) -> Pai
         dtype=_name_of(dtype),
         runtime=runtime_of(bundle, dtype),
         home=home,
+        frames=defaults.get("frames", 0),
         **own | {key: value for key, value in drawing.items() if value is not None},
     )
 
@@ -141,6 +148,7 @@ def of_source(source: Source, place: str, manifest: Mapping[str, Any], console: 
         length=defaults["text_length"] if same else source.family.text_length,
         dtype=_name_of(loading.default_dtype(source.root, pipelines.device())),
         runtime="stock",
+        frames=defaults.get("frames", 0),
         **own | {key: value for key, value in drawing.items() if value is not None},
     )
 
@@ -163,7 +171,8 @@ def named_base(manifest: Mapping[str, Any], home: Path) -> tuple[Source | None, 
     if not place:
         return None, "", f"the manifest names the base {name!r}, without a place where it lies"
     try:
-        source = opened(name, place, record.get("revision"), home, offline=True)
+        moving = "frames" in manifest["defaults"]
+        source = opened(name, place, record.get("revision"), home, offline=True, moving=moving)
         contents = source.contents()
     except (AccessError, InputError) as error:
         return None, "", f"the base {name!r} is not at hand: {error.message}"

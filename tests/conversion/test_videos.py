@@ -5,6 +5,7 @@ References: the stock WanPipeline called by hand, the hashes of the files, the d
 
 import hashlib
 import shutil
+from dataclasses import replace
 
 import diffusers
 import pytest
@@ -18,12 +19,16 @@ from dcgen_convert.core.errors import InputError, ResourceError
 from dcgen_convert.core.journal import Run
 from dcgen_convert.data import images, videos
 from dcgen_convert.evaluation import grids
+from dcgen_convert.evaluation.plain import Sharpness
+from dcgen_convert.judging.evaluating import evaluate
+from dcgen_convert.judging.order import Asked
 from dcgen_convert.networks import autoencoder_dc_video as video
 from dcgen_convert.recipe.loading import load
 from dcgen_convert.stages import pictures
 from dcgen_convert.stages.job import Job, prepare
 
 FRAMES, SIDE, COUNT, STEPS = 8, 32, 4, 2
+PHASES = "[{mode: lora, resolution: 32, steps: 2, rank: 2, batch: 2, warmup: 0}]"
 SETTINGS = {
     "dtype": "fp32",
     "data.frames": FRAMES,
@@ -143,8 +148,7 @@ def test_what_reads_videos_is_asked_for_before_the_base_draws(models, tmp_path, 
 
 def test_the_sheet_of_a_training_shows_frames_and_a_film_lies_beside_it(models, tmp_path):
     given = {"data.kind": "folder", "data.path": "tiny-videos:32", "watch.grid_every": 2, "watch.pictures": 1}
-    phases = "[{mode: lora, resolution: 32, steps: 2, rank: 2, batch: 2, warmup: 0}]"
-    training = {"adapt.phases": phases, "align_head.steps": 0, "bundle.steps": 2}
+    training = {"adapt.phases": PHASES, "align_head.steps": 0, "bundle.steps": 2}
     changes = {**given, **training, "data.guidance": 1}
     conversion.convert(resolved(models, **changes), tmp_path / "run", tmp_path / "out", NULL, until="adapt-1")
     sheet, *_ = sorted((tmp_path / "run").glob("adapt*/samples/*.png"))
@@ -154,3 +158,33 @@ def test_the_sheet_of_a_training_shows_frames_and_a_film_lies_beside_it(models, 
     frames = FRAMES - 3  # the autoencoder gives back 4 T - 3 frames
     width, _, count = videos.shape(sheet.with_suffix(".mp4"))
     assert (width, count) == (grids.GAP + 2 * (grids.SIDE + grids.GAP), frames)
+
+
+def test_a_whole_conversion_and_its_evaluation(models, tmp_path):
+    """The measures of the kept files, computed here of every pair of neighbours and of five frames."""
+    given = {"data.kind": "folder", "data.path": "tiny-videos:32", "bundle.steps": 2, "align_head.steps": 0}
+    changes = {**given, "adapt.phases": PHASES, "bundle.guidance": 1}
+    conversion.convert(resolved(models, **changes), tmp_path / "run", tmp_path / "bundle", NULL)
+    asked = Asked(
+        tmp_path / "bundle",
+        tmp_path / "found",
+        against=str(models / "source"),
+        prompts="tiny-videos",
+        count=3,
+        metrics=("motion-accuracy", "temporal-difference", "sharpness", "colour"),
+        steps=2,
+    )
+    document = evaluate(asked, NULL)
+    values = {row["measure"]: row for row in document["measures"]}
+    assert list(values) == ["motion-accuracy", "temporal-difference", "sharpness", "colour"]
+    folder = next((tmp_path / "found" / "pictures").glob("converted-*"))
+    clips = torch.stack([videos.read(file, 5, SIDE, SIDE) for file in sorted(folder.glob("*.mkv"))])
+    assert clips.shape == (3, 3, 5, SIDE, SIDE)  # the bundle states 5 frames: 8 - 3
+    levels = (clips * 127.5 + 128).clamp(0, 255).to(torch.uint8).double()
+    moved = (levels[:, :, 1:] - levels[:, :, :-1]).abs().mean((1, 2, 3, 4))
+    assert values["temporal-difference"]["converted"] == pytest.approx(moved.mean().item(), rel=1e-6)
+    sharp = torch.stack([Sharpness().scores(clip.movedim(1, 0), []) for clip in clips]).mean()
+    assert values["sharpness"]["converted"] == pytest.approx(sharp.item(), rel=1e-6)
+    assert evaluate(asked, NULL)["pictures"]["converted"]["drawn"] == 0
+    with pytest.raises(InputError, match="the measure accuracy cannot be used"):
+        evaluate(replace(asked, metrics=("accuracy",)), NULL)

@@ -1,0 +1,52 @@
+"""Measures of videos. What a measure of pictures says of a video, it says of FRAMES of its frames: see `frames_of`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dcgen_convert.core.files import sha256
+from dcgen_convert.evaluation import tiny_videos, tiny_world
+from dcgen_convert.evaluation.measure import Score
+from dcgen_convert.evaluation.pixels import to_uint8
+
+FRAMES = 5  # of a video that measures of pictures look at
+
+
+def frames_of(clips: Tensor) -> Tensor:
+    """(B, 3, F, H, W) -> (B, K, 3, H, W): at most FRAMES frames, evenly from the first to the last."""
+    last = clips.shape[2] - 1
+    places = sorted({round(number * last / (FRAMES - 1)) for number in range(FRAMES)})
+    return clips[:, :, places].movedim(2, 1)
+
+
+class TemporalDifference(Score):
+    """Mean absolute difference of neighbouring frames, in levels of 8 bits. A video that stands still has 0.
+
+    More is no quality by itself, as flicker raises it and blur lowers it: compare it with the base model's.
+    """
+
+    name = "temporal-difference"
+    label = "Difference of neighbouring frames"
+    unit = "levels"
+    reads = False
+    moving = True
+
+    def scores(self, pictures: Tensor, captions: list[str]) -> Tensor:  # noqa: ARG002  it needs no caption
+        """pictures: (B, 3, F, H, W) in [-1, 1], F >= 2."""
+        return torch.stack([to_uint8(clip).double().diff(dim=1).abs().mean() for clip in pictures])
+
+
+class MotionAccuracy(Score):
+    """Share of the caption's seven attributes that the video shows, 0..1; the motion is one of them."""
+
+    name = "motion-accuracy"
+    label = "Asked-for attributes that the videos show, motion included"
+    moving = True
+
+    def made_of(self) -> str:
+        return sha256(tiny_world.WEIGHTS) + sha256(tiny_videos.WEIGHTS)
+
+    def scores(self, pictures: Tensor, captions: list[str]) -> Tensor:
+        """pictures: (B, 3, F, H, W) in [-1, 1], F >= 2."""
+        return tiny_videos.right(pictures, captions)
