@@ -136,7 +136,7 @@ def test_plain_aliases_mean_what_the_authors_used_for_flux():
 @pytest.mark.parametrize("entry", catalog.SOURCES.values(), ids=lambda entry: entry.name)
 def test_catalogue_entries_agree_with_families_and_recipes(entry):
     assert entry.family in families.FAMILIES
-    own = loading.load(entry.recipe).recipe.source  # two models may share a recipe
+    own = loading.load(entry.recipe, complete=False).recipe.source  # two models may share a recipe
     assert own == entry.name or catalog.SOURCES[own].recipe == entry.recipe
     assert (entry.repo is None) != (entry.folder is None)
     if entry.config:
