@@ -122,3 +122,14 @@ def test_distance_of_crops_sees_what_shrinking_hides(monkeypatch):
         for measure in (tiny_world.distance, tiny_world.distance_of_crops)
     )
     assert parts[1] - parts[0] > 3 * (whole[1] - whole[0])
+
+
+def test_pictures_are_drawn_on_one_thread_and_the_threads_come_back(tmp_path, monkeypatch):
+    threads, seen = torch.get_num_threads(), []
+    monkeypatch.setattr(drawn_edits.images, "write", lambda pixels, file: seen.append(torch.get_num_threads()))
+    torch.set_num_threads(2)
+    try:
+        drawn_edits.draw(tmp_path, 2, seed=0, side=32)
+        assert seen == [1, 1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
