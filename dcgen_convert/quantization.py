@@ -276,7 +276,13 @@ class SourceQuantisation:
 
     def prompts(self, count: int, seed: int) -> list[str]:
         """``count`` prompts of a model that draws from text alone."""
-        return prompts.make(self.request.drawing.prompts or "builtin", count, seed, class_names(self.source))
+        return prompts.make(self.kind, count, seed, class_names(self.source))
+
+    @property
+    def kind(self) -> str:
+        """What its prompts are: of a bundle those of its training, if they can be made here."""
+        known = manifest.prompts_of(self.made) if self.made else None
+        return self.request.drawing.prompts or (known if known in prompts.KINDS else "builtin")
 
     def edits(self, count: int, seed: int, folder: Path, side: int) -> list[Edit]:
         """``count`` edits of a model that edits; empty for others.
@@ -343,7 +349,7 @@ class SourceQuantisation:
             return
         what = f"{count} pictures of {pictures.side} px, {pictures.steps} steps, guidance {pictures.guidance}"
         self.console.say(f"calibration: {what}")
-        if not edits and (note := prompts.told(drawing.prompts or "builtin", count)):
+        if not edits and (note := prompts.told(self.kind, count)):
             self.console.say(f"calibration: {note}")
 
         with self.console.progress("calibration", count, "prompts") as bar:

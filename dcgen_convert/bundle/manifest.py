@@ -41,10 +41,10 @@ TIMING = ("seconds", "per_second", "resumed_from")  # endings of metrics that di
 
 
 def prompts_of(manifest: Mapping[str, Any]) -> str | None:
-    """What the pictures behind a bundle were drawn from: those that it was trained on, or those of its calibration."""
-    recipe = manifest["recipe"]
-    found: str | None = (recipe.get("data") or recipe.get("drawing") or {}).get("prompts")
-    return found
+    """What the pictures behind a bundle were drawn from: those of its calibration, or those that it was trained on."""
+    recipes = [manifest["recipe"], (manifest.get("conversion") or {}).get("recipe") or {}]
+    kinds = ((recipe.get("data") or recipe.get("drawing") or {}).get("prompts") for recipe in recipes)
+    return next((kind for kind in kinds if kind), None)
 
 
 def build(  # noqa: PLR0913  one argument for each section of the manifest

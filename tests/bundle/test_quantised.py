@@ -126,6 +126,23 @@ def test_a_converted_bundle_is_drawn_for_calibration_and_keeps_its_lineage(quant
     assert yaml.safe_load(card.split("---")[1])["base_model"] == ["org/base"]
 
 
+def test_a_converted_bundle_is_calibrated_with_prompts_of_its_own_kind(quantised, tmp_path):
+    """Prompts of another world would show the quantiser pictures that the model was not trained on."""
+    twin = tmp_path / "twin"
+    shutil.copytree(quantised("int4")[1], twin)
+    record = read_json(twin / manifests.FILE)
+    asked = quantisation("int4", 16, 1, None, "diffusers", False)
+
+    def kind(prompts: str, own: str | None = None) -> str:
+        write_json(twin / manifests.FILE, {**record, "recipe": {"data": {"prompts": prompts}}})
+        return SourceQuantisation.of(Request(str(twin), tmp_path / "out", asked, Drawing(prompts=own)), NULL).kind
+
+    assert kind("tiny-world") == "tiny-world" and kind("tiny-world", own="builtin") == "builtin"
+    assert kind("gone.txt") == "builtin"  # a list of another machine
+    later = {**record, "recipe": {"drawing": {"prompts": None}}, "conversion": {"recipe": {"data": {"prompts": "x"}}}}
+    assert manifests.prompts_of(later) == "x"  # of the 4-bit bundle that is made of it
+
+
 def test_the_work_of_another_call_is_told_and_much_of_it_is_kept(tmp_path, capsys):
     """Of a quantisation that was cut off, with other settings than today's."""
     asked = quantisation("int4", 32, 1, None, "diffusers", False)

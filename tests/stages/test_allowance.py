@@ -9,19 +9,20 @@ from dcgen_convert.planning.shapes import shapes_of
 from dcgen_convert.recipe.loading import load
 from dcgen_convert.stages import allowance
 
+TWO_PHASES = "adapt.phases=[{resolution: 128, steps: 5200, batch: 64}, {resolution: 128, steps: 2500, batch: 64}]"
 SPENT = {"surgery": 10.0, "data": 200.0, "latents": 30.0, "align-embedder": 5.0, "align-head": 15.0}
 
 
 def job(spent: dict[str, float], ranks: int = 1, **budget: float) -> SimpleNamespace:
-    """tiny-flux-long, two phases, with a budget, as far as the arithmetic looks at a job."""
-    resolved = load("tiny-flux-long", sets=[f"budget.{key}={value}" for key, value in budget.items()])
+    """tiny-flux in two phases, with a budget, as far as the arithmetic looks at a job."""
+    resolved = load("tiny-flux", sets=[TWO_PHASES, *(f"budget.{key}={value}" for key, value in budget.items())])
     run = SimpleNamespace(spent=lambda name: spent.get(name, 0.0))
     crew = SimpleNamespace(world=ranks)
     return SimpleNamespace(recipe=resolved.recipe, identity=resolved.identity, crew=crew, run=run)
 
 
 def planned(ranks: int = 1) -> dict[str, float]:
-    resolved = load("tiny-flux-long")
+    resolved = load("tiny-flux", sets=[TWO_PHASES])
     rows = bill(resolved.recipe, shapes_of(resolved.recipe, resolved.identity), ranks)["stages"]
     return {row["stage"]: 3600 * row["wall_hours"] for row in rows}
 
