@@ -22,6 +22,7 @@ CHECKS = {
     "structure": "the folder is what stock diffusers loads",
     "tensors": "every number is finite, and shapes fit the configs",
     "table": "the formats of all tensors are those of the manifest",
+    "latents": "the config says of the latents of videos what its scaling factor gives",
     "parts": "text encoders load whole, and tokenizers know words",
     "against": "untouched tensors are equal to the source, byte for byte",
     "picture": "a fresh process has drawn a picture",

@@ -8,7 +8,7 @@ from dcgen_convert import conversion
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.journal import Run
-from dcgen_convert.data import buckets, images
+from dcgen_convert.data import buckets, contents, images
 from dcgen_convert.networks import autoencoders
 from dcgen_convert.stages import latents
 from dcgen_convert.stages.job import prepare
@@ -20,8 +20,8 @@ def test_a_wrong_scale_is_found_before_all_pictures_are_encoded(converted, tmp_p
     pictures = images.read_index(job.folders.latents / images.ROWS, job.pictures_root)
     spans = buckets.whole(len(pictures), job.resolution)
     wrong = autoencoders.load(job.ae.folder, scale=50 * autoencoders.load(job.ae.folder).scale)
-    read, original = [], images.read_pixels
-    monkeypatch.setattr(images, "read_pixels", lambda file, *size: read.append(file) or original(file, *size))
+    read, original = [], contents.read
+    monkeypatch.setattr(contents, "read", lambda file, sizes: read.append(file) or original(file, sizes))
     latents.check_early(job, pictures, wrong, spans)  # the run has its latents
     job = replace(job, run=Run(tmp_path, NULL))
     latents.check_early(job, pictures, wrong, spans)  # EARLY is more than half of them

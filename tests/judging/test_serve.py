@@ -47,6 +47,15 @@ sys.addaudithook(watch)
 PROMPT, SEED, STEPS, GUIDANCE = "a large red circle", 7, 3, 2.5
 
 
+@pytest.fixture(autouse=True, scope="module")
+def kept_environment() -> Iterator[None]:
+    """A page in this process sets gradio's variables. With them later tests could not start the command as a fork."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 def client_of(address: str, folder: Path):
     """gradio's own client. Its answers lie in ``folder``; a busy machine is no failure."""
     return gradio_client.Client(address, verbose=False, download_files=folder, httpx_kwargs={"timeout": 300})

@@ -76,7 +76,7 @@ def test_recipe_of_0_1_0_is_read_without_removed_and_with_renamed_keys(tmp_path)
     found = load(str(path)).recipe.model_dump(mode="json")
     assert found.pop("keep") == "all" and found.pop("compile") is False  # settings that are new
     assert not any(found.pop("budget").values()) and found["align_embedder"].pop("target") is None
-    assert found["data"].pop("min_side") is None and found["data"].pop("sources") is None
+    assert [found["data"].pop(name) for name in ("min_side", "sources", "frames")] == [None] * 3
     assert found["adapt"]["phases"][0].pop("data") is None
     assert found["data"].pop("beyond_base") is False and found["adapt"].pop("lora_start") == "zero"
     assert found["adapt"].pop("optimizer") == "adamw"

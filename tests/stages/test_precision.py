@@ -41,7 +41,7 @@ def tried(tmp_path, monkeypatch):
         "load",
         lambda job, name, dtype=None: autoencoders.load(folders[name], dtype) if dtype else load(job, name),
     )
-    return Job(tmp_path), Stage(tmp_path / "latents"), pictures, dict.fromkeys(folders, (128, 128, [0, 1]))
+    return Job(tmp_path), Stage(tmp_path / "latents"), pictures, dict.fromkeys(folders, ((128, 128), [0, 1]))
 
 
 @pytest.mark.parametrize(("bar", "dtype"), [(30.0, "bf16"), (90.0, "fp32")])
