@@ -281,8 +281,7 @@ class SourceQuantisation:
     @property
     def kind(self) -> str:
         """What its prompts are: of a bundle those of its training, if they can be made here."""
-        known = manifest.prompts_of(self.made) if self.made else None
-        return self.request.drawing.prompts or (known if known in prompts.KINDS else "builtin")
+        return self.request.drawing.prompts or prompts.usual(manifest.prompts_of(self.made) if self.made else None)
 
     def edits(self, count: int, seed: int, folder: Path, side: int) -> list[Edit]:
         """``count`` edits of a model that edits; empty for others.

@@ -30,6 +30,15 @@ def read(file: Path, sizes: Sequence[Size]) -> list[Tensor]:
     return [seen[:, : size[0]] for seen, size in zip(every, sizes, strict=True)]
 
 
+def size_of(file: Path, moving: bool) -> tuple[int, int]:
+    """(width, height) in px of a picture, or of a video, as it is shown. Its head is read, of a video the first frame.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    return videos.shape(file, 1)[:2] if moving else images.size_of(file)
+
+
 def suffix(moving: bool) -> str:
     """Of the files that `write` writes: of pictures, or of videos."""
     return videos.LOSSLESS if moving else ".png"
@@ -48,7 +57,7 @@ def is_whole(file: Path) -> bool:
 def require(file: Path, moving: bool) -> None:
     """InputError for a file that is no picture, or no video. Its head is read, of a video the first frame too."""
     if moving:
-        videos.shape(file, 1)
+        size_of(file, moving)
     else:
         with decoding.opened(file):
             pass

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-from dcgen_convert.core import pulse
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.data import drawn_edits, prompts, videos
 from dcgen_convert.data.images import Picture
@@ -90,12 +89,12 @@ def draw(folder: Path, text: str, count: int, edited: bool = False, frames: int 
 
 def _videos(folder: Path, count: int, side: int, frames: int) -> list[Picture]:
     folder.mkdir(parents=True, exist_ok=True)
-    found = []
-    for number, caption in enumerate(prompts.generated(VIDEOS, count, CAPTIONS_SEED)):
-        file = folder / f"{number:07d}{videos.LOSSLESS}"
-        if not (file.exists() and videos.is_whole(file)):
-            labels = torch.tensor([tiny_videos.parse(caption)])
-            videos.write(tiny_videos.draw(labels, DRAWING_SEED + number, frames, side)[0], file, fps=FPS)
-            pulse.bump()
-        found.append(Picture(file, caption))
-    return found
+    captions = prompts.generated(VIDEOS, count, CAPTIONS_SEED)
+    files = [folder / f"{number:07d}{videos.LOSSLESS}" for number in range(count)]
+
+    def write(number: int, file: Path) -> None:
+        labels = torch.tensor([tiny_videos.parse(captions[number])])
+        videos.write(tiny_videos.draw(labels, DRAWING_SEED + number, frames, side)[0], file, fps=FPS)
+
+    drawn_edits.draw_missing(files, write)
+    return [Picture(file, caption) for file, caption in zip(files, captions, strict=True)]

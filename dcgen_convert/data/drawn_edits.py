@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dcgen_convert.core import pulse
-from dcgen_convert.data import images
+from dcgen_convert.data import contents, images
 from dcgen_convert.tiny import edits, world
 
 WORD = "tiny-edits"
@@ -46,12 +46,19 @@ def draw_scenes(folder: Path, scenes: Tensor, seed: int, side: int) -> list[Path
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{number:07d}.png" for number in range(len(scenes))]
+    draw_missing(
+        files, lambda number, file: images.write(world.draw(scenes[number, None], seed + number, side)[0], file)
+    )
+    return files
+
+
+def draw_missing(files: Sequence[Path], write: Callable[[int, Path], None]) -> None:
+    """Have the files written that are not there or not whole, pictures or videos: ``write`` takes number and file."""
     with _one_thread():
         for number, file in enumerate(files):
-            if not (file.exists() and images.is_whole(file)):
-                images.write(world.draw(scenes[number, None], seed + number, side)[0], file)
+            if not (file.exists() and contents.is_whole(file)):
+                write(number, file)
                 pulse.bump()
-    return files
 
 
 @contextmanager

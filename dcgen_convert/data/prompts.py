@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 from dcgen_convert.data import grammar, prompt_lists
 
-KINDS = ("builtin", "tiny-world", "tiny-edits", "tiny-videos")  # anything else names a list
+BUILTIN = "builtin"
+KINDS = (BUILTIN, "tiny-world", "tiny-edits", "tiny-videos")  # anything else names a list
 CAPTIONS = (
-    "builtin",
+    BUILTIN,
     "tiny-world",
     "tiny-videos",
 )  # those that describe a picture; a model that edits needs instructions
@@ -48,6 +49,11 @@ def generated(kind: str, count: int, seed: int, classes: list[str] | None = None
 
         return drawn_edits.sampled(count, seed)[1]
     return grammar.prompts(count, seed)
+
+
+def usual(kind: str | None) -> str:
+    """``kind`` where it can be made on every machine, else the built-in prompts; None: nothing is known."""
+    return kind if kind in KINDS else BUILTIN
 
 
 def of_list(texts: tuple[str, ...], count: int, seed: int, begun: Sequence[str] = ()) -> list[str]:

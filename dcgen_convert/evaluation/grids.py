@@ -19,7 +19,7 @@ SIDE = 192  # px of a cell
 GAP = 4  # px between cells
 TITLE = 18  # px of the column titles
 CAPTION = 14  # px of a row's caption
-FRAMES = 5  # of a video that `strips` shows
+FRAMES = 5  # of a video that are shown, and that measures of pictures look at
 INK, PAPER = (32, 32, 32), (255, 255, 255)
 
 
@@ -76,10 +76,14 @@ def strips(columns: Mapping[str, Sequence[Sequence[Image]]], captions: Sequence[
     films = [
         (f"{title}: {caption}", column[y]) for y, caption in enumerate(captions) for title, column in columns.items()
     ]
-    last = max(len(film) for _, film in films) - 1
-    places = sorted({round(number * last / (FRAMES - 1)) for number in range(FRAMES)})
+    places = places_of(max(len(film) for _, film in films))
     shown = {f"frame {place + 1}": [film[min(place, len(film) - 1)] for _, film in films] for place in places}
     return grid(shown, [title for title, _ in films])
+
+
+def places_of(count: int) -> list[int]:
+    """Which of ``count`` frames stand for a video: at most FRAMES, evenly from the first to the last."""
+    return sorted({round(number * (count - 1) / (FRAMES - 1)) for number in range(FRAMES)})
 
 
 def films(columns: Mapping[str, Sequence[Sequence[Image]]], captions: Sequence[str]) -> list[Image]:

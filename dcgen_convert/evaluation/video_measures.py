@@ -1,4 +1,4 @@
-"""Measures of videos. What a measure of pictures says of a video, it says of FRAMES of its frames: see `frames_of`."""
+"""Measures of videos. What a measure of pictures says of a video, it says of some of its frames: see `frames_of`."""
 
 from __future__ import annotations
 
@@ -7,17 +7,14 @@ from torch import Tensor
 
 from dcgen_convert.core.files import sha256
 from dcgen_convert.evaluation import tiny_videos, tiny_world
+from dcgen_convert.evaluation.grids import places_of
 from dcgen_convert.evaluation.measure import Score
 from dcgen_convert.evaluation.pixels import to_uint8
 
-FRAMES = 5  # of a video that measures of pictures look at
-
 
 def frames_of(clips: Tensor) -> Tensor:
-    """(B, 3, F, H, W) -> (B, K, 3, H, W): at most FRAMES frames, evenly from the first to the last."""
-    last = clips.shape[2] - 1
-    places = sorted({round(number * last / (FRAMES - 1)) for number in range(FRAMES)})
-    return clips[:, :, places].movedim(2, 1)
+    """(B, 3, F, H, W) -> (B, K, 3, H, W): the frames that a sheet shows too."""
+    return clips[:, :, places_of(clips.shape[2])].movedim(2, 1)
 
 
 class TemporalDifference(Score):

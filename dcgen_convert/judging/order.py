@@ -34,8 +34,6 @@ from dcgen_convert.recipe.sources import require_source
 from dcgen_convert.stages.captions import labels
 from dcgen_convert.stages.compare import SEED
 
-BUILTIN = "builtin"
-
 
 @dataclass(frozen=True)
 class Asked:
@@ -258,8 +256,7 @@ def _prompts(
     if kind is not None and kind.startswith(references.MJHQ):
         return f"{kind}, the authors' subset", *references.mjhq_prompts(kind, asked.count)
     if kind is None:
-        known = manifests.prompts_of(manifest)
-        kind = known if known in prompts.KINDS else BUILTIN
+        kind = prompts.usual(manifests.prompts_of(manifest))
     if kind not in prompts.KINDS:
         prompt_lists.require_here(kind)
     texts = prompts.make(kind, asked.count, asked.seed + SEED, classes, asked.offline)

@@ -21,7 +21,7 @@ from dcgen_convert.core.console import Console
 from dcgen_convert.core.files import TEMPORARY, replacing
 from dcgen_convert.core.journal import Stage
 from dcgen_convert.core.pixels import to_image
-from dcgen_convert.data import contents, images, videos
+from dcgen_convert.data import contents, images
 from dcgen_convert.data.buckets import Size
 from dcgen_convert.evaluation import tiny_edits, tiny_world
 from dcgen_convert.evaluation.grids import cell, grid
@@ -120,8 +120,7 @@ class Column:
 
     def pictures(self) -> Iterator[Tensor]:
         """The pictures one by one, (1, 3, height, width) in [-1, 1], or the videos, (1, 3, frames, height, width)."""
-        size = (self.frames, *self.size) if self.frames else self.size
-        return (contents.read(file, [size])[0][None] for file in self.files)
+        return _read(self.files, (self.frames, *self.size) if self.frames else self.size)
 
 
 def distance(one: Column, other: Column) -> float:
@@ -178,9 +177,9 @@ def figures_of_edits(job: Job, stage: Stage, drawn: dict[str, Column], texts: li
         )
 
 
-def _read(files: list[Path], size: Size) -> Iterator[Tensor]:
-    """The pictures in ``files`` one by one, (1, 3, height, width) in [-1, 1]."""
-    return (images.read_pixels(file, *size)[None] for file in files)
+def _read(files: list[Path], size: contents.Size) -> Iterator[Tensor]:
+    """The pictures or videos in ``files`` one by one, (1, 3, *size) in [-1, 1]."""
+    return (contents.read(file, [size])[0][None] for file in files)
 
 
 def _twin(job: Job) -> Any:
@@ -220,18 +219,14 @@ class Comparison:
         column = Column(self.size, self.frames)
         for pixels in chain.from_iterable(parts):
             still = shown(self.family, pixels) if self.frames else pixels
-            image, file = to_image(still), self.work / f"{name.replace(' ', '-')}-{len(column.files)}"
-            if self.frames:
-                column.files.append(file.with_suffix(videos.LOSSLESS))
-                videos.write(pixels, column.files[-1])
-            else:
-                column.files.append(file.with_suffix(".png"))
-                image.save(column.files[-1], format="PNG", compress_level=1)
+            file = self.work / f"{name.replace(' ', '-')}-{len(column.files)}{contents.suffix(self.frames > 0)}"
+            contents.write(pixels, file)
+            column.files.append(file)
             column.judged.append(seen(still[None]))
             if min(self.size) >= 2 * world.SIDE:
                 column.centres.append(tiny_world.centre(still[None]).clone())
             if len(column.cells) < ROWS:
-                column.cells.append(cell(image))
+                column.cells.append(cell(to_image(still)))
         return column
 
     def _drawn(self, pipeline: Any, steps: int, guidance: float) -> Iterator[Tensor]:

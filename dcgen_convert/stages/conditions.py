@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL.Image import Image
 
 from dcgen_convert.core.pixels import to_image
-from dcgen_convert.data import buckets, contents, images, videos
+from dcgen_convert.data import buckets, contents, images
 from dcgen_convert.data.buckets import Size
 from dcgen_convert.data.cache import Captions
 from dcgen_convert.data.images import Picture
@@ -55,9 +55,9 @@ class Conditions:
 
     def _seen(self, picture: Picture) -> list[Image]:
         """The references of a picture, in the size of its bucket."""
-        square = (self.side, self.side)
-        if self.family.axes == 3:  # the first frame of the video
-            size = buckets.nearest(self.shapes, *videos.shape(picture.file)[:2]) if self.shapes else square
+        moving, size = self.family.axes == 3, (self.side, self.side)
+        if self.shapes:
+            size = buckets.nearest(self.shapes, *contents.size_of(picture.file, moving))
+        if moving:  # the first frame of the video
             return [to_image(contents.read(picture.file, [(1, *size)])[0][:, 0])]
-        size = buckets.nearest(self.shapes, *images.size_of(picture.file)) if self.shapes else square
         return [to_image(images.read_pixels(file, *size)) for file in picture.references]

@@ -200,7 +200,7 @@ def first_views(job: Job, spans: dict[int, list[Span]]) -> dict[str, tuple[conte
 
 def shape_of(job: Job, picture: Picture) -> tuple[int, int]:
     """(width, height) in px of a picture or a video as it is shown."""
-    return videos.shape(picture.file)[:2] if job.frames else images.size_of(picture.file)
+    return contents.size_of(picture.file, moving=bool(job.frames))
 
 
 def looked_at(spans: list[Span], count: int) -> list[tuple[Span, list[int]]]:
