@@ -40,8 +40,8 @@ from dcgen_convert.stages.job import Job, prepare
 from dcgen_convert.train import lora, objective, phases
 from dcgen_convert.train.objective import Draws, predict
 from dcgen_convert.train.order import BatchOrder
-from dcgen_convert.train.orthogonal import MOMENTUM, step_of
 from dcgen_convert.train.ridge import NormalEquations
+from tools.tiny.loop import Orthogonal
 
 PROMPTS, PROMPTS_SEED, TOGETHER = 512, 987_654, 64
 WARMUP, RATE, HELD = 20, 3e-3, 64
@@ -142,11 +142,13 @@ class Training:
             value.requires_grad_(True)
         inside = tuple(f"{path}." for path in heads)
         turned = {name for name, value in self.named if value.ndim == 2 and not name.startswith(inside)}
-        rates = {name: how.rate * (how.b_rate if ".lora_B." in name else 1) for name, _ in self.named}
-        self.turned = [(value, rates[name], torch.zeros_like(value)) for name, value in self.named if name in turned]
-        self.plain = [value for name, value in self.named if name not in turned]
+        rates = {name: how.rate * (how.b_rate if ".lora_B." in name else 1) for name in turned}
+        plain = [value for name, value in self.named if name not in turned]
+        groups = [{"params": [value], "lr": rates[name]} for name, value in self.named if name in turned]
         betas = (0.0 if how.schedule_free else 0.9, 0.95)
-        self.adamw = torch.optim.AdamW(self.plain, how.rate, betas=betas, weight_decay=0)
+        adamw = torch.optim.AdamW(plain, how.rate, betas=betas, weight_decay=0)
+        self.optimizers = (Orthogonal(groups, how.rate, weight_decay=0), adamw)
+        self.schedules = [torch.optim.lr_scheduler.LambdaLR(one, self.rate) for one in self.optimizers]
         self.base = models.load(job.source.transformer, torch.float32) if how.features else None
 
     def run(self) -> float:
@@ -160,7 +162,7 @@ class Training:
             nn.utils.clip_grad_norm_(values, 1.0)
             if how.schedule_free:
                 put(values, steps)
-            self.update(self.rate(step))
+            self.update()
             with torch.no_grad():
                 if how.schedule_free:
                     put(steps, values)
@@ -180,15 +182,11 @@ class Training:
             return min(1.0, (step + 1) / WARMUP)
         return 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / (self.steps - WARMUP)))
 
-    @torch.no_grad()
-    def update(self, factor: float) -> None:
-        for value, rate, moment in self.turned:
-            moment.mul_(MOMENTUM).add_(value.grad)
-            value.sub_(factor * rate * step_of(value.grad + MOMENTUM * moment))
-        self.adamw.param_groups[0]["lr"] = factor * self.how.rate
-        self.adamw.step()
-        for _, value in self.named:
-            value.grad = None
+    def update(self) -> None:
+        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
 
     def drawn(self, step: int, rows: list[int], z0: Tensor) -> Draws:
         how, shape = self.how, z0.shape[1:]

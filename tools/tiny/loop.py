@@ -43,7 +43,7 @@ class Training:
 class Orthogonal(torch.optim.Optimizer):
     """The orthogonal steps of `train.orthogonal`, of whole matrices. A convolution counts as (out, in * kernel)."""
 
-    def __init__(self, matrices: list[Tensor], lr: float, weight_decay: float):
+    def __init__(self, matrices: list[Tensor] | list[dict[str, Any]], lr: float, weight_decay: float):
         super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay))
 
     @torch.no_grad()
