@@ -118,6 +118,8 @@ def _of_component(root: Path, name: str, library: str, class_name: str) -> Itera
 def describe(root: Path, file: Path) -> str:
     """The sentence for a foreign code file under ``root``."""
     name = file.relative_to(root).as_posix()
+    if file.parent.name == "__pycache__":  # it could hold other code than the file that it stands for
+        return f"{name} is bytecode that Python has kept of a file that it ran: delete its folder"
     if file.stem in ADAPTERS:
         return f"{name} differs from every version of it that this program has written"
     return f"{name} is code that this program has not written"

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from diffusers import AutoencoderKL, AutoModel, DiffusionPipeline, ModularPipeli
 from PIL import Image
 
 from dcgen_convert.bundle import autoencoder_dc_adapter as adapter
+from dcgen_convert.checkpoint import trust
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "servers.md").read_text(encoding="utf-8")
 SMALL = {  # as the tests run a line
@@ -112,8 +114,11 @@ def test_the_autoencoder_of_vllm_omni_s_own_flux_is_refused(place):
         AutoencoderKL.from_pretrained("bundle", subfolder="vae", local_files_only=True)
 
 
-def test_the_steps_of_sglang_s_loader_give_the_autoencoder(place, expected):
+def test_the_steps_of_sglang_s_loader_give_the_autoencoder(place, bundles, expected, monkeypatch):
     """SGLang 0.5.23, vae_loader.py: the file that auto_map names, as a module that no import knows."""
+    Path("bundle").unlink()
+    shutil.copytree(bundles("flux"), "bundle")
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     config = json.loads(Path("bundle/vae/config.json").read_text())
     file, name = config["auto_map"]["AutoModel"].rsplit(".", 1)
     spec = importlib.util.spec_from_file_location("_custom", os.path.join("bundle/vae", f"{file}.py"))
@@ -128,3 +133,8 @@ def test_the_steps_of_sglang_s_loader_give_the_autoencoder(place, expected):
     latents = torch.zeros(1, pipe.transformer.config.in_channels // 4, 2 * (64 // (2 * cell)), 2 * (64 // (2 * cell)))
     with torch.no_grad():
         assert vae.decode(latents / vae.config.scaling_factor).sample.shape == (1, 3, 64, 64)
+    kept, *more = trust.foreign_files(Path("bundle"))
+    assert not more
+    assert re.fullmatch(
+        r"vae/__pycache__/.*\.pyc is bytecode that Python has kept .*", trust.describe(Path("bundle"), kept)
+    )
