@@ -33,9 +33,11 @@ FOLDER = shelf.root() / shelf.EXPERIMENTS
 PROMPTS, CAPTIONS, EVERY = 256, 1024, 50  # judged on; captions for rows that name them; steps between two losses
 KEPT = ("sources", "data", "latents")  # stages of another row that may be the same; the journal decides
 HEAD = (
-    "| | loss: heads' closed form / end | accuracy: base / converted | Frechet: base / converted | gap of the last "
-    "block | seconds |\n|---|---|---|---|---|---|"
+    "| | loss: heads' closed form / end | accuracy: base / converted | Frechet (of edits preservation): base / "
+    "converted | gap of the last block | seconds |\n|---|---|---|---|---|---|"
 )
+FIGURES = (("accuracy", ".1%"), ("frechet", ".0f"))
+OF_EDITS = (("edit_accuracy", ".1%"), ("preservation", ".1%"))
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def row(label: str, documents: Sequence[dict[str, Any]]) -> str:
     metrics = [document["metrics"] for document in documents]
     pairs = [
         " / ".join(shown([one[f"{kind}_{whose}"] for one in metrics], form) for whose in ("source", "converted"))
-        for kind, form in (("accuracy", ".1%"), ("frechet", ".0f"))
+        for kind, form in (FIGURES if "accuracy_source" in metrics[0] else OF_EDITS)
     ]
     gaps = shown([one["merge-1"]["metrics"]["gap"][-1] for one in stages], ".3f")
     seconds = fmean(sum(stage["seconds"] for stage in one.values()) for one in stages)
