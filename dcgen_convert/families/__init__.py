@@ -9,7 +9,7 @@ from typing import Any
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.families import refused
 from dcgen_convert.families.auraflow import AuraFlow
-from dcgen_convert.families.base import Family, QuantTargets, Text
+from dcgen_convert.families.base import Family, Text
 from dcgen_convert.families.chroma import Chroma
 from dcgen_convert.families.cogview4 import CogView4
 from dcgen_convert.families.dit import DiT
@@ -24,6 +24,7 @@ from dcgen_convert.families.lumina2 import Lumina2
 from dcgen_convert.families.ovis_image import OvisImage
 from dcgen_convert.families.pixart import PixArt
 from dcgen_convert.families.prx import PRX
+from dcgen_convert.families.quant_targets import QuantTargets
 from dcgen_convert.families.qwenimage import QwenImage
 from dcgen_convert.families.qwenimage_edit import QwenImageEdit, QwenImageEditPlus
 from dcgen_convert.families.sana import Sana

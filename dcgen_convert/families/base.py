@@ -13,9 +13,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, Unpack
 
+from dcgen_convert.families.quant_targets import ON_PURPOSE, QuantTargets
 from dcgen_convert.families.shifts import linear_mu, sampling_shift
 from dcgen_convert.families.tensors import per_row
 
@@ -34,38 +34,16 @@ REFERENCE = "reference"
 # Axes of a latent -> its axes, divided into tokens and their cells, and the order of the tokens, in einops notation.
 _PATTERNS = {2: ("(h p1) (w p2)", "h w"), 3: ("(t p0) (h p1) (w p2)", "t h w")}
 NULL = "null:"  # begins the keys of the empty prompt's condition, where it belongs to a row: see `picture_tokens`
-ON_PURPOSE = "kept dense"  # first words of the reason when a linear stays dense by choice, not because of its size
 
 
-@dataclass(frozen=True)
-class QuantTargets:
-    """What happens to each linear of the blocks, by exact module path.
+class CallSettings(TypedDict):
+    """What a stock pipeline is told for every picture. height, width: px. length: of the text, in tokens."""
 
-    Attributes:
-        svdq: linears for W4A4.
-        awq: linears for W4A16.
-        skipped: path -> why this linear stays dense.
-        blocks: the family's ModuleLists of repeated blocks, quantised or not.
-    """
-
-    svdq: list[str]
-    awq: list[str]
-    skipped: dict[str, str] = field(default_factory=dict)
-    blocks: tuple[str, ...] = ()
-
-    @property
-    def impossible(self) -> dict[str, str]:
-        """Linears that the formats cannot hold: path -> why. All others in `skipped` stay dense by choice."""
-        return {path: reason for path, reason in self.skipped.items() if not reason.startswith(ON_PURPOSE)}
-
-
-def by_kind(reasons: dict[str, str]) -> dict[str, str]:
-    """Shorten `QuantTargets.skipped` for people: layers that differ only in the number of their block share a line."""
-    counts: dict[tuple[str, str], int] = {}
-    for path, reason in reasons.items():
-        kind = re.sub(r"\.\d+\.", ".*.", path, count=1), reason
-        counts[kind] = counts.get(kind, 0) + 1
-    return {f"{pattern} ({count})": reason for (pattern, reason), count in counts.items()}
+    height: int
+    width: int
+    steps: int
+    guidance: float
+    length: int
 
 
 class Family:
@@ -116,6 +94,9 @@ class Family:
     index_side: ClassVar[str] = ""  # key of model_index.json that holds this size in px, where there is one
     default_width: ClassVar[int | None] = None  # px, where `default_px` is the height alone
     shape: ClassVar[tuple[int, int]] = (1, 1)  # height to width of what is usually drawn, where shapes are free
+    guidance_argument: ClassVar[str] = "guidance_scale"  # the stock pipeline's names of arguments
+    length_argument: ClassVar[str] = "max_sequence_length"  # of the text, in tokens; empty: it has none
+    fixed_arguments: ClassVar[Mapping[str, Any]] = {}  # what every call of the stock pipeline says beside
     one_prompt: ClassVar[bool] = False  # whether a call of the stock pipeline with guidance takes one prompt alone
     idle: ClassVar[tuple[str, ...]] = ()  # optional parts of the stock pipeline that `pipeline_call` leaves unused
     few_steps: ClassVar[bool] = False  # whether every model of the family was distilled to a few steps
@@ -438,28 +419,22 @@ class Family:
         raise TypeError(f"{type(self).__name__} states no encode_seen")
 
     def pipeline_call(
-        self,
-        pipeline: Pipeline | None,
-        prompts: list[str],
-        *,
-        height: int,
-        width: int,
-        steps: int,
-        guidance: float,
-        length: int,
+        self, pipeline: Pipeline | None, prompts: list[str], **settings: Unpack[CallSettings]
     ) -> dict[str, Any]:
-        """Keyword arguments for the stock pipeline to draw ``prompts``. These are the names that most pipelines use.
+        """Keyword arguments for the stock pipeline to draw ``prompts``.
 
         ``pipeline`` may be None where no prompt has to be looked up in it.
         """
-        return dict(
-            prompt=prompts,
-            height=height,
-            width=width,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            max_sequence_length=length,
-        )
+        length = {self.length_argument: settings["length"]} if self.length_argument else {}
+        return {
+            "prompt": prompts,
+            "height": settings["height"],
+            "width": settings["width"],
+            "num_inference_steps": settings["steps"],
+            self.guidance_argument: settings["guidance"],
+            **length,
+            **self.fixed_arguments,
+        }
 
     def frames_call(self, frames: int) -> dict[str, Any]:
         """Keyword arguments that tell the stock pipeline of a family of videos how many frames to draw."""

@@ -5,10 +5,10 @@ Source: diffusers 0.42 pipeline_dit.py.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from dcgen_convert.families import ddpm
-from dcgen_convert.families.base import Family, Network, Pipeline, Text
+from dcgen_convert.families.base import CallSettings, Family, Network, Pipeline, Text
 from dcgen_convert.families.tensors import added_positions
 
 if TYPE_CHECKING:
@@ -74,20 +74,12 @@ class DiT(Family):
         return {"class_labels": torch.tensor([class_of(pipeline, prompt) for prompt in prompts])}
 
     def pipeline_call(
-        self,
-        pipeline: Pipeline | None,
-        prompts: list[str],
-        *,
-        height: int,
-        width: int,
-        steps: int,
-        guidance: float,
-        length: int,
+        self, pipeline: Pipeline | None, prompts: list[str], **settings: Unpack[CallSettings]
     ) -> dict[str, Any]:
         return dict(
             class_labels=[class_of(pipeline, prompt) for prompt in prompts],
-            num_inference_steps=steps,
-            guidance_scale=guidance,
+            num_inference_steps=settings["steps"],
+            guidance_scale=settings["guidance"],
         )
 
 

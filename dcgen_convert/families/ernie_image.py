@@ -37,6 +37,8 @@ class ErnieImage(Family):
     bundle_tier = 2
     default_px = 1024
     idle = ("pe", "pe_tokenizer")
+    length_argument = ""
+    fixed_arguments = {"use_pe": False}  # else a language model writes another prompt
     default_steps = 50
     default_guidance = 4.0
     text_length = 512
@@ -81,23 +83,3 @@ class ErnieImage(Family):
         rows = pipeline.encode_prompt(prompts, pipeline.text_encoder.device)
         embeds, mask = padded([row[:length] for row in rows], length)
         return {"encoder_hidden_states": embeds, "text_mask": mask}
-
-    def pipeline_call(
-        self,
-        pipeline: Pipeline | None,
-        prompts: list[str],
-        *,
-        height: int,
-        width: int,
-        steps: int,
-        guidance: float,
-        length: int,
-    ) -> dict[str, Any]:
-        return dict(
-            prompt=prompts,
-            height=height,
-            width=width,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            use_pe=False,  # else a language model writes another prompt
-        )

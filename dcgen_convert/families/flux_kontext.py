@@ -6,9 +6,9 @@ position tells them apart. Source: diffusers 0.42 pipeline_flux_kontext.py.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
-from dcgen_convert.families.base import Network, Pipeline, Text, references_of
+from dcgen_convert.families.base import CallSettings, Network, Pipeline, Text, references_of
 from dcgen_convert.families.flux import Flux
 from dcgen_convert.families.tensors import token_ids
 
@@ -41,18 +41,8 @@ class FluxKontext(Flux):
         return self.untokens(output[:, : tokens[0].shape[1]], z.shape[2:], patch)
 
     def pipeline_call(
-        self,
-        pipeline: Pipeline | None,
-        prompts: list[str],
-        *,
-        height: int,
-        width: int,
-        steps: int,
-        guidance: float,
-        length: int,
+        self, pipeline: Pipeline | None, prompts: list[str], **settings: Unpack[CallSettings]
     ) -> dict[str, Any]:
-        call = super().pipeline_call(
-            pipeline, prompts, height=height, width=width, steps=steps, guidance=guidance, length=length
-        )
+        call = super().pipeline_call(pipeline, prompts, **settings)
         # Of itself the pipeline would draw about a megapixel, and enlarge the reference to one of its preferred sizes.
-        return {**call, "max_area": height * width, "_auto_resize": False}
+        return {**call, "max_area": settings["height"] * settings["width"], "_auto_resize": False}

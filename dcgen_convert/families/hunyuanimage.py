@@ -40,6 +40,8 @@ class HunyuanImage(Family):
     awq_pattern = r"(transformer_blocks\.\d+\.norm1(_context)?|single_transformer_blocks\.\d+\.norm)\.linear"
     bundle_tier = 1
     default_cells = 64
+    guidance_argument = "distilled_guidance_scale"
+    length_argument = ""
     default_steps = 50
     default_guidance = 3.25
     text_length = 512
@@ -86,22 +88,3 @@ class HunyuanImage(Family):
             "encoder_hidden_states_2": glyphs,
             "encoder_attention_mask_2": glyph_mask,
         }
-
-    def pipeline_call(
-        self,
-        pipeline: Pipeline | None,
-        prompts: list[str],
-        *,
-        height: int,
-        width: int,
-        steps: int,
-        guidance: float,
-        length: int,
-    ) -> dict[str, Any]:
-        return dict(
-            prompt=prompts,
-            height=height,
-            width=width,
-            num_inference_steps=steps,
-            distilled_guidance_scale=guidance,
-        )

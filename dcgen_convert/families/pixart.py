@@ -40,6 +40,7 @@ class PixArt(Family):
     lora_targets = r"transformer_blocks\.\d+\.((attn1|attn2)\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))"
     dense_pattern = r"transformer_blocks\.\d+\.attn2\.to_[kv]"  # keys and values of the cross-attention, as in SANA
     bundle_tier = 1
+    fixed_arguments = {"use_resolution_binning": False}  # the bins fit sample sizes of f8 latents only
     default_steps = 20
     default_guidance = 4.5
     text_length = 300
@@ -89,27 +90,6 @@ class PixArt(Family):
             prompts, do_classifier_free_guidance=False, max_sequence_length=length
         )
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
-
-    def pipeline_call(
-        self,
-        pipeline: Pipeline | None,
-        prompts: list[str],
-        *,
-        height: int,
-        width: int,
-        steps: int,
-        guidance: float,
-        length: int,
-    ) -> dict[str, Any]:
-        return dict(
-            prompt=prompts,
-            height=height,
-            width=width,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            max_sequence_length=length,
-            use_resolution_binning=False,  # the bins fit sample sizes of f8 latents only
-        )
 
 
 def sized(config: Mapping[str, Any]) -> bool:

@@ -35,6 +35,8 @@ class PRX(Family):
     bundle_tier = 0
     index_side = "default_sample_size"
     one_prompt = True  # it makes two time steps, of the prompt and of the empty one, however many prompts there are
+    length_argument = "tokenizer_max_length"
+    fixed_arguments = {"use_resolution_binning": False}
     default_steps = 28
     default_guidance = 5.0
     text_length = 256
@@ -67,24 +69,3 @@ class PRX(Family):
             prompts, do_classifier_free_guidance=False, tokenizer_max_length=length
         )
         return {"encoder_hidden_states": embeds, "attention_mask": mask}
-
-    def pipeline_call(
-        self,
-        pipeline: Pipeline | None,
-        prompts: list[str],
-        *,
-        height: int,
-        width: int,
-        steps: int,
-        guidance: float,
-        length: int,
-    ) -> dict[str, Any]:
-        return dict(
-            prompt=prompts,
-            height=height,
-            width=width,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            tokenizer_max_length=length,
-            use_resolution_binning=False,
-        )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
-from dcgen_convert.families.base import Family, Network, Pipeline, Text
+from dcgen_convert.families.base import CallSettings, Family, Network, Pipeline, Text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +29,7 @@ class QwenImage(Family):
     awq_pattern = r"transformer_blocks\.\d+\.(img_mod|txt_mod)\.1"
     bundle_tier = 2
     default_cells: ClassVar[int | None] = 128
+    guidance_argument = "true_cfg_scale"
     default_steps = 50
     default_guidance = 4.0
     text_length = 512
@@ -70,22 +71,7 @@ class QwenImage(Family):
         }
 
     def pipeline_call(
-        self,
-        pipeline: Pipeline | None,
-        prompts: list[str],
-        *,
-        height: int,
-        width: int,
-        steps: int,
-        guidance: float,
-        length: int,
+        self, pipeline: Pipeline | None, prompts: list[str], **settings: Unpack[CallSettings]
     ) -> dict[str, Any]:
-        return dict(
-            prompt=prompts,
-            negative_prompt=[""] * len(prompts),
-            height=height,
-            width=width,
-            num_inference_steps=steps,
-            true_cfg_scale=guidance,
-            max_sequence_length=length,
-        )
+        named = {"prompt": prompts, "negative_prompt": [""] * len(prompts)}
+        return {**named, **super().pipeline_call(pipeline, prompts, **settings)}

@@ -35,6 +35,7 @@ class Sana(Family):
     bundle_tier = 0
     recipe = "sana-1.6b"
     default_px = 1024
+    fixed_arguments = {"complex_human_instruction": None, "use_resolution_binning": False}
     default_steps = 20
     default_guidance = 4.5
     text_length = 300
@@ -70,25 +71,3 @@ class Sana(Family):
             complex_human_instruction=None,
         )
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
-
-    def pipeline_call(
-        self,
-        pipeline: Pipeline | None,
-        prompts: list[str],
-        *,
-        height: int,
-        width: int,
-        steps: int,
-        guidance: float,
-        length: int,
-    ) -> dict[str, Any]:
-        return dict(
-            prompt=prompts,
-            height=height,
-            width=width,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            max_sequence_length=length,
-            complex_human_instruction=None,
-            use_resolution_binning=False,
-        )

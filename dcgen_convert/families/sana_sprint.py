@@ -10,9 +10,9 @@ Source: diffusers 0.42 pipeline_sana_sprint.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
-from dcgen_convert.families.base import Network, Pipeline, Text
+from dcgen_convert.families.base import CallSettings, Network, Pipeline, Text
 from dcgen_convert.families.sana import Sana
 from dcgen_convert.families.tensors import guidance_input
 
@@ -57,18 +57,8 @@ class SanaSprint(Sana):
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
 
     def pipeline_call(
-        self,
-        pipeline: Pipeline | None,
-        prompts: list[str],
-        *,
-        height: int,
-        width: int,
-        steps: int,
-        guidance: float,
-        length: int,
+        self, pipeline: Pipeline | None, prompts: list[str], **settings: Unpack[CallSettings]
     ) -> dict[str, Any]:
-        call = super().pipeline_call(
-            pipeline, prompts, height=height, width=width, steps=steps, guidance=guidance, length=length
-        )
+        call = super().pipeline_call(pipeline, prompts, **settings)
         # The default of intermediate_timesteps is for two steps; the pipeline refuses it with another number.
-        return call if steps == 2 else {**call, "intermediate_timesteps": None}
+        return call if settings["steps"] == 2 else {**call, "intermediate_timesteps": None}

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.families import ddpm
-from dcgen_convert.families.base import Family, Network, Pipeline, QuantTargets, Text
+from dcgen_convert.families.base import Family, Network, Pipeline, Text
+from dcgen_convert.families.quant_targets import QuantTargets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,6 +72,7 @@ class UNet(Family):
     dense_pattern = r".*\.time_emb_proj"
     bundle_tier = 2  # the pipeline passes a generator to the decoder, which AutoencoderDC does not accept
     recipe = "sd-1.5"
+    length_argument = ""
     default_steps = 50
     default_guidance = 7.5
     text_length = 77
@@ -151,19 +153,6 @@ class UNet(Family):
         """The pipeline always pads to the length of its tokenizer; ``length`` is not used."""
         embeds, _ = pipeline.encode_prompt(prompts, pipeline.device, 1, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": embeds}
-
-    def pipeline_call(
-        self,
-        pipeline: Pipeline | None,
-        prompts: list[str],
-        *,
-        height: int,
-        width: int,
-        steps: int,
-        guidance: float,
-        length: int,
-    ) -> dict[str, Any]:
-        return dict(prompt=prompts, height=height, width=width, num_inference_steps=steps, guidance_scale=guidance)
 
 
 def neighbourhoods(maps: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.families.base import Family, Network, Pipeline, QuantTargets, Text
+from dcgen_convert.families.base import Family, Network, Pipeline, Text
+from dcgen_convert.families.quant_targets import QuantTargets
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dcgen_convert.families.base import by_kind
+from dcgen_convert.families.quant_targets import by_kind
 from dcgen_convert.planning.shapes import Shapes
 from dcgen_convert.recipe.schema import Quantize
 from dcgen_convert.svdquant.settings import container_problem

@@ -10,7 +10,7 @@ from dcgen_convert.core import names
 from dcgen_convert.core.files import read_json, write_json
 from dcgen_convert.core.journal import Stage
 from dcgen_convert.families import QuantTargets
-from dcgen_convert.families.base import by_kind
+from dcgen_convert.families.quant_targets import by_kind
 from dcgen_convert.networks import models, pipelines
 from dcgen_convert.recipe.schema import Quantize
 from dcgen_convert.stages import captions, edited

@@ -8,7 +8,7 @@ import torch
 
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.families import Family, QuantTargets
-from dcgen_convert.families.base import by_kind
+from dcgen_convert.families.quant_targets import by_kind
 from dcgen_convert.svdquant.settings import container_problem
 from dcgen_convert.svdquant.skeleton import build
 
