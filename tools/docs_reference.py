@@ -195,7 +195,7 @@ def refusals() -> str:
     rows = [
         (found.name, f"`{kind}`", f"{found.why[0].upper()}{found.why[1:]}.") for kind, found in refused.REFUSED.items()
     ]
-    return table(("model", "known by its class", "why it cannot be converted"), rows)
+    return table(("model", "known by", "why it cannot be converted"), rows)
 
 
 def autoencoders() -> str:

@@ -1,8 +1,7 @@
 """The facts that a family of diffusion models states, and the arithmetic that follows from them.
 
 Shapes: B batch, C latent channels, h w latent grid, p patch, N = (h/p)(w/p) tokens, D width, L text tokens. Latents of
-a family of videos have a third axis, T latent frames: where a shape below says h w, theirs is T h w, and N = T (h/p)
-(w/p).
+videos have a third axis, T latent frames: where a shape below says h w, theirs is T h w, and N = T (h/p)(w/p).
 All families use one flow convention: z_t = (1 - t) z_0 + t eps, v = eps - z_0, t in [0, 1] (arXiv 2509.25180).
 
 A family is one file of facts. Functions import torch themselves: `plan` and `inspect` read the facts without it.
@@ -92,6 +91,7 @@ class Family:
     default_cells: ClassVar[int | None] = None
     default_px: ClassVar[int | None] = None
     index_side: ClassVar[str] = ""  # key of model_index.json that holds this size in px, where there is one
+    index_values: ClassVar[dict[str, Any]] = {}  # what a bundle's model_index.json says where the source's has the key
     default_width: ClassVar[int | None] = None  # px, where `default_px` is the height alone
     shape: ClassVar[tuple[int, int]] = (1, 1)  # height to width of what is usually drawn, where shapes are free
     guidance_argument: ClassVar[str] = "guidance_scale"  # the stock pipeline's names of arguments

@@ -105,6 +105,7 @@ _BFL = "flux-1-dev-non-commercial-license"
 _FLUX_EXTRA, _SANA_EXTRA, _DIT_EXTRA = 4_969_190_819, 2_926_592_163, 83_653_863
 _QWEN_EXTRA = 8_419_059_187  # Qwen2.5-VL-7B 8,292,166,656 + AutoencoderKLQwenImage 126,892,531
 _WAN_EXTRA = 5_680_910_336 + 126_892_531  # UMT5-XXL + AutoencoderKLWan
+_WAN22_EXTRA = 5_680_910_336 + 704_688_668  # UMT5-XXL + AutoencoderKLWan of Wan 2.2
 _SD_EXTRA = 123_060_480 + _DIT_EXTRA
 
 SOURCES: dict[str, SourceEntry] = {
@@ -279,6 +280,20 @@ SOURCES: dict[str, SourceEntry] = {
             patch=2,
             recipe="wan-14b-704p",
             extra_parameters=_WAN_EXTRA,
+            trained_side=960,
+        ),
+        SourceEntry(
+            name="wan-2.2-5b",
+            repo="Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+            family="wan",
+            licence="apache-2.0",
+            gated=False,
+            config="wan-2.2-5b.json",
+            vae_factor=16,
+            vae_channels=48,
+            patch=2,
+            recipe="wan-2.2-5b-704p",
+            extra_parameters=_WAN22_EXTRA,
             trained_side=960,
         ),
         SourceEntry(

@@ -137,10 +137,10 @@ def _qwen_edit() -> dict[str, Component]:
     }
 
 
-def _wan() -> dict[str, Component]:
+def _wan(version: str = "wan") -> dict[str, Component]:
     return {
-        "scheduler": _scheduler("unipc-wan"),
-        "vae": _kl("kl-wan", F32, "AutoencoderKLWan"),
+        "scheduler": _scheduler(f"unipc-{version}"),
+        "vae": _kl(f"kl-{version}", F32, "AutoencoderKLWan"),
         "text_encoder": _text("UMT5EncoderModel", "umt5-xxl"),
         "tokenizer": _tokenizer("T5Tokenizer", 256300, model_max_length=512),
     }
@@ -162,6 +162,7 @@ _BESIDE = {  # source -> what stands beside its network
     "sd-1.5": lambda: {"scheduler": _scheduler("pndm-sd-1.5"), "vae": _kl("kl-sd", F32), **_clip()},
     "wan-1.3b": _wan,
     "wan-14b": _wan,
+    "wan-2.2-5b": lambda: _wan("wan-2.2"),
     "dit-xl-256": _dit,
     "dit-xl-512": _dit,
 }
@@ -170,5 +171,6 @@ _NOTHING = [None, None]
 _INDEX: dict[str, dict[str, Any]] = {
     "dit-xl-256": _LABELS,
     "dit-xl-512": _LABELS,
+    "wan-2.2-5b": {"transformer_2": _NOTHING, "boundary_ratio": None, "expand_timesteps": True},
     "sd-1.5": {"safety_checker": _NOTHING, "feature_extractor": _NOTHING, "requires_safety_checker": False},
 }

@@ -42,7 +42,8 @@ def autoencoder_grid(config: Mapping[str, Any]) -> tuple[int, int]:
     levels = config.get("dim_mult") or config.get("encoder_block_out_channels") or config.get("block_out_channels")
     factor = config.get("spatial_compression_ratio")
     if factor is None and isinstance(levels, (list, tuple)) and len(levels) <= 16:
-        factor = 2 ** (len(levels) - 1)
+        patch = config.get("patch_size")  # of Wan 2.2's, which folds 2 x 2 px first
+        factor = 2 ** (len(levels) - 1) * (patch if isinstance(patch, int) else 1)
     channels = config.get("z_dim" if "dim_mult" in config else "latent_channels")
     if not (_sensible(factor) and _sensible(channels)):
         raise RecipeError(

@@ -26,8 +26,10 @@ SHALLOW: dict[str, Bytes] = {  # by class
     "AutoencoderKLHunyuanImage": {"fp32": (1536, 1792), "bf16": (768, 896)},
     "AutoencoderKLQwenImage": {"fp32": (5000, 6923), "bf16": (2500, 3462)},
 }
+RESIDUAL = "AutoencoderKLWan of Wan 2.2"  # one with is_residual
 VIDEO: dict[str, Bytes] = {  # by class, per px of a frame: with 80 frames, which are worked on in chunks
     "AutoencoderKLWan": {"fp32": (15174, 20532), "bf16": (7914, 10593)},
+    RESIDUAL: {"fp32": (9093, 22608), "bf16": (4680, 11304)},
     "AutoencoderDCVideo": {"fp32": (49680, 48230), "bf16": (24840, 24115)},
 }
 DEEP: dict[tuple[str | None, int], Bytes] = {  # by make and factor
@@ -40,13 +42,14 @@ DEEP: dict[tuple[str | None, int], Bytes] = {  # by make and factor
     (deep.FIFTEEN, 64): {"fp32": (1281, 1153), "bf16": (896, 832)},
 }
 OTHER = {0: DEEP[deep.IN, 32], 1: DEEP[deep.SANA, 32]}  # of another make: without or with layers at full size
-WIDTHS = {"AutoencoderKLWan": 96, "AutoencoderDCVideo": 256}  # channels of those in VIDEO
+WIDTHS = {"AutoencoderKLWan": 96, RESIDUAL: 160, "AutoencoderDCVideo": 256}  # channels of those in VIDEO
 WIDTH = 128  # channels at full size of those that were counted
 
 
 def bytes_per_pixel(config: Mapping[str, Any]) -> Bytes:
     """dtype -> (encode, decode) of the autoencoder with this config.json; in proportion for one of another width."""
-    if (kind := str(config.get("_class_name"))) in VIDEO:
+    kind = RESIDUAL if config.get("is_residual") else str(config.get("_class_name"))
+    if kind in VIDEO:
         width = config.get("base_dim") or (config.get("block_out_channels") or [None])[0]
         return _scaled(VIDEO[kind], [width] if width else None, WIDTHS[kind])
     if config.get("_class_name") in SHALLOW:

@@ -1,4 +1,4 @@
-"""Models of diffusers that draw pictures and cannot be converted, and why.
+"""Models of diffusers that draw pictures or videos and cannot be converted, and why.
 
 Read from the pipelines of diffusers 0.42. The documentation shows this table.
 """
@@ -20,7 +20,7 @@ class Refusal:
     why: str
 
 
-# Class of the network or of the pipeline -> the refusal.
+# Class of the network or of the pipeline, or a further network in model_index.json -> the refusal.
 REFUSED: dict[str, Refusal] = {
     "BriaFiboTransformer2DModel": Refusal(
         "FIBO", "its pipeline takes 16 px for a latent cell, whatever the autoencoder says"
@@ -46,13 +46,24 @@ REFUSED: dict[str, Refusal] = {
     "QwenImage21Transformer2DModel": Refusal(
         "Qwen-Image 2.1", "its pipeline takes 16 px for a token, whatever the autoencoder says"
     ),
+    "SanaVideoTransformer3DModel": Refusal(
+        "SANA-Video",
+        "its pipeline asks the class of the autoencoder for the size of a latent cell, and takes 8 px for one that it "
+        "does not know, as that of DC-AE-V",
+    ),
+    "transformer_2": Refusal(
+        "Wan 2.2 A14B",
+        "it draws with two networks, one for much noise and one for little, and a conversion makes one network",
+    ),
 }
 
 
 def refusal_of(config: Mapping[str, Any], index: Mapping[str, Any] | None = None) -> Refusal | None:
     """The refusal of a network with this config, in a pipeline with this model_index.json; None: there is none."""
-    classes = (config.get("_class_name"), (index or {}).get("_class_name"))
-    return next((REFUSED[name] for name in classes if isinstance(name, str) and name in REFUSED), None)
+    index = index or {}
+    further = (name for name, value in index.items() if isinstance(value, list) and any(value))
+    known = (config.get("_class_name"), index.get("_class_name"), *further)
+    return next((REFUSED[name] for name in known if isinstance(name, str) and name in REFUSED), None)
 
 
 def refuse(config: Mapping[str, Any], where: object, index: Mapping[str, Any] | None = None) -> None:

@@ -1,4 +1,9 @@
-"""Wan 2.1, which draws videos from text: `WanTransformer3DModel`. Source: diffusers 0.42 pipeline_wan.py."""
+"""Wan 2.1 and Wan 2.2 TI2V, which draw videos from text: `WanTransformer3DModel`.
+
+With `expand_timesteps` (Wan 2.2 TI2V) the stock pipeline gives a timestep to every 2 x 2 cells. When it draws from text
+they are all t. So the network is given t once, here as in a bundle, whose tokens are single cells.
+Source: diffusers 0.42 pipeline_wan.py.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +37,7 @@ class Wan(Family):
     lora_targets = r"blocks\.\d+\.(attn1\.(to_q|to_k|to_v|to_out\.0)|ffn\.net\.(0\.proj|2))"
     dense_pattern = r"blocks\.\d+\.attn2\..*"
     bundle_tier = 3
+    index_values = {"expand_timesteps": False}
     unquantised = ": `nunchaku_lite`, the host of the 4-bit kernels in diffusers, has no mapping for Wan"
     recipe = "wan-1.3b-480p"
     default_frames = 80

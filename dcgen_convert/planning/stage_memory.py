@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dcgen_convert.core.names import of_set
-from dcgen_convert.families import catalog, deep_autoencoders, pixel_memory
+from dcgen_convert.families import catalog, components, deep_autoencoders, pixel_memory
 from dcgen_convert.families.pixel_memory import DECODE, ENCODE, Bytes, together
 from dcgen_convert.planning.fit import Fit
 from dcgen_convert.planning.memory import CONTEXT, FRAGMENTATION, GIB
@@ -144,6 +144,9 @@ def autoencoder_bytes(recipe: Recipe, sizes: Shapes) -> tuple[Bytes, Bytes]:
         ours = reader.optional(Path(entry.where if entry else recipe.ae) / "config.json") or {}
     folder = source.entry.folder if source.entry else None
     theirs = source.vae or (reader.optional(folder / "vae" / "config.json") if folder else None)
+    if theirs is None and source.entry and sizes.family.axes == 3:
+        vae = components.layout_of(source.entry).parts["vae"]
+        theirs = {"_class_name": vae.kind, **vae.config}
     if theirs is None and sizes.old.f >= DEEP_FACTOR and sizes.family.model_class not in OWN:
         theirs = {}
     theirs = theirs if theirs is not None else {"_class_name": OWN.get(sizes.family.model_class, "AutoencoderKL")}

@@ -23,7 +23,8 @@ from dcgen_convert.recipe.schema import Recipe
 from dcgen_convert.stages.job import prepare
 from dcgen_convert.tiny import videos as world
 
-COUNT, FRAMES, SIDE, F, C, SCALE = 8, 8, 64, 16, 8, 1.5
+COUNT, FRAMES, SIDE, C, SCALE = 8, 8, 64, 8, 1.5
+LATENTS = {"wan": ((16, 8), 16), "wan-image": ((16, 8), 16), "wan-2.2": ((48, 4), 32)}  # (c, cells) of the base, new f
 SETTINGS = {
     "data.buckets": "off", "data.count": COUNT, "data.frames": FRAMES, "data.steps": 2, "data.resolution": SIDE,
     "dtype": "fp32", "latents.scale_override": SCALE, "align_head.draws": 1, "adapt.zero": 1,
@@ -38,6 +39,7 @@ from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
 pipe.set_progress_bar_config(disable=True)
 assert "dcgen_convert" not in sys.modules
+assert not pipe.config.expand_timesteps  # a timestep for every 2 x 2 cells: there is a token for each
 given = {"image": torch.zeros(1, 3, 32, 64)} if sys.argv[2] == "wan-image" else {}
 options = dict(height=32, width=64, num_frames=5, num_inference_steps=2, output_type="pt", max_sequence_length=512)
 frames = pipe(prompt="a red fox", **given, **options).frames
@@ -46,13 +48,15 @@ print(type(pipe).__name__, type(pipe.vae).__name__, round(1 / pipe.vae.config.la
 """
 
 
-@pytest.fixture(scope="module", params=["wan", "wan-image"])
+@pytest.fixture(scope="module", params=LATENTS)
 def whole(request, tmp_path_factory):
     """(name, folder with source, ae, videos, run and bundle), of a conversion to its end."""
     name, root = request.param, tmp_path_factory.mktemp(request.param)
     VIDEOS[name].build(root / "source")
     torch.manual_seed(0)
-    sizes = {"latent_channels": C, "block_out_channels": (8, 16, 16, 16, 32), "layers_per_block": (1,) * 5}
+    stages = LATENTS[name][1].bit_length()
+    sizes = {"latent_channels": C, "block_out_channels": (8,) + (16,) * (stages - 2) + (32,)}
+    sizes["layers_per_block"] = (1,) * stages
     AutoencoderDCVideo(**sizes, chunk_frames=8, scaling_factor=0.9).save_pretrained(root / "ae")
     labels = world.sample_labels(COUNT, 7)
     (root / "videos").mkdir()
@@ -93,13 +97,14 @@ def job(whole):
 def test_the_bundle_is_verified_and_the_stock_pipeline_draws_from_it(whole, tmp_path):
     name, root = whole
     manifest = read_json(root / "bundle" / "dcgen_manifest.json")
-    assert manifest["defaults"]["frames"] == 5 and manifest["family"] == name
+    family = families.get(manifest["family"])
+    assert manifest["defaults"]["frames"] == 5 and family.name == name.removesuffix("-2.2")
     where = {"HF_HOME": str(tmp_path / "hub"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | where
     call = [sys.executable, "-c", PROGRAM, str(root / "bundle"), name]
     done = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [families.get(name).pipeline_class, "AutoencoderDCVideo", str(SCALE)]
+    assert done.stdout.split() == [family.pipeline_class, "AutoencoderDCVideo", str(SCALE)]
 
 
 def test_every_latent_is_of_the_frames_of_its_autoencoder(whole, job):
@@ -108,7 +113,9 @@ def test_every_latent_is_of_the_frames_of_its_autoencoder(whole, job):
     rows = images.read_index(root / "run" / "latents" / images.ROWS, root / "videos")
     old, new = job.rows(SIDE).pairs(range(COUNT))
     base, target = autoencoders.load(job.source.vae), autoencoders.load(job.target, scale=SCALE)
-    assert old["z"].shape == (COUNT, 16, 2, 8, 8) and new["z"].shape == (COUNT, C, 2, 4, 4)
+    (channels, cells), factor = LATENTS[name]
+    assert old["z"].shape == (COUNT, channels, 2, cells, cells)
+    assert new["z"].shape == (COUNT, C, 2, *[SIDE // factor] * 2)
     for place, row in enumerate(rows):
         pixels = videos.read(row.file, FRAMES, SIDE, SIDE)[None]
         torch.testing.assert_close(new["z"][place], target.encode(pixels)[0], atol=2e-4, rtol=0)

@@ -117,19 +117,21 @@ def test_what_was_distilled_by_its_name_is_a_warning():
 
 MODULAR = ("Flux3Transformer2DModel",)  # no DiffusionPipeline draws with it
 NETWORKS = {"PRXPixelPipeline": "PRXTransformer2DModel"}
+FURTHER = {"transformer_2": ("WanPipeline", "WanTransformer3DModel")}  # told by a second network in model_index.json
 
 
 @pytest.mark.parametrize("kind", refused.REFUSED)
 def test_models_of_diffusers_that_do_not_fit_are_refused_with_the_reason(kind, tmp_path):
     """By the class of the network or of its pipeline, from JSON alone: `inspect` tells, and `convert` stops."""
-    assert hasattr(diffusers, kind)
-    pipeline, network = (kind, NETWORKS[kind]) if kind in NETWORKS else ("SomePipeline", kind)
+    pipeline, network = (kind, NETWORKS[kind]) if kind in NETWORKS else FURTHER.get(kind, ("SomePipeline", kind))
+    assert hasattr(diffusers, network) and (kind in FURTHER or hasattr(diffusers, kind))
     folder = tmp_path / "transformer"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"_class_name": network, "in_channels": 4}))
     save_file({"x": torch.zeros(1)}, folder / "diffusion_pytorch_model.safetensors")
     index = "modular_model_index.json" if kind in MODULAR else "model_index.json"
-    (tmp_path / index).write_text(json.dumps({"_class_name": pipeline}))
+    further = {kind: ["diffusers", network]} if kind in FURTHER else {}
+    (tmp_path / index).write_text(json.dumps({"_class_name": pipeline, **further}))
     found = inspect(tmp_path)
     assert (found["kind"], found["class"], found["pipeline"]) == ("pipeline", network, pipeline)
     assert refused.REFUSED[kind].why in render(found)
@@ -138,6 +140,13 @@ def test_models_of_diffusers_that_do_not_fit_are_refused_with_the_reason(kind, t
     if kind not in MODULAR:
         with pytest.raises(InputError, match=f"is a {re.escape(refused.REFUSED[kind].name)} model"):
             load_source("x", str(tmp_path))
+
+
+def test_a_second_network_that_is_not_there_is_no_reason(tmp_path):
+    """As the published Wan 2.2 TI2V says it."""
+    config = {"_class_name": "WanTransformer3DModel", "in_channels": 48, "out_channels": 48}
+    index = {"_class_name": "WanPipeline", "transformer_2": [None, None], "boundary_ratio": None}
+    assert families.family_of(config, tmp_path, index).name == "wan"
 
 
 def test_a_conversion_of_what_may_be_z_image_turbo_says_so(tmp_path, capsys):

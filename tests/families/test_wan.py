@@ -128,6 +128,20 @@ def test_maps_of_blocks_are_those_of_the_convolution_and_gaps_are_pooled_over_th
     torch.testing.assert_close(gap.squares(old, new), wanted, rtol=1e-6, atol=0)
 
 
+def test_a_converted_network_takes_one_timestep_and_none_for_every_two_by_two_cells(student):
+    """Those of `expand_timesteps` are all t when Wan 2.2 TI2V draws from text: as many as tokens give the same, to
+    1e-10. The stock pipeline makes a quarter of them, too few for the tokens of a converted network.
+    """
+    z, text = latents(32, FRAMES, *SIDES), {"encoder_hidden_states": latents(7, 16)}
+    t = torch.tensor([0.7], dtype=torch.float64)
+    wanted = WAN.predict(student, z, t, text)
+    cells = z[:, 0].new_full(z[:, 0].shape, 700)  # as the pipeline does it: a mask of the latent's cells times t
+    each, fewer = cells.flatten(1), cells[:, :, ::2, ::2].flatten(1)
+    torch.testing.assert_close(student(z, each, return_dict=False, **text)[0], wanted, atol=1e-10, rtol=1e-10)
+    with pytest.raises(RuntimeError, match="must match the size"):
+        student(z, fewer, return_dict=False, **text)
+
+
 def test_losses_broadcast_one_t_per_video(student):
     """Against the same loss of each video alone."""
     z0, eps = latents(32, 2, 2, 2, rows=3).float(), latents(32, 2, 2, 2, rows=3).float().flip(0)

@@ -14,9 +14,12 @@ from .tiny_entry import Tiny
 from .tiny_parts import WIDTH, alive
 
 
-def video_vae(factor: int, channels: int) -> diffusers.AutoencoderKLWan:
-    """Wan's autoencoder, four frames to a latent frame; latents with statistics away from 0 and 1."""
-    levels = factor.bit_length()
+def video_vae(factor: int, channels: int, folded: int = 1) -> diffusers.AutoencoderKLWan:
+    """Wan's autoencoder, four frames to a latent frame; latents with statistics away from 0 and 1.
+
+    folded: px per side that it folds into channels first; more than 1: with Wan 2.2's residual blocks.
+    """
+    levels = (factor // folded).bit_length()
     torch.manual_seed(0)
     return diffusers.AutoencoderKLWan(
         base_dim=8,
@@ -27,6 +30,9 @@ def video_vae(factor: int, channels: int) -> diffusers.AutoencoderKLWan:
         latents_mean=(0.5 * torch.randn(channels)).tolist(),
         latents_std=(0.5 + torch.rand(channels)).tolist(),
         scale_factor_spatial=factor,
+        **(dict.fromkeys(("in_channels", "out_channels"), 3 * folded**2) if folded > 1 else {}),
+        patch_size=folded if folded > 1 else None,
+        is_residual=folded > 1,
     ).eval()
 
 
@@ -59,6 +65,12 @@ def wan(folder: Path) -> None:
     diffusers.WanPipeline(**parts()).save_pretrained(folder)
 
 
+def wan_22(folder: Path) -> None:
+    """Wan 2.2 TI2V: f16, and a timestep for every 2 x 2 cells."""
+    networks = parts(in_channels=48, out_channels=48) | {"vae": video_vae(16, 48, folded=2)}
+    diffusers.WanPipeline(**networks, expand_timesteps=True).save_pretrained(folder)
+
+
 def wan_image(folder: Path) -> None:
     networks = parts(in_channels=36, image_dim=WIDTH, added_kv_proj_dim=48)
     vision = CLIPVisionConfig(
@@ -79,5 +91,6 @@ def wan_image(folder: Path) -> None:
 VIDEOS: dict[str, Tiny] = {
     # UniPC spaces its steps from 1 to 1 / 1000
     "wan": Tiny(wan, None, length=32, side=64, frames=9, middle=0.5005),
+    "wan-2.2": Tiny(wan_22, None, length=32, side=64, frames=9, middle=0.5005, factor=16),
     "wan-image": Tiny(wan_image, None, length=512, side=64, frames=9, middle=0.5005, references=((48, 80),)),
 }

@@ -315,6 +315,9 @@ def test_videos_are_counted_in_all_their_frames():
     assert (
         half["tokens"][0]["after"] == 4_000 and half["disk"]["bytes"]["latents"] * 2 == doc["disk"]["bytes"]["latents"]
     )
+    (five,) = document("wan-2.2-5b", sets=OWN, gpus=8)["tokens"]
+    shapes = {(each["height"], each["width"]): (each["before"], each["after"]) for each in five["buckets"]}
+    assert (five["frames"], five["latent_frames"], shapes[704, 1280]) == (120, 30, (26_400, 6_600))
     infeasible = document("wan-14b", sets=[*OWN, "quantize.format=nvfp4"], gpus=8)
     assert "no linear of this wan model can be quantised to 4 bits: `nunchaku_lite`" in infeasible["problems"][0]
 

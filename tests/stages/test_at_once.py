@@ -6,6 +6,7 @@ import diffusers
 import pytest
 import torch
 from conftest import WEIGHTS
+from diffusers import AutoencoderKLWan
 from planning.test_census import Census
 
 from dcgen_convert.core.console import Console
@@ -68,6 +69,17 @@ def test_bytes_per_pixel_of_a_video_autoencoder(dtype):
     for frames, least in ((80, 0.98), (40, 0.8)):
         for found, most in zip(counted(model, 64, frames), stated, strict=True):
             assert least * most <= found <= 1.02 * most
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("source, side", [("wan-1.3b", 64), ("wan-2.2-5b", 128)])
+def test_bytes_per_pixel_of_the_autoencoders_of_wan(source, side, dtype):
+    vae = components.layout_of(catalog.SOURCES[source]).parts["vae"]
+    with torch.device("meta"):
+        model = AutoencoderKLWan.from_config(vae.config).to(pipelines.DTYPES[dtype]).eval()
+    stated = pixel_memory.bytes_per_pixel({"_class_name": vae.kind, **vae.config})[dtype]
+    for found, most in zip(counted(model, side, 77), stated, strict=True):
+        assert 0.98 * most <= found <= 1.02 * most
 
 
 def test_a_picture_in_tiles_needs_one_tile_and_its_results():
