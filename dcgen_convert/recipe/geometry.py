@@ -90,6 +90,7 @@ def check(recipe: Recipe, source: Identity) -> None:
     except AccessError:
         return
     _require_axes(recipe, family)
+    _require_flow_for_bell(recipe, family)
     require_frames(recipe, family)
     authors.refuse(source.pipeline.index, source.pipeline.name, family)
     drawn = {f"{recipe.data_key(number)}.resolution": recipe.data_of(number) for number in recipe.sets}
@@ -139,6 +140,19 @@ def _require_axes(recipe: Recipe, family: Family) -> None:
             f"{rewritten} is set, which rewrites an autoencoder for pictures, and {recipe.source} draws videos",
             f"leave out {rewritten}",
         )
+
+
+def _require_flow_for_bell(recipe: Recipe, family: Family) -> None:
+    """RecipeError for the weight over t where the loss is another one than flow's squared error."""
+    if recipe.adapt.weighting != "bell":
+        return
+    others = {
+        "a network that predicts epsilon": family.prediction == "epsilon",
+        f"the objective {recipe.adapt.objective}": recipe.adapt.objective != "flow",
+        "a phase of consistency": any(phase.consistency for phase in recipe.adapt.phases),
+    }
+    if other := next((name for name, found in others.items() if found), None):
+        raise RecipeError(f"adapt.weighting is bell, and {other} has no such weight", "--set adapt.weighting=none")
 
 
 def _require_not_enlarged(recipe: Recipe, number: int) -> None:

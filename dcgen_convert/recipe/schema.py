@@ -236,10 +236,10 @@ class Adapt(Section):
         default="model",
         description="timestep shift: model (its scheduler), flux2 (sqrt(CHW/4096)), or a number; 1 disables",
     )
-    weighting: Literal["none", "velocity"] = Field(
+    weighting: Literal["none", "velocity", "bell"] = Field(
         default="none",
-        description="weight of the squared error, for networks that predict epsilon; velocity: makes it the error of "
-        "v, at most 25 times",
+        description="weight of the squared error. velocity: for networks that predict epsilon, makes it the error of "
+        "v, at most 25 times; bell: for objective flow, little at both ends of t, as the authors train Wan",
     )
     lora_start: Literal["gradient", "zero"] = Field(
         default="zero",

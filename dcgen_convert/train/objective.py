@@ -15,6 +15,7 @@ the same meaning as in the base model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -190,15 +191,28 @@ def nothing_loss(family: Family, z0: Tensor, text: Text, draws: Draws, *, weight
 
 def error_weight(family: Family, t: Tensor, weighting: str) -> Tensor:
     """Weight of a squared error of the native prediction at t, (B,): 1, but min(25, 1 / abar) of an epsilon with
-    "velocity".
+    "velocity", and `bell` with "bell".
 
     1 / abar, at the DDPM level of t, makes it the error of DDPM's v (arXiv 2202.00512). Plain epsilon error hardly
     counts heavy noise, in which the layout of a picture is decided: there a network that repeats its input is nearly
     right.
     """
+    if weighting == "bell":
+        return bell(t)
     if weighting == "none" or family.prediction != "epsilon":
         return torch.ones_like(t)
     return (1 + (t / (1 - t)).square()).clamp(max=25)
+
+
+def bell(t: Tensor) -> Tensor:
+    """[exp(-2 (t - 1/2)^2) - exp(-1/2)] / m, (B,): 0 at both ends, highest at 1/2, with the mean 1 over all of [0, 1].
+
+    The DC-Gen authors train Wan with this weight (their code, from DiffSynth). They give it the mean 1 over their
+    levels of t instead: another m, which is one factor for the whole loss.
+    """
+    lowest = math.exp(-0.5)
+    mean = math.sqrt(math.pi / 2) * math.erf(math.sqrt(0.5)) - lowest
+    return ((-2 * (t - 0.5).square()).exp() - lowest) / mean
 
 
 def guidance_corrected_loss(

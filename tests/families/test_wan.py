@@ -264,6 +264,9 @@ def test_the_recipe_of_videos(source, tmp_path):
         loaded(ae="tiny-dc-ae-f32")
     with pytest.raises(RecipeError, match="latents.normalise is set, which rewrites an autoencoder for pictures"):
         loaded(**{"latents.normalise": "channel"})
+    assert loaded(**{"adapt.weighting": "bell"}).adapt.weighting == "bell"
+    with pytest.raises(RecipeError, match="adapt.weighting is bell, and the objective guidance-corrected has no"):
+        load("tiny-flux", flags={"adapt.weighting": "bell"})
     with pytest.raises(RecipeError, match="data.frames is 8, and tiny-flux draws pictures"):
         load("tiny-flux", flags={"data.frames": 8})
     assert frames_of(load("tiny-flux").recipe, families.get("flux")) == 0

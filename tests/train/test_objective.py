@@ -12,6 +12,7 @@ from dcgen_convert.train.objective import (
     EVALUATION,
     Draws,
     Sampling,
+    bell,
     consistency_loss,
     draw,
     drop_text,
@@ -118,6 +119,32 @@ def test_epsilon_family_is_trained_on_its_own_prediction():
     family = families.get("dit")
     assert flow_loss(family, network(draws.eps), z0, labels, draws, null).item() == pytest.approx(0.0)
     assert flow_loss(family, network(draws.eps - z0), z0, labels, draws, null).item() > 0.5
+
+
+def test_bell_weighting_is_the_authors_but_for_one_factor():
+    """Theirs at 1,000 levels with shift 8, as in DiffSynth; ours has the mean 1 over even levels (10^-6, midpoints)."""
+    even = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    assert bell(even).mean().item() == pytest.approx(1, abs=1e-6)
+    assert bell(torch.tensor([0.0, 1.0], dtype=torch.float64)).abs().max() < 1e-15
+    times = 1000 * shift_t(torch.linspace(1, 0.003, 1000, dtype=torch.float64), 8.0)
+    theirs = (-2 * ((times - 500) / 1000).square()).exp()
+    theirs = (theirs - theirs.min()) * 1000 / (theirs - theirs.min()).sum()
+    factor = theirs[500] / bell(times / 1000)[500]
+    torch.testing.assert_close(bell(times / 1000) * factor, theirs, rtol=0, atol=1e-12)
+
+    model, (z0, text, draws, null) = tiny_flux(), batch()
+    found = flow_loss(FLUX, model, z0, text, draws, null, "bell")
+    each = [
+        flow_loss(FLUX, model, *row(z0, text, draws, i), null).item() * bell(draws.t[i : i + 1]).item()
+        for i in range(len(z0))
+    ]
+    assert found.item() == pytest.approx(sum(each) / len(each), rel=1e-5)
+
+
+def row(z0, text, draws, number):
+    """One sample of a batch."""
+    part = slice(number, number + 1)
+    return z0[part], {key: value[part] for key, value in text.items()}, Draws(*(v[part] for v in vars(draws).values()))
 
 
 def test_velocity_weighting_is_the_error_of_ddpm_v():

@@ -1,0 +1,129 @@
+"""Videos of two shapes in one data set, through the real command: killed twice and resumed, the bundle has the same
+bytes. What the latents hold is compared with both autoencoders on crops made here.
+"""
+
+import hashlib
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from at_stage import run_disturbed
+from conftest import run_cli
+from families.tiny_videos import VIDEOS
+from PIL import Image, ImageOps
+
+from dcgen_convert.core.console import NULL
+from dcgen_convert.core.files import read_json
+from dcgen_convert.core.journal import Run
+from dcgen_convert.data import images, videos
+from dcgen_convert.networks import autoencoders
+from dcgen_convert.networks.autoencoder_dc_video import AutoencoderDCVideo
+from dcgen_convert.recipe.loading import Resolved
+from dcgen_convert.recipe.schema import Recipe
+from dcgen_convert.stages.job import prepare
+
+FRAMES, SIDE, F, C = 8, 64, 16, 8
+SHAPES = {(60, 100): 4, (100, 60): 3}  # height, width of the files in px: videos
+ASSIGNED = {(60, 100): (48, 80), (100, 60): (80, 48)}  # of the buckets at 64 px, in steps of 16
+SETTINGS = {
+    "data.buckets": "on", "data.min_side": 1, "data.count": 7, "data.frames": FRAMES, "data.resolution": SIDE,
+    "dtype": "fp32", "latents.text_length": 32, "latents.scale_tolerance": 1000, "latents.batch": 2,
+    "align_head.draws": 1, "align_head.steps": 0, "adapt.zero": 1,
+    "adapt.phases.0.resolution": SIDE, "adapt.phases.0.steps": 6, "adapt.phases.0.batch": 2,
+    "adapt.phases.0.rank": 4, "adapt.phases.0.warmup": 0, "bundle.steps": 2, "evaluate.prompts": 2,
+    "watch.evaluate_every": 3, "watch.grid_every": 3, "watch.pictures": 2,
+}  # fmt: skip
+TIMED = {"dcgen_manifest.json", "README.md"}  # these say how long the stages took
+
+
+def convert(root, command, *more, what=None):
+    """The command in ``root`` to its end; what: (stage, signal) that ends it before."""
+    if what is None:
+        done = run_cli(*command, *more, cwd=root)
+        assert done.returncode == 0, done.stderr[-3000:]
+    else:
+        stage, number = what
+        assert run_disturbed(stage, number, *command, *more, cwd=root).returncode == -number
+        assert not (root / "run" / stage / "stage.json").exists()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """source, ae, videos, and the run and the bundle of a conversion that nothing disturbed."""
+    root = tmp_path_factory.mktemp("shapes")
+    VIDEOS["wan"].build(root / "source")
+    torch.manual_seed(0)
+    sizes = {"latent_channels": C, "block_out_channels": (8, 16, 16, 16, 32), "layers_per_block": (1,) * 5}
+    AutoencoderDCVideo(**sizes, chunk_frames=8, scaling_factor=0.9).save_pretrained(root / "ae")
+    (root / "videos").mkdir()
+    shapes = [shape for shape, count in SHAPES.items() for _ in range(count)]
+    for place in torch.randperm(len(shapes), generator=torch.Generator().manual_seed(0)).tolist():
+        noise = torch.rand(3, FRAMES + 1, *shapes[place], generator=torch.Generator().manual_seed(place)) * 2 - 1
+        videos.write(noise, root / "videos" / f"{place}.mkv")
+        (root / "videos" / f"{place}.txt").write_text(f"clip {place}")
+    convert(root, command(root))
+    return root
+
+
+def command(root):
+    sets = [part for key, value in SETTINGS.items() for part in ("--set", f"{key}={value}")]
+    models = [str(root / "source"), "--recipe", "wan-1.3b-480p", "--ae", str(root / "ae")]
+    data = ["--data", str(root / "videos")]
+    return ["convert", *models, *data, "-o", "bundle", "--run-dir", "run", "-y", *sets]
+
+
+def test_a_run_that_was_killed_twice_ends_with_the_same_bytes(root, tmp_path):
+    convert(tmp_path, command(root), what=("latents", signal.SIGKILL))
+    convert(tmp_path, ["resume", "run"], what=("adapt-1", signal.SIGKILL))
+    convert(tmp_path, ["resume", "run"])
+    known, found = (
+        {
+            str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in (folder / "bundle").rglob("*")
+            if path.is_file() and path.name not in TIMED
+        }
+        for folder in (root, tmp_path)
+    )
+    assert found == known and any(name.endswith("model.safetensors") for name in known)
+
+
+def test_every_latent_is_of_the_crop_of_its_own_video(root):
+    """Crops by Pillow, frame by frame, through both autoencoders, one video at a time; atol 2e-4."""
+    record = read_json(root / "run" / "recipe.json")
+    here = os.getcwd()
+    os.chdir(root)
+    try:
+        job = prepare(Resolved(Recipe.model_validate(record["recipe"]), {}), Run(root / "run", NULL), NULL)
+        rows = images.read_index(root / "run" / "latents" / images.ROWS, root / "videos")
+        cached = job.rows(SIDE)
+        base, target = autoencoders.load(job.source.vae), autoencoders.load(job.target)
+    finally:
+        os.chdir(here)
+    assert job.size == (48, 80)  # the bucket nearest to 9:16 is what the bundle is made for
+    seen = dict.fromkeys(SHAPES, 0)
+    for place, row in enumerate(rows):
+        frames = list(videos.pictures(row.file))[:FRAMES]
+        width, height = frames[0].size
+        size = ASSIGNED[height, width]
+        crops = [ImageOps.fit(frame, size[::-1], Image.Resampling.LANCZOS) for frame in frames]
+        pixels = torch.stack([torch.from_numpy(np.array(crop)) for crop in crops]).permute(3, 0, 1, 2) / 127.5 - 1
+        old, new = (found["z"][0] for found in cached.pairs([place]))
+        assert new.shape == (C, 2, size[0] // F, size[1] // F)
+        torch.testing.assert_close(new, target.encode(pixels[None])[0], atol=2e-4, rtol=0)
+        torch.testing.assert_close(old, base.encode(pixels[None, :, : FRAMES - 3])[0], atol=2e-4, rtol=0)
+        seen[height, width] += 1
+    assert seen == SHAPES
+
+
+def test_the_training_saw_both_shapes_and_the_bundle_states_its_own(root):
+    run = root / "run"
+    metrics = read_json(run / "latents" / "stage.json")["metrics"]
+    assert metrics[f"buckets_{SIDE}"] == "80x48 3, 48x80 4"
+    lines = [json.loads(line) for line in (run / "adapt-1" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 6
+    defaults = read_json(root / "bundle" / "dcgen_manifest.json")["defaults"]
+    assert (defaults["height"], defaults["width"], defaults["frames"]) == (48, 80, 5)
+    assert (run / "verify" / "grid.png").exists() and len(list((run / "adapt-1" / "samples").glob("*.mp4"))) == 2
