@@ -257,10 +257,11 @@ class Evaluation(Result):
     """What an evaluation measured. It is what evaluation.json holds.
 
     base: the model that was compared with; None: the bundle was judged alone. prompts: what they are, in words; count,
-    seed: how many, and the seed of the first picture. models: how each drew. sides: px of the pictures, and at which
-    they were "measured". jpeg: whether they went through JPEG. reference: "name" and "count". weights: of the measures.
-    measures: one row each, see `evaluation.rows`. values: the figures by the names that gates have. left_out: measure
-    -> why. gates: each with its "value" and "passed". pictures: set -> "folder", and how many were "drawn" now.
+    seed: how many, and the seed of the first picture. models: how each drew, with the "width" of pictures that are no
+    squares. sides: height in px of the pictures, and at which they were "measured". jpeg: whether they went through
+    JPEG. reference: "name" and "count". weights: of the measures. measures: one row each, see `evaluation.rows`.
+    values: the figures by the names that gates have. left_out: measure -> why. gates: each with its "value" and
+    "passed". pictures: set -> "folder", and how many were "drawn" now.
     """
 
     SCHEMA: ClassVar[str] = "dcgen.evaluation/1"

@@ -16,7 +16,7 @@ from dcgen_convert.bundle.markdown import block, code, one_line, plain, table
 from dcgen_convert.checkpoint.licence import FIELDS
 from dcgen_convert.families.base import TIME, Family
 from dcgen_convert.families.grid import tile_sizes
-from dcgen_convert.families.pixel_memory import TILED
+from dcgen_convert.families.pixel_memory import FRAME_WHOLE, TILED
 
 PICTURES = "pictures.png"  # in the bundle: the grid that the card shows
 AUTHORS = "https://github.com/dc-ai-projects/DC-Gen"
@@ -216,7 +216,11 @@ def _usage(card: Card) -> str:
             "not have. The pipeline, the transformer and the scheduler are stock. diffusers warns that it expected "
             "another class: that is a remark only."
         )
-    if card.converted and card.layout != "official" and not card.frames:
+    if card.frames:
+        text.append(
+            f"Frames above {FRAME_WHOLE:,} px need less memory in tiles: `pipe.vae.enable_tiling()` before the call."
+        )
+    elif card.converted and card.layout != "official":
         tile, stride = tile_sizes(card.factor)
         text.append(
             f"Pictures above {TILED} px need less memory in tiles: "

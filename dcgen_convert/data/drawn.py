@@ -9,12 +9,13 @@ models: these.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.data import drawn_edits, prompts, videos
+from dcgen_convert.data import drawn_edits, images, prompts, videos
 from dcgen_convert.data.images import Picture
 from dcgen_convert.tiny import videos as tiny_videos
 from dcgen_convert.tiny import world
@@ -85,6 +86,19 @@ def draw(folder: Path, text: str, count: int, edited: bool = False, frames: int 
         Picture(picture, instruction, references=(source,))
         for picture, source, instruction in zip(wanted, given, instructions, strict=True)
     ]
+
+
+def first_frames(folder: Path, captions: Sequence[str], seed: int, side: int) -> list[Path]:
+    """Files of the first frames of the videos that ``captions`` describe; those that are there are kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{number:07d}.png" for number in range(len(captions))]
+
+    def write(number: int, file: Path) -> None:
+        labels = torch.tensor([tiny_videos.parse(captions[number])])
+        images.write(tiny_videos.frame(labels, seed + number, tiny_videos.moments()[0], side)[0], file)
+
+    drawn_edits.draw_missing(files, write)
+    return files
 
 
 def _videos(folder: Path, count: int, side: int, frames: int) -> list[Picture]:

@@ -4,6 +4,9 @@
 rows {image, source, caption}, the image is not looked at. Any other list of instructions goes with a folder of
 pictures: the first instruction edits the first picture, and so on; where instructions are more, the pictures are used
 again.
+
+A model that draws videos from a picture is asked in the same forms. Its texts describe the video, so they are captions,
+and `tiny-videos` draws the first frame of every video that it describes.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import Any
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import hashes
 from dcgen_convert.core.journal import fingerprint
-from dcgen_convert.data import beside, decoding, drawn_edits, gathering, prompt_lists, prompts, tables
+from dcgen_convert.data import beside, decoding, drawn, drawn_edits, gathering, prompt_lists, prompts, tables
 
 HELP = (
     "--prompts FILE of instructions with --sources FOLDER of pictures; or --prompts FILE.jsonl with a source and a "
@@ -36,7 +39,7 @@ class Edit:
     digest: str
 
 
-def make(
+def make(  # noqa: PLR0913  all that a list of edits is made from
     kind: str | None,
     sources: str | None,
     count: int,
@@ -46,29 +49,37 @@ def make(
     folder: Path,
     side: int,
     offline: bool = False,
+    moving: bool = False,
 ) -> list[Edit]:
     """``count`` edits. A larger count begins with the same ones.
 
     Args:
-        kind: "tiny-edits", a table, or what `prompt_lists.read` takes; None: nothing is known.
+        kind: "tiny-edits", a table, or what `prompt_lists.read` takes; None: nothing is known. Of videos "tiny-videos"
+            in place of "tiny-edits".
         sources: folder of the pictures that are edited; None: ``kind`` says them.
         most: pictures that the model takes with an instruction.
         folder: where pictures of the tiny world are drawn, at ``side`` px.
         offline: take a data set of the hub from the cache only.
+        moving: the model draws videos from a picture.
     Raises:
         InputError, AccessError: captions in place of instructions, a picture that is not there or cannot be read, or
             more of them than the model takes; else as `prompt_lists.read`.
     """
-    if kind is None or kind in prompts.CAPTIONS:
-        given = "nothing says how" if kind is None else f"{kind} gives captions, no instructions"
-        raise InputError(f"the model edits pictures, and {given}", HELP)
+    own = drawn.VIDEOS if moving else drawn_edits.WORD
+    if kind is None or (kind in prompts.KINDS and kind != own):
+        what = "draws videos from a picture" if moving else "edits pictures"
+        given = "no pictures" if moving else "captions, no instructions"
+        raise InputError(f"the model {what}, and {f'{kind} gives {given}' if kind else 'nothing says how'}", HELP)
     files: list[tuple[Path, ...]]
-    rows = None if kind == drawn_edits.WORD else _rows(kind, most)
-    if sources is not None and (rows or kind == drawn_edits.WORD):
+    rows = None if kind == own else _rows(kind, most)
+    if sources is not None and (rows or kind == own):
         raise InputError(f"{kind} says itself which pictures are edited", "leave --sources out")
-    if kind == drawn_edits.WORD:
-        texts = prompts.make(kind, count, seed)
-        files = [(file,) for file in drawn_edits.draw(folder / f"{kind}-{seed}-{side}", count, seed, side)]
+    if kind == own:
+        texts, place = prompts.make(kind, count, seed), folder / f"{kind}-{seed}-{side}"
+        if moving:
+            files = [(file,) for file in drawn.first_frames(place, texts, seed, side)]
+        else:
+            files = [(file,) for file in drawn_edits.draw(place, count, seed, side)]
     elif rows:
         ordered = sorted(rows, key=lambda row: hashlib.sha256(f"{seed} {row}".encode()).digest())
         chosen, folder = [*islice(cycle(ordered), count)], prompt_lists.place_of(kind)[0].absolute().parent
@@ -82,9 +93,9 @@ def make(
     return _read(texts, files)
 
 
-def usual(kind: str | None) -> str | None:
-    """``kind`` where it stands for edits on every machine; None for captions, and for a list of somebody's."""
-    return kind if kind in prompts.KINDS and kind not in prompts.CAPTIONS else None
+def usual(kind: str | None, moving: bool = False) -> str | None:
+    """``kind`` where it brings pictures on every machine; None for others, and for a list of somebody's."""
+    return kind if kind == (drawn.VIDEOS if moving else drawn_edits.WORD) else None
 
 
 def asked_of(fewest: int, most: int, kind: str | None, sources: str | None) -> bool:

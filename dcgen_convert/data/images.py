@@ -239,9 +239,9 @@ def read_pixels(file: Path, height: int, width: int | None = None) -> Tensor:
     return read_sizes(file, [(height, width or height)])[0]
 
 
-def read_references(files: Iterable[Sequence[Path]], side: int) -> list[list[Tensor]]:
-    """The references of each prompt as squares, (3, side, side) each, as `read_pixels`."""
-    return [[read_pixels(file, side) for file in own] for own in files]
+def read_references(files: Iterable[Sequence[Path]], height: int, width: int | None = None) -> list[list[Tensor]]:
+    """The references of each prompt, (3, height, width) each, as `read_pixels`."""
+    return [[read_pixels(file, height, width) for file in own] for own in files]
 
 
 def read_sizes(file: Path, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:

@@ -41,9 +41,9 @@ class References:
             yield torch.stack(part), []
 
 
-def together(side: int) -> int:
-    """Pictures of ``side`` px that are measured together."""
-    return max(1, min(MOST, TOGETHER // side**2))
+def together(height: int, width: int | None = None) -> int:
+    """Pictures of this size, in px, that are measured together."""
+    return max(1, min(MOST, TOGETHER // (height * (width or height))))
 
 
 def read(name: str) -> References:

@@ -20,7 +20,7 @@ from dcgen_convert.evaluation.ocr import Ocr
 from dcgen_convert.evaluation.plain import Colour, Sharpness
 from dcgen_convert.evaluation.tiny_edits import EditAccuracy, Preservation
 from dcgen_convert.evaluation.tiny_measures import SIDE_OF_CROPS, Accuracy, CropsFrechet, TinyCmmd, TinyFrechet
-from dcgen_convert.evaluation.video_measures import MotionAccuracy, TemporalDifference
+from dcgen_convert.evaluation.video_measures import FirstFrame, MotionAccuracy, TemporalDifference
 from dcgen_convert.evaluation.weights import Needed, NotAtHand
 from dcgen_convert.tiny import videos
 
@@ -37,7 +37,7 @@ class Setting:
         device: where networks run.
         offline: fetch nothing from the hub.
         asked: measures were asked for by their names. Otherwise the usual models are not fetched.
-        edited: the pictures were made from other pictures, which are at hand.
+        edited: the pictures were made from other pictures, which are at hand; of videos, drawn from their first frame.
         recipe: what the user gave stands in a recipe: errors name its settings.
         moving: they are videos.
     """
@@ -112,6 +112,7 @@ def known() -> dict[str, Known]:
         Known(Unchanged, lambda _: Unchanged(), f"{given}; instructions such as '{NOTHING[0]}'", _no_rest),
         Known(MotionAccuracy, lambda _: MotionAccuracy(), "captions of the tiny world in motion", _not_in_motion),
         Known(TemporalDifference, lambda _: TemporalDifference(), "videos", _no_videos),
+        Known(FirstFrame, lambda _: FirstFrame(), "videos that were drawn from pictures", _no_first_frame),
         Known(Sharpness, lambda _: Sharpness()),
         Known(Colour, lambda _: Colour()),
     )
@@ -221,6 +222,10 @@ def _no_videos(setting: Setting) -> str | None:
     return None if setting.moving else "it looks at videos, and these are pictures"
 
 
+def _no_first_frame(setting: Setting) -> str | None:
+    return _no_videos(setting) or (None if setting.edited else "the videos were drawn from text alone")
+
+
 def _not_in_motion(setting: Setting) -> str | None:
     if reason := _no_videos(setting):
         return reason
@@ -235,6 +240,8 @@ def _no_sources(setting: Setting) -> str | None:
 
 
 def _not_edited(setting: Setting) -> str | None:
+    if setting.moving:
+        return "it looks at edited pictures, and these are videos"
     return None if setting.edited else "the pictures that were edited are not at hand"
 
 
@@ -245,7 +252,8 @@ def _no_rest(setting: Setting) -> str | None:
 
 
 def _instructed(setting: Setting) -> str | None:
-    return "an instruction does not say what the picture shows; clip-direction fits" if setting.edited else None
+    edits = setting.edited and not setting.moving  # what is asked of a video describes it
+    return "an instruction does not say what the picture shows; clip-direction fits" if edits else None
 
 
 def _no_crops(setting: Setting) -> str | None:

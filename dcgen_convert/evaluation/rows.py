@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcgen_convert.evaluation import paired
+from dcgen_convert.evaluation import paired, video_measures
 from dcgen_convert.evaluation.measure import Distance, EditScore, Measure, Score
 
 CONVERTED, BASE, FLOOR, CEILING, REFERENCE = "converted", "base", "floor", "ceiling", "reference"
@@ -40,22 +40,40 @@ def measured(batches: Iterable[Batch], measures: Sequence[Measure]) -> Figures:
     """The scores and features of one set, whose pictures come in batches and are not kept.
 
     Args:
-        batches: pictures (B, 3, H, W) in [-1, 1] with their captions; without captions nothing is scored. Edited
-            pictures come with those that they were made from, (B, 3, H', W') in [-1, 1].
+        batches: pictures (B, 3, H, W) in [-1, 1], or videos (B, 3, F, H, W), with their captions; without captions
+            nothing is scored. Edited pictures come with those that they were made from, (B, 3, H', W') in [-1, 1], and
+            so do videos that were drawn from a picture.
     """
     scores: dict[str, list[Tensor]] = {}
     features: dict[str, list[Tensor]] = {}
     for pictures, captions, *sources in batches:
         for measure in measures:
             if isinstance(measure, Distance):
-                features.setdefault(measure.name, []).append(measure.features(pictures))
-            elif isinstance(measure, Score) and captions:
-                scores.setdefault(measure.name, []).append(measure.scores(pictures, captions))
-            elif isinstance(measure, EditScore) and captions and sources:
-                found = measure.scores_of_edits(pictures, sources[0], captions)
-                scores.setdefault(measure.name, []).append(found)
+                found = of_batch(measure, pictures, captions)
+                features.setdefault(measure.name, []).append(found.flatten(0, -2))
+            elif captions and (sources or not isinstance(measure, EditScore)):
+                scores.setdefault(measure.name, []).append(of_batch(measure, pictures, captions, *sources))
     joined = [{name: torch.cat(parts) for name, parts in found.items()} for found in (scores, features)]
     return Figures(*joined)
+
+
+def of_batch(measure: Measure, pixels: Tensor, captions: list[str], sources: Tensor | None = None) -> Tensor:
+    """(B,) scores or (B, D) features. Of videos, a measure of pictures gives the mean score of some frames, or the
+    features of each: (B, K, D).
+    """
+    if pixels.ndim == 5 and not measure.moving:
+        frames = video_measures.frames_of(pixels)
+        count, each = frames.shape[:2]
+        texts = [caption for caption in captions for _ in range(each)]
+        found = of_batch(measure, frames.flatten(0, 1), texts).unflatten(0, (count, each))
+        return found.mean(1) if measure.kind == "score" else found
+    if isinstance(measure, Distance):
+        return measure.features(pixels)
+    if isinstance(measure, EditScore):
+        assert sources is not None, "a measure of edits is chosen where there are edits"
+        return measure.scores_of_edits(pixels, sources, captions)
+    assert isinstance(measure, Score), "a measure is a score or a distance"
+    return measure.scores(pixels, captions)
 
 
 def rows(sets: Mapping[str, Figures], measures: Sequence[Measure]) -> list[dict[str, Any]]:

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from dcgen_convert.core.files import sha256
 from dcgen_convert.evaluation import tiny_videos, tiny_world
+from dcgen_convert.evaluation.edit_measures import FINEST
 from dcgen_convert.evaluation.grids import places_of
-from dcgen_convert.evaluation.measure import Score
+from dcgen_convert.evaluation.measure import EditScore, Score
 from dcgen_convert.evaluation.pixels import to_uint8
 
 
@@ -32,6 +33,20 @@ class TemporalDifference(Score):
     def scores(self, pictures: Tensor, captions: list[str]) -> Tensor:  # noqa: ARG002  it needs no caption
         """pictures: (B, 3, F, H, W) in [-1, 1], F >= 2."""
         return torch.stack([to_uint8(clip).double().diff(dim=1).abs().mean() for clip in pictures])
+
+
+class FirstFrame(EditScore):
+    """PSNR in dB of the first frame to the picture that the video was drawn from; 58.9 dB at most."""
+
+    name = "first-frame"
+    label = "PSNR of the first frame to the picture that was given"
+    unit = "dB"
+    moving = True
+
+    def scores_of_edits(self, pictures: Tensor, sources: Tensor, captions: list[str]) -> Tensor:  # noqa: ARG002
+        """pictures: (B, 3, F, H, W) in [-1, 1]; sources: (B, 3, H, W)."""
+        error = (pictures[:, :, 0].double() - sources.double()).square().mean((1, 2, 3)).cpu()
+        return 10 * torch.log10(4 / error.clamp_min(FINEST))
 
 
 class MotionAccuracy(Score):

@@ -17,6 +17,9 @@ TOGETHER = 1024**2  # px that an autoencoder encodes or decodes together; a larg
 DRAWN = 8 * 1024**2  # px that a pipeline draws together; a larger picture is drawn alone
 TILED = 2048  # px of a side; larger pictures are taken in tiles that overlap
 TILE = 1024  # px of a tile's side
+FRAME_WHOLE = 2**19  # px of a frame; an AutoencoderDCVideo takes larger ones in tiles: those of 480 x 832 px are whole
+FRAME_TILE = 512  # px of the side of such a tile
+FRAMES = 80  # of a video, in the bytes below
 RESULTS = (12, 40)  # bytes per px of a picture in tiles: its three colours in float32; tiles, rows and the whole
 
 # dtype -> (encode, decode)
@@ -71,6 +74,13 @@ def picture_bytes(each: float, way: int, height: int, width: int) -> int:
     if max(height, width) <= TILED:
         return int(each * height * width)
     return int(each * TILE**2 + RESULTS[way] * height * width)
+
+
+def video_bytes(each: float, way: int, height: int, width: int, frames: int = FRAMES) -> int:
+    """The same of a video of this size, through an AutoencoderDCVideo."""
+    if height * width <= FRAME_WHOLE:
+        return int(each * height * width)
+    return int(each * FRAME_TILE**2 + frames * RESULTS[way] * height * width)
 
 
 def together(batch: int, pixels: int, most: int = TOGETHER) -> int:

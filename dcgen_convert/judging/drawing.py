@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -65,7 +66,7 @@ def _part(gallery: Gallery, console: Console) -> Share:
     that was cut off, give the same files.
     """
     missing = gallery.missing(console)
-    size = pixel_memory.together(BATCH, max(1, gallery.frames) * gallery.side**2, pixel_memory.DRAWN)
+    size = pixel_memory.together(BATCH, max(1, gallery.frames) * math.prod(gallery.size), pixel_memory.DRAWN)
     wanted = sorted({place // size for place in missing})
     batches = [list(range(number * size, min((number + 1) * size, len(gallery)))) for number in wanted]
     return Share(gallery, batches, set(missing))
@@ -102,10 +103,11 @@ def _drawn(parts: Sequence[Share], painter: Painter, console: Console) -> Made:
             [gallery.prompts[place] for place in places],
             [gallery.seeds[place] for place in places],
             side=painter.side,
+            width=painter.size[1],
             steps=painter.steps,
             guidance=painter.guidance,
             length=painter.length,
-            references=gallery.references(places, painter.side),
+            references=gallery.references(places, painter.size),
             frames=max(1, painter.frames),
         )
 
@@ -126,17 +128,21 @@ class RoundTrip:
 
     def about(self, digest: str) -> dict[str, Any]:
         """What the pictures depend on. digest: hash of the bundle's content."""
+        height, width = self.of.size
         frames = {"frames": self.of.frames} if self.of.frames else {}
-        return {"side": self.of.side, **frames, "through": digest, "of": self.of.about}
+        frames |= {"width": width} if width != height else {}
+        return {"side": height, **frames, "through": digest, "of": self.of.about}
 
 
 def _passed(parts: Sequence[Share], trip: RoundTrip, console: Console) -> Made:
     """The same, by the autoencoder."""
     with pipelines.quiet_diffusers():
         codec = autoencoders.load(trip.bundle / "vae", torch.float32, device=pipelines.device(), console=console)
+    if trip.of.frames:
+        codec.model.register_to_config(first_alone=False)  # it is given whole videos, no picture with grey after it
     for part in parts:
         for place in filter(part.missing.__contains__, chain.from_iterable(part.batches)):
-            pixels = next(trip.of.stream([place], part.gallery.side))[None]
+            pixels = next(trip.of.stream([place], part.gallery.size))[None]
             yield part.gallery, place, codec.decode(codec.encode(pixels))[0]
             pulse.bump()
 

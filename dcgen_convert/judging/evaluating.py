@@ -79,7 +79,7 @@ def _measure(trial: Trial, galleries: Mapping[str, Gallery], crew: Crew, console
         place = asked.output / "pictures" / f"reference-{fingerprint(name)[:12]}" / FOLDER
         sets[REFERENCE] = Set(name, place, jpeg=False)
     made = {measure.name: measure for measure in trial.measures}
-    where = trial.side, pipelines.device(), asked.offline, bool(trial.edits), trial.converted.frames
+    where = trial.size, pipelines.device(), asked.offline, bool(trial.edits), trial.converted.frames
     judges = Judges([*made], asked.weights, trial.prompts, *where)
     return measured(sets, judges, made, crew, console)
 
@@ -89,7 +89,7 @@ def _document(
 ) -> dict[str, Any]:
     asked, values = trial.asked, rows.values(table)
     judged = [gate.record(values[gate.name]) for gate in asked.gates if gate.name in values]
-    sides = {CONVERTED: trial.converted.side, "measured": trial.side}
+    sides = {CONVERTED: trial.converted.side, "measured": trial.size[0]}
     return {
         "schema": SCHEMA,
         "status": "done" if all(gate["passed"] for gate in judged) else "failed",
@@ -117,7 +117,8 @@ def _document(
 
 def _shown(by: Painter) -> dict[str, Any]:
     """How a model drew."""
-    return {key: getattr(by, key) for key in ("digest", "steps", "guidance", "runtime", "dtype")}
+    found = {key: getattr(by, key) for key in ("digest", "steps", "guidance", "runtime", "dtype")}
+    return {**found, "width": by.width} if by.width else found
 
 
 def _write_card(trial: Trial, document: Mapping[str, Any], console: Console) -> None:

@@ -24,6 +24,7 @@ from dcgen_convert.core.console import Console
 from dcgen_convert.core.files import hashes, json_text, write_json
 from dcgen_convert.core.journal import fingerprint
 from dcgen_convert.data import contents, images
+from dcgen_convert.data.buckets import Size
 from dcgen_convert.data.edit_prompts import Edit
 
 
@@ -50,9 +51,10 @@ class Gallery:
         return self.root / f"{self.title.replace(' ', '-')}-{fingerprint(self.about)[:12]}"
 
     @property
-    def side(self) -> int:
-        """px of each picture."""
-        return int(self.about["side"])
+    def size(self) -> Size:
+        """(height, width) in px of each picture."""
+        side = int(self.about["side"])
+        return side, int(self.about.get("width", side))
 
     @property
     def frames(self) -> int:
@@ -111,11 +113,11 @@ class Gallery:
         """SHA-256 of every picture's file."""
         return hashes(self.file(place) for place in range(len(self)))
 
-    def references(self, places: Sequence[int], side: int) -> list[list[Tensor]]:
-        """What is given at each of ``places``, (3, side, side) in [-1, 1] each; empty without edits."""
-        return images.read_references([self.edits[place].files for place in places] if self.edits else [], side)
+    def references(self, places: Sequence[int], size: Size) -> list[list[Tensor]]:
+        """What is given at each of ``places``, (3, *size) in [-1, 1] each; empty without edits."""
+        return images.read_references([self.edits[place].files for place in places] if self.edits else [], *size)
 
-    def stream(self, places: Sequence[int], side: int) -> Iterator[Tensor]:
-        """The pictures at ``places``, (3, side, side) in [-1, 1] each; videos, (3, frames, side, side)."""
-        size = (self.frames, side, side) if self.frames else (side, side)
-        return (contents.read(self.file(place), [size])[0] for place in places)
+    def stream(self, places: Sequence[int], size: Size) -> Iterator[Tensor]:
+        """The pictures at ``places``, (3, *size) in [-1, 1] each; videos, (3, frames, *size)."""
+        whole = (self.frames, *size) if self.frames else size
+        return (contents.read(self.file(place), [whole])[0] for place in places)

@@ -24,11 +24,12 @@ from dcgen_convert.core.console import Console
 from dcgen_convert.core.files import atomic_save, sealed
 from dcgen_convert.core.journal import fingerprint
 from dcgen_convert.data import references
+from dcgen_convert.data.buckets import Size
 from dcgen_convert.data.references import together
-from dcgen_convert.evaluation import measures, video_measures
-from dcgen_convert.evaluation.measure import Distance, EditScore, Measure, Score, Weights
+from dcgen_convert.evaluation import measures
+from dcgen_convert.evaluation.measure import EditScore, Measure, Weights
 from dcgen_convert.evaluation.pixels import through_jpeg
-from dcgen_convert.evaluation.rows import Figures
+from dcgen_convert.evaluation.rows import Figures, of_batch
 from dcgen_convert.judging.gallery import Gallery
 from dcgen_convert.networks.at_once import release
 from dcgen_convert.ranks.crew import Crew
@@ -45,14 +46,14 @@ class Judges:
 
     Attributes:
         names: of the measures. weights: where their networks lie. texts: all prompts.
-        side: px at which pictures are measured. device: where networks run. offline: fetch nothing.
+        size: (height, width) in px at which pictures are measured. device: where networks run. offline: fetch nothing.
         edited: the pictures are edits. frames: of each video; 0: they are pictures.
     """
 
     names: list[str]
     weights: Weights
     texts: list[str]
-    side: int
+    size: Size
     device: str
     offline: bool
     edited: bool = False
@@ -60,8 +61,8 @@ class Judges:
 
     def made(self) -> dict[str, Measure]:
         """Name -> measure."""
-        settings = {key: getattr(self, key) for key in ("side", "device", "offline", "edited")}
-        settings["moving"] = self.frames > 0
+        settings = {key: getattr(self, key) for key in ("device", "offline", "edited")}
+        settings |= {"side": min(self.size), "moving": self.frames > 0}
         return {one.name: one for one in measures.chosen(self.names, self.weights, self.texts, **settings)[0]}
 
 
@@ -89,19 +90,19 @@ class Set:
         edits = self.pictures.edits if isinstance(self.pictures, Gallery) else []
         return [edits[place].digest for place in places] if edits else []
 
-    def edited(self, places: Sequence[int], side: int) -> Tensor | None:
-        """The first of the pictures that were edited at each of ``places``, (B, 3, side, side) in [-1, 1]; None for
-        pictures that are no edits.
+    def edited(self, places: Sequence[int], size: Size) -> Tensor | None:
+        """The first of the pictures that were edited at each of ``places``, (B, 3, *size) in [-1, 1]; None for pictures
+        that are no edits.
         """
-        found = self.pictures.references(places, side) if isinstance(self.pictures, Gallery) else []
+        found = self.pictures.references(places, size) if isinstance(self.pictures, Gallery) else []
         return torch.stack([own[0] for own in found]) if found else None
 
-    def batches(self, groups: Sequence[Sequence[int]], side: int) -> Iterator[Tensor]:
-        """The pictures of every group, (B, 3, side, side) in [-1, 1], as the measures see them."""
+    def batches(self, groups: Sequence[Sequence[int]], size: Size) -> Iterator[Tensor]:
+        """The pictures of every group, (B, 3, *size) in [-1, 1], as the measures see them. Given ones are squares."""
         if isinstance(self.pictures, Gallery):
-            stream = self.pictures.stream([place for group in groups for place in group], side)
+            stream = self.pictures.stream([place for group in groups for place in group], size)
         else:
-            stream = references.read(self.pictures).stream([place for group in groups for place in group], side)
+            stream = references.read(self.pictures).stream([place for group in groups for place in group], min(size))
         for group in groups:
             pixels = torch.stack([next(stream) for _ in group])
             yield through_jpeg(pixels) if self.jpeg else pixels
@@ -156,8 +157,10 @@ Files = list[tuple[list[int], dict[str, Path]]]  # places of a group, and measur
 
 def _files(one: Set, judges: Judges, made: Mapping[str, Measure]) -> Files:
     """The groups of a set, whatever the number of ranks, with the file of every measure."""
-    keys, size = one.keys(), max(1, together(judges.side) // max(1, judges.frames))
-    about = {name: [VERSION, name, measure.made_of(), judges.side, one.jpeg] for name, measure in made.items()}
+    height, width = judges.size
+    keys, size = one.keys(), max(1, together(height, width) // max(1, judges.frames))
+    shape = height if height == width else [height, width]  # a square as it was always told
+    about = {name: [VERSION, name, measure.made_of(), shape, one.jpeg] for name, measure in made.items()}
     found: Files = []
     for start in range(0, len(keys), size):
         places = list(range(len(keys)))[start : start + size]
@@ -215,32 +218,13 @@ def work(
     made = made or judges.made()
     for part in own:
         part.of.folder.mkdir(parents=True, exist_ok=True)
-        batches = part.of.batches([group.places for group in part.groups], judges.side)
+        batches = part.of.batches([group.places for group in part.groups], judges.size)
         for group, pixels in zip(part.groups, batches, strict=True):
-            captions, sources = part.of.captions(group.places), part.of.edited(group.places, judges.side)
+            captions, sources = part.of.captions(group.places), part.of.edited(group.places, judges.size)
             for name, file in group.missing.items():
-                atomic_save({VALUES: _values(made[name], pixels, captions, sources)}, file)
+                atomic_save({VALUES: of_batch(made[name], pixels, captions, sources)}, file)
                 pulse.bump()
             bar.advance(len(group.places))
-
-
-def _values(measure: Measure, pixels: Tensor, captions: list[str], sources: Tensor | None) -> Tensor:
-    """(B,) scores or (B, D) features. Of videos, a measure of pictures gives the mean score of some frames, or the
-    features of each: (B, K, D).
-    """
-    if pixels.ndim == 5 and not measure.moving:
-        frames = video_measures.frames_of(pixels)
-        count, each = frames.shape[:2]
-        texts = [caption for caption in captions for _ in range(each)]
-        found = _values(measure, frames.flatten(0, 1), texts, None).unflatten(0, (count, each))
-        return found.mean(1) if measure.kind == "score" else found
-    if isinstance(measure, Distance):
-        return measure.features(pixels)
-    if isinstance(measure, EditScore):
-        assert sources is not None, "a measure of edits is chosen where there are edits"
-        return measure.scores_of_edits(pixels, sources, captions)
-    assert isinstance(measure, Score), "a measure is a score or a distance"
-    return measure.scores(pixels, captions)
 
 
 def _joined(groups: Files, known: Mapping[Path, Tensor], made: Mapping[str, Measure]) -> Figures:

@@ -18,6 +18,7 @@ from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_json
 from dcgen_convert.data import edit_prompts, prompt_lists, prompts, references, videos
+from dcgen_convert.data.buckets import Size
 from dcgen_convert.data.edit_prompts import Edit
 from dcgen_convert.data.references import References
 from dcgen_convert.evaluation import gates, measures, rows
@@ -73,7 +74,7 @@ class Trial:
             edits, what each of them is given.
         converted, base: what draws; base None: there is no base.
         round_trip: whether the bundle's autoencoder is another than the base's.
-        side: px at which all pictures are measured. references: given pictures.
+        size: (height, width) in px at which all pictures are measured. references: given pictures.
         measures, left_out: what is measured, and what is not with the reason.
         notes: what the user should know.
     """
@@ -86,7 +87,7 @@ class Trial:
     converted: Painter
     base: Painter | None
     round_trip: bool
-    side: int
+    size: Size
     references: References | None
     measures: list[Measure]
     left_out: dict[str, str]
@@ -114,13 +115,13 @@ def settle(asked: Asked, console: Console) -> Trial:
     family, wish = family_of(bundle), {"steps": asked.steps, "guidance": asked.guidance}
     home = asked.output / "import"
     mine = painter.of_bundle(bundle, home, console, side=asked.side, **wish)
-    _check_size(family, bundle, mine.side)
+    _check_size(family, bundle, *mine.size)
     if family.axes == 3:
-        _require_videos(asked, family, bundle)
+        _require_videos(asked, bundle)
     given = None if asked.reference is None else references.read(asked.reference)
     edits: list[Edit] = []
     if edit_prompts.asked_of(family.fewest_references, family.references, asked.prompts, asked.sources):
-        kind, edits = _edits(asked, manifest, family.references, mine.side)
+        kind, edits = _edits(asked, manifest, family, mine.side)
         texts = [edit.text for edit in edits]
     else:
         kind, texts, own = _prompts(asked, manifest, labels(family, index, bundle))
@@ -130,17 +131,18 @@ def settle(asked: Asked, console: Console) -> Trial:
         notes.append(
             f"{why}: the bundle is judged alone, without comparison, floor and ceiling; --against names a base"
         )
-    side = min(mine.side, base.side if base else mine.side)
+    size = mine.size
     if base and base.side != mine.side:
+        size = (min(mine.side, base.side),) * 2
         notes.append(
             f"the base draws at {base.side} px, as it was not trained on {mine.side} px; all pictures are measured at "
-            f"{side} px, so finer detail does not count"
+            f"{size[0]} px, so finer detail does not count"
         )
     found, left_out = measures.chosen(
         asked.metrics,
         asked.weights,
         texts,
-        side=side,
+        side=min(size),
         device=pipelines.device(),
         offline=asked.offline,
         edited=bool(edits),
@@ -155,13 +157,11 @@ def settle(asked: Asked, console: Console) -> Trial:
     sets = [rows.CONVERTED, *([rows.BASE, rows.FLOOR] if base else []), *([rows.CEILING] if trip else [])]
     sets += [rows.REFERENCE] if given else []
     gates.require_measured(asked.gates, rows.names(found, sets), left_out)
-    return Trial(asked, manifest, kind, texts, edits, mine, base, trip, side, given, found, left_out, notes)
+    return Trial(asked, manifest, kind, texts, edits, mine, base, trip, size, given, found, left_out, notes)
 
 
-def _require_videos(asked: Asked, family: Family, bundle: Path) -> None:
+def _require_videos(asked: Asked, bundle: Path) -> None:
     """InputError for what cannot be asked of a bundle that draws videos."""
-    if family.fewest_references:
-        raise InputError(f"{bundle} draws videos from a picture, which are not evaluated yet", "look at its samples")
     if asked.reference is not None:
         raise InputError(f"{bundle} draws videos, and --reference gives pictures", "leave --reference out")
     if str(asked.prompts).startswith(references.MJHQ):
@@ -178,8 +178,8 @@ def _alone(found: Sequence[Measure], asked: Sequence[str] | None) -> tuple[list[
     return [measure for measure in found if measure.kind == "score"], dict.fromkeys(others, reason)
 
 
-def _check_size(family: Family, folder: Path, side: int) -> None:
-    check_size(family, transformer_config(folder), read_json(folder / "vae" / "config.json"), side, side)
+def _check_size(family: Family, folder: Path, height: int, width: int) -> None:
+    check_size(family, transformer_config(folder), read_json(folder / "vae" / "config.json"), height, width)
 
 
 def _base(
@@ -191,9 +191,9 @@ def _base(
     if asked.against is not None and (Path(asked.against).expanduser() / names.MANIFEST).is_file():
         other = Path(asked.against).expanduser().absolute()
         _same_task(edited, family_of(other), other)
-        own = own_side(Identity(str(other)), grid, mine.side)
-        _check_size(family_of(other), other, own)
-        return painter.of_bundle(other, home, console, side=own, **wish), "", []
+        own = _of_base(own_side(Identity(str(other)), grid, mine.side), mine)
+        _check_size(family_of(other), other, own["side"], own["width"] or own["side"])
+        return painter.of_bundle(other, home, console, **own, **wish), "", []
     source: Source | None
     notes: list[str] = []
     if asked.against is not None:
@@ -218,14 +218,20 @@ def _base(
         raise InputError(
             f"{source.name} is a {source.family.name} model, and the bundle a {family.name}", "name its base"
         )
-    own = own_side(identity, grid, mine.side)
+    own = _of_base(own_side(identity, grid, mine.side), mine)
     vae = source.parts.get("vae", source.vae)  # of a source that is still to be written: in its base
-    check_size(source.family, source.config, read_json(vae / "config.json"), own, own)
+    height, width = own["side"], own["width"] or own["side"]
+    check_size(source.family, source.config, read_json(vae / "config.json"), height, width)
     return (
-        painter.of_source(source, place, manifest, console, side=own, home=painter.import_folder(home, place), **wish),
+        painter.of_source(source, place, manifest, console, home=painter.import_folder(home, place), **own, **wish),
         "",
         notes,
     )
+
+
+def _of_base(side: int, mine: Painter) -> dict[str, int]:
+    """Side and width of what the base draws: those of the bundle, or squares of another ``side``."""
+    return {"side": side, "width": mine.width if side == mine.side else 0}
 
 
 def _same_task(edited: bool, other: Family, name: object) -> None:
@@ -236,11 +242,13 @@ def _same_task(edited: bool, other: Family, name: object) -> None:
         raise InputError(f"{name} is a {other.name} model, which edits pictures", "name the bundle's base")
 
 
-def _edits(asked: Asked, manifest: dict[str, Any], most: int, side: int) -> tuple[str, list[Edit]]:
-    """(what is edited and how, one edit per picture). most: pictures that the model takes. side: px."""
-    kind, sources = asked.prompts or edit_prompts.usual(manifests.prompts_of(manifest)), asked.sources
+def _edits(asked: Asked, manifest: dict[str, Any], family: Family, side: int) -> tuple[str, list[Edit]]:
+    """(what is edited and how, one edit per picture). side: px."""
+    moving = family.axes == 3
+    kind, sources = asked.prompts or edit_prompts.usual(manifests.prompts_of(manifest), moving), asked.sources
     folder, seed = asked.output / "edited", asked.seed + SEED
-    place: dict[str, Any] = {"most": most, "folder": folder, "side": side, "offline": asked.offline}
+    place: dict[str, Any] = {"folder": folder, "side": side, "offline": asked.offline}
+    place |= {"most": family.references, "moving": moving}
     edits = edit_prompts.make(kind, sources, asked.count, seed, **place)
     of = "" if sources is None else f", on the pictures of {last_name(sources)}"
     return last_name(str(kind)) + of, edits

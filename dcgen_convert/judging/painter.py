@@ -19,6 +19,7 @@ from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import AccessError, CheckFailed, InputError
 from dcgen_convert.core.files import read_json
 from dcgen_convert.core.journal import fingerprint
+from dcgen_convert.data.buckets import Size
 from dcgen_convert.families import Family, catalog, refuse_videos
 from dcgen_convert.families.grid import Grid, autoencoder_grid
 from dcgen_convert.networks import pipelines
@@ -38,7 +39,8 @@ class Painter:
         name: as the user gave it. place: folder of a bundle, or what `load_source` takes.
         is_bundle: else a source. revision: of a source on the hub.
         digest: hash of its weights, configs and tokenizers.
-        side: px. steps, guidance, length: of the drawing; length in text tokens.
+        side: height in px. width: in px; 0: it draws squares. steps, guidance, length: of the drawing; length in text
+            tokens.
         dtype: "fp32" or "bf16". runtime: how a bundle runs, as in `bundle.loading`; "stock" for a source.
         home: folder for a source that must be written as a pipeline first.
         frames: of each video; 0: it draws pictures.
@@ -57,13 +59,19 @@ class Painter:
     runtime: str
     home: Path
     frames: int = 0
+    width: int = 0
+
+    @property
+    def size(self) -> Size:
+        """(height, width) in px."""
+        return self.side, self.width or self.side
 
     @property
     def about(self) -> dict[str, Any]:
         """What its pictures depend on."""
         left_out = ("name", "place", "is_bundle", "revision", "home")
         found = {key: value for key, value in asdict(self).items() if key not in left_out}
-        return found if self.frames else {key: value for key, value in found.items() if key != "frames"}
+        return {key: value for key, value in found.items() if value or key not in ("frames", "width")}
 
     def load(self) -> tuple[Any, Family]:
         """The pipeline, ready to draw, and its family."""
@@ -97,7 +105,8 @@ def import_folder(home: Path, place: str) -> Path:
 
 
 def of_bundle(bundle: Path, home: Path, console: Console, **drawing: Any) -> Painter:
-    """The bundle as it is meant to draw, or as ``drawing`` says: side, steps, guidance; None: the bundle's own.
+    """The bundle as it is meant to draw, or as ``drawing`` says: side (then squares), steps, guidance; None: the
+    bundle's own.
 
     Raises:
         CheckFailed: it is unfinished, or a file of it is not as its manifest says.
@@ -110,6 +119,8 @@ def of_bundle(bundle: Path, home: Path, console: Console, **drawing: Any) -> Pai
         )
     defaults = manifest["defaults"]
     own = {"side": defaults["height"], "steps": defaults["steps"], "guidance": defaults["guidance"]}
+    if drawing.get("side") is None and defaults["width"] != defaults["height"]:
+        own["width"] = defaults["width"]
     dtype = loading.default_dtype(bundle, pipelines.device())
     return Painter(
         name=str(bundle),

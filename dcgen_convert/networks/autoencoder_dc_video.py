@@ -12,6 +12,9 @@ Therefore `encode` repeats the last frame until the frames are a multiple of 4, 
 picture is a video of one frame. A pipeline that draws from a picture encodes the picture and grey frames after it: with
 `first_alone` the first frame is repeated instead, so that the first latent frame is of the picture alone.
 
+Large frames need less memory in tiles (`enable_tiling`): each tile is taken through all frames, and where tiles overlap
+each counts less the nearer its edge is.
+
 Legend: B batch, C channels, T frames, H W px or cells, K frames per chunk, c latent channels, f spatial compression.
 
 Sources: arXiv 2509.25182 (DC-VideoGen) and the layout that its authors published. The names of the tensors are ours.
@@ -36,9 +39,10 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-MODULE_NAME = "autoencoder_dc_video_v2"
+MODULE_NAME = "autoencoder_dc_video_v3"
 CLASS_NAME = "AutoencoderDCVideo"
 TIME = 4  # frames of a video per latent frame
+TILE, STRIDE = 512, 448  # px of a tile's side, and from one tile to the next at most
 
 Kept = dict[nn.Module, Tensor]  # convolution -> the last frame (B, C, 1, H, W) of the chunk before
 
@@ -211,6 +215,26 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(z)), kept)
 
 
+def tile_spans(side: int, tile: int, overlap: int) -> list[range]:
+    """The cells of the tiles along a side: as few tiles as do, of one size, up to `tile`, that overlap by `overlap` or
+    more.
+    """
+    if side <= tile:
+        return [range(side)]
+    count = -(-(side - overlap) // (tile - overlap))
+    size = -(-(side + (count - 1) * overlap) // count)
+    starts = (round(place * (side - size) / (count - 1)) for place in range(count))
+    return [range(start, start + size) for start in starts]
+
+
+def tile_shares(span: range, side: int, overlap: int, scale: int) -> Tensor:
+    """How much each number of a tile counts, (len(span) scale,): it rises to 1 over the overlap, on inner edges."""
+    place = torch.arange(len(span) * scale) + 0.5
+    rising = (place / (overlap * scale)).clamp(max=1)
+    ones = torch.ones_like(place)
+    return (rising if span.start else ones) * (rising.flip(0) if span.stop < side else ones)
+
+
 class AutoencoderDCVideo(ModelMixin, ConfigMixin):
     """DC-AE-V. The defaults are those of f32t4c32.
 
@@ -262,6 +286,9 @@ class AutoencoderDCVideo(ModelMixin, ConfigMixin):
         self.encoder = Encoder(in_channels, latent_channels, widths, layers, chunk_frames)
         self.decoder = Decoder(in_channels, latent_channels, widths, layers, chunk_frames, causal_time)
         factor = 2 ** (len(widths) - 1)
+        self.use_tiling = False
+        self.tile_sample_min_height = self.tile_sample_min_width = TILE
+        self.tile_sample_stride_height = self.tile_sample_stride_width = STRIDE
         self.register_to_config(
             z_dim=latent_channels,
             latents_mean=[0.0] * latent_channels,
@@ -271,6 +298,24 @@ class AutoencoderDCVideo(ModelMixin, ConfigMixin):
             spatial_compression_ratio=factor,
             auto_map={"AutoModel": f"{MODULE_NAME}.{CLASS_NAME}"},
         )
+
+    def enable_tiling(
+        self,
+        tile_sample_min_height: int | None = None,
+        tile_sample_min_width: int | None = None,
+        tile_sample_stride_height: int | None = None,
+        tile_sample_stride_width: int | None = None,
+    ) -> None:
+        """Take frames that are larger than a tile in tiles, sides in px; None: as before, at first 512 and 448."""
+        self.use_tiling = True
+        self.tile_sample_min_height = tile_sample_min_height or self.tile_sample_min_height
+        self.tile_sample_min_width = tile_sample_min_width or self.tile_sample_min_width
+        self.tile_sample_stride_height = tile_sample_stride_height or self.tile_sample_stride_height
+        self.tile_sample_stride_width = tile_sample_stride_width or self.tile_sample_stride_width
+
+    def disable_tiling(self) -> None:
+        """Take frames whole."""
+        self.use_tiling = False
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[IdentityDistribution]:
@@ -289,13 +334,13 @@ class AutoencoderDCVideo(ModelMixin, ConfigMixin):
             x = torch.cat([x[:, :, :1].expand(-1, -1, missing, -1, -1), x], dim=2)
         else:
             x = torch.cat([x, x[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
-        latents = IdentityDistribution(torch.cat([*self._chunks(self.encoder, x, self.config.chunk_frames)], dim=2))
+        latents = IdentityDistribution(self._over(self.encoder, x, self.config.chunk_frames, factor, 1))
         return AutoencoderKLOutput(latent_dist=latents) if return_dict else (latents,)
 
     @apply_forward_hook
     def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Decode latents (B, c, T, h, w), unscaled, into videos (B, 3, 4 T - 3, f h, f w)."""
-        frames = torch.cat([*self._chunks(self.decoder, z, self.config.chunk_frames // TIME)], dim=2)
+        frames = self._over(self.decoder, z, self.config.chunk_frames // TIME, 1, self.config.scale_factor_spatial)
         frames = frames[:, :, : frames.shape[2] - (TIME - 1)]
         return DecoderOutput(sample=frames) if return_dict else (frames,)
 
@@ -303,6 +348,37 @@ class AutoencoderDCVideo(ModelMixin, ConfigMixin):
         """Decode what `sample` is encoded into."""
         (latents,) = self.encode(sample, return_dict=False)
         return self.decode(latents.mode(), return_dict=return_dict)
+
+    def _over(self, part: nn.Module, x: Tensor, length: int, inner: int, outer: int) -> Tensor:
+        """`part` of all of x, chunk by chunk; in tiles where they are enabled and the frames are larger than one.
+
+        inner, outer: numbers per side of a latent cell in x and in the result.
+        """
+        factor, height, width = self.config.scale_factor_spatial, x.shape[-2] // inner, x.shape[-1] // inner
+        tall, wide = (max(2, side // factor) for side in (self.tile_sample_min_height, self.tile_sample_min_width))
+        strides = self.tile_sample_stride_height // factor, self.tile_sample_stride_width // factor
+        over, beside = (min(max(1, t - s), t - 1) for t, s in zip((tall, wide), strides, strict=True))
+        if not self.use_tiling or (height <= tall and width <= wide):
+            return torch.cat([*self._chunks(part, x, length)], dim=2)
+        total = counted = None
+        for rows in tile_spans(height, tall, over):
+            for columns in tile_spans(width, wide, beside):
+                cut = x[..., rows.start * inner : rows.stop * inner, columns.start * inner : columns.stop * inner]
+                found = torch.cat([*self._chunks(part, cut, length)], dim=2)
+                down = tile_shares(rows, height, over, outer).to(found.device)
+                share = down[:, None] * tile_shares(columns, width, beside, outer).to(found.device)
+                if total is None or counted is None:
+                    exact = torch.promote_types(found.dtype, torch.float32)
+                    total = found.new_zeros(*found.shape[:3], height * outer, width * outer, dtype=exact)
+                    counted = total.new_zeros(total.shape[-2:])
+                place = (
+                    ...,
+                    slice(rows.start * outer, rows.stop * outer),
+                    slice(columns.start * outer, columns.stop * outer),
+                )
+                total[place] += found * share
+                counted[place] += share
+        return total.div_(counted).to(x.dtype)
 
     @staticmethod
     def _chunks(part: nn.Module, x: Tensor, length: int) -> Iterator[Tensor]:

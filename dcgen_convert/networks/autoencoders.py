@@ -59,7 +59,7 @@ class Codec:
             do not have.
 
     Results are on the CPU. Pictures are taken together up to `pixel_memory.TOGETHER` px and as memory holds them,
-    larger ones one by one, and those above `tiles.TILED` px in tiles. Videos are taken one by one.
+    larger ones one by one, and very large ones in tiles (`tiles.tile_of`). Videos are taken one by one.
     """
 
     model: Network
@@ -93,7 +93,8 @@ class Codec:
         config = {"_class_name": type(self.model).__name__, **self.model.config}
         known = pixel_memory.bytes_per_pixel(config)
         each = known["bf16" if self.model.dtype is torch.bfloat16 else "fp32"][way]
-        return pixel_memory.picture_bytes(each, way, height, width)
+        video = type(self.model).__name__ == trust.VIDEO_CLASS
+        return (pixel_memory.video_bytes if video else pixel_memory.picture_bytes)(each, way, height, width)
 
     def _in_parts(self, way: int, work: Callable[[Tensor], Tensor], rows: Tensor, height: int, width: int) -> Tensor:
         free = at_once.free_bytes(self.model.device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from dcgen_convert.checkpoint import trust
 from dcgen_convert.families import pixel_memory
 from dcgen_convert.families.base import Network
 from dcgen_convert.families.grid import autoencoder_grid, tile_sizes
@@ -15,9 +16,11 @@ from dcgen_convert.families.grid import autoencoder_grid, tile_sizes
 TILED, TILE = pixel_memory.TILED, pixel_memory.TILE
 
 
-def is_tiled(height: int, width: int) -> bool:
-    """Whether pictures of this size, in px, are taken in tiles."""
-    return max(height, width) > TILED
+def tile_of(vae: Network, height: int, width: int) -> int:
+    """px of a tile's side for pictures or frames of this size, in px; 0: they are taken whole."""
+    if type(vae).__name__ == trust.VIDEO_CLASS:
+        return pixel_memory.FRAME_TILE if height * width > pixel_memory.FRAME_WHOLE else 0
+    return TILE if max(height, width) > TILED else 0
 
 
 @contextmanager
@@ -29,8 +32,8 @@ def by_size(vae: Network, pictures: int, height: int, width: int) -> Iterator[No
     """
     before = {name: value for name, value in vars(vae).items() if name.startswith(("tile_", "use_"))}
     try:
-        if is_tiled(height, width) and not getattr(vae, "use_tiling", True):
-            _set_tiles(vae)
+        if (tile := tile_of(vae, height, width)) and not getattr(vae, "use_tiling", True):
+            _set_tiles(vae, tile)
         if hasattr(vae, "use_slicing") and pictures * height * width > pixel_memory.TOGETHER:
             vae.enable_slicing()
         yield
@@ -39,12 +42,12 @@ def by_size(vae: Network, pictures: int, height: int, width: int) -> Iterator[No
             setattr(vae, name, value)
 
 
-def _set_tiles(vae: Network) -> None:
-    """Tiles of TILE px; each class keeps them in another place. Those of AutoencoderKL overlap by a quarter."""
+def _set_tiles(vae: Network, side: int) -> None:
+    """Tiles of ``side`` px; each class keeps them in another place. Those of AutoencoderKL overlap by a quarter."""
     factor = autoencoder_grid({"_class_name": type(vae).__name__, **vae.config})[0]
     if hasattr(vae, "tile_sample_min_size"):
         vae.enable_tiling()
-        vae.tile_sample_min_size, vae.tile_latent_min_size = TILE, TILE // factor
+        vae.tile_sample_min_size, vae.tile_latent_min_size = side, side // factor
     else:
-        tile, stride = tile_sizes(factor, TILE)
+        tile, stride = tile_sizes(factor, side)
         vae.enable_tiling(tile, tile, stride, stride)

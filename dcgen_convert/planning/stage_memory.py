@@ -89,7 +89,7 @@ def needs(recipe: Recipe, sizes: Shapes, fits: list[Fit]) -> Iterator[Need]:
         batch = together(batch, pixels, pixel_memory.DRAWN)
         kept = DRAWN * float(pixels) * batch
         passes = LIVE * e * sizes.converted.width * (tokens + sizes.text) * sizes.passes(guidance)
-        decode = work(codec["fp32" if e == FP32 else "bf16"], DECODE, side, batch, sizes.frames)
+        decode = work(codec["fp32" if e == FP32 else "bf16"], DECODE, side, batch, sizes.frames, codec is ours)
         each = max(passes, decode / batch)
         networks = network + companions
         return Need(stage, networks, each, batch, loaded=networks, pixels=kept)
@@ -104,7 +104,7 @@ def needs(recipe: Recipe, sizes: Shapes, fits: list[Fit]) -> Iterator[Need]:
             yield drawing(stage, base, theirs, tokens, own.resolution, min(own.batch, own.count), own.guidance)
         side = max(recipe.sides(number))
         batch = together(min(recipe.latents.batch, own.count), sizes.frames * side**2)
-        both = [work(ours["fp32"], way, side, batch, sizes.frames) for way in (ENCODE, DECODE)] + [
+        both = [work(ours["fp32"], way, side, batch, sizes.frames, deep=True) for way in (ENCODE, DECODE)] + [
             work(theirs["fp32"], way, seen, recipe.latents.batch, sizes.frames) for way in (ENCODE, DECODE)
         ]
         read = PIXELS * float(sizes.frames * side**2) * batch
@@ -129,7 +129,9 @@ def needs(recipe: Recipe, sizes: Shapes, fits: list[Fit]) -> Iterator[Need]:
     count = recipe.evaluate.prompts
     tokens = max(tokens, sizes.seen(sizes.old, own_side(sizes.source, sizes.new, side)))
     verified = drawing("verify", max(base, converted), ours, tokens, side, min(data.batch, count or 1), 2.0)
-    trip = Need("verify", codecs, max(work(ours["fp32"], way, side, 1, sizes.frames) for way in (ENCODE, DECODE)))
+    trip = Need(
+        "verify", codecs, max(work(ours["fp32"], way, side, 1, sizes.frames, deep=True) for way in (ENCODE, DECODE))
+    )
     if trip.gpu(1) > verified.gpu():
         verified = replace(verified, weights=trip.weights, each=trip.each, at_once=1)
     yield replace(verified, loaded=verified.loaded + PROCESS)  # a second process draws a picture
@@ -153,9 +155,15 @@ def autoencoder_bytes(recipe: Recipe, sizes: Shapes) -> tuple[Bytes, Bytes]:
     return pixel_memory.bytes_per_pixel(ours), pixel_memory.bytes_per_pixel(theirs)
 
 
-def work(each: tuple[int, int], way: int, side: int, count: int, frames: int = 1) -> float:
-    """Bytes that an autoencoder works with for ``count`` squares of ``side`` px; it takes large ones one by one."""
-    picture = float(pixel_memory.picture_bytes(each[way], way, side, side))
+def work(each: tuple[int, int], way: int, side: int, count: int, frames: int = 1, deep: bool = False) -> float:
+    """Bytes that an autoencoder works with for ``count`` squares of ``side`` px; it takes large ones one by one.
+
+    deep: it is the new one, which takes large videos in tiles.
+    """
+    if deep and frames > 1:
+        picture = float(pixel_memory.video_bytes(each[way], way, side, side, frames))
+    else:
+        picture = float(pixel_memory.picture_bytes(each[way], way, side, side))
     return picture * together(count, frames * side**2)
 
 

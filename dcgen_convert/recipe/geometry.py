@@ -107,6 +107,7 @@ def check(recipe: Recipe, source: Identity) -> None:
     sources.check_few_steps(recipe, family, pipeline.index)
     for number in recipe.sets:
         if recipe.data_of(number).buckets:
+            _require_own_shape(recipe, number, family)
             for side in recipe.sides(number):
                 bucket_sizes(family, config, old, new, side)
     alignment(recipe, source.here, new)  # refuses a target that the base does not have
@@ -153,6 +154,14 @@ def _require_flow_for_bell(recipe: Recipe, family: Family) -> None:
     }
     if other := next((name for name, found in others.items() if found), None):
         raise RecipeError(f"adapt.weighting is bell, and {other} has no such weight", "--set adapt.weighting=none")
+
+
+def _require_own_shape(recipe: Recipe, number: int, family: Family) -> None:
+    """RecipeError for buckets of pictures that the base draws, where it draws squares."""
+    key, data = recipe.data_key(number), recipe.data_of(number)
+    if data.kind != "folder" and len({*family.shape}) == 1:
+        option = "--data FOLDER" if key == "data" else f"--set {key}.path=FOLDER"
+        raise RecipeError(f"{key}.buckets keeps the shapes of your own pictures, drawn ones are squares", option)
 
 
 def _require_not_enlarged(recipe: Recipe, number: int) -> None:

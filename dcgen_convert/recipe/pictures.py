@@ -51,8 +51,8 @@ class Data(Section):
     )
     buckets: bool = Field(
         default=False,
-        description="true: pictures of a folder keep their shapes, at sizes of about resolution^2 px; false: centre "
-        "squares",
+        description="true: pictures of a folder keep their shapes, at sizes of about resolution^2 px, and videos that "
+        "the base draws have the family's usual shape (9:16 for Wan); false: centre squares",
     )
     frames: Count | None = Field(
         default=None,

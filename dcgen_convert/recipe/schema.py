@@ -395,11 +395,6 @@ class Recipe(Section):
 
     def _require_pictures(self, name: str, data: Data) -> None:
         """ValueError for settings of pictures, called ``name``, that cannot be together."""
-        option = "--data FOLDER" if name == "data" else f"--set {name}.path=FOLDER"
-        if data.buckets and data.kind != "folder":
-            raise ValueError(
-                f"{name}.buckets keeps the shapes of your own pictures, drawn ones are squares: give {option}"
-            )
         if data.buckets and self.adapt.shift == "flux2":
             raise ValueError(
                 f"adapt.shift flux2 is a shift per size, more than a scheduler's config holds for {name}.buckets: use "

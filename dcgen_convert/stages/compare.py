@@ -95,8 +95,8 @@ def run(job: Job, stage: Stage, bundle: Path) -> PictureGrid:
                 floor = others.draw("floor", source, settings.steps, settings.guidance)
             columns = {CONVERTED: drawn[name], BASE: drawn["source"], FLOOR: floor, CEILING: drawn["round trip"]}
             files = {title: column.files for title, column in columns.items()}
-            sides = {CONVERTED: job.resolution, BASE: own}
-            stage.metrics["evaluation"] = judged.evaluation(job, files, texts, seeds[0], sides, first)
+            shapes = {CONVERTED: job.size, BASE: same}
+            stage.metrics["evaluation"] = judged.evaluation(job, files, texts, seeds[0], shapes, first)
     if job.recipe.evaluate.metrics == "tiny-world":
         (figures_of_edits if given else figures)(job, stage, drawn, texts)
     return written(drawn, texts, stage.folder / "grid.png")

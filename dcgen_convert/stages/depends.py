@@ -32,6 +32,7 @@ PHASE = "adapt.phases.*"  # without its data: they are the inputs of stages of t
 START, OPTIMIZER = "adapt.lora_start", "adapt.optimizer"
 FRAMES = "data.frames"
 BEYOND = "the shift beyond the base's size"
+SHAPE = "the shape of what the base draws"
 TRAINING = (
     "seed", "dtype", "adapt.objective", "adapt.null_branch", "adapt.guidance_range", "adapt.data_guidance",
     "adapt.shift", "adapt.weighting", "adapt.text_drop", "adapt.ema",
@@ -44,7 +45,7 @@ DEPENDS: dict[str, tuple[str, ...]] = {
     folders.SURGERY: (NETWORK, AUTOENCODER, RESOLUTION),
     folders.DATA: (
         SOURCE, PICTURES, CAPTIONS, SOURCES, "seed", "dtype", "data.kind", "data.count", "data.steps", "data.guidance",
-        "data.resolution", FRAMES, BEYOND, "latents.text_length",
+        "data.resolution", SHAPE, FRAMES, BEYOND, "latents.text_length",
     ),
     folders.LATENTS: (
         SOURCE, AUTOENCODER, "dtype", "data.buckets", FRAMES, "latents", "adapt.phases.resolution", BASE_VIEW,
@@ -61,7 +62,7 @@ DEPENDS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 VERSIONS = {**dict.fromkeys(DEPENDS, 1), folders.ALIGN_HEAD: 2}
 DRAWN = (
-    SOURCE, CAPTIONS, SOURCES, "seed", "dtype", "data.steps", "data.guidance", "data.resolution", BEYOND,
+    SOURCE, CAPTIONS, SOURCES, "seed", "dtype", "data.steps", "data.guidance", "data.resolution", SHAPE, BEYOND,
     "latents.text_length",
 )  # fmt: skip
 GROWS = ("data.count", PICTURES, CAPTIONS)  # pictures are kept one by one
@@ -76,6 +77,7 @@ FACTS = {
     PICTURES: ("data.min_side",),
     SOURCES: ("data.sources",),
     BEYOND: ("data.beyond_base",),
+    SHAPE: ("data.buckets",),
     CAPTIONS: ("seed", "data.count", "data.prompts"),
     "adapt.phases.resolution": ("adapt.phases.*.resolution",),
     BASE_VIEW: ("align_embedder.target",),
@@ -147,6 +149,8 @@ def _counts(job: Job, stage: str, number: int, name: str) -> bool:
             name == SOURCES and not (job.family.fewest_references or edited.drawn(job))
         ):
             return False
+        if name == SHAPE:  # markers from before squares were not the only shape do not name it
+            return not own and len({*job.drawn_size}) > 1
         return name not in DRAWN if own else name != PICTURES
     if name == BASE_VIEW:
         return job.is_aligned
@@ -169,6 +173,7 @@ def _value(job: Job, settings: dict[str, Any], name: str, number: int) -> Any:
         SOURCES: lambda: _edited(job),
         FRAMES: lambda: job.frames,
         BEYOND: lambda: [job.beyond.shift] if job.beyond else [],
+        SHAPE: lambda: [*job.drawn_size],
         CAPTIONS: lambda: _captions(job, job.recipe.data.count),
         "data.prompts": lambda: _prompts(job),
         "latents.text_length": lambda: job.text_length,

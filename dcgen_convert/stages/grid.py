@@ -30,7 +30,7 @@ from dcgen_convert.train.objective import Velocity, drop_text, shift_t
 from dcgen_convert.train.watch import sheet_of
 
 Combine = Callable[[Tensor, Tensor, float], Tensor]  # `Family.guided`
-EDITED = "what is edited"  # title of its column
+EDITED = {2: "what is edited", 3: "the first frame"}  # title of the column of references, by the axes of a latent
 
 
 def noise_levels(family: Family, steps: int, tokens: int, scheduler: dict[str, Any]) -> Tensor:
@@ -78,8 +78,8 @@ def drawing(
 
     Every rank samples, because a partitioned network needs all ranks. Rank 0 decodes, has the pictures measured by
     ``watched``, and writes. Of videos a film of all frames lies beside it, if PyAV is there; their middle frames are
-    measured. Of a model that edits the first column shows what is edited, as the autoencoder gives it
-    back: the rows hold its latents.
+    measured. Of a model that edits the first column shows what is edited, and of one that draws videos from a picture
+    that picture, as the autoencoder gives it back: the rows hold its latents.
     """
     settings = job.recipe.bundle
 
@@ -105,11 +105,13 @@ def drawing(
         codec = autoencoders.load(job.target, device=device, scale=scale, console=job.console)
         columns = dict(zip((f"step {step}", "round trip"), zip(*latents, strict=True), strict=True))
         if len(given) == len(latents):
-            columns = {EDITED: tuple(given), **columns}
+            columns = {EDITED[job.family.axes]: tuple(given), **columns}
         moving = job.family.axes == 3
         seen = {
             title: [_images(pixels) for z in parts for pixels in codec.decode(z)] for title, parts in columns.items()
         }
+        if EDITED[3] in seen:  # after the first frame a reference is grey
+            seen[EDITED[3]] = [frames[:1] for frames in seen[EDITED[3]]]
         pictures = {title: [frames[len(frames) // 2] for frames in column] for title, column in seen.items()}
         captions = rows.captions([row for part in chosen for row in part])
         if watched:

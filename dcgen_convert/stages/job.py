@@ -150,9 +150,17 @@ class Job:
     @property
     def size(self) -> Size:
         """(height, width) in px that the bundle is made for: of the last phase's buckets the usual one."""
-        shapes = self.of_phase(len(self.recipe.adapt.phases)).buckets.get(self.resolution)
+        return self.of_phase(len(self.recipe.adapt.phases)).usual_size(self.resolution)
+
+    @property
+    def drawn_size(self) -> Size:
+        """(height, width) in px at which the base draws these pictures: with buckets the family's usual shape."""
+        return self.usual_size(self.recipe.data.resolution)
+
+    def usual_size(self, px: int) -> Size:
+        """Of the buckets of these pictures at ``px`` the one of the family's usual shape; the square without any."""
         height, width = self.family.shape
-        return nearest(shapes, width, height) if shapes else (self.resolution, self.resolution)
+        return nearest(self._bucket_sizes(px), width, height) if self.recipe.data.buckets else (px, px)
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -328,10 +336,13 @@ class Job:
         """
         if not self.recipe.data.buckets:
             return {}
+        return {px: self._bucket_sizes(px) for px in self.resolutions}
+
+    def _bucket_sizes(self, px: int) -> list[Size]:
         f, c = autoencoder_grid(read_json(self.source.vae / "config.json"))
         config = self.source.config
         base = Grid(f, c, self.family.patch(config, c))
-        return {px: bucket_sizes(self.family, config, base, self.ae.grid, px) for px in self.resolutions}
+        return bucket_sizes(self.family, config, base, self.ae.grid, px)
 
     def conditions(self, encoders: Callable[[], Pipeline], side: int) -> Conditions:
         """What encodes the rows of these pictures at the resolution ``side``, with what ``encoders`` gives."""

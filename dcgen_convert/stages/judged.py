@@ -10,7 +10,8 @@ import torch
 
 from dcgen_convert.bundle import lineage
 from dcgen_convert.core import pulse
-from dcgen_convert.data import images, references
+from dcgen_convert.data import contents, images, references
+from dcgen_convert.data.buckets import Size
 from dcgen_convert.data.references import References, together
 from dcgen_convert.evaluation import measures, rows
 from dcgen_convert.evaluation.measure import Measure, Weights
@@ -39,23 +40,24 @@ def evaluation(
     files: Mapping[str, Sequence[Path]],
     texts: Sequence[str],
     seed: int,
-    sides: Mapping[str, int],
+    sizes: Mapping[str, Size],
     edited: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """The rows, and what they were measured on.
 
     Args:
-        files: set (`rows`) -> its pictures. texts: their prompts. seed: of the first picture. sides: px of
-            "converted" and "base". edited: the first reference of each prompt, for a model that edits.
+        files: set (`rows`) -> its pictures. texts: their prompts. seed: of the first picture. sizes: (height,
+            width) in px of "converted" and "base". edited: the first reference of each prompt, for a model that edits.
     """
-    side, given = min(sides.values()), _references(job)
+    size, given = min(sizes.values()), _references(job)
+    frames = job.family.base_frames(job.frames) if job.frames else 0
     found = _settled(job, texts)
     figures = {
-        name: rows.measured(_batches(pictures, texts, side, given is not None, edited), found)
+        name: rows.measured(_batches(pictures, texts, size, frames, given is not None, edited), found)
         for name, pictures in files.items()
     }
     if given is not None:
-        figures[rows.REFERENCE] = rows.measured(given.batches(side), found)
+        figures[rows.REFERENCE] = rows.measured(given.batches(min(size)), found)
     table = rows.rows(figures, found)
     for name, value in rows.values(table).items():
         job.console.say(f"evaluate: {name} {value:.4g}")
@@ -64,7 +66,7 @@ def evaluation(
         "prompts": job.recipe.data.prompts,
         "count": len(texts),
         "seed": seed,
-        "sides": {**sides, "measured": side},
+        "sides": {**{name: one[0] for name, one in sizes.items()}, "measured": size[0]},
         "jpeg": given is not None,
         "reference": None if given is None else {"name": given.name, "count": given.count},
         "measures": table,
@@ -82,6 +84,7 @@ def _settled(job: Job, texts: Sequence[str]) -> list[Measure]:
         "offline": job.identity.offline,
         "recipe": True,
         "edited": edited.tried(edited.judging(job)),
+        "moving": job.frames > 0,
     }
     return measures.chosen(recipe.measures, weights(job.recipe), texts, **place)[0]
 
@@ -98,13 +101,15 @@ def _references(job: Job) -> References | None:
 
 
 def _batches(
-    files: Sequence[Path], texts: Sequence[str], side: int, jpeg: bool, edited: Sequence[Path]
+    files: Sequence[Path], texts: Sequence[str], size: Size, frames: int, jpeg: bool, edited: Sequence[Path]
 ) -> Iterator[rows.Batch]:
-    """The pictures at ``side`` px, (B, 3, side, side) in [-1, 1], with their prompts, and references if there are."""
-    for start in range(0, len(files), together(side)):
-        part = slice(start, start + together(side))
-        pixels = torch.stack([images.read_pixels(file, side) for file in files[part]])
+    """The pictures, (B, 3, *size) in [-1, 1], or videos of ``frames`` frames, with their prompts and references."""
+    count = max(1, together(*size) // max(1, frames))
+    for start in range(0, len(files), count):
+        part = slice(start, start + count)
+        whole = (frames, *size) if frames else size
+        pixels = torch.stack([contents.read(file, [whole])[0] for file in files[part]])
         shown = through_jpeg(pixels) if jpeg else pixels
-        references = [images.read_pixels(file, side) for file in edited[part]]
+        references = [images.read_pixels(file, *size) for file in edited[part]]
         yield (shown, list(texts[part]), torch.stack(references)) if references else (shown, list(texts[part]))
         pulse.bump()

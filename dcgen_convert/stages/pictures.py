@@ -199,8 +199,8 @@ def draw_part(job: Job, bar: Bar) -> None:
     was cut off draws the very same pictures. Where memory is short, a batch is halved.
     """
     settings = job.recipe.data
-    frames = drawn_frames(job)
-    batch = pixel_memory.together(settings.batch, frames * settings.resolution**2, pixel_memory.DRAWN)
+    frames, (height, width) = drawn_frames(job), job.drawn_size
+    batch = pixel_memory.together(settings.batch, frames * height * width, pixel_memory.DRAWN)
     own = intended(job)[job.crew.rank :: job.crew.world]
     batches = [own[start : start + batch] for start in range(0, len(own), batch)]
     batches = [part for part in batches if not all(picture.file.exists() for picture in part)]
@@ -218,11 +218,12 @@ def draw_part(job: Job, bar: Bar) -> None:
             pipeline,
             [picture.caption for picture in part],
             [cast(int, picture.seed) for picture in part],  # what is drawn has a seed
-            side=settings.resolution,
+            side=height,
+            width=width,
             steps=settings.steps,
             guidance=settings.guidance,
             length=job.text_length,
-            references=images.read_references([one.references for one in part if one.references], settings.resolution),
+            references=images.read_references([one.references for one in part if one.references], height, width),
             frames=frames,
         )
         return pixels[:, :, : job.frames] if job.frames else pixels

@@ -137,7 +137,7 @@ def test_the_card(bundle):
     assert "one token per 16 x 16 px of 4 frames" in card
     assert "num_frames=9" in card and 'export_to_video(video, "video.mp4", fps=16)' in card
     assert "trust_remote_code=True" in card and "vae/autoencoder_dc_video_v" in card
-    assert "draws 480 x 832 px" in card and "enable_tiling" not in card and "Inpainting" not in card
+    assert "draws 480 x 832 px" in card and "`pipe.vae.enable_tiling()`" in card and "Inpainting" not in card
 
 
 def test_each_kind_of_model_takes_its_own_autoencoder(parts, tmp_path):

@@ -16,6 +16,7 @@ from PIL import Image
 from dcgen_convert import conversion
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.errors import InputError, ResourceError
+from dcgen_convert.core.files import read_json
 from dcgen_convert.core.journal import Run
 from dcgen_convert.data import images, videos
 from dcgen_convert.evaluation import grids
@@ -24,7 +25,7 @@ from dcgen_convert.judging.evaluating import evaluate
 from dcgen_convert.judging.order import Asked
 from dcgen_convert.networks import autoencoder_dc_video as video
 from dcgen_convert.recipe.loading import load
-from dcgen_convert.stages import pictures
+from dcgen_convert.stages import depends, pictures
 from dcgen_convert.stages.job import Job, prepare
 
 FRAMES, SIDE, COUNT, STEPS = 8, 32, 4, 2
@@ -59,12 +60,12 @@ def models(tmp_path_factory):
     return root
 
 
-def resolved(models, **changes):
+def resolved(models, side=SIDE, **changes):
     sets = [f"{key}={value}" for key, value in {**SETTINGS, **changes}.items()]
     return load(
         "image",
         sets=sets,
-        flags={"source": str(models / "source"), "ae": str(models / "autoencoder"), "resolution": SIDE},
+        flags={"source": str(models / "source"), "ae": str(models / "autoencoder"), "resolution": side},
     )
 
 
@@ -107,6 +108,27 @@ def test_the_base_draws_one_frame_more_and_every_video_is_stored_whole(models, t
     again = pictures.synthesise(job)
     assert [one.file.read_bytes() for one in again] == before
     assert [found[i].file.stat().st_mtime_ns for i in (0, 3)] == times
+
+
+def test_with_buckets_the_base_draws_the_shape_of_wide_videos(models, tmp_path):
+    """48 x 80 px, the bucket of 64 px that is nearest to 9:16, as the stock pipeline draws it; and the stage knows."""
+    changes = {"data.frames": 4, "data.count": 2, "data.buckets": "true", "data.steps": 1}
+    conversion.convert(resolved(models, 64, **changes), tmp_path / "run", tmp_path / "out", NULL, until="data")
+    job = prepare(resolved(models, 64, **changes), Run(tmp_path / "run", NULL), NULL)
+    assert job.drawn_size == job.size == (48, 80)
+    assert depends.inputs(job, "data")[depends.SHAPE] == [48, 80]
+    squares = prepare(resolved(models, 64, **changes | {"data.buckets": "false"}), Run(tmp_path / "run", NULL), NULL)
+    assert squares.drawn_size == (64, 64) and depends.SHAPE not in depends.inputs(squares, "data")
+    found = pictures.listed(job)
+    stock = diffusers.WanPipeline.from_pretrained(models / "source")
+    stock.set_progress_bar_config(disable=True)
+    call = dict(height=48, width=80, num_frames=5, num_inference_steps=1, guidance_scale=1.0, output_type="pt")
+    generators = [torch.Generator().manual_seed(one.seed) for one in found]
+    drawn = stock([one.caption for one in found], **call, max_sequence_length=32, generator=generators).frames
+    for one, wanted in zip(found, drawn, strict=True):
+        assert videos.shape(one.file) == (80, 48, 4)
+        kept = videos.read(one.file, 4, 48, 80)
+        torch.testing.assert_close((kept + 1) / 2, wanted.movedim(0, 1)[:, :4], atol=0.51 / 255, rtol=0)
 
 
 def test_the_users_videos_are_hashed_and_those_that_are_too_short_left_out(models, tmp_path, capsys):
@@ -163,8 +185,12 @@ def test_the_sheet_of_a_training_shows_frames_and_a_film_lies_beside_it(models, 
 def test_a_whole_conversion_and_its_evaluation(models, tmp_path):
     """The measures of the kept files, computed here of every pair of neighbours and of five frames."""
     given = {"data.kind": "folder", "data.path": "tiny-videos:32", "bundle.steps": 2, "align_head.steps": 0}
-    changes = {**given, "adapt.phases": PHASES, "bundle.guidance": 1}
+    measures = {"evaluate.metrics": "[temporal-difference, sharpness]", "evaluate.prompts": 3}
+    changes = {**given, "adapt.phases": PHASES, "bundle.guidance": 1, **measures}
     conversion.convert(resolved(models, **changes), tmp_path / "run", tmp_path / "bundle", NULL)
+    found = read_json(tmp_path / "run" / "verify" / "stage.json")["metrics"]["evaluation"]["measures"]
+    assert [row["measure"] for row in found] == ["temporal-difference", "sharpness"]
+    assert all(row["converted"] > 0 and row["ceiling"] > 0 for row in found)
     asked = Asked(
         tmp_path / "bundle",
         tmp_path / "found",

@@ -5,16 +5,20 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import run_cli
 from families.tiny_videos import VIDEOS
+from PIL import Image
 
 from dcgen_convert import families
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.files import read_json
 from dcgen_convert.core.journal import Run
-from dcgen_convert.data import images, videos
+from dcgen_convert.core.pixels import to_image
+from dcgen_convert.data import buckets, images, videos
+from dcgen_convert.evaluation import grids
 from dcgen_convert.families.base import REFERENCE
 from dcgen_convert.networks import autoencoders
 from dcgen_convert.networks.autoencoder_dc_video import AutoencoderDCVideo
@@ -105,6 +109,28 @@ def test_the_bundle_is_verified_and_the_stock_pipeline_draws_from_it(whole, tmp_
     done = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [family.pipeline_class, "AutoencoderDCVideo", str(SCALE)]
+
+
+def test_the_sheet_of_a_training_shows_what_the_videos_are_drawn_from(whole, job):
+    """Of a model that is given the first frame: that frame, as the autoencoder gives back the picture in a latent frame
+    of its own. One video is held out: it has a row of five frames, and so has each video beside it.
+    """
+    name, root = whole
+    file = root / "run" / "adapt-1" / "samples" / "step-000002.png"
+    cells = np.asarray(Image.open(file).convert("RGB"), dtype=np.float32)
+    row, across = 14 + grids.SIDE + grids.GAP, grids.SIDE + grids.GAP
+    rows, columns = (cells.shape[0] - 18) // row, (cells.shape[1] - grids.GAP) // across
+    assert (rows, columns) == (3 if name == "wan-image" else 2, 5)
+    if name != "wan-image":
+        return
+    shown = [cells[18 + 14 : 18 + 14 + grids.SIDE, grids.GAP + n * across :][:, : grids.SIDE] for n in range(columns)]
+    assert all(np.array_equal(one, shown[0]) for one in shown)
+    _, unseen = job.rows(SIDE).split()
+    (first, *_), *_ = buckets.first_of_each(unseen.spans, 2)
+    latent = unseen.pairs([first])[1][REFERENCE]
+    frame = autoencoders.load(job.target, scale=SCALE).decode(latent)[0, :, 0]
+    wanted = np.asarray(grids.cell(to_image(frame)), dtype=np.float32)
+    assert wanted.std() > 1 and np.abs(shown[0] - wanted).max() <= 2
 
 
 def test_every_latent_is_of_the_frames_of_its_autoencoder(whole, job):

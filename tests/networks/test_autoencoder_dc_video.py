@@ -1,5 +1,7 @@
 """DC-AE-V against a second implementation in float64, chunks against the whole, and the numbers of frames."""
 
+import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -8,10 +10,11 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 
 from dcgen_convert.core.files import read_json
+from dcgen_convert.families import pixel_memory
 from dcgen_convert.families.grid import autoencoder_grid
 from dcgen_convert.networks import autoencoder_dc_video as video
 from dcgen_convert.networks import autoencoders, tiles
-from dcgen_convert.networks.autoencoder_dc_video import AutoencoderDCVideo, ChunkConv, fold, unfold
+from dcgen_convert.networks.autoencoder_dc_video import AutoencoderDCVideo, ChunkConv, fold, tile_spans, unfold
 
 K, C = 8, 4
 F64 = dict(
@@ -274,12 +277,84 @@ def test_the_codec_scales_its_latents(tmp_path):
     torch.testing.assert_close(codec.decode(z), frames(model, z / 0.7241).clamp(-1, 1), atol=1e-4, rtol=0)
 
 
-def test_large_frames_are_taken_whole(monkeypatch):
-    """It has no tiles in space."""
-    monkeypatch.setattr(tiles, "TILED", 8)
-    model, x = small(), clip(4)
+def test_tiles_cover_a_side_with_as_few_as_do():
+    for side in range(1, 60):
+        for tile, overlap in ((8, 1), (16, 2), (5, 4)):
+            spans = tile_spans(side, tile, overlap)
+            assert (spans[0].start, spans[-1].stop) == (0, side) and len({len(span) for span in spans}) == 1
+            assert len(spans[0]) <= tile
+            pairs = [*pairwise(spans)]
+            assert all(before.stop - after.start >= overlap for before, after in pairs)
+            assert len(spans) == 1 or (len(spans) - 1) * (tile - overlap) + overlap < side  # one less would not do
+    assert [len(tile_spans(side // 32, 16, 2)) for side in (704, 1280)] == [2, 3]  # of 12 and 15 cells
+
+
+def by_hand(part, x, height, width, tile, overlap, unit, scale, length):
+    """Every number as the mean over the tiles that hold it, weighted by how far it is from their inner edges."""
+    total, weight = 0, 0
+    for rows in tile_spans(height, tile, overlap):
+        for columns in tile_spans(width, tile, overlap):
+            cut = x[..., rows.start * unit : rows.stop * unit, columns.start * unit : columns.stop * unit]
+            kept = {}
+            found = torch.cat([part(chunk, kept) for chunk in cut.split(length, dim=2)], dim=2).double()
+            share = torch.zeros(height * scale, width * scale, dtype=torch.float64)
+            for i in range(rows.start * scale, rows.stop * scale):
+                for j in range(columns.start * scale, columns.stop * scale):
+                    inner = [(i - rows.start * scale, rows.start), (rows.stop * scale - 1 - i, rows.stop < height)]
+                    inner += [(j - columns.start * scale, columns.start)]
+                    inner += [(columns.stop * scale - 1 - j, columns.stop < width)]
+                    share[i, j] = math.prod(
+                        min(1.0, (distance + 0.5) / (overlap * scale)) for distance, is_inner in inner if is_inner
+                    )
+            margins = (
+                columns.start * scale, (width - columns.stop) * scale, rows.start * scale, (height - rows.stop) * scale
+            )  # fmt: skip
+            total, weight = total + F.pad(found, margins) * share, weight + share
+    return total / weight
+
+
+@torch.no_grad()
+def test_large_frames_are_taken_in_tiles(monkeypatch):
+    """Of 4 cells that overlap by 1, against sums by hand; two chunks of frames, so that each tile keeps its own frames.
+    After `by_size` frames are whole again. Tiles over all of a frame change nothing.
+    """
+    monkeypatch.setattr(pixel_memory, "FRAME_WHOLE", 8 * 16)
+    monkeypatch.setattr(pixel_memory, "FRAME_TILE", 32)
+    model, x = small(), clip(2 * K, side=56)
+    whole = latents(model, x)
+    with tiles.by_size(model, 1, 56, 112):
+        assert (model.tile_sample_min_height, model.tile_sample_stride_width) == (64, 56)  # at least 8 cells
+        model.enable_tiling(32, 32, 24, 24)
+        z, drawn = latents(model, x), model.decode(whole).sample
+    assert not model.use_tiling and torch.equal(latents(model, x), whole) and z.shape == whole.shape
+    assert (z - whole).abs().max() > 1e-3
+    wanted = by_hand(model.encoder, x, 7, 14, 4, 1, 8, 1, K)
+    torch.testing.assert_close(z.double(), wanted, atol=1e-4, rtol=1e-4)
+    wanted = by_hand(model.decoder, whole, 7, 14, 4, 1, 1, 8, K // 4)[:, :, :-3]
+    torch.testing.assert_close(drawn.double(), wanted, atol=1e-4, rtol=1e-4)
     with tiles.by_size(model, 1, 8, 16):
-        assert latents(model, x).shape == (2, C, 1, 1, 2)
+        assert not model.use_tiling
+    model.enable_tiling(56, 112, 48, 48)
+    assert torch.equal(latents(model, x), whole)
+
+
+@torch.no_grad()
+def test_seams_do_not_show_and_end_within_cells():
+    """Initial weights, two tiles of 13 cells that overlap by 2: no jump between neighbours is larger than that of the
+    whole by a tenth, and six cells away from the overlap 1 % of the frame's size is left of the difference.
+    """
+    torch.manual_seed(0)
+    sizes = dict(latent_channels=C, block_out_channels=(8, 16, 16, 32), layers_per_block=(1, 1, 1, 1))
+    model = AutoencoderDCVideo(**sizes, chunk_frames=K).eval()
+    ramp = torch.linspace(-1, 1, 192)
+    z = latents(model, (ramp[:24, None] * ramp).expand(1, 3, 4, 24, 192))
+    whole = model.decode(z).sample
+    model.enable_tiling(128, 128, 112, 112)
+    tiled = model.decode(z).sample
+    jumps, before = ((one[..., 1:] - one[..., :-1]).abs().mean((0, 1, 2, 3)) for one in (tiled, whole))
+    assert jumps.max() < 1.1 * before.max()
+    apart = (tiled - whole).abs().mean((0, 1, 2, 3)).view(24, 8).mean(1) / whole.abs().mean()
+    assert apart[10:14].max() > 0.1 and apart[:5].max() < 0.01 and apart[19:].max() < 0.01
 
 
 def test_file_names_its_licence_since_it_travels_alone():

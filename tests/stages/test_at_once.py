@@ -120,6 +120,18 @@ def test_bytes_per_pixel_of_the_autoencoders_of_wan(source, side, dtype):
         assert 0.98 * most <= found <= 1.02 * most
 
 
+def test_a_video_in_tiles_needs_one_tile_and_its_results():
+    """960 px, the area of 704 x 1280: within a third of what is stated, and never more; less than whole."""
+    config = deep_autoencoders.config_of(catalog.AUTOENCODERS["dc-ae-v-f32t4c32"])
+    with torch.device("meta"):
+        model = AutoencoderDCVideo.from_config(config).to(torch.bfloat16).eval()
+    stated, side = pixel_memory.bytes_per_pixel(config)["bf16"], 960
+    with tiles.by_size(model, 1, side, side):
+        for way, found in enumerate(counted(model, side, pixel_memory.FRAMES)):
+            allowed = pixel_memory.video_bytes(stated[way], way, side, side)
+            assert 0.67 * allowed <= found * side**2 <= 1.02 * allowed < 0.5 * stated[way] * side**2
+
+
 def test_a_picture_in_tiles_needs_one_tile_and_its_results():
     """3072 px against what is stated, within a fifth, and against 2048 px, which are taken whole."""
     config = published("dc-ae-f64")
