@@ -38,14 +38,14 @@ from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.schema import Quantize
 from dcgen_convert.stages import compare, source_pipeline
 from dcgen_convert.stages.captions import class_names
-from dcgen_convert.stages.quantize import SINGLE_FILE, measured, settings_of
+from dcgen_convert.stages.quantize import SINGLE_FILE, measured, settings_of, targets_of
 from dcgen_convert.stages.steps import KEEP
 from dcgen_convert.svdquant.nunchaku import export_nunchaku
 from dcgen_convert.svdquant.quantize import quantize
 from dcgen_convert.svdquant.record import CALLS, DONE, CalibrationSet, read_calls, record_calls
 from dcgen_convert.svdquant.settings import QuantSettings
 from dcgen_convert.svdquant.skeleton import build
-from dcgen_convert.svdquant.targets import check_container, plan_targets
+from dcgen_convert.svdquant.targets import check_container
 from dcgen_convert.tiny import world
 
 BATCH = 4  # pictures drawn at once
@@ -153,7 +153,7 @@ def quantize_alone(request: Request, folder: Path, console: Console) -> dict[str
     config, family = identity.config, identity.family
     if "quantization_config" in config:
         raise InputError(f"{folder} is already quantised", "give the dense model")
-    targets = plan_targets(family, config, request.section.dense)
+    targets = targets_of(family, config, request.section)
     settings = replace(settings_of(request.section, request.drawing.seed), calibration="none")
     work = request.work_folder
     shutil.rmtree(work, ignore_errors=True)
@@ -212,10 +212,10 @@ class SourceQuantisation:
         )
         if request.drawing.sources is not None and not source.family.references:
             raise InputError(f"{request.name} draws from text alone", "leave --sources out")
-        check_container(request.section.container, source.family)
+        check_container(request.section.container, request.section.format, source.family)
         folders = list(source.parts.values())
         require_room(request.output, [path for path in folders if path.is_dir()], source.files)
-        targets = plan_targets(source.family, source.config, request.section.dense)
+        targets = targets_of(source.family, source.config, request.section)
         return cls(request, console, source, targets)
 
     @cached_property
@@ -453,6 +453,8 @@ def check_asked(request: Request, identity: Identity) -> None:
             "weights alone do not give",
             "give --calibration N, or use the diffusers container",
         )
+    if request.drawing.data_free:
+        replace(settings_of(request.section, request.drawing.seed), calibration="none")
     authors.refuse(identity.index, request.name)
 
 

@@ -249,7 +249,7 @@ def quantize(  # noqa: PLR0913  every option of the verb by its name
     guidance: float | None = None,
     seed: int = 0,
     dense: str | None = None,
-    container: Literal["diffusers", "nunchaku"] = "diffusers",
+    container: Literal["diffusers", "nunchaku", "bfl"] = "diffusers",
     fuse_qkv: bool = False,
     base: str | None = None,
     loras: Sequence[str] = (),
@@ -269,7 +269,8 @@ def quantize(  # noqa: PLR0913  every option of the verb by its name
         resolution, steps, guidance: side in px and settings of these pictures. None: the catalogue's, else the
             pipeline's own.
         dense: regex of block linears that stay 16-bit. None: none beyond the family's.
-        container: "nunchaku" adds the classic single file (FLUX.1).
+        container: "nunchaku" adds the classic single file (FLUX.1); "bfl" is nvfp4 without the 16-bit branch, for
+            widths that are no multiples of 128.
         fuse_qkv: quantise q, k and v as one layer, which shares smoothing and down projection.
         base, loras: as in `convert`.
         quiet: only warnings on stderr.

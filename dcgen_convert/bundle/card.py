@@ -14,14 +14,17 @@ import yaml
 from dcgen_convert.bundle import lineage, measured
 from dcgen_convert.bundle.markdown import block, code, one_line, plain, table
 from dcgen_convert.checkpoint.licence import FIELDS
+from dcgen_convert.checkpoint.shards import STEM
 from dcgen_convert.families.base import TIME, Family
 from dcgen_convert.families.grid import tile_sizes
 from dcgen_convert.families.pixel_memory import FRAME_WHOLE, TILED
+from dcgen_convert.svdquant.forms import BFL, NUNCHAKU_LITE
 
 PICTURES = "pictures.png"  # in the bundle: the grid that the card shows
 AUTHORS = "https://github.com/dc-ai-projects/DC-Gen"
 LOADING = ("from diffusers.utils import load_image",)  # for the picture that an editing model is given
 EXPORTING = ("from diffusers.utils import export_to_video",)  # for what a model of videos draws
+BFL_CONFIG = "BFLQuantizationConfig"  # diffusers' class for the form `bfl`
 PACKAGES = ("diffusers", "transformers", "torch", "dcgen-convert")  # whose versions the card names
 
 
@@ -89,6 +92,11 @@ class Card:
         return str(self.quantise.get("format", "none"))
 
     @property
+    def plain(self) -> bool:
+        """Whether its 4-bit linears are plain NVFP4, without smoothing and branch."""
+        return self.format != "none" and self.quantise.get("container") == BFL
+
+    @property
     def factor(self) -> int:
         """px per side of a latent cell."""
         return int(self.manifest["autoencoder"]["factor"])
@@ -138,8 +146,9 @@ def _front_matter(card: Card) -> str:
             header["base_model_relation"] = relation
     if "encoder_hidden_states" in family.text_keys:
         header["pipeline_tag"] = "text-to-video" if card.frames else "text-to-image"
+    kind = [] if card.format == "none" else [card.format if card.plain else "svdquant"]
     tags = ["dcgen-convert", *(["dc-ae"] if card.converted else []), family.name]
-    header |= {"library_name": "diffusers", "tags": [*tags, *(["svdquant"] if card.format != "none" else [])]}
+    header |= {"library_name": "diffusers", "tags": [*tags, *kind]}
     return f"---\n{_yaml(header | _results(card))}---"
 
 
@@ -179,10 +188,15 @@ def _summary(card: Card) -> str:
         )
     else:
         text = f"{base} in its own latent space; all but the transformer's block linears is as it was."
-    if card.format != "none":
+    if card.plain:
+        text += (
+            f" Its block linears are W4A4 {card.format.upper()} in blocks of 16, rounded with GPTQ (arXiv 2210.17323), "
+            f"in the format `{BFL}` of diffusers. Convolutions are 16-bit."
+        )
+    elif card.format != "none":
         text += (
             f" Its block linears are SVDQuant W4A4 {card.format.upper()} (arXiv 2411.05007), in the "
-            "`nunchaku_lite` format of diffusers."
+            f"`{NUNCHAKU_LITE}` format of diffusers."
         )
     return text
 
@@ -226,7 +240,12 @@ def _usage(card: Card) -> str:
             f"Pictures above {TILED} px need less memory in tiles: "
             f"`pipe.vae.enable_tiling({tile}, {tile}, {stride}, {stride})` before the call."
         )
-    if card.format == "nvfp4":
+    if card.plain:
+        text.append(
+            "A Blackwell GPU (compute capability 10.0 and above) multiplies in 4 bits where `flashinfer-python` is "
+            "installed. Elsewhere diffusers multiplies the weights out in each call: that saves memory and no time."
+        )
+    elif card.format == "nvfp4":
         text.append(
             "The NVFP4 kernels need an RTX 50 / RTX PRO Blackwell GPU, `pip install kernels` and "
             "`DIFFUSERS_TRUST_REMOTE_KERNELS=true`. "
@@ -255,17 +274,22 @@ def _lines(card: Card) -> list[str]:
     kind = f"DCGen_{card.family.pipeline_class}" if card.layout == "official" else "DiffusionPipeline"
     place, trust = one_line(card.place), ", trust_remote_code=True" if card.carries_code else ""
     helpers = [*(EXPORTING if card.frames else ()), *(LOADING if card.family.fewest_references else ())]
-    lines = ["import torch", f"from diffusers import {kind}", *helpers, ""]
+    own = [BFL_CONFIG, card.family.model_class] if card.plain else []
+    lines = ["import torch", f"from diffusers import {', '.join(sorted([kind, *own]))}", *helpers, ""]
     if card.layout == "official":
         lines = [
             f"# The class is part of the DC-Gen authors' code: git clone {AUTHORS}",
             f"# and import {kind} from the module of that code which defines it.",
             "import torch",
+            *([f"from diffusers import {', '.join(own)}"] if own else []),
             "",
         ]
     if place == one_line(card.title):
         lines.append("# The name of the folder: run it beside the folder, or give the path.")
-    lines.append(f'pipe = {kind}.from_pretrained({_quoted(place)}, dtype=torch.bfloat16{trust}).to("cuda")')
+    if card.plain:
+        lines += _network_lines(card, place)
+    given = f", {card.family.component}={card.family.component}" if card.plain else ""
+    lines.append(f'pipe = {kind}.from_pretrained({_quoted(place)}{given}, dtype=torch.bfloat16{trust}).to("cuda")')
     if card.lora:
         lines.append(f"pipe.load_lora_weights({_quoted(place)})")
     defaults = card.manifest["defaults"]
@@ -277,6 +301,19 @@ def _lines(card: Card) -> list[str]:
 
         return [*lines, f"video = {call}.frames[0]", f'export_to_video(video, "video.mp4", fps={FPS})']
     return [*lines, f"image = {call}.images[0]"]
+
+
+def _network_lines(card: Card, place: str) -> list[str]:
+    """The code that loads a plain 4-bit network: `from_pretrained` of diffusers 0.42 cannot."""
+    name = card.family.component
+    root = place if place == one_line(card.title) else f"https://huggingface.co/{place}/blob/main"
+    return [
+        f"{name} = {card.family.model_class}.from_single_file(",
+        f"    {_quoted(f'{root}/{name}/{STEM}.safetensors')},",
+        f'    config={_quoted(place)}, subfolder="{name}",',
+        f"    quantization_config={BFL_CONFIG}(), dtype=torch.bfloat16,",
+        ")",
+    ]
 
 
 def _quoted(text: str) -> str:

@@ -19,6 +19,7 @@ from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import DcgenError, InputError
 from dcgen_convert.core.files import read_json, sha256
 from dcgen_convert.networks import parts
+from dcgen_convert.svdquant.forms import quantised_formats
 
 SHOWN = 20  # differences that an error lists
 # Names that systems and tools give to their own files: macOS, Windows, KDE, NFS, editors, notebooks.
@@ -213,7 +214,7 @@ def check_table(bundle: Path, manifest: Mapping[str, Any]) -> list[str]:
         tensors = read_weights(families.network_folder(bundle))
     except InputError:
         return []  # said by check_tensors
-    formats = manifests.quantised_formats(read_json(families.network_folder(bundle) / "config.json"))
+    formats = quantised_formats(read_json(families.network_folder(bundle) / "config.json"), tensors)
     table, found = manifest["tensors"], []
     for name in sorted(tensors.keys() | table.keys()):
         if name not in tensors or name not in table:

@@ -10,7 +10,9 @@ import inspect
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dcgen_convert.checkpoint.headers import read_weights
 from dcgen_convert.core.files import read_json
+from dcgen_convert.svdquant.forms import is_plain, plain_linears
 
 DENSE = ("BF16", "F16", "F32")
 
@@ -41,6 +43,7 @@ def expected_tensors(folder: Path) -> tuple[dict[str, Expected], list[str]]:
     """(tensor name -> dtypes and shape, problems of the quantisation config such as a target that is no linear)."""
     import torch
 
+    from dcgen_convert.svdquant.plain import plain_spec
     from dcgen_convert.svdquant.settings import AWQ_GROUP, GROUP
     from dcgen_convert.svdquant.source import NAMES
     from dcgen_convert.svdquant.tensors import awq_spec, svdq_spec
@@ -50,7 +53,8 @@ def expected_tensors(folder: Path) -> tuple[dict[str, Expected], list[str]]:
         name: Expected(DENSE if value.is_floating_point() else (NAMES[value.dtype],), tuple(value.shape))
         for name, value in model.state_dict().items()
     }
-    quantisation = read_json(Path(folder) / "config.json").get("quantization_config") or {}
+    config = read_json(Path(folder) / "config.json")
+    quantisation = config.get("quantization_config") or {}
     modules = dict(model.named_modules())
     for section in ("svdq_w4a4", "awq_w4a16"):
         settings = quantisation.get(section) or {}
@@ -68,4 +72,11 @@ def expected_tensors(folder: Path) -> tuple[dict[str, Expected], list[str]]:
             table.pop(f"{path}.weight", None)
             table.pop(f"{path}.bias", None)
             table |= {f"{path}.{name}": Expected((NAMES[dtype],), size) for name, (dtype, size) in spec.items()}
+    for path in plain_linears(read_weights(Path(folder))) if is_plain(config) else ():
+        linear = modules.get(path)
+        if not isinstance(linear, torch.nn.Linear):
+            problems.append(f"{path} has the tensors of a 4-bit linear, and is not a linear of the model")
+            continue
+        spec = plain_spec((linear.out_features, linear.in_features), linear.bias is not None)
+        table |= {f"{path}.{name}": Expected((NAMES[dtype],), size) for name, (dtype, size) in spec.items()}
     return table, problems

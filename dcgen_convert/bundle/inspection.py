@@ -10,7 +10,6 @@ from typing import Any
 
 from dcgen_convert import families
 from dcgen_convert.bundle.manifest import FILE as MANIFEST
-from dcgen_convert.bundle.manifest import quantised_formats
 from dcgen_convert.checkpoint import lora
 from dcgen_convert.checkpoint.headers import PICKLES, Entry, read_header, read_weights
 from dcgen_convert.checkpoint.held import PREFIXES
@@ -20,6 +19,7 @@ from dcgen_convert.core.files import understood
 from dcgen_convert.families import authors, bases, grid, refused
 from dcgen_convert.families.keys import recognise_keys
 from dcgen_convert.recipe.identity import Identity
+from dcgen_convert.svdquant.forms import BFL, quantised_formats
 
 SIZES = (
     "in_channels",
@@ -161,7 +161,7 @@ def _weights(tensors: dict[str, Entry], config: dict[str, Any]) -> dict[str, Any
     sizes: Counter[str] = Counter()
     for item in tensors.values():
         sizes[item.dtype] += item.end - item.start
-    layers = quantised_formats(config) or packed_layers(tensors)
+    layers = quantised_formats(config, tensors) or packed_layers(tensors)
     foreign = {} if layers else foreign_layers(tensors)
     stated = (config.get("quantization_config") or {}).get("quant_method")
     method = stated or ("svdquant" if layers else FOREIGN if foreign else None)
@@ -222,6 +222,11 @@ def _runs_on(found: dict[str, Any]) -> str:
         formats = " and ".join(sorted(counts))
         return f"ComfyUI, on a GPU with {formats} kernels; diffusers and dcgen-convert need the dense model"
     elsewhere = "; elsewhere `dcgen-convert sample` draws through the dequantised reference"
+    if quantisation.get("method") == BFL:
+        return (
+            "NVFP4 kernels of FlashInfer: Blackwell (compute capability 10.0 and above); elsewhere diffusers and "
+            "`dcgen-convert sample` draw with dequantised weights"
+        )
     if "nvfp4" in counts:
         return "NVFP4 kernels: RTX 50 / RTX PRO Blackwell and GB10 (compute capability 12.x)" + elsewhere
     if "int4" in counts:

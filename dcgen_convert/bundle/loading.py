@@ -1,7 +1,8 @@
 """Loading a bundle as a ready stock pipeline, on any machine.
 
 A quantised bundle runs in one of three ways ("runtime"):
-    stock        stock diffusers with the 4-bit kernels, where GPU and packages allow it; every dense bundle
+    stock        stock diffusers with the 4-bit kernels, where GPU and packages allow it; every dense bundle. In the
+                 form `bfl` it runs anywhere: without the kernels it multiplies the weights out in each forward
     dequantised  4-bit weights multiplied out, 16 or 32 bit activations: any machine, the memory of a dense model
     emulated     4-bit weights and 4-bit activations, computed as the kernels do: any machine, slow
 """
@@ -19,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from dcgen_convert import families
 from dcgen_convert.bundle.layout import read_index
-from dcgen_convert.bundle.manifest import quantised_formats
 from dcgen_convert.checkpoint import trust
 from dcgen_convert.checkpoint.components import plan_copy
+from dcgen_convert.checkpoint.shards import STEM
 from dcgen_convert.core import names
 from dcgen_convert.core.errors import InputError, ResourceError
 from dcgen_convert.core.files import read_json
@@ -29,6 +30,7 @@ from dcgen_convert.families.base import Family
 from dcgen_convert.networks import processors
 from dcgen_convert.networks.parts import check as check_parts
 from dcgen_convert.networks.pipelines import placed, quiet_diffusers
+from dcgen_convert.svdquant import forms
 
 if TYPE_CHECKING:
     import torch
@@ -84,6 +86,8 @@ def load(
         from dcgen_convert.svdquant.runtime import emulate
 
         parts[family.component] = emulate(families.network_folder(bundle), dtype)
+    elif is_plain(bundle):
+        parts[family.component] = _plain(bundle, family, dtype)
     options = dict(dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True, use_safetensors=True)
     kind = index["_class_name"]
     own: AbstractContextManager[dict[str, Any]] = nullcontext({})
@@ -149,9 +153,20 @@ def transformer_config(bundle: Path) -> dict[str, Any]:
     return config
 
 
+def formats_of_bundle(bundle: Path) -> dict[str, str]:
+    """Module path -> format of the 4-bit linears of the bundle's transformer; empty for a dense one."""
+    transformer_config(bundle)
+    return forms.formats_of(families.network_folder(bundle))
+
+
 def is_quantised(bundle: Path) -> bool:
     """Whether the bundle's transformer holds 4-bit linears."""
-    return bool(quantised_formats(transformer_config(bundle)))
+    return bool(formats_of_bundle(bundle))
+
+
+def is_plain(bundle: Path) -> bool:
+    """Whether its 4-bit linears are plain NVFP4, in diffusers' form `bfl`."""
+    return forms.is_plain(transformer_config(bundle))
 
 
 def choose_runtime(bundle: Path, runtime: str, dtype: torch.dtype) -> str:
@@ -165,7 +180,7 @@ def choose_runtime(bundle: Path, runtime: str, dtype: torch.dtype) -> str:
             )
         return "stock"
     reason = why_no_kernels(bundle, dtype)
-    if runtime == "stock" and reason:
+    if runtime == "stock" and reason and not is_plain(bundle):  # that one runs anywhere, without the kernels
         raise ResourceError(
             f"{bundle} cannot run on its 4-bit kernels here: {reason}", "leave the runtime at auto, which dequantises"
         )
@@ -176,10 +191,14 @@ def why_no_kernels(bundle: Path, dtype: torch.dtype) -> str:
     """Why diffusers cannot run the bundle's 4-bit kernels on this machine; empty when it can."""
     import torch
 
-    nvfp4 = "nvfp4" in quantised_formats(transformer_config(bundle)).values()
+    nvfp4 = "nvfp4" in formats_of_bundle(bundle).values()
     if not torch.cuda.is_available():
         return "there is no CUDA GPU"
     capability = torch.cuda.get_device_capability()
+    if is_plain(bundle):
+        if capability < (10, 0):
+            return f"FlashInfer's NVFP4 needs compute capability 10.0, this GPU has {capability[0]}.{capability[1]}"
+        return "" if find_spec("flashinfer") else "the package `flashinfer-python` is not installed"
     # The NVFP4 kernels are compiled for consumer and workstation Blackwell only, whatever diffusers' own check admits.
     if nvfp4 and capability < (12, 0):
         return f"NVFP4 needs compute capability 12.0, this GPU has {capability[0]}.{capability[1]}"
@@ -200,6 +219,16 @@ def default_dtype(bundle: Path, device: str) -> torch.dtype:
 
     size = sum(path.stat().st_size for path in families.network_folder(bundle).glob("*.safetensors"))
     return torch.bfloat16 if device.startswith("cuda") or size > LARGE else torch.float32
+
+
+def _plain(bundle: Path, family: Family, dtype: torch.dtype) -> Any:
+    """The network of a bundle in the form `bfl`, as diffusers reads it: `from_pretrained` of 0.42 cannot."""
+    import diffusers
+
+    folder, network = families.network_folder(bundle), getattr(diffusers, family.model_class)
+    how = {"config": str(folder), "quantization_config": diffusers.BFLQuantizationConfig(dtype), "dtype": dtype}
+    with quiet_diffusers():
+        return network.from_single_file(str(folder / f"{STEM}.safetensors"), local_files_only=True, **how)
 
 
 def _official(bundle: Path, family: Family, parts: dict[str, Any], options: dict[str, Any]) -> Any:

@@ -21,7 +21,8 @@ from dcgen_convert.checkpoint.tensors import tensor_sha256
 from dcgen_convert.core import names
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import CheckFailed
-from dcgen_convert.core.files import read_json, read_object, understood
+from dcgen_convert.core.files import read_object, understood
+from dcgen_convert.svdquant.forms import formats_of
 
 FILE = names.MANIFEST
 SCHEMA = "dcgen.manifest/1"
@@ -152,7 +153,7 @@ def tensor_table(transformer: Path, source: Path, console: Console) -> dict[str,
     format: "dense", or that of its linear: "nvfp4", "int4", "awq". origin: "identical" (byte for byte the source's
     tensor of that name), "changed" (the source has one of that name), "new" (it has none).
     """
-    base, formats = read_weights(source), quantised_formats(read_json(transformer / "config.json"))
+    base, formats = read_weights(source), formats_of(transformer)
     ours, table = read_weights(transformer), {}
     with console.progress("hash tensors", len(ours), "tensor") as bar:
         for name, info in sorted(ours.items()):
@@ -172,15 +173,6 @@ def tensor_table(transformer: Path, source: Path, console: Console) -> dict[str,
             }
             bar.advance()
     return table
-
-
-def quantised_formats(config: Mapping[str, Any]) -> dict[str, str]:
-    """Module path -> "nvfp4", "int4" or "awq", from a transformer config; empty for a dense one."""
-    quantisation = config.get("quantization_config") or {}
-    svdq, awq = quantisation.get("svdq_w4a4") or {}, quantisation.get("awq_w4a16") or {}
-    return {path: svdq["precision"] for path in svdq.get("targets", ())} | {
-        path: "awq" for path in awq.get("targets", ())
-    }
 
 
 def versions() -> dict[str, str | None]:

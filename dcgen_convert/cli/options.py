@@ -199,8 +199,10 @@ QUANTIZE = [
            help="Guidance of the pictures. Default: the catalogue's, else the family's; 1 disables."),
     option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of every random draw."),
     option("--dense", metavar="REGEX", help="Block linears that stay 16-bit. Default: none beyond the family's."),
-    option("--container", type=click.Choice(["diffusers", "nunchaku"]), default="diffusers", show_default=True,
-           help="A diffusers folder; nunchaku adds the classic single file (FLUX.1)."),
+    option("--container", type=click.Choice(["diffusers", "nunchaku", "bfl"]), default="diffusers",
+           show_default=True,
+           help="A diffusers folder; nunchaku adds the classic single file (FLUX.1); bfl is a folder of nvfp4 without "
+           "the 16-bit branch, for widths that are no multiples of 128."),
     option("--fuse-qkv/--no-fuse-qkv", "fuse_qkv", default=False,
            help="Quantise q, k and v as one layer with one smoothing. Default: off; --container nunchaku always does."),
     option("-o", "--output", metavar="DIR", type=PLACE,

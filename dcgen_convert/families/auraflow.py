@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 class AuraFlow(Family):
     name = "auraflow"
     model_class = "AuraFlowTransformer2DModel"
+    single_file = True
     pipeline_class = "AuraFlowPipeline"
     embedder = "pos_embed.proj"
     head = "proj_out"

@@ -14,7 +14,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, Unpack
 
-from dcgen_convert.families.quant_targets import ON_PURPOSE, QuantTargets
+from dcgen_convert.families import quant_targets
+from dcgen_convert.families.quant_targets import QuantTargets
 from dcgen_convert.families.shifts import linear_mu, sampling_shift
 from dcgen_convert.families.tensors import per_row
 
@@ -104,6 +105,7 @@ class Family:
     official_layout: ClassVar[bool] = False  # whether the DC-Gen authors published a pipeline class
     comfyui: ClassVar[bool] = False  # whether bundles can be exported to ComfyUI; needs a key map of `checkpoint`
     nunchaku_container: ClassVar[bool] = False  # whether nunchaku's classic single file has a layout for the family
+    single_file: ClassVar[bool] = False  # whether diffusers loads the network with `from_single_file`
     # layout of a single file -> prefixes of tensor names. Only files of this family and layout have all of them.
     layouts: ClassVar[dict[str, tuple[str, ...]]]
     recipe: ClassVar[str] = "image"  # shipped recipe for a source that has no recipe of its own
@@ -362,31 +364,19 @@ class Family:
 
     # -- quantisation ---------------------------------------------------------------------------------------------
 
-    def quant_targets(self, linears: dict[str, tuple[int, int]], dense: str | None = None) -> QuantTargets:
+    def quant_targets(
+        self, linears: dict[str, tuple[int, int]], dense: str | None = None, container: str = "diffusers"
+    ) -> QuantTargets:
         """Sort the linears of the model's blocks into W4A4, W4A16 and dense.
 
         Args:
             linears: exact module path -> (out features N, in features K) of every nn.Linear of the model.
             dense: regex; the recipe keeps linears whose path it matches dense.
+            container: one of `quant_targets.CONTAINERS`.
         """
-        svdq, awq, skipped = [], [], {}
-        for path, (n, k) in linears.items():
-            if not self.inside_blocks.match(path):
-                continue
-            if dense and re.fullmatch(dense, path):
-                skipped[path] = f"{ON_PURPOSE} by the recipe"
-            elif re.fullmatch(self.awq_pattern, path):
-                if k % 64 or n % 128:
-                    skipped[path] = f"W4A16 needs in % 64 = 0 and out % 128 = 0, it has {k} -> {n}"
-                else:
-                    awq.append(path)
-            elif re.fullmatch(self.dense_pattern, path):
-                skipped[path] = f"{ON_PURPOSE} by the family"
-            elif n % 128 or k % 128:
-                skipped[path] = f"the 4-bit format needs multiples of 128, it has {k} -> {n}"
-            else:
-                svdq.append(path)
-        return QuantTargets(svdq, awq, skipped, self.blocks)
+        inside = {path: shape for path, shape in linears.items() if self.inside_blocks.match(path)}
+        sorted_ = quant_targets.sort(inside, self.awq_pattern, self.dense_pattern, dense, container)
+        return QuantTargets(*sorted_, self.blocks)
 
     # -- each family states these ---------------------------------------------------------------------------------
 

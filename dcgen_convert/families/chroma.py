@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 class Chroma(Family):
     name = "chroma"
     model_class = "ChromaTransformer2DModel"
+    single_file = True
     pipeline_class = "ChromaPipeline"
     embedder = "x_embedder"
     head = "proj_out"

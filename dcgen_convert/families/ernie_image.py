@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 class ErnieImage(Family):
     name = "ernie-image"
     model_class = "ErnieImageTransformer2DModel"
+    single_file = True
     pipeline_class = "ErnieImagePipeline"
     embedder = "x_embedder.proj"
     head = "final_linear"

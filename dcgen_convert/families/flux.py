@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 class Flux(Family):
     name = "flux"
     model_class = "FluxTransformer2DModel"
+    single_file = True
     pipeline_class = "FluxPipeline"
     embedder = "x_embedder"
     head = "proj_out"

@@ -23,6 +23,7 @@ TIME_STEP = 10  # between the time of one picture and that of the next; the targ
 class Flux2(Family):
     name = "flux2"
     model_class = "Flux2Transformer2DModel"
+    single_file = True
     pipeline_class = "Flux2Pipeline"
     other_pipelines = ("Flux2KleinPipeline",)
     embedder = "x_embedder"

@@ -20,6 +20,7 @@ CELLS = 128  # the pipeline scales every picture to the area of CELLS x CELLS la
 class HiDream(Family):
     name = "hidream"
     model_class = "HiDreamImageTransformer2DModel"
+    single_file = True
     pipeline_class = "HiDreamImagePipeline"
     embedder = "x_embedder.proj"
     head = "final_layer.linear"

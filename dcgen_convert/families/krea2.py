@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 class Krea2(Family):
     name = "krea2"
     model_class = "Krea2Transformer2DModel"
+    single_file = True
     pipeline_class = "Krea2Pipeline"
     embedder = "img_in"
     head = "final_layer.linear"

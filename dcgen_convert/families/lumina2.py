@@ -19,6 +19,7 @@ PIPELINE_FACTOR = 8  # px per latent cell; fixed in the code of the stock pipeli
 class Lumina2(Family):
     name = "lumina2"
     model_class = "Lumina2Transformer2DModel"
+    single_file = True
     pipeline_class = "Lumina2Pipeline"
     other_pipelines = ("Lumina2Text2ImgPipeline",)
     embedder = "x_embedder"

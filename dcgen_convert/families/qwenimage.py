@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 class QwenImage(Family):
     name = "qwenimage"
     model_class = "QwenImageTransformer2DModel"
+    single_file = True
     pipeline_class = "QwenImagePipeline"
     embedder = "img_in"
     head = "proj_out"

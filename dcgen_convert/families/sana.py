@@ -15,6 +15,7 @@ BINNED = (16, 32, 64, 128)  # sample sizes for which the pipeline has resolution
 class Sana(Family):
     name = "sana"
     model_class = "SanaTransformer2DModel"
+    single_file = True
     pipeline_class = "SanaPipeline"
     embedder = "patch_embed.proj"
     head = "proj_out"

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 class SD3(Family):
     name = "sd3"
     model_class = "SD3Transformer2DModel"
+    single_file = True
     pipeline_class = "StableDiffusion3Pipeline"
     embedder = "pos_embed.proj"
     head = "proj_out"

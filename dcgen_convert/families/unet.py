@@ -46,6 +46,7 @@ SCHEDULE: dict[str, tuple[Any, Any]] = {  # key of a scheduler config -> (requir
 class UNet(Family):
     name = "unet"
     model_class = "UNet2DConditionModel"
+    single_file = True
     component = "unet"
     experimental = (
         "converting a U-Net is experimental: the method was published for diffusion transformers, and only a miniature "
@@ -141,7 +142,9 @@ class UNet(Family):
     def noise_times(self) -> Tensor:
         return ddpm.noise_times(ddpm.SCALED_LINEAR)
 
-    def quant_targets(self, linears: dict[str, tuple[int, int]], dense: str | None = None) -> QuantTargets:
+    def quant_targets(
+        self, linears: dict[str, tuple[int, int]], dense: str | None = None, container: str = "diffusers"
+    ) -> QuantTargets:
         """No linear: `nunchaku_lite`, the host of the 4-bit kernels in diffusers, was tested with transformers only."""
         return QuantTargets([], [])
 

@@ -24,6 +24,7 @@ class Wan(Family):
     name = "wan"
     axes = 3
     model_class = "WanTransformer3DModel"
+    single_file = True
     pipeline_class = "WanPipeline"
     embedder = "patch_embedding"
     head = "proj_out"
@@ -77,7 +78,9 @@ class Wan(Family):
             "give the scheduler that Wan was published with: UniPCMultistepScheduler with use_flow_sigmas",
         )
 
-    def quant_targets(self, linears: dict[str, tuple[int, int]], dense: str | None = None) -> QuantTargets:
+    def quant_targets(
+        self, linears: dict[str, tuple[int, int]], dense: str | None = None, container: str = "diffusers"
+    ) -> QuantTargets:
         return QuantTargets([], [])
 
     def predict(self, model: Network, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:

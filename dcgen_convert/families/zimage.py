@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 class ZImage(Family):
     name = "zimage"
     model_class = "ZImageTransformer2DModel"
+    single_file = True
     pipeline_class = "ZImagePipeline"
     embedder = "all_x_embedder.2-1"
     head = "all_final_layer.2-1.linear"

@@ -18,7 +18,6 @@ from torch import nn
 from dcgen_convert.bundle import loading
 from dcgen_convert.bundle.autoencoder_dc_adapter import AutoencoderDCAdapter
 from dcgen_convert.bundle.layout import adapter_config, has_adapter
-from dcgen_convert.bundle.manifest import quantised_formats
 from dcgen_convert.checkpoint.open import load_source
 from dcgen_convert.core.errors import InputError, ResourceError
 from dcgen_convert.families import Family, catalog, components, deep_autoencoders, refuse_videos
@@ -117,9 +116,7 @@ def of_bundle(
             f"{base.name} is a {family.name} model, and {bundle} holds a {loading.family_of(bundle).name}",
             "name the model that the bundle was made from: --against SOURCE",
         )
-    format = next(
-        (name for name in quantised_formats(loading.transformer_config(bundle)).values() if name != "awq"), None
-    )
+    format = next((name for name in loading.formats_of_bundle(bundle).values() if name != "awq"), None)
     reason = "" if format is None else loading.why_no_kernels(bundle, dtype)
     if format is None or reason or manifest["layout"] != "source":  # else the 16-bit model is the base itself
         models[CONVERTED] = _loaded_bundle(bundle, models[BASE], dtype, "auto" if format is None else "dequantised")

@@ -21,7 +21,7 @@ from dcgen_convert.data.held_out import held_out_rows
 from dcgen_convert.families import catalog
 from dcgen_convert.planning import start
 from dcgen_convert.planning.arithmetic import forward_flops, side_passes, train_flops
-from dcgen_convert.planning.costs import BF16, LATENT, QUANTISED_BYTES, of_alignment, picture_bytes, text_bytes
+from dcgen_convert.planning.costs import BF16, LATENT, network_bytes, of_alignment, picture_bytes, text_bytes
 from dcgen_convert.planning.rates import CPUS, H100, Device
 from dcgen_convert.planning.shapes import Shapes
 from dcgen_convert.recipe.drawable import own_side
@@ -299,14 +299,14 @@ def _quantised(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
     yield Work("quantize", "keep block outputs", guided * calls, "forward passes", "disk", spool, False)
     linears = {layer.name: layer for layer in sizes.converted.layers if not layer.convolution}
     shapes = {name: (layer.outputs, layer.inputs) for name, layer in linears.items()}
-    layers = [linears[name] for name in sizes.family.quant_targets(shapes, section.dense).svdq]
+    layers = [linears[name] for name in sizes.family.quant_targets(shapes, section.dense, section.container).svdq]
     flops = sum(layer_flops(layer.outputs, layer.inputs, section.rank) for layer in layers)
     yield Work(
         "quantize", "decompose", len(layers), "linears", "float32", flops / max(1, len(layers)), fixed=True
     )  # fmt: skip
     columns = ROUNDINGS * sum(layer.inputs for layer in layers)
     yield Work("quantize", "round", columns, "columns", "columns", 1, fixed=True)
-    yield _fixed("quantize", "write", 2 * QUANTISED_BYTES * sizes.converted.parameters, "bytes", "disk")
+    yield _fixed("quantize", "write", 2 * network_bytes(recipe, sizes), "bytes", "disk")
 
 
 def layer_flops(outputs: int, inputs: int, rank: int) -> float:
@@ -317,8 +317,7 @@ def layer_flops(outputs: int, inputs: int, rank: int) -> float:
 
 
 def _finished(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
-    stored = QUANTISED_BYTES if recipe.quantize.format != "none" else BF16
-    whole = stored * sizes.converted.parameters + BF16 * sizes.companions
+    whole = network_bytes(recipe, sizes) + BF16 * sizes.companions
     yield _fixed("bundle", "copy", 2 * whole, "bytes", "disk")
     yield _fixed("bundle", "hash", whole, "bytes", "hash")
     yield _fixed("verify", "start", 1, "processes", "starts")

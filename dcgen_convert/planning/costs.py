@@ -117,7 +117,7 @@ def _kinds(recipe: Recipe, sizes: Shapes) -> dict[str, float]:
     converted = sizes.converted
     cached = [_cached(recipe, sizes, number) for number in recipe.sets]
     fetched = sum(row["bytes"] or 0 for row in downloads(recipe, sizes) if not row["cached"])
-    quantised = QUANTISED_BYTES * converted.parameters if recipe.quantize.format != "none" else 0.0
+    quantised = network_bytes(recipe, sizes) if recipe.quantize.format != "none" else 0.0
     ae = catalog.find_autoencoder(recipe.ae)
     companions = BF16 * (sizes.companions + (ae.parameters if ae else 0))
     dense = BF16 * converted.parameters
@@ -135,6 +135,18 @@ def _kinds(recipe: Recipe, sizes: Shapes) -> dict[str, float]:
         "quantised": quantised,
         "bundle": (quantised or dense) + companions,
     }
+
+
+def network_bytes(recipe: Recipe, sizes: Shapes) -> float:
+    """Bytes of the network in the bundle: 4-bit linears, and all else in 16 bits."""
+    section, layers = recipe.quantize, [layer for layer in sizes.converted.layers if not layer.convolution]
+    held: set[str] = set()
+    if section.format != "none":
+        shapes = {layer.name: (layer.outputs, layer.inputs) for layer in layers}
+        targets = sizes.family.quant_targets(shapes, section.dense, section.container)
+        held = {*targets.svdq, *targets.awq}
+    small = sum(layer.weights for layer in layers if layer.name in held)
+    return QUANTISED_BYTES * small + BF16 * float(sizes.converted.parameters - small)
 
 
 def _cached(recipe: Recipe, sizes: Shapes, number: int) -> dict[str, float]:

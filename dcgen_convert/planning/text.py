@@ -90,9 +90,22 @@ def _wrapped(text: str, indent: str = "") -> list[str]:
 def _quantization(part: dict | None) -> list[str]:
     if part is None:
         return []
-    lines = [f"quantised: {part['w4a4']} linears W4A4 {part['format']} rank {part['rank']}, {part['w4a16']} W4A16"]
+    how = f"rank {part['rank']}" if part["rank"] else "without a branch"
+    lines = [f"quantised: {part['w4a4']} linears W4A4 {part['format']} {how}, {part['w4a16']} W4A16"]
     lines += [f"  {name}: {reason}" for kind in ("dense", "impossible") for name, reason in part[kind].items()]
-    return [*lines, ""]
+    return [*lines, *_containers(part["containers"]), ""]
+
+
+def _containers(found: dict[str, dict]) -> list[str]:
+    """What each container of 4-bit weights can hold of the model."""
+    lines = [f"  {'container':<10}{'W4A4':>6}{'W4A16':>7}{'cannot hold':>13}{'weights in 4 bits':>19}"]
+    for name, held in found.items():
+        if "problem" in held:
+            lines += _wrapped(f"{name:<10}   {held['problem']}", "  ")
+        else:
+            numbers = f"{held['w4a4']:>6}{held['w4a16']:>7}{held['impossible']:>13}{held['share']:>19.0%}"
+            lines.append(f"  {name:<10}{numbers}")
+    return lines
 
 
 def _memory_table(rows: list[dict]) -> list[str]:

@@ -293,13 +293,21 @@ class Quantize(Section):
     dense: Expression | None = Field(
         default=None, description="regex of block linears that stay 16-bit; null: none beyond the family's"
     )
-    container: Literal["diffusers", "nunchaku"] = Field(
-        default="diffusers", description="diffusers: a folder; nunchaku: the classic single file too (FLUX.1)"
+    container: Literal["diffusers", "nunchaku", "bfl"] = Field(
+        default="diffusers",
+        description="diffusers: a folder; nunchaku: the classic single file too (FLUX.1); bfl: a folder of nvfp4 "
+        "without the 16-bit branch, for widths that are no multiples of 128",
     )
     fuse_qkv: bool = Field(
         default=False,
         description="quantise q, k and v as one layer with one smoothing; the nunchaku container always does",
     )
+
+    @model_validator(mode="after")
+    def _agreeing(self) -> Quantize:
+        if self.fuse_qkv and self.container == "bfl":
+            raise ValueError("fuse_qkv shares smoothing and down projection, and the container bfl has neither")
+        return self
 
 
 class Bundle(Section):

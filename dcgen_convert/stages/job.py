@@ -396,7 +396,7 @@ def prepare(resolved: Resolved, run: Run, console: Console, crew: Crew = SOLO) -
     if doubt and not recipe.adapt.phases[-1].consistency:
         console.warn(doubt)
     if recipe.quantize.format != "none":
-        targets.check_container(recipe.quantize.container, source.family)
+        targets.check_container(recipe.quantize.container, recipe.quantize.format, source.family)
     if not recipe.merge_lora and not hasattr(stock_pipeline(source), "load_lora_weights"):
         raise InputError(
             f"the stock {source.family.pipeline_class} cannot load a LoRA apart", "leave out --no-merge-lora"
@@ -410,7 +410,8 @@ def prepare(resolved: Resolved, run: Run, console: Console, crew: Crew = SOLO) -
     if told := of_bundle(job):
         console.say(told)
     if recipe.quantize.format != "none":
-        targets.plan_targets(job.family, job.converted_config, recipe.quantize.dense)  # not after days of training
+        section = recipe.quantize  # not after days of training
+        targets.plan_targets(job.family, job.converted_config, section.dense, section.container, section.format)
     return job
 
 

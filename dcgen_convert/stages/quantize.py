@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from dcgen_convert.core import names
 from dcgen_convert.core.files import read_json, write_json
 from dcgen_convert.core.journal import Stage
-from dcgen_convert.families import QuantTargets
-from dcgen_convert.families.quant_targets import by_kind
+from dcgen_convert.families import Family, QuantTargets
+from dcgen_convert.families.quant_targets import CONTAINERS, by_kind
 from dcgen_convert.networks import models, pipelines
 from dcgen_convert.recipe.schema import Quantize
 from dcgen_convert.stages import captions, edited
@@ -100,15 +100,22 @@ def measured(transformer: Path, targets: QuantTargets, settings: QuantSettings) 
 
 
 def settings_of(section: Quantize, seed: int) -> QuantSettings:
-    """Settings for the recipe section ``quantize``. The classic container stores q, k and v as one layer."""
+    """Settings for the recipe section ``quantize``. The classic container stores q, k and v as one layer. Without a
+    branch the rank is 0.
+    """
     return QuantSettings(
         precision=section.format,
-        rank=section.rank,
+        rank=section.rank if CONTAINERS[section.container].branch else 0,
         seed=seed,
         device=pipelines.device(),
         fuse_qkv=section.fuse_qkv or section.container == "nunchaku",
     )
 
 
+def targets_of(family: Family, config: dict[str, Any], section: Quantize) -> QuantTargets:
+    """`plan_targets` for the recipe section ``quantize``."""
+    return plan_targets(family, config, section.dense, section.container, section.format)
+
+
 def _targets(job: Job) -> QuantTargets:
-    return plan_targets(job.family, read_json(job.folders.converted / "config.json"), job.recipe.quantize.dense)
+    return targets_of(job.family, read_json(job.folders.converted / "config.json"), job.recipe.quantize)

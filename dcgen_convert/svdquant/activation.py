@@ -20,6 +20,18 @@ def quantize_activation(x: torch.Tensor, smooth: torch.Tensor | None, precision:
     return _nvfp4(xs) if precision == "nvfp4" else _int4(xs)
 
 
+def quantize_scaled(x: torch.Tensor, scale: float) -> torch.Tensor:
+    """x (T, K) as FlashInfer's `nvfp4_quantize` rounds it: bfloat16, codes e2m1, e4m3 scales of 16 channels times
+    ``scale``. Here the codes are made with the rounded scale. What exceeds 448 * 6 * scale is cut off.
+
+    Source: flashinfer 0.6, cvt_warp_fp16_to_fp4; its two approximate reciprocals are exact here.
+    """
+    xs = round_bf16(x.float())
+    groups = xs.view(*xs.shape[:-1], -1, 16)  # (T, K/16, 16)
+    step = round_e4m3(groups.abs().amax(-1, keepdim=True) / E2M1_MAX / scale) * scale
+    return (round_e2m1(torch.where(step > 0, groups / step, 0.0)) * step).view_as(xs)
+
+
 def _nvfp4(xs: torch.Tensor) -> torch.Tensor:
     groups = xs.view(*xs.shape[:-1], -1, 16)  # (T, K/16, 16)
     scale = (groups.abs().amax(-1, keepdim=True) / E2M1_MAX).clamp(max=E4M3_MAX)

@@ -14,6 +14,7 @@ from dcgen_convert.core import names
 from dcgen_convert.core.errors import CheckFailed
 from dcgen_convert.core.files import fsync, write_json
 from dcgen_convert.families import QuantTargets
+from dcgen_convert.svdquant.forms import BFL, NUNCHAKU_LITE
 from dcgen_convert.svdquant.quantisation import Quantisation
 from dcgen_convert.svdquant.settings import AWQ_GROUP, QuantSettings
 
@@ -27,7 +28,9 @@ def assemble(quantisation: Quantisation, output: Path, records: list[dict[str, A
     building, settings = quantisation.work / "output", quantisation.settings
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
-    write_folder(building, _items(quantisation))
+    items = _items(quantisation)
+    single = settings.plain  # diffusers reads this form with `from_single_file`
+    write_folder(building, items, most=sum(item.size for item in items.values()) if single else None)
     section = {"quantization_config": quantization_config(quantisation.targets, settings)}
     write_json(building / "config.json", quantisation.config | section)
     chosen = {key: value for key, value in asdict(settings).items() if key != "device"}
@@ -63,8 +66,12 @@ def _items(quantisation: Quantisation) -> dict[str, Item]:
 
 
 def quantization_config(targets: QuantTargets, settings: QuantSettings) -> dict[str, Any]:
-    """The `quantization_config` of config.json (nunchaku's file format); a section without targets is left out."""
-    document: dict[str, Any] = {"quant_method": "nunchaku_lite", "compute_dtype": "bfloat16"}
+    """The `quantization_config` of config.json (nunchaku's file format); a section without targets is left out. The
+    form `bfl` knows its linears by their tensors.
+    """
+    if settings.plain:
+        return {"quant_method": BFL}
+    document: dict[str, Any] = {"quant_method": NUNCHAKU_LITE, "compute_dtype": "bfloat16"}
     if targets.svdq:
         document["svdq_w4a4"] = {
             "precision": settings.precision,

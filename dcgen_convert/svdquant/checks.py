@@ -3,6 +3,7 @@
 import torch
 
 from dcgen_convert.core.errors import InputError
+from dcgen_convert.families.quant_targets import CONTAINERS
 from dcgen_convert.svdquant.settings import AWQ_GROUP
 
 LEAVE_OUT = "Leave this layer out of the targets."
@@ -27,6 +28,16 @@ def check_svdq_shape(name: str, shape: tuple[int, ...]) -> None:
                 f"W4A4 needs.",
                 hint=LEAVE_OUT,
             )
+
+
+def check_plain_shape(name: str, shape: tuple[int, ...]) -> None:
+    """A plain NVFP4 layer is a matrix with both sides multiples of 32 (FlashInfer's kernel)."""
+    _check_matrix(name, shape)
+    multiple = CONTAINERS["bfl"].multiple
+    if shape[0] % multiple or shape[1] % multiple or not min(shape):
+        raise InputError(
+            f"{name}.weight is {shape[0]} x {shape[1]}: plain NVFP4 needs multiples of {multiple}.", hint=LEAVE_OUT
+        )
 
 
 def check_awq_shape(name: str, shape: tuple[int, ...]) -> None:

@@ -65,20 +65,21 @@ def gptq(weight: torch.Tensor, lower: torch.Tensor, micro: torch.Tensor, scale: 
     # ||e_k||^2 of what was rounded; sum_k D_k ||e_k||^2 is the objective
     rounding_error = torch.empty(k, device=weight.device)
     group, rounding = GROUP[precision], ROUND[precision]
-    for start in range(k - BLOCK, -1, -BLOCK):
+    for stop in range(k, 0, -BLOCK):
         pulse.bump()
-        stop = start + BLOCK
-        feedback = (lower[start:, start:stop] / diagonal[start:stop]).T.contiguous()  # (BLOCK, K - start)
-        wanted = feedback[:, BLOCK:] @ target[stop:]  # (BLOCK, N): so far the errors of the finished columns
-        for j in range(BLOCK - 1, -1, -1):
+        start = max(0, stop - BLOCK)
+        width = stop - start
+        feedback = (lower[start:, start:stop] / diagonal[start:stop]).T.contiguous()  # (width, K - start)
+        wanted = feedback[:, width:] @ target[stop:]  # (width, N): so far the errors of the finished columns
+        for j in range(width - 1, -1, -1):
             column, step, value = start + j, scales[(start + j) // group], wanted[j]
             value += target[column]
-            if j + 1 < BLOCK:
-                value += feedback[j, j + 1 : BLOCK] @ target[column + 1 : stop]
+            if j + 1 < width:
+                value += feedback[j, j + 1 : width] @ target[column + 1 : stop]
             rounded = rounding(value / step)
             grid[column] = rounded
             target[column].addcmul_(rounded, step, value=-1)
-        steps = scales[start // group : stop // group].repeat_interleave(group, 0)  # (BLOCK, N)
+        steps = scales[start // group : stop // group].repeat_interleave(group, 0)  # (width, N)
         rounding_error[start:stop] = wanted.addcmul_(grid[start:stop].float(), steps, value=-1).square_().sum(1)
     spent = diagonal.square() @ rounding_error
     without_feedback = torch.linalg.vector_norm(lower, dim=1).square() @ rounding_error  # sum_k H_kk ||e_k||^2

@@ -6,8 +6,10 @@ bfloat16 acting on x.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 
@@ -23,6 +25,16 @@ from dcgen_convert.svdquant.stats import Stats
 from dcgen_convert.svdquant.weights import QuantWeight, group_scales, round_to_nearest, search_factor, tensor_scale
 
 REFITS = 2  # the low-rank branch is fitted again to what the 4-bit weight missed; each refit costs one more GPTQ pass
+
+
+class Quantised(Protocol):
+    """A layer after its quantisation."""
+
+    def dense(self) -> torch.Tensor:
+        """float32 (N, K): the weight that it stands for."""
+
+    def output(self, x: torch.Tensor) -> torch.Tensor:
+        """y - b for tokens x (T, K), with the rounding of its inputs."""
 
 
 @dataclass
@@ -78,6 +90,7 @@ def quantize_linears(
     tokens = None if stats is None else stats.tokens.to(settings.device)
     smoothing = _choose_smoothing(together, stats, tokens, settings, generator)
     joint = _decompose(together, stats, tokens, smoothing, settings, generator)
+    rounded = partial(quantize_activation, smooth=None, precision=settings.precision)
     layers, start = [], 0
     for name, weight, bias in zip(names, weights, biases, strict=True):
         layer = joint.rows(start, start + weight.shape[0], bias)
@@ -90,7 +103,7 @@ def quantize_linears(
             "beta": smoothing.beta,
             "candidates": smoothing.tried,
             "refits": joint.record["refits"],
-        } | _errors(together[start : start + weight.shape[0]], tokens, layer, settings)
+        } | errors(together[start : start + weight.shape[0]], tokens, layer, settings.precision, rounded)
         layers.append(layer)
         start += weight.shape[0]
     return layers
@@ -118,7 +131,7 @@ def _decompose(
     generator: torch.Generator,
 ) -> SvdqLinear:
     smooth = smoothing.factor  # weight * smooth (N, K) acts on x / s; it is made anew where it is needed, not kept
-    importance, lower = (None, None) if stats is None else _input_metric(stats, smooth)
+    importance, lower = (None, None) if stats is None else input_metric(stats, smooth)
     up, inner, _ = low_rank(weight * smooth, settings.rank, generator)
     best, best_error = None, float("inf")
     for refit in range(REFITS + 1):
@@ -144,7 +157,7 @@ def _decompose(
     return best
 
 
-def _input_metric(stats: Stats, smooth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def input_metric(stats: Stats, smooth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(mean square of x / smooth per channel (K,), Cholesky factor of its Hessian (K, K))."""
     hessian = shrink(stats.hessian(smooth), stats.count)
     importance = hessian.diagonal().clone()
@@ -163,16 +176,18 @@ def _score(weight: torch.Tensor, tokens: torch.Tensor | None, layer: SvdqLinear)
     return _relative(layer.output(chosen), chosen @ weight.T)
 
 
-def _errors(
-    weight: torch.Tensor, tokens: torch.Tensor | None, layer: SvdqLinear, settings: QuantSettings
+def errors(
+    weight: torch.Tensor,
+    tokens: torch.Tensor | None,
+    layer: Quantised,
+    precision: str,
+    rounded: Callable[[torch.Tensor], torch.Tensor],
 ) -> dict[str, float]:
     """Errors of rounding to nearest alone and of the result: of the weight, and of the output where there are enough
-    tokens to hold some out.
+    tokens to hold some out. ``rounded``: the inputs of rounding to nearest.
     """
-    scale = tensor_scale(weight, settings.precision)
-    plain = round_to_nearest(
-        weight, group_scales(weight, settings.precision, scale), scale, settings.precision
-    ).dequantise()
+    scale = tensor_scale(weight, precision)
+    plain = round_to_nearest(weight, group_scales(weight, precision, scale), scale, precision).dequantise()
     norm = weight.norm().clamp(min=1e-30)
     result = {
         "weight_error_rtn": ((plain - weight).norm() / norm).item(),
@@ -181,7 +196,7 @@ def _errors(
     if tokens is not None and len(tokens) > 1:
         held = tokens[1::4]
         wanted = held @ weight.T
-        result["error_rtn"] = _relative(quantize_activation(held, None, settings.precision) @ plain.T, wanted)
+        result["error_rtn"] = _relative(rounded(held) @ plain.T, wanted)
         result["error"] = _relative(layer.output(held), wanted)
     return result
 

@@ -88,7 +88,7 @@ def _block(
 
 def _svdq(layers: Mapping[str, UnpackedLayer], name: str) -> SvdqLinear:
     layer = layers.get(name)
-    if layer is None or isinstance(layer, AwqLinear):
+    if not isinstance(layer, tuple):
         raise InputError(f"The classic container needs {name} as W4A4, which it is not.", "Quantise all block linears.")
     return layer[0]
 

@@ -18,7 +18,7 @@ from dcgen_convert.core.files import digest_tensor, read_json, write_json
 from dcgen_convert.families import QuantTargets
 from dcgen_convert.svdquant import trees
 from dcgen_convert.svdquant.calibrate import Call
-from dcgen_convert.svdquant.checks import check_awq_shape, check_finite, check_svdq_shape
+from dcgen_convert.svdquant.checks import check_awq_shape, check_finite, check_plain_shape, check_svdq_shape
 from dcgen_convert.svdquant.settings import QuantSettings
 from dcgen_convert.svdquant.source import read_folder
 
@@ -63,7 +63,8 @@ class Quantisation:
         both = sorted(set(targets.svdq) & set(targets.awq))
         if both:
             raise InputError(f"{both[0]} is planned both as W4A4 and as W4A16.", "Leave it in one of the two lists.")
-        for names, check_shape in ((targets.svdq, check_svdq_shape), (targets.awq, check_awq_shape)):
+        check_w4a4_shape = check_plain_shape if self.settings.plain else check_svdq_shape
+        for names, check_shape in ((targets.svdq, check_w4a4_shape), (targets.awq, check_awq_shape)):
             for name in names:
                 if f"{name}.weight" not in self.entries:
                     hint = "Check the family's targets against the checkpoint."

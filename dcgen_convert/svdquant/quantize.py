@@ -1,4 +1,5 @@
-"""Quantise a diffusers transformer folder into nunchaku_lite form (nunchaku's file format), block by block.
+"""Quantise a diffusers transformer folder into nunchaku_lite form (nunchaku's file format) or into plain NVFP4 (the
+form `bfl`), block by block.
 
 A hidden work folder grows beside the output. It holds a weight file and a JSON file per finished block, the block
 outputs that the next block starts from, and the statistics of blocks in work. When every block is there, the output
@@ -31,7 +32,8 @@ from dcgen_convert.ranks.crew import SOLO, Crew
 from dcgen_convert.svdquant.assemble import assemble
 from dcgen_convert.svdquant.awq import AwqLinear, quantize_awq
 from dcgen_convert.svdquant.calibrate import Call, Walker, holding_list, repeated_blocks, run_dtype
-from dcgen_convert.svdquant.layer import SvdqLinear, quantize_linears
+from dcgen_convert.svdquant.layer import quantize_linears
+from dcgen_convert.svdquant.plain import PlainLinear, pack_plain, plain_spec, quantize_plain
 from dcgen_convert.svdquant.quantisation import Quantisation
 from dcgen_convert.svdquant.settings import QuantSettings
 from dcgen_convert.svdquant.skeleton import build, load
@@ -39,7 +41,15 @@ from dcgen_convert.svdquant.spool import Spool
 from dcgen_convert.svdquant.stats import Stats
 from dcgen_convert.svdquant.stats import load as load_stats
 from dcgen_convert.svdquant.stats import save as save_stats
-from dcgen_convert.svdquant.tensors import awq_spec, check_round_trip, check_tensors, pack_awq, pack_svdq, svdq_spec
+from dcgen_convert.svdquant.tensors import (
+    Layer,
+    awq_spec,
+    check_round_trip,
+    check_tensors,
+    pack_awq,
+    pack_svdq,
+    svdq_spec,
+)
 
 TURN = 0.1  # seconds between two looks at whose turn it is
 M_MMAP_THRESHOLD = -3  # from glibc's malloc.h
@@ -202,25 +212,28 @@ def _groups(quantisation: Quantisation, names: list[str], stats: dict[str, Stats
     return list(groups.values())
 
 
-def _quantize_group(
-    quantisation: Quantisation, names: list[str], stats: Stats | None
-) -> Sequence[SvdqLinear | AwqLinear]:
+def _quantize_group(quantisation: Quantisation, names: list[str], stats: Stats | None) -> Sequence[Layer]:
     entries, settings = quantisation.entries, quantisation.settings
     weights = [read_tensor(entries[f"{name}.weight"]).to(settings.device) for name in names]
     biases = [read_tensor(entries[f"{name}.bias"]) if f"{name}.bias" in entries else None for name in names]
     if names[0] in quantisation.targets.awq:
         return [quantize_awq(*layer) for layer in zip(names, weights, biases, strict=True)]
+    if settings.plain:
+        assert stats is not None and len(names) == 1, names  # they are calibrated, and none shares anything
+        return [quantize_plain(names[0], weights[0], biases[0], stats, settings)]
     seed = int.from_bytes(hashlib.sha256(f"{settings.seed}:{names[0]}".encode()).digest()[:6], "little")
     return quantize_linears(names, weights, biases, stats, settings, torch.Generator().manual_seed(seed))
 
 
-def _checked(quantisation: Quantisation, name: str, layer: SvdqLinear | AwqLinear) -> dict[str, torch.Tensor]:
+def _checked(quantisation: Quantisation, name: str, layer: Layer) -> dict[str, torch.Tensor]:
     """The layer's checkpoint tensors after the self-check on write."""
     entries, settings = quantisation.entries, quantisation.settings
     n, k = entries[f"{name}.weight"].shape
     biased = f"{name}.bias" in entries
     if isinstance(layer, AwqLinear):
         tensors, spec = pack_awq(layer), awq_spec((n, k), biased)
+    elif isinstance(layer, PlainLinear):
+        tensors, spec = pack_plain(layer), plain_spec((n, k), biased)
     else:
         tensors, spec = pack_svdq(layer), svdq_spec((n, k), settings.precision, settings.rank, biased)
     check_tensors(name, tensors, spec)

@@ -15,15 +15,18 @@ from torch import nn
 from dcgen_convert.checkpoint.headers import Entry
 from dcgen_convert.checkpoint.tensors import read_tensor
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.svdquant.activation import quantize_activation
+from dcgen_convert.svdquant.activation import quantize_activation, quantize_scaled
 from dcgen_convert.svdquant.awq import AwqLinear
 from dcgen_convert.svdquant.formats import round_bf16
+from dcgen_convert.svdquant.forms import BFL, NUNCHAKU_LITE, plain_linears
 from dcgen_convert.svdquant.layer import SvdqLinear
+from dcgen_convert.svdquant.plain import PlainLinear, plain_spec, unpack_plain
 from dcgen_convert.svdquant.skeleton import build
 from dcgen_convert.svdquant.source import read_folder
 from dcgen_convert.svdquant.tensors import awq_spec, check_tensors, svdq_spec, unpack_awq, unpack_svdq
 
-UnpackedLayer = AwqLinear | tuple[SvdqLinear, torch.Tensor]  # a W4A4 layer comes with its row scales (N,)
+# a W4A4 layer with a low-rank branch comes with its row scales (N,)
+UnpackedLayer = AwqLinear | PlainLinear | tuple[SvdqLinear, torch.Tensor]
 
 
 class _Emulation(nn.Module):
@@ -73,6 +76,21 @@ class EmulatedSvdq(_Emulation):
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
 
+class EmulatedPlain(_Emulation):
+    """A plain NVFP4 linear as diffusers' `bfl` computes it with FlashInfer: bfloat16 in and out, float32 inside."""
+
+    def __init__(self, layer: PlainLinear) -> None:
+        super().__init__()
+        self.input_scale = layer.input_scale
+        self.out_features, self.in_features = layer.quantised.grid.shape
+        self.register_buffer("weight", layer.dense(), persistent=False)
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.float(), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = round_bf16(quantize_scaled(x, self.input_scale) @ self.weight.T)
+        return (y if self.bias is None else round_bf16(y + self.bias)).to(x.dtype)
+
+
 class EmulatedAwq(_Emulation):
     """A W4A16 linear: the dequantised weight in bfloat16, products summed in float32."""
 
@@ -91,14 +109,14 @@ def load_dequantised(folder: Path, dtype: torch.dtype = torch.bfloat16) -> nn.Mo
     """The stock diffusers model with every 4-bit weight expanded to dense: R diag(1/s) wcscales wtscale + U D;
     activations are not quantised.
 
-    Errors: InputError when the folder is no nunchaku_lite folder; CheckFailed naming a layer whose tensors are
+    Errors: InputError when the folder is not in one of our 4-bit forms; CheckFailed naming a layer whose tensors are
     incomplete or misshapen.
     """
     model, entries, layers = open_layers(folder)
     state = {}
     for name, layer in layers.items():
-        weight = layer.dense() if isinstance(layer, AwqLinear) else _expand(*layer)
-        bias = layer.bias if isinstance(layer, AwqLinear) else layer[0].bias
+        weight = _expand(*layer) if isinstance(layer, tuple) else layer.dense()
+        bias = layer[0].bias if isinstance(layer, tuple) else layer.bias
         state[f"{name}.weight"] = weight.to(dtype)
         if bias is not None:
             state[f"{name}.bias"] = bias.to(dtype)
@@ -112,9 +130,14 @@ def emulate(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     model, entries, layers = open_layers(folder)
     for name, layer in layers.items():
         parent, _, leaf = name.rpartition(".")
-        module = EmulatedAwq(layer) if isinstance(layer, AwqLinear) else EmulatedSvdq(*layer)
-        setattr(model.get_submodule(parent), leaf, module)
+        setattr(model.get_submodule(parent), leaf, _emulation(layer))
     return _fill(model, entries, {}, dtype)
+
+
+def _emulation(layer: UnpackedLayer) -> _Emulation:
+    if isinstance(layer, tuple):
+        return EmulatedSvdq(*layer)
+    return EmulatedAwq(layer) if isinstance(layer, AwqLinear) else EmulatedPlain(layer)
 
 
 def _expand(layer: SvdqLinear, row_scale: torch.Tensor) -> torch.Tensor:
@@ -126,22 +149,27 @@ def open_layers(folder: Path) -> tuple[nn.Module, dict[str, Entry], dict[str, Un
     """(model without weights, dense entries, quantised layers by module path)."""
     config, entries = read_folder(folder)
     quantisation = config.get("quantization_config") or {}
-    if quantisation.get("quant_method") != "nunchaku_lite":
-        raise InputError(f"{folder} is not quantised in nunchaku_lite form.", hint="Load it with diffusers.")
+    method = quantisation.get("quant_method")
+    if method not in (NUNCHAKU_LITE, BFL):
+        raise InputError(f"{folder} is not quantised in {NUNCHAKU_LITE} or {BFL} form.", hint="Load it with diffusers.")
     model = build(config)
     modules = dict(model.named_modules())
     svdq, awq = (quantisation.get(section) or {"targets": []} for section in ("svdq_w4a4", "awq_w4a16"))
+    plain = plain_linears(entries) if method == BFL else ()
     layers: dict[str, UnpackedLayer] = {}
-    for name in (*svdq["targets"], *awq["targets"]):
+    for name in (*svdq["targets"], *awq["targets"], *plain):
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear):
-            raise InputError(f"{folder / 'config.json'} names {name} as quantised, which is no linear of the model.")
+            raise InputError(f"{folder} holds {name} as quantised, which is no linear of the model.")
         shape, bias = (linear.out_features, linear.in_features), linear.bias is not None
         mine = [key for key in entries if key.rpartition(".")[0] == name]
         tensors = {key.rpartition(".")[2]: read_tensor(entries.pop(key)) for key in mine}
         if name in awq["targets"]:
             check_tensors(name, tensors, awq_spec(shape, bias))
             layers[name] = unpack_awq(tensors)
+        elif name in plain:
+            check_tensors(name, tensors, plain_spec(shape, bias))
+            layers[name] = unpack_plain(tensors)
         else:
             check_tensors(name, tensors, svdq_spec(shape, svdq["precision"], svdq["rank"], bias))
             layers[name] = unpack_svdq(tensors, svdq["precision"])

@@ -8,10 +8,12 @@ from dcgen_convert.core.errors import CheckFailed
 from dcgen_convert.svdquant import pack
 from dcgen_convert.svdquant.awq import AwqLinear
 from dcgen_convert.svdquant.layer import SvdqLinear
+from dcgen_convert.svdquant.plain import PlainLinear, unpack_plain
 from dcgen_convert.svdquant.settings import AWQ_GROUP, GROUP
 from dcgen_convert.svdquant.weights import QuantWeight
 
 Spec = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+Layer = SvdqLinear | AwqLinear | PlainLinear
 HALF = torch.bfloat16
 
 
@@ -118,14 +120,19 @@ def check_tensors(name: str, tensors: dict[str, torch.Tensor], spec: Spec) -> No
             )
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
             raise CheckFailed(f"{name}.{key} holds NaN or infinite values.")
-    if "wtscale" in spec and bool((tensors["wscales"].float() < 0).any()):
-        raise CheckFailed(f"{name}.wscales holds negative scales; the tensor cores read them as unsigned.")
+        if dtype == torch.float8_e4m3fn and bool((tensor.float() < 0).any()):
+            raise CheckFailed(f"{name}.{key} holds negative scales; the tensor cores read them as unsigned.")
+        if not shape and tensor.item() <= 0:
+            raise CheckFailed(f"{name}.{key} is {tensor.item():g}; a scale is above zero.")
 
 
-def check_round_trip(name: str, layer: SvdqLinear | AwqLinear, tensors: dict[str, torch.Tensor]) -> None:
+def check_round_trip(name: str, layer: Layer, tensors: dict[str, torch.Tensor]) -> None:
     """unpack(pack(layer)) is the layer, exactly."""
     if isinstance(layer, AwqLinear):
         same = torch.equal(unpack_awq(tensors).dense(), layer.dense().cpu())
+    elif isinstance(layer, PlainLinear):
+        plain = unpack_plain(tensors)
+        same = torch.equal(plain.dense(), layer.dense().cpu()) and plain.input_scale == layer.input_scale
     else:
         again, _ = unpack_svdq(tensors, layer.quantised.precision)
         pairs = (

@@ -457,7 +457,21 @@ def test_linears_that_no_format_holds_are_listed_and_make_it_infeasible():
     kinds = doc["quantization"]["impossible"]
     assert kinds["transformer_blocks.*.attn1.to_q (20)"].endswith("it has 2240 -> 2240")
     assert not any("ff.conv" in kind for kind in kinds)  # convolutions were never planned
+    held = doc["quantization"]["containers"]
+    assert (held["diffusers"]["w4a4"], held["diffusers"]["impossible"]) == (0, 120) and "problem" in held["nunchaku"]
+    share = 6 * 20 * 2240**2 / doc["training"]["parameters"]
+    assert held["bfl"] == {"w4a4": 120, "w4a16": 0, "impossible": 0, "share": pytest.approx(share)}
+    assert "quantize.container=bfl (quantize: --container bfl), which holds them" in doc["problems"][0]
     text = plan.render(doc)
+    assert "bfl          120      0            0                38%" in text
+    fits = document("sana-1.6b", sets=["quantize.container=bfl"], **{"quantize.format": "nvfp4"})
+    assert (fits["status"], fits["quantization"]["w4a4"], fits["quantization"]["rank"]) == ("feasible", 120, 0)
+    small = 0.65 * 6 * 20 * 2240**2 + 2 * (doc["training"]["parameters"] - 6 * 20 * 2240**2)
+    assert fits["disk"]["bytes"]["quantised"] == pytest.approx(small)
+    for setting, problem in (("int4", "holds nvfp4 only"), ("nvfp4", "has no reader of one for DiT")):
+        name = {"int4": "sana-1.6b", "nvfp4": "dit-xl-512"}[setting]
+        refused = document(name, sets=["quantize.container=bfl"], **{"quantize.format": setting})
+        assert any(problem in found for found in refused["problems"])
     assert (
         "problem: transformer_blocks.*.attn1.to_q (20) cannot be quantised" in text and "quantize.dense=REGEX" in text
     )

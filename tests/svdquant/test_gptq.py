@@ -75,8 +75,10 @@ def textbook(weight, hessian, micro, damp=0.01):
     return out
 
 
-def test_equals_the_published_recursion():
-    weight, hessian = problem(3)
+@pytest.mark.parametrize("k", [256, 192])
+def test_equals_the_published_recursion(k):
+    """Also for a number of channels that is no multiple of the blocks in which they are worked off."""
+    weight, hessian = problem(3, k)
     micro = group_scales(weight, "int4", 1.0)
     got = gptq(weight, factor(hessian.clone()), micro, 1.0, "int4").dequantise().double()
     wanted = textbook(weight, hessian, micro)
