@@ -375,8 +375,8 @@ class Family:
             container: one of `quant_targets.CONTAINERS`.
         """
         inside = {path: shape for path, shape in linears.items() if self.inside_blocks.match(path)}
-        sorted_ = quant_targets.sort(inside, self.awq_pattern, self.dense_pattern, dense, container)
-        return QuantTargets(*sorted_, self.blocks)
+        places = quant_targets.sort(inside, self.awq_pattern, self.dense_pattern, dense, container)
+        return QuantTargets(*places, self.blocks)
 
     # -- each family states these ---------------------------------------------------------------------------------
 
