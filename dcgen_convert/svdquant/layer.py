@@ -27,7 +27,7 @@ from dcgen_convert.svdquant.weights import QuantWeight, group_scales, round_to_n
 REFITS = 2  # the low-rank branch is fitted again to what the 4-bit weight missed; each refit costs one more GPTQ pass
 
 
-class Quantised(Protocol):
+class Rounded(Protocol):
     """A layer after its quantisation."""
 
     def dense(self) -> torch.Tensor:
@@ -179,7 +179,7 @@ def _score(weight: torch.Tensor, tokens: torch.Tensor | None, layer: SvdqLinear)
 def errors(
     weight: torch.Tensor,
     tokens: torch.Tensor | None,
-    layer: Quantised,
+    layer: Rounded,
     precision: str,
     rounded: Callable[[torch.Tensor], torch.Tensor],
 ) -> dict[str, float]:
