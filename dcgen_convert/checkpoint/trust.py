@@ -31,6 +31,7 @@ ADAPTERS = {
     "autoencoder_dc_video_v1": ("91587abce81b14cde6f5e2c5d2b1d53ab93eec4692dc44cba08ab28a1d24abfc",),
     "autoencoder_dc_video_v2": ("e02652af1d3cf85a11649ea2b5bce6f37085e7abefc2742a94135a11d385aea4",),
     "autoencoder_dc_video_v3": ("940d1ab4c4a1bc3de74bf3ef1b5ee68b9d3c1eed7858d1c0608eac7b3d2c5764",),
+    "autoencoder_dc_video_v4": ("5b8304cdea69bb90294c4621daf50cdf6a1b5e7e86773b2bab551d02e5091da4",),
 }
 CODE = (".py", ".pyc", ".pyd", ".so")
 FOLLOWS_AUTO_MAP = re.compile(r"Auto(?!encoder)|\w*Processor$")  # classes that look for another class in a JSON file

@@ -29,6 +29,7 @@ from dcgen_convert.families.qwenimage import QwenImage
 from dcgen_convert.families.qwenimage_edit import QwenImageEdit, QwenImageEditPlus
 from dcgen_convert.families.sana import Sana
 from dcgen_convert.families.sana_sprint import SanaSprint
+from dcgen_convert.families.sana_video import SanaVideo
 from dcgen_convert.families.sd3 import SD3
 from dcgen_convert.families.unet import UNet
 from dcgen_convert.families.unet_xl import UNetXL
@@ -76,6 +77,7 @@ FAMILIES: dict[str, Family] = {
         OvisImage(),
         ErnieImage(),
         PRX(),
+        SanaVideo(),
         WanImage(),
         Wan(),
         UNetXL(),

@@ -97,6 +97,7 @@ class Family:
     shape: ClassVar[tuple[int, int]] = (1, 1)  # height to width of what is usually drawn, where shapes are free
     guidance_argument: ClassVar[str] = "guidance_scale"  # the stock pipeline's names of arguments
     length_argument: ClassVar[str] = "max_sequence_length"  # of the text, in tokens; empty: it has none
+    frames_argument: ClassVar[str] = "num_frames"
     fixed_arguments: ClassVar[Mapping[str, Any]] = {}  # what every call of the stock pipeline says beside
     one_prompt: ClassVar[bool] = False  # whether a call of the stock pipeline with guidance takes one prompt alone
     idle: ClassVar[tuple[str, ...]] = ()  # optional parts of the stock pipeline that `pipeline_call` leaves unused
@@ -428,7 +429,7 @@ class Family:
 
     def frames_call(self, frames: int) -> dict[str, Any]:
         """Keyword arguments that tell the stock pipeline of a family of videos how many frames to draw."""
-        return {"num_frames": frames} if self.axes == 3 else {}
+        return {self.frames_argument: frames} if self.axes == 3 else {}
 
     def reference_video(self, pixels: Tensor, frames: int, first: int) -> Tensor:
         """What the autoencoder is given of a reference: (B, 3, H, W) -> (B, 3, frames, H, W).

@@ -106,6 +106,7 @@ _FLUX_EXTRA, _SANA_EXTRA, _DIT_EXTRA = 4_969_190_819, 2_926_592_163, 83_653_863
 _QWEN_EXTRA = 8_419_059_187  # Qwen2.5-VL-7B 8,292,166,656 + AutoencoderKLQwenImage 126,892,531
 _WAN_EXTRA = 5_680_910_336 + 126_892_531  # UMT5-XXL + AutoencoderKLWan
 _WAN22_EXTRA = 5_680_910_336 + 704_688_668  # UMT5-XXL + AutoencoderKLWan of Wan 2.2
+_SANA_VIDEO_EXTRA = 2_614_341_888 + 126_892_531  # Gemma-2-2B + AutoencoderKLWan
 _SD_EXTRA = 123_060_480 + _DIT_EXTRA
 
 SOURCES: dict[str, SourceEntry] = {
@@ -295,6 +296,20 @@ SOURCES: dict[str, SourceEntry] = {
             recipe="wan-2.2-5b-704p",
             extra_parameters=_WAN22_EXTRA,
             trained_side=960,
+        ),
+        SourceEntry(
+            name="sana-video-2b",
+            repo="Efficient-Large-Model/SANA-Video_2B_480p_diffusers",
+            family="sana-video",
+            licence="see the repository",
+            gated=False,
+            config="sana-video-2b.json",
+            vae_factor=8,
+            vae_channels=16,
+            patch=2,
+            recipe="sana-video-480p",
+            extra_parameters=_SANA_VIDEO_EXTRA,
+            trained_side=640,
         ),
         SourceEntry(
             name="tiny-flux",

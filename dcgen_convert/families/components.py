@@ -118,10 +118,10 @@ def _flux(scheduler: str) -> dict[str, Component]:
     }
 
 
-def _sana(scheduler: str) -> dict[str, Component]:
+def _sana(scheduler: str, vae: Component | None = None) -> dict[str, Component]:
     return {
         "scheduler": _scheduler(scheduler),
-        "vae": autoencoder_of(catalog.AUTOENCODERS[SANA_AUTOENCODER]),
+        "vae": vae or autoencoder_of(catalog.AUTOENCODERS[SANA_AUTOENCODER]),
         "text_encoder": _text("Gemma2Model", "gemma-2-2b"),
         "tokenizer": _tokenizer("GemmaTokenizer", 256000),
     }
@@ -163,6 +163,7 @@ _BESIDE = {  # source -> what stands beside its network
     "wan-1.3b": _wan,
     "wan-14b": _wan,
     "wan-2.2-5b": lambda: _wan("wan-2.2"),
+    "sana-video-2b": lambda: _sana("dpm-sana-video", _kl("kl-wan", F32, "AutoencoderKLWan")),
     "dit-xl-256": _dit,
     "dit-xl-512": _dit,
 }

@@ -46,11 +46,6 @@ REFUSED: dict[str, Refusal] = {
     "QwenImage21Transformer2DModel": Refusal(
         "Qwen-Image 2.1", "its pipeline takes 16 px for a token, whatever the autoencoder says"
     ),
-    "SanaVideoTransformer3DModel": Refusal(
-        "SANA-Video",
-        "its pipeline asks the class of the autoencoder for the size of a latent cell, and takes 8 px for one that it "
-        "does not know, as that of DC-AE-V",
-    ),
     "transformer_2": Refusal(
         "Wan 2.2 A14B",
         "it draws with two networks, one for much noise and one for little, and a conversion makes one network",

@@ -59,7 +59,8 @@ class Wan(Family):
         frames, rows, columns = config["patch_size"]
         if frames != 1 or rows != columns:
             raise InputError(
-                f"this Wan model has patches of {frames} x {rows} x {columns} cells", "give one of 1 x p x p cells"
+                f"this {self.name} model has patches of {frames} x {rows} x {columns} cells",
+                "give one of 1 x p x p cells",
             )
         return int(rows)
 
@@ -74,8 +75,9 @@ class Wan(Family):
         if name.startswith("FlowMatch") or all(scheduler.get(key) == value for key, value in FLOW.items()):
             return
         raise InputError(
-            f"the scheduler of this Wan model, {name}, is set to another prediction or other noise levels than flow's",
-            "give the scheduler that Wan was published with: UniPCMultistepScheduler with use_flow_sigmas",
+            f"the scheduler of this {self.name} model, {name}, is set to another prediction or other noise levels than "
+            "flow's",
+            "give the scheduler that the model was published with, which has use_flow_sigmas",
         )
 
     def quant_targets(

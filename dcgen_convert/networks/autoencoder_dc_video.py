@@ -15,6 +15,8 @@ picture is a video of one frame. A pipeline that draws from a picture encodes th
 Large frames need less memory in tiles (`enable_tiling`): each tile is taken through all frames, and where tiles overlap
 each counts less the nearer its edge is.
 
+It is a subclass of Wan's class, because a stock SanaVideoPipeline asks for the class, and nothing else is Wan's.
+
 Legend: B batch, C channels, T frames, H W px or cells, K frames per chunk, c latent channels, f spatial compression.
 
 Sources: arXiv 2509.25182 (DC-VideoGen) and the layout that its authors published. The names of the tensors are ours.
@@ -29,17 +31,18 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from diffusers import ModelMixin
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers import AutoencoderKLWan, ModelMixin
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, IdentityDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-MODULE_NAME = "autoencoder_dc_video_v3"
+MODULE_NAME = "autoencoder_dc_video_v4"
 CLASS_NAME = "AutoencoderDCVideo"
 TIME = 4  # frames of a video per latent frame
 TILE, STRIDE = 512, 448  # px of a tile's side, and from one tile to the next at most
@@ -235,7 +238,7 @@ def tile_shares(span: range, side: int, overlap: int, scale: int) -> Tensor:
     return (rising if span.start else ones) * (rising.flip(0) if span.stop < side else ones)
 
 
-class AutoencoderDCVideo(ModelMixin, ConfigMixin):
+class AutoencoderDCVideo(AutoencoderKLWan):
     """DC-AE-V. The defaults are those of f32t4c32.
 
     Args:
@@ -257,6 +260,7 @@ class AutoencoderDCVideo(ModelMixin, ConfigMixin):
 
     # The name that save_pretrained writes into model_index.json, and the file that it then looks for.
     __module__ = MODULE_NAME
+    _group_offload_block_modules: ClassVar[list[str]] = ["encoder", "decoder"]
 
     @register_to_config
     def __init__(
@@ -277,7 +281,7 @@ class AutoencoderDCVideo(ModelMixin, ConfigMixin):
         spatial_compression_ratio: int | None = None,
         auto_map: dict[str, str] | None = None,
     ):
-        super().__init__()
+        super(AutoencoderKLWan, self).__init__()  # without Wan's networks
         widths, layers = tuple(block_out_channels), tuple(layers_per_block)
         if chunk_frames < TIME or chunk_frames % TIME:
             raise ValueError(f"chunk_frames is {chunk_frames}; it must be a multiple of {TIME}")

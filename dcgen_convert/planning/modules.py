@@ -69,9 +69,13 @@ def measured(config: dict[str, Any], family: Family) -> Structure:
     blocks, text = len(family.block_modules(model)), family.text_width(model.config)
     width = linears[family.embedder].weight.shape[0]
     if all(layer.token_fraction == 1 for layer in layers):
-        kinds = [getattr(module, "is_cross_attention", None) for module in model.modules()]
-        if any(kinds):  # the others are over the image alone
-            counts = {"alone": kinds.count(False), "cross": kinds.count(True)}
+        attentions = [module for module in model.modules() if hasattr(module, "is_cross_attention")]
+        cross = sum(module.is_cross_attention for module in attentions)
+        if cross:  # the others are over the image alone
+            linear = sum("Linear" in type(module.processor).__name__ for module in attentions)
+            counts = {"alone": len(attentions) - cross - linear, "cross": cross, "linear": linear}
+            if linear:
+                counts["head_dim"] = model.config.attention_head_dim
             return Structure(layers, total - held, blocks, width, text, **counts)
         return Structure(layers, total - held, blocks, width, text, quadratic=blocks)
     # Several grids: attn1 is over the image's cells alone, attn2 from them to the text.

@@ -32,6 +32,7 @@ OWN = {  # by the class of the network
     "QwenImageTransformer2DModel": "AutoencoderKLQwenImage",
     "HunyuanImageTransformer2DModel": "AutoencoderKLHunyuanImage",
     "WanTransformer3DModel": "AutoencoderKLWan",
+    "SanaVideoTransformer3DModel": "AutoencoderKLWan",
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, DiffusionPipeline, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from safetensors import safe_open
 
 from dcgen_convert.bundle.expected import expected_tensors
@@ -104,6 +104,7 @@ def test_this_program_takes_its_own_class(folder):
         assert type(parts["vae"]) is video.AutoencoderDCVideo
         pipe = DiffusionPipeline.from_pretrained(folder, tokenizer=None, text_encoder=None, **parts)
     assert type(pipe.vae) is video.AutoencoderDCVideo
+    assert isinstance(pipe.vae, AutoencoderKLWan) and {*dict(pipe.vae.named_children())} == {"encoder", "decoder"}
     assert (pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial) == (4, F)
 
 

@@ -28,7 +28,8 @@ from dcgen_convert.stages.job import prepare
 from dcgen_convert.tiny import videos as world
 
 COUNT, FRAMES, SIDE, C, SCALE = 8, 8, 64, 8, 1.5
-LATENTS = {"wan": ((16, 8), 16), "wan-image": ((16, 8), 16), "wan-2.2": ((48, 4), 32)}  # (c, cells) of the base, new f
+LATENTS = {"wan": ((16, 8), 16), "wan-image": ((16, 8), 16), "wan-2.2": ((48, 4), 32)}
+LATENTS["sana-video"] = LATENTS["wan"]  # (c, cells) of the base, and f of the new autoencoder
 SETTINGS = {
     "data.buckets": "off", "data.count": COUNT, "data.frames": FRAMES, "data.steps": 2, "data.resolution": SIDE,
     "dtype": "fp32", "latents.scale_override": SCALE, "align_head.draws": 1, "adapt.zero": 1,
@@ -43,9 +44,10 @@ from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
 pipe.set_progress_bar_config(disable=True)
 assert "dcgen_convert" not in sys.modules
-assert not pipe.config.expand_timesteps  # a timestep for every 2 x 2 cells: there is a token for each
+assert not pipe.config.get("expand_timesteps")  # a timestep for every 2 x 2 cells: there is a token for each
 given = {"image": torch.zeros(1, 3, 32, 64)} if sys.argv[2] == "wan-image" else {}
-options = dict(height=32, width=64, num_frames=5, num_inference_steps=2, output_type="pt", max_sequence_length=512)
+options = dict(height=32, width=64, num_inference_steps=2, output_type="pt", max_sequence_length=512)
+options |= dict(frames=5, use_resolution_binning=False) if sys.argv[2] == "sana-video" else dict(num_frames=5)
 frames = pipe(prompt="a red fox", **given, **options).frames
 assert frames.shape == (1, 5, 3, 32, 64) and torch.isfinite(frames).all(), frames.shape
 print(type(pipe).__name__, type(pipe.vae).__name__, round(1 / pipe.vae.config.latents_std[0], 6))

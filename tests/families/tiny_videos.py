@@ -7,7 +7,7 @@ from typing import Any
 
 import diffusers
 import torch
-from bundle.conftest import tokenizer_t5
+from bundle.conftest import sana_source, tokenizer_t5
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from .tiny_entry import Tiny
@@ -71,6 +71,31 @@ def wan_22(folder: Path) -> None:
     diffusers.WanPipeline(**networks, expand_timesteps=True).save_pretrained(folder)
 
 
+def sana_video(folder: Path) -> None:
+    sana_source(folder)
+    text = diffusers.SanaPipeline.from_pretrained(folder).components
+    torch.manual_seed(2)
+    transformer = diffusers.SanaVideoTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=24,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=24,
+        cross_attention_dim=48,
+        caption_channels=WIDTH,
+        mlp_ratio=2.0,
+    )
+    diffusers.SanaVideoPipeline(
+        tokenizer=text["tokenizer"],
+        text_encoder=text["text_encoder"],
+        vae=video_vae(8, 16),
+        transformer=alive(transformer),
+        scheduler=diffusers.DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0
+        ),
+    ).save_pretrained(folder)
+
+
 def wan_image(folder: Path) -> None:
     networks = parts(in_channels=36, image_dim=WIDTH, added_kv_proj_dim=48)
     vision = CLIPVisionConfig(
@@ -89,8 +114,9 @@ def wan_image(folder: Path) -> None:
 
 
 VIDEOS: dict[str, Tiny] = {
-    # UniPC spaces its steps from 1 to 1 / 1000
+    # UniPC spaces its steps from 1 to 1 / 1000, DPM-Solver from 999 / 1000 to 0
     "wan": Tiny(wan, None, length=32, side=64, frames=9, middle=0.5005),
     "wan-2.2": Tiny(wan_22, None, length=32, side=64, frames=9, middle=0.5005, factor=16),
+    "sana-video": Tiny(sana_video, None, length=32, side=64, frames=9, middle=0.4995),
     "wan-image": Tiny(wan_image, None, length=512, side=64, frames=9, middle=0.5005, references=((48, 80),)),
 }

@@ -1,6 +1,7 @@
 """Parameter counts by arithmetic equal those of the diffusers classes, for the shipped configs and for random ones."""
 
 import json
+import math
 
 import diffusers
 import pytest
@@ -150,7 +151,7 @@ def test_trained_parameters_are_those_of_peft(name):
     assert found.linears == sum("lora_A" in key and key.endswith("default") for key, _ in model.named_modules())
 
 
-@pytest.mark.parametrize("name", ["flux-dev", "dit-xl-256", "wan-1.3b"])
+@pytest.mark.parametrize("name", ["flux-dev", "dit-xl-256", "wan-1.3b", "sana-video-2b"])
 def test_flops_are_those_that_torch_counts(name):
     """Against torch's own counter on a small real model; sizes that no constant could hide in."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -164,20 +165,25 @@ def test_flops_are_those_that_torch_counts(name):
             "axes_dims_rope": [8, 12, 12],
             "joint_attention_dim": 40,
         }
+    if name == "sana-video-2b":
+        config |= {"num_cross_attention_heads": 2, "cross_attention_dim": 224}
     family = families.recognise(config)
     model = getattr(diffusers, config["_class_name"]).from_config(config).eval()
-    side, text = 32, 300 if name == "wan-1.3b" else 7
-    z = torch.randn(1, 4 if name == "dit-xl-256" else 16, *(() if name != "wan-1.3b" else (3,)), side, side)
+    frames = (3,) if family.axes == 3 else ()
+    side, text = 32, 300 if frames else 7
+    z = torch.randn(1, 4 if name == "dit-xl-256" else 16, *frames, side, side)
     if name == "flux-dev":
         condition = {"encoder_hidden_states": torch.randn(1, text, 40), "pooled_projections": torch.randn(1, 768)}
     elif name == "wan-1.3b":
         condition = {"encoder_hidden_states": torch.randn(1, text, 4096)}
+    elif frames:
+        condition = {"encoder_hidden_states": torch.randn(1, text, 2304), "encoder_attention_mask": torch.ones(1, text)}
     else:
         condition, text = {"class_labels": torch.tensor([1])}, 0
     # the counter does not know the fused CPU attention: let it see the two matrix products
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         family.predict(model, z, torch.tensor([0.5]), condition, torch.tensor([3.5]))
-    tokens = (side // 2) ** 2 * (3 if name == "wan-1.3b" else 1)
+    tokens = (side // 2) ** 2 * math.prod(frames)
     assert forward_flops(structure(config), tokens, text) == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
