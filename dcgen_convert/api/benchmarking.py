@@ -48,7 +48,8 @@ def benchmark(  # noqa: PLR0913  every option of the verb by its name
         source: a bundle; or what `convert` takes as a pipeline: catalogue name, folder or hub id.
         ae, ae_channels: autoencoder of the conversion, as in `convert`; for a source that is no bundle. None: the
             recipe's.
-        resolution: picture sides in px. Empty: that of the bundle, or of the recipe.
+        resolution: picture sides in px; videos have the area of such squares, in the usual shape of their family.
+            Empty: that of the bundle, or of the recipe.
         against: the base of a bundle. None: the one that its manifest names.
         random: take random weights of the right sizes for ``source``, a catalogue name. Nothing is downloaded.
         dtype: of the weights. None: bfloat16 on a GPU and for large models, else float32.

@@ -297,11 +297,12 @@ class Benchmarked(Result):
     source: what was asked for. base: name of the base. models: by name ("base", "converted", a 4-bit format) the
     latent space ("factor", "channels", "patch"), "parameters" and "bytes" of the network, and its "runtime".
     random: whether the base had random weights. notes: what a reader of the figures must know.
-    sizes: for each "resolution" in px the "tokens" and their "ratio", the "passes" of the network for a picture, the
-    "rows", their "ratios" (base over model, per picture), and "pictures_per_minute". A row ("text", "step", "step,
-    largest batch", "decode", "picture") has for each model the median "seconds", the "low" and the "high" of its
-    "rounds", how many went before as "warm_up", the "batch", and the "peak_bytes": weights and all that the work takes
-    beside them; None where nothing tells. The "basis" of a picture is "measured" or "sum of its parts".
+    sizes: for each "resolution" in px (of videos with "height", "width" and "frames") the "tokens" and their "ratio",
+    the "passes" of the network for a picture, the "rows", their "ratios" (base over model, per picture), and
+    "pictures_per_minute". A row ("text", "step", "step, largest batch", "decode", "picture") has for each model the
+    median "seconds", the "low" and the "high" of its "rounds", how many went before as "warm_up", the "batch", and the
+    "peak_bytes": weights and all that the work takes beside them; None where nothing tells. The "basis" of a picture is
+    "measured" or "sum of its parts".
     """
 
     SCHEMA: ClassVar[str] = "dcgen.benchmark/1"

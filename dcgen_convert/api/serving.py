@@ -36,7 +36,7 @@ def serve(
         console: where to speak instead.
 
     Raises:
-        InputError: the extra `serve` is not installed, not a bundle, or one that draws videos.
+        InputError: the extra `serve` is not installed, not a bundle.
         CheckFailed: the bundle is unfinished.
         AccessError: ``against`` is not on this machine.
         ResourceError: the port is taken, or memory is short.

@@ -31,7 +31,8 @@ from dcgen_convert.cli.session import Session
     metavar="PX",
     type=click.IntRange(min=1),
     multiple=True,
-    help="Picture side in px; repeatable. Default: that of the bundle, or of the recipe.",
+    help="Picture side in px; repeatable. Videos have the area of such squares. Default: that of the bundle, or of the "
+    "recipe.",
 )
 @option(
     "--against",

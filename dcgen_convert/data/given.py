@@ -235,7 +235,7 @@ class _Opened:
     def __init__(self, source: PictureSource, number: int, work: Path, offline: bool, edited: bool) -> None:
         self.source, self.work, self.number, self.edited = source, work, number, edited
         self.place = source.path
-        self.noun = images.NOUNS[source.moving]
+        self.noun = images.NOUNS[3 if source.moving else 2]
         self.shards: list[Path] = []
         self.side = drawn.side_of(source.where)
         if self.side:

@@ -34,7 +34,7 @@ SOURCE, SOURCE_SHA256 = (
     beside.SOURCE,
     f"{beside.SOURCE}_sha256",
 )  # keys of what an edited picture was made from: a text or a list
-NOUNS = {False: "pictures", True: "videos"}
+NOUNS = {2: "pictures", 3: "videos"}  # what rows are, by the axes of a latent
 ROWS = "rows.jsonl"  # beside the latents: the pictures in the order of their rows
 
 
@@ -76,7 +76,9 @@ def take(
         if picture not in kept:
             why = (sieve.reason(picture.file) if sieve else "") or f"because data.count is {count}"
             left_out.add(why, os.path.relpath(picture.file, root))
-    told = f"{len(pictures)} {f'of {len(every)} ' if len(every) > len(pictures) else ''}{NOUNS[moving]} taken"
+    told = (
+        f"{len(pictures)} {f'of {len(every)} ' if len(every) > len(pictures) else ''}{NOUNS[3 if moving else 2]} taken"
+    )
     if left_out.total:
         told += f", {left_out.total} left out {left_out.reasons()}"
     return pictures, told

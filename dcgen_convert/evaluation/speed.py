@@ -19,7 +19,7 @@ WORDS = {
 def rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(what, value) of a benchmark that a manifest holds."""
     for size in found.get("sizes", ()):
-        where = f"Time at {size['resolution']} px on {found['device']}, {found['dtype']}"
+        where = f"Time at {shown(size)} on {found['device']}, {found['dtype']}"
         for what in (ENCODE, STEP, DECODE, PICTURE):
             if what not in size["rows"]:
                 continue
@@ -29,7 +29,19 @@ def rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 f"{name} {seconds(figure['seconds'])}{f' ({times(ratios[name])})' if name in ratios else ''}"
                 for name, figure in row.items()
             ]
-            yield f"{where}: {WORDS[what]}{steps}", ", ".join(told)
+            yield f"{where}: {words(what, size)}{steps}", ", ".join(told)
+
+
+def shown(size: Mapping[str, Any]) -> str:
+    """What was drawn: 1024 px, or 480 x 832 px, 77 frames."""
+    if "frames" not in size:
+        return f"{size['resolution']} px"
+    return f"{size['height']} x {size['width']} px, {size['frames']} frames"
+
+
+def words(what: str, size: Mapping[str, Any]) -> str:
+    """The name of a figure, of pictures or of videos."""
+    return WORDS[what].replace("picture", "video") if "frames" in size else WORDS[what]
 
 
 def seconds(value: float) -> str:

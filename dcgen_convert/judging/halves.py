@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL.Image import Image
+from torch import Tensor
 
 from dcgen_convert.bundle import loading, sample
 from dcgen_convert.bundle import manifest as manifests
@@ -22,6 +23,7 @@ from dcgen_convert.checkpoint.source import Source
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_json
+from dcgen_convert.data import videos
 from dcgen_convert.families import Family
 from dcgen_convert.families.base import Pipeline
 from dcgen_convert.families.grid import Grid
@@ -51,9 +53,12 @@ class Fields:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A picture, and how it was drawn: its size in px, and the seconds without the loading of the model."""
+    """A picture, and how it was drawn: its size in px, and the seconds without the loading of the model.
 
-    picture: Image
+    picture: of a video its frames instead, (3, F, H, W) in [-1, 1].
+    """
+
+    picture: Image | Tensor
     size: Size
     seconds: float
 
@@ -63,7 +68,8 @@ class Half:
     """A model that draws. It is loaded before its first picture.
 
     Attributes:
-        name: for people. config, vae: of its network and of its autoencoder. length: in text tokens.
+        name: for people. config, vae: of its network and of its autoencoder. length: in text tokens. frames: of each
+            video; 1: it draws pictures.
         opened: loads the pipeline. fit: the size at which it draws what is asked for at another one.
     """
 
@@ -74,13 +80,14 @@ class Half:
     length: int
     opened: Callable[[], Pipeline]
     fit: Callable[[Size], Size]
+    frames: int = 1
 
     @cached_property
     def pipeline(self) -> Pipeline:
         return self.opened()
 
     def draw(self, wanted: Fields) -> Outcome:
-        """One picture.
+        """One picture, or one video.
 
         Raises:
             InputError: a size that does not fit, no picture to edit, or one that cannot be used.
@@ -93,7 +100,7 @@ class Half:
         references = sample.references_of(self.family, wanted.images, height, width, cell)
         pipeline = self.pipeline
         started = time.perf_counter()
-        drawn = sample.draw(
+        pixels = sample.draw_pixels(
             pipeline,
             self.family,
             [wanted.prompt],
@@ -104,29 +111,31 @@ class Half:
             guidance=wanted.guidance,
             length=self.length,
             references=references,
-        )
-        return Outcome(drawn[0], (width, height), time.perf_counter() - started)
+            frames=self.frames,
+        )[0]
+        shown = sample.to_pil(pixels) if self.family.axes == 2 else pixels.movedim(0, 1).float().cpu() * 2 - 1
+        return Outcome(shown, (width, height), time.perf_counter() - started)
 
 
 def of_bundle(bundle: Path, *, trust_remote_code: bool = False) -> Half:
     """The half that draws with a bundle, as `sample` does.
 
     Raises:
-        InputError: not a bundle, or one that draws videos. CheckFailed: it is unfinished.
+        InputError: not a bundle. CheckFailed: it is unfinished. ResourceError: it draws videos, and PyAV is not
+            installed.
     """
-    family = loading.family_of(bundle)
+    family, defaults = loading.family_of(bundle), manifests.read(bundle)["defaults"]
     if family.axes == 3:
-        raise InputError(
-            f"{bundle} draws videos, and the page shows pictures only", f"dcgen-convert inspect {bundle} describes it"
-        )
+        videos.require_reader()
     return Half(
         name=bundle.name,
         family=family,
         config=loading.transformer_config(bundle),
         vae=read_json(bundle / "vae" / "config.json"),
-        length=manifests.read(bundle)["defaults"]["text_length"],
+        length=defaults["text_length"],
         opened=lambda: loading.load(bundle, trust_remote_code=trust_remote_code)[0],
         fit=lambda size: size,
+        frames=defaults.get("frames", 1),
     )
 
 
@@ -152,8 +161,11 @@ def of_base(bundle: Path, against: str | None, home: Path, console: Console) -> 
         named = Identity(against, offline=True)
         require_source(named)
         folder = painter.import_folder(home, named.where)
-        source = painter.opened(against, named.where, named.revision, folder, offline=True)
+        moving = "frames" in manifest["defaults"]
+        source = painter.opened(against, named.where, named.revision, folder, offline=True, moving=moving)
     defaults, family = manifest["defaults"], source.family
+    if family.axes != loading.family_of(bundle).axes:
+        raise InputError(f"{source.name} is a {family.name} model, and {bundle} draws videos", "name its base")
     identity = Identity(source.name, offline=True)
     grid = painter.grid_of(bundle, loading.family_of(bundle))
     half = Half(
@@ -164,6 +176,7 @@ def of_base(bundle: Path, against: str | None, home: Path, console: Console) -> 
         length=defaults["text_length"] if family.name == manifest["family"] else family.text_length,
         opened=lambda: _base_pipeline(source, console),
         fit=lambda size: size_of_base(size, identity, grid),
+        frames=defaults.get("frames", 1),
     )
     return half, ""
 

@@ -15,6 +15,7 @@ import socket
 import tempfile
 import threading
 import traceback
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -22,11 +23,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from PIL.Image import Image
+
 from dcgen_convert.core import errors, limits
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import InputError, ResourceError
+from dcgen_convert.data import videos
 from dcgen_convert.judging.halves import Fields, Half, Outcome, Size
 
+FOLDER = "GRADIO_TEMP_DIR"
 HOST = "127.0.0.1"
 NAMES = [HOST, "localhost"]  # as which a browser may know it
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"  # gradio's page holds scripts and styles
@@ -43,7 +48,7 @@ def library() -> ModuleType:
         InputError: the extra `serve` is not installed.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["GRADIO_TEMP_DIR"] = folder = tempfile.mkdtemp(prefix="dcgen-serve-")  # else one that all users share
+    os.environ[FOLDER] = folder = tempfile.mkdtemp(prefix="dcgen-serve-")  # else one that all users share
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     try:
         import gradio
@@ -127,6 +132,7 @@ class Page:
             enable_monitoring=False,
             pwa=False,
             mcp_server=False,
+            allowed_paths=[os.environ[FOLDER]],  # where `_shown` writes videos
             theme=gradio.themes.Default(**FONTS),
         )
         self._server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
@@ -157,11 +163,13 @@ class Page:
             gradio.Markdown(told)
             with gradio.Row():
                 with gradio.Column(scale=3):
-                    text = "instruction" if family.fewest_references else "prompt"
+                    moving = family.axes == 3
+                    text = "instruction" if family.fewest_references and not moving else "prompt"
+                    given = "first frame" if moving else "picture to edit"
                     prompt = gradio.Textbox(label=text, lines=3, elem_id="prompt")
                     several = "multiple" if family.references > 1 else "single"
                     files = gradio.File(
-                        label="pictures to edit" if family.references > 1 else "picture to edit",
+                        label="pictures to edit" if family.references > 1 else given,
                         file_count=several,
                         file_types=["image"],
                         visible=bool(family.references),
@@ -195,13 +203,11 @@ class Page:
         """Where the picture of one model and its time stand."""
         side = "converted" if half is self.converted else "base"
         with gradio.Column():
-            picture = gradio.Image(
-                label=f"{side}: {half.name}",
-                format="png",
-                interactive=False,
-                buttons=["download", "fullscreen"],  # without the one that uploads to a hub
-                elem_id=side,
-            )
+            common = {"label": f"{side}: {half.name}", "interactive": False, "elem_id": side}
+            if half.family.axes == 3:
+                picture = gradio.Video(**common, format="mp4", buttons=["download"], loop=True, autoplay=True)
+            else:  # without the button that uploads to a hub
+                picture = gradio.Image(**common, format="png", buttons=["download", "fullscreen"])
             return picture, gradio.Markdown(elem_id=f"{side}-time")
 
     def _draw(
@@ -224,7 +230,7 @@ class Page:
             for number, half in enumerate(halves):
                 if half is self.converted or both:
                     drawn = half.draw(wanted)
-                    shown[2 * number : 2 * number + 2] = drawn.picture, told_of(drawn, wanted)
+                    shown[2 * number : 2 * number + 2] = _shown(drawn), told_of(drawn, wanted)
                     yield tuple(shown)
 
     @contextmanager
@@ -238,6 +244,15 @@ class Page:
             self.console.traceback(traceback.format_exc())
             sentence = html.escape(error.message, quote=False)  # the hint is about options of the command line
             raise library().Error(sentence, duration=None, print_exception=False) from exc
+
+
+def _shown(drawn: Outcome) -> Any:
+    """The picture; of a video the name of an .mp4, which goes when the page ends."""
+    if isinstance(drawn.picture, Image):
+        return drawn.picture
+    file = Path(os.environ[FOLDER], f"{uuid.uuid4().hex}.mp4")
+    videos.write_mp4(drawn.picture, file)
+    return str(file)
 
 
 def told_of(drawn: Outcome, wanted: Fields) -> str:

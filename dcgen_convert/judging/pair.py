@@ -6,6 +6,7 @@ for the embedder, the head and the autoencoder, which are new. How long a networ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,16 +21,21 @@ from dcgen_convert.bundle.autoencoder_dc_adapter import AutoencoderDCAdapter
 from dcgen_convert.bundle.layout import adapter_config, has_adapter
 from dcgen_convert.checkpoint.open import load_source
 from dcgen_convert.core.errors import InputError, ResourceError
-from dcgen_convert.families import Family, catalog, components, deep_autoencoders, refuse_videos
-from dcgen_convert.families.base import Network, Pipeline
+from dcgen_convert.data import buckets
+from dcgen_convert.data.buckets import Size
+from dcgen_convert.families import Family, catalog, components, deep_autoencoders
+from dcgen_convert.families.base import TIME, Network, Pipeline
 from dcgen_convert.families.components import DIFFUSERS, Component
 from dcgen_convert.families.grid import Grid, autoencoder_grid
 from dcgen_convert.networks import at_once, autoencoder_files, random_networks, random_weights
+from dcgen_convert.networks.autoencoder_dc_video import AutoencoderDCVideo
 from dcgen_convert.networks.pipelines import quiet_diffusers
 from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.loading import Resolved
 from dcgen_convert.recipe.schema import Recipe
+from dcgen_convert.recipe.videos import frames_of
 from dcgen_convert.stages import source_pipeline
+from dcgen_convert.stages.job import DEEP
 
 BASE, CONVERTED = "base", "converted"
 SEED = 0  # of random weights
@@ -65,9 +71,13 @@ class Model:
         f, c = autoencoder_grid(vae)
         return Grid(f, c, self.family.patch(config, c))
 
-    def tokens(self, side: int) -> int:
-        """Image tokens that the network sees while it draws ``side`` px: the picture's and its references'."""
-        return self.grid.tokens(side) * (1 + self.family.fewest_references)
+    def tokens(self, height: int, width: int | None = None, frames: int = 1) -> int:
+        """Image tokens that the network sees while it draws a picture or a video of this size, in px: its own, and
+        those of references that have some.
+        """
+        times = (frames - 1) // TIME + 1  # both autoencoders make so many latent frames
+        own = 1 if self.family.reference_channels else 1 + self.family.fewest_references
+        return times * self.grid.tokens(height, width) * own
 
     @property
     def encoders(self) -> list[nn.Module]:
@@ -84,7 +94,8 @@ class ModelPair:
     Attributes:
         source: name of the base. identity: what it is.
         steps, guidance, length: how a picture is drawn; length in text tokens.
-        side: of a picture in px, unless told otherwise.
+        side: of a picture in px, unless told otherwise. own: of videos the (height, width) in px that belongs to it.
+        frames: of each video; 1: they draw pictures.
         notes: what a reader of the figures must know.
     """
 
@@ -95,10 +106,28 @@ class ModelPair:
     length: int
     side: int
     notes: list[str] = field(default_factory=list)
+    own: Size | None = None
+    frames: int = 1
 
     @property
     def family(self) -> Family:
         return self.models[BASE].family
+
+    def size_of(self, side: int) -> Size:
+        """(height, width) in px of what is drawn at ``side``: a square; a video of its family's shape and that area.
+
+        Raises:
+            InputError: no video is as small.
+        """
+        if self.own and side == self.side:
+            return self.own
+        if self.family.axes == 2:
+            return side, side
+        step = math.lcm(*(model.grid.token_px for model in self.models.values()))
+        if side < step:
+            raise InputError(f"{side} px are smaller than a token of {step} px", f"use {step} px or more")
+        height, width = self.family.shape
+        return buckets.nearest(buckets.sizes(side // step * step, step), width, height)
 
 
 def of_bundle(
@@ -128,12 +157,15 @@ def of_bundle(
     elif format is not None:
         models[format] = _loaded_bundle(bundle, models[BASE], dtype, "stock")
     how = manifest["defaults"]
-    return ModelPair(models, base, how["steps"], how["guidance"], how["text_length"], how["height"], notes)
+    drawing = how["steps"], how["guidance"], how["text_length"]
+    if family.axes == 2:
+        return ModelPair(models, base, *drawing, how["height"], notes)
+    own = how["height"], how["width"]
+    return ModelPair(models, base, *drawing, math.isqrt(math.prod(own)), notes, own, how["frames"])
 
 
 def _loaded_base(base: Identity, revision: str | None, dtype: torch.dtype) -> Model:
     source = load_source(base.name, base.where, revision=revision or base.revision, offline=base.offline)
-    refuse_videos(source.family, base.name)
     if source.imported:
         raise InputError(
             f"{base.name} is no pipeline folder that loads as it is",
@@ -177,10 +209,11 @@ def of_source(resolved: Resolved, dtype: torch.dtype, side: int | None, random: 
     vae = _autoencoder(family, autoencoder, config, dtype)
     pipeline = random_networks.with_parts(base.pipeline, **{family.component: network}, vae=vae)
     models = {BASE: base, CONVERTED: Model(pipeline, family)}
-    length = recipe.latents.text_length or family.text_length
+    length, frames = recipe.latents.text_length or family.text_length, frames_of(recipe, family)
     new = "the embedder, the head and the autoencoder of the converted model"
     notes = [f"random weights for {'all parts' if random else new}: the pictures mean nothing, the times do not change"]
-    return ModelPair(models, identity, recipe.bundle.steps, recipe.bundle.guidance, length, own, notes)
+    drawing = recipe.bundle.steps, recipe.bundle.guidance, length
+    return ModelPair(models, identity, *drawing, own, notes, frames=family.base_frames(frames) if frames else 1)
 
 
 def _random_base(identity: Identity, autoencoder: Mapping[str, Any], dtype: torch.dtype) -> Model:
@@ -191,7 +224,7 @@ def _random_base(identity: Identity, autoencoder: Mapping[str, Any], dtype: torc
             "dcgen-convert recipes list shows their names; or leave --random out",
         )
     layout = components.layout_of(identity.entry)
-    parts = {**layout.parts, "new vae": Component(DIFFUSERS, "AutoencoderDC", dict(autoencoder), "any")}
+    parts = {**layout.parts, "new vae": Component(DIFFUSERS, autoencoder["_class_name"], dict(autoencoder), "any")}
     counts = {name: random_networks.parameters(part) for name, part in parts.items()}
     need, free = sum(counts.values()) * dtype.itemsize, at_once.free_bytes(torch.device("cpu"))
     if need > free:
@@ -206,9 +239,9 @@ def _random_base(identity: Identity, autoencoder: Mapping[str, Any], dtype: torc
 
 
 def _autoencoder_config(recipe: Recipe, identity: Identity) -> dict[str, Any]:
-    """Config of the AutoencoderDC that the recipe converts to. Its weights are not read."""
+    """Config of the deep autoencoder that the recipe converts to. Its weights are not read."""
     entry, path, reader = catalog.find_autoencoder(recipe.ae), Path(recipe.ae).expanduser(), identity.reader
-    if entry is not None and deep_autoencoders.kind_of(entry) is not None:
+    if entry is not None and (entry.given or deep_autoencoders.kind_of(entry) is not None):
         config = deep_autoencoders.config_of(entry)
     elif autoencoder_files.is_file(recipe.ae):
         config = autoencoder_files.file_and_config(recipe.ae)[1]
@@ -218,7 +251,7 @@ def _autoencoder_config(recipe: Recipe, identity: Identity) -> dict[str, Any]:
     else:
         config = reader.hub(recipe.ae, "config.json", identity.offline)
     channels = recipe.ae_channels or config["latent_channels"]
-    return {**config, "_class_name": "AutoencoderDC", "latent_channels": channels}
+    return {**config, "_class_name": DEEP[identity.family.axes], "latent_channels": channels}
 
 
 def _autoencoder(family: Family, config: dict[str, Any], network: dict[str, Any], dtype: torch.dtype) -> nn.Module:
@@ -226,7 +259,7 @@ def _autoencoder(family: Family, config: dict[str, Any], network: dict[str, Any]
     from accelerate import init_empty_weights
 
     whole = {**config, "scaling_factor": config.get("scaling_factor") or 1.0}
-    kind: Any = diffusers.AutoencoderDC
+    kind: Any = diffusers.AutoencoderDC if family.axes == 2 else AutoencoderDCVideo
     if has_adapter(family):
         kind, whole = AutoencoderDCAdapter, whole | adapter_config(family, whole, network)
     extra = family.vae_config(whole)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from dcgen_convert.data.buckets import Size
 from dcgen_convert.families import Family
 from dcgen_convert.families.base import Network, Pipeline
 from dcgen_convert.networks import tiles
@@ -40,23 +41,24 @@ class Call:
 
 @dataclass(frozen=True)
 class DrawSettings:
-    """How pictures are drawn: steps, guidance, and text tokens to which prompts are padded."""
+    """How pictures are drawn: steps, guidance, text tokens to which prompts are padded, and frames of a video."""
 
     steps: int
     guidance: float
     length: int
+    frames: int = 1
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """One drawing of ``batch`` squares of ``side`` px.
+    """One drawing of ``batch`` pictures or videos of one ``size``, (height, width) in px.
 
     text: the calls that encode its prompts; none for class-conditional models. references: those that encode the
     pictures that are edited; none for models that draw from text alone. step: the passes of one denoising step. passes:
     of the whole drawing. decode: from latents to pixels. Encoder and decoder work in tiles where pictures are large.
     """
 
-    side: int
+    size: Size
     batch: int
     text: list[Call]
     references: list[Call]
@@ -86,7 +88,7 @@ class _Enough(Exception):
     """All is recorded."""
 
 
-def record(pipeline: Pipeline, family: Family, side: int, batch: int, settings: DrawSettings) -> Recorded:
+def record(pipeline: Pipeline, family: Family, size: Size, batch: int, settings: DrawSettings) -> Recorded:
     """Let ``pipeline`` draw, and note what it asks of its parts."""
     network, vae = getattr(pipeline, family.component), pipeline.vae
     text: list[Call] = []
@@ -113,7 +115,7 @@ def record(pipeline: Pipeline, family: Family, side: int, batch: int, settings: 
         raise _Enough
 
     def in_tiles(way: str, *args: Any, **kwargs: Any) -> Any:
-        with tiles.by_size(vae, batch, side, side):
+        with tiles.by_size(vae, batch, *size):
             return codec[way](*args, **kwargs)
 
     compute, codec = network.forward, {"encode": vae.encode, "decode": vae.decode}
@@ -124,33 +126,35 @@ def record(pipeline: Pipeline, family: Family, side: int, batch: int, settings: 
         _heard(pipeline, text),
         suppress(_Enough),
     ):
-        pipeline(**call_of(pipeline, family, side, batch, settings), output_type="pt")
+        pipeline(**call_of(pipeline, family, size, batch, settings), output_type="pt")
     per_step = max(1, round(counted / settings.steps))
     assert decoded and per_step <= KEPT, "a stock pipeline decodes, and has few passes per step"
-    return Recorded(side, batch, text, references, passes[:per_step], counted, decoded[0])
+    return Recorded(size, batch, text, references, passes[:per_step], counted, decoded[0])
 
 
-def call_of(pipeline: Pipeline, family: Family, side: int, batch: int, settings: DrawSettings) -> dict[str, Any]:
+def call_of(pipeline: Pipeline, family: Family, size: Size, batch: int, settings: DrawSettings) -> dict[str, Any]:
     """Keyword arguments for the stock pipeline, with a random number generator for each picture."""
     prompts = [CLASS if "class_labels" in family.text_keys else PROMPT] * batch
     call = family.pipeline_call(
         pipeline,
         prompts,
-        height=side,
-        width=side,
+        height=size[0],
+        width=size[1],
         steps=settings.steps,
         guidance=settings.guidance,
         length=settings.length,
     )
-    grey = torch.zeros(batch, 3, side, side)
+    grey = torch.zeros(batch, 3, *size)
     call |= family.reference_call([grey] * family.fewest_references)
+    call |= family.frames_call(settings.frames)
     return {**call, "generator": [torch.Generator("cpu").manual_seed(SEED + i) for i in range(batch)]}
 
 
-def draw(pipeline: Pipeline, family: Family, side: int, settings: DrawSettings) -> Any:
-    """Draw a whole picture, (1, 3, side, side)."""
-    with tiles.by_size(pipeline.vae, 1, side, side):
-        return pipeline(**call_of(pipeline, family, side, 1, settings), output_type="pt").images
+def draw(pipeline: Pipeline, family: Family, size: Size, settings: DrawSettings) -> Any:
+    """Draw a whole picture, (1, 3, *size), or a video, (1, frames, 3, *size)."""
+    with tiles.by_size(pipeline.vae, 1, *size):
+        drawn = pipeline(**call_of(pipeline, family, size, 1, settings), output_type="pt")
+    return drawn.images if family.axes == 2 else drawn.frames
 
 
 @contextmanager

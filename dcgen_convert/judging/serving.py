@@ -35,7 +35,7 @@ def serve(
         against, home: as in `halves.of_base`. port: 0 takes a free one.
 
     Raises:
-        InputError: the extra `serve` is not installed, not a bundle, or one of videos. What `loading.load` and
+        InputError: the extra `serve` is not installed, not a bundle. What `loading.load` and
             `halves.of_base` raise.
         CheckFailed: the bundle is unfinished. ResourceError: the port is taken.
     """

@@ -44,7 +44,7 @@ class Bench:
 
     @property
     def settings(self) -> DrawSettings:
-        return DrawSettings(self.pair.steps, self.pair.guidance, self.pair.length)
+        return DrawSettings(self.pair.steps, self.pair.guidance, self.pair.length, self.pair.frames)
 
     @property
     def together(self) -> bool:
@@ -71,7 +71,7 @@ class Bench:
         model = self.pair.models[name]
         self.bring(_parts(model))
         with self._capped(name, side):
-            return recording.record(model.pipeline, model.family, side, batch, self.settings)
+            return recording.record(model.pipeline, model.family, self.pair.size_of(side), batch, self.settings)
 
     @contextmanager
     def _capped(self, name: str, side: int) -> Iterator[None]:
@@ -111,8 +111,11 @@ class Bench:
             rows[BATCH] = self._largest(side, rows[STEP])
         rows[DECODE] = self._row(autoencoders, drawings, lambda one: one.decode(), _autoencoder)
         rows[PICTURE] = self._pictures(side, drawings, rows)
+        height, width = self.pair.size_of(side)
+        shape = {"height": height, "width": width, "frames": self.pair.frames}
         return {
             "resolution": side,
+            **(shape if self.pair.family.axes == 3 else {}),
             "tokens": self._tokens(side),
             "passes": {name: drawing.passes for name, drawing in drawings.items()},
             "rows": rows,
@@ -140,7 +143,9 @@ class Bench:
         for name, model in self.pair.models.items():
             self.bring([one.network for one in self.pair.models.values()])
             each = max(1, (steps[name]["peak_bytes"] or 0) - weights([model.network]))
-            most = 1 if model.family.picture_tokens else MOST_TOGETHER  # such a pipeline takes one prompt in a call
+            # a pipeline that takes one prompt in a call, or gives all of them the same pictures
+            alone = model.family.picture_tokens or model.family.one_prompt or model.family.shared_references
+            most = 1 if alone else MOST_TOGETHER
             batch = min(most, at_once.pictures(each, at_once.free_bytes(self.device)))
             drawings[name] = self._that_fits(name, side, batch)
         return self._row([one.network for one in self.pair.models.values()], drawings, Recorded.one_step, _network)
@@ -170,7 +175,7 @@ class Bench:
 
         def work(name: str) -> None:
             with self._capped(name, side):
-                recording.draw(models[name].pipeline, models[name].family, side, self.settings)
+                recording.draw(models[name].pipeline, models[name].family, self.pair.size_of(side), self.settings)
 
         timings = self.watch.in_turn({name: partial(work, name) for name in models})
         return {
@@ -187,7 +192,8 @@ class Bench:
 
     def _tokens(self, side: int) -> dict[str, float]:
         """Image tokens that each model sees, and those of the base over those of each other one."""
-        tokens = {name: model.tokens(side) for name, model in self.pair.models.items()}
+        size, frames = self.pair.size_of(side), self.pair.frames
+        tokens = {name: model.tokens(*size, frames) for name, model in self.pair.models.items()}
         return {**tokens, "ratio": tokens[BASE] / list(tokens.values())[1]}
 
 
@@ -212,7 +218,7 @@ def require_sides(pair: ModelPair, sides: Iterable[int]) -> None:
     """InputError for a size in px that one of the models cannot draw."""
     for side in sides:
         for model in pair.models.values():
-            check_size(model.family, *model.configs, side, side)
+            check_size(model.family, *model.configs, *pair.size_of(side))
 
 
 def beyond(pair: ModelPair, sides: Iterable[int]) -> list[str]:

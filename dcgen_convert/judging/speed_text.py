@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dcgen_convert.evaluation.speed import BATCH, STEP, WORDS, seconds, times
+from dcgen_convert.evaluation.speed import BATCH, STEP, seconds, shown, times, words
 from dcgen_convert.judging.pair import BASE, ModelPair
 from dcgen_convert.judging.speed import weights
 
@@ -67,7 +67,7 @@ def table(document: Mapping[str, Any]) -> str:
         f"compiled, torch {document['torch']}; {document['steps']} steps, guidance {document['guidance']:g}"
     ]
     for size in document["sizes"]:
-        lines += ["", f"{size['resolution']} px", _line("", [*names, "speed-up"])]
+        lines += ["", shown(size), _line("", [*names, "speed-up"])]
         lines += [_figures(what, size, names) for what in size["rows"]]
         lines.append(
             _line("image tokens", [*(f"{size['tokens'][name]:,}" for name in names), times(size["tokens"]["ratio"])])
@@ -75,7 +75,8 @@ def table(document: Mapping[str, Any]) -> str:
         per = size["pictures_per_minute"]
         rates = {name: value / per[BASE] for name, value in per.items() if name != BASE}
         cells = [*(f"{per[name]:.3g}" for name in names), _several(rates)]
-        lines.append(_line("pictures per minute", cells))
+        noun = "videos" if "frames" in size else "pictures"
+        lines.append(_line(f"{noun} per minute", cells))
         lines.append(_line("memory of a step", [_memory(size["rows"][STEP][name]) for name in names]))
         lines += _how(size, names)
     return "\n".join([*lines, *(f"note: {note}" for note in document["notes"])])
@@ -87,15 +88,15 @@ def _figures(what: str, size: Mapping[str, Any], names: list[str]) -> str:
     if what == BATCH:
         cells = [f"{cell} ({row[name]['batch']})" for cell, name in zip(cells, names, strict=True)]
     ratios = size["ratios"].get(what)
-    return _line(WORDS[what], [*cells, _several(ratios) if ratios else "the same"])
+    return _line(words(what, size), [*cells, _several(ratios) if ratios else "the same"])
 
 
 def _how(size: Mapping[str, Any], names: list[str]) -> list[str]:
     """How many rounds stand behind the figures."""
     parts = [
-        f"{WORDS[what]} {row[names[0]]['rounds']}"
+        f"{words(what, size)} {row[names[0]]['rounds']}"
         if "rounds" in row[names[0]]
-        else f"{WORDS[what]}: {row[names[0]]['basis']}"
+        else f"{words(what, size)}: {row[names[0]]['basis']}"
         for what, row in size["rows"].items()
     ]
     return [f"  medians of rounds: {', '.join(parts)}"]

@@ -20,6 +20,7 @@ from dcgen_convert.core.errors import InputError, RecipeError
 from dcgen_convert.core.files import read_json, read_object, sha256
 from dcgen_convert.core.journal import MARKER, Run
 from dcgen_convert.data.buckets import Size, nearest
+from dcgen_convert.data.images import NOUNS
 from dcgen_convert.families import Family, catalog, legacy
 from dcgen_convert.families.base import TIME, Pipeline, reference_keys
 from dcgen_convert.families.grid import Grid, autoencoder_grid
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from dcgen_convert.stages.conditions import Conditions
 
 T = TypeVar("T")
-OF = {2: "pictures", 3: "videos"}  # by the axes of a latent
 DEEP = {2: "AutoencoderDC", 3: trust.VIDEO_CLASS}
 AE_PATTERNS = ["config.json", "*.safetensors", "*.safetensors.index.json", "README.md", "LICENSE*"]
 
@@ -465,7 +465,7 @@ def find_autoencoder(
     if stated != (wanted := DEEP[axes]):
         known = [alias for alias, one in catalog.AUTOENCODERS.items() if (one.frames > 1) == (axes == 3)]
         raise InputError(
-            f"{name} is a {stated}, a conversion needs an {wanted} to draw {OF[axes]}",
+            f"{name} is a {stated}, a conversion needs an {wanted} to draw {NOUNS[axes]}",
             f"known: {', '.join(known)}",
         )
     read_weights(folder)

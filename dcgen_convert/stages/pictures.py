@@ -17,12 +17,12 @@ from dcgen_convert.core.files import hashes
 from dcgen_convert.core.journal import MARKER, Stage
 from dcgen_convert.core.progress import Bar
 from dcgen_convert.data import contents, images, prompts, videos
-from dcgen_convert.data.images import Picture
+from dcgen_convert.data.images import NOUNS, Picture
 from dcgen_convert.families import pixel_memory
 from dcgen_convert.networks import models, pipelines, text_lengths
 from dcgen_convert.networks.at_once import AtOnce
 from dcgen_convert.stages import captions, edited, source_pipeline
-from dcgen_convert.stages.job import OF, Job
+from dcgen_convert.stages.job import Job
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,8 +82,9 @@ def require_few(job: Job, broken: list[str], count: int) -> None:
     """InputError when more of ``count`` pictures are ``broken`` (a sentence each) than `data.max_broken` allows."""
     limit = math.floor(job.recipe.data.max_broken * count)
     if len(broken) > limit:
+        noun = NOUNS[job.family.axes]
         raise InputError(
-            f"{len(broken)} of {count} {OF[job.family.axes]} cannot be read, {limit} are tolerated; first: {broken[0]}",
+            f"{len(broken)} of {count} {noun} cannot be read, {limit} are tolerated; first: {broken[0]}",
             "repair them, or raise data.max_broken",
         )
 
@@ -128,7 +129,7 @@ def run(job: Job, stage: Stage) -> None:
     if counts := Counter(len(given) for picture in pictures if (given := job.references_of(picture))):
         stage.metrics |= {"references": max(counts), "with_references": counts.total()}
         job.console.say(f"{name}: {counts.total()} of {len(pictures)} pictures have references, at most {max(counts)}")
-    job.console.say(f"{name}: {len(pictures)} {OF[job.family.axes]}, {stage.metrics['captions']} distinct captions")
+    job.console.say(f"{name}: {len(pictures)} {NOUNS[job.family.axes]}, {stage.metrics['captions']} distinct captions")
     tell_captions(job, [picture.caption for picture in pictures])
 
 
@@ -162,7 +163,7 @@ def synthesise(job: Job) -> list[Picture]:
             picture.file.unlink()
     missing = sum(not picture.file.exists() for picture in pictures)
     if missing:
-        with job.console.progress("synthesis by the base model", len(pictures), OF[job.family.axes]) as bar:
+        with job.console.progress("synthesis by the base model", len(pictures), NOUNS[job.family.axes]) as bar:
             bar.advance(len(pictures) - missing)
             with job.crew.share("pictures", bar, together=False, of=job.pictures):
                 draw_part(job, bar)

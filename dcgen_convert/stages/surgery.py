@@ -18,10 +18,11 @@ from dcgen_convert.checkpoint.headers import Entry
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import copy_file, write_json
 from dcgen_convert.core.journal import Stage
+from dcgen_convert.data.images import NOUNS
 from dcgen_convert.networks import autoencoders
 from dcgen_convert.networks.models import TRANSFORMER
 from dcgen_convert.networks.pipelines import require_parts
-from dcgen_convert.stages.job import OF, Job
+from dcgen_convert.stages.job import Job
 
 
 def run(job: Job, stage: Stage) -> None:
@@ -30,9 +31,10 @@ def run(job: Job, stage: Stage) -> None:
     for folder in (job.source.vae, job.ae.folder):  # both autoencoders must work before anything is drawn
         axes = autoencoders.load(folder).axes
         if axes != job.family.axes:
+            wanted = NOUNS[job.family.axes]
             raise InputError(
-                f"the autoencoder {folder} encodes {OF[axes]}, and {job.family.name} models draw {OF[job.family.axes]}",
-                f"give an autoencoder of {OF[job.family.axes]} with --ae",
+                f"the autoencoder {folder} encodes {NOUNS[axes]}, and {job.family.name} models draw {wanted}",
+                f"give an autoencoder of {wanted} with --ae",
             )
     config = job.converted_config
     replaced = new_shapes(job, config)

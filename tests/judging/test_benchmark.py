@@ -41,7 +41,9 @@ def bench(pair: pairs.ModelPair, device: str = "cpu") -> speed.Bench:
     return speed.Bench(pair, Stopwatch(torch.device(device), QUICK), NULL)
 
 
-def seen(model: pairs.Model, settings: recording.DrawSettings, side: int) -> tuple[list[dict], list[int], list]:
+def seen(
+    model: pairs.Model, settings: recording.DrawSettings, side: int | tuple[int, int]
+) -> tuple[list, list[int], list]:
     """What a stock drawing really gives its network and its decoder: keywords of each pass, tokens, latents."""
     passes, tokens, latents = [], [], []
     network, vae = model.network, model.pipeline.vae
@@ -52,7 +54,8 @@ def seen(model: pairs.Model, settings: recording.DrawSettings, side: int) -> tup
         embedder.register_forward_hook(lambda _, args, output: tokens.append(output.shape[1])),
     ]
     vae.decode = lambda z, *args, **kwargs: latents.append(z) or decode(z, *args, **kwargs)
-    recording.draw(model.pipeline, model.family, side, settings)
+    size = side if isinstance(side, tuple) else (side, side)
+    recording.draw(model.pipeline, model.family, size, settings)
     del vae.decode
     for hook in hooks:
         hook.remove()
@@ -248,7 +251,7 @@ def test_random_weights_need_no_download(tiny_sizes, name, ae, tokens, step):
         assert (drawing.passes, len(drawing.step)) == (2 * step, step)
         out = drawing.step[0]()[0]
         assert torch.isfinite(out).all() and out.dtype is torch.bfloat16
-        assert recording.draw(model.pipeline, model.family, side, one.settings).shape == (1, 3, side, side)
+        assert recording.draw(model.pipeline, model.family, (side, side), one.settings).shape == (1, 3, side, side)
 
 
 def test_weights_that_do_not_fit_are_refused_before_any_is_made(monkeypatch):

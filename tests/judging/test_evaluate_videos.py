@@ -8,15 +8,12 @@ import math
 import diffusers
 import pytest
 import torch
-from bundle.conftest import Parts, converted, manifest_of
 from families.tiny_videos import VIDEOS
 
 from dcgen_convert import families
 from dcgen_convert.bundle import loading
-from dcgen_convert.bundle.layout import BundleParts, write_bundle
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.core.files import read_json
 from dcgen_convert.core.pixels import to_image
 from dcgen_convert.data import images, prompts, videos
 from dcgen_convert.judging.evaluating import evaluate
@@ -24,7 +21,10 @@ from dcgen_convert.judging.order import SEED, Asked
 from dcgen_convert.networks.autoencoder_dc_video import AutoencoderDCVideo
 from dcgen_convert.tiny import videos as world
 
-HEIGHT, WIDTH, FRAMES, F, C, SCALE, STEPS, COUNT = 32, 64, 5, 16, 8, 1.5, 2, 2
+from . import video_bundles
+from .video_bundles import FRAMES, HEIGHT, WIDTH
+
+STEPS, COUNT = 2, 2
 SIZE = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES}
 FIRST = 1009  # seed of the first video
 
@@ -32,23 +32,8 @@ FIRST = 1009  # seed of the first video
 @pytest.fixture(scope="module", params=["wan", "wan-image"])
 def made(request, tmp_path_factory):
     """(name, root with source and autoencoder, bundle)."""
-    name, root = request.param, tmp_path_factory.mktemp(request.param)
-    family = families.get(name)
-    VIDEOS[name].build(root / "source")
-    config = read_json(root / "source" / "transformer" / "config.json")
-    torch.manual_seed(4)
-    model = diffusers.WanTransformer3DModel.from_config(family.convert_config(config, F, C, HEIGHT))
-    converted(model, family, root / "source", root / "transformer")
-    torch.manual_seed(5)
-    sizes = {"latent_channels": C, "block_out_channels": (8, 16, 16, 16, 32), "layers_per_block": (1,) * 5}
-    AutoencoderDCVideo(**sizes, chunk_frames=8, scaling_factor=0.9).save_pretrained(root / "autoencoder")
-    parts = Parts(family, root / "source", root / "transformer", root / "autoencoder", C, F, HEIGHT)
-    manifest = manifest_of(parts)
-    manifest["defaults"] |= {"height": HEIGHT, "width": WIDTH, "frames": FRAMES, "text_length": VIDEOS[name].length}
-    scheduler = read_json(parts.source / "scheduler" / "scheduler_config.json")
-    own = {"autoencoder": parts.autoencoder, "scheduler": scheduler, "scaling_factor": SCALE}
-    whole = BundleParts(family, parts.source, parts.transformer, **own)
-    return name, root, write_bundle(root / "bundle", whole, manifest, NULL)
+    root = tmp_path_factory.mktemp(request.param)
+    return request.param, root, video_bundles.build(request.param, root)
 
 
 def asked(made, output, **changes):

@@ -19,7 +19,7 @@ import numpy
 import pytest
 import torch
 from conftest import command, environment
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, WanPipeline
 from PIL import Image
 
 import dcgen_convert
@@ -27,12 +27,14 @@ from dcgen_convert.bundle import sample
 from dcgen_convert.bundle.manifest import read
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.errors import InputError, ResourceError
+from dcgen_convert.data import videos
 from dcgen_convert.families.grid import Grid
 from dcgen_convert.judging import halves
 from dcgen_convert.judging import page as pages
 from dcgen_convert.recipe.identity import Identity
 
-from . import browser
+from . import browser, video_bundles
+from .video_bundles import FRAMES, HEIGHT, WIDTH
 
 gradio_client = pytest.importorskip("gradio_client", reason="extra serve not installed")
 
@@ -199,15 +201,31 @@ def test_without_gradio_it_says_what_to_install(bundles, monkeypatch):
     assert caught.value.hint == "pip install 'dcgen-convert[serve]'"
 
 
-def test_a_bundle_of_videos_is_refused_in_one_sentence(tmp_path):
-    (tmp_path / "transformer").mkdir()
-    config = {"_class_name": "WanTransformer3DModel", "in_channels": 16}
-    (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
-    index = {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(InputError) as caught:
-        halves.of_bundle(tmp_path)
-    assert caught.value.message == f"{tmp_path} draws videos, and the page shows pictures only"
+def test_videos_stand_side_by_side(tmp_path):
+    """The bundle's is the file that `sample` writes; the base's shows what its stock pipeline draws, as far as H.264
+    keeps noise.
+    """
+    bundle = video_bundles.build("wan", tmp_path)
+    call = dict(seed=SEED, steps=2, guidance=1.0)
+    (wanted,) = sample.sample(bundle, [PROMPT], tmp_path / "samples", NULL, **call)["images"]
+    served = dcgen_convert.serve(bundle, against=tmp_path / "source", port=0, quiet=True)
+    try:
+        client = client_of(served.address, tmp_path / "answers")
+        fields = [PROMPT, f"{WIDTH} x {HEIGHT}", SEED, 2, 1.0, None, True]
+        converted, told, base, _ = client.predict(*fields, api_name="/draw")
+    finally:
+        served.close()
+    files = [Path(one["video"] if isinstance(one, dict) else one) for one in (converted, base)]
+    assert files[0].read_bytes() == Path(wanted).read_bytes() != files[1].read_bytes()
+    assert told.startswith(f"{WIDTH} x {HEIGHT} px, 2 steps, seed {SEED}: ")
+    stock = WanPipeline.from_pretrained(tmp_path / "source")
+    size = dict(height=HEIGHT, width=WIDTH, num_frames=FRAMES, num_inference_steps=2, guidance_scale=1.0)
+    generator = torch.Generator().manual_seed(SEED)
+    drawn = stock(PROMPT, **size, max_sequence_length=32, generator=generator, output_type="pt").frames[0]
+    assert videos.shape(files[1]) == (WIDTH, HEIGHT, FRAMES)
+    shown = videos.read(files[1], FRAMES, HEIGHT, WIDTH).mean(0)
+    light = torch.stack([shown.flatten(), drawn.movedim(0, 1).mean(0).flatten()])
+    assert torch.corrcoef(light)[0, 1] > 0.9
 
 
 @pytest.mark.parametrize("name", ["flux", "sana", "dit"])

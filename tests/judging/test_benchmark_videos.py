@@ -1,0 +1,95 @@
+"""The verb `benchmark` on models that draw videos, and on one whose pipeline takes one prompt in a call."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from bundle.conftest import autoencoder_dc
+from families.tiny_models import TINY
+from families.tiny_videos import VIDEOS
+from networks.test_random_source import CUT, small
+
+import dcgen_convert
+from dcgen_convert.api.order import without_data
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.files import read_json
+from dcgen_convert.evaluation.speed import rows as named_rows
+from dcgen_convert.families import components, deep_autoencoders
+from dcgen_convert.judging import pair as pairs
+
+from . import video_bundles
+from .test_benchmark import QUICK, bench, seen
+
+
+@pytest.mark.parametrize("family", ["wan", "wan-image"])
+def test_what_is_timed_is_what_the_stock_pipeline_asks_for_of_videos(family, tmp_path):
+    """Tokens, inputs and latents of both models, at 48 x 80 px: the shape of wide videos with the area of 64 px."""
+    VIDEOS[family].build(tmp_path / "source")
+    settings = {"ae": str(video_bundles.autoencoder(tmp_path / "ae")), "resolution": 64}
+    pair = pairs.of_source(without_data(tmp_path / "source", settings), torch.float32, 64, random=False)
+    assert pair.frames == 77 and pair.size_of(64) == (48, 80)
+    pair = replace(pair, frames=5, steps=2, length=VIDEOS[family].length, guidance=2.5)
+    one = bench(pair)
+    wanted = {"base": 2 * 3 * 5, "converted": 2 * 3 * 5}  # f8 with patch 2, and f16
+    assert one._tokens(64) == {**wanted, "ratio": 1.0}
+    for key, model in pair.models.items():
+        drawing, (passes, _, latents) = one.record(key, 64), seen(model, one.settings, (48, 80))
+        assert drawing.passes == len(passes) == 2 * len(drawing.step) and len(drawing.text) == 1
+        assert len(drawing.references) == (family == "wan-image")
+        tensors = {name: value for name, value in passes[0][1].items() if isinstance(value, torch.Tensor)}
+        mine = {name: drawing.step[0].kwargs[name] for name in tensors}
+        torch.testing.assert_close(mine, tensors, atol=0, rtol=0)
+        assert drawing.step[0].kwargs["hidden_states"].shape[2:] == latents[0].shape[2:]
+        assert drawing.decode.args[0].shape == latents[0].shape
+        tokens = []
+        model.network.blocks[0].register_forward_pre_hook(
+            lambda _, args, tokens=tokens: tokens.append(args[0].shape[1])
+        )
+        drawing.encode_text(), drawing.encode_references(), drawing.one_step()
+        assert {*tokens} == {wanted[key]}
+        assert drawing.decode()[0].shape == (1, 3, 5, 48, 80)
+    with pytest.raises(InputError, match="8 px are smaller than a token of 16 px"):
+        pair.size_of(8)
+
+
+def test_a_bundle_is_timed_in_its_own_shape(tmp_path):
+    bundle = video_bundles.build("wan", tmp_path)
+    found = dcgen_convert.benchmark(bundle, against=tmp_path / "source", seconds=QUICK)
+    (size,) = found.sizes
+    assert [size[key] for key in ("resolution", "height", "width", "frames")] == [45, 32, 64, 5]
+    assert size["tokens"] == {"base": 2 * 2 * 4, "converted": 2 * 2 * 4, "ratio": 1.0}
+    assert list(size["rows"]) == ["text", "step", "decode", "picture"]
+    text = found.text()
+    assert "32 x 64 px, 5 frames" in text and "whole video" in text and "videos per minute" in text
+    kept = read_json(bundle / "dcgen_manifest.json")["metrics"]["benchmark"]
+    assert next(what for what, _ in named_rows(kept)).startswith("Time at 32 x 64 px, 5 frames on")
+
+
+def test_random_weights_of_the_catalogue_need_no_download(monkeypatch):
+    """Wan 2.1 1.3B and DC-AE-V f32, shrunk: a token of the base is 16 px wide, one of the conversion 32 px."""
+    deep = {"block_out_channels": (8, 16, 16, 16, 16, 32), "layers_per_block": (1,) * 6, "chunk_frames": 8}
+    layout, config = components.layout_of, deep_autoencoders.config_of
+    monkeypatch.setattr(components, "layout_of", lambda entry: small(layout(entry)))
+    monkeypatch.setattr(deep_autoencoders, "config_of", lambda entry: {**config(entry), **deep})
+    assert "WanTransformer3DModel" in CUT
+    resolved = without_data("wan-1.3b", {"ae": "dc-ae-v-f32t4c32"})
+    pair = pairs.of_source(resolved, torch.bfloat16, 128, random=True)
+    assert pair.side == 640 and pair.size_of(640) == (480, 832) and pair.size_of(128) == (96, 160)
+    one = bench(replace(pair, steps=1, length=16, frames=5))
+    assert one._tokens(128) == {"base": 2 * 6 * 10, "converted": 2 * 3 * 5, "ratio": 4.0}
+    for key in pair.models:
+        out = one.record(key, 128).step[0]()[0]
+        assert torch.isfinite(out).all() and out.dtype is torch.bfloat16
+
+
+def test_a_pipeline_that_takes_one_prompt_in_a_call_is_timed_with_one(tmp_path):
+    TINY["prx"].build(tmp_path / "source")
+    autoencoder_dc(32, 128).save_pretrained(tmp_path / "ae")
+    settings = {"ae": str(tmp_path / "ae"), "resolution": TINY["prx"].side}
+    resolved = without_data(tmp_path / "source", settings)
+    pair = pairs.of_source(resolved, torch.float32, TINY["prx"].side, random=False)
+    one = bench(replace(pair, steps=1, length=TINY["prx"].length, guidance=2.5))
+    row = one._largest(TINY["prx"].side, {name: {"peak_bytes": 0} for name in pair.models})
+    assert {figure["batch"] for figure in row.values()} == {1}
