@@ -87,7 +87,7 @@ def load(
 
         parts[family.component] = emulate(families.network_folder(bundle), dtype)
     elif is_plain(bundle):
-        parts[family.component] = _plain(bundle, family, dtype)
+        parts[family.component] = plain_network(families.network_folder(bundle), family, dtype)
     options = dict(dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True, use_safetensors=True)
     kind = index["_class_name"]
     own: AbstractContextManager[dict[str, Any]] = nullcontext({})
@@ -221,11 +221,11 @@ def default_dtype(bundle: Path, device: str) -> torch.dtype:
     return torch.bfloat16 if device.startswith("cuda") or size > LARGE else torch.float32
 
 
-def _plain(bundle: Path, family: Family, dtype: torch.dtype) -> Any:
-    """The network of a bundle in the form `bfl`, as diffusers reads it: `from_pretrained` of 0.42 cannot."""
+def plain_network(folder: Path, family: Family, dtype: torch.dtype) -> Any:
+    """The network in a folder of the form `bfl`, as diffusers reads it: `from_pretrained` of 0.42 cannot."""
     import diffusers
 
-    folder, network = families.network_folder(bundle), getattr(diffusers, family.model_class)
+    network = getattr(diffusers, family.model_class)
     how = {"config": str(folder), "quantization_config": diffusers.BFLQuantizationConfig(dtype), "dtype": dtype}
     with quiet_diffusers():
         return network.from_single_file(str(folder / f"{STEM}.safetensors"), local_files_only=True, **how)
