@@ -23,7 +23,7 @@ class SanaVideo(Wan):
     lora_targets = Sana.lora_targets
     dense_pattern = Sana.dense_pattern
     index_values = {}
-    unquantised = ": `nunchaku_lite`, the host of the 4-bit kernels in diffusers, has no mapping for SANA-Video"
+    unquantised = ": `nunchaku_lite` of diffusers has no mapping for SANA-Video, and `bfl` was tried with pictures only"
     recipe = "sana-video-480p"
     fixed_arguments = Sana.fixed_arguments
     frames_argument = "frames"

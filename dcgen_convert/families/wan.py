@@ -39,7 +39,7 @@ class Wan(Family):
     dense_pattern = r"blocks\.\d+\.attn2\..*"
     bundle_tier = 3
     index_values = {"expand_timesteps": False}
-    unquantised = ": `nunchaku_lite`, the host of the 4-bit kernels in diffusers, has no mapping for Wan"
+    unquantised = ": `nunchaku_lite` of diffusers has no mapping for Wan, and `bfl` was tried with pictures only"
     recipe = "wan-1.3b-480p"
     default_frames = 80
     default_px = 480
