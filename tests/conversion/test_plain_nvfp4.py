@@ -12,7 +12,7 @@ import sys
 import numpy
 import pytest
 import torch
-from conftest import run_cli
+from conftest import copy_stages, run_cli, short_settings
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -119,6 +119,39 @@ def test_refusals_are_one_sentence_and_leave_no_output(tmp_path, arguments, sent
     done = run_cli("quantize", *arguments, "--container", "bfl", "-o", "out", cwd=tmp_path)
     assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluate_compares_it_with_its_base(plain, tmp_path):
+    drawing = [
+        "--count",
+        "2",
+        "--steps",
+        "2",
+        "--metrics",
+        "sharpness,colour",
+        "--offline",
+        "--json",
+        "--out",
+        "measured",
+    ]
+    done = run_cli("evaluate", str(plain[0]), *drawing, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["schema"] == "dcgen.evaluation/1"
+
+
+def test_a_conversion_ends_in_it(converted, tmp_path):
+    """FLUX with the in-bundle adapter: its modulation stays 16-bit."""
+    copy_stages(converted, tmp_path, "merge-1")
+    asked = ["--ae", "tiny-dc-ae-f32", "--quantize", "nvfp4", "-o", "bundle", "--run-dir", "run", "-y"]
+    asked += short_settings(**{"quantize.container": "bfl"})
+    done = run_cli("tiny-flux", *asked, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    bundle = tmp_path / "bundle"
+    formats = loading.formats_of_bundle(bundle)
+    assert set(formats.values()) == {"nvfp4"} and not any(".norm" in name for name in formats)
+    sample(bundle, [PROMPT], tmp_path / "drawn", NULL, runtime="stock")
+    code = (bundle / "README.md").read_text().partition("```python")[2].partition("```")[0]
+    assert "FluxTransformer2DModel.from_single_file" in code and "transformer=transformer" in code
 
 
 def test_a_loader_that_the_machine_cannot_give_is_named(plain, monkeypatch):
