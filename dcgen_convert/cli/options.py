@@ -184,7 +184,7 @@ QUANTIZE = [
     option("--format", type=click.Choice(["nvfp4", "int4"]), default="nvfp4", show_default=True,
            help="4-bit format."),
     option("--rank", metavar="R", type=Rank(16, 1024), default=32, show_default=True,
-           help="Rank of the 16-bit branch, a multiple of 16."),
+           help="Rank of the 16-bit branch, a multiple of 16. The container bfl has no such branch."),
     option("--calibration", metavar="N|none", type=CountOrNone(), default="64", show_default=True,
            help="Number of calibration pictures; none: use the weights alone."),
     option("--prompts", metavar="FILE[:COLUMN]", type=PLACE,

@@ -287,7 +287,11 @@ class Quantize(Section):
         default="none", description="4-bit format of the block linears; none disables"
     )
     rank: int = Field(
-        default=32, ge=16, le=1024, multiple_of=16, description="rank of the 16-bit branch, a multiple of 16"
+        default=32,
+        ge=16,
+        le=1024,
+        multiple_of=16,
+        description="rank of the 16-bit branch, a multiple of 16; the container bfl has no such branch",
     )
     calibration: Calibration = Field(default_factory=Calibration)
     dense: Expression | None = Field(
