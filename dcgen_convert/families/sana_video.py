@@ -16,6 +16,7 @@ from dcgen_convert.families.wan import Wan
 class SanaVideo(Wan):
     name = "sana-video"
     model_class = "SanaVideoTransformer3DModel"
+    single_file = False
     pipeline_class = "SanaVideoPipeline"
     layouts = {"diffusers": ("patch_embedding.", "caption_norm.", "transformer_blocks.0.ff.conv_temp.")}
     text_keys = Sana.text_keys

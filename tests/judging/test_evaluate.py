@@ -157,7 +157,7 @@ def measured(out: Path) -> dict[str, str]:
 
 
 def test_two_ranks_share_the_measuring_and_get_the_same_figures(asked, monkeypatch):
-    monkeypatch.setattr(measuring, "together", lambda _: 1)
+    monkeypatch.setattr(measuring, "together", lambda *_: 1)
     alone = evaluate(asked, NULL)
     crew = Ranks()
     both = replace(asked, output=asked.output.with_name("both"))

@@ -150,7 +150,7 @@ def test_nan_and_infinity_are_refused_by_name(value, part):
 
 @pytest.mark.parametrize(
     "field, value",
-    [("rank", 24), ("rank", 0), ("rank", 2048), ("precision", "fp8"), ("calibration", "some")],
+    [("rank", 24), ("rank", 8), ("rank", 2048), ("precision", "fp8"), ("calibration", "some")],
 )
 def test_settings_refuse_what_the_format_has_not(field, value):
     with pytest.raises(InputError, match=field):

@@ -140,7 +140,7 @@ def drawn(count: int, frames: int, side: int, generator: torch.Generator) -> Ten
 
 def reconstruct(model: Network, clips: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Round trip for training: clips -> reconstruction, and a loss on the latents (KL, or their energy)."""
-    if isinstance(model, AutoencoderKLWan):
+    if not isinstance(model, AutoencoderDCVideo):
         posterior = model.encode(clips).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator)
         output = model.decode(posterior.mean + posterior.std * noise).sample
@@ -154,11 +154,11 @@ def reconstruct(model: Network, clips: Tensor, generator: torch.Generator) -> tu
 @torch.no_grad()
 def set_scale(model: Network) -> Network:
     """Write into the config how large latents are: Wan's mean and std of each channel; for DC-AE-V 1 / RMS of all."""
-    frames = videos.FRAMES - (TIME - 1 if isinstance(model, AutoencoderKLWan) else 0)
+    frames = videos.FRAMES - (0 if isinstance(model, AutoencoderDCVideo) else TIME - 1)
     labels = videos.sample_labels(PROBES, PROBE)
     clips = (videos.draw(rows, PROBE + i)[:, :, :frames] for i, rows in enumerate(labels.split(8)))
     latents = torch.cat([model.encode(part).latent_dist.mode() for part in clips]).transpose(0, 1).flatten(1)
-    if isinstance(model, AutoencoderKLWan):
+    if not isinstance(model, AutoencoderDCVideo):
         mean, std = ([round(value, 4) for value in of.tolist()] for of in (latents.mean(1), latents.std(1)))
         model.register_to_config(latents_mean=mean, latents_std=std)
         return model
