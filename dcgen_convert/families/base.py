@@ -375,6 +375,8 @@ class Family:
             dense: regex; the recipe keeps linears whose path it matches dense.
             container: one of `quant_targets.CONTAINERS`.
         """
+        if self.unquantised:
+            return QuantTargets([], [])
         inside = {path: shape for path, shape in linears.items() if self.inside_blocks.match(path)}
         places = quant_targets.sort(inside, self.awq_pattern, self.dense_pattern, dense, container)
         return QuantTargets(*places, self.blocks)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.families.base import Family, Network, Pipeline, Text
-from dcgen_convert.families.quant_targets import QuantTargets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,11 +78,6 @@ class Wan(Family):
             "flow's",
             "give the scheduler that the model was published with, which has use_flow_sigmas",
         )
-
-    def quant_targets(
-        self, linears: dict[str, tuple[int, int]], dense: str | None = None, container: str = "diffusers"
-    ) -> QuantTargets:
-        return QuantTargets([], [])
 
     def predict(self, model: Network, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
         return model(
