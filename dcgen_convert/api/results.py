@@ -299,10 +299,10 @@ class Benchmarked(Result):
     random: whether the base had random weights. notes: what a reader of the figures must know.
     sizes: for each "resolution" in px (of videos with "height", "width" and "frames") the "tokens" and their "ratio",
     the "passes" of the network for a picture, the "rows", their "ratios" (base over model, per picture), and
-    "pictures_per_minute". A row ("text", "step", "step, largest batch", "decode", "picture") has for each model the
-    median "seconds", the "low" and the "high" of its "rounds", how many went before as "warm_up", the "batch", and the
-    "peak_bytes": weights and all that the work takes beside them; None where nothing tells. The "basis" of a picture is
-    "measured" or "sum of its parts".
+    "pictures_per_minute". A row ("text", "image", "encode", "step", "step, largest batch", "decode", "picture"; those
+    that the model has) has for each model the median "seconds", the "low" and the "high" of its "rounds", how many went
+    before as "warm_up", the "batch", and the "peak_bytes": weights and all that the work takes beside them; None where
+    nothing tells. The "basis" of a picture is "measured" or "sum of its parts".
     """
 
     SCHEMA: ClassVar[str] = "dcgen.benchmark/1"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from dcgen_convert.checkpoint.headers import read_weights
 from dcgen_convert.core.files import read_json
-from dcgen_convert.svdquant.forms import is_plain, plain_linears
+from dcgen_convert.svdquant.forms import is_plain
 
 DENSE = ("BF16", "F16", "F32")
 
@@ -43,10 +43,9 @@ def expected_tensors(folder: Path) -> tuple[dict[str, Expected], list[str]]:
     """(tensor name -> dtypes and shape, problems of the quantisation config such as a target that is no linear)."""
     import torch
 
-    from dcgen_convert.svdquant.plain import plain_spec
+    from dcgen_convert.svdquant.linears import kinds
     from dcgen_convert.svdquant.settings import AWQ_GROUP, GROUP
     from dcgen_convert.svdquant.source import NAMES
-    from dcgen_convert.svdquant.tensors import awq_spec, svdq_spec
 
     model, problems = meta_model(folder), []
     table = {
@@ -61,22 +60,13 @@ def expected_tensors(folder: Path) -> tuple[dict[str, Expected], list[str]]:
         wanted = AWQ_GROUP if section == "awq_w4a16" else GROUP.get(str(settings.get("precision")))
         if settings and settings.get("group_size") != wanted:
             problems.append(f"{section} has group_size {settings.get('group_size')}, the kernels take {wanted}")
-        for path in settings.get("targets", ()):
-            linear = modules.get(path)
-            if not isinstance(linear, torch.nn.Linear):
-                problems.append(f"{section} names {path}, which is not a linear of the model")
-                continue
-            shape, bias = (linear.out_features, linear.in_features), linear.bias is not None
-            svdq = section == "svdq_w4a4"
-            spec = svdq_spec(shape, settings["precision"], settings["rank"], bias) if svdq else awq_spec(shape, bias)
-            table.pop(f"{path}.weight", None)
-            table.pop(f"{path}.bias", None)
-            table |= {f"{path}.{name}": Expected((NAMES[dtype],), size) for name, (dtype, size) in spec.items()}
-    for path in plain_linears(read_weights(Path(folder))) if is_plain(config) else ():
+    for path, kind in kinds(config, read_weights(Path(folder)) if is_plain(config) else ()).items():
         linear = modules.get(path)
         if not isinstance(linear, torch.nn.Linear):
-            problems.append(f"{path} has the tensors of a 4-bit linear, and is not a linear of the model")
+            problems.append(f"the folder holds {path} as a 4-bit linear, and it is no linear of the model")
             continue
-        spec = plain_spec((linear.out_features, linear.in_features), linear.bias is not None)
+        table.pop(f"{path}.weight", None)
+        table.pop(f"{path}.bias", None)
+        spec = kind.spec((linear.out_features, linear.in_features), linear.bias is not None)
         table |= {f"{path}.{name}": Expected((NAMES[dtype],), size) for name, (dtype, size) in spec.items()}
     return table, problems

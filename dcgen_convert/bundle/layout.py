@@ -191,7 +191,7 @@ def model_index(parts: BundleParts) -> dict[str, Any]:
         family.component: ["diffusers", family.model_class],
     }
     if parts.scheduler is not None:
-        index |= {key: value for key, value in family.index_values.items() if key in index}
+        index |= family.index_of_bundle(index)
         index["scheduler"] = ["diffusers", parts.scheduler["_class_name"]]
         code = carried(family, layout)
         index["vae"] = [code.MODULE_NAME, code.CLASS_NAME] if code else ["diffusers", "AutoencoderDC"]

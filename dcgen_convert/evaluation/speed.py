@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-TEXT, ENCODE, STEP, BATCH, DECODE, PICTURE = "text", "encode", "step", "step, largest batch", "decode", "picture"
+TEXT, IMAGE, ENCODE, STEP = "text", "image", "encode", "step"
+BATCH, DECODE, PICTURE = "step, largest batch", "decode", "picture"
+SHARED = (TEXT, IMAGE)  # by base and conversion: one figure for all
 WORDS = {
     TEXT: "text encoders",
+    IMAGE: "image encoder",
     ENCODE: "encoder",
     STEP: "one step",
     BATCH: "one step, largest batch",

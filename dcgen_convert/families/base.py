@@ -329,6 +329,10 @@ class Family:
         name = index.get("_class_name")
         return name if name in self.other_pipelines else self.pipeline_class
 
+    def index_of_bundle(self, index: Mapping[str, Any]) -> dict[str, Any]:
+        """What a bundle's model_index.json says in another way than the source's, ``index``."""
+        return {key: value for key, value in self.index_values.items() if key in index}
+
     def vae_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """Keys that the stock pipeline reads from the autoencoder's config and that an AutoencoderDC does not have.
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.families import ddpm
 from dcgen_convert.families.base import Family, Network, Pipeline, Text
-from dcgen_convert.families.quant_targets import QuantTargets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,6 +70,7 @@ class UNet(Family):
         r"((attn1|attn2)\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2)))|resnets\.\d+\.(conv1|conv2|conv_shortcut))"
     )
     dense_pattern = r".*\.time_emb_proj"
+    unquantised = ": `nunchaku_lite` and `bfl` of diffusers were tried with transformers only"
     bundle_tier = 2  # the pipeline passes a generator to the decoder, which AutoencoderDC does not accept
     recipe = "sd-1.5"
     length_argument = ""
@@ -141,12 +141,6 @@ class UNet(Family):
 
     def noise_times(self) -> Tensor:
         return ddpm.noise_times(ddpm.SCALED_LINEAR)
-
-    def quant_targets(
-        self, linears: dict[str, tuple[int, int]], dense: str | None = None, container: str = "diffusers"
-    ) -> QuantTargets:
-        """No linear: `nunchaku_lite`, the host of the 4-bit kernels in diffusers, was tested with transformers only."""
-        return QuantTargets([], [])
 
     def predict(self, model: Network, z: Tensor, t: Tensor, text: Text, guidance: Tensor | None = None) -> Tensor:
         """epsilon at z_t."""

@@ -208,6 +208,7 @@ def of_source(resolved: Resolved, dtype: torch.dtype, side: int | None, random: 
     )  # fmt: skip
     vae = _autoencoder(family, autoencoder, config, dtype)
     pipeline = random_networks.with_parts(base.pipeline, **{family.component: network}, vae=vae)
+    pipeline.register_to_config(**family.index_of_bundle(pipeline.config))
     models = {BASE: base, CONVERTED: Model(pipeline, family)}
     length, frames = recipe.latents.text_length or family.text_length, frames_of(recipe, family)
     new = "the embedder, the head and the autoencoder of the converted model"

@@ -53,14 +53,16 @@ class DrawSettings:
 class Recorded:
     """One drawing of ``batch`` pictures or videos of one ``size``, (height, width) in px.
 
-    text: the calls that encode its prompts; none for class-conditional models. references: those that encode the
-    pictures that are edited; none for models that draw from text alone. step: the passes of one denoising step. passes:
+    text: the calls that encode its prompts; none for class-conditional models. image: those of an image encoder, of a
+    pipeline that calls one by itself. references: those that encode the pictures that are edited; none for models that
+    draw from text alone. step: the passes of one denoising step. passes:
     of the whole drawing. decode: from latents to pixels. Encoder and decoder work in tiles where pictures are large.
     """
 
     size: Size
     batch: int
     text: list[Call]
+    image: list[Call]
     references: list[Call]
     step: list[Call]
     passes: int
@@ -73,6 +75,10 @@ class Recorded:
 
     def encode_text(self) -> None:
         for call in self.text:
+            call()
+
+    def encode_image(self) -> None:
+        for call in self.image:
             call()
 
     def encode_references(self) -> None:
@@ -92,6 +98,7 @@ def record(pipeline: Pipeline, family: Family, size: Size, batch: int, settings:
     """Let ``pipeline`` draw, and note what it asks of its parts."""
     network, vae = getattr(pipeline, family.component), pipeline.vae
     text: list[Call] = []
+    image: list[Call] = []
     references: list[Call] = []
     passes: list[Call] = []
     decoded: list[Call] = []
@@ -123,13 +130,14 @@ def record(pipeline: Pipeline, family: Family, size: Size, batch: int, settings:
         _replaced(network, "forward", forward),
         _replaced(vae, "encode", encode),
         _replaced(vae, "decode", decode),
-        _heard(pipeline, text),
+        _heard(pipeline, "encode_prompt", text),
+        _heard(pipeline, "encode_image", image),
         suppress(_Enough),
     ):
         pipeline(**call_of(pipeline, family, size, batch, settings), output_type="pt")
     per_step = max(1, round(counted / settings.steps))
     assert decoded and per_step <= KEPT, "a stock pipeline decodes, and has few passes per step"
-    return Recorded(size, batch, text, references, passes[:per_step], counted, decoded[0])
+    return Recorded(size, batch, text, image, references, passes[:per_step], counted, decoded[0])
 
 
 def call_of(pipeline: Pipeline, family: Family, size: Size, batch: int, settings: DrawSettings) -> dict[str, Any]:
@@ -158,18 +166,18 @@ def draw(pipeline: Pipeline, family: Family, size: Size, settings: DrawSettings)
 
 
 @contextmanager
-def _heard(pipeline: Pipeline, text: list[Call]) -> Iterator[None]:
-    """Note the calls that encode prompts."""
-    encode = getattr(pipeline, "encode_prompt", None)
-    if encode is None:  # class-conditional
+def _heard(pipeline: Pipeline, name: str, calls: list[Call]) -> Iterator[None]:
+    """Note the calls of the method ``name``, of a pipeline that has it: a class-conditional one encodes no prompts."""
+    encode = getattr(pipeline, name, None)
+    if encode is None:
         yield
         return
 
     def heard(*args: Any, **kwargs: Any) -> Any:
-        text.append(Call(encode, args, kwargs))
+        calls.append(Call(encode, args, kwargs))
         return encode(*args, **kwargs)
 
-    with _replaced(pipeline, "encode_prompt", heard):
+    with _replaced(pipeline, name, heard):
         yield
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from dcgen_convert.bundle.sample import check_size
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import is_out_of_memory
-from dcgen_convert.evaluation.speed import BATCH, DECODE, ENCODE, PICTURE, STEP, TEXT
+from dcgen_convert.evaluation.speed import BATCH, DECODE, ENCODE, IMAGE, PICTURE, SHARED, STEP, TEXT
 from dcgen_convert.judging import recording
 from dcgen_convert.judging.pair import BASE, Model, ModelPair
 from dcgen_convert.judging.recording import DrawSettings, Recorded
@@ -85,24 +85,24 @@ class Bench:
         finally:
             pipeline.scheduler = before
 
-    def text(self, drawing: Recorded) -> Row | None:
-        """The row of the text encoders, which all models share; None for models without text."""
-        if not drawing.text:
-            return None
+    def shared(self, drawing: Recorded) -> dict[str, Row]:
+        """The figures of the encoders that all models share: of text, and of pictures where the pipeline has one."""
         encoders = self.pair.models[BASE].encoders
-        self.bring(encoders)
-        timing = self.watch.in_turn({BASE: drawing.encode_text})[BASE]
-        return _figure(timing, 1, encoders)
+        image = [part for part in encoders if part is getattr(self.pair.models[BASE].pipeline, "image_encoder", None)]
+        parts = {TEXT: [part for part in encoders if part not in image], IMAGE: image}
+        work = {TEXT: drawing.encode_text, IMAGE: drawing.encode_image}
+        found = {}
+        for what in [what for what, calls in ((TEXT, drawing.text), (IMAGE, drawing.image)) if calls]:
+            self.bring(parts[what])
+            found[what] = _figure(self.watch.in_turn({BASE: work[what]})[BASE], 1, parts[what])
+        return found
 
-    def size(self, side: int, text: Row | None) -> Row:
-        """All rows at ``side`` px."""
+    def size(self, side: int, shared: dict[str, Row] | None) -> Row:
+        """All rows at ``side`` px. shared: what another size has found of the encoders, which does not depend on it."""
         models = self.pair.models
         drawings = {name: self.record(name, side) for name in models}
-        if text is None:
-            text = self.text(drawings[BASE])
-        rows = {}
-        if text is not None:
-            rows[TEXT] = dict.fromkeys(models, text)
+        shared = self.shared(drawings[BASE]) if shared is None else shared
+        rows = {what: dict.fromkeys(models, figure) for what, figure in shared.items()}
         autoencoders = [model.pipeline.vae for model in models.values()]
         if drawings[BASE].references:
             rows[ENCODE] = self._row(autoencoders, drawings, Recorded.encode_references, _autoencoder)
@@ -119,7 +119,7 @@ class Bench:
             "tokens": self._tokens(side),
             "passes": {name: drawing.passes for name, drawing in drawings.items()},
             "rows": rows,
-            "ratios": {what: _ratios(row) for what, row in rows.items() if what != TEXT},
+            "ratios": {what: _ratios(row) for what, row in rows.items() if what not in SHARED},
             "pictures_per_minute": {name: self._per_minute(name, drawings[name], rows) for name in models},
         }
 
@@ -204,11 +204,11 @@ def measure(pair: ModelPair, sides: list[int], watch: Stopwatch, console: Consol
         InputError: a size that one of the models cannot draw.
     """
     require_sides(pair, sides)
-    bench, found, text = Bench(pair, watch, console), [], None
+    bench, found, shared = Bench(pair, watch, console), [], None
     with torch.no_grad(), quiet_diffusers(), console.progress("benchmark", len(sides), "size") as bar:
         for side in sides:
-            row = bench.size(side, text)
-            text = row["rows"].get(TEXT, {}).get(BASE)
+            row = bench.size(side, shared)
+            shared = {what: row["rows"][what][BASE] for what in SHARED if what in row["rows"]}
             found.append(row)
             bar.advance()
     return found
@@ -264,7 +264,7 @@ def _autoencoder(model: Model) -> nn.Module:
 
 def _sum(name: str, drawing: Recorded, rows: Row) -> float:
     """Seconds of a whole picture, from its parts."""
-    once = sum(rows[what][name]["seconds"] for what in (TEXT, ENCODE, DECODE) if what in rows)
+    once = sum(rows[what][name]["seconds"] for what in (*SHARED, ENCODE, DECODE) if what in rows)
     return float(once + drawing.steps * rows[STEP][name]["seconds"])
 
 

@@ -18,7 +18,7 @@ from dcgen_convert.stages.job import Job
 
 
 def converted_pipeline(job: Job, transformer: Network) -> Any:
-    """The source's stock pipeline around ``transformer``, with the new autoencoder and the bundle's scheduler."""
+    """The source's stock pipeline around ``transformer``, with the bundle's autoencoder, scheduler and settings."""
     keys = job.family.vae_config(read_json(job.target / "config.json"))
     options = {"scaling_factor": job.recipe.latents.scale_override} if job.recipe.latents.scale_override else {}
     with quiet_diffusers():
@@ -38,6 +38,7 @@ def converted_pipeline(job: Job, transformer: Network) -> Any:
             vae.register_to_config(**keys)
         parts = {job.family.component: transformer, "vae": vae.eval()}
         pipeline = source_pipeline.load(job.source, job.dtype, **parts)
+    pipeline.register_to_config(**job.family.index_of_bundle(pipeline.config))
     scheduler = getattr(diffusers, job.scheduler["_class_name"])
     pipeline.scheduler = scheduler.from_config(job.scheduler)
     return pipeline

@@ -18,15 +18,13 @@ from dcgen_convert.core.errors import InputError
 from dcgen_convert.svdquant.activation import quantize_activation, quantize_scaled
 from dcgen_convert.svdquant.awq import AwqLinear
 from dcgen_convert.svdquant.formats import round_bf16
-from dcgen_convert.svdquant.forms import BFL, NUNCHAKU_LITE, plain_linears
+from dcgen_convert.svdquant.forms import BFL, NUNCHAKU_LITE
 from dcgen_convert.svdquant.layer import SvdqLinear
-from dcgen_convert.svdquant.plain import PlainLinear, plain_spec, unpack_plain
+from dcgen_convert.svdquant.linears import UnpackedLayer, kinds
+from dcgen_convert.svdquant.plain import PlainLinear
 from dcgen_convert.svdquant.skeleton import build
 from dcgen_convert.svdquant.source import read_folder
-from dcgen_convert.svdquant.tensors import awq_spec, check_tensors, svdq_spec, unpack_awq, unpack_svdq
-
-# a W4A4 layer with a low-rank branch comes with its row scales (N,)
-UnpackedLayer = AwqLinear | PlainLinear | tuple[SvdqLinear, torch.Tensor]
+from dcgen_convert.svdquant.tensors import check_tensors
 
 
 class _Emulation(nn.Module):
@@ -148,31 +146,21 @@ def _expand(layer: SvdqLinear, row_scale: torch.Tensor) -> torch.Tensor:
 def open_layers(folder: Path) -> tuple[nn.Module, dict[str, Entry], dict[str, UnpackedLayer]]:
     """(model without weights, dense entries, quantised layers by module path)."""
     config, entries = read_folder(folder)
-    quantisation = config.get("quantization_config") or {}
-    method = quantisation.get("quant_method")
+    method = (config.get("quantization_config") or {}).get("quant_method")
     if method not in (NUNCHAKU_LITE, BFL):
         raise InputError(f"{folder} is not quantised in {NUNCHAKU_LITE} or {BFL} form.", hint="Load it with diffusers.")
     model = build(config)
     modules = dict(model.named_modules())
-    svdq, awq = (quantisation.get(section) or {"targets": []} for section in ("svdq_w4a4", "awq_w4a16"))
-    plain = plain_linears(entries) if method == BFL else ()
     layers: dict[str, UnpackedLayer] = {}
-    for name in (*svdq["targets"], *awq["targets"], *plain):
+    for name, kind in kinds(config, entries).items():
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear):
             raise InputError(f"{folder} holds {name} as quantised, which is no linear of the model.")
         shape, bias = (linear.out_features, linear.in_features), linear.bias is not None
         mine = [key for key in entries if key.rpartition(".")[0] == name]
         tensors = {key.rpartition(".")[2]: read_tensor(entries.pop(key)) for key in mine}
-        if name in awq["targets"]:
-            check_tensors(name, tensors, awq_spec(shape, bias))
-            layers[name] = unpack_awq(tensors)
-        elif name in plain:
-            check_tensors(name, tensors, plain_spec(shape, bias))
-            layers[name] = unpack_plain(tensors)
-        else:
-            check_tensors(name, tensors, svdq_spec(shape, svdq["precision"], svdq["rank"], bias))
-            layers[name] = unpack_svdq(tensors, svdq["precision"])
+        check_tensors(name, tensors, kind.spec(shape, bias))
+        layers[name] = kind.unpack(tensors)
     return model, entries, layers
 
 

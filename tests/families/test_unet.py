@@ -130,7 +130,10 @@ def test_a_plan_says_that_it_is_experimental_and_quantises_nothing(source):
     assert doc["tokens"][0] == {"resolution": 128, "before": 256, "after": 16, "ratio": 16}
     assert f"note: {UNET.experimental}" in plan.render(doc)
     (problem,) = plan.plan(resolved(source, sets=["quantize.format=nvfp4"]))["problems"]
-    assert problem == "no linear of this unet model can be quantised to 4 bits: use --quantize none"
+    assert problem == (
+        "no linear of this unet model can be quantised to 4 bits: `nunchaku_lite` and `bfl` of diffusers were tried "
+        "with transformers only: use --quantize none"
+    )
 
 
 def test_grids_that_the_levels_do_not_divide_are_refused(own):

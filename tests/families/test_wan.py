@@ -8,10 +8,13 @@ import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
+from judging import video_bundles
 
 from dcgen_convert import families
+from dcgen_convert.bundle.layout import BundleParts, model_index
 from dcgen_convert.checkpoint.open import load_source
 from dcgen_convert.core.errors import InputError, RecipeError
+from dcgen_convert.core.files import read_json
 from dcgen_convert.data.buckets import nearest
 from dcgen_convert.data.cache import LatentCache, write_captions, write_index, write_shard
 from dcgen_convert.families.grid import Grid
@@ -22,7 +25,7 @@ from dcgen_convert.recipe.geometry import bucket_sizes
 from dcgen_convert.recipe.loading import load
 from dcgen_convert.recipe.schema import Adapt
 from dcgen_convert.recipe.videos import frames_of
-from dcgen_convert.stages import gap, grid
+from dcgen_convert.stages import gap, grid, preview
 from dcgen_convert.stages.align_embedder import Problem
 from dcgen_convert.svdquant.targets import plan_targets
 from dcgen_convert.train import objective, phases
@@ -225,6 +228,25 @@ def test_what_is_no_text_to_video_model_of_wan():
     assert WAN.shift(7800, published) == 5.0
     with pytest.raises(InputError, match="UniPCMultistepScheduler, is set to another prediction"):
         WAN.check_scheduler({**published, "prediction_type": "epsilon"})
+
+
+def test_a_converted_pipeline_in_memory_is_set_as_its_bundle_is(tmp_path):
+    """Of Wan 2.2 TI2V: without a timestep for every 2 x 2 cells, which the source has."""
+    VIDEOS["wan-2.2"].build(tmp_path / "source")
+    source = load_source("wan-2.2", str(tmp_path / "source"))
+    scheduler = read_json(source.root / "scheduler" / "scheduler_config.json")
+    recipe = SimpleNamespace(latents=SimpleNamespace(scale_override=None))
+    job = SimpleNamespace(family=WAN, source=source, target=video_bundles.autoencoder(tmp_path / "ae"), recipe=recipe)
+    job.dtype, job.scheduler = torch.float32, scheduler
+    torch.manual_seed(1)
+    network = diffusers.WanTransformer3DModel(**WAN.convert_config(SMALL, video_bundles.F, video_bundles.C, 64))
+    found = preview.converted_pipeline(job, network.eval())
+    parts = BundleParts(WAN, source.root, tmp_path, autoencoder=job.target, scheduler=scheduler)
+    index = model_index(parts)
+    assert source.index["expand_timesteps"] and not found.config["expand_timesteps"]
+    assert {key: found.config[key] for key in ("expand_timesteps", "boundary_ratio")} == {
+        key: index[key] for key in ("expand_timesteps", "boundary_ratio")
+    }
 
 
 def test_lora_leaves_the_cross_attention_alone(source):

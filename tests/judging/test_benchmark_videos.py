@@ -18,6 +18,7 @@ from dcgen_convert.core.files import read_json
 from dcgen_convert.evaluation.speed import rows as named_rows
 from dcgen_convert.families import components, deep_autoencoders
 from dcgen_convert.judging import pair as pairs
+from dcgen_convert.judging import speed
 
 from . import video_bundles
 from .test_benchmark import QUICK, bench, seen
@@ -37,7 +38,11 @@ def test_what_is_timed_is_what_the_stock_pipeline_asks_for_of_videos(family, tmp
     for key, model in pair.models.items():
         drawing, (passes, _, latents) = one.record(key, 64), seen(model, one.settings, (48, 80))
         assert drawing.passes == len(passes) == 2 * len(drawing.step) and len(drawing.text) == 1
-        assert len(drawing.references) == (family == "wan-image")
+        given = family == "wan-image"
+        assert len(drawing.references) == len(drawing.image) == given
+        if given:
+            told = passes[0][1]["encoder_hidden_states_image"]
+            torch.testing.assert_close(drawing.image[0](), told, atol=1e-6, rtol=1e-6)
         tensors = {name: value for name, value in passes[0][1].items() if isinstance(value, torch.Tensor)}
         mine = {name: drawing.step[0].kwargs[name] for name in tensors}
         torch.testing.assert_close(mine, tensors, atol=0, rtol=0)
@@ -50,8 +55,28 @@ def test_what_is_timed_is_what_the_stock_pipeline_asks_for_of_videos(family, tmp
         drawing.encode_text(), drawing.encode_references(), drawing.one_step()
         assert {*tokens} == {wanted[key]}
         assert drawing.decode()[0].shape == (1, 3, 5, 48, 80)
+    if family == "wan-image":
+        rows = one.size(64, None)["rows"]
+        assert list(rows) == ["text", "image", "encode", "step", "decode", "picture"]
+        assert rows["image"]["base"] is rows["image"]["converted"]  # they share it
+        encoder = pair.models["base"].pipeline.image_encoder
+        assert rows["image"]["base"]["peak_bytes"] >= speed.weights([encoder])
+        drawing, seconds = one.record("base", 64), {what: {"base": {"seconds": 2.0**-i}} for i, what in enumerate(rows)}
+        assert speed._sum("base", drawing, seconds) == 1 + 0.5 + 0.25 + 2 * 0.125 + 0.0625
     with pytest.raises(InputError, match="8 px are smaller than a token of 16 px"):
         pair.size_of(8)
+
+
+def test_the_conversion_of_wan_2_2_is_timed_as_its_bundle_draws(tmp_path):
+    """It is given one timestep: the base has one for every 2 x 2 cells, fewer than the tokens of the conversion."""
+    VIDEOS["wan-2.2"].build(tmp_path / "source")
+    settings = {"ae": str(video_bundles.autoencoder(tmp_path / "ae")), "resolution": 128}
+    pair = pairs.of_source(without_data(tmp_path / "source", settings), torch.float32, 128, random=False)
+    one = bench(replace(pair, frames=5, steps=1, length=VIDEOS["wan-2.2"].length, guidance=2.5))
+    for name, shape in (("base", (1, 2 * 3 * 5)), ("converted", (1,))):
+        (step, _) = one.record(name, 128).step
+        assert step.kwargs["timestep"].shape == shape
+        step()
 
 
 def test_a_bundle_is_timed_in_its_own_shape(tmp_path):
