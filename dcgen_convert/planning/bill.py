@@ -197,8 +197,9 @@ def _pixels(recipe: Recipe, sizes: Shapes, number: int) -> float:
     be at least.
     """
     data = recipe.data_of(number)
-    side = data.resolution if data.kind == "synthetic" else max(recipe.sides(number))
-    return float(sizes.frames * side**2)
+    side = max(recipe.sides(number))
+    size = sizes.usual_size(data, data.resolution) if data.kind == "synthetic" else (side, side)
+    return float(sizes.frames * math.prod(size))
 
 
 def _data(recipe: Recipe, sizes: Shapes, number: int) -> Iterator[Work]:
@@ -210,11 +211,13 @@ def _data(recipe: Recipe, sizes: Shapes, number: int) -> Iterator[Work]:
             yield Work(stage, "copy out of shards", data.count, "pictures", "disk", 2 * copied / data.count, False)
         return
     passes = sizes.passes(data.guidance)
-    once = forward_flops(sizes.base, sizes.seen(sizes.old, data.resolution), sizes.text)
+    size, frames = sizes.usual_size(data, data.resolution), sizes.drawn_frames
+    once = forward_flops(sizes.base, sizes.seen(sizes.old, *size, frames), sizes.text)
+    decode = frames * math.prod(size) * DECODE * _base_share(sizes)
     yield _fixed(stage, "load", BF16 * (sizes.base.parameters + sizes.companions), "bytes", "disk")
     yield Work(stage, "encode prompts", data.count, "pictures", "matmul", passes * _text_flops(sizes))
     yield Work(stage, "draw", data.count * data.steps, "denoising steps", "matmul", passes * once)
-    yield Work(stage, "decode", data.count, "pictures", "convolution", pixels * DECODE * _base_share(sizes))
+    yield Work(stage, "decode", data.count, "pictures", "convolution", decode)
     yield Work(stage, "write", data.count, "pictures", "pixels", pixels)
 
 
@@ -325,13 +328,16 @@ def _finished(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
     yield _fixed("verify", "load", 3 * whole, "bytes", "disk")
     count, last = recipe.evaluate.prompts, recipe.adapt.phases[-1]
     if count:
-        data, pixels = recipe.data, float(sizes.frames * last.resolution**2)
-        own = own_side(sizes.source, sizes.new, last.resolution)
-        base = forward_flops(sizes.base, sizes.seen(sizes.old, own), sizes.text) * sizes.passes(data.guidance)
+        data, own = recipe.data, own_side(sizes.source, sizes.new, last.resolution)
+        size = sizes.usual_size(recipe.data_of(recipe.set_of(len(recipe.adapt.phases))), last.resolution)
+        pixels = float(sizes.frames * math.prod(size))
+        tokens = sizes.seen(sizes.old, *(size if own == last.resolution else (own, own)))
+        base = forward_flops(sizes.base, tokens, sizes.text) * sizes.passes(data.guidance)
         of_base = count * (2 if recipe.evaluate.measures else 1)  # with the noise floor
         yield Work("verify", "draw with the source", of_base * data.steps, "denoising steps", "matmul", base, False)
         models = ["draw with the bundle", *([] if recipe.quantize.format == "none" else ["draw in 16 bits"])]
-        each = sizes.passes(recipe.bundle.guidance) * _once(sizes, last)
+        once = forward_flops(sizes.converted, sizes.seen(sizes.new, *size), sizes.text)
+        each = sizes.passes(recipe.bundle.guidance) * once
         for name in models:
             yield Work("verify", name, count * recipe.bundle.steps, "denoising steps", "matmul", each, False)
         drawn, (encode, new), old = (

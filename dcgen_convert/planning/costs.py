@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -170,7 +171,7 @@ def picture_bytes(recipe: Recipe, sizes: Shapes, number: int) -> float:
     """Bytes of the pictures of set ``number`` that the run keeps: drawn, or copied out of shards."""
     data = recipe.data_of(number)
     if data.kind == "synthetic":
-        return data.count * sizes.frames * data.resolution**2 * PNG_BYTES_PER_PIXEL
+        return data.count * sizes.frames * math.prod(sizes.usual_size(data, data.resolution)) * PNG_BYTES_PER_PIXEL
     from dcgen_convert.data import given  # it needs an imaging library
 
     return given.shard_bytes(given.parse_all(data.paths))

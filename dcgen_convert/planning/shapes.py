@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from dcgen_convert.data.buckets import Size
 from dcgen_convert.families import Family
 from dcgen_convert.families.base import TIME
 from dcgen_convert.families.grid import Grid
@@ -14,9 +15,10 @@ from dcgen_convert.planning.present import most_references
 from dcgen_convert.planning.structures import structure
 from dcgen_convert.recipe import alignment, geometry
 from dcgen_convert.recipe.alignment import Alignment
+from dcgen_convert.recipe.geometry import usual_size
 from dcgen_convert.recipe.identity import Identity
-from dcgen_convert.recipe.schema import Phase, Recipe
-from dcgen_convert.recipe.videos import frames_of
+from dcgen_convert.recipe.schema import Data, Phase, Recipe
+from dcgen_convert.recipe.videos import drawn_frames, frames_of
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,15 @@ class Shapes:
         return -(-self.frames // TIME)
 
     @property
+    def drawn_frames(self) -> int:
+        """Frames that the base draws of a training video; 1 of a picture."""
+        return drawn_frames(self.frames) if self.family.axes == 3 else 1
+
+    def usual_size(self, data: Data, px: int) -> Size:
+        """(height, width) in px of what is drawn at ``px`` for pictures of ``data``."""
+        return usual_size(self.family, self.source.config, self.old, self.new, px, data.buckets)
+
+    @property
     def conditions(self) -> int:
         """Conditions of a row: its prompt's, and one of the empty prompt where the text encoder sees the references."""
         return 2 if self.family.picture_tokens else 1
@@ -89,15 +100,21 @@ class Shapes:
         """Image + text tokens per picture that the converted model sees in a phase."""
         return self.seen(self.new, phase.resolution) + self.text
 
-    def drawn(self, grid: Grid, height: int, width: int | None = None) -> int:
-        """Tokens of a picture, or of a video, on ``grid``, with sides in px; without ``width`` of a square."""
-        return self.times * grid.tokens(height, width)
+    def drawn(self, grid: Grid, height: int, width: int | None = None, frames: int | None = None) -> int:
+        """Tokens of a picture, or of a video, on ``grid``, with sides in px; without ``width`` of a square.
 
-    def seen(self, grid: Grid, side: int) -> int:
-        """Tokens that a model on ``grid`` sees while it draws ``side`` px: the picture's, and those of its references
+        Args:
+            frames: that a pipeline draws; None: those of a training video.
+        """
+        times = self.times if frames is None else (frames - 1) // TIME + 1
+        return times * grid.tokens(height, width)
+
+    def seen(self, grid: Grid, height: int, width: int | None = None, frames: int | None = None) -> int:
+        """Tokens that a model on ``grid`` sees while it draws: the picture's, as `drawn`, and those of its references
         where they have tokens of their own.
         """
-        return self.drawn(grid, side) * (1 if self.family.reference_channels else 1 + self.references)
+        each = 1 if self.family.reference_channels else 1 + self.references
+        return self.drawn(grid, height, width, frames) * each
 
 
 def shapes_of(recipe: Recipe, source: Identity) -> Shapes:

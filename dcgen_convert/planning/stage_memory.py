@@ -6,12 +6,14 @@ the host holds what is being loaded. Without one the host holds everything. The 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dcgen_convert.core.names import of_set
+from dcgen_convert.data.buckets import Size
 from dcgen_convert.families import catalog, components, deep_autoencoders, pixel_memory
 from dcgen_convert.families.pixel_memory import DECODE, ENCODE, Bytes, together
 from dcgen_convert.planning.fit import Fit
@@ -85,12 +87,21 @@ def needs(recipe: Recipe, sizes: Shapes, fits: list[Fit]) -> Iterator[Need]:
     codecs = FP32 * float((entry.parameters if entry else 0) + min(sizes.companions, 320_000_000))
     ours, theirs = autoencoder_bytes(recipe, sizes)
 
-    def drawing(stage: str, network: float, codec: Bytes, tokens: int, side: int, batch: int, guidance: float) -> Need:
-        pixels = sizes.frames * side**2
+    def drawing(
+        stage: str,
+        network: float,
+        codec: Bytes,
+        tokens: int,
+        size: Size,
+        batch: int,
+        guidance: float,
+        frames: int = sizes.frames,
+    ) -> Need:
+        pixels = frames * math.prod(size)
         batch = together(batch, pixels, pixel_memory.DRAWN)
         kept = DRAWN * float(pixels) * batch
         passes = LIVE * e * sizes.converted.width * (tokens + sizes.text) * sizes.passes(guidance)
-        decode = work(codec["fp32" if e == FP32 else "bf16"], DECODE, side, batch, sizes.frames, codec is ours)
+        decode = work(codec["fp32" if e == FP32 else "bf16"], DECODE, size, batch, frames, codec is ours)
         each = max(passes, decode / batch)
         networks = network + companions
         return Need(stage, networks, each, batch, loaded=networks, pixels=kept)
@@ -101,12 +112,14 @@ def needs(recipe: Recipe, sizes: Shapes, fits: list[Fit]) -> Iterator[Need]:
     for number in recipe.sets:
         own = recipe.data_of(number)
         if own.kind == "synthetic":
-            tokens, stage = sizes.seen(sizes.old, own.resolution), of_set("data", number)
-            yield drawing(stage, base, theirs, tokens, own.resolution, min(own.batch, own.count), own.guidance)
+            size, stage = sizes.usual_size(own, own.resolution), of_set("data", number)
+            frames = sizes.drawn_frames
+            tokens = sizes.seen(sizes.old, *size, frames)
+            yield drawing(stage, base, theirs, tokens, size, min(own.batch, own.count), own.guidance, frames)
         side = max(recipe.sides(number))
         batch = together(min(recipe.latents.batch, own.count), sizes.frames * side**2)
-        both = [work(ours["fp32"], way, side, batch, sizes.frames, deep=True) for way in (ENCODE, DECODE)] + [
-            work(theirs["fp32"], way, seen, recipe.latents.batch, sizes.frames) for way in (ENCODE, DECODE)
+        both = [work(ours["fp32"], way, (side, side), batch, sizes.frames, deep=True) for way in (ENCODE, DECODE)] + [
+            work(theirs["fp32"], way, (seen, seen), recipe.latents.batch, sizes.frames) for way in (ENCODE, DECODE)
         ]
         read = PIXELS * float(sizes.frames * side**2) * batch
         weights = max(codecs if e == FP32 else 1.5 * codecs, companions)  # in both precisions, until one is chosen
@@ -122,16 +135,18 @@ def needs(recipe: Recipe, sizes: Shapes, fits: list[Fit]) -> Iterator[Need]:
         sums = group_bytes(sizes.lora_layers(recipe.adapt.phases[0])) if recipe.starts_along_gradient(number) else 0.0
         yield _larger(Need(f"adapt-{number}", converted + beside, once, fixed=sums, loaded=converted), fit, beside)
         yield Need(f"merge-{number}", max(base, converted), _gap(sizes, e), 1, loaded=max(base, converted))
-    side, tokens = last.resolution, sizes.seen(sizes.new, last.resolution)
+    size = sizes.usual_size(recipe.data_of(recipe.set_of(len(sides))), last.resolution)
+    tokens = sizes.seen(sizes.new, *size)
     if recipe.quantize.format != "none":
         batch = min(recipe.quantize.calibration.batch or data.batch, recipe.quantize.calibration.prompts)
-        yield drawing("quantize", converted, ours, tokens, side, batch, steps.guidance)
+        yield drawing("quantize", converted, ours, tokens, size, batch, steps.guidance)
     yield Need("bundle", 0.0, loaded=GIB / 4)
     count = recipe.evaluate.prompts
-    tokens = max(tokens, sizes.seen(sizes.old, own_side(sizes.source, sizes.new, side)))
-    verified = drawing("verify", max(base, converted), ours, tokens, side, min(data.batch, count or 1), 2.0)
+    side = own_side(sizes.source, sizes.new, last.resolution)
+    tokens = max(tokens, sizes.seen(sizes.old, *(size if side == last.resolution else (side, side))))
+    verified = drawing("verify", max(base, converted), ours, tokens, size, min(data.batch, count or 1), 2.0)
     trip = Need(
-        "verify", codecs, max(work(ours["fp32"], way, side, 1, sizes.frames, deep=True) for way in (ENCODE, DECODE))
+        "verify", codecs, max(work(ours["fp32"], way, size, 1, sizes.frames, deep=True) for way in (ENCODE, DECODE))
     )
     if trip.gpu(1) > verified.gpu():
         verified = replace(verified, weights=trip.weights, each=trip.each, at_once=1)
@@ -156,16 +171,16 @@ def autoencoder_bytes(recipe: Recipe, sizes: Shapes) -> tuple[Bytes, Bytes]:
     return pixel_memory.bytes_per_pixel(ours), pixel_memory.bytes_per_pixel(theirs)
 
 
-def work(each: tuple[int, int], way: int, side: int, count: int, frames: int = 1, deep: bool = False) -> float:
-    """Bytes that an autoencoder works with for ``count`` squares of ``side`` px; it takes large ones one by one.
+def work(each: tuple[int, int], way: int, size: Size, count: int, frames: int = 1, deep: bool = False) -> float:
+    """Bytes that an autoencoder works with for ``count`` pictures of ``size`` px; it takes large ones one by one.
 
     deep: it is the new one, which takes large videos in tiles.
     """
     if deep and frames > 1:
-        picture = float(pixel_memory.video_bytes(each[way], way, side, side, frames))
+        picture = float(pixel_memory.video_bytes(each[way], way, *size, frames))
     else:
-        picture = float(pixel_memory.picture_bytes(each[way], way, side, side))
-    return picture * together(count, frames * side**2)
+        picture = float(pixel_memory.picture_bytes(each[way], way, *size))
+    return picture * together(count, frames * math.prod(size))
 
 
 def rows(every: list[Need], on_gpu: bool, measured: Peaks | None = None) -> list[dict[str, Any]]:

@@ -73,6 +73,20 @@ def bucket_sizes(family: Family, config: dict, base: Grid, new: Grid, resolution
     return found
 
 
+def usual_size(family: Family, config: dict, base: Grid, new: Grid, px: int, buckets_kept: bool) -> buckets.Size:
+    """(height, width) in px of what is drawn at ``px``: of the buckets the one of the family's usual shape.
+
+    Args:
+        buckets_kept: as `data.buckets` says; without them it is the square.
+    Raises:
+        RecipeError: as `bucket_sizes`.
+    """
+    if not buckets_kept:
+        return px, px
+    height, width = family.shape
+    return buckets.nearest(bucket_sizes(family, config, base, new, px), width, height)
+
+
 def check(recipe: Recipe, source: Identity) -> None:
     """Refuse picture sizes on which the two grids cannot meet, or on which the model cannot work.
 

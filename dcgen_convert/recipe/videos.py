@@ -17,6 +17,16 @@ def frames_of(recipe: Recipe, family: Family) -> int:
     return (recipe.data.frames or family.default_frames) if family.axes == 3 else 0
 
 
+def drawn_frames(frames: int) -> int:
+    """Frames that the base draws of a training video of ``frames`` frames; 1 of a picture, which has 0.
+
+    Pipelines draw 4 n + 1 frames, and a training video has 4 (n + 1). So one more than these is drawn, and left out:
+    three fewer would not do, and a frame that is made up would be learned. Of 80 frames that are the 81 of Wan's own
+    training.
+    """
+    return frames + 1 if frames else 1
+
+
 def require_frames(recipe: Recipe, family: Family) -> None:
     """RecipeError for frames of a model that draws pictures, and for a number that makes no whole latent frames."""
     frames = recipe.data.frames

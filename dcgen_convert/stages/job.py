@@ -30,7 +30,7 @@ from dcgen_convert.ranks.crew import SOLO, Crew
 from dcgen_convert.recipe import drawable, sources
 from dcgen_convert.recipe.alignment import Alignment, alignment
 from dcgen_convert.recipe.drawable import Beyond
-from dcgen_convert.recipe.geometry import bucket_sizes
+from dcgen_convert.recipe.geometry import bucket_sizes, usual_size
 from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.loading import Resolved
 from dcgen_convert.recipe.schema import Recipe
@@ -159,8 +159,7 @@ class Job:
 
     def usual_size(self, px: int) -> Size:
         """Of the buckets of these pictures at ``px`` the one of the family's usual shape; the square without any."""
-        height, width = self.family.shape
-        return nearest(self._bucket_sizes(px), width, height) if self.recipe.data.buckets else (px, px)
+        return usual_size(*self._tokens_of(), px, self.recipe.data.buckets)
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -336,13 +335,13 @@ class Job:
         """
         if not self.recipe.data.buckets:
             return {}
-        return {px: self._bucket_sizes(px) for px in self.resolutions}
+        return {px: bucket_sizes(*self._tokens_of(), px) for px in self.resolutions}
 
-    def _bucket_sizes(self, px: int) -> list[Size]:
+    def _tokens_of(self) -> tuple[Family, dict[str, Any], Grid, Grid]:
+        """What the sizes of buckets follow from: both latent spaces, and the network of the first one."""
         f, c = autoencoder_grid(read_json(self.source.vae / "config.json"))
         config = self.source.config
-        base = Grid(f, c, self.family.patch(config, c))
-        return bucket_sizes(self.family, config, base, self.ae.grid, px)
+        return self.family, config, Grid(f, c, self.family.patch(config, c)), self.ae.grid
 
     def conditions(self, encoders: Callable[[], Pipeline], side: int) -> Conditions:
         """What encodes the rows of these pictures at the resolution ``side``, with what ``encoders`` gives."""

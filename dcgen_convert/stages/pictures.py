@@ -21,6 +21,7 @@ from dcgen_convert.data.images import NOUNS, Picture
 from dcgen_convert.families import pixel_memory
 from dcgen_convert.networks import models, pipelines, text_lengths
 from dcgen_convert.networks.at_once import AtOnce
+from dcgen_convert.recipe.videos import drawn_frames
 from dcgen_convert.stages import captions, edited, source_pipeline
 from dcgen_convert.stages.job import Job
 
@@ -182,16 +183,6 @@ def intended(job: Job) -> list[Picture]:
     return [replace(one, references=own) for one, own in zip(drawn, files, strict=True)] if files else drawn
 
 
-def drawn_frames(job: Job) -> int:
-    """Frames that the base draws of a training video; 1 of a picture.
-
-    Pipelines draw 4 n + 1 frames, and a training video has 4 (n + 1). So one more than these is drawn, and left out:
-    three fewer would not do, and a frame that is made up would be learned. Of 80 frames that are the 81 of Wan's own
-    training.
-    """
-    return job.frames + 1 if job.frames else 1
-
-
 def draw_part(job: Job, bar: Bar) -> None:
     """Draw what is missing among this rank's pictures. Each rank has every `world`-th picture.
 
@@ -200,7 +191,7 @@ def draw_part(job: Job, bar: Bar) -> None:
     was cut off draws the very same pictures. Where memory is short, a batch is halved.
     """
     settings = job.recipe.data
-    frames, (height, width) = drawn_frames(job), job.drawn_size
+    frames, (height, width) = drawn_frames(job.frames), job.drawn_size
     batch = pixel_memory.together(settings.batch, frames * height * width, pixel_memory.DRAWN)
     own = intended(job)[job.crew.rank :: job.crew.world]
     batches = [own[start : start + batch] for start in range(0, len(own), batch)]

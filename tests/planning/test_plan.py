@@ -16,7 +16,9 @@ from dcgen_convert.data.sieve import Sieve, square
 from dcgen_convert.families import catalog, deep_autoencoders
 from dcgen_convert.families.grid import Grid
 from dcgen_convert.networks.autoencoder_dc_video import AutoencoderDCVideo
-from dcgen_convert.planning import bill, plan
+from dcgen_convert.planning import bill, costs, plan, stage_memory
+from dcgen_convert.planning.arithmetic import forward_flops
+from dcgen_convert.planning.fit import decide
 from dcgen_convert.planning.shapes import shapes_of
 from dcgen_convert.ranks import machine
 from dcgen_convert.recipe import drawable, loading, shelf
@@ -320,6 +322,29 @@ def test_videos_are_counted_in_all_their_frames():
     assert (five["frames"], five["latent_frames"], shapes[704, 1280]) == (120, 30, (26_400, 6_600))
     infeasible = document("wan-14b", sets=[*OWN, "quantize.format=nvfp4"], gpus=8)
     assert "no linear of this wan model can be quantised to 4 bits: `nunchaku_lite`" in infeasible["problems"][0]
+
+
+@pytest.mark.parametrize("buckets, size", [("true", (480, 832)), ("false", (640, 640))])
+def test_videos_that_the_base_draws_are_priced_in_the_shape_and_the_frames_that_are_drawn(buckets, size):
+    """Of 80 frames the base draws 81, which are 21 latent frames; base and bundle are compared on 77, which are 20."""
+    sets = ["data.kind=synthetic", f"data.buckets={buckets}"]
+    resolved = loading.load("wan-1.3b", sets=sets, machine=machine.Machine(offline=True))
+    recipe, sizes = resolved.recipe, shapes_of(resolved.recipe, resolved.identity)
+    pixels, base, new = math.prod(size), math.prod(side // 16 for side in size), math.prod(side // 32 for side in size)
+    works = {(work.stage, work.what): work for work in bill.works(recipe, sizes)}
+    for stage, what, times, tokens, model in (
+        ("data", "draw", 21, base, sizes.base),
+        ("verify", "draw with the source", 20, base, sizes.base),
+        ("verify", "draw with the bundle", 20, new, sizes.converted),
+    ):
+        assert works[stage, what].each == 2 * forward_flops(model, times * tokens, 512), (stage, what)
+    assert works["data", "decode"].each == 81 * pixels * bill.DECODE
+    assert works["data", "write"].each == works["latents", "read"].each == 80 * pixels
+    assert costs.picture_bytes(recipe, sizes, 0) == pytest.approx(10_000 * 80 * pixels * 1.6)
+    fits = [decide(recipe, phase, sizes, 1, 80 * 2**30) for phase in recipe.adapt.phases]
+    needs = {need.stage: need for need in stage_memory.needs(recipe, sizes, fits)}
+    assert needs["data"].pixels == stage_memory.DRAWN * 81 * pixels
+    assert needs["verify"].pixels == stage_memory.DRAWN * 80 * pixels
 
 
 def test_a_plan_says_no_where_the_disk_is_too_small():
