@@ -18,8 +18,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from PIL.Image import Image
 from torch import Tensor
 
 from dcgen_convert.core import pulse
@@ -28,39 +29,42 @@ from dcgen_convert.evaluation.measure import Distance, Measure, Score
 from dcgen_convert.evaluation.pixels import from_images
 from dcgen_convert.evaluation.rows import Figures
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
+Shown = Image | Sequence[Image]  # a picture; the frames of a video
 BESIDE = "round trip"
 FEWEST_OF_HALVES = 4  # pictures; a distance needs two in each half
 
 
 @dataclass(frozen=True)
 class Judged:
-    """What was measured on the pictures of one column. other: scores with the captions of other pictures."""
+    """What was measured on ``count`` pictures or videos of one column. other: scores with the captions of others."""
 
     own: Figures
     other: Figures
+    count: int
 
 
 def seen(
-    pictures: Sequence[Image], captions: Sequence[str], measures: Sequence[Measure], sources: Sequence[Image] = ()
+    pictures: Sequence[Shown],
+    captions: Sequence[str],
+    measures: Sequence[Measure],
+    sources: Sequence[Image] = (),
 ) -> Judged:
-    """Measure the pictures of one column, one by one: they may be large, and of several shapes.
+    """Measure the pictures of one column, or its videos, one by one: they may be large, and of several shapes.
 
     Args:
-        sources: of edited pictures what each was made from.
+        sources: of edited pictures what each was made from; of videos that were drawn from a picture that picture.
     """
     readers = [measure for measure in measures if isinstance(measure, Score) and measure.reads]
     others = [*captions[1:], *captions[:1]]  # of the next picture
 
     def with_captions(texts: Sequence[str]) -> Iterator[rows.Batch]:
         for picture, text, *source in zip(pictures, texts, *([sources] if sources else []), strict=True):
-            shown = from_images([picture])
+            shown = _pixels(picture)
             yield (shown, [text], from_images(source)) if source else (shown, [text])
             pulse.bump()
 
-    return Judged(rows.measured(with_captions(captions), measures), rows.measured(with_captions(others), readers))
+    own, other = rows.measured(with_captions(captions), measures), rows.measured(with_captions(others), readers)
+    return Judged(own, other, len(captions))
 
 
 def lines(drawn: Judged, trips: Judged, measures: Sequence[Measure]) -> list[dict[str, Any]]:
@@ -72,12 +76,17 @@ def lines(drawn: Judged, trips: Judged, measures: Sequence[Measure]) -> list[dic
             continue
         line = {"measure": measure.name, "value": row[rows.CONVERTED], "beside": BESIDE}
         if isinstance(measure, Distance):
-            line |= _apart(measure, drawn.own.features[measure.name], trips.own.features[measure.name])
+            line |= _apart(measure, drawn, trips)
         else:
             line |= {"round_trip": row.get(rows.BASE), **{key: row.get(key) for key in ("difference", "low", "high")}}
             line |= _gain(measure.name, drawn, trips)
         found.append({key: value for key, value in line.items() if value is not None})
     return found
+
+
+def _pixels(shown: Shown) -> Tensor:
+    """A picture as (1, 3, H, W) in [-1, 1], the frames of a video as (1, 3, F, H, W)."""
+    return from_images([*shown]).movedim(0, 1)[None] if isinstance(shown, Sequence) else from_images([shown])
 
 
 def _gain(name: str, drawn: Judged, trips: Judged) -> dict[str, float]:
@@ -93,12 +102,21 @@ def _gain(name: str, drawn: Judged, trips: Judged) -> dict[str, float]:
     return found if math.isnan(best) else {**found, "gain_round_trip": best}
 
 
-def _apart(measure: Distance, drawn: Tensor, trips: Tensor) -> dict[str, float]:
-    """How far halves of the round trips are apart, and how far halves of the drawn pictures are from them."""
-    if len(trips) < FEWEST_OF_HALVES:
+def _halves(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The features of every second of ``count`` pictures or videos, and as many of the others."""
+    each = features.unflatten(0, (count, -1))
+    first, second = (each[start::2][: count // 2].flatten(0, 1) for start in (0, 1))
+    return first, second
+
+
+def _apart(measure: Distance, drawn: Judged, trips: Judged) -> dict[str, float]:
+    """How far halves of the round trips are apart, and how far halves of the drawn pictures are from them.
+
+    All frames of a video are in one half.
+    """
+    if trips.count < FEWEST_OF_HALVES:
         return {}
-    count = len(trips) // 2
-    (mine, other), (best, second) = ((part[0::2][:count], part[1::2][:count]) for part in (drawn, trips))
+    (mine, other), (best, second) = (_halves(one.own.features[measure.name], one.count) for one in (drawn, trips))
     halves = measure.distance(best, second)
     crossed = (measure.distance(mine, second) + measure.distance(other, best)) / 2
     return {"halves": halves, **({"ratio": crossed / halves} if halves else {})}

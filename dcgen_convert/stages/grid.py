@@ -77,9 +77,9 @@ def drawing(
     """A function (velocity, step) that draws the grid to `sheet_of` and the console's tracker.
 
     Every rank samples, because a partitioned network needs all ranks. Rank 0 decodes, has the pictures measured by
-    ``watched``, and writes. Of videos a film of all frames lies beside it, if PyAV is there; their middle frames are
-    measured. Of a model that edits the first column shows what is edited, and of one that draws videos from a picture
-    that picture, as the autoencoder gives it back: the rows hold its latents.
+    ``watched``, and writes. Of videos a film of all frames lies beside it, if PyAV is there. Of a model that edits the
+    first column shows what is edited, and of one that draws videos from a picture that picture, as the autoencoder
+    gives it back: the rows hold its latents.
     """
     settings = job.recipe.bundle
 
@@ -112,11 +112,11 @@ def drawing(
         }
         if EDITED[3] in seen:  # after the first frame a reference is grey
             seen[EDITED[3]] = [frames[:1] for frames in seen[EDITED[3]]]
-        pictures = {title: [frames[len(frames) // 2] for frames in column] for title, column in seen.items()}
+        pictures = {title: [frames[0] for frames in column] for title, column in seen.items()}
         captions = rows.captions([row for part in chosen for row in part])
         if watched:
-            *edited, drawn, trips = pictures.values()
-            watched.measure(step, drawn, trips, captions, *edited)
+            *_, drawn, trips = (seen if moving else pictures).values()
+            watched.measure(step, drawn, trips, captions, *[*pictures.values()][:-2])
         sheet, file = strips(seen, captions) if moving else grid(pictures, captions), sheet_of(folder, step)
         file.parent.mkdir(exist_ok=True)
         if moving and videos.has_reader():

@@ -14,7 +14,7 @@ from dcgen_convert.data import given, images
 from dcgen_convert.data.held_out import held_out_rows
 from dcgen_convert.evaluation import curves, measures, previews, verdicts
 from dcgen_convert.evaluation.measure import Measure
-from dcgen_convert.evaluation.previews import Judged
+from dcgen_convert.evaluation.previews import Judged, Shown
 from dcgen_convert.stages import captions, edited, judged
 from dcgen_convert.stages.job import Job
 from dcgen_convert.train.watch import kept_lines
@@ -58,15 +58,17 @@ class Watched:
     def measure(
         self,
         step: int,
-        drawn: Sequence[Image],
-        trips: Sequence[Image],
+        drawn: Sequence[Shown],
+        trips: Sequence[Shown],
         texts: list[str],
         sources: Sequence[Image] = (),
     ) -> None:
-        """Measure the drawn pictures of a grid beside the round trips, and write a line for each measure.
+        """Measure the drawn pictures of a grid, or its videos, beside the round trips, and write a line for each
+        measure.
 
         Args:
-            sources: of a model that edits, what each picture was made from.
+            sources: of a model that edits, what each picture was made from; of one that draws videos from a picture,
+                that picture.
         """
         if not self.job.recipe.watch.measures:
             return
@@ -77,12 +79,13 @@ class Watched:
         kept_lines(file, lambda line: line["step"] < step)  # a kill may have come between these lines and the grid
         with open(file, "a", encoding="utf-8") as lines:
             lines.write("".join(json.dumps({**place, **line}) + "\n" for line in table))
+        noun = images.NOUNS[self.job.family.axes]
         told = ", ".join(
             f"{line['measure']} {line['value']:.4g}"
             + (f" ({previews.BESIDE} {line['round_trip']:.4g})" if "round_trip" in line else "")
             for line in table
         )
-        self.job.console.say(f"{self.folder.name}: after step {step}, {len(texts)} pictures: {told}")
+        self.job.console.say(f"{self.folder.name}: after step {step}, {len(texts)} {noun}: {told}")
         self.job.console.scalars(self.folder.name, step, {line["measure"]: line["value"] for line in table})
 
     def look(self) -> None:
@@ -101,8 +104,16 @@ class Watched:
 def _chosen(job: Job, number: int, texts: Sequence[str]) -> list[Measure]:
     names = dict.fromkeys((*job.recipe.watch.measures, *ALWAYS))
     side, weights = job.recipe.adapt.phases[number - 1].resolution, judged.weights(job.recipe)
-    edits, offline = edited.tried(job.of_phase(number)), job.identity.offline
-    return measures.chosen(names, weights, texts, side=side, offline=offline, edited=edits, recipe=True)[0]
+    return measures.chosen(
+        names,
+        weights,
+        texts,
+        side=side,
+        offline=job.identity.offline,
+        edited=edited.tried(job.of_phase(number)),
+        moving=job.frames > 0,
+        recipe=True,
+    )[0]
 
 
 def _captions(job: Job) -> list[str]:

@@ -4,6 +4,7 @@ References: the stock WanPipeline called by hand, the hashes of the files, the d
 """
 
 import hashlib
+import json
 import shutil
 from dataclasses import replace
 
@@ -19,11 +20,12 @@ from dcgen_convert.core.errors import InputError, ResourceError
 from dcgen_convert.core.files import read_json
 from dcgen_convert.core.journal import Run
 from dcgen_convert.data import images, videos
-from dcgen_convert.evaluation import grids
+from dcgen_convert.evaluation import grids, tiny_videos
 from dcgen_convert.evaluation.plain import Sharpness
 from dcgen_convert.judging.evaluating import evaluate
 from dcgen_convert.judging.order import Asked
 from dcgen_convert.networks import autoencoder_dc_video as video
+from dcgen_convert.networks import autoencoders
 from dcgen_convert.recipe.loading import load
 from dcgen_convert.stages import depends, pictures
 from dcgen_convert.stages.job import Job, prepare
@@ -169,13 +171,27 @@ def test_what_reads_videos_is_asked_for_before_the_base_draws(models, tmp_path, 
 
 
 def test_the_sheet_of_a_training_shows_frames_and_a_film_lies_beside_it(models, tmp_path):
-    given = {"data.kind": "folder", "data.path": "tiny-videos:32", "watch.grid_every": 2, "watch.pictures": 1}
+    """Its videos are measured as `evaluate` measures: here the round trips of the kept latents, in all their frames."""
+    given = {"data.kind": "folder", "data.path": "tiny-videos:32", "watch.grid_every": 2, "watch.pictures": 2}
     training = {"adapt.phases": PHASES, "align_head.steps": 0, "bundle.steps": 2}
-    changes = {**given, **training, "data.guidance": 1}
+    measured = {"watch.metrics": "[motion-accuracy, temporal-difference]", "data.count": 40}
+    changes = {**given, **training, **measured, "data.guidance": 1}
     conversion.convert(resolved(models, **changes), tmp_path / "run", tmp_path / "out", NULL, until="adapt-1")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "adapt-1" / "measures.jsonl").read_text().splitlines()]
+    found = {line["measure"]: line for line in lines}
+    assert list(found) == ["motion-accuracy", "temporal-difference", "sharpness", "colour"]
+    job = job_in(tmp_path, models, **changes)
+    held_out = job.rows(SIDE).split()[1]
+    codec = autoencoders.load(job.target, scale=job.recipe.latents.scale_override)
+    trips = codec.decode(held_out.batch([0, 1])[0])
+    levels = (trips * 127.5 + 127.5).round().clamp(0, 255)
+    moved = levels.diff(dim=2).abs().mean((1, 2, 3, 4)).mean().item()
+    assert found["temporal-difference"]["round_trip"] == pytest.approx(moved, rel=0.01)
+    right = tiny_videos.right(trips, held_out.captions([0, 1])).mean().item()
+    assert found["motion-accuracy"]["round_trip"] == pytest.approx(right)
     sheet, *_ = sorted((tmp_path / "run").glob("adapt*/samples/*.png"))
     across, down = Image.open(sheet).size
-    rows = 2  # of the drawn video and of the round trip
+    rows = 4  # of two drawn videos and their round trips
     assert (across, down) == (grids.GAP + 5 * (grids.SIDE + grids.GAP), 18 + rows * (14 + grids.SIDE + grids.GAP))
     frames = FRAMES - 3  # the autoencoder gives back 4 T - 3 frames
     width, _, count = videos.shape(sheet.with_suffix(".mp4"))

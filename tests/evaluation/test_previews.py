@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from dcgen_convert.evaluation import measures, paired, previews
+from dcgen_convert.evaluation import measures, paired, previews, rows
 from dcgen_convert.evaluation.measures import Weights
 from dcgen_convert.evaluation.pixels import from_images, to_images
-from dcgen_convert.tiny import world
+from dcgen_convert.tiny import videos, world
 
 NAMES = ["accuracy", "frechet", "sharpness"]
 COUNT = 8
@@ -52,6 +52,27 @@ def test_distances_are_judged_by_halves(table):
     assert line["halves"] == pytest.approx(frechet.distance(best[::2], best[1::2]), rel=1e-5)
     crossed = frechet.distance(mine[::2], best[1::2]) + frechet.distance(mine[1::2], best[::2])
     assert line["ratio"] == pytest.approx(crossed / 2 / line["halves"], rel=1e-5)
+
+
+def test_videos_are_measured_in_all_their_frames():
+    """As `evaluate` measures a batch of them; beside the picture that each was drawn from."""
+    labels = videos.sample_labels(4, 5)
+    captions, clips = [videos.caption(row) for row in labels.tolist()], videos.draw(labels, 5, 6, 64)
+    names = ["motion-accuracy", "temporal-difference", "first-frame", "sharpness", "colour"]
+    chosen = measures.chosen(names, Weights(), captions, edited=True, moving=True)[0]
+    frames = [to_images(clip.movedim(1, 0)) for clip in clips]
+    sources = to_images(clips[:, :, 1])
+    found = previews.seen(frames, captions, chosen, sources)
+    seen = torch.stack([from_images(one).movedim(0, 1) for one in frames])
+    wanted = rows.measured([(seen, captions, from_images(sources))], chosen)
+    assert [*found.own.scores] == names[:4] and [*found.own.features] == names[4:]
+    for name, values in {**wanted.scores, **wanted.features}.items():
+        torch.testing.assert_close({**found.own.scores, **found.own.features}[name], values, atol=1e-6, rtol=1e-6)
+    assert [*found.other.scores] == ["motion-accuracy"]
+    colour, features = chosen[-1], wanted.features["colour"].unflatten(0, (4, 5))  # five frames of each
+    line = previews.lines(found, found, chosen)[-1]
+    halves = colour.distance(features[::2].flatten(0, 1), features[1::2].flatten(0, 1))
+    assert line["halves"] == pytest.approx(halves, rel=1e-5)
 
 
 def test_few_pictures_have_no_halves():
