@@ -8,6 +8,7 @@ in memory.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -16,9 +17,23 @@ from typing import Any
 from dcgen_convert.core.errors import CheckFailed, InterruptedRun
 
 PROMPTS = {"class_labels": "0"}
-TOKENS_PER_SIDE = 4
+TOKENS_PER_SIDE = 4  # of a square: with more, a large model would take minutes on a CPU
 STEPS = 2
-FRAMES = 9  # of a video: three latent frames
+FRAMES = 9  # of a video at most: three latent frames
+
+
+def size_of(defaults: dict[str, Any], token: int) -> tuple[int, int]:
+    """(height, width) in px of the picture that is drawn: the size whose shape is nearest to the bundle's own, of those
+    with no more tokens than the square has.
+
+    Args:
+        defaults: of the manifest. token: px of its side.
+    """
+    from dcgen_convert.data import buckets
+
+    square, own = TOKENS_PER_SIDE * token, (defaults["height"], defaults["width"])
+    small = [own] if math.prod(own) <= square**2 else []
+    return buckets.nearest([*buckets.sizes(square, token), *small], own[1], own[0])
 
 
 def probe(bundle: Path, trust_remote_code: bool = False) -> dict[str, Any]:
@@ -39,23 +54,25 @@ def probe(bundle: Path, trust_remote_code: bool = False) -> dict[str, Any]:
     family, defaults = family_of(bundle), read(bundle)["defaults"]
     pipeline, runtime = load(bundle, trust_remote_code=trust_remote_code)
     kind = family, transformer_config(bundle), read_json(bundle / "vae" / "config.json")
-    side = only_side(*kind) or TOKENS_PER_SIDE * token_side(*kind)
+    only = only_side(*kind)
+    height, width = (only, only) if only else size_of(defaults, token_side(*kind))
+    frames = min(FRAMES, defaults.get("frames", FRAMES))
     prompt = PROMPTS.get(family.text_keys[0], "a red fox in the snow")
-    settings = dict(height=side, width=side, steps=STEPS, guidance=defaults["guidance"], length=defaults["text_length"])
-    references = [torch.linspace(-1, 1, side).expand(3, side, side)] * family.fewest_references
-    settings |= {"references": references, "frames": FRAMES}
+    settings = dict(height=height, width=width, steps=STEPS, guidance=defaults["guidance"])
+    references = [torch.linspace(-1, 1, width).expand(3, height, width)] * family.fewest_references
+    settings |= {"length": defaults["text_length"], "references": references, "frames": frames}
     drawn = draw_pixels(pipeline, family, [prompt], [0], **settings)[0].double().cpu()
     picture = (drawn.clamp(0, 1) * 255).round() / 255
-    if family.axes == 3 and len(drawn) != FRAMES:
-        raise CheckFailed(f"the pipeline draws {len(drawn)} frames where {FRAMES} are asked for")
+    if family.axes == 3 and len(drawn) != frames:
+        raise CheckFailed(f"the pipeline draws {len(drawn)} frames where {frames} are asked for")
     return {
         "runtime": runtime,
-        "height": side,
-        "width": side,
-        **({"frames": FRAMES} if family.axes == 3 else {}),
+        "height": height,
+        "width": width,
+        **({"frames": frames} if family.axes == 3 else {}),
         "mean": picture.mean().item(),
         "std": picture.std(correction=0).item(),
-        "untold": only_side(*kind) or untold_side(pipeline, family, defaults["height"]),
+        "untold": only or untold_side(pipeline, family, defaults["height"]),
         **({"untold_width": family.default_width} if family.default_width else {}),
     }
 

@@ -1,5 +1,6 @@
 """A bundle that draws videos: what is written, what verify looks at, and that the stock pipeline draws from it."""
 
+import math
 import os
 import subprocess
 import sys
@@ -11,8 +12,10 @@ from families.tiny_videos import VIDEOS
 from safetensors.torch import load_file
 
 from dcgen_convert import families
-from dcgen_convert.bundle import loading, sample
+from dcgen_convert.bundle import loading, probe, sample
 from dcgen_convert.bundle.layout import BundleParts, write_bundle
+from dcgen_convert.bundle.manifest import FILE
+from dcgen_convert.bundle.manifest import read as read_manifest
 from dcgen_convert.bundle.verify import verify
 from dcgen_convert.checkpoint import trust
 from dcgen_convert.core.console import NULL
@@ -74,9 +77,29 @@ def bundle(parts, tmp_path):
 
 
 def test_verify_draws_a_video_in_a_fresh_process(bundle):
+    """In the shape that the bundle is made for, with 15 tokens of 16 px to a frame: a square has 16."""
+    record = read_manifest(bundle)
+    record["defaults"] |= {"height": 480, "width": 832, "frames": 77}
+    write_json(bundle / FILE, record)
     picture = verify(bundle, NULL)["picture"]
-    assert (picture["frames"], picture["height"], picture["width"]) == (9, 64, 64) and picture["std"] > 0
+    assert (picture["frames"], picture["height"], picture["width"]) == (9, 48, 80) and picture["std"] > 0
     assert (picture["untold"], picture["untold_width"]) == (480, 832)
+
+
+@pytest.mark.parametrize(
+    "own, token, drawn",
+    [
+        ((480, 832), 32, (96, 160)),
+        ((704, 1280), 64, (192, 320)),
+        ((1280, 704), 64, (320, 192)),
+        ((32, 64), 16, (32, 64)),  # its own size has 8 tokens
+        ((1024, 1024), 32, (128, 128)),
+        ((64, 64), 32, (128, 128)),
+    ],
+)
+def test_the_picture_of_verify_has_the_shape_of_the_bundle_and_few_tokens(own, token, drawn):
+    assert probe.size_of(dict(zip(("height", "width"), own, strict=True)), token) == drawn
+    assert math.prod(drawn) <= (4 * token) ** 2
 
 
 def test_the_stock_pipeline_draws_where_this_program_is_not(bundle, parts, tmp_path):
