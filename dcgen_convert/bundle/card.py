@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from dcgen_convert.bundle import lineage, measured
+from dcgen_convert.bundle import manifest as manifests
 from dcgen_convert.bundle.markdown import block, code, one_line, plain, table
 from dcgen_convert.checkpoint.licence import FIELDS
 from dcgen_convert.checkpoint.shards import STEM
@@ -297,9 +298,8 @@ def _lines(card: Card) -> list[str]:
         lines.append(f'picture = load_image("picture.png").resize(({defaults["width"]}, {defaults["height"]}))')
     call = f"pipe({_arguments(defaults, card.family)})"
     if card.frames:
-        from dcgen_convert.data.videos import FPS  # it needs an imaging library
-
-        return [*lines, f"video = {call}.frames[0]", f'export_to_video(video, "video.mp4", fps={FPS})']
+        fps = manifests.fps_of(card.manifest, card.family)
+        return [*lines, f"video = {call}.frames[0]", f'export_to_video(video, "video.mp4", fps={fps:g})']
     return [*lines, f"image = {call}.images[0]"]
 
 

@@ -36,7 +36,7 @@ from dcgen_convert.core.console import Console
 from dcgen_convert.core.disk import check_disk, existing
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import atomic_write, copy_file, read_json, read_object, sha256, write_json
-from dcgen_convert.families.base import Family
+from dcgen_convert.families.base import FPS_KEY, Family
 
 CARD = "README.md"
 LAYOUTS = ("stock", "official", "source")
@@ -190,6 +190,8 @@ def model_index(parts: BundleParts) -> dict[str, Any]:
         "_diffusers_version": version("diffusers"),
         family.component: ["diffusers", family.model_class],
     }
+    if fps := family.frames_per_second(source):
+        index[FPS_KEY] = fps
     if parts.scheduler is not None:
         index |= family.index_of_bundle(index)
         index["scheduler"] = ["diffusers", parts.scheduler["_class_name"]]

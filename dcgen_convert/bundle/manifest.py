@@ -22,6 +22,7 @@ from dcgen_convert.core import names
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import CheckFailed
 from dcgen_convert.core.files import read_object, understood
+from dcgen_convert.families.base import Family
 from dcgen_convert.svdquant.forms import formats_of
 
 FILE = names.MANIFEST
@@ -46,6 +47,11 @@ def prompts_of(manifest: Mapping[str, Any]) -> str | None:
     recipes = [manifest["recipe"], (manifest.get("conversion") or {}).get("recipe") or {}]
     kinds = ((recipe.get("data") or recipe.get("drawing") or {}).get("prompts") for recipe in recipes)
     return next((kind for kind in kinds if kind), None)
+
+
+def fps_of(manifest: Mapping[str, Any], family: Family) -> float:
+    """Frames a second of the videos that a bundle of ``family`` with this manifest draws; 0: it draws pictures."""
+    return float(manifest["defaults"].get("fps", family.fps))
 
 
 def build(  # noqa: PLR0913  one argument for each section of the manifest

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dcgen_convert.bundle.loading import family_of, is_quantised, load, transformer_config
+from dcgen_convert.bundle.manifest import fps_of
 from dcgen_convert.bundle.manifest import read as read_manifest
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.errors import CheckFailed, InputError
@@ -73,11 +74,12 @@ def sample(  # noqa: PLR0913  every option of the verb by its name
     require_images(family, images)
     if family.axes == 3:
         videos.require_reader()
-    defaults = read_manifest(bundle)["defaults"]
+    manifest = read_manifest(bundle)
+    defaults = manifest["defaults"]
     height, width = height or defaults["height"], width or defaults["width"]
     config = transformer_config(bundle)
     check_size(family, config, read_json(bundle / "vae" / "config.json"), height, width)
-    if doubt := beyond_training(read_manifest(bundle), family, config, height, width):
+    if doubt := beyond_training(manifest, family, config, height, width):
         console.warn(f"{bundle.name}: {doubt}")
     references = references_of(family, images, height, width, token_side_of(bundle))
     steps, guidance = steps or defaults["steps"], defaults["guidance"] if guidance is None else guidance
@@ -97,7 +99,7 @@ def sample(  # noqa: PLR0913  every option of the verb by its name
             if family.axes == 2:
                 write_png(to_pil(pixels), path)
             else:
-                videos.write_mp4(pixels.movedim(0, 1).float().cpu() * 2 - 1, path)
+                videos.write_mp4(pixels.movedim(0, 1).float().cpu() * 2 - 1, path, fps_of(manifest, family))
             written.append(str(path))
             bar.advance()
     return {

@@ -101,10 +101,11 @@ def validate(session: Session, name: str, **values: Any) -> int:
     from dcgen_convert.recipe.videos import frames_of
 
     resolved = loading.load(_known(name))
-    frames = 0
+    frames, fps = 0, 0.0
     with suppress(AccessError):  # of a source whose config is not here yet, its own stage asks
-        frames = frames_of(resolved.recipe, resolved.identity.here.family)
-    require_here(resolved.recipe, frames)
+        here = resolved.identity.here
+        frames, fps = frames_of(resolved.recipe, here.family), here.fps
+    require_here(resolved.recipe, frames, fps)
     with suppress(AccessError):
         require_possible(resolved.recipe, resolved.identity.here)
     console.result({"schema": "dcgen.result/1", "status": "done", "recipe": name, "valid": True}, f"{name}: valid")

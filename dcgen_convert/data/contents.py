@@ -17,16 +17,18 @@ if TYPE_CHECKING:
 Size = tuple[int, ...]  # (height, width) of a picture, (frames, height, width) of a video
 
 
-def read(file: Path, sizes: Sequence[Size]) -> list[Tensor]:
+def read(file: Path, sizes: Sequence[Size], fps: float = 0) -> list[Tensor]:
     """Pixels of a file, read once, at several sizes, all of pictures or all of videos: (3, *size) in [-1, 1] each.
 
+    Args:
+        fps: of a video of the user's own, as in `videos.read`.
     Raises:
         InputError: the file cannot be read, or is a video of fewer frames.
     """
     planes = [(size[-2], size[-1]) for size in sizes]
     if len(sizes[0]) == 2:
         return images.read_sizes(file, planes)
-    every = videos.read_sizes(file, max(size[0] for size in sizes), planes)
+    every = videos.read_sizes(file, max(size[0] for size in sizes), planes, fps)
     return [seen[:, : size[0]] for seen, size in zip(every, sizes, strict=True)]
 
 
@@ -44,9 +46,15 @@ def suffix(moving: bool) -> str:
     return videos.LOSSLESS if moving else ".png"
 
 
-def write(pixels: Tensor, file: Path) -> None:
-    """Write a picture, (3, H, W) in [-1, 1], or a video, (3, F, H, W), without loss: the whole file or nothing."""
-    (images if pixels.ndim == 3 else videos).write(pixels, file)
+def write(pixels: Tensor, file: Path, fps: float) -> None:
+    """Write a picture, (3, H, W) in [-1, 1], or a video, (3, F, H, W), without loss: the whole file or nothing.
+
+    fps: frames a second of a video.
+    """
+    if pixels.ndim == 3:
+        images.write(pixels, file)
+    else:
+        videos.write(pixels, file, fps)
 
 
 def is_whole(file: Path) -> bool:
@@ -54,10 +62,13 @@ def is_whole(file: Path) -> bool:
     return (videos if file.suffix == videos.LOSSLESS else images).is_whole(file)
 
 
-def require(file: Path, moving: bool) -> None:
-    """InputError for a file that is no picture, or no video. Its head is read, of a video the first frame too."""
+def require(file: Path, moving: bool, fps: float = 0) -> None:
+    """InputError for a file that is no picture, or no video. Its head is read, of a video the first frame too.
+
+    fps: as in `read`.
+    """
     if moving:
-        size_of(file, moving)
+        videos.shape(file, 1, fps)
     else:
         with decoding.opened(file):
             pass

@@ -25,7 +25,6 @@ SHOWN = {WORD: "pictures", drawn_edits.WORD: "edits", VIDEOS: "videos"}
 SIDES = (32, 2048)  # px
 CAPTIONS_SEED = 15_485_863  # captions and jitter that neither prompts nor metrics use
 DRAWING_SEED = 32_452_843
-FPS = 8  # frames a second of a video
 
 
 def side_of(text: str) -> int | None:
@@ -48,17 +47,18 @@ def holds_edits(text: str) -> bool:
     return text.startswith(f"{drawn_edits.WORD}:") and side_of(text) is not None
 
 
-def folder_name(text: str, frames: int = 0) -> str:
-    """Name of the folder for what a source names: another size, or another number of frames, has another one."""
+def folder_name(text: str, frames: int = 0, fps: float = 0) -> str:
+    """Name of the folder for what a source names: another size, or other frames, have another one."""
     word, _, side = text.partition(":")
-    return {WORD: f"scenes-{side}", drawn_edits.WORD: f"edits-{side}", VIDEOS: f"videos-{side}-{frames}"}[word]
+    return {WORD: f"scenes-{side}", drawn_edits.WORD: f"edits-{side}", VIDEOS: f"videos-{side}-{frames}-{fps:g}"}[word]
 
 
-def draw(folder: Path, text: str, count: int, edited: bool = False, frames: int = 0) -> list[Picture]:
+def draw(folder: Path, text: str, count: int, edited: bool = False, frames: int = 0, fps: float = 0) -> list[Picture]:
     """The first ``count`` pictures of the source ``text`` in ``folder``; those that are there are kept.
 
     Args:
-        edited: whether they are for a model that edits. frames: of a video; 0: for a model that draws pictures.
+        edited: whether they are for a model that edits. frames: of a video; 0: for a model that draws pictures. fps: of
+            these, a second.
     Raises:
         InputError: edits for a model that draws from text alone, videos for one that draws pictures, or pictures for
             one that draws videos.
@@ -71,7 +71,7 @@ def draw(folder: Path, text: str, count: int, edited: bool = False, frames: int 
         draws, use = ("videos", VIDEOS) if frames else ("pictures", WORD)
         raise InputError(f"{text} gives {SHOWN[word]}, and the model draws {draws}", f"use {use}:{side}")
     if word == VIDEOS:
-        return _videos(folder, count, side, frames)
+        return _videos(folder, count, side, frames, fps)
     if word == WORD:
         captions = prompts.generated(WORD, count, CAPTIONS_SEED)
         scenes = torch.tensor([world.parse(caption) for caption in captions])
@@ -101,14 +101,14 @@ def first_frames(folder: Path, captions: Sequence[str], seed: int, side: int) ->
     return files
 
 
-def _videos(folder: Path, count: int, side: int, frames: int) -> list[Picture]:
+def _videos(folder: Path, count: int, side: int, frames: int, fps: float) -> list[Picture]:
     folder.mkdir(parents=True, exist_ok=True)
     captions = prompts.generated(VIDEOS, count, CAPTIONS_SEED)
     files = [folder / f"{number:07d}{videos.LOSSLESS}" for number in range(count)]
 
     def write(number: int, file: Path) -> None:
         labels = torch.tensor([tiny_videos.parse(captions[number])])
-        videos.write(tiny_videos.draw(labels, DRAWING_SEED + number, frames, side)[0], file, fps=FPS)
+        videos.write(tiny_videos.draw(labels, DRAWING_SEED + number, frames, side)[0], file, fps)
 
     drawn_edits.draw_missing(files, write)
     return [Picture(file, caption) for file, caption in zip(files, captions, strict=True)]

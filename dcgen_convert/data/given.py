@@ -5,7 +5,7 @@ A folder or list alone stays where it is, and so do its names. Otherwise every s
 
     1/            link to the folder, or to the folder of the list
     2.unpacked/   pictures of shards, with pictures.jsonl and, written last, unpacked.json
-    3.scenes-256/ pictures of the tiny world, drawn at 256 px; edits in 3.edits-256/, videos in 3.videos-256-16/
+    3.scenes-256/ pictures of the tiny world, drawn at 256 px; edits in 3.edits-256/, videos in 3.videos-256-16-8/
 
 For a family that draws videos they are videos: files and folders of frames, in the same forms.
 """
@@ -41,13 +41,15 @@ HUB_SUFFIXES = (*shards.SUFFIXES, ".txt", LIST, ".csv", ".tsv")
 class PictureSource:
     """where: path or address as the user wrote it; column of the captions; share of the pictures.
 
-    frames: that a video must have; 0: the source is read for pictures.
+    frames: that a video must have; 0: the source is read for pictures. fps: frames a second of the videos that the
+    model draws.
     """
 
     where: str
     column: str | None = None
     share: float | None = None
     frames: int = 0
+    fps: float = 0
 
     @property
     def path(self) -> Path:
@@ -64,11 +66,11 @@ class PictureSource:
         return self.frames > 0
 
 
-def parse(text: str, frames: int = 0) -> PictureSource:
+def parse(text: str, frames: int = 0, fps: float = 0) -> PictureSource:
     """`PATH`, `PATH:COLUMN`, `PATH=SHARE` or `PATH:COLUMN=SHARE`; also with an address of the hub for PATH.
 
     Args:
-        frames: as in PictureSource.
+        frames, fps: as in PictureSource.
     """
     share = None
     if not Path(text).expanduser().exists() and (found := re.fullmatch(r"(.+)=([0-9]*\.?[0-9]+)", text)):
@@ -77,12 +79,12 @@ def parse(text: str, frames: int = 0) -> PictureSource:
             raise InputError(f"the share of {text} is {share:g}", "leave the source out, or give a larger share")
     whole = Path(text).expanduser().exists() or drawn.side_of(text)
     where, column = (text, None) if whole else prompt_lists.split(text)
-    return PictureSource(where, column, share, frames)
+    return PictureSource(where, column, share, frames, fps)
 
 
-def parse_all(texts: Sequence[str], frames: int = 0) -> list[PictureSource]:
+def parse_all(texts: Sequence[str], frames: int = 0, fps: float = 0) -> list[PictureSource]:
     """The sources, as `parse`; InputError when some have a share and others none."""
-    found = [parse(text, frames) for text in texts]
+    found = [parse(text, frames, fps) for text in texts]
     without = [source.where for source in found if source.share is None]
     if without and len(without) < len(found):
         raise InputError(f"{without[0]} has no share, other sources have", "give every source a share, or none")
@@ -255,8 +257,9 @@ class _Opened:
         """At most ``quota`` pictures, those of the smallest hashes of names: more of them hold the same ones."""
         if self.side:
             self.size = quota
-            folder = self.work / f"{self.number}.{drawn.folder_name(self.source.where, self.source.frames)}"
-            every, left_out = drawn.draw(folder, self.source.where, quota, self.edited, self.source.frames), Tally()
+            where, moving = self.source.where, (self.source.frames, self.source.fps)
+            folder = self.work / f"{self.number}.{drawn.folder_name(where, *moving)}"
+            every, left_out = drawn.draw(folder, where, quota, self.edited, *moving), Tally()
         else:
             every, left_out = self._unpack(quota) if self.shards else (self.every, self.left_out)
         before = set(sieve.dropped) if sieve else set()

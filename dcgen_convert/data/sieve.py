@@ -36,7 +36,7 @@ class Sieve:
         side: shorter side in px of a square picture that is just large enough.
         key: the setting behind it.
         needed: (width, height) in px of a picture -> those that a picture of its shape must have.
-        frames: that a video must have; 0: they are pictures.
+        frames: that a video must have; 0: they are pictures. fps: frames a second of the videos that the model draws.
         small: the pictures that were too small, with their (width, height).
         short: the videos that were too short, with their frames.
     """
@@ -45,6 +45,7 @@ class Sieve:
     key: str
     needed: Callable[[Size], Size]
     frames: int = 0
+    fps: float = 0
     small: dict[Path, tuple[int, int]] = field(default_factory=dict)
     short: dict[Path, int] = field(default_factory=dict)
 
@@ -66,7 +67,7 @@ class Sieve:
     def _measured(self, file: Path) -> tuple[tuple[int, int], int]:
         """(width, height) in px, and the frames up to those that are needed; 0 of a picture."""
         if self.frames:
-            width, height, frames = videos.shape(file, self.frames)
+            width, height, frames = videos.shape(file, self.frames, self.fps)
             return (width, height), frames
         with decoding.opened(file) as image:
             return decoding.shown_size(image), 0
@@ -92,7 +93,11 @@ class Sieve:
 
     @property
     def _too_short(self) -> str:
-        return f"because they have fewer than {self.frames} frames (data.frames)"
+        return f"because they have fewer than {self.frames} frames{self._rate} (data.frames)"
+
+    @property
+    def _rate(self) -> str:
+        return f" at {self.fps:g} a second" if self.fps else ""
 
     def require(self, count: int) -> None:
         """InputError when ``count`` pictures that pass are too few, and others were left out."""
@@ -102,8 +107,8 @@ class Sieve:
         first = self.dropped[0].parent
         if self.short:
             raise InputError(
-                f"{len(self.short)} videos in {first} have fewer than the {self.frames} frames that they are used at, "
-                f"the longest has {max(self.short.values())}, and {rest} long enough",
+                f"{len(self.short)} videos in {first} have fewer than the {self.frames} frames{self._rate} that they "
+                f"are used at, the longest has {max(self.short.values())}, and {rest} long enough",
                 "give longer videos, or a smaller number with --set data.frames=N",
             )
         width, height = max(self.small.values(), key=min)

@@ -7,6 +7,7 @@ names it. Frames that a decoder would guess because of damage are refused too, a
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -31,7 +32,7 @@ DEMUXERS = {".mp4": "mov", ".mov": "mov", ".mkv": "matroska", ".webm": "matroska
 """Suffix -> FFmpeg's reader. No other may open a file: some, such as those of playlists, would open further files."""
 LOSSLESS = ".mkv"  # of what `write` writes: FFV1 (RFC 9043)
 FRAME = re.compile(r"frame-(\d+)")  # stem of a frame's file
-FPS = 16  # frames a second that are stated of what the base draws: those of Wan's videos
+LIKE = 0.1  # a file with so many more or fewer frames a second than the model draws, as a share, is read as it is
 MOST_PIXELS = 2**26  # of one frame: 8192 x 8192. Beyond it a small file would fill the memory
 SEAL = "DCGEN_SHA256"  # tag of a lossless file: hash of its packets
 HDR = (16, 18)  # transfer characteristics PQ and HLG (ITU-T H.273): their white is no sRGB white
@@ -46,21 +47,23 @@ def suffixes() -> frozenset[str]:
     return frozenset(DEMUXERS)
 
 
-def read(file: Path, frames: int, height: int, width: int) -> Tensor:
+def read(file: Path, frames: int, height: int, width: int, fps: float = 0) -> Tensor:
     """(3, frames, height, width) float32 in [-1, 1]: the first frames of a video, each as `pixels.fitted`.
 
+    Args:
+        fps: frames a second; of a file with more of them those that are nearest in time are read. 0: every frame.
     Raises:
-        InputError: the file is missing, no video, damaged, too large, or has fewer frames.
+        InputError: the file is missing, no video, damaged, too large, or has fewer frames, or fewer a second.
         ResourceError: PyAV is not installed.
     """
-    return read_sizes(file, frames, [(height, width)])[0]
+    return read_sizes(file, frames, [(height, width)], fps)[0]
 
 
-def read_sizes(file: Path, frames: int, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+def read_sizes(file: Path, frames: int, sizes: Sequence[tuple[int, int]], fps: float = 0) -> list[Tensor]:
     """The first frames, read once, at several sizes (height, width); else as `read`."""
     import torch
 
-    with closing(pictures(file)) as every:
+    with closing(pictures(file, fps)) as every:
         shown = [[fitted(image, *size) for size in sizes] for image in islice(every, frames)]
     require_frames(file, len(shown), frames)
     return [torch.stack(slot, dim=1) for slot in zip(*shown, strict=True)]
@@ -74,20 +77,24 @@ def require_frames(file: Path, found: int, needed: int) -> None:
         )
 
 
-def pictures(file: Path) -> Generator[Image.Image, None, None]:
-    """The frames in mode RGB, one after the other, upright and with square pixels. Errors as `read`."""
+def pictures(file: Path, fps: float = 0) -> Generator[Image.Image, None, None]:
+    """The frames in mode RGB, one after the other, upright and with square pixels. fps, and errors, as in `read`."""
     if file.is_dir():
         yield from (decoding.decode(frame)[0] for frame in frame_files(file))
         return
     with _opened(file) as (container, stream):
-        yield from (_shown(frame, stream) for frame in container.decode(stream))
+        step, taken = _step(stream, fps), 0
+        for number, frame in enumerate(container.decode(stream)):
+            if number == _place(taken, step):
+                yield _shown(frame, stream)
+                taken += 1
 
 
-def shape(file: Path, most: int | None = None) -> tuple[int, int, int]:
+def shape(file: Path, most: int | None = None, fps: float = 0) -> tuple[int, int, int]:
     """(width, height, frames) of a video as it is shown. One frame is decoded, the others are counted.
 
     Args:
-        most: frames from which on no more are counted.
+        most: frames from which on no more are counted. fps: as in `read`; those frames are counted that it reads.
     Raises:
         InputError, ResourceError: as `read`.
     """
@@ -97,15 +104,16 @@ def shape(file: Path, most: int | None = None) -> tuple[int, int, int]:
             return *decoding.shown_size(image), len(files)
     first, count = None, 0
     with _opened(file) as (container, stream):
+        step = _step(stream, fps)
         for packet in container.demux(stream):  # the last one is empty, and makes the decoder give what it holds
             count += packet.size > 0
             if first is None and (decoded := packet.decode()):
                 first = _shown(decoded[0], stream)
-            if first is not None and most is not None and count >= most:
+            if first is not None and most is not None and count > _place(most - 1, step):
                 break
         if first is None:
             raise ValueError("it has no frames")
-    return *first.size, count
+    return *first.size, math.ceil((count - 0.5) / step)  # as many places are below ``count``
 
 
 def is_frames(names: Sequence[str]) -> bool:
@@ -129,7 +137,7 @@ def frame_files(folder: Path) -> list[Path]:
     return [file for _, file in numbered]
 
 
-def write(pixels: Tensor, file: Path, fps: float = FPS) -> None:
+def write(pixels: Tensor, file: Path, fps: float) -> None:
     """Write (3, F, H, W) in [-1, 1], without loss beyond 8 bits: the whole file or nothing. Equal pixels, equal bytes.
 
     Raises:
@@ -152,7 +160,7 @@ def is_whole(file: Path) -> bool:
         return False
 
 
-def write_mp4(pixels: Tensor, file: Path, fps: float = FPS) -> None:
+def write_mp4(pixels: Tensor, file: Path, fps: float) -> None:
     """Write (3, F, H, W) in [-1, 1] as H.264, to be looked at: the whole file or nothing.
 
     Players want even sides: an odd one gets one more row or column, like its last.
@@ -167,7 +175,7 @@ def write_mp4(pixels: Tensor, file: Path, fps: float = FPS) -> None:
     write_film([to_image(picture) for picture in pixels.unbind(1)], file, fps)
 
 
-def write_film(frames: Sequence[Image.Image], file: Path, fps: float = FPS) -> None:
+def write_film(frames: Sequence[Image.Image], file: Path, fps: float) -> None:
     """`write_mp4` of pictures, all of one size with even sides."""
     options = {"crf": "14", "x264-params": "mbtree=0"}  # with this step x264 gives other bytes each time
     atomic_write(file, _encoded(frames, fps, ("mp4", "libx264", "yuv420p"), options))
@@ -213,6 +221,23 @@ def _opened(file: Path) -> Iterator[tuple[Any, Any]]:
     except Exception as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200] or type(error).__name__
         raise InputError(f"the video {file} cannot be read: {reason}", "replace or remove it") from error
+
+
+def _step(stream: Any, fps: float) -> float:
+    """Frames of a file to each that is read, at least 1. ValueError for a file with fewer frames a second than
+    ``fps``: some of those that are read would have to be made up.
+    """
+    own = float(stream.average_rate or stream.guessed_rate or 0)
+    if not fps or not own:
+        return 1.0
+    if own < (1 - LIKE) * fps:
+        raise ValueError(f"it has {own:g} frames a second, and the model draws {fps:g}")
+    return own / fps if own > (1 + LIKE) * fps else 1.0
+
+
+def _place(number: int, step: float) -> int:
+    """Which frame of a file is the one with this ``number`` that is read: the nearest in time."""
+    return math.floor(number * step + 0.5)
 
 
 def _shown(frame: Any, stream: Any) -> Image.Image:

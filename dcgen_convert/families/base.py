@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, Unpack
 
+from dcgen_convert.core.errors import InputError
 from dcgen_convert.families import quant_targets
 from dcgen_convert.families.quant_targets import QuantTargets
 from dcgen_convert.families.shifts import linear_mu, sampling_shift
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 TIME = 4  # frames of a video per latent frame
+# Key of model_index.json: frames a second of the videos that a model draws, where they are not its family's. diffusers
+# says nothing about keys that begin with an underscore.
+FPS_KEY = "_frames_per_second"
+MOST_FPS = 1000  # a larger number means a damaged file
 TEXT_WIDTHS = ("joint_attention_dim", "caption_channels", "text_embed_dim", "cap_feat_dim", "text_hidden_dim")
 Network = Any  # a diffusers ModelMixin. Its type does not say that it has a config and can be called.
 Pipeline = Any  # a stock DiffusionPipeline
@@ -56,6 +61,7 @@ class Family:
     name: ClassVar[str]
     axes: ClassVar[int] = 2  # of a latent's grid: 2 for pictures (h, w), 3 for videos (T, h, w)
     default_frames: ClassVar[int] = 0  # of a training video, where the recipe states none; 0: it draws pictures
+    fps: ClassVar[float] = 0  # frames a second of the videos that it draws; 0: it draws pictures
     model_class: ClassVar[str]  # diffusers class of the network
     component: ClassVar[str] = "transformer"  # name of the network in the stock pipeline, and of its folder
     experimental: ClassVar[str] = ""  # note for users who convert this family; empty: no note
@@ -175,6 +181,19 @@ class Family:
         It makes its first latent frame of one frame alone, the new one of `TIME`. So both make as many latent frames.
         """
         return frames - (TIME - 1)
+
+    def frames_per_second(self, index: Mapping[str, Any]) -> float:
+        """Frames a second of the videos that a model with this model_index.json draws; 0: it draws pictures.
+
+        Raises:
+            InputError: the index states no such number.
+        """
+        if not self.fps:
+            return 0
+        found = index.get(FPS_KEY, self.fps)
+        if isinstance(found, bool) or not isinstance(found, (int, float)) or not 0 < found <= MOST_FPS:
+            raise InputError(f"model_index.json says {FPS_KEY} {found!r}", "a number of frames, such as 16")
+        return found
 
     def grid(self, sides: Sequence[int], patch: int) -> tuple[int, ...]:
         """Tokens along each axis of a latent with these ``sides``, (h, w) or (T, h, w)."""

@@ -66,6 +66,11 @@ def layout_of(entry: SourceEntry) -> Layout:
     )
 
 
+def index_of(entry: SourceEntry) -> dict[str, Any]:
+    """What stands in the model_index.json of a catalogue source beside its components."""
+    return {"_class_name": families.get(entry.family).pipeline_class, **_INDEX.get(entry.name, {})}
+
+
 def autoencoder_of(entry: AutoencoderEntry) -> Component:
     """A deep-compression autoencoder of the catalogue; InputError for one that is embedded in the package."""
     if deep_autoencoders.kind_of(entry) is None and not entry.given:

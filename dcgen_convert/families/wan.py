@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dcgen_convert.core.errors import InputError
-from dcgen_convert.families.base import Family, Network, Pipeline, Text
+from dcgen_convert.families.base import FPS_KEY, Family, Network, Pipeline, Text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +41,7 @@ class Wan(Family):
     unquantised = ": `nunchaku_lite` of diffusers has no mapping for Wan, and `bfl` was tried with pictures only"
     recipe = "wan-1.3b-480p"
     default_frames = 80
+    fps = 16
     default_px = 480
     default_width = 832
     shape = (9, 16)
@@ -53,6 +54,10 @@ class Wan(Family):
         return super().claims(config) and config.get("in_channels") == (
             config.get("out_channels") or config.get("in_channels")
         )
+
+    def frames_per_second(self, index: Mapping[str, Any]) -> float:
+        """Wan 2.2 TI2V, the only one with `expand_timesteps`, draws 24."""
+        return super().frames_per_second({FPS_KEY: 24, **index} if index.get("expand_timesteps") else index)
 
     def patch(self, config: dict[str, Any], channels: int) -> int:
         frames, rows, columns = config["patch_size"]

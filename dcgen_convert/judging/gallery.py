@@ -37,6 +37,7 @@ class Gallery:
         about: all that a picture depends on beside its prompt and its seed, as plain data.
         prompts, seeds: of the pictures, in order.
         edits: of a model that edits, what each prompt is given; else empty.
+        fps: frames a second of a video.
     """
 
     root: Path
@@ -45,6 +46,7 @@ class Gallery:
     prompts: list[str]
     seeds: list[int]
     edits: list[Edit] = field(default_factory=list)
+    fps: float = 0
 
     @property
     def folder(self) -> Path:
@@ -90,7 +92,7 @@ class Gallery:
         costs one picture.
         """
         file = self.file(place)
-        contents.write(pixels, file)
+        contents.write(pixels, file, self.fps)
         line = json_text({"file": file.name, "sha256": hashes([file])[0]}) + "\n"
         with open(self.folder / f"index-{rank}.jsonl", "ab+") as index:
             if index.tell() and os.pread(index.fileno(), 1, index.tell() - 1) != b"\n":

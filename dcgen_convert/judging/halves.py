@@ -55,12 +55,13 @@ class Fields:
 class Outcome:
     """A picture, and how it was drawn: its size in px, and the seconds without the loading of the model.
 
-    picture: of a video its frames instead, (3, F, H, W) in [-1, 1].
+    picture: of a video its frames instead, (3, F, H, W) in [-1, 1]; fps: so many of them a second.
     """
 
     picture: Image | Tensor
     size: Size
     seconds: float
+    fps: float = 0
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Half:
 
     Attributes:
         name: for people. config, vae: of its network and of its autoencoder. length: in text tokens. frames: of each
-            video; 1: it draws pictures.
+            video; 1: it draws pictures. fps: frames a second of a video.
         opened: loads the pipeline. fit: the size at which it draws what is asked for at another one.
     """
 
@@ -81,6 +82,7 @@ class Half:
     opened: Callable[[], Pipeline]
     fit: Callable[[Size], Size]
     frames: int = 1
+    fps: float = 0
 
     @cached_property
     def pipeline(self) -> Pipeline:
@@ -114,7 +116,7 @@ class Half:
             frames=self.frames,
         )[0]
         shown = sample.to_pil(pixels) if self.family.axes == 2 else pixels.movedim(0, 1).float().cpu() * 2 - 1
-        return Outcome(shown, (width, height), time.perf_counter() - started)
+        return Outcome(shown, (width, height), time.perf_counter() - started, self.fps)
 
 
 def of_bundle(bundle: Path, *, trust_remote_code: bool = False) -> Half:
@@ -124,7 +126,8 @@ def of_bundle(bundle: Path, *, trust_remote_code: bool = False) -> Half:
         InputError: not a bundle. CheckFailed: it is unfinished. ResourceError: it draws videos, and PyAV is not
             installed.
     """
-    family, defaults = loading.family_of(bundle), manifests.read(bundle)["defaults"]
+    family, manifest = loading.family_of(bundle), manifests.read(bundle)
+    defaults = manifest["defaults"]
     if family.axes == 3:
         videos.require_reader()
     return Half(
@@ -136,6 +139,7 @@ def of_bundle(bundle: Path, *, trust_remote_code: bool = False) -> Half:
         opened=lambda: loading.load(bundle, trust_remote_code=trust_remote_code)[0],
         fit=lambda size: size,
         frames=defaults.get("frames", 1),
+        fps=manifests.fps_of(manifest, family),
     )
 
 
@@ -177,6 +181,7 @@ def of_base(bundle: Path, against: str | None, home: Path, console: Console) -> 
         opened=lambda: _base_pipeline(source, console),
         fit=lambda size: size_of_base(size, identity, grid),
         frames=defaults.get("frames", 1),
+        fps=family.frames_per_second(source.index),
     )
     return half, ""
 

@@ -100,7 +100,7 @@ class Trial:
     def gallery(self, title: str, by: Painter, offset: int = 0) -> Gallery:
         """The pictures of one set; ``offset`` is added to the seeds."""
         seeds = [(self.asked.seed + offset + i) % 2**63 for i in range(len(self.prompts))]
-        return Gallery(self.asked.output / "pictures", title, by.about, self.prompts, seeds, self.edits)
+        return Gallery(self.asked.output / "pictures", title, by.about, self.prompts, seeds, self.edits, by.fps)
 
 
 def settle(asked: Asked, console: Console) -> Trial:

@@ -251,7 +251,7 @@ def _shown(drawn: Outcome) -> Any:
     if isinstance(drawn.picture, Image):
         return drawn.picture
     file = Path(os.environ[FOLDER], f"{uuid.uuid4().hex}.mp4")
-    videos.write_mp4(drawn.picture, file)
+    videos.write_mp4(drawn.picture, file, drawn.fps)
     return str(file)
 
 

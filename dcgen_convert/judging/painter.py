@@ -43,7 +43,7 @@ class Painter:
             tokens.
         dtype: "fp32" or "bf16". runtime: how a bundle runs, as in `bundle.loading`; "stock" for a source.
         home: folder for a source that must be written as a pipeline first.
-        frames: of each video; 0: it draws pictures.
+        frames: of each video; 0: it draws pictures. fps: frames a second of a video.
     """
 
     name: str
@@ -60,6 +60,7 @@ class Painter:
     home: Path
     frames: int = 0
     width: int = 0
+    fps: float = 0
 
     @property
     def size(self) -> Size:
@@ -69,7 +70,7 @@ class Painter:
     @property
     def about(self) -> dict[str, Any]:
         """What its pictures depend on."""
-        left_out = ("name", "place", "is_bundle", "revision", "home")
+        left_out = ("name", "place", "is_bundle", "revision", "home", "fps")
         found = {key: value for key, value in asdict(self).items() if key not in left_out}
         return {key: value for key, value in found.items() if value or key not in ("frames", "width")}
 
@@ -133,6 +134,7 @@ def of_bundle(bundle: Path, home: Path, console: Console, **drawing: Any) -> Pai
         runtime=runtime_of(bundle, dtype),
         home=home,
         frames=defaults.get("frames", 0),
+        fps=manifests.fps_of(manifest, loading.family_of(bundle)),
         **own | {key: value for key, value in drawing.items() if value is not None},
     )
 
@@ -160,6 +162,7 @@ def of_source(source: Source, place: str, manifest: Mapping[str, Any], console: 
         dtype=_name_of(loading.default_dtype(source.root, pipelines.device())),
         runtime="stock",
         frames=defaults.get("frames", 0),
+        fps=source.family.frames_per_second(source.index),
         **own | {key: value for key, value in drawing.items() if value is not None},
     )
 

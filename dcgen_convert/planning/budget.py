@@ -89,7 +89,7 @@ def applied(
         changed = _set(recipe, {key: value for key, value in kept.items() if key not in said})
         lines = [f"The run has its numbers already, from the same budget of {hours:,.4g} GPU-hours. They stay."]
     else:
-        there, told = counted(recipe, shapes.family)
+        there, told = counted(recipe, shapes.source)
         changed, lines = derive(there, shapes, gpus, hours, said, measured)
         named = {key: value for key, value in _counts(recipe).items() if key in said}
         changed = recipe if changed is there else _set(changed, named)

@@ -56,14 +56,15 @@ def plan(
         found: what a rehearsal measured.
     """
     gpus, source = hosts.world_of(resolved.machine), resolved.identity
-    recipe, fewer = counted(resolved.recipe, source.family)
+    recipe, fewer = counted(resolved.recipe, source)
     sizes = shapes_of(recipe, source)
     last = recipe.adapt.phases[-1]
     trained = sizes.trainable(last)
     fits = _fits(recipe, sizes, gpus, gpu_bytes)
     quantization, _ = quantised_linears(recipe.quantize, sizes)
     space = costs.disk(recipe, sizes)
-    problems = [*absent(recipe, frames_of(recipe, sizes.family)), *_impossible(recipe, sizes), *_too_large(fits)]
+    problems = [*absent(recipe, frames_of(recipe, sizes.family), source.fps), *_impossible(recipe, sizes)]
+    problems += _too_large(fits)
     problems += [*_too_heavy(recipe, sizes, fits, gpu_bytes), *_too_full(space["peak"], disk_bytes)]
     fetch = costs.downloads(recipe, sizes)
     doubt = sizes.family.doubt(source.name, source.scheduler or {})
@@ -192,7 +193,7 @@ def require_disk(resolved: Resolved, run_dir: Path, output: Path, until: str | N
         ResourceError: naming the disk, what is needed and what is free.
     """
     sizes = shapes_of(resolved.recipe, resolved.identity)
-    recipe = counted(resolved.recipe, sizes.family)[0]
+    recipe = counted(resolved.recipe, resolved.identity)[0]
     kinds = costs.disk(recipe, sizes)["bytes"]
     needed = costs.run_peak(recipe, sizes, until) - _made(Path(run_dir))
     bundle = kinds["bundle"] if until in (None, "bundle", "verify") else 0

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from dcgen_convert.families import Family
 from dcgen_convert.recipe.drawable import draws_edits
+from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.schema import Data, Recipe
 from dcgen_convert.recipe.videos import frames_of
 
@@ -15,21 +16,21 @@ if TYPE_CHECKING:
     from dcgen_convert.data.sieve import Sieve
 
 
-def sieve_of(recipe: Recipe, number: int, frames: int) -> Sieve:
+def sieve_of(recipe: Recipe, number: int, frames: int, fps: float) -> Sieve:
     """What leaves pictures out of set ``number`` that are smaller than they are used at.
 
     Args:
-        frames: of a training video; 0: they are pictures.
+        frames: of a training video; 0: they are pictures. fps: frames a second of the videos that the model draws.
     """
     from dcgen_convert.data import sieve  # it needs an imaging library
 
     data = recipe.data_of(number)
     side = data.min_side or recipe.sides(number)[-1]
     needed = sieve.area(side) if data.buckets else sieve.square(side)
-    return sieve.Sieve(side, f"{recipe.data_key(number)}.min_side", needed, frames)
+    return sieve.Sieve(side, f"{recipe.data_key(number)}.min_side", needed, frames, fps)
 
 
-def counted(recipe: Recipe, family: Family) -> tuple[Recipe, list[str]]:
+def counted(recipe: Recipe, source: Identity) -> tuple[Recipe, list[str]]:
     """The recipe with the pictures that are there, where a folder holds fewer than it asks for; and a line on each.
 
     Pictures that come from the hub are not known yet. They count as the recipe says.
@@ -37,7 +38,7 @@ def counted(recipe: Recipe, family: Family) -> tuple[Recipe, list[str]]:
     Raises:
         InputError: a source of pictures is damaged.
     """
-    told, frames = [], frames_of(recipe, family)
+    told, frames = [], frames_of(recipe, source.family)
     noun = "videos" if frames else "pictures"
     for number in recipe.sets:
         data, key = recipe.data_of(number), f"{recipe.data_key(number)}.count"
@@ -45,7 +46,7 @@ def counted(recipe: Recipe, family: Family) -> tuple[Recipe, list[str]]:
             continue
         from dcgen_convert.data import given  # it needs an imaging library
 
-        sieve = sieve_of(recipe, number, frames)
+        sieve = sieve_of(recipe, number, frames, source.fps)
         found = given.held(given.parse_all(data.paths, frames), data.count, sieve)
         if not found or found >= data.count:
             continue

@@ -116,7 +116,7 @@ class Identity:
         if self.is_alone:
             return None if self.base is None else self.pipeline.pipeline_index
         if self.entry is not None:
-            return {"_class_name": families.get(self.entry.family).pipeline_class}
+            return components.index_of(self.entry)
         if self.path is not None:
             return self.index
         from huggingface_hub.errors import EntryNotFoundError
@@ -124,6 +124,11 @@ class Identity:
         with suppress(AccessError, EntryNotFoundError):
             return self.reader.hub(self.name, "model_index.json", self.offline)
         return None
+
+    @property
+    def fps(self) -> float:
+        """Frames a second of the videos that it draws; 0: it draws pictures."""
+        return self.family.frames_per_second(self.pipeline_index or {})
 
     @cached_property
     def grid(self) -> Grid:

@@ -69,7 +69,7 @@ def describe(job: Job) -> dict[str, Any]:
         },
         defaults={
             **dict(zip(("height", "width"), job.size, strict=True)),
-            **({"frames": job.family.base_frames(job.frames)} if job.frames else {}),
+            **({"frames": job.family.base_frames(job.frames), "fps": job.fps} if job.frames else {}),
             "steps": job.recipe.bundle.steps,
             "guidance": job.recipe.bundle.guidance,
             "text_length": job.text_length,

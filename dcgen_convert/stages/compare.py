@@ -68,7 +68,7 @@ def run(job: Job, stage: Stage, bundle: Path) -> PictureGrid:
         given = edited.of_prompts(edited.judging(job), count, job.recipe.seed + SEED, Path(work, edited.FOLDER))
         first = [own[0] for own in given]  # shown and compared with, whatever else the model is given
         frames = job.family.base_frames(job.frames) if job.frames else 0
-        sheet = Comparison(job.family, texts, seeds, *sizes, job.console, Path(work), given, frames)
+        sheet = Comparison(job.family, texts, seeds, *sizes, job.console, Path(work), given, frames, job.fps)
         source = partial(source_pipeline.load, job.source, job.dtype)
         drawn: dict[str, Column] = {}
         if given:
@@ -193,7 +193,7 @@ class Comparison:
     pictures at once.
 
     references: of an editing model, the files of the pictures that each prompt edits. frames: of a video that is drawn;
-    0: pictures are.
+    0: pictures are. fps: frames a second of a video.
     A picture is written to the folder ``work`` as soon as it is drawn, so that memory holds few of them.
     """
 
@@ -207,6 +207,7 @@ class Comparison:
     work: Path
     references: Sequence[Sequence[Path]] = ()
     frames: int = 0
+    fps: float = 0
 
     def draw(self, name: str, load: Callable[[], Any], steps: int, guidance: float) -> Column:
         """The pictures of one pipeline. What ``load`` returns is freed before the next one is loaded."""
@@ -220,7 +221,7 @@ class Comparison:
         for pixels in chain.from_iterable(parts):
             still = shown(self.family, pixels) if self.frames else pixels
             file = self.work / f"{name.replace(' ', '-')}-{len(column.files)}{contents.suffix(self.frames > 0)}"
-            contents.write(pixels, file)
+            contents.write(pixels, file, self.fps)
             column.files.append(file)
             column.judged.append(seen(still[None]))
             if min(self.size) >= 2 * world.SIDE:

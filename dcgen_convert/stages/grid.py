@@ -120,7 +120,7 @@ def drawing(
         sheet, file = strips(seen, captions) if moving else grid(pictures, captions), sheet_of(folder, step)
         file.parent.mkdir(exist_ok=True)
         if moving and videos.has_reader():
-            videos.write_film(films(seen, captions), file.with_suffix(".mp4"))
+            videos.write_film(films(seen, captions), file.with_suffix(".mp4"), job.fps)
         with replacing(file) as temporary:
             sheet.save(temporary, format="PNG")
         job.console.picture(f"{folder.name}/samples", step, sheet)

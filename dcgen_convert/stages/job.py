@@ -148,6 +148,11 @@ class Job:
         return frames_of(self.recipe, self.family)
 
     @property
+    def fps(self) -> float:
+        """Frames a second of the videos that the model draws; 0 for a family that draws pictures."""
+        return self.family.frames_per_second(self.source.index)
+
+    @property
     def size(self) -> Size:
         """(height, width) in px that the bundle is made for: of the last phase's buckets the usual one."""
         return self.of_phase(len(self.recipe.adapt.phases)).usual_size(self.resolution)
@@ -246,7 +251,7 @@ class Job:
         """Where the user's pictures come from."""
         from dcgen_convert.data import given
 
-        return given.parse_all(self.recipe.data.paths, self.frames)
+        return given.parse_all(self.recipe.data.paths, self.frames, self.fps)
 
     @cached_property
     def taken(self) -> tuple[list[Picture], str]:
@@ -282,13 +287,13 @@ class Job:
         key, side = f"{self.recipe.data_key(self.pictures)}.min_side", self.resolutions[-1]
         shapes, share = self.buckets.get(side), self.min_side / side
         if shapes is None:
-            return Sieve(self.min_side, key, square(self.min_side), self.frames)
+            return Sieve(self.min_side, key, square(self.min_side), self.frames, self.fps)
 
         def needed(size: tuple[float, float]) -> tuple[float, float]:
             height, width = nearest(shapes, int(size[0]), int(size[1]))
             return width * share, height * share
 
-        return Sieve(self.min_side, key, needed, self.frames)
+        return Sieve(self.min_side, key, needed, self.frames, self.fps)
 
     @cached_property
     def given(self) -> list[Picture]:

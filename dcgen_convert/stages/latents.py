@@ -148,7 +148,7 @@ def spans_of(job: Job, stage: Stage, pictures: list[Picture], resolutions: list[
 
 def stacked(job: Job, pictures: list[Picture], rows: Iterable[int], span: Span) -> Tensor:
     """Pixels of ``rows`` as the new autoencoder sees them, (B, 3, height, width); the size is that of the span."""
-    return torch.stack([contents.read(pictures[row].file, [sizes_of(job, span)["target"]])[0] for row in rows])
+    return torch.stack([contents.read(pictures[row].file, [sizes_of(job, span)["target"]], job.fps)[0] for row in rows])
 
 
 def views(
@@ -169,7 +169,7 @@ def views(
 def _seen(job: Job, tensor: str, file: Path, sizes: list[contents.Size]) -> list[Tensor]:
     """Pixels of a file at several sizes; of a reference the video that the family makes of its first frame."""
     if tensor == "z" or not job.frames:
-        return contents.read(file, sizes)
+        return contents.read(file, sizes, job.fps)
     stills = contents.read(file, [(1, *size[1:]) for size in sizes])
     return [
         job.family.reference_video(still[None, :, 0], size[0], first=(size[0] - 1) % TIME + 1)[0]
@@ -275,7 +275,7 @@ def readable(job: Job, pictures: list[Picture], count: int) -> list[Picture]:
     broken: list[str] = []
     left_out, seen, kept = Tally(), Tally(), []
     files = [[*job.files_of(picture).values()] for picture in pictures]
-    check = partial(decoded, job.frames)
+    check = partial(decoded, job.frames, job.fps)
     for picture, (size, found, problem) in zip(pictures, ahead(files, check, depth=READ_AHEAD), strict=True):
         if problem:
             job.console.warn(problem)
@@ -295,17 +295,17 @@ def readable(job: Job, pictures: list[Picture], count: int) -> list[Picture]:
     return kept
 
 
-def decoded(frames: int, files: list[Path]) -> tuple[tuple[int, int], list[str], str]:
+def decoded(frames: int, fps: float, files: list[Path]) -> tuple[tuple[int, int], list[str], str]:
     """(width, height), what had to be done about a picture, and why it cannot be read; the last is mostly empty.
 
     Args:
-        frames: that a video must have; 0: it is a picture.
+        frames: that a video must have; 0: it is a picture. fps: frames a second of the videos that the model draws.
         files: the picture, and its references if there are any.
     """
     pulse.bump()
     try:
         if frames:
-            contents.read(files[0], [(frames, *CHECKED)])
+            contents.read(files[0], [(frames, *CHECKED)], fps)
             return videos.shape(files[0])[:2], [], ""
         found = [decoding.decode(file) for file in files]
     except InputError as error:

@@ -59,7 +59,7 @@ def require(job: Job) -> None:
         for picture in pictures:
             try:
                 for file in job.files_of(picture).values():
-                    contents.require(file, moving=bool(job.frames))
+                    contents.require(file, bool(job.frames), job.fps)
             except InputError as error:
                 broken.append(error.message)
         require_few(job, broken, len(pictures))
@@ -226,5 +226,5 @@ def draw_part(job: Job, bar: Bar) -> None:
         missing = [(picture, pixels) for picture, pixels in pairs if not picture.file.exists()]
         for picture, pixels in missing:
             with clock.timed("write"):
-                contents.write(pixels, picture.file)
+                contents.write(pixels, picture.file, job.fps)
         bar.advance(len(missing))

@@ -86,7 +86,7 @@ def _measured(job: Job, name: str, pictures: list[Picture], size: contents.Size,
     if job.recipe.dtype != "bf16" or not has_bfloat16(pipelines.device()):
         return Precision("fp32", None)
     exact, rounded = load(job, name, torch.float32), load(job, name, torch.bfloat16)
-    seen = (contents.read(pictures[row].file, [size])[0][None] for row in rows[:PICTURES])
+    seen = (contents.read(pictures[row].file, [size], job.fps)[0][None] for row in rows[:PICTURES])
     trips = ((exact.decode(exact.encode(pixels)), rounded.decode(rounded.encode(pixels))) for pixels in seen)
     psnr = min(psnr_of(trips, peak=2.0), HIGHEST_DB)
     return Precision("bf16" if psnr >= SAFE_DB else "fp32", round(psnr, 1))

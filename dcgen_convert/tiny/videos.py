@@ -17,7 +17,8 @@ from torch import Tensor
 
 from dcgen_convert.tiny import world
 
-FRAMES = 16  # at 8 a second
+FRAMES = 16
+FPS = 8  # frames a second that tiny-wan draws
 TRAVEL = 36.0  # px of the 128 px picture, from the first frame to the last
 GROWTH = 0.6  # of the radius, from the first frame to the last
 MOTIONS = {  # phrase -> (x, y) in TRAVEL, radius in GROWTH

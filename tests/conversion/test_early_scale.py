@@ -21,7 +21,7 @@ def test_a_wrong_scale_is_found_before_all_pictures_are_encoded(converted, tmp_p
     spans = buckets.whole(len(pictures), job.resolution)
     wrong = autoencoders.load(job.ae.folder, scale=50 * autoencoders.load(job.ae.folder).scale)
     read, original = [], contents.read
-    monkeypatch.setattr(contents, "read", lambda file, sizes: read.append(file) or original(file, sizes))
+    monkeypatch.setattr(contents, "read", lambda file, *how: read.append(file) or original(file, *how))
     latents.check_early(job, pictures, wrong, spans)  # the run has its latents
     job = replace(job, run=Run(tmp_path, NULL))
     latents.check_early(job, pictures, wrong, spans)  # EARLY is more than half of them

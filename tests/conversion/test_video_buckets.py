@@ -62,7 +62,7 @@ def root(tmp_path_factory):
     shapes = [shape for shape, count in SHAPES.items() for _ in range(count)]
     for place in torch.randperm(len(shapes), generator=torch.Generator().manual_seed(0)).tolist():
         noise = torch.rand(3, FRAMES + 1, *shapes[place], generator=torch.Generator().manual_seed(place)) * 2 - 1
-        videos.write(noise, root / "videos" / f"{place}.mkv")
+        videos.write(noise, root / "videos" / f"{place}.mkv", 16)
         (root / "videos" / f"{place}.txt").write_text(f"clip {place}")
     convert(root, command(root))
     return root

@@ -8,6 +8,7 @@ import json
 import shutil
 from dataclasses import replace
 
+import av
 import diffusers
 import pytest
 import torch
@@ -17,11 +18,12 @@ from PIL import Image
 from dcgen_convert import conversion
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.errors import InputError, ResourceError
-from dcgen_convert.core.files import read_json
+from dcgen_convert.core.files import read_json, write_json
 from dcgen_convert.core.journal import Run
 from dcgen_convert.data import images, videos
 from dcgen_convert.evaluation import grids, tiny_videos
 from dcgen_convert.evaluation.plain import Sharpness
+from dcgen_convert.families.base import FPS_KEY
 from dcgen_convert.judging.evaluating import evaluate
 from dcgen_convert.judging.order import Asked
 from dcgen_convert.networks import autoencoder_dc_video as video
@@ -31,6 +33,7 @@ from dcgen_convert.stages import depends, pictures
 from dcgen_convert.stages.job import Job, prepare
 
 FRAMES, SIDE, COUNT, STEPS = 8, 32, 4, 2
+FPS = 5  # frames a second that the source states
 PHASES = "[{mode: lora, resolution: 32, steps: 2, rank: 2, batch: 2, warmup: 0}]"
 SETTINGS = {
     "dtype": "fp32",
@@ -51,6 +54,8 @@ def models(tmp_path_factory):
     """A tiny Wan and a small DC-AE-V."""
     root = tmp_path_factory.mktemp("wan")
     VIDEOS["wan"].build(root / "source")
+    index = root / "source" / "model_index.json"
+    write_json(index, read_json(index) | {FPS_KEY: FPS})
     torch.manual_seed(5)
     video.AutoencoderDCVideo(
         latent_channels=8,
@@ -69,6 +74,11 @@ def resolved(models, side=SIDE, **changes):
         sets=sets,
         flags={"source": str(models / "source"), "ae": str(models / "autoencoder"), "resolution": side},
     )
+
+
+def rate(file):
+    with av.open(str(file)) as opened:
+        return opened.streams.video[0].average_rate
 
 
 def job_in(folder, models, **changes) -> Job:
@@ -99,7 +109,7 @@ def test_the_base_draws_one_frame_more_and_every_video_is_stored_whole(models, t
         output_type="pt",
     ).frames  # (B, F, 3, H, W) in [0, 1]
     for one, wanted in zip(found[:2], drawn, strict=True):
-        assert videos.shape(one.file) == (SIDE, SIDE, FRAMES)
+        assert videos.shape(one.file) == (SIDE, SIDE, FRAMES) and rate(one.file) == FPS
         kept = videos.read(one.file, FRAMES, SIDE, SIDE)
         torch.testing.assert_close((kept + 1) / 2, wanted.movedim(0, 1)[:, :FRAMES], atol=0.51 / 255, rtol=0)
 
@@ -138,7 +148,7 @@ def test_the_users_videos_are_hashed_and_those_that_are_too_short_left_out(model
     (clips / "frames").mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
     for name, frames in (("a", 8), ("b", 9), ("c", 7)):
-        videos.write(torch.rand(3, frames, 40, 48, generator=generator) * 2 - 1, clips / f"{name}.mkv")
+        videos.write(torch.rand(3, frames, 40, 48, generator=generator) * 2 - 1, clips / f"{name}.mkv", FPS)
     for number in range(8):
         images.write(torch.rand(3, 40, 48, generator=generator), clips / "frames" / f"frame-{number:03d}.png")
     for name in ("a", "b", "c", "frames"):
@@ -196,6 +206,8 @@ def test_the_sheet_of_a_training_shows_frames_and_a_film_lies_beside_it(models, 
     frames = FRAMES - 3  # the autoencoder gives back 4 T - 3 frames
     width, _, count = videos.shape(sheet.with_suffix(".mp4"))
     assert (width, count) == (grids.GAP + 2 * (grids.SIDE + grids.GAP), frames)
+    given = [*(tmp_path / "run" / "sources").rglob("*.mkv")]
+    assert len(given) == 40 and {rate(file) for file in (sheet.with_suffix(".mp4"), *given)} == {FPS}
 
 
 def test_a_whole_conversion_and_its_evaluation(models, tmp_path):
@@ -219,6 +231,9 @@ def test_a_whole_conversion_and_its_evaluation(models, tmp_path):
     document = evaluate(asked, NULL)
     values = {row["measure"]: row for row in document["measures"]}
     assert list(values) == ["motion-accuracy", "temporal-difference", "sharpness", "colour"]
+    stated = read_json(tmp_path / "bundle" / "model_index.json")[FPS_KEY]
+    assert stated == read_json(tmp_path / "bundle" / "dcgen_manifest.json")["defaults"]["fps"] == FPS
+    assert {rate(file) for file in (tmp_path / "found" / "pictures").rglob("*.mkv")} == {FPS}
     folder = next((tmp_path / "found" / "pictures").glob("converted-*"))
     clips = torch.stack([videos.read(file, 5, SIDE, SIDE) for file in sorted(folder.glob("*.mkv"))])
     assert clips.shape == (3, 3, 5, SIDE, SIDE)  # the bundle states 5 frames: 8 - 3

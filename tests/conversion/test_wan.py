@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -19,7 +20,7 @@ from dcgen_convert.core.journal import Run
 from dcgen_convert.core.pixels import to_image
 from dcgen_convert.data import buckets, images, videos
 from dcgen_convert.evaluation import grids
-from dcgen_convert.families.base import REFERENCE
+from dcgen_convert.families.base import FPS_KEY, REFERENCE
 from dcgen_convert.networks import autoencoders
 from dcgen_convert.networks.autoencoder_dc_video import AutoencoderDCVideo
 from dcgen_convert.recipe.loading import Resolved
@@ -30,6 +31,7 @@ from dcgen_convert.tiny import videos as world
 COUNT, FRAMES, SIDE, C, SCALE = 8, 8, 64, 8, 1.5
 LATENTS = {"wan": ((16, 8), 16), "wan-image": ((16, 8), 16), "wan-2.2": ((48, 4), 32)}
 LATENTS["sana-video"] = LATENTS["wan"]  # (c, cells) of the base, and f of the new autoencoder
+GIVEN = {"wan-2.2": (2 * FRAMES + 1, 48)}  # frames, and those a second: twice as many as this model draws
 SETTINGS = {
     "data.buckets": "off", "data.count": COUNT, "data.frames": FRAMES, "data.steps": 2, "data.resolution": SIDE,
     "dtype": "fp32", "latents.scale_override": SCALE, "align_head.draws": 1, "adapt.zero": 1,
@@ -54,6 +56,11 @@ print(type(pipe).__name__, type(pipe.vae).__name__, round(1 / pipe.vae.config.la
 """
 
 
+def rate(file):
+    with av.open(str(file)) as opened:
+        return opened.streams.video[0].average_rate
+
+
 @pytest.fixture(scope="module", params=LATENTS)
 def whole(request, tmp_path_factory):
     """(name, folder with source, ae, videos, run and bundle), of a conversion to its end."""
@@ -66,8 +73,9 @@ def whole(request, tmp_path_factory):
     AutoencoderDCVideo(**sizes, chunk_frames=8, scaling_factor=0.9).save_pretrained(root / "ae")
     labels = world.sample_labels(COUNT, 7)
     (root / "videos").mkdir()
+    frames, fps = GIVEN.get(name, (FRAMES + 1, 16))
     for place, row in enumerate(labels):
-        videos.write(world.draw(row[None], 7 + place, FRAMES + 1, SIDE)[0], root / "videos" / f"{place}.mkv")
+        videos.write(world.draw(row[None], 7 + place, frames, SIDE)[0], root / "videos" / f"{place}.mkv", fps)
         (root / "videos" / f"{place}.txt").write_text(world.caption(row.tolist()))
     length = {"latents.text_length": VIDEOS[name].length}
     sets = [part for key, value in {**SETTINGS, **length}.items() for part in ("--set", f"{key}={value}")]
@@ -104,7 +112,13 @@ def test_the_bundle_is_verified_and_the_stock_pipeline_draws_from_it(whole, tmp_
     name, root = whole
     manifest = read_json(root / "bundle" / "dcgen_manifest.json")
     family = families.get(manifest["family"])
-    assert manifest["defaults"]["frames"] == 5 and family.name == name.removesuffix("-2.2")
+    fps = 24 if name == "wan-2.2" else 16
+    assert family.name == name.removesuffix("-2.2")
+    assert (manifest["defaults"]["frames"], manifest["defaults"]["fps"]) == (5, fps)
+    assert read_json(root / "bundle" / "model_index.json")[FPS_KEY] == fps
+    assert f'"video.mp4", fps={fps})' in (root / "bundle" / "README.md").read_text()
+    films = [*(root / "run" / "adapt-1" / "samples").glob("*.mp4")]
+    assert films and {rate(film) for film in films} == {fps}
     where = {"HF_HOME": str(tmp_path / "hub"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | where
     call = [sys.executable, "-c", PROGRAM, str(root / "bundle"), name]
@@ -145,7 +159,8 @@ def test_every_latent_is_of_the_frames_of_its_autoencoder(whole, job):
     assert old["z"].shape == (COUNT, channels, 2, cells, cells)
     assert new["z"].shape == (COUNT, C, 2, *[SIDE // factor] * 2)
     for place, row in enumerate(rows):
-        pixels = videos.read(row.file, FRAMES, SIDE, SIDE)[None]
+        step = 2 if name in GIVEN else 1
+        pixels = videos.read(row.file, step * FRAMES, SIDE, SIDE)[None, :, ::step]
         torch.testing.assert_close(new["z"][place], target.encode(pixels)[0], atol=2e-4, rtol=0)
         torch.testing.assert_close(old["z"][place], base.encode(pixels[:, :, :5])[0], atol=2e-4, rtol=0)
         if name == "wan-image":

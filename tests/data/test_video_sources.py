@@ -41,9 +41,9 @@ def folder(tmp_path):
         "small.mkv": noise(6, 16, 40),
     }.items():
         if name.endswith("mp4"):
-            videos.write_mp4(pixels, root / name)
+            videos.write_mp4(pixels, root / name, 16)
         else:
-            videos.write(pixels, root / name)
+            videos.write(pixels, root / name, 16)
     frames_in(root / "d", 5)
     for stem in ("a", "b", "d", "short", "small"):
         (root / f"{stem}.txt").write_text(f"clip {stem}\n")

@@ -4,6 +4,8 @@ References: the pixels that were written, the matrices of BT.601 and BT.709 by h
 """
 
 import builtins
+import math
+from fractions import Fraction
 
 import av
 import numpy
@@ -52,7 +54,7 @@ def bytes_of(pixels) -> list[numpy.ndarray]:
 
 def test_a_lossless_file_gives_every_value_back(tmp_path):
     pixels = noise()
-    videos.write(pixels, tmp_path / "a.mkv")
+    videos.write(pixels, tmp_path / "a.mkv", 16)
     videos.write(pixels, tmp_path / "b.mkv", fps=16)
     assert (tmp_path / "a.mkv").read_bytes() == (tmp_path / "b.mkv").read_bytes()
     torch.testing.assert_close(videos.read(tmp_path / "a.mkv", 6, 24, 40), pixels, atol=1e-6, rtol=0)
@@ -65,7 +67,7 @@ def test_a_lossless_file_gives_every_value_back(tmp_path):
 
 def test_frames_are_cropped_and_resized_as_pictures_are(tmp_path):
     pixels, size = noise(3, 90, 60), (16, 24)
-    videos.write(pixels, tmp_path / "a.mkv")
+    videos.write(pixels, tmp_path / "a.mkv", 16)
     wanted = torch.stack([images.fitted(to_image(picture), *size) for picture in pixels.unbind(1)], dim=1)
     small, square = videos.read_sizes(tmp_path / "a.mkv", 3, [size, (32, 32)])
     assert torch.equal(small, wanted) and square.shape == (3, 3, 32, 32)
@@ -130,8 +132,45 @@ def test_what_people_look_at(tmp_path):
         assert stream.codec_context.pix_fmt == "yuv420p" and stream.codec_context.colorspace == 1
 
 
+@pytest.mark.parametrize("own", [16, 24, 30, Fraction(30000, 1001), 32, 60, 15, 17])
+@pytest.mark.parametrize("suffix", ["mkv", "mp4"])
+def test_of_a_file_with_more_frames_a_second_the_nearest_in_time_are_read(own, suffix, tmp_path):
+    """By hand: the frame of the file that is shown nearest to each moment of the model's 16 a second. 15 and 17 are
+    taken for 16.
+    """
+    pixels, file = noise(25, 32, 32), tmp_path / f"a.{suffix}"
+    (videos.write if suffix == "mkv" else videos.write_mp4)(pixels, file, float(own))
+    every = videos.read(file, 25, 32, 32)
+    _, _, count = videos.shape(file, fps=16)
+    found = videos.read(file, count, 32, 32, fps=16)
+    for place in range(count):
+        apart = (every - found[:, place, None]).abs().amax((0, 2, 3))
+        number = apart.argmin().item()
+        assert apart[number] == 0 and apart.sort().values[1] > 0
+        rate = 16 if own in (15, 17) else own
+        assert abs(number / rate - place / 16) <= 0.5 / rate + 1e-9
+    length = 24 if own in (15, 17) else 24 * 16 / own
+    assert count == 1 + math.floor(length + 0.5 * 16 / (16 if own in (15, 17) else own) - 1e-9)
+    assert videos.shape(file, most=3, fps=16)[2] == 3
+    with pytest.raises(InputError, match=rf"a.{suffix} has {count} frames, and {count + 1} are needed"):
+        videos.read(file, count + 1, 32, 32, fps=16)
+
+
+def test_a_file_with_fewer_frames_a_second_is_refused(tmp_path):
+    videos.write(noise(5), tmp_path / "a.mkv", 8)
+    for look in (
+        lambda: videos.shape(tmp_path / "a.mkv", fps=16),
+        lambda: videos.read(tmp_path / "a.mkv", 2, 8, 8, 16),
+    ):
+        with pytest.raises(InputError, match="it has 8 frames a second, and the model draws 16"):
+            look()
+    for number, picture in enumerate(noise(3).unbind(1)):
+        images.write(picture, tmp_path / f"frame-{number}.png")
+    assert videos.shape(tmp_path, fps=16)[2] == 3  # a folder says no rate
+
+
 def test_a_video_that_is_too_short_is_never_filled_up(tmp_path):
-    videos.write(noise(5), tmp_path / "a.mkv")
+    videos.write(noise(5), tmp_path / "a.mkv", 16)
     with pytest.raises(InputError, match=r"a.mkv has 5 frames, and 6 are needed"):
         videos.read(tmp_path / "a.mkv", 6, 24, 40)
 
@@ -171,7 +210,7 @@ def test_damage_is_one_sentence(tmp_path, capfd):
 
 def test_one_changed_byte_of_a_lossless_file_is_noticed(tmp_path):
     file = tmp_path / "a.mkv"
-    videos.write(noise(), file)
+    videos.write(noise(), file, 16)
     data = file.read_bytes()
     assert videos.is_whole(file)
     file.write_bytes(bytes([*data[: len(data) // 2], data[len(data) // 2] ^ 1, *data[len(data) // 2 + 1 :]]))
@@ -183,7 +222,7 @@ def test_one_changed_byte_of_a_lossless_file_is_noticed(tmp_path):
 
 
 def test_a_video_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
-    videos.write(noise(2, 30, 50), tmp_path / "a.mkv")
+    videos.write(noise(2, 30, 50), tmp_path / "a.mkv", 16)
     monkeypatch.setattr(videos, "MOST_PIXELS", 1000)
     for look in (lambda file: videos.read(file, 2, 8, 8), videos.shape):
         with pytest.raises(InputError, match="a.mkv cannot be read"):
@@ -211,7 +250,7 @@ def test_without_pyav_the_sentence_says_what_to_install(tmp_path, monkeypatch):
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", importing)
-    for look in (lambda: videos.shape(tmp_path / "a.mp4"), lambda: videos.write(noise(), tmp_path / "a.mkv")):
+    for look in (lambda: videos.shape(tmp_path / "a.mp4"), lambda: videos.write(noise(), tmp_path / "a.mkv", 16)):
         with pytest.raises(ResourceError, match="the package av") as caught:
             look()
         assert caught.value.hint == "pip install 'dcgen-convert[video]'"

@@ -17,11 +17,13 @@ from dcgen_convert.core.errors import InputError, RecipeError
 from dcgen_convert.core.files import read_json
 from dcgen_convert.data.buckets import nearest
 from dcgen_convert.data.cache import LatentCache, write_captions, write_index, write_shard
+from dcgen_convert.families.base import FPS_KEY
 from dcgen_convert.families.grid import Grid
 from dcgen_convert.judging import painter
 from dcgen_convert.networks import autoencoders
 from dcgen_convert.planning.structures import structure
 from dcgen_convert.recipe.geometry import bucket_sizes
+from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.loading import load
 from dcgen_convert.recipe.schema import Adapt
 from dcgen_convert.recipe.videos import frames_of
@@ -247,6 +249,24 @@ def test_a_converted_pipeline_in_memory_is_set_as_its_bundle_is(tmp_path):
     assert {key: found.config[key] for key in ("expand_timesteps", "boundary_ratio")} == {
         key: index[key] for key in ("expand_timesteps", "boundary_ratio")
     }
+
+
+def test_frames_a_second_are_those_of_the_family_or_what_the_source_states():
+    for name, index, fps in (
+        ("wan", {}, 16),
+        ("wan", {"expand_timesteps": False}, 16),
+        ("wan", {"expand_timesteps": True}, 24),
+        ("wan", {"expand_timesteps": True, FPS_KEY: 12.5}, 12.5),
+        ("wan-image", {FPS_KEY: 8}, 8),
+        ("sana-video", {}, 16),
+        ("flux", {FPS_KEY: 8}, 0),
+    ):
+        assert families.get(name).frames_per_second(index) == fps, (name, index)
+    for wrong in ("16", True, 0, -1, float("nan"), 10_000, None):
+        with pytest.raises(InputError, match="model_index.json says _frames_per_second"):
+            WAN.frames_per_second({FPS_KEY: wrong})
+    known = {name: Identity(name, offline=True).fps for name in ("wan-1.3b", "wan-2.2-5b", "sana-video-2b", "flux-dev")}
+    assert known == {"wan-1.3b": 16, "wan-2.2-5b": 24, "sana-video-2b": 16, "flux-dev": 0}
 
 
 def test_lora_leaves_the_cross_attention_alone(source):

@@ -217,8 +217,7 @@ def test_pictures_that_a_folder_does_not_hold_take_no_part_of_the_budget(tmp_pat
     whole = cost(resolve("flux-krea", {**asked, "max_gpu_hours": 0}))
     resolved = resolve("flux-krea", {**asked, "max_gpu_hours": 80})
     assert (
-        whole > 90
-        and 70 < cost(replace(resolved, recipe=present.counted(resolved.recipe, resolved.identity.family)[0])) <= 80
+        whole > 90 and 70 < cost(replace(resolved, recipe=present.counted(resolved.recipe, resolved.identity)[0])) <= 80
     )
     assert resolved.recipe.data.count == (5000 if said else 3)
     assert "3 pictures can be used" in resolved.derivation[0]

@@ -34,9 +34,10 @@ from diffusers import (
 )
 
 from dcgen_convert.core.files import read_json, sha256, write_json
+from dcgen_convert.families.base import FPS_KEY
 from dcgen_convert.networks import autoencoders
 from dcgen_convert.networks.folder import load_folder
-from dcgen_convert.tiny import world
+from dcgen_convert.tiny import videos, world
 from dcgen_convert.tiny.evaluator import Evaluator
 from tools.tiny import evaluator, text, video_gates, wan
 
@@ -45,6 +46,11 @@ SHIPPED = Path(world.__file__).parent / "weights"
 FLUX_SCHEDULER = dict(
     use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=64, max_image_seq_len=1024, shift=3.0
 )
+LABELS = {str(label): f"{color} {shape}" for label, (shape, color) in enumerate(world.CLASSES)}
+INDEX = {  # what stands in model_index.json beside that which the pipeline writes
+    "dit": {"id2label": LABELS},  # DiTPipeline reads it, but does not write it
+    "wan": {FPS_KEY: videos.FPS},
+}
 CARD = """---
 license: apache-2.0
 ---
@@ -87,12 +93,9 @@ def write(work: Path, weights: Path) -> None:
     for name, build, what in parts:
         if (work / name).exists():
             _save(build(work), weights / f"tiny-{name}")
-            if name == "dit":  # DiTPipeline reads its table of labels from the index, but does not write it
-                index = read_json(weights / "tiny-dit" / "model_index.json")
-                index["id2label"] = {
-                    str(label): f"{color} {shape}" for label, (shape, color) in enumerate(world.CLASSES)
-                }
-                write_json(weights / "tiny-dit" / "model_index.json", index)
+            if name in INDEX:
+                index = weights / f"tiny-{name}" / "model_index.json"
+                write_json(index, read_json(index) | INDEX[name])
             shown = "videos" if name == "wan" else "pictures"
             _card(weights / f"tiny-{name}", f"tiny-{name}", what, shown)
     link_equal(weights)
