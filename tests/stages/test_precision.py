@@ -19,7 +19,7 @@ class Recipe:
 class Job:
     """What `decide` reads of a job."""
 
-    recipe, console = Recipe(), Console()
+    recipe, console, fps = Recipe(), Console(), 0
 
     def __init__(self, run):
         self.run = type("Run", (), {"path": run})()
