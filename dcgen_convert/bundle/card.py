@@ -16,7 +16,8 @@ from dcgen_convert.bundle import manifest as manifests
 from dcgen_convert.bundle.markdown import block, code, one_line, plain, table
 from dcgen_convert.checkpoint.licence import FIELDS
 from dcgen_convert.checkpoint.shards import STEM
-from dcgen_convert.families.base import TIME, Family
+from dcgen_convert.checkpoint.trust import LTX_CLASS, VIDEO_CLASS
+from dcgen_convert.families.base import Family
 from dcgen_convert.families.grid import tile_sizes
 from dcgen_convert.families.pixel_memory import FRAME_WHOLE, TILED
 from dcgen_convert.svdquant.forms import BFL, NUNCHAKU_LITE
@@ -65,6 +66,16 @@ class Card:
         """Frames of a video as the bundle draws it; None where it draws pictures."""
         found: int | None = self.manifest["defaults"].get("frames")
         return found
+
+    @property
+    def time(self) -> int:
+        """Frames of a video per latent frame."""
+        return int(self.manifest["autoencoder"].get("frames", 4))
+
+    @property
+    def code(self) -> str:
+        """The class of its own that a bundle of videos carries for its autoencoder."""
+        return str(self.manifest["autoencoder"].get("code", VIDEO_CLASS))
 
     @property
     def adopted(self) -> Mapping[str, Any]:
@@ -184,7 +195,7 @@ def _summary(card: Card) -> str:
         text = (
             f"{base} converted to the deep-compression autoencoder {code(lineage.last_name(str(ae['name'])))} "
             f"(f{ae['factor']}, {ae['channels']} channels, one token per {ae['factor']} x {ae['factor']} px"
-            f"{f' of {TIME} frames' if card.frames else ''}) "
+            f"{f' of {card.time} frames' if card.frames else ''}) "
             "with the DC-Gen method (arXiv 2509.25180)."
         )
     else:
@@ -225,17 +236,23 @@ def _usage(card: Card) -> str:
             "`from_pretrained` the autoencoder too (`vae=`), loaded by `AutoModel.from_pretrained` from the folder "
             "`vae`."
         )
+    elif card.carries_code and card.code == LTX_CLASS:
+        text.append(
+            "The flag runs `vae/autoencoder_ltx2_v*.py` of this repository: a subclass of diffusers' "
+            "`AutoencoderKLLTX2Video`, whose config states what the pipeline reads. All else is stock. diffusers warns "
+            "that it expected another class: that is a remark only."
+        )
     elif card.carries_code:
         text.append(
             "The flag runs `vae/autoencoder_dc_video_v*.py` of this repository: the autoencoder, which diffusers does "
             "not have. The pipeline, the transformer and the scheduler are stock. diffusers warns that it expected "
             "another class: that is a remark only."
         )
-    if card.frames:
+    if card.frames and card.code == VIDEO_CLASS:
         text.append(
             f"Frames above {FRAME_WHOLE:,} px need less memory in tiles: `pipe.vae.enable_tiling()` before the call."
         )
-    elif card.converted and card.layout != "official":
+    elif not card.frames and card.converted and card.layout != "official":
         tile, stride = tile_sizes(card.factor)
         text.append(
             f"Pictures above {TILED} px need less memory in tiles: "
@@ -375,8 +392,8 @@ def _limits(card: Card) -> str:
         )
     if card.frames:
         lines[2:3] = [
-            f"The number of frames is one more than a multiple of {TIME}. The stock pipeline changes another number to "
-            "such a one, and says so."
+            f"The number of frames is one more than a multiple of {card.time}. The stock pipeline changes another "
+            "number to such a one, and says so."
         ]
     lines[1:1] = _untold(card)
     return "\n".join(f"- {line}" for line in lines)

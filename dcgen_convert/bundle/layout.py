@@ -3,7 +3,8 @@
 Three layouts, which differ in model_index.json and the vae's config and code only:
 
     stock     the family's stock pipeline; where it packs p x p latents, the in-bundle AutoencoderDCAdapter undoes that.
-              A bundle for videos carries AutoencoderDCVideo, which diffusers does not have
+              A bundle for videos carries the class of its autoencoder: diffusers does not have AutoencoderDCVideo, and
+              its own of LTX-2 lacks what pipelines of Wan read
     official  the DC-Gen authors' own pipeline class, which expects a plain AutoencoderDC
     source    the source's own pipeline, autoencoder and scheduler: only the transformer is another (`quantize`)
 
@@ -37,6 +38,7 @@ from dcgen_convert.core.disk import check_disk, existing
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import atomic_write, copy_file, read_json, read_object, sha256, write_json
 from dcgen_convert.families.base import FPS_KEY, Family
+from dcgen_convert.families.grid import LTX
 
 CARD = "README.md"
 LAYOUTS = ("stock", "official", "source")
@@ -50,7 +52,7 @@ class BundleParts:
     source: diffusers folder of the base pipeline; text encoders, tokenizers and licences are copied from it.
     transformer: folder of the converted transformer, dense or quantised (`nunchaku_lite`).
     layout: "stock", "official" or "source".
-    autoencoder: AutoencoderDC or AutoencoderDCVideo folder. scheduler: config from `bundle.scheduler.scheduler_config`.
+    autoencoder: folder of a deep autoencoder. scheduler: config from `bundle.scheduler.scheduler_config`.
         The layout "source" has neither.
     lora: adapter file in the form that `load_lora_weights` takes, for bundles that keep it apart; None when merged.
     single_file: the transformer once more, in the classic nunchaku container; None: the bundle has none.
@@ -195,7 +197,7 @@ def model_index(parts: BundleParts) -> dict[str, Any]:
     if parts.scheduler is not None:
         index |= family.index_of_bundle(index)
         index["scheduler"] = ["diffusers", parts.scheduler["_class_name"]]
-        code = carried(family, layout)
+        code = carried(parts)
         index["vae"] = [code.MODULE_NAME, code.CLASS_NAME] if code else ["diffusers", "AutoencoderDC"]
     return index
 
@@ -208,14 +210,22 @@ def has_adapter(family: Family) -> bool:
     return family.bundle_tier == 2
 
 
-def carried(family: Family, layout: str) -> Any:
+def carried(parts: BundleParts) -> Any:
     """The module of this program whose file a bundle carries for its autoencoder; None: diffusers has the class."""
-    if layout != "stock" or family.bundle_tier < 2:
+    if parts.layout != "stock" or parts.family.bundle_tier < 2 or parts.autoencoder is None:
         return None
     from dcgen_convert.bundle import autoencoder_dc_adapter
-    from dcgen_convert.networks import autoencoder_dc_video
 
-    return autoencoder_dc_adapter if has_adapter(family) else autoencoder_dc_video
+    if has_adapter(parts.family):
+        return autoencoder_dc_adapter
+    return video_code(read_json(parts.autoencoder / "config.json"))
+
+
+def video_code(config: Mapping[str, Any]) -> Any:
+    """The module with the class that bundles have for an autoencoder of videos with this config."""
+    from dcgen_convert.networks import autoencoder_dc_video, autoencoder_ltx2
+
+    return autoencoder_ltx2 if config.get("_class_name") in LTX else autoencoder_dc_video
 
 
 def check_output(output: Path, force: bool) -> None:
@@ -305,7 +315,7 @@ def _write_vae(folder: Path, parts: BundleParts) -> None:
     config, family = read_json(folder / "config.json"), parts.family
     if parts.scaling_factor is not None:
         config["scaling_factor"] = parts.scaling_factor
-    if code := carried(family, parts.layout):
+    if code := carried(parts):
         transformer = read_json(parts.transformer / "config.json")
         config |= adapter_config(family, config, transformer) if has_adapter(family) else video_config(config)
         atomic_write(folder / f"{code.MODULE_NAME}.py", Path(code.__file__).read_bytes())
@@ -332,13 +342,14 @@ def adapter_config(family: Family, config: Mapping[str, Any], transformer: Mappi
 
 
 def video_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of an AutoencoderDCVideo with all that pipelines read from it, which follows from the rest."""
+    """The config of a bundle's autoencoder of videos. Of an AutoencoderDCVideo it has all that pipelines read from it,
+    which follows from the rest; LTX-2's shows it when it is asked.
+    """
     import torch
 
-    from dcgen_convert.networks.autoencoder_dc_video import AutoencoderDCVideo
-
+    code = video_code(config)
     with torch.device("meta"):
-        model = AutoencoderDCVideo.from_config(dict(config))
+        model = vars(code)[code.CLASS_NAME].from_config(dict(config))
     found: dict[str, Any] = json.loads(model.to_json_string())
     return found
 

@@ -246,9 +246,10 @@ def _official(bundle: Path, family: Family, parts: dict[str, Any], options: dict
 def _class(name: str) -> Any:
     """This program's class for the module ``name`` of model_index.json."""
     from dcgen_convert.bundle.autoencoder_dc_adapter import AutoencoderDCAdapter
-    from dcgen_convert.networks.autoencoder_dc_video import AutoencoderDCVideo
+    from dcgen_convert.networks.folder import class_called
 
-    return AutoencoderDCVideo if trust.class_of(name) == trust.VIDEO_CLASS else AutoencoderDCAdapter
+    found = trust.class_of(name)
+    return AutoencoderDCAdapter if found == trust.ADAPTER_CLASS else class_called(found)
 
 
 def _loaded(kind: Any, folder: Path, dtype: Any, **settings: Any) -> Any:

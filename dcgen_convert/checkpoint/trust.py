@@ -18,7 +18,13 @@ from dcgen_convert.core.files import read_object, sha256
 LIBRARIES = ("diffusers", "transformers")
 # A diffusers class that lives beside its pipeline.
 SAFETY_CHECKER = ("stable_diffusion", "StableDiffusionSafetyChecker")
-ADAPTER_CLASS, VIDEO_CLASS = "AutoencoderDCAdapter", "AutoencoderDCVideo"
+ADAPTER_CLASS, VIDEO_CLASS, LTX_CLASS = "AutoencoderDCAdapter", "AutoencoderDCVideo", "AutoencoderLTX2ForWan"
+# Begin of the module name of an in-bundle autoencoder -> its class.
+CARRIED = {
+    "autoencoder_dc_adapter_": ADAPTER_CLASS,
+    "autoencoder_dc_video_": VIDEO_CLASS,
+    "autoencoder_ltx2_": LTX_CLASS,
+}
 # Module name of an in-bundle autoencoder -> sha256 of every file that this program has written under that name.
 ADAPTERS = {
     "autoencoder_dc_adapter_v1": ("155ea1f9545d982f2e5d0bf03bc34d6dd148dc440f6b0160d9241d26822ec705",),
@@ -32,6 +38,7 @@ ADAPTERS = {
     "autoencoder_dc_video_v2": ("e02652af1d3cf85a11649ea2b5bce6f37085e7abefc2742a94135a11d385aea4",),
     "autoencoder_dc_video_v3": ("940d1ab4c4a1bc3de74bf3ef1b5ee68b9d3c1eed7858d1c0608eac7b3d2c5764",),
     "autoencoder_dc_video_v4": ("5b8304cdea69bb90294c4621daf50cdf6a1b5e7e86773b2bab551d02e5091da4",),
+    "autoencoder_ltx2_v1": ("7952588887d09e34e2d737cff02b62d7b28eee91631071b27f5912345f4e7fae",),
 }
 CODE = (".py", ".pyc", ".pyd", ".so")
 FOLLOWS_AUTO_MAP = re.compile(r"Auto(?!encoder)|\w*Processor$")  # classes that look for another class in a JSON file
@@ -55,7 +62,7 @@ def is_adapter(value: Any) -> bool:
 
 def class_of(module: str) -> str:
     """The class in one of the ``ADAPTERS``."""
-    return VIDEO_CLASS if module.startswith("autoencoder_dc_video_") else ADAPTER_CLASS
+    return next(found for begin, found in CARRIED.items() if module.startswith(begin))
 
 
 def is_custom(value: Any) -> bool:

@@ -97,14 +97,13 @@ def validate(session: Session, name: str, **values: Any) -> int:
     console = session.begin(**output_options(values))
     from dcgen_convert.planning.absent import require_here
     from dcgen_convert.planning.plan import require_possible
-    from dcgen_convert.recipe import loading
-    from dcgen_convert.recipe.videos import frames_of
+    from dcgen_convert.recipe import geometry, loading
 
     resolved = loading.load(_known(name))
     frames, fps = 0, 0.0
     with suppress(AccessError):  # of a source whose config is not here yet, its own stage asks
         here = resolved.identity.here
-        frames, fps = frames_of(resolved.recipe, here.family), here.fps
+        frames, fps = geometry.training_frames(resolved.recipe, here), here.fps
     require_here(resolved.recipe, frames, fps)
     with suppress(AccessError):
         require_possible(resolved.recipe, resolved.identity.here)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, Unpack
 
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.families import quant_targets
+from dcgen_convert.families.grid import STILL, Time
 from dcgen_convert.families.quant_targets import QuantTargets
 from dcgen_convert.families.shifts import linear_mu, sampling_shift
 from dcgen_convert.families.tensors import per_row
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
 
-TIME = 4  # frames of a video per latent frame
 # Key of model_index.json: frames a second of the videos that a model draws, where they are not its family's. diffusers
 # says nothing about keys that begin with an underscore.
 FPS_KEY = "_frames_per_second"
@@ -60,7 +60,10 @@ class Family:
 
     name: ClassVar[str]
     axes: ClassVar[int] = 2  # of a latent's grid: 2 for pictures (h, w), 3 for videos (T, h, w)
-    default_frames: ClassVar[int] = 0  # of a training video, where the recipe states none; 0: it draws pictures
+    time: ClassVar[Time] = STILL  # of the autoencoder that published models of videos work on
+    # Of a training video where the recipe states none: these, or the next number that makes whole latent frames. 0: it
+    # draws pictures.
+    default_frames: ClassVar[int] = 0
     fps: ClassVar[float] = 0  # frames a second of the videos that it draws; 0: it draws pictures
     model_class: ClassVar[str]  # diffusers class of the network
     component: ClassVar[str] = "transformer"  # name of the network in the stock pipeline, and of its folder
@@ -72,6 +75,8 @@ class Family:
     optional_references: ClassVar[bool] = False  # whether a model that edits draws from text alone too
     # Whether a reference is read in further channels of the picture's own tokens; else it has tokens of its own.
     reference_channels: ClassVar[bool] = False
+    # Whether it reads a mask with a number for each frame of a latent frame, of which it has as many channels.
+    mask_of_frames: ClassVar[bool] = False
     # Whether all prompts of a call of the stock pipeline get the same references: then each prompt has its own call.
     shared_references: ClassVar[bool] = False
     embedder: ClassVar[str]  # module that reads the latent; it is linear in the result of `tokens`
@@ -90,7 +95,7 @@ class Family:
     dense_pattern: ClassVar[str] = r"(?!)"  # linears in blocks that the authors of the kernels keep in half precision
     # Autoencoder of the bundle. 0: stock AutoencoderDC. 1: the same, with more keys in its config for the pipeline.
     # 2: an adapter class inside the bundle. It undoes the p x p packing of the pipeline or of the transformer, and
-    # accepts arguments that AutoencoderDC does not accept. 3: AutoencoderDCVideo, whose code lies inside the bundle.
+    # accepts arguments that AutoencoderDC does not accept. 3: an autoencoder of videos, with its code in the bundle.
     bundle_tier: ClassVar[int] = 0
     any_shape: ClassVar[bool] = True  # whether the stock pipeline draws other shapes than squares at the size asked for
     # What the stock pipeline draws when it is told no size: so many cells of its `vae_scale_factor`, or so many px per
@@ -174,13 +179,6 @@ class Family:
         A token of a video lies in one latent frame.
         """
         return {"p0": 1, "p1": patch, "p2": patch} if self.axes == 3 else {"p1": patch, "p2": patch}
-
-    def base_frames(self, frames: int) -> int:
-        """Of a training video of ``frames`` frames those that the base's autoencoder is given: the first ones.
-
-        It makes its first latent frame of one frame alone, the new one of `TIME`. So both make as many latent frames.
-        """
-        return frames - (TIME - 1)
 
     def frames_per_second(self, index: Mapping[str, Any]) -> float:
         """Frames a second of the videos that a model with this model_index.json draws; 0: it draws pictures.

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dcgen_convert.families import deep_autoencoders as deep
+from dcgen_convert.families import grid
 from dcgen_convert.families.catalog import AUTOENCODERS
 
 ENCODE, DECODE = 0, 1
@@ -31,10 +32,13 @@ SHALLOW: dict[str, Bytes] = {  # by class
     "AutoencoderKLQwenImage": {"fp32": (5040, 8090), "bf16": (2500, 3462)},
 }
 RESIDUAL = "AutoencoderKLWan of Wan 2.2"  # one with is_residual
-VIDEO: dict[str, Bytes] = {  # by class, per px of a frame: with 80 frames, which are worked on in chunks
+DC_VIDEO = "AutoencoderDCVideo"
+LTX = "AutoencoderKLLTX2Video"  # takes all frames whole: in proportion to them
+VIDEO: dict[str, Bytes] = {  # by class, per px of a frame: with 80 frames, which all but one work on in chunks
     "AutoencoderKLWan": {"fp32": (16860, 22220), "bf16": (7914, 10593)},
     RESIDUAL: {"fp32": (9800, 23830), "bf16": (4680, 11304)},
-    "AutoencoderDCVideo": {"fp32": (60470, 59020), "bf16": (24840, 24115)},
+    DC_VIDEO: {"fp32": (60470, 59020), "bf16": (24840, 24115)},
+    LTX: {"fp32": (16720, 17160), "bf16": (7030, 7085)},  # of 81
 }
 DEEP: dict[tuple[str | None, int], Bytes] = {  # by make and factor
     (deep.IN, 32): {"fp32": (1281, 1228), "bf16": (896, 678)},
@@ -46,13 +50,14 @@ DEEP: dict[tuple[str | None, int], Bytes] = {  # by make and factor
     (deep.FIFTEEN, 64): {"fp32": (1281, 1153), "bf16": (896, 832)},
 }
 OTHER = {0: DEEP[deep.IN, 32], 1: DEEP[deep.SANA, 32]}  # of another make: without or with layers at full size
-WIDTHS = {"AutoencoderKLWan": 96, RESIDUAL: 160, "AutoencoderDCVideo": 256}  # channels of those in VIDEO
+WIDTHS = {"AutoencoderKLWan": 96, RESIDUAL: 160, DC_VIDEO: 256, LTX: 256}  # channels of those in VIDEO
 WIDTH = 128  # channels at full size of those that were counted
 
 
 def bytes_per_pixel(config: Mapping[str, Any]) -> Bytes:
     """dtype -> (encode, decode) of the autoencoder with this config.json; in proportion for one of another width."""
     kind = RESIDUAL if config.get("is_residual") else str(config.get("_class_name"))
+    kind = LTX if kind in grid.LTX else kind
     if kind in VIDEO:
         width = config.get("base_dim") or (config.get("block_out_channels") or [None])[0]
         return _scaled(VIDEO[kind], [width] if width else None, WIDTHS[kind])
@@ -69,7 +74,7 @@ def picture_bytes(each: float, way: int, height: int, width: int) -> int:
     """Bytes of one picture of this size, in px, that needs ``each`` bytes per px where it is taken whole.
 
     In tiles one tile is worked on, beside the picture (way ENCODE), or the results of all tiles until they are put
-    together (DECODE).
+    together (DECODE). Of a video any number of frames needs as much: they are worked on in chunks.
     """
     if max(height, width) <= TILED:
         return int(each * height * width)
@@ -81,6 +86,16 @@ def video_bytes(each: float, way: int, height: int, width: int, frames: int = FR
     if height * width <= FRAME_WHOLE:
         return int(each * height * width)
     return int(each * FRAME_TILE**2 + frames * RESULTS[way] * height * width)
+
+
+def peak_bytes(config: Mapping[str, Any], dtype: str, way: int, height: int, width: int, frames: int = FRAMES) -> int:
+    """Bytes that the autoencoder with this config.json works with for one picture or one video of this size, in px."""
+    each, kind = bytes_per_pixel(config)[dtype][way], config.get("_class_name")
+    if kind in grid.LTX:
+        return int(each * height * width * frames / (FRAMES + 1))
+    if kind == DC_VIDEO:
+        return video_bytes(each, way, height, width, frames)
+    return picture_bytes(each, way, height, width)
 
 
 def together(batch: int, pixels: int, most: int = TOGETHER) -> int:

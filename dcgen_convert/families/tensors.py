@@ -61,3 +61,19 @@ def added_positions(embed: Any, channels: int, grid: tuple[int, ...]) -> Tensor:
     z = embed.proj.weight.new_zeros(1, channels, *(side * embed.patch_size for side in grid))
     tokens = embed(z)[0]
     return tokens if embed.proj.bias is None else tokens - embed.proj.bias
+
+
+def pooled(maps: Tensor, to: Sequence[int]) -> Tensor:
+    """The mean of the cells of ``maps`` (B, D, *grid) in each cell of the coarser grid ``to``: (B, D, *to).
+
+    Of videos with fewer latent frames in ``to``, T of T0 = 1 + k (T - 1): the first is of the first alone, and each
+    other one of k (`grid.Time`).
+    """
+    import torch
+    import torch.nn.functional as F
+
+    size = tuple(to)
+    if len(size) == 2 or maps.shape[2] == size[0]:
+        return F.interpolate(maps, size=size, mode="area")
+    first = F.interpolate(maps[:, :, :1], size=(1, *size[1:]), mode="area")
+    return torch.cat([first, F.interpolate(maps[:, :, 1:], size=(size[0] - 1, *size[1:]), mode="area")], dim=2)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.families.base import FPS_KEY, Family, Network, Pipeline, Text
+from dcgen_convert.families.grid import Time
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +41,7 @@ class Wan(Family):
     index_values = {"expand_timesteps": False}
     unquantised = ": `nunchaku_lite` of diffusers has no mapping for Wan, and `bfl` was tried with pictures only"
     recipe = "wan-1.3b-480p"
+    time = Time(4, alone=True)
     default_frames = 80
     fps = 16
     default_px = 480

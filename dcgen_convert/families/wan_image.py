@@ -29,6 +29,7 @@ class WanImage(Wan):
     references = 1
     shared_references = True
     reference_channels = True
+    mask_of_frames = True
     picture_tokens = 257  # of the image encoder
     layouts = {"diffusers": ("patch_embedding.", "condition_embedder.image_embedder.", "blocks.0.attn2.")}
     text_keys = ("encoder_hidden_states", "encoder_hidden_states_image")

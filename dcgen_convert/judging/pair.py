@@ -24,11 +24,11 @@ from dcgen_convert.core.errors import InputError, ResourceError
 from dcgen_convert.data import buckets
 from dcgen_convert.data.buckets import Size
 from dcgen_convert.families import Family, catalog, components, deep_autoencoders
-from dcgen_convert.families.base import TIME, Network, Pipeline
+from dcgen_convert.families.base import Network, Pipeline
 from dcgen_convert.families.components import DIFFUSERS, Component
-from dcgen_convert.families.grid import Grid, autoencoder_grid
+from dcgen_convert.families.grid import Grid, autoencoder_grid, autoencoder_time
 from dcgen_convert.networks import at_once, autoencoder_files, random_networks, random_weights
-from dcgen_convert.networks.autoencoder_dc_video import AutoencoderDCVideo
+from dcgen_convert.networks.folder import bundled
 from dcgen_convert.networks.pipelines import quiet_diffusers
 from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.loading import Resolved
@@ -69,15 +69,14 @@ class Model:
     def grid(self) -> Grid:
         config, vae = self.configs
         f, c = autoencoder_grid(vae)
-        return Grid(f, c, self.family.patch(config, c))
+        return Grid(f, c, self.family.patch(config, c), autoencoder_time(vae))
 
     def tokens(self, height: int, width: int | None = None, frames: int = 1) -> int:
         """Image tokens that the network sees while it draws a picture or a video of this size, in px: its own, and
         those of references that have some.
         """
-        times = (frames - 1) // TIME + 1  # both autoencoders make so many latent frames
-        own = 1 if self.family.reference_channels else 1 + self.family.fewest_references
-        return times * self.grid.tokens(height, width) * own
+        own, grid = 1 if self.family.reference_channels else 1 + self.family.fewest_references, self.grid
+        return grid.time.latents(frames) * grid.tokens(height, width) * own
 
     @property
     def encoders(self) -> list[nn.Module]:
@@ -210,11 +209,12 @@ def of_source(resolved: Resolved, dtype: torch.dtype, side: int | None, random: 
     pipeline = random_networks.with_parts(base.pipeline, **{family.component: network}, vae=vae)
     pipeline.register_to_config(**family.index_of_bundle(pipeline.config))
     models = {BASE: base, CONVERTED: Model(pipeline, family)}
-    length, frames = recipe.latents.text_length or family.text_length, frames_of(recipe, family)
+    length, time = recipe.latents.text_length or family.text_length, autoencoder_time(autoencoder)
+    frames = time.shown(frames_of(recipe, family, time)) if family.axes == 3 else 1
     new = "the embedder, the head and the autoencoder of the converted model"
     notes = [f"random weights for {'all parts' if random else new}: the pictures mean nothing, the times do not change"]
     drawing = recipe.bundle.steps, recipe.bundle.guidance, length
-    return ModelPair(models, identity, *drawing, own, notes, frames=family.base_frames(frames) if frames else 1)
+    return ModelPair(models, identity, *drawing, own, notes, frames=frames)
 
 
 def _random_base(identity: Identity, autoencoder: Mapping[str, Any], dtype: torch.dtype) -> Model:
@@ -252,7 +252,8 @@ def _autoencoder_config(recipe: Recipe, identity: Identity) -> dict[str, Any]:
     else:
         config = reader.hub(recipe.ae, "config.json", identity.offline)
     channels = recipe.ae_channels or config["latent_channels"]
-    return {**config, "_class_name": DEEP[identity.family.axes], "latent_channels": channels}
+    known, name = DEEP[identity.family.axes], config.get("_class_name")
+    return {**config, "_class_name": name if name in known else known[0], "latent_channels": channels}
 
 
 def _autoencoder(family: Family, config: dict[str, Any], network: dict[str, Any], dtype: torch.dtype) -> nn.Module:
@@ -260,7 +261,7 @@ def _autoencoder(family: Family, config: dict[str, Any], network: dict[str, Any]
     from accelerate import init_empty_weights
 
     whole = {**config, "scaling_factor": config.get("scaling_factor") or 1.0}
-    kind: Any = diffusers.AutoencoderDC if family.axes == 2 else AutoencoderDCVideo
+    kind: Any = diffusers.AutoencoderDC if family.axes == 2 else bundled(config["_class_name"])
     if has_adapter(family):
         kind, whole = AutoencoderDCAdapter, whole | adapter_config(family, whole, network)
     extra = family.vae_config(whole)

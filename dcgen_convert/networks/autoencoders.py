@@ -18,11 +18,11 @@ from torch import Tensor
 
 from dcgen_convert.checkpoint import trust
 from dcgen_convert.core.console import NULL, Console
-from dcgen_convert.core.errors import InputError
+from dcgen_convert.core.errors import InputError, is_out_of_memory
 from dcgen_convert.core.files import read_object
 from dcgen_convert.families import pixel_memory
 from dcgen_convert.families.base import Network
-from dcgen_convert.families.grid import autoencoder_grid
+from dcgen_convert.families.grid import LTX, autoencoder_grid, autoencoder_time
 from dcgen_convert.families.pixel_memory import DECODE, ENCODE
 from dcgen_convert.networks import at_once, tiles
 from dcgen_convert.networks.at_once import AtOnce
@@ -37,11 +37,12 @@ CLASSES = (
     "AutoencoderKLHunyuanImage",
     "AutoencoderKLWan",
     trust.VIDEO_CLASS,
+    *LTX,
 )
-VIDEO = ("AutoencoderKLWan", trust.VIDEO_CLASS)  # those that encode videos
+VIDEO = ("AutoencoderKLWan", trust.VIDEO_CLASS, *LTX)  # those that encode videos
 BY_CHANNEL = ("AutoencoderKLQwenImage", "AutoencoderKLWan")  # those with statistics of each latent channel
 # Scaling factors of configs that state none (diffusers 0.42; ours).
-SCALES = {"AutoencoderKL": 0.18215, "AutoencoderDC": 1.0, trust.VIDEO_CLASS: 1.0}
+SCALES = {"AutoencoderKL": 0.18215, "AutoencoderDC": 1.0, trust.VIDEO_CLASS: 1.0, **dict.fromkeys(LTX, 1.0)}
 
 
 @dataclass
@@ -76,6 +77,11 @@ class Codec:
         name, tell = type(self.model).__name__, self.console.warn
         self._at_once = (AtOnce(f"{name} encodes", tell), AtOnce(f"{name} decodes", tell))
 
+    @property
+    def scaling(self) -> float:
+        """The scaling factor; 1 where each channel has a scale of its own, which makes its RMS 1."""
+        return 1.0 if isinstance(self.scale, Tensor) else float(self.scale)
+
     def encode(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> model latents (B, C, H/f, W/f) float32: the posterior's mean, not a sample.
 
@@ -91,10 +97,8 @@ class Codec:
     def needs(self, way: int, height: int, width: int) -> int:
         """Bytes of one picture of this size, in px, beside the weights. way: ENCODE or DECODE."""
         config = {"_class_name": type(self.model).__name__, **self.model.config}
-        known = pixel_memory.bytes_per_pixel(config)
-        each = known["bf16" if self.model.dtype is torch.bfloat16 else "fp32"][way]
-        video = type(self.model).__name__ == trust.VIDEO_CLASS
-        return (pixel_memory.video_bytes if video else pixel_memory.picture_bytes)(each, way, height, width)
+        dtype = "bf16" if self.model.dtype is torch.bfloat16 else "fp32"
+        return pixel_memory.peak_bytes(config, dtype, way, height, width)
 
     def _in_parts(self, way: int, work: Callable[[Tensor], Tensor], rows: Tensor, height: int, width: int) -> Tensor:
         free = at_once.free_bytes(self.model.device)
@@ -154,14 +158,24 @@ def load(
         frames=config["_class_name"] == "AutoencoderKLQwenImage",
         console=console,
     )
-    one = (1,) * video  # the first frame of a video has a latent frame of its own
-    shape = tuple(codec.encode(torch.zeros(1, 3, *one, 2 * factor, 2 * factor)).shape)
-    if shape != (1, channels, *one, 2, 2):
-        raise InputError(
-            f"the autoencoder {folder} makes latents {shape} from {2 * factor} px, its config says "
-            f"{(1, channels, *one, 2, 2)}"
-        )
+    _require_shape(codec, folder, (1 + autoencoder_time(config).frames,) * video)
     return codec
+
+
+def _require_shape(codec: Codec, folder: Path, frames: tuple[int, ...]) -> None:
+    """InputError when the codec does not make two latent cells along each axis of 2 f px, and of ``frames`` frames."""
+    side, stated = 2 * codec.factor, (1, codec.channels, *[2] * codec.axes)
+    of = "".join(f"{count} frames of " for count in frames) + f"{side} px"
+    try:
+        shape = tuple(codec.encode(torch.zeros(1, 3, *frames, side, side)).shape)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"the autoencoder {folder} cannot encode {of}, of which its config says {stated}", "is it the right config?"
+        ) from error
+    if shape != stated:
+        raise InputError(f"the autoencoder {folder} makes latents {shape} from {of}, its config says {stated}")
 
 
 def joined(parts: Iterable[Tensor]) -> Tensor:
@@ -176,6 +190,9 @@ def normalisation(model: Network, config: dict[str, Any], scale: float | None) -
         each = [1] * (5 if config["_class_name"] in VIDEO else 4)
         mean, std = (torch.tensor(config[key]).view(-1, *each) for key in ("latents_mean", "latents_std"))
         return 1 / std.to(model.device), mean.to(model.device)
+    if config["_class_name"] in LTX:  # beside the weights
+        mean, std = (value.float().view(-1, 1, 1, 1, 1, 1) for value in (model.latents_mean, model.latents_std))
+        return 1 / std, mean
     if config["_class_name"] == "AutoencoderKLFlux2":  # statistics of 2 x 2 patches, channel first
         std = (model.bn.running_var.float() + model.config.batch_norm_eps).sqrt()
         return (1 / std).view(-1, 1, 2, 1, 2), model.bn.running_mean.float().view(-1, 1, 2, 1, 2)
@@ -199,5 +216,22 @@ def describe(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"{folder} holds a {config.get('_class_name')}, an autoencoder must be one of {', '.join(CLASSES)}"
         )
+    if config["_class_name"] in LTX:
+        _require_plain(folder, config)
     scale = SCALES.get(config["_class_name"])
     return config if scale is None else {"scaling_factor": scale, **config}
+
+
+def _require_plain(folder: Path, config: dict[str, Any]) -> None:
+    """InputError for an autoencoder of LTX's kind with more to it than pipelines of Wan ask of one."""
+    noise = config.get("decoder_inject_noise") or False
+    others = {
+        "a scaling factor beside the statistics of its channels": config.get("scaling_factor", 1.0) != 1.0,
+        "a decoder that is given a timestep": bool(config.get("timestep_conditioning")),
+        "a decoder that adds noise": any(noise) if isinstance(noise, list) else bool(noise),
+    }
+    if found := next((name for name, is_there in others.items() if is_there), None):
+        raise InputError(
+            f"the autoencoder {folder} has {found}, of which pipelines of Wan know nothing",
+            "give LTX-2's, or one of its kind without",
+        )

@@ -11,6 +11,7 @@ from dcgen_convert.checkpoint import trust
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_json
 from dcgen_convert.families.base import Network
+from dcgen_convert.families.grid import LTX
 
 
 def class_of(folder: Path) -> Any:
@@ -35,9 +36,19 @@ def class_called(name: str) -> Any:
     import diffusers
 
     from dcgen_convert.networks.autoencoder_dc_video import AutoencoderDCVideo
+    from dcgen_convert.networks.autoencoder_ltx2 import AutoencoderLTX2ForWan
 
-    own = {trust.VIDEO_CLASS: AutoencoderDCVideo, trust.ADAPTER_CLASS: diffusers.AutoencoderDC}
+    own = {
+        trust.VIDEO_CLASS: AutoencoderDCVideo,
+        trust.LTX_CLASS: AutoencoderLTX2ForWan,
+        trust.ADAPTER_CLASS: diffusers.AutoencoderDC,
+    }
     return own.get(name) or getattr(diffusers, name, None)
+
+
+def bundled(name: str) -> Any:
+    """The class that bundles of videos have for an autoencoder of the class ``name``: one that pipelines can read."""
+    return class_called(trust.LTX_CLASS if name in LTX else trust.VIDEO_CLASS)
 
 
 def load_folder(folder: Path, what: str, dtype: torch.dtype) -> Network:

@@ -11,13 +11,18 @@ from contextlib import contextmanager
 from dcgen_convert.checkpoint import trust
 from dcgen_convert.families import pixel_memory
 from dcgen_convert.families.base import Network
-from dcgen_convert.families.grid import autoencoder_grid, tile_sizes
+from dcgen_convert.families.grid import LTX, autoencoder_grid, tile_sizes
 
 TILED, TILE = pixel_memory.TILED, pixel_memory.TILE
 
 
 def tile_of(vae: Network, height: int, width: int) -> int:
-    """px of a tile's side for pictures or frames of this size, in px; 0: they are taken whole."""
+    """px of a tile's side for pictures or frames of this size, in px; 0: they are taken whole.
+
+    LTX-2's takes all whole: a last tile of one cell, which its tiles can have, is too small for its mirrored edges.
+    """
+    if type(vae).__name__ in LTX:
+        return 0
     if type(vae).__name__ == trust.VIDEO_CLASS:
         return pixel_memory.FRAME_TILE if height * width > pixel_memory.FRAME_WHOLE else 0
     return TILE if max(height, width) > TILED else 0

@@ -34,6 +34,7 @@ ENCODE, DECODE = 5e6, 9e6
 """FLOPs per pixel of an autoencoder at full width. Counted by torch on the published configs: AutoencoderKL 4.2 and 9.5
 million, DC-AE f32 and f64 4.9 and 8.0 million, and of each frame AutoencoderKLWan 5.0 and 8.5 million."""
 ENCODE_VIDEO, DECODE_VIDEO = 31e6, 34e6  # the same of each frame, of DC-AE-V
+ENCODE_LTX, DECODE_LTX = 2.9e6, 1.3e6  # the same of LTX-2's, which begins with blocks of 4 x 4 px
 TINY_AUTOENCODER = 20_000_000  # parameters; one below has about this share of the FLOPs:
 TINY_SHARE = 0.02
 SMOOTHINGS = 21  # candidates of svdquant.smooth
@@ -380,4 +381,6 @@ def _new_flops(recipe: Recipe, sizes: Shapes) -> tuple[float, float]:
     entry = catalog.find_autoencoder(recipe.ae)
     share = TINY_SHARE if entry is not None and entry.parameters < TINY_AUTOENCODER else 1.0
     encode, decode = (ENCODE, DECODE) if sizes.family.axes == 2 else (ENCODE_VIDEO, DECODE_VIDEO)
+    if sizes.new.time.alone:  # which LTX-2's has and DC-AE-V has not
+        encode, decode = ENCODE_LTX, DECODE_LTX
     return share * encode, share * decode

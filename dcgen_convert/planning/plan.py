@@ -32,7 +32,6 @@ from dcgen_convert.recipe.loading import Resolved
 from dcgen_convert.recipe.pictures import Data
 from dcgen_convert.recipe.schema import Phase, Recipe
 from dcgen_convert.recipe.settings import leaves
-from dcgen_convert.recipe.videos import frames_of
 
 __all__ = [
     "Fit", "fit_phase", "head_phase", "plan", "render", "require_disk", "require_fits", "require_possible",
@@ -63,8 +62,8 @@ def plan(
     fits = _fits(recipe, sizes, gpus, gpu_bytes)
     quantization, _ = quantised_linears(recipe.quantize, sizes)
     space = costs.disk(recipe, sizes)
-    problems = [*absent(recipe, frames_of(recipe, sizes.family), source.fps), *_impossible(recipe, sizes)]
-    problems += _too_large(fits)
+    frames = geometry.training_frames(recipe, source)
+    problems = [*absent(recipe, frames, source.fps), *_impossible(recipe, sizes), *_too_large(fits)]
     problems += [*_too_heavy(recipe, sizes, fits, gpu_bytes), *_too_full(space["peak"], disk_bytes)]
     fetch = costs.downloads(recipe, sizes)
     doubt = sizes.family.doubt(source.name, source.scheduler or {})
@@ -228,7 +227,7 @@ def _tokens(resolved: Resolved, sizes: Shapes) -> list[dict]:
         before, after = sizes.drawn(sizes.old, side), sizes.drawn(sizes.new, side)
         row: dict[str, Any] = {"resolution": side, "before": before, "after": after, "ratio": before / after}
         if sizes.family.axes == 3:
-            row |= {"frames": sizes.frames, "latent_frames": sizes.times}
+            row |= {"frames": sizes.frames, "latent_frames": sizes.times(sizes.new)}
         rows.append(row)
         if recipe.data.buckets:
             found = geometry.bucket_sizes(sizes.family, sizes.source.config, sizes.old, sizes.new, side)

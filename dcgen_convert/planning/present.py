@@ -7,10 +7,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dcgen_convert.families import Family
+from dcgen_convert.recipe import geometry
 from dcgen_convert.recipe.drawable import draws_edits
 from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.schema import Data, Recipe
-from dcgen_convert.recipe.videos import frames_of
 
 if TYPE_CHECKING:
     from dcgen_convert.data.sieve import Sieve
@@ -38,7 +38,7 @@ def counted(recipe: Recipe, source: Identity) -> tuple[Recipe, list[str]]:
     Raises:
         InputError: a source of pictures is damaged.
     """
-    told, frames = [], frames_of(recipe, source.family)
+    told, frames = [], geometry.training_frames(recipe, source)
     noun = "videos" if frames else "pictures"
     for number in recipe.sets:
         data, key = recipe.data_of(number), f"{recipe.data_key(number)}.count"

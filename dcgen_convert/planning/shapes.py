@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from dcgen_convert.data.buckets import Size
 from dcgen_convert.families import Family
-from dcgen_convert.families.base import TIME
 from dcgen_convert.families.grid import Grid
 from dcgen_convert.planning.arithmetic import Trainable, matching, trainable
 from dcgen_convert.planning.layers import Layer, Structure
@@ -60,18 +59,18 @@ class Shapes:
         only.
         """
         each = 1 + self.references
-        new = each * self.times * sum(self.new.c * (side // self.new.f) ** 2 for side in sides)
-        return new + aligned * each * self.times * self.old.c * (self.alignment.side // self.old.f) ** 2
+        new = each * self.times(self.new) * sum(self.new.c * (side // self.new.f) ** 2 for side in sides)
+        old = self.times(self.old) * self.old.c * (self.alignment.side // self.old.f) ** 2
+        return new + aligned * each * old
 
-    @property
-    def times(self) -> int:
-        """Latent frames of a video; 1 for a picture."""
-        return -(-self.frames // TIME)
+    def times(self, grid: Grid) -> int:
+        """Latent frames of a video on ``grid``; 1 for a picture. The base sees the frames that pipelines draw."""
+        return grid.time.latents(self.new.time.shown(self.frames))
 
     @property
     def drawn_frames(self) -> int:
         """Frames that the base draws of a training video; 1 of a picture."""
-        return drawn_frames(self.frames) if self.family.axes == 3 else 1
+        return drawn_frames(self.frames, self.old.time) if self.family.axes == 3 else 1
 
     def usual_size(self, data: Data, px: int) -> Size:
         """(height, width) in px of what is drawn at ``px`` for pictures of ``data``."""
@@ -106,7 +105,7 @@ class Shapes:
         Args:
             frames: that a pipeline draws; None: those of a training video.
         """
-        times = self.times if frames is None else (frames - 1) // TIME + 1
+        times = self.times(grid) if frames is None else grid.time.latents(frames)
         return times * grid.tokens(height, width)
 
     def seen(self, grid: Grid, height: int, width: int | None = None, frames: int | None = None) -> int:
@@ -129,5 +128,5 @@ def shapes_of(recipe: Recipe, source: Identity) -> Shapes:
     base = structure(config)
     converted = structure(family.convert_config(config, new.f, new.c, recipe.adapt.phases[-1].resolution))
     text = family.condition_length(recipe.latents.text_length or family.text_length) if base.text_width else 0
-    frames = max(1, frames_of(recipe, family))
+    frames = max(1, frames_of(recipe, family, new.time))
     return Shapes(source, base, converted, new, text, aligned, most_references(recipe, family), frames)

@@ -7,7 +7,7 @@ the host holds what is being loaded. Without one the host holds everything. The 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,16 @@ from typing import Any
 from dcgen_convert.core.names import of_set
 from dcgen_convert.data.buckets import Size
 from dcgen_convert.families import catalog, components, deep_autoencoders, pixel_memory
-from dcgen_convert.families.pixel_memory import DECODE, ENCODE, Bytes, together
+from dcgen_convert.families.pixel_memory import DECODE, ENCODE, together
 from dcgen_convert.planning.fit import Fit
 from dcgen_convert.planning.memory import CONTEXT, FRAGMENTATION, GIB
 from dcgen_convert.planning.shapes import Shapes
 from dcgen_convert.planning.start import group_bytes
+from dcgen_convert.recipe import geometry
 from dcgen_convert.recipe.drawable import own_side
 from dcgen_convert.recipe.schema import Recipe
 
+Config = Mapping[str, Any]
 PROCESS = 0.7 * GIB  # a Python process that has imported torch, diffusers and DeepSpeed; measured
 LIVE = 12  # numbers per token and width that a block keeps alive in a pass without gradients: assumed
 FP32 = 4
@@ -85,12 +87,12 @@ def needs(recipe: Recipe, sizes: Shapes, fits: list[Fit]) -> Iterator[Need]:
     sides = [phase.resolution for phase in recipe.adapt.phases]
     entry = catalog.find_autoencoder(recipe.ae)
     codecs = FP32 * float((entry.parameters if entry else 0) + min(sizes.companions, 320_000_000))
-    ours, theirs = autoencoder_bytes(recipe, sizes)
+    ours, theirs = autoencoders_of(recipe, sizes)
 
     def drawing(
         stage: str,
         network: float,
-        codec: Bytes,
+        codec: Config,
         tokens: int,
         size: Size,
         batch: int,
@@ -101,7 +103,7 @@ def needs(recipe: Recipe, sizes: Shapes, fits: list[Fit]) -> Iterator[Need]:
         batch = together(batch, pixels, pixel_memory.DRAWN)
         kept = DRAWN * float(pixels) * batch
         passes = LIVE * e * sizes.converted.width * (tokens + sizes.text) * sizes.passes(guidance)
-        decode = work(codec["fp32" if e == FP32 else "bf16"], DECODE, size, batch, frames, codec is ours)
+        decode = work(codec, DECODE, size, batch, frames, "fp32" if e == FP32 else "bf16")
         each = max(passes, decode / batch)
         networks = network + companions
         return Need(stage, networks, each, batch, loaded=networks, pixels=kept)
@@ -118,8 +120,8 @@ def needs(recipe: Recipe, sizes: Shapes, fits: list[Fit]) -> Iterator[Need]:
             yield drawing(stage, base, theirs, tokens, size, min(own.batch, own.count), own.guidance, frames)
         side = max(recipe.sides(number))
         batch = together(min(recipe.latents.batch, own.count), sizes.frames * side**2)
-        both = [work(ours["fp32"], way, (side, side), batch, sizes.frames, deep=True) for way in (ENCODE, DECODE)] + [
-            work(theirs["fp32"], way, (seen, seen), recipe.latents.batch, sizes.frames) for way in (ENCODE, DECODE)
+        both = [work(ours, way, (side, side), batch, sizes.frames) for way in (ENCODE, DECODE)] + [
+            work(theirs, way, (seen, seen), recipe.latents.batch, sizes.frames) for way in (ENCODE, DECODE)
         ]
         read = PIXELS * float(sizes.frames * side**2) * batch
         weights = max(codecs if e == FP32 else 1.5 * codecs, companions)  # in both precisions, until one is chosen
@@ -145,21 +147,21 @@ def needs(recipe: Recipe, sizes: Shapes, fits: list[Fit]) -> Iterator[Need]:
     side = own_side(sizes.source, sizes.new, last.resolution)
     tokens = max(tokens, sizes.seen(sizes.old, *(size if side == last.resolution else (side, side))))
     verified = drawing("verify", max(base, converted), ours, tokens, size, min(data.batch, count or 1), 2.0)
-    trip = Need(
-        "verify", codecs, max(work(ours["fp32"], way, size, 1, sizes.frames, deep=True) for way in (ENCODE, DECODE))
-    )
+    trip = Need("verify", codecs, max(work(ours, way, size, 1, sizes.frames) for way in (ENCODE, DECODE)))
     if trip.gpu(1) > verified.gpu():
         verified = replace(verified, weights=trip.weights, each=trip.each, at_once=1)
     yield replace(verified, loaded=verified.loaded + PROCESS)  # a second process draws a picture
 
 
-def autoencoder_bytes(recipe: Recipe, sizes: Shapes) -> tuple[Bytes, Bytes]:
-    """What the new autoencoder and the base's need per px; of one whose config is not at hand, the most of its kind."""
+def autoencoders_of(recipe: Recipe, sizes: Shapes) -> tuple[Config, Config]:
+    """Configs of the new autoencoder and of the base's; of one that is not at hand, of the largest of its kind."""
     reader, entry, source = sizes.source.reader, catalog.find_autoencoder(recipe.ae), sizes.source
     if entry is not None and (entry.given or deep_autoencoders.kind_of(entry) is not None):
-        ours: dict[str, Any] = deep_autoencoders.config_of(entry)
+        ours: Config = deep_autoencoders.config_of(entry)
+    elif entry is not None:
+        ours = reader.optional(Path(entry.where) / "config.json") or {}
     else:
-        ours = reader.optional(Path(entry.where if entry else recipe.ae) / "config.json") or {}
+        ours = geometry.config_of(recipe.ae, source.offline, reader)
     folder = source.entry.folder if source.entry else None
     theirs = source.vae or (reader.optional(folder / "vae" / "config.json") if folder else None)
     if theirs is None and source.entry and sizes.family.axes == 3:
@@ -168,18 +170,12 @@ def autoencoder_bytes(recipe: Recipe, sizes: Shapes) -> tuple[Bytes, Bytes]:
     if theirs is None and sizes.old.f >= DEEP_FACTOR and sizes.family.model_class not in OWN:
         theirs = {}
     theirs = theirs if theirs is not None else {"_class_name": OWN.get(sizes.family.model_class, "AutoencoderKL")}
-    return pixel_memory.bytes_per_pixel(ours), pixel_memory.bytes_per_pixel(theirs)
+    return ours, theirs
 
 
-def work(each: tuple[int, int], way: int, size: Size, count: int, frames: int = 1, deep: bool = False) -> float:
-    """Bytes that an autoencoder works with for ``count`` pictures of ``size`` px; it takes large ones one by one.
-
-    deep: it is the new one, which takes large videos in tiles.
-    """
-    if deep and frames > 1:
-        picture = float(pixel_memory.video_bytes(each[way], way, *size, frames))
-    else:
-        picture = float(pixel_memory.picture_bytes(each[way], way, *size))
+def work(codec: Config, way: int, size: Size, count: int, frames: int = 1, dtype: str = "fp32") -> float:
+    """Bytes that an autoencoder works with for ``count`` pictures of ``size`` px; it takes large ones one by one."""
+    picture = float(pixel_memory.peak_bytes(codec, dtype, way, *size, frames))
     return picture * together(count, frames * math.prod(size))
 
 

@@ -62,8 +62,14 @@ def alignment(recipe: Recipe, source: Identity, new: Grid) -> Alignment:
         RecipeError: the recipe asks for home, and the base has no home size. AccessError: the source cannot be read.
     """
     section, px = recipe.align_embedder, recipe.adapt.phases[0].resolution
+    if section.pooling == "bilinear" and new.time.frames != source.grid.time.frames:
+        raise RecipeError(
+            "align_embedder.pooling is bilinear, which spreads the new tokens over those of the base, and "
+            f"{recipe.ae} has fewer latent frames: the first two would run into one another",
+            "leave out align_embedder.pooling",
+        )
     home = px * source.grid.token_px // new.token_px
-    problem = _no_home(source, px, home)
+    problem = _no_home(source, new, px, home)
     if section.target == "home" and problem:
         raise RecipeError(f"align_embedder.target is home, but {problem}", "--set align_embedder.target=pooled")
     if section.target is not None:
@@ -77,11 +83,16 @@ def alignment(recipe: Recipe, source: Identity, new: Grid) -> Alignment:
     return Alignment("home" if chosen else "pooled", px, home if chosen else px, reason)
 
 
-def _no_home(source: Identity, px: int, home: int) -> str:
+def _no_home(source: Identity, new: Grid, px: int, home: int) -> str:
     """Why the base cannot be asked for its embeddings of pictures of ``home`` px; empty: it can."""
     family, config, base = source.family, source.config, source.grid
     only, table = family.only_side(config, base.f), family.table_side(config)
     most = source.most_pixels
+    if new.time.frames != base.time.frames:
+        return (
+            f"a latent frame of the new autoencoder has {new.time.frames} frames and one of the base's "
+            f"{base.time.frames}: no size gives both the same tokens"
+        )
     if home == px:
         return "both grids have the same tokens already"
     if home > px:

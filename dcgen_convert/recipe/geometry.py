@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dcgen_convert.checkpoint import trust
 from dcgen_convert.core.errors import AccessError, RecipeError
 from dcgen_convert.data import buckets
 from dcgen_convert.families import Family, authors, catalog
-from dcgen_convert.families.grid import Grid, autoencoder_grid
+from dcgen_convert.families.grid import LTX, Grid, Time, autoencoder_grid, autoencoder_time
 from dcgen_convert.networks import autoencoder_files
 from dcgen_convert.recipe import sources
 from dcgen_convert.recipe.alignment import alignment
@@ -23,26 +24,38 @@ from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.pictures import Data
 from dcgen_convert.recipe.reader import Reader
 from dcgen_convert.recipe.schema import Recipe
-from dcgen_convert.recipe.videos import require_frames
+from dcgen_convert.recipe.videos import frames_of, require_frames
 
 
 def new_grid(ae: str, offline: bool = True, channels: int | None = None, reader: Reader | None = None) -> Grid:
     """The latent space of the deep-compression autoencoder, or of its first ``channels``; patch 1."""
-    reader = reader or Reader()
-    entry, path = catalog.find_autoencoder(ae), Path(ae).expanduser()
-    if entry is not None:
-        f, c = entry.factor, entry.channels
-    elif autoencoder_files.is_file(ae):
-        f, c = autoencoder_grid(autoencoder_files.file_and_config(ae)[1])
-    elif path.exists():
-        f, c = autoencoder_grid(reader.first(path / "config.json", path / "vae" / "config.json"))
+    if (entry := catalog.find_autoencoder(ae)) is not None:
+        f, c, time = entry.factor, entry.channels, Time(entry.frames)
     else:
-        f, c = autoencoder_grid(reader.hub(ae, "config.json", offline))
+        config = config_of(ae, offline, reader or Reader())
+        (f, c), time = autoencoder_grid(config), autoencoder_time(config)
     if channels and channels > c:
         raise RecipeError(
             f"ae_channels is {channels}, but {ae} has {c} channels", f"use --ae-channels {c} or less, or leave it out"
         )
-    return Grid(f, channels or c, 1)
+    return Grid(f, channels or c, 1, time)
+
+
+def config_of(ae: str, offline: bool, reader: Reader) -> dict[str, Any]:
+    """Of an autoencoder that is not in the catalogue."""
+    path = Path(ae).expanduser()
+    if autoencoder_files.is_file(ae):
+        return autoencoder_files.file_and_config(ae)[1]
+    if path.exists():
+        return reader.first(path / "config.json", path / "vae" / "config.json")
+    return reader.hub(ae, "config.json", offline)
+
+
+def training_frames(recipe: Recipe, source: Identity) -> int:
+    """Frames of a training video, as `frames_of` gives them; of pictures 0, and the autoencoder is not asked."""
+    if source.family.axes == 2:
+        return 0
+    return frames_of(recipe, source.family, new_grid(recipe.ae, source.offline, reader=source.reader).time)
 
 
 def bucket_sizes(family: Family, config: dict, base: Grid, new: Grid, resolution: int) -> list[tuple[int, int]]:
@@ -106,7 +119,9 @@ def check(recipe: Recipe, source: Identity) -> None:
     _require_axes(recipe, family)
     _require_judge(recipe, family)
     _require_flow_for_bell(recipe, family)
-    require_frames(recipe, family)
+    require_frames(recipe, family, new.time)
+    _require_time(recipe, family, old, new)
+    _require_own_scale(recipe, source)
     authors.refuse(source.pipeline.index, source.pipeline.name, family)
     drawn = {f"{recipe.data_key(number)}.resolution": recipe.data_of(number) for number in recipe.sets}
     sides = {key: data.resolution for key, data in drawn.items()}
@@ -164,6 +179,35 @@ def _require_judge(recipe: Recipe, family: Family) -> None:
         raise RecipeError(
             f"evaluate.metrics is tiny-world, which judges pictures, and {recipe.source} draws videos",
             "--set evaluate.metrics=[motion-accuracy]",
+        )
+
+
+def _require_time(recipe: Recipe, family: Family, old: Grid, new: Grid) -> None:
+    """RecipeError for an autoencoder whose tokens do not meet the base's in time, or that the family cannot follow."""
+    if family.axes == 2:
+        return
+    if not new.time.meets(old.time):
+        raise RecipeError(
+            f"of {recipe.ae} {new.time.told}, and of the autoencoder of {recipe.source} {old.time.told}: their tokens "
+            "do not meet in time",
+            "use another --ae",
+        )
+    if new.time.frames != family.time.frames and family.mask_of_frames:
+        raise RecipeError(
+            f"a {family.name} model reads a mask with a number for each of the {family.time.frames} frames of a latent "
+            f"frame, and {recipe.ae} makes one of {new.time.frames}",
+            f"use an --ae of {family.time.frames} frames: FILE.pt:dc-ae-v-f32t4c32:SHA256",
+        )
+
+
+def _require_own_scale(recipe: Recipe, source: Identity) -> None:
+    """RecipeError for a scaling factor where the autoencoder holds statistics of each channel."""
+    if not recipe.latents.scale_override or catalog.find_autoencoder(recipe.ae) is not None:
+        return
+    if config_of(recipe.ae, True, source.reader).get("_class_name") in LTX:
+        raise RecipeError(
+            f"latents.scale_override is set, and {recipe.ae} holds mean and standard deviation of each channel",
+            "leave out latents.scale_override; --set latents.scale_tolerance=N allows another size of the latents",
         )
 
 

@@ -17,7 +17,7 @@ from dcgen_convert.core.names import MANIFEST
 from dcgen_convert.families import Family, bases, catalog, components, legacy
 from dcgen_convert.families.bases import Base
 from dcgen_convert.families.catalog import SourceEntry
-from dcgen_convert.families.grid import MOST, Grid, autoencoder_grid
+from dcgen_convert.families.grid import MOST, Grid, autoencoder_grid, autoencoder_time
 from dcgen_convert.recipe.reader import Reader
 
 
@@ -138,11 +138,10 @@ class Identity:
             InputError: the config is damaged, or nothing tells the autoencoder. AccessError: as for `config`.
         """
         if self.entry:
-            return Grid(self.entry.vae_factor, self.entry.vae_channels, self.entry.patch)
-        family = self.family
-        f, c = self._latents()
+            return Grid(self.entry.vae_factor, self.entry.vae_channels, self.entry.patch, self.family.time)
+        family, cells = self.family, self._latents()
         try:
-            p = family.patch(self.config, c)
+            p = family.patch(self.config, cells.c)
         except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             raise InputError(
                 f"{self.name}: the transformer's config is damaged: {type(error).__name__}: {error}", "fetch it again"
@@ -152,12 +151,12 @@ class Identity:
                 f"{self.name}: the transformer's config and its autoencoder's give a patch of {p} cells",
                 "do they belong together?",
             )
-        return Grid(f, c, p)
+        return replace(cells, p=p)
 
-    def _latents(self) -> tuple[int, int]:
-        """(f, c): of the autoencoder beside the transformer, else of the base, else of the published base."""
+    def _latents(self) -> Grid:
+        """Single cells: of the autoencoder beside the transformer, else of the base, else of the published base."""
         if self.vae is not None:
-            return autoencoder_grid(self.vae)
+            return _cells(self.vae)
         if self.base is not None:
             return self.pipeline.own_latents()
         if self.path is None:
@@ -166,15 +165,15 @@ class Identity:
             raise InputError(
                 f"{self.name} has no autoencoder beside it", "name the pipeline that it belongs to: --base FOLDER|REPO"
             )
-        return self.published.factor, self.published.channels
+        return Grid(self.published.factor, self.published.channels, 1, self.family.time)
 
-    def own_latents(self) -> tuple[int, int]:
-        """(f, c) of a pipeline's own autoencoder."""
+    def own_latents(self) -> Grid:
+        """Single cells of a pipeline's own autoencoder."""
         if self.entry:
-            return self.entry.vae_factor, self.entry.vae_channels
+            return Grid(self.entry.vae_factor, self.entry.vae_channels, 1, self.family.time)
         if self.path is not None and self.path.is_dir():
-            return autoencoder_grid(self.reader.first(self.path / "vae" / "config.json"))
-        return autoencoder_grid(self.reader.hub(self.name, "vae/config.json", self.offline))
+            return _cells(self.reader.first(self.path / "vae" / "config.json"))
+        return _cells(self.reader.hub(self.name, "vae/config.json", self.offline))
 
     @property
     def published(self) -> Base | None:
@@ -237,3 +236,8 @@ class Identity:
 
     def _beside(self, *parts: str) -> dict[str, Any] | None:
         return None if self.path is None else self.reader.optional(self.path.joinpath(*parts))
+
+
+def _cells(config: dict[str, Any]) -> Grid:
+    """Of the autoencoder with this config."""
+    return Grid(*autoencoder_grid(config), 1, autoencoder_time(config))

@@ -56,8 +56,8 @@ class Data(Section):
     )
     frames: Count | None = Field(
         default=None,
-        description="frames of a training video, a multiple of 4; null: the family's (80 for Wan). For models that "
-        "draw videos only",
+        description="frames of a training video: a multiple of 4 for DC-AE-V, one more than a multiple of 8 for "
+        "LTX-2's autoencoder; null: 80 and 81 for Wan. For models that draw videos only",
     )
     max_broken: Fraction = Field(
         default=0.01, description="fraction of unreadable pictures tolerated; 0 tolerates none"

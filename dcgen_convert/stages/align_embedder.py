@@ -26,6 +26,7 @@ from dcgen_convert.core.journal import Stage
 from dcgen_convert.data import buckets
 from dcgen_convert.data.cache import LatentCache
 from dcgen_convert.families.base import Network
+from dcgen_convert.families.tensors import pooled
 from dcgen_convert.networks import models
 from dcgen_convert.stages.job import Job
 from dcgen_convert.svdquant import skeleton
@@ -156,7 +157,7 @@ def resize(tokens: Tensor, grid: tuple[int, ...], to: tuple[int, ...], mode: str
     """(B, N, K) on ``grid`` -> (B, N', K) on ``to``; mode "area" | "bilinear", which of videos is trilinear."""
     maps = tokens.unflatten(1, grid).movedim(-1, 1)
     if mode == "area":
-        resized = F.interpolate(maps, size=to, mode=mode)
+        resized = pooled(maps, to)
     else:
         resized = F.interpolate(maps, size=to, mode=mode if len(to) == 2 else "trilinear", align_corners=False)
     return resized.movedim(1, -1).flatten(1, -2)

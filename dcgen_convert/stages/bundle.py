@@ -66,10 +66,11 @@ def describe(job: Job) -> dict[str, Any]:
             "factor": job.ae.factor,
             "channels": job.ae.channels,
             "scaling_factor": job.recipe.latents.scale_override or config["scaling_factor"],
+            **({"frames": job.ae.time.frames, "code": layout.video_code(config).CLASS_NAME} if job.frames else {}),
         },
         defaults={
             **dict(zip(("height", "width"), job.size, strict=True)),
-            **({"frames": job.family.base_frames(job.frames), "fps": job.fps} if job.frames else {}),
+            **({"frames": job.shown_frames, "fps": job.fps} if job.frames else {}),
             "steps": job.recipe.bundle.steps,
             "guidance": job.recipe.bundle.guidance,
             "text_length": job.text_length,

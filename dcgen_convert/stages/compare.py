@@ -67,7 +67,7 @@ def run(job: Job, stage: Stage, bundle: Path) -> PictureGrid:
         same = job.size if own == job.resolution else (own, own)
         given = edited.of_prompts(edited.judging(job), count, job.recipe.seed + SEED, Path(work, edited.FOLDER))
         first = [own[0] for own in given]  # shown and compared with, whatever else the model is given
-        frames = job.family.base_frames(job.frames) if job.frames else 0
+        frames = job.shown_frames
         sheet = Comparison(job.family, texts, seeds, *sizes, job.console, Path(work), given, frames, job.fps)
         source = partial(source_pipeline.load, job.source, job.dtype)
         drawn: dict[str, Column] = {}

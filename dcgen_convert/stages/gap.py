@@ -20,7 +20,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -30,6 +29,7 @@ from dcgen_convert.data import buckets
 from dcgen_convert.data.cache import LatentCache
 from dcgen_convert.families import Family
 from dcgen_convert.families.base import Network
+from dcgen_convert.families.tensors import pooled
 from dcgen_convert.networks import models, pipelines
 from dcgen_convert.stages.job import Job
 from dcgen_convert.train import objective
@@ -86,7 +86,7 @@ def squares(old: Tensor, new: Tensor) -> Tensor:
     """(2,) float64: squared distance of the maps (B, D, rows, cols), ``old`` pooled onto the grid of ``new``, and
     squared norm. Float32 arithmetic. Maps of videos are (B, D, frames, rows, cols).
     """
-    goal = F.interpolate(old.float(), size=tuple(new.shape[2:]), mode="area")
+    goal = pooled(old.float(), new.shape[2:])
     return torch.stack([part.double().square().sum() for part in (new.float() - goal, goal)])
 
 

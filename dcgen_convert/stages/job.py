@@ -22,8 +22,8 @@ from dcgen_convert.core.journal import MARKER, Run
 from dcgen_convert.data.buckets import Size, nearest
 from dcgen_convert.data.images import NOUNS
 from dcgen_convert.families import Family, catalog, legacy
-from dcgen_convert.families.base import TIME, Pipeline, reference_keys
-from dcgen_convert.families.grid import Grid, autoencoder_grid
+from dcgen_convert.families.base import Pipeline, reference_keys
+from dcgen_convert.families.grid import LTX, STILL, Grid, Time, autoencoder_grid, autoencoder_time
 from dcgen_convert.networks import autoencoder_files, parts
 from dcgen_convert.networks.pipelines import stock_pipeline
 from dcgen_convert.ranks.crew import SOLO, Crew
@@ -34,7 +34,7 @@ from dcgen_convert.recipe.geometry import bucket_sizes, usual_size
 from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.loading import Resolved
 from dcgen_convert.recipe.schema import Recipe
-from dcgen_convert.recipe.videos import frames_of
+from dcgen_convert.recipe.videos import drawn_frames, frames_of
 from dcgen_convert.stages.folders import ALIGN_HEAD, Folders, adapt_stage, latents_stage
 from dcgen_convert.svdquant import targets
 
@@ -48,24 +48,25 @@ if TYPE_CHECKING:
     from dcgen_convert.stages.conditions import Conditions
 
 T = TypeVar("T")
-DEEP = {2: "AutoencoderDC", 3: trust.VIDEO_CLASS}
+DEEP = {2: ("AutoencoderDC",), 3: (trust.VIDEO_CLASS, *LTX)}
 AE_PATTERNS = ["config.json", "*.safetensors", "*.safetensors.index.json", "README.md", "LICENSE*"]
 
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """The deep-compression autoencoder to move to: its folder and geometry (f, C)."""
+    """The deep-compression autoencoder to move to: its folder and geometry (f, C, and `Time` of one for videos)."""
 
     name: str
     folder: Path
     revision: str | None
     factor: int
     channels: int
+    time: Time = STILL
 
     @property
     def grid(self) -> Grid:
         """Its latent space, with the patch of a converted model."""
-        return Grid(self.factor, self.channels, 1)
+        return Grid(self.factor, self.channels, 1, self.time)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -145,7 +146,17 @@ class Job:
     @property
     def frames(self) -> int:
         """Frames of a training video, as the new autoencoder takes it; 0 for a family that draws pictures."""
-        return frames_of(self.recipe, self.family)
+        return frames_of(self.recipe, self.family, self.ae.time)
+
+    @property
+    def shown_frames(self) -> int:
+        """Of these the first ones that pipelines draw, and that the base's autoencoder is given; 0 of pictures."""
+        return self.ae.time.shown(self.frames) if self.frames else 0
+
+    @property
+    def drawn_frames(self) -> int:
+        """Frames that the base draws of a training video; 1 of a picture."""
+        return drawn_frames(self.frames, autoencoder_time(read_json(self.source.vae / "config.json")))
 
     @property
     def fps(self) -> float:
@@ -169,7 +180,7 @@ class Job:
     @property
     def tokens(self) -> tuple[int, ...]:
         """Tokens of a picture, or of a video, at every resolution of the phases."""
-        times = max(1, self.frames // TIME)
+        times = self.ae.time.latents(max(1, self.frames))
         return tuple(sorted({times * (phase.resolution // self.ae.factor) ** 2 for phase in self.recipe.adapt.phases}))
 
     @property
@@ -466,14 +477,14 @@ def find_autoencoder(
         folder, revision = resolve_folder(entry.where if entry else name, offline=offline, patterns=AE_PATTERNS)
     config = autoencoders.describe(folder)
     stated = read_json(folder / "config.json")["_class_name"]
-    if stated != (wanted := DEEP[axes]):
+    if stated not in (wanted := DEEP[axes]):
         known = [alias for alias, one in catalog.AUTOENCODERS.items() if (one.frames > 1) == (axes == 3)]
         raise InputError(
-            f"{name} is a {stated}, a conversion needs an {wanted} to draw {NOUNS[axes]}",
+            f"{name} is a {stated}, a conversion needs an {' or an '.join(wanted[:2])} to draw {NOUNS[axes]}",
             f"known: {', '.join(known)}",
         )
     read_weights(folder)
     if channels and channels != config["latent_channels"]:
         folder = autoencoder_files.prefix_of_folder(folder, channels, work)
     factor, found = autoencoder_grid(config)
-    return Autoencoder(name, folder, revision, factor, channels or found)
+    return Autoencoder(name, folder, revision, factor, channels or found, autoencoder_time(config))

@@ -50,7 +50,7 @@ def evaluation(
             width) in px of "converted" and "base". edited: the first reference of each prompt, for a model that edits.
     """
     size, given = min(sizes.values()), _references(job)
-    frames = job.family.base_frames(job.frames) if job.frames else 0
+    frames = job.shown_frames
     found = _settled(job, texts)
     figures = {
         name: rows.measured(_batches(pictures, texts, size, frames, given is not None, edited), found)

@@ -34,7 +34,6 @@ from dcgen_convert.data.images import Picture
 from dcgen_convert.data.tally import Tally
 from dcgen_convert.evaluation.grids import cell, grid
 from dcgen_convert.families import pixel_memory
-from dcgen_convert.families.base import TIME
 from dcgen_convert.networks import autoencoder_files, autoencoders, pipelines
 from dcgen_convert.networks.at_once import AtOnce, release
 from dcgen_convert.networks.autoencoders import Codec
@@ -172,7 +171,7 @@ def _seen(job: Job, tensor: str, file: Path, sizes: list[contents.Size]) -> list
         return contents.read(file, sizes, job.fps)
     stills = contents.read(file, [(1, *size[1:]) for size in sizes])
     return [
-        job.family.reference_video(still[None, :, 0], size[0], first=(size[0] - 1) % TIME + 1)[0]
+        job.family.reference_video(still[None, :, 0], size[0], first=(size[0] - 1) % job.ae.time.frames + 1)[0]
         for still, size in zip(stills, sizes, strict=True)
     ]
 
@@ -186,7 +185,7 @@ def sizes_of(job: Job, span: Span) -> dict[str, contents.Size]:
     if job.is_aligned and span.table.partition("-")[0] == str(job.alignment.resolution):
         sizes["base"] = job.alignment.size(span.height, span.width)
     if job.frames:
-        frames = {"target": job.frames, "base": job.family.base_frames(job.frames)}
+        frames = {"target": job.frames, "base": job.shown_frames}
         sizes = {name: (frames[name], *size) for name, size in sizes.items()}
     return sizes
 
@@ -252,7 +251,7 @@ def check_early(job: Job, pictures: list[Picture], codec: Codec, spans: list[Spa
     if begun or spans[-1].stop <= 2 * EARLY:
         return
     rms = powers(job, pictures, codec, spans, EARLY).mean().sqrt().item()
-    require_scale(job, float(codec.scale), float(codec.scale) / rms, f" on the first {EARLY} pictures")
+    require_scale(job, codec, codec.scaling / rms, f" on the first {EARLY} pictures")
 
 
 def load_codecs(job: Job) -> dict[str, Codec]:
@@ -416,7 +415,7 @@ def check_scale(job: Job, stage: Stage, codec: Codec, resolution: int) -> None:
         total, square, count = total + z.sum(1), square + z.square().sum(1), count + z.shape[1]
     mean, power = total / count, square / count
     rms = power.mean().sqrt().item()
-    scale = float(codec.scale)
+    scale = codec.scaling
     measured = scale / rms
     write_json(
         stage.folder / f"statistics-{resolution}.json",
@@ -431,13 +430,20 @@ def check_scale(job: Job, stage: Stage, codec: Codec, resolution: int) -> None:
     )
     stage.metrics[f"latent_rms_{resolution}"] = round(rms, 4)
     say(job, f"{resolution} px, scaling factor {scale:.4g} in the config, {measured:.4g} measured (1/RMS)")
-    require_scale(job, scale, measured)
+    require_scale(job, codec, measured)
 
 
-def require_scale(job: Job, scale: float, measured: float, where: str = "") -> None:
+def require_scale(job: Job, codec: Codec, measured: float, where: str = "") -> None:
     """InputError when the measured factor disagrees with the scaling factor, and the recipe states none."""
-    tolerance = job.recipe.latents.scale_tolerance
+    scale, tolerance = codec.scaling, job.recipe.latents.scale_tolerance
     if abs(measured / scale - 1) > tolerance and job.recipe.latents.scale_override is None:
+        if isinstance(codec.scale, Tensor):
+            raise InputError(
+                f"the RMS of the latents is {1 / measured:.4g}{where}. By the mean and the standard deviation that the "
+                f"autoencoder holds of each channel it would be 1, and {tolerance:.0%} are tolerated",
+                f"are these its weights? --set latents.scale_tolerance={math.ceil(20 * abs(measured - 1)) / 20:g} "
+                "accepts latents of this size",
+            )
         raise InputError(
             f"the autoencoder's scaling factor {scale:.4g} disagrees with the measured {measured:.4g} (1/RMS)"
             f"{where} beyond {tolerance:.0%}",

@@ -21,7 +21,6 @@ from dcgen_convert.data.images import NOUNS, Picture
 from dcgen_convert.families import pixel_memory
 from dcgen_convert.networks import models, pipelines, text_lengths
 from dcgen_convert.networks.at_once import AtOnce
-from dcgen_convert.recipe.videos import drawn_frames
 from dcgen_convert.stages import captions, edited, source_pipeline
 from dcgen_convert.stages.job import Job
 
@@ -191,7 +190,7 @@ def draw_part(job: Job, bar: Bar) -> None:
     was cut off draws the very same pictures. Where memory is short, a batch is halved.
     """
     settings = job.recipe.data
-    frames, (height, width) = drawn_frames(job.frames), job.drawn_size
+    frames, (height, width) = job.drawn_frames, job.drawn_size
     batch = pixel_memory.together(settings.batch, frames * height * width, pixel_memory.DRAWN)
     own = intended(job)[job.crew.rank :: job.crew.world]
     batches = [own[start : start + batch] for start in range(0, len(own), batch)]

@@ -11,7 +11,7 @@ from dcgen_convert.bundle.autoencoder_dc_adapter import AutoencoderDCAdapter
 from dcgen_convert.bundle.layout import has_adapter
 from dcgen_convert.core.files import read_json
 from dcgen_convert.families.base import Network
-from dcgen_convert.networks.autoencoder_dc_video import AutoencoderDCVideo
+from dcgen_convert.networks.folder import bundled
 from dcgen_convert.networks.pipelines import quiet_diffusers
 from dcgen_convert.stages import source_pipeline
 from dcgen_convert.stages.job import Job
@@ -32,7 +32,8 @@ def converted_pipeline(job: Job, transformer: Network) -> Any:
                 **options,
             )
         elif job.family.axes == 3:
-            vae = AutoencoderDCVideo.from_pretrained(job.target, dtype=job.dtype, **keys, **options)
+            kind = bundled(read_json(job.target / "config.json")["_class_name"])
+            vae = kind.from_pretrained(job.target, dtype=job.dtype, **keys, **options)
         else:
             vae = AutoencoderDC.from_pretrained(job.target, dtype=job.dtype, **options)
             vae.register_to_config(**keys)

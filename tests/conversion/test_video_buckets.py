@@ -1,5 +1,6 @@
 """Videos of two shapes in one data set, through the real command: killed twice and resumed, the bundle has the same
-bytes. What the latents hold is compared with both autoencoders on crops made here.
+bytes. What the latents hold is compared with both autoencoders on crops made here. To a DC-AE-V, and to an autoencoder
+of LTX-2's class.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ import pytest
 import torch
 from at_stage import run_disturbed
 from conftest import run_cli
-from families.tiny_videos import VIDEOS
+from families.tiny_videos import VIDEOS, ltx_vae
 from PIL import Image, ImageOps
 
 from dcgen_convert.core.console import NULL
@@ -25,11 +26,13 @@ from dcgen_convert.recipe.loading import Resolved
 from dcgen_convert.recipe.schema import Recipe
 from dcgen_convert.stages.job import prepare
 
-FRAMES, SIDE, F, C = 8, 64, 16, 8
+SIDE, F, C = 64, 16, 8
+# Frames of a training video, which are two latent frames; those that the base sees, and its latent frames.
+FRAMES = {"dc-ae-v": (8, 5, 2), "ltx": (9, 9, 3)}
 SHAPES = {(60, 100): 4, (100, 60): 3}  # height, width of the files in px: videos
 ASSIGNED = {(60, 100): (48, 80), (100, 60): (80, 48)}  # of the buckets at 64 px, in steps of 16
 SETTINGS = {
-    "data.buckets": "on", "data.min_side": 1, "data.count": 7, "data.frames": FRAMES, "data.resolution": SIDE,
+    "data.buckets": "on", "data.min_side": 1, "data.count": 7, "data.resolution": SIDE,
     "dtype": "fp32", "latents.text_length": 32, "latents.scale_tolerance": 1000, "latents.batch": 2,
     "align_head.draws": 1, "align_head.steps": 0, "adapt.zero": 1,
     "adapt.phases.0.resolution": SIDE, "adapt.phases.0.steps": 6, "adapt.phases.0.batch": 2,
@@ -50,33 +53,40 @@ def convert(root, command, *more, what=None):
         assert not (root / "run" / stage / "stage.json").exists()
 
 
+@pytest.fixture(scope="module", params=FRAMES)
+def kind(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
+def root(kind, tmp_path_factory):
     """source, ae, videos, and the run and the bundle of a conversion that nothing disturbed."""
     root = tmp_path_factory.mktemp("shapes")
     VIDEOS["wan"].build(root / "source")
     torch.manual_seed(0)
     sizes = {"latent_channels": C, "block_out_channels": (8, 16, 16, 16, 32), "layers_per_block": (1,) * 5}
-    AutoencoderDCVideo(**sizes, chunk_frames=8, scaling_factor=0.9).save_pretrained(root / "ae")
+    deep = AutoencoderDCVideo(**sizes, chunk_frames=8, scaling_factor=0.9)
+    (ltx_vae(C, factor=F) if kind == "ltx" else deep).save_pretrained(root / "ae")
     (root / "videos").mkdir()
     shapes = [shape for shape, count in SHAPES.items() for _ in range(count)]
     for place in torch.randperm(len(shapes), generator=torch.Generator().manual_seed(0)).tolist():
-        noise = torch.rand(3, FRAMES + 1, *shapes[place], generator=torch.Generator().manual_seed(place)) * 2 - 1
-        videos.write(noise, root / "videos" / f"{place}.mkv", 16)
+        noise = torch.rand(3, FRAMES[kind][0] + 1, *shapes[place], generator=torch.Generator().manual_seed(place))
+        videos.write(noise * 2 - 1, root / "videos" / f"{place}.mkv", 16)
         (root / "videos" / f"{place}.txt").write_text(f"clip {place}")
-    convert(root, command(root))
+    convert(root, command(root, kind))
     return root
 
 
-def command(root):
-    sets = [part for key, value in SETTINGS.items() for part in ("--set", f"{key}={value}")]
+def command(root, kind):
+    settings = {**SETTINGS, "data.frames": FRAMES[kind][0]}
+    sets = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     models = [str(root / "source"), "--recipe", "wan-1.3b-480p", "--ae", str(root / "ae")]
     data = ["--data", str(root / "videos")]
     return ["convert", *models, *data, "-o", "bundle", "--run-dir", "run", "-y", *sets]
 
 
-def test_a_run_that_was_killed_twice_ends_with_the_same_bytes(root, tmp_path):
-    convert(tmp_path, command(root), what=("latents", signal.SIGKILL))
+def test_a_run_that_was_killed_twice_ends_with_the_same_bytes(root, kind, tmp_path):
+    convert(tmp_path, command(root, kind), what=("latents", signal.SIGKILL))
     convert(tmp_path, ["resume", "run"], what=("adapt-1", signal.SIGKILL))
     convert(tmp_path, ["resume", "run"])
     known, found = (
@@ -90,7 +100,7 @@ def test_a_run_that_was_killed_twice_ends_with_the_same_bytes(root, tmp_path):
     assert found == known and any(name.endswith("model.safetensors") for name in known)
 
 
-def test_every_latent_is_of_the_crop_of_its_own_video(root):
+def test_every_latent_is_of_the_crop_of_its_own_video(root, kind):
     """Crops by Pillow, frame by frame, through both autoencoders, one video at a time; atol 2e-4."""
     record = read_json(root / "run" / "recipe.json")
     here = os.getcwd()
@@ -103,27 +113,27 @@ def test_every_latent_is_of_the_crop_of_its_own_video(root):
     finally:
         os.chdir(here)
     assert job.size == (48, 80)  # the bucket nearest to 9:16 is what the bundle is made for
-    seen = dict.fromkeys(SHAPES, 0)
+    seen, (count, shown, times) = dict.fromkeys(SHAPES, 0), FRAMES[kind]
     for place, row in enumerate(rows):
-        frames = list(videos.pictures(row.file))[:FRAMES]
+        frames = list(videos.pictures(row.file))[:count]
         width, height = frames[0].size
         size = ASSIGNED[height, width]
         crops = [ImageOps.fit(frame, size[::-1], Image.Resampling.LANCZOS) for frame in frames]
         pixels = torch.stack([torch.from_numpy(np.array(crop)) for crop in crops]).permute(3, 0, 1, 2) / 127.5 - 1
         old, new = (found["z"][0] for found in cached.pairs([place]))
-        assert new.shape == (C, 2, size[0] // F, size[1] // F)
+        assert new.shape == (C, 2, size[0] // F, size[1] // F) and old.shape[1] == times
         torch.testing.assert_close(new, target.encode(pixels[None])[0], atol=2e-4, rtol=0)
-        torch.testing.assert_close(old, base.encode(pixels[None, :, : FRAMES - 3])[0], atol=2e-4, rtol=0)
+        torch.testing.assert_close(old, base.encode(pixels[None, :, :shown])[0], atol=2e-4, rtol=0)
         seen[height, width] += 1
     assert seen == SHAPES
 
 
-def test_the_training_saw_both_shapes_and_the_bundle_states_its_own(root):
+def test_the_training_saw_both_shapes_and_the_bundle_states_its_own(root, kind):
     run = root / "run"
     metrics = read_json(run / "latents" / "stage.json")["metrics"]
     assert metrics[f"buckets_{SIDE}"] == "80x48 3, 48x80 4"
     lines = [json.loads(line) for line in (run / "adapt-1" / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 6
     defaults = read_json(root / "bundle" / "dcgen_manifest.json")["defaults"]
-    assert (defaults["height"], defaults["width"], defaults["frames"]) == (48, 80, 5)
+    assert (defaults["height"], defaults["width"], defaults["frames"]) == (48, 80, FRAMES[kind][1])
     assert (run / "verify" / "grid.png").exists() and len(list((run / "adapt-1" / "samples").glob("*.mp4"))) == 2

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import shutil
 from types import SimpleNamespace
 
 import diffusers
@@ -18,15 +19,17 @@ from dcgen_convert.core.files import read_json
 from dcgen_convert.data.buckets import nearest
 from dcgen_convert.data.cache import LatentCache, write_captions, write_index, write_shard
 from dcgen_convert.families.base import FPS_KEY
-from dcgen_convert.families.grid import Grid
+from dcgen_convert.families.grid import STILL, Grid, Time
 from dcgen_convert.judging import painter
 from dcgen_convert.networks import autoencoders
+from dcgen_convert.planning.shapes import shapes_of
 from dcgen_convert.planning.structures import structure
+from dcgen_convert.recipe import geometry
 from dcgen_convert.recipe.geometry import bucket_sizes
 from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.loading import load
 from dcgen_convert.recipe.schema import Adapt
-from dcgen_convert.recipe.videos import frames_of
+from dcgen_convert.recipe.videos import drawn_frames, frames_of
 from dcgen_convert.stages import gap, grid, preview
 from dcgen_convert.stages.align_embedder import Problem
 from dcgen_convert.svdquant.targets import plan_targets
@@ -34,7 +37,7 @@ from dcgen_convert.train import objective, phases
 from dcgen_convert.train.meter import meter_of
 
 from .tiny_parts import Pairs
-from .tiny_videos import VIDEOS, video_vae
+from .tiny_videos import VIDEOS, ltx_vae, video_vae
 
 WAN = families.get("wan")
 FRAMES, SIDES = 3, (4, 6)  # of a latent
@@ -294,8 +297,8 @@ def test_the_recipe_of_videos(source, tmp_path):
     def loaded(**changes):
         return load("wan-1.3b-480p", flags={**given, **changes}).recipe
 
-    assert frames_of(loaded(), WAN) == 80 and WAN.base_frames(80) == 77
-    assert frames_of(loaded(**{"data.frames": 8}), WAN) == 8
+    assert frames_of(loaded(), WAN, Time(4)) == 80 and frames_of(loaded(**{"data.frames": 8}), WAN, Time(4)) == 8
+    assert [drawn_frames(frames, WAN.time) for frames in (80, 8, 81, 0)] == [81, 9, 81, 1]
     with pytest.raises(RecipeError, match="data.frames is 81, and 4 frames make one latent frame") as caught:
         loaded(**{"data.frames": 81})
     assert caught.value.hint == "--set data.frames=80 or 84"
@@ -313,7 +316,44 @@ def test_the_recipe_of_videos(source, tmp_path):
         load("tiny-flux", flags={"adapt.weighting": "bell"})
     with pytest.raises(RecipeError, match="data.frames is 8, and tiny-flux draws pictures"):
         load("tiny-flux", flags={"data.frames": 8})
-    assert frames_of(load("tiny-flux").recipe, families.get("flux")) == 0
+    assert frames_of(load("tiny-flux").recipe, families.get("flux"), STILL) == 0
+
+
+def test_the_recipe_of_videos_for_an_autoencoder_with_a_first_frame_alone(source, tmp_path):
+    """LTX-2's. What it is refused for, each with one sentence; and what `plan` says of its tokens and its memory."""
+    ltx_vae(8).save_pretrained(tmp_path / "ae")
+    given = {"source": str(source.root), "ae": str(tmp_path / "ae"), "data.path": str(tmp_path)}
+
+    def loaded(**changes):
+        return load("wan-1.3b-480p", flags={**given, **changes})
+
+    found = loaded()
+    assert geometry.training_frames(found.recipe, found.identity) == 81
+    assert geometry.new_grid(found.recipe.ae) == Grid(32, 8, 1, Time(8, alone=True))
+    with pytest.raises(RecipeError, match="data.frames is 80, and 8 frames make one .* after a first one") as caught:
+        loaded(**{"data.frames": 80})
+    assert caught.value.hint == "--set data.frames=73 or 81"
+    with pytest.raises(RecipeError, match="latents.scale_override is set, and .* holds mean and standard deviation"):
+        loaded(**{"latents.scale_override": 0.5})
+    with pytest.raises(RecipeError, match="align_embedder.target is home, but a latent frame .* has 8 frames and one"):
+        loaded(**{"align_embedder.target": "home"})
+    with pytest.raises(RecipeError, match="align_embedder.pooling is bilinear, .* has fewer latent frames"):
+        loaded(**{"align_embedder.pooling": "bilinear"})
+    sizes = shapes_of(found.recipe, found.identity)
+    side = found.recipe.adapt.phases[-1].resolution
+    assert sizes.frames == sizes.drawn_frames == 81
+    assert sizes.drawn(sizes.new, side) == 11 * (side // 32) ** 2
+    assert sizes.drawn(sizes.old, side) == 21 * (side // 16) ** 2
+    numbers = sizes.latent_numbers([side])
+    assert numbers == 11 * 8 * (side // 32) ** 2 + 21 * 16 * (side // 8) ** 2
+    VIDEOS["wan-image"].build(tmp_path / "image")
+    with pytest.raises(RecipeError, match="a wan-image model reads a mask with a number for each of the 4 frames"):
+        loaded(source=str(tmp_path / "image"))
+    shutil.copytree(source.root, tmp_path / "deep")
+    shutil.rmtree(tmp_path / "deep" / "vae")
+    shutil.copytree(tmp_path / "ae", tmp_path / "deep" / "vae")
+    with pytest.raises(RecipeError, match="their tokens do not meet in time"):
+        loaded(source=str(tmp_path / "deep"), ae="dc-ae-v-f32t4c32")
 
 
 def test_what_a_bundle_draws_by_default_is_the_bucket_of_wide_videos(source):

@@ -36,6 +36,32 @@ def video_vae(factor: int, channels: int, folded: int = 1) -> diffusers.Autoenco
     ).eval()
 
 
+def ltx_vae(channels: int, pixels: torch.Tensor | None = None, factor: int = 32) -> diffusers.AutoencoderKLLTX2Video:
+    """LTX-2's autoencoder, eight frames to a latent frame; with statistics of its latents of ``pixels``,
+    (B, 3, F, H, W), or such away from 0 and 1.
+    """
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLLTX2Video(
+        latent_channels=channels,
+        block_out_channels=(8, 16, 32, 64),
+        decoder_block_out_channels=(8, 16, 32),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1),
+        decoder_causal=False,
+        patch_size=factor // 8,
+        spatial_compression_ratio=factor,
+        temporal_compression_ratio=8,
+    ).eval()
+    vae.latents_mean.copy_(torch.randn(channels))
+    vae.latents_std.copy_(torch.rand(channels) + 0.5)
+    if pixels is not None:
+        with torch.no_grad():
+            z = vae.encode(pixels).latent_dist.mode().movedim(1, 0).flatten(1)
+        vae.latents_mean.copy_(z.mean(1))
+        vae.latents_std.copy_(z.std(1, correction=0))
+    return vae
+
+
 def parts(**options: Any) -> dict[str, Any]:
     """What pipelines of Wan 2.1 are made of; ``options`` of the transformer."""
     torch.manual_seed(2)
@@ -71,7 +97,8 @@ def wan_22(folder: Path) -> None:
     diffusers.WanPipeline(**networks, expand_timesteps=True).save_pretrained(folder)
 
 
-def sana_video(folder: Path) -> None:
+def sana_video(folder: Path, vae: Any = None, **options: Any) -> None:
+    """On Wan's autoencoder, or on ``vae`` with ``options`` of the transformer."""
     sana_source(folder)
     text = diffusers.SanaPipeline.from_pretrained(folder).components
     torch.manual_seed(2)
@@ -84,11 +111,12 @@ def sana_video(folder: Path) -> None:
         cross_attention_dim=48,
         caption_channels=WIDTH,
         mlp_ratio=2.0,
+        **options,
     )
     diffusers.SanaVideoPipeline(
         tokenizer=text["tokenizer"],
         text_encoder=text["text_encoder"],
-        vae=video_vae(8, 16),
+        vae=vae or video_vae(8, 16),
         transformer=alive(transformer),
         scheduler=diffusers.DPMSolverMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0

@@ -8,7 +8,7 @@ import pytest
 import torch
 from bundle.conftest import autoencoder_dc
 from families.tiny_models import TINY
-from families.tiny_videos import VIDEOS
+from families.tiny_videos import VIDEOS, ltx_vae
 from networks.test_random_source import CUT, small
 
 import dcgen_convert
@@ -19,6 +19,7 @@ from dcgen_convert.evaluation.speed import rows as named_rows
 from dcgen_convert.families import components, deep_autoencoders
 from dcgen_convert.judging import pair as pairs
 from dcgen_convert.judging import speed
+from dcgen_convert.networks.autoencoder_ltx2 import AutoencoderLTX2ForWan
 
 from . import video_bundles
 from .test_benchmark import QUICK, bench, seen
@@ -77,6 +78,20 @@ def test_the_conversion_of_wan_2_2_is_timed_as_its_bundle_draws(tmp_path):
         (step, _) = one.record(name, 128).step
         assert step.kwargs["timestep"].shape == shape
         step()
+
+
+def test_an_autoencoder_with_eight_frames_per_latent_frame(tmp_path):
+    """LTX-2's: 9 frames are 3 latent frames of the base and 2 of the conversion. Its bundle's class is timed."""
+    VIDEOS["wan"].build(tmp_path / "source")
+    ltx_vae(8, factor=16).save_pretrained(tmp_path / "ae")
+    settings = {"ae": str(tmp_path / "ae"), "resolution": 64}
+    pair = pairs.of_source(without_data(tmp_path / "source", settings), torch.float32, 64, random=False)
+    assert pair.frames == 81 and type(pair.models["converted"].pipeline.vae) is AutoencoderLTX2ForWan
+    one = bench(replace(pair, frames=9, steps=1, length=VIDEOS["wan"].length, guidance=2.5))
+    assert one._tokens(64) == {"base": 3 * 3 * 5, "converted": 2 * 3 * 5, "ratio": 1.5}
+    for key, times in (("base", 3), ("converted", 2)):
+        drawing = one.record(key, 64)
+        assert drawing.decode.args[0].shape[2] == times and drawing.decode()[0].shape == (1, 3, 9, 48, 80)
 
 
 def test_a_bundle_is_timed_in_its_own_shape(tmp_path):

@@ -12,7 +12,7 @@ from dcgen_convert.api import order
 from dcgen_convert.core.errors import InputError, RecipeError
 from dcgen_convert.core.files import read_json, sha256, write_json
 from dcgen_convert.families import catalog, deep_autoencoders
-from dcgen_convert.families.grid import Grid, autoencoder_grid
+from dcgen_convert.families.grid import Grid, Time, autoencoder_grid
 from dcgen_convert.networks import autoencoder_files, video_weights
 from dcgen_convert.networks.autoencoder_dc_video import AutoencoderDCVideo
 from dcgen_convert.networks.folder import load_folder
@@ -82,7 +82,7 @@ def test_the_pickle_becomes_a_folder_of_safetensors(form, original, tmp_path):
     model, config, tensors = original
     file, digest = packed(tmp_path, form(tensors))
     name = f"{file}:{config}:{digest.upper()}"
-    assert autoencoder_files.is_file(name) and geometry.new_grid(name) == Grid(8, 4, 1)
+    assert autoencoder_files.is_file(name) and geometry.new_grid(name) == Grid(8, 4, 1, Time(4))
     folder = autoencoder_files.folder_of_file(name, tmp_path / "work")
     assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
     again = load_folder(folder, "autoencoder", torch.float32)

@@ -294,10 +294,13 @@ def test_the_flops_of_an_autoencoder_are_those_that_torch_counts():
         wan = diffusers.AutoencoderKLWan()
         config = deep_autoencoders.config_of(catalog.AUTOENCODERS["dc-ae-v-f32t4c32"])
         video = AutoencoderDCVideo.from_config(config)
+        ltx = {"spatial_compression_ratio": 32, "temporal_compression_ratio": 8}
+        ltx = diffusers.AutoencoderKLLTX2Video(decoder_causal=False, **ltx).eval()
     for model in models:
         assert counted(model, 256) == pytest.approx((bill.ENCODE, bill.DECODE), rel=0.20)
     assert counted(wan.eval(), 64, 9) == pytest.approx((bill.ENCODE, bill.DECODE), rel=0.20)
     assert counted(video, 128, 40) == pytest.approx((bill.ENCODE_VIDEO, bill.DECODE_VIDEO), rel=0.10)
+    assert counted(ltx, 128, 81) == pytest.approx((bill.ENCODE_LTX, bill.DECODE_LTX), rel=0.10)
 
 
 def test_videos_are_counted_in_all_their_frames():

@@ -120,6 +120,19 @@ def test_bytes_per_pixel_of_the_autoencoders_of_wan(source, side, dtype):
         assert 0.98 * most <= found <= 1.02 * most
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_bytes_of_the_autoencoder_of_ltx_2_grow_with_the_frames(dtype):
+    """The published sizes are the defaults of the class."""
+    options = {"decoder_causal": False, "spatial_compression_ratio": 32, "temporal_compression_ratio": 8}
+    config = {"_class_name": "AutoencoderKLLTX2Video", **options}
+    model = on_meta(config, pipelines.DTYPES[dtype])
+    assert sum(p.numel() for p in model.parameters()) == 1_222_479_601
+    for frames, least in ((81, 0.98), (41, 0.95)):
+        for way, found in enumerate(counted(model, 128, frames)):
+            stated = pixel_memory.peak_bytes(config, dtype, way, 128, 128, frames) / 128**2
+            assert least * stated <= found <= 1.03 * stated
+
+
 def test_a_video_in_tiles_needs_one_tile_and_its_results():
     """960 px, the area of 704 x 1280: within a third of what is stated, and never more; less than whole."""
     config = deep_autoencoders.config_of(catalog.AUTOENCODERS["dc-ae-v-f32t4c32"])
