@@ -3,6 +3,9 @@
     (import ->) surgery -> data -> latents -> align-embedder -> align-head
             -> adapt-1 -> merge-1 (-> adapt-2 -> merge-2 ...) (-> quantize) -> bundle -> verify
 
+A model with several networks, each for a part of the noise levels, has surgery, both alignments, adapt-n and merge-n
+for each network: surgery-high, surgery-low and so on. One network is trained at a time, all on the same latents.
+
 A phase with data of its own (phase n) has stages data-n and latents-n, made before any training begins. Data that no
 phase is trained on are not made.
 
@@ -19,7 +22,7 @@ when --ae changes. More than ten minutes of work are never deleted unless the us
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -30,9 +33,10 @@ from dcgen_convert.core import clock
 from dcgen_convert.core.console import NULL, Console
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import write_json
-from dcgen_convert.core.journal import Found, Run
+from dcgen_convert.core.journal import Found, Run, Stage
 from dcgen_convert.core.names import EXPORT, MODULES, OPEN, RECIPE
 from dcgen_convert.core.progress import duration
+from dcgen_convert.families import Expert
 from dcgen_convert.networks.models import TRANSFORMER
 from dcgen_convert.planning import licences, needs
 from dcgen_convert.planning.needs import Part
@@ -49,62 +53,84 @@ from dcgen_convert.stages.steps import Step, Survey, cleaned_for, wanted
 
 def walk(job: Job, output: Path, force: bool) -> Iterator[Step]:
     """The stages of ``job`` in order."""
-    from dcgen_convert.stages import (
-        adapt,
-        align_embedder,
-        align_head,
-        bundle,
-        depends,
-        imported,
-        quantize,
-        surgery,
-    )
+    from dcgen_convert.stages import bundle, depends, imported, quantize, surgery
 
-    def training(stage: str) -> Callable[[dict[str, Any], dict[str, Any]], str | None]:
-        return lambda old, new: depends.training_continues(job, stage, old, new)
-
-    def recorded(stage: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-        return lambda old: depends.recorded(job, stage, old)
-
-    inputs, weights, modules = partial(depends.inputs, job), (f"{TRANSFORMER}/*",), (MODULES,)
+    inputs, weights = partial(depends.inputs, job), (f"{TRANSFORMER}/*",)
     if job.source.imported:
         yield Step(depends.IMPORT, imported.run, inputs(depends.IMPORT), repair="all")
-    yield Step(
-        folders.SURGERY, surgery.run, inputs(folders.SURGERY), result=weights, recorded=recorded(folders.SURGERY)
-    )  # fmt: skip
+    for own in job.experts:
+        yield _of_network(own, folders.SURGERY, surgery.run, result=weights, recorded=_recorded(own, folders.SURGERY))
     first = folders.latents_stage(job.recipe.aligned_set)
     for number in job.recipe.sets:
         yield from _of_pictures(job.of_set(number), first)
-    aligned = (folders.SURGERY, first)
-    yield Step(
-        folders.ALIGN_EMBEDDER, align_embedder.run, inputs(folders.ALIGN_EMBEDDER), aligned, modules,
-        recorded=recorded(folders.ALIGN_EMBEDDER),
-    )  # fmt: skip
-    yield Step(
-        folders.ALIGN_HEAD, align_head.run, inputs(folders.ALIGN_HEAD), (*aligned, folders.ALIGN_EMBEDDER), modules,
-        continues=training(folders.ALIGN_HEAD),
-    )  # fmt: skip
-    dense = folders.SURGERY
+    yield from _aligned(job, first)
     for number in range(1, len(job.recipe.adapt.phases) + 1):
-        name, merged = folders.adapt_stage(number), folders.merge_stage(number)
-        rows = folders.latents_stage(job.recipe.set_of(number))
-        before = (rows, dense, *([folders.ALIGN_HEAD] if number == 1 else []))
-        yield Step(
-            name, partial(adapt.adapt_phase, number=number), inputs(name, number), before, (f"{EXPORT}/*",),
-            continues=training(name),
-        )  # fmt: skip
-        merging = partial(adapt.merge_phase, number=number)
-        yield Step(merged, merging, inputs(merged, number), (dense, name))
-        dense = merged
+        yield from _phase(job, number)
+    converted = [own.expert.of(folders.merge_stage(len(job.recipe.adapt.phases))) for own in job.experts]
     if job.recipe.quantize.format != "none":
         result = (*weights, quantize.SINGLE_FILE)
-        yield Step(folders.QUANTIZE, quantize.run, inputs(folders.QUANTIZE), (dense,), result)
-        dense = folders.QUANTIZE
-    parts = (dense, *([first] if job.recipe.latents.normalise == "channel" else []))
+        yield Step(folders.QUANTIZE, quantize.run, inputs(folders.QUANTIZE), tuple(converted), result)
+        converted = [folders.QUANTIZE]
+    parts = (*converted, *([first] if job.recipe.latents.normalise == "channel" else []))
     told = {**inputs(folders.BUNDLE), "output": str(output)}
     yield Step(folders.BUNDLE, partial(bundle.write, output=output, force=force), told, parts)
     drawn = {"evaluate": job.recipe.evaluate.model_dump(mode="json")}
     yield Step(folders.VERIFY, partial(bundle.check, output=output), drawn, (folders.BUNDLE,))
+
+
+def _aligned(job: Job, first: str) -> Iterator[Step]:
+    """Both alignments of every network, on the latents that stage ``first`` encodes."""
+    from dcgen_convert.stages import align_embedder, align_head
+
+    embedder, head = folders.ALIGN_EMBEDDER, folders.ALIGN_HEAD
+    for own in job.experts:
+        dense = own.expert.of(folders.SURGERY)
+        known = _recorded(own, embedder)
+        yield _of_network(own, embedder, align_embedder.run, (dense, first), result=(MODULES,), recorded=known)
+    for own in job.experts:
+        before = (own.expert.of(folders.SURGERY), first, own.expert.of(embedder))
+        yield _of_network(own, head, align_head.run, before, result=(MODULES,), continues=_training(own, head))
+
+
+def _phase(job: Job, number: int) -> Iterator[Step]:
+    """Phase ``number`` of every network, and then its merge."""
+    from dcgen_convert.stages import adapt
+
+    name, merged = folders.adapt_stage(number), folders.merge_stage(number)
+    dense = folders.SURGERY if number == 1 else folders.merge_stage(number - 1)
+    rows = folders.latents_stage(job.recipe.set_of(number))
+    for own in job.experts:
+        before = (rows, own.expert.of(dense), *([own.expert.of(folders.ALIGN_HEAD)] if number == 1 else []))
+        work, goes_on = partial(adapt.adapt_phase, number=number), _training(own, name)
+        yield _of_network(own, name, work, before, number, result=(f"{EXPORT}/*",), continues=goes_on)
+    for own in job.experts:
+        before = (own.expert.of(dense), own.expert.of(name))
+        yield _of_network(own, merged, partial(adapt.merge_phase, number=number), before, number)
+
+
+def _of_network(
+    own: Job, stage: str, function: Callable[[Job, Stage], None], before: tuple[str, ...] = (), number: int = 0,
+    **more: Any,
+) -> Step:  # fmt: skip
+    """A stage that every network of the model has; ``number``: of its phase."""
+    from dcgen_convert.stages import depends
+
+    return Step(
+        own.expert.of(stage), lambda _, folder: function(own, folder), depends.inputs(own, stage, number), before,
+        **more,
+    )  # fmt: skip
+
+
+def _training(own: Job, stage: str) -> Callable[[dict[str, Any], dict[str, Any]], str | None]:
+    from dcgen_convert.stages import depends
+
+    return lambda old, new: depends.training_continues(own, stage, old, new)
+
+
+def _recorded(own: Job, stage: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    from dcgen_convert.stages import depends
+
+    return lambda old: depends.recorded(own, stage, old)
 
 
 def _of_pictures(job: Job, first: str) -> Iterator[Step]:
@@ -152,10 +178,12 @@ def convert(  # noqa: PLR0913  every option of the verb by its name
     with run.locked():
         before = records.read(run.path / RECIPE) if (run.path / RECIPE).exists() else {}
         job = prepare(resolved, run, console, crew)
-        stages = needs.stages(job.recipe, job.source.imported)
-        for name in (start, until):
-            if name is not None and name not in stages:
-                raise InputError(f"no stage is called {name!r}", f"the stages are {', '.join(stages)}")
+        experts = job.source.experts
+        stages = needs.stages(job.recipe, job.source.imported, experts)
+        if start is not None:
+            start = _stage(start, stages, experts)[0]
+        if until is not None:
+            until = _stage(until, stages, experts)[-1]
         for line in licences.lines(licences.licences(resolved)):
             console.say(line)
         for line in (*resolved.told, *resolved.derivation):
@@ -169,6 +197,7 @@ def convert(  # noqa: PLR0913  every option of the verb by its name
             "recipe": resolved.recipe.model_dump(mode="json"),
             "machine": asdict(resolved.machine),
             "output": str(output),
+            **({"experts": [one.name for one in experts]} if len(experts) > 1 else {}),
         }
         sizes = {name: path.stat().st_size for name, path in job.source.content_files.items()}
         if not resolved.machine.check:
@@ -182,7 +211,7 @@ def convert(  # noqa: PLR0913  every option of the verb by its name
         if until is not None:
             steps = steps[: stages.index(until) + 1]
         asked = records.asked(run, [step.name for step in steps], start)
-        parts = needs.parts(resolved.recipe, job.source.imported)
+        parts = needs.parts(resolved.recipe, job.source.imported, experts)
         lost = [step.name for step in steps if _bundle_is_gone(step, output)]
         survey = Survey(run, steps, asked, lost, parts)
         survey.require_output(output, force)
@@ -199,6 +228,14 @@ def convert(  # noqa: PLR0913  every option of the verb by its name
             write_json(run.path / records.ASKED, {"job": os.environ.get(join.JOB), "stages": asked})
         crew.introduce({"run": str(run.path), **record})
         return _run_steps(job, steps, output, asked, parts)
+
+
+def _stage(name: str, stages: list[str], experts: Sequence[Expert]) -> list[str]:
+    """The stages that the user means with ``name``: one of ``stages``, or the one of every network."""
+    found = [stage for stage in stages if stage == name] or [one.of(name) for one in experts]
+    if not set(found) <= set(stages):
+        raise InputError(f"no stage is called {name!r}", f"the stages are {', '.join(stages)}")
+    return found
 
 
 def _require_measures(job: Job) -> None:
@@ -218,7 +255,8 @@ def _require_memory(job: Job, survey: Survey) -> None:
     from dcgen_convert.stages.layout import memory_per_rank
 
     phases = range(1, len(job.recipe.adapt.phases) + 1)
-    if survey.open & {folders.ALIGN_HEAD, *map(folders.adapt_stage, phases)}:
+    trained = [folders.ALIGN_HEAD, *map(folders.adapt_stage, phases)]
+    if survey.open & {own.expert.of(stage) for stage in trained for own in job.experts}:
         require_fits(job.recipe, job.identity, job.crew.world, memory_per_rank(job.crew.world))
 
 

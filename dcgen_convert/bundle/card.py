@@ -248,6 +248,11 @@ def _usage(card: Card) -> str:
             "not have. The pipeline, the transformer and the scheduler are stock. diffusers warns that it expected "
             "another class: that is a remark only."
         )
+    if card.family.further:
+        text.append(
+            f"The pipeline draws with {' and then with '.join(f'`{name}`' for name in card.family.components)}. "
+            "`boundary_ratio` in `model_index.json` is the noise level at which it goes from one to the other."
+        )
     if card.frames and card.code == VIDEO_CLASS:
         text.append(
             f"Frames above {FRAME_WHOLE:,} px need less memory in tiles: `pipe.vae.enable_tiling()` before the call."

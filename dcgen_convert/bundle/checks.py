@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,17 +81,17 @@ def is_stray(name: str) -> bool:
 
 def _damaged_tensors(path: Path, manifest: Mapping[str, Any]) -> str:
     """Names of the transformer's tensors in ``path`` whose bytes changed, as an addition to a sentence."""
-    if path.parent.name not in families.COMPONENTS or path.suffix != ".safetensors":
+    if path.parent.name not in families.EVERY_COMPONENT or path.suffix != ".safetensors":
         return ""
     try:
         found = read_weights(path.parent)
     except InputError:
         return " (its header is damaged)"
-    table = manifest["tensors"]
+    table, own = manifest["tensors"], partial(manifests.tensor_key, path.parent.name)
     names = [
         n
         for n, info in found.items()
-        if info.file == path and (n not in table or tensor_sha256(info) != table[n]["sha256"])
+        if info.file == path and (own(n) not in table or tensor_sha256(info) != table[own(n)]["sha256"])
     ]
     return f" (tensors {', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ""
 
@@ -152,7 +153,7 @@ def check_tensors(bundle: Path, index: Mapping[str, Any], console: Console) -> l
     The tensors of a class that is part of no library are checked for NaN and infinity only.
     """
     found = []
-    for folder in (families.network_folder(bundle), bundle / "vae"):
+    for folder in (*families.network_folders(bundle), bundle / "vae"):
         component = folder.name
         try:
             tensors = read_weights(folder)
@@ -209,12 +210,17 @@ def check_values(tensors: Mapping[str, Entry], console: Console) -> list[str]:
 
 
 def check_table(bundle: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """The manifest's table of tensors against the transformer's headers and quantisation config."""
-    try:
-        tensors = read_weights(families.network_folder(bundle))
-    except InputError:
-        return []  # said by check_tensors
-    formats = quantised_formats(read_json(families.network_folder(bundle) / "config.json"), tensors)
+    """The manifest's table of tensors against the networks' headers and quantisation configs."""
+    tensors: dict[str, Entry] = {}
+    formats: dict[str, str] = {}
+    for folder in families.network_folders(bundle):
+        try:
+            own = read_weights(folder)
+        except InputError:
+            return []  # said by check_tensors
+        tensors |= {manifests.tensor_key(folder.name, name): entry for name, entry in own.items()}
+        own_formats = quantised_formats(read_json(folder / "config.json"), own)
+        formats |= {manifests.tensor_key(folder.name, name): kind for name, kind in own_formats.items()}
     table, found = manifest["tensors"], []
     for name in sorted(tensors.keys() | table.keys()):
         if name not in tensors or name not in table:
@@ -232,8 +238,11 @@ def check_against(manifest: Mapping[str, Any], source: Path) -> list[str]:
 
     InputError when ``source`` holds no transformer weights.
     """
-    network = families.network_folder(source)
-    base = read_weights(network if network.is_dir() else source)
+    base = {
+        manifests.tensor_key(network.name, name): entry
+        for network in families.network_folders(source)
+        for name, entry in read_weights(network if network.is_dir() else source).items()
+    }
     found = []
     for name, record in manifest["tensors"].items():
         if record["origin"] != "identical":

@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ class BundleParts:
     lora: adapter file in the form that `load_lora_weights` takes, for bundles that keep it apart; None when merged.
     single_file: the transformer once more, in the classic nunchaku container; None: the bundle has none.
     scaling_factor: replaces the autoencoder's own, when it was measured anew.
+    further: folders of the model's other converted networks, by their names in the pipeline.
     """
 
     family: Family
@@ -68,6 +69,12 @@ class BundleParts:
     lora: Path | None = None
     single_file: Path | None = None
     scaling_factor: float | None = None
+    further: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def networks(self) -> dict[str, Path]:
+        """All converted networks: name in the pipeline -> folder."""
+        return {self.family.component: self.transformer, **self.further}
 
     def __post_init__(self) -> None:
         own = (self.autoencoder is None, self.scheduler is None)
@@ -103,10 +110,13 @@ def write_bundle(
         hashes = _copy_all(parts, copies, staging, console)
         _write_own(parts, index, render_card(manifest, parts, output.name), staging)
         hashes |= hash_files(staging, skip=hashes)
-        network = parts.family.component
         record = {**manifest, "layout": parts.layout, "lora": None if parts.lora is None else names.LORA}
         record["files"] = manifests.file_table(staging, hashes)
-        record["tensors"] = manifests.tensor_table(staging / network, parts.source / network, console)
+        record["tensors"] = {
+            manifests.tensor_key(network, name): entry
+            for network in parts.networks
+            for name, entry in manifests.tensor_table(staging / network, parts.source / network, console).items()
+        }
         write_json(staging / manifests.FILE, record)
         _swap(staging, output)
     except BaseException:
@@ -124,7 +134,7 @@ def render_card(manifest: dict[str, Any], parts: BundleParts, title: str) -> str
 def _components(parts: BundleParts, index: dict[str, Any]) -> dict[str, Path]:
     """Folders that are copied into the bundle: name there -> where it comes from."""
     copies = {name: parts.source / name for name in index if is_component(index[name])}
-    copies[parts.family.component] = parts.transformer
+    copies |= parts.networks
     if parts.autoencoder is not None:
         del copies["scheduler"]
         copies["vae"] = parts.autoencoder
@@ -190,7 +200,7 @@ def model_index(parts: BundleParts) -> dict[str, Any]:
         **{key: value for key, value in source.items() if not key.startswith("_")},
         "_class_name": f"DCGen_{family.pipeline_class}" if layout == "official" else family.pipeline_of(source),
         "_diffusers_version": version("diffusers"),
-        family.component: ["diffusers", family.model_class],
+        **{network: ["diffusers", family.model_class] for network in parts.networks},
     }
     if fps := family.frames_per_second(source):
         index[FPS_KEY] = fps

@@ -217,7 +217,8 @@ def default_dtype(bundle: Path, device: str) -> torch.dtype:
     """bfloat16 on a GPU, and on a CPU for large models. Else float32, which is exact and faster on a CPU."""
     import torch
 
-    size = sum(path.stat().st_size for path in families.network_folder(bundle).glob("*.safetensors"))
+    weights = (path for folder in families.network_folders(bundle) for path in folder.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in weights)
     return torch.bfloat16 if device.startswith("cuda") or size > LARGE else torch.float32
 
 

@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from dcgen_convert import families
 from dcgen_convert.bundle import lineage
 from dcgen_convert.checkpoint.headers import read_weights
 from dcgen_convert.checkpoint.tensors import tensor_sha256
@@ -151,6 +152,11 @@ def _require_form(path: Path, manifest: Mapping[str, Any]) -> None:
 def file_table(root: Path, hashes: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """Relative path -> sha256 and size in bytes."""
     return {name: {"sha256": digest, "bytes": (root / name).stat().st_size} for name, digest in sorted(hashes.items())}
+
+
+def tensor_key(network: str, name: str) -> str:
+    """Key in the table of the tensor ``name`` of a network: its name, for a further network behind the network's."""
+    return name if network in families.COMPONENTS else f"{network}/{name}"
 
 
 def tensor_table(transformer: Path, source: Path, console: Console) -> dict[str, dict[str, Any]]:

@@ -86,11 +86,13 @@ def _autoencoder(latents: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _training(metrics: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     phases = (recipe.get("adapt") or {}).get("phases") or []
     for stage, record in metrics.items():
-        found = re.fullmatch(r"(adapt|merge)-(\d+)", stage)
+        found = re.fullmatch(r"(adapt|merge)-(\d+)(?:-(\w+))?", stage)
         if found is None or not isinstance(record, Mapping):
             continue
         number = int(found[2])
         side = f", {phases[number - 1]['resolution']} px" if number <= len(phases) else ""
+        own = f" (network {found[3]})" if found[3] else ""
+        side += own
         before, after = (_mean((record.get("evaluation") or {}).get(when)) for when in ("before", "after"))
         if before is not None and after is not None:
             yield (
@@ -106,7 +108,7 @@ def _training(metrics: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator
         gap = record.get("gap")
         if isinstance(gap, list) and gap:
             yield (
-                f"After phase {number}: distance of the last block's tokens from the base model's (0 % is equal)",
+                f"After phase {number}{own}: distance of the last block's tokens from the base model's (0 % is equal)",
                 f"{gap[-1]:.1%}",
             )
 

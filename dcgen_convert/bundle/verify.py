@@ -112,7 +112,7 @@ def _tell_untold(untold: tuple[int, int], made_for: tuple[int, int], console: Co
 
 def source_folder(name: str, revision: str | None) -> Path:
     """Folder of a base model that is given as a folder, a catalogue name or a hub id (at the bundle's own revision)."""
-    patterns = [f"{name}/*.{suffix}" for name in families.COMPONENTS for suffix in ("json", "safetensors")]
+    patterns = [f"{name}/*.{suffix}" for name in families.EVERY_COMPONENT for suffix in ("json", "safetensors")]
     return resolve_folder(Identity(name).where, revision=revision, patterns=patterns)[0]
 
 

@@ -259,6 +259,12 @@ def import_source(
     source = Imported(
         name, home, revision, single=single, base=rest, base_name=where, base_revision=rest_revision, own=own
     )
+    if source.family.further:
+        raise InputError(
+            f"a {source.family.name} model has several networks, of which this program cannot fuse, rename or complete "
+            f"any: it takes the diffusers folder with all of them as it is, not {path}",
+            "give the folder as it was published, without --lora and --base",
+        )
     source.check()
     return replace(source, loras=tuple(loras_.read(text, single.family.name, single.shapes) for text in loras))
 

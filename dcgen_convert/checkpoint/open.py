@@ -63,26 +63,32 @@ def load_source(
                 f"{root} has no folder {lost}, which its model_index.json names", "fetch the whole checkpoint again"
             )
         for part, folder in source.parts.items():
-            if part != source.family.component:
+            if part not in source.family.components:
                 check_component(folder)
-        for module in (source.family.embedder, source.family.head):
-            if f"{module}.weight" not in source.tensors:
-                raise InputError(
-                    f"{source.transformer} lacks {module}.weight, which every {source.family.name} model has",
-                    "is the checkpoint complete?",
-                )
-        require_agreement(
-            source.config,
-            {name: entry.shape for name, entry in source.tensors.items()},
-            source.family.model_class,
-            source.transformer,
-            "is the checkpoint complete, and is its config the right one?",
-            "fetch the checkpoint again",
-        )
+        for own in source.of_experts():
+            _check_network(own)
         return source
     from dcgen_convert.checkpoint.imported import import_source
 
     return import_source(name, root or path, revision, base=base, loras=loras, home=home, offline=offline)
+
+
+def _check_network(source: Source) -> None:
+    """InputError for a network that lacks tensors or has others than its config says."""
+    for module in (source.family.embedder, source.family.head):
+        if f"{module}.weight" not in source.tensors:
+            raise InputError(
+                f"{source.transformer} lacks {module}.weight, which every {source.family.name} model has",
+                "is the checkpoint complete?",
+            )
+    require_agreement(
+        source.config,
+        {name: entry.shape for name, entry in source.tensors.items()},
+        source.family.model_class,
+        source.transformer,
+        "is the checkpoint complete, and is its config the right one?",
+        "fetch the checkpoint again",
+    )
 
 
 def is_plain(root: Path) -> bool:
@@ -97,9 +103,10 @@ def is_plain(root: Path) -> bool:
         return not config.is_file() or families.recognise(read_object(config)) is None
     folders = [folder for folder in source.parts.values() if folder.is_dir()]
     named = all(_is_named_plainly(folder) for folder in folders)
-    unused = families.family_of(source.config, root).unused
-    odd = any(name.endswith((*SCALES, *PACKED)) or name in unused for name in source.tensors)
-    return named and not odd and all(entry.dtype in DENSE for entry in source.tensors.values())
+    family = families.family_of(source.config, root, source.index)
+    tensors = [pair for own in source.of_experts() for pair in own.tensors.items()]
+    odd = any(name.endswith((*SCALES, *PACKED)) or name in family.unused for name, _ in tensors)
+    return named and not odd and all(entry.dtype in DENSE for _, entry in tensors)
 
 
 def _is_named_plainly(folder: Path) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,12 +20,12 @@ from dcgen_convert.checkpoint.trust import is_component
 from dcgen_convert.core.errors import AccessError, InputError
 from dcgen_convert.core.files import hashes, read_object
 from dcgen_convert.core.journal import fingerprint
-from dcgen_convert.families import Family, authors, legacy
+from dcgen_convert.families import Expert, Family, authors, legacy
 
 # What a conversion takes of a hub repository, the base model's and that of a base which only completes a transformer.
 _REST = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", *LICENCES]
 _REST += [f"{part}/*.safetensors" for part in ("vae", "text_encoder*", "image_encoder", "safety_checker")]
-WHOLE, COMPLETING = [*_REST, *(f"{name}/*.safetensors" for name in families.COMPONENTS)], _REST
+WHOLE, COMPLETING = [*_REST, *(f"{name}/*.safetensors" for name in families.EVERY_COMPONENT)], _REST
 CONTENT = (".json", ".safetensors", ".txt", ".model", ".jinja", ".tiktoken")  # files that change what is computed
 
 
@@ -37,19 +37,31 @@ class Source:
         name: what the user asked for.
         root: folder with model_index.json.
         revision: commit of a hub snapshot, None for local folders.
+        component: which of its networks is meant; empty: the first one, or the only one.
         known: what `contents` has found already.
     """
 
     name: str
     root: Path
     revision: str | None = None
+    component: str = ""
     known: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     imported: ClassVar[bool] = False  # whether stage `import` writes the folder
 
+    def of_experts(self) -> list[Source]:
+        """This source, once for each of its networks; itself for the only one."""
+        return [self.of_expert(expert) if expert.name else self for expert in self.experts]
+
+    def of_expert(self, expert: Expert) -> Source:
+        """The same source, of which another network is meant. Both hash the files once."""
+        found = replace(self, component=expert.component)
+        object.__setattr__(found, "known", self.known)
+        return found
+
     @property
     def transformer(self) -> Path:
-        return families.network_folder(self.root)
+        return self.root / self.component if self.component else families.network_folder(self.root)
 
     @property
     def vae(self) -> Path:
@@ -94,6 +106,11 @@ class Source:
     @cached_property
     def family(self) -> Family:
         return families.family_of(self.config, self.root, self.index)
+
+    @cached_property
+    def experts(self) -> tuple[Expert, ...]:
+        """The networks that it draws with."""
+        return self.family.experts(self.index)
 
     @property
     def scheduler(self) -> dict[str, Any] | None:

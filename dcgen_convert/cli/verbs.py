@@ -79,7 +79,7 @@ def _on_ranks(session: Session, job: Order, work: Callable[[Crew], Conversion | 
     console, machine, run_dir = session.console, job.resolved.machine, job.run_dir
     require(machine.track)
     if launch.wanted(machine):
-        from dcgen_convert.stages.job import require_even
+        from dcgen_convert.stages.possible import require_even
 
         Run(run_dir, console)
         assert session.result is not None  # `begin` was called

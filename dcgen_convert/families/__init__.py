@@ -14,6 +14,7 @@ from dcgen_convert.families.chroma import Chroma
 from dcgen_convert.families.cogview4 import CogView4
 from dcgen_convert.families.dit import DiT
 from dcgen_convert.families.ernie_image import ErnieImage
+from dcgen_convert.families.experts import Expert
 from dcgen_convert.families.flux import Flux
 from dcgen_convert.families.flux2 import Flux2
 from dcgen_convert.families.flux_kontext import FluxKontext
@@ -34,18 +35,24 @@ from dcgen_convert.families.sd3 import SD3
 from dcgen_convert.families.unet import UNet
 from dcgen_convert.families.unet_xl import UNetXL
 from dcgen_convert.families.wan import Wan
+from dcgen_convert.families.wan_a14b import WanA14B
 from dcgen_convert.families.wan_image import WanImage
+from dcgen_convert.families.wan_image_a14b import WanImageA14B
 from dcgen_convert.families.zimage import ZImage
 
 __all__ = [
     "COMPONENTS",
+    "EVERY_COMPONENT",
+    "EXPERT_NAMES",
     "FAMILIES",
+    "Expert",
     "Family",
     "QuantTargets",
     "Text",
     "family_of",
     "get",
     "network_folder",
+    "network_folders",
     "of_pipeline",
     "recognise",
     "refuse_videos",
@@ -78,6 +85,8 @@ FAMILIES: dict[str, Family] = {
         ErnieImage(),
         PRX(),
         SanaVideo(),
+        WanImageA14B(),
+        WanA14B(),
         WanImage(),
         Wan(),
         UNetXL(),
@@ -88,12 +97,21 @@ FAMILIES: dict[str, Family] = {
 
 # Names that pipelines give to the network that is converted, the most frequent name first.
 COMPONENTS = tuple(dict.fromkeys(("transformer", *(family.component for family in FAMILIES.values()))))
+EXPERT_NAMES = tuple(dict.fromkeys(name for one in FAMILIES.values() for name in one.expert_names if name))
+# Those of further networks too.
+EVERY_COMPONENT = tuple(dict.fromkeys((*COMPONENTS, *(name for one in FAMILIES.values() for name in one.further))))
 
 
 def network_folder(pipeline: Path) -> Path:
     """Folder of the network inside a pipeline folder: `transformer` or `unet`. `transformer` where neither exists."""
     folders = [Path(pipeline) / name for name in COMPONENTS]
     return next((folder for folder in folders if folder.is_dir()), folders[0])
+
+
+def network_folders(pipeline: Path) -> list[Path]:
+    """Folders of all networks inside a pipeline folder, the first one first."""
+    further = (Path(pipeline) / name for name in EVERY_COMPONENT if name not in COMPONENTS)
+    return [network_folder(pipeline), *(folder for folder in further if folder.is_dir())]
 
 
 def get(name: str) -> Family:
@@ -110,15 +128,14 @@ def recognise(config: Mapping[str, Any], index: Mapping[str, Any] | None = None)
         index: model_index.json of its pipeline. Without one, a network that several pipelines share belongs to the
             family that draws from text.
     """
-    pipeline = (index or {}).get("_class_name")
     claiming = (family for family in FAMILIES.values() if family.claims(config))
-    return next((family for family in claiming if not family.told_by_pipeline or pipeline in family.pipelines), None)
+    return next((family for family in claiming if family.belongs(index or {})), None)
 
 
 def of_pipeline(family: Family, index: Mapping[str, Any]) -> Family:
     """The family that has the network of ``family`` and is told by its pipeline, ``index``; else ``family``."""
     kin = (other for other in FAMILIES.values() if other.told_by_pipeline and other.model_class == family.model_class)
-    return next((other for other in kin if index.get("_class_name") in other.pipelines), family)
+    return next((other for other in kin if other.belongs(index)), family)
 
 
 def refuse_videos(family: Family, name: object) -> None:

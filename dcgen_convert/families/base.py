@@ -16,8 +16,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, Unpack
 
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.families import quant_targets
+from dcgen_convert.families.experts import Expert
 from dcgen_convert.families.grid import STILL, Time
 from dcgen_convert.families.quant_targets import QuantTargets
+from dcgen_convert.families.references import REFERENCE as REFERENCE
+from dcgen_convert.families.references import reference_keys as reference_keys
+from dcgen_convert.families.references import references_of as references_of
 from dcgen_convert.families.shifts import linear_mu, sampling_shift
 from dcgen_convert.families.tensors import per_row
 
@@ -35,7 +39,6 @@ Pipeline = Any  # a stock DiffusionPipeline
 # Condition of a picture: keyword of forward() -> tensor, the batch is its first axis. Of an editing model it holds the
 # clean latents of the references too: see `reference_keys` and `references_of`.
 Text = dict[str, "Tensor"]
-REFERENCE = "reference"
 # Axes of a latent -> its axes, divided into tokens and their cells, and the order of the tokens, in einops notation.
 _PATTERNS = {2: ("(h p1) (w p2)", "h w"), 3: ("(t p0) (h p1) (w p2)", "t h w")}
 NULL = "null:"  # begins the keys of the empty prompt's condition, where it belongs to a row: see `picture_tokens`
@@ -67,6 +70,8 @@ class Family:
     fps: ClassVar[float] = 0  # frames a second of the videos that it draws; 0: it draws pictures
     model_class: ClassVar[str]  # diffusers class of the network
     component: ClassVar[str] = "transformer"  # name of the network in the stock pipeline, and of its folder
+    further: ClassVar[tuple[str, ...]] = ()  # the same of further networks of this class: see `experts`
+    expert_names: ClassVar[tuple[str, ...]] = ("",)  # of all its networks; empty: the only one
     experimental: ClassVar[str] = ""  # note for users who convert this family; empty: no note
     pipeline_class: ClassVar[str]  # stock diffusers pipeline
     other_pipelines: ClassVar[tuple[str, ...]] = ()  # more stock pipelines for the same network and task
@@ -146,6 +151,20 @@ class Family:
     def claims(self, config: Mapping[str, Any]) -> bool:
         """Whether a network with this config belongs to the family."""
         return config.get("_class_name") == self.model_class
+
+    def belongs(self, index: Mapping[str, Any]) -> bool:
+        """Whether a network that the family claims is its own in a pipeline with this model_index.json."""
+        return not self.told_by_pipeline or index.get("_class_name") in self.pipelines
+
+    def experts(self, index: Mapping[str, Any]) -> tuple[Expert, ...]:
+        """The networks that a pipeline with this model_index.json draws with, in the order in which it uses them."""
+        (name,) = self.expert_names
+        return (Expert(name, self.component),)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names of all its networks in the stock pipeline."""
+        return (self.component, *self.further)
 
     def untold_side(self, cell: int, trained: int) -> int:
         """Side in px of the picture that the stock pipeline draws when it is told no size.
@@ -473,17 +492,3 @@ class Family:
         if not self.fewest_references <= len(pixels) <= self.references:
             raise TypeError(f"{self.name} is given {self.references} pictures for each prompt, not {len(pixels)}")
         return {"image": (pixels[0] + 1) / 2} if pixels else {}
-
-
-def reference_keys(count: int) -> tuple[str, ...]:
-    """Keys of ``count`` references in a condition, in the cache and in files_of: reference, reference-2, ..."""
-    return tuple(REFERENCE if number == 1 else f"{REFERENCE}-{number}" for number in range(1, count + 1))
-
-
-def references_of(text: Text) -> list[Tensor]:
-    """The clean latents of the references in a condition, in their order: (B, C, h', w') each.
-
-    All rows of a batch have the same number. Each may have a size of its own, other than the target's.
-    """
-    keys = [key for key in text if key.partition("-")[0] == REFERENCE]
-    return [text[key] for key in reference_keys(len(keys))]

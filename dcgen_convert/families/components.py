@@ -61,14 +61,15 @@ def layout_of(entry: SourceEntry) -> Layout:
         )
     family = families.get(entry.family)
     network = Component(DIFFUSERS, family.model_class, entry.transformer_config(), BF16)
-    return Layout(
-        family.pipeline_class, {family.component: network, **_BESIDE[entry.name]()}, _INDEX.get(entry.name, {})
-    )
+    networks = dict.fromkeys(family.components, network)
+    return Layout(family.pipeline_class, {**networks, **_BESIDE[entry.name]()}, _INDEX.get(entry.name, {}))
 
 
 def index_of(entry: SourceEntry) -> dict[str, Any]:
-    """What stands in the model_index.json of a catalogue source beside its components."""
-    return {"_class_name": families.get(entry.family).pipeline_class, **_INDEX.get(entry.name, {})}
+    """What model_index.json of a catalogue source says of its pipeline and its networks."""
+    family = families.get(entry.family)
+    networks = {name: [DIFFUSERS, family.model_class] for name in family.components}
+    return {"_class_name": family.pipeline_class, **networks, **_INDEX.get(entry.name, {})}
 
 
 def autoencoder_of(entry: AutoencoderEntry) -> Component:
@@ -168,6 +169,8 @@ _BESIDE = {  # source -> what stands beside its network
     "wan-1.3b": _wan,
     "wan-14b": _wan,
     "wan-2.2-5b": lambda: _wan("wan-2.2"),
+    "wan-2.2-a14b": lambda: {**_wan(), "scheduler": _scheduler("unipc-wan-2.2")},
+    "wan-2.2-i2v-a14b": lambda: {**_wan(), "scheduler": _scheduler("unipc-wan-2.2")},
     "sana-video-2b": lambda: _sana("dpm-sana-video", _kl("kl-wan", F32, "AutoencoderKLWan")),
     "dit-xl-256": _dit,
     "dit-xl-512": _dit,
@@ -177,6 +180,8 @@ _NOTHING = [None, None]
 _INDEX: dict[str, dict[str, Any]] = {
     "dit-xl-256": _LABELS,
     "dit-xl-512": _LABELS,
+    "wan-2.2-a14b": {"boundary_ratio": 0.875},
+    "wan-2.2-i2v-a14b": {"boundary_ratio": 0.9, "image_encoder": _NOTHING, "image_processor": _NOTHING},
     "wan-2.2-5b": {"transformer_2": _NOTHING, "boundary_ratio": None, "expand_timesteps": True},
     "sd-1.5": {"safety_checker": _NOTHING, "feature_extractor": _NOTHING, "requires_safety_checker": False},
 }

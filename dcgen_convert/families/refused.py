@@ -20,7 +20,7 @@ class Refusal:
     why: str
 
 
-# Class of the network or of the pipeline, or a further network in model_index.json -> the refusal.
+# Class of the network or of the pipeline -> the refusal.
 REFUSED: dict[str, Refusal] = {
     "BriaFiboTransformer2DModel": Refusal(
         "FIBO", "its pipeline takes 16 px for a latent cell, whatever the autoencoder says"
@@ -46,18 +46,12 @@ REFUSED: dict[str, Refusal] = {
     "QwenImage21Transformer2DModel": Refusal(
         "Qwen-Image 2.1", "its pipeline takes 16 px for a token, whatever the autoencoder says"
     ),
-    "transformer_2": Refusal(
-        "Wan 2.2 A14B",
-        "it draws with two networks, one for much noise and one for little, and a conversion makes one network",
-    ),
 }
 
 
 def refusal_of(config: Mapping[str, Any], index: Mapping[str, Any] | None = None) -> Refusal | None:
     """The refusal of a network with this config, in a pipeline with this model_index.json; None: there is none."""
-    index = index or {}
-    further = (name for name, value in index.items() if isinstance(value, list) and any(value))
-    known = (config.get("_class_name"), index.get("_class_name"), *further)
+    known = (config.get("_class_name"), (index or {}).get("_class_name"))
     return next((REFUSED[name] for name in known if isinstance(name, str) and name in REFUSED), None)
 
 

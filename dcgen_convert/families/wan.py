@@ -42,6 +42,7 @@ class Wan(Family):
     unquantised = ": `nunchaku_lite` of diffusers has no mapping for Wan, and `bfl` was tried with pictures only"
     recipe = "wan-1.3b-480p"
     time = Time(4, alone=True)
+    second: ClassVar[str] = "transformer_2"  # of pipelines that draw with two networks
     default_frames = 80
     fps = 16
     default_px = 480
@@ -60,6 +61,9 @@ class Wan(Family):
     def frames_per_second(self, index: Mapping[str, Any]) -> float:
         """Wan 2.2 TI2V, the only one with `expand_timesteps`, draws 24."""
         return super().frames_per_second({FPS_KEY: 24, **index} if index.get("expand_timesteps") else index)
+
+    def belongs(self, index: Mapping[str, Any]) -> bool:
+        return super().belongs(index) and any(index.get(self.second) or ()) == bool(self.further)
 
     def patch(self, config: dict[str, Any], channels: int) -> int:
         frames, rows, columns = config["patch_size"]

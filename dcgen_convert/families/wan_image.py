@@ -7,7 +7,7 @@ with the reference and is grey after it. Source: diffusers 0.42 pipeline_wan_i2v
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.pixels import to_image
@@ -32,15 +32,15 @@ class WanImage(Wan):
     mask_of_frames = True
     picture_tokens = 257  # of the image encoder
     layouts = {"diffusers": ("patch_embedding.", "condition_embedder.image_embedder.", "blocks.0.attn2.")}
-    text_keys = ("encoder_hidden_states", "encoder_hidden_states_image")
+    text_keys: ClassVar[tuple[str, ...]] = ("encoder_hidden_states", "encoder_hidden_states_image")
 
     def claims(self, config: Mapping[str, Any]) -> bool:
-        # One with pos_embed_seq_len is given the last frame too. Wan 2.2 has two networks, and no image encoder.
+        # One with pos_embed_seq_len is given the last frame too. That of Wan 2.2 has no image encoder.
         written = config.get("out_channels") or 0
         return (
             config.get("_class_name") == self.model_class
             and config.get("in_channels") == 2 * written + MASK
-            and bool(config.get("image_dim"))
+            and bool(config.get("image_dim")) == bool(self.picture_tokens)
             and not config.get("pos_embed_seq_len")
         )
 

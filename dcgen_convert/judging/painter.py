@@ -80,7 +80,8 @@ class Painter:
             bundle = Path(self.place)
             family = loading.family_of(bundle)
             pipeline, _ = loading.load(bundle, DTYPES[self.dtype], self.runtime)
-            getattr(pipeline, family.component).register_forward_hook(pulse.bump)
+            for network in pipelines.networks_of(family, pipeline):
+                network.register_forward_hook(pulse.bump)
             return pipeline, family
         source = opened(self.name, self.place, self.revision, self.home, moving=self.frames > 0)
         pipeline = source_pipeline.load(source, DTYPES[self.dtype])

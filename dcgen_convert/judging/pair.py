@@ -27,7 +27,7 @@ from dcgen_convert.families import Family, catalog, components, deep_autoencoder
 from dcgen_convert.families.base import Network, Pipeline
 from dcgen_convert.families.components import DIFFUSERS, Component
 from dcgen_convert.families.grid import Grid, autoencoder_grid, autoencoder_time
-from dcgen_convert.networks import at_once, autoencoder_files, random_networks, random_weights
+from dcgen_convert.networks import at_once, autoencoder_files, pipelines, random_networks, random_weights
 from dcgen_convert.networks.folder import bundled
 from dcgen_convert.networks.pipelines import quiet_diffusers
 from dcgen_convert.recipe.identity import Identity
@@ -57,6 +57,11 @@ class Model:
         return getattr(self.pipeline, self.family.component)
 
     @property
+    def networks(self) -> list[nn.Module]:
+        """All networks that it draws with: some models have one for each part of the noise levels, of one size."""
+        return pipelines.networks_of(self.family, self.pipeline)
+
+    @property
     def configs(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Of the network and of the autoencoder, each with the name of its class."""
         network, vae = self.network, self.pipeline.vae
@@ -80,8 +85,8 @@ class Model:
 
     @property
     def encoders(self) -> list[nn.Module]:
-        """What encodes prompts, and all other networks of the pipeline but the two that have names here."""
-        others = (self.network, self.pipeline.vae)
+        """What encodes prompts, and all else of the pipeline but what it draws and decodes with."""
+        others = (*self.networks, self.pipeline.vae)
         parts = self.pipeline.components.values()
         return [part for part in parts if isinstance(part, nn.Module) and all(part is not other for other in others)]
 
@@ -201,12 +206,13 @@ def of_source(resolved: Resolved, dtype: torch.dtype, side: int | None, random: 
     numbers = random_weights.pool(SEED)
     base = _random_base(identity, autoencoder, dtype) if random else _loaded_base(identity, recipe.revision, dtype)
     config = family.convert_config(dict(base.network.config), f, c, side or own)
-    network = random_networks.network(
-        Component(DIFFUSERS, family.model_class, config, "any"),
-        dtype, CONVERTED, numbers, dict(base.network.named_parameters()),
-    )  # fmt: skip
+    part = Component(DIFFUSERS, family.model_class, config, "any")
+    networks = {
+        name: random_networks.network(part, dtype, CONVERTED, numbers, dict(own.named_parameters()))
+        for name, own in zip(family.components, base.networks, strict=True)
+    }
     vae = _autoencoder(family, autoencoder, config, dtype)
-    pipeline = random_networks.with_parts(base.pipeline, **{family.component: network}, vae=vae)
+    pipeline = random_networks.with_parts(base.pipeline, **networks, vae=vae)
     pipeline.register_to_config(**family.index_of_bundle(pipeline.config))
     models = {BASE: base, CONVERTED: Model(pipeline, family)}
     length, time = recipe.latents.text_length or family.text_length, autoencoder_time(autoencoder)

@@ -2,13 +2,14 @@
 
 The pipeline itself runs, up to the decoder. Its network computes the first pass of the drawing only; later passes are
 given that result, so that recording 20 steps costs one pass. What is recorded are therefore the inputs, the shapes and
-the number of passes that the pipeline has, classifier-free guidance included.
+the number of passes that the pipeline has, classifier-free guidance included. Of a model that draws with several
+networks of one size the recorded step is the first one's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from dcgen_convert.data.buckets import Size
 from dcgen_convert.families import Family
 from dcgen_convert.families.base import Network, Pipeline
-from dcgen_convert.networks import tiles
+from dcgen_convert.networks import pipelines, tiles
 
 PROMPT = "a red fox in the snow"
 CLASS = "0"  # of class-conditional models
@@ -96,7 +97,7 @@ class _Enough(Exception):
 
 def record(pipeline: Pipeline, family: Family, size: Size, batch: int, settings: DrawSettings) -> Recorded:
     """Let ``pipeline`` draw, and note what it asks of its parts."""
-    network, vae = getattr(pipeline, family.component), pipeline.vae
+    networks, vae = pipelines.networks_of(family, pipeline), pipeline.vae
     text: list[Call] = []
     image: list[Call] = []
     references: list[Call] = []
@@ -104,7 +105,7 @@ def record(pipeline: Pipeline, family: Family, size: Size, batch: int, settings:
     decoded: list[Call] = []
     counted, first = 0, None
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(network: Network, *args: Any, **kwargs: Any) -> Any:
         nonlocal counted, first
         counted += 1
         if len(passes) < KEPT:
@@ -125,15 +126,17 @@ def record(pipeline: Pipeline, family: Family, size: Size, batch: int, settings:
         with tiles.by_size(vae, batch, *size):
             return codec[way](*args, **kwargs)
 
-    compute, codec = network.forward, {"encode": vae.encode, "decode": vae.decode}
+    compute, codec = networks[0].forward, {"encode": vae.encode, "decode": vae.decode}
     with (
-        _replaced(network, "forward", forward),
+        ExitStack() as replaced,
         _replaced(vae, "encode", encode),
         _replaced(vae, "decode", decode),
         _heard(pipeline, "encode_prompt", text),
         _heard(pipeline, "encode_image", image),
         suppress(_Enough),
     ):
+        for network in networks:
+            replaced.enter_context(_replaced(network, "forward", partial(forward, network)))
         pipeline(**call_of(pipeline, family, size, batch, settings), output_type="pt")
     per_step = max(1, round(counted / settings.steps))
     assert decoded and per_step <= KEPT, "a stock pipeline decodes, and has few passes per step"

@@ -249,7 +249,7 @@ def _figure(timing: Timing, batch: int, parts: Iterable[nn.Module]) -> Row:
 
 
 def _parts(model: Model) -> list[nn.Module]:
-    return [*model.encoders, model.network, model.pipeline.vae]
+    return [*model.encoders, *model.networks, model.pipeline.vae]
 
 
 def _network(model: Model) -> nn.Module:

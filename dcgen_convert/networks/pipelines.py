@@ -10,6 +10,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from dcgen_convert import families
 from dcgen_convert.checkpoint import trust
 from dcgen_convert.checkpoint.source import Source
 from dcgen_convert.core import clock, pulse
@@ -45,15 +46,45 @@ def load_pipeline(source: Source, dtype: torch.dtype, **components: Any) -> Pipe
             source.root, dtype=dtype, use_safetensors=True, trust_remote_code=False, **components
         )
     pipeline.set_progress_bar_config(disable=True)
-    network = getattr(pipeline, source.family.component)
-    if network is not None:  # a sign of life per pass of the network: a batch of large pictures takes many minutes
+    for network in networks_of(source.family, pipeline):  # a sign of life per pass: a batch may take many minutes
         network.register_forward_hook(pulse.bump)
     return placed(pipeline, device())
 
 
+def networks_of(family: Family, pipeline: Pipeline) -> list[nn.Module]:
+    """The networks that ``pipeline`` has loaded of those that it draws with."""
+    found = (getattr(pipeline, name) for name in family.components)
+    return [network for network in found if network is not None]
+
+
+def take_turns(networks: Sequence[nn.Module], where: str) -> None:
+    """Let each of ``networks`` come to the device ``where`` when it is called, and the others leave it for the CPU."""
+
+    def come(network: nn.Module, *_: Any) -> None:
+        if next(network.parameters()).device.type == torch.device(where).type:
+            return
+        for other in networks:
+            if other is not network:
+                other.to("cpu")
+        network.to(where)
+
+    for network in networks:
+        network.register_forward_pre_hook(come)
+
+
 def placed(pipeline: Pipeline, where: str) -> Pipeline:
-    """The pipeline on the device ``where``, ready to compute there."""
-    pipeline.to(where)
+    """The pipeline on the device ``where``, ready to compute there. Of several networks that it draws with one is there
+    at a time.
+    """
+    found = (getattr(pipeline, name, None) for name in families.EVERY_COMPONENT)
+    networks = [network for network in found if network is not None]
+    if len(networks) > 1 and where != "cpu":
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module) and all(part is not other for other in networks[1:]):
+                part.to(where)
+        take_turns(networks, where)
+    else:
+        pipeline.to(where)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             widen(part)
@@ -62,7 +93,7 @@ def placed(pipeline: Pipeline, where: str) -> Pipeline:
 
 def load_text_encoders(source: Source, dtype: torch.dtype) -> Pipeline:
     """The pipeline without transformer and autoencoder. It can encode prompts."""
-    return load_pipeline(source, dtype, **{source.family.component: None, "vae": None})
+    return load_pipeline(source, dtype, **dict.fromkeys((*source.family.components, "vae")))
 
 
 @torch.no_grad()
@@ -126,7 +157,7 @@ def draw(  # noqa: PLR0913  what a pipeline is called with
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     with (
         tiles.by_size(pipeline.vae, len(prompts), **size),
-        passes_timed(getattr(pipeline, family.component), pictures=len(prompts), steps=steps),
+        passes_timed(networks_of(family, pipeline), pictures=len(prompts), steps=steps),
     ):
         drawn = pipeline(**call, generator=generators, output_type="pt")
     pixels = drawn.images if family.axes == 2 else drawn.frames.movedim(1, 2)
@@ -134,15 +165,16 @@ def draw(  # noqa: PLR0913  what a pipeline is called with
 
 
 @contextmanager
-def passes_timed(network: nn.Module, pictures: int, steps: int) -> Iterator[None]:
-    """Tell the clock of a rehearsal how long the text encoders, the passes of ``network`` and the autoencoder take."""
+def passes_timed(networks: Sequence[nn.Module], pictures: int, steps: int) -> Iterator[None]:
+    """Tell the clock of a rehearsal how long the text encoders, the passes of ``networks`` and the autoencoder take."""
     running = clock.running()
     if running is None:
         yield
         return
     times = [running.now()]  # the start, then before and after every pass
     note = lambda *_: times.append(running.now())  # noqa: E731
-    hooks = [network.register_forward_pre_hook(note), network.register_forward_hook(note)]
+    hooks = [network.register_forward_pre_hook(note) for network in networks]
+    hooks += [network.register_forward_hook(note) for network in networks]
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from dcgen_convert.core import names
@@ -95,12 +95,20 @@ def works(recipe: Recipe, sizes: Shapes, gpus: int = 1) -> Iterator[Work]:
     for number in recipe.sets:
         yield from _data(recipe, sizes, number)
         yield from _latents(recipe, sizes, number)
-    yield from _aligned(recipe, sizes)
+    yield from _of_every_network(_aligned(recipe, sizes), sizes)
     for number, phase in enumerate(recipe.adapt.phases, 1):
-        yield from _phase(recipe, sizes, phase, number, gpus)
+        yield from _of_every_network(_phase(recipe, sizes, phase, number, gpus), sizes)
     if recipe.quantize.format != "none":
         yield from _quantised(recipe, sizes)
     yield from _finished(recipe, sizes)
+
+
+def _of_every_network(every: Iterator[Work], sizes: Shapes) -> Iterator[Work]:
+    """The work of the stages of one network, stage by stage for every network of the model."""
+    found = list(every)
+    for stage in dict.fromkeys(work.stage for work in found):
+        for expert in sizes.experts:
+            yield from (replace(work, stage=expert.of(stage)) for work in found if work.stage == stage)
 
 
 def bill(recipe: Recipe, sizes: Shapes, gpus: int, rehearsed: Observed | None = None) -> dict:
@@ -185,12 +193,13 @@ def _fixed(stage: str, what: str, count: float, unit: str, kind: str, each: floa
 
 
 def _prepared(sizes: Shapes) -> Iterator[Work]:
-    dense = BF16 * sizes.base.parameters
+    dense = BF16 * sizes.networks * sizes.base.parameters
     if sizes.source.hub_id:
         yield Work("download", "fetch", dense + BF16 * sizes.companions, "bytes", "network", 1, False)
     yield _fixed("start", "import the libraries", 1, "processes", "starts")
     yield _fixed("start", "hash the source", dense + BF16 * sizes.companions, "bytes", "hash")
-    yield _fixed("surgery", "copy", 2 * dense, "bytes", "disk")
+    copied = _fixed("surgery", "copy", 2 * BF16 * sizes.base.parameters, "bytes", "disk")
+    yield from _of_every_network(iter([copied]), sizes)
 
 
 def _pixels(recipe: Recipe, sizes: Shapes, number: int) -> float:
@@ -215,7 +224,8 @@ def _data(recipe: Recipe, sizes: Shapes, number: int) -> Iterator[Work]:
     size, frames = sizes.usual_size(data, data.resolution), sizes.drawn_frames
     once = forward_flops(sizes.base, sizes.seen(sizes.old, *size, frames), sizes.text)
     decode = frames * math.prod(size) * DECODE * _base_share(sizes)
-    yield _fixed(stage, "load", BF16 * (sizes.base.parameters + sizes.companions), "bytes", "disk")
+    loaded = sizes.networks * sizes.base.parameters + sizes.companions
+    yield _fixed(stage, "load", BF16 * loaded, "bytes", "disk")
     yield Work(stage, "encode prompts", data.count, "pictures", "matmul", passes * _text_flops(sizes))
     yield Work(stage, "draw", data.count * data.steps, "denoising steps", "matmul", passes * once)
     yield Work(stage, "decode", data.count, "pictures", "convolution", decode)
@@ -321,7 +331,7 @@ def layer_flops(outputs: int, inputs: int, rank: int) -> float:
 
 
 def _finished(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
-    whole = network_bytes(recipe, sizes) + BF16 * sizes.companions
+    whole = sizes.networks * network_bytes(recipe, sizes) + BF16 * sizes.companions
     yield _fixed("bundle", "copy", 2 * whole, "bytes", "disk")
     yield _fixed("bundle", "hash", whole, "bytes", "hash")
     yield _fixed("verify", "start", 1, "processes", "starts")

@@ -27,7 +27,7 @@ def downloads(recipe: Recipe, sizes: Shapes) -> list[dict]:
     found = []
     source, entry = sizes.source, sizes.source.entry
     if source.hub_id:
-        size = BF16 * (sizes.base.parameters + sizes.companions)
+        size = BF16 * (sizes.networks * sizes.base.parameters + sizes.companions)
         found.append(_download("source", source.hub_id, size, entry.gated if entry else None))
     base_repo = _base_repo(source)
     if base_repo:
@@ -92,7 +92,7 @@ def run_peak(recipe: Recipe, sizes: Shapes, until: str | None = None, bundle: fl
     kinds, last = _kinds(recipe, sizes), len(recipe.adapt.phases)
     held = {
         ("import", "weights"): kinds["import"],
-        ("surgery", "weights"): kinds["surgery"],
+        **{(one.of("surgery"), "weights"): kinds["surgery"] / sizes.networks for one in sizes.experts},
         **{(names.of_set("data", number), "pictures"): picture_bytes(recipe, sizes, number) for number in recipe.sets},
         **{
             (names.of_set("latents", number), "latents"): sum(_cached(recipe, sizes, number).values())
@@ -101,16 +101,21 @@ def run_peak(recipe: Recipe, sizes: Shapes, until: str | None = None, bundle: fl
         ("quantize", "weights"): kinds["quantised"],
         ("quantize", "spool"): kinds["spool"],
         ("bundle", "bundle"): bundle,
-        **{(f"merge-{number}", "weights"): kinds["merged"] / last for number in range(1, last + 1)},
+        **{
+            (one.of(f"merge-{number}"), "weights"): kinds["merged"] / last / sizes.networks
+            for number in range(1, last + 1)
+            for one in sizes.experts
+        },
         **{(stage, "checkpoints"): size for stage, size in _checkpoints(recipe, sizes).items()},
     }
-    return needs.peak(held, recipe, kinds["import"] > 0, until)
+    return needs.peak(held, recipe, kinds["import"] > 0, until, sizes.experts)
 
 
 def _checkpoints(recipe: Recipe, sizes: Shapes) -> dict[str, float]:
     """Stage -> bytes of its newest checkpoint and the one before it: fp32 weight, two moments, EMA."""
     phases = enumerate(recipe.adapt.phases, 1)
-    return {f"adapt-{number}": 2 * 16 * sizes.trainable(phase).trained for number, phase in phases}
+    each = {f"adapt-{number}": 2 * 16 * sizes.trainable(phase).trained for number, phase in phases}
+    return {one.of(stage): size for stage, size in each.items() for one in sizes.experts}
 
 
 def _kinds(recipe: Recipe, sizes: Shapes) -> dict[str, float]:
@@ -121,7 +126,7 @@ def _kinds(recipe: Recipe, sizes: Shapes) -> dict[str, float]:
     quantised = network_bytes(recipe, sizes) if recipe.quantize.format != "none" else 0.0
     ae = catalog.find_autoencoder(recipe.ae)
     companions = BF16 * (sizes.companions + (ae.parameters if ae else 0))
-    dense = BF16 * converted.parameters
+    dense = BF16 * sizes.networks * converted.parameters
     imported = bool(recipe.base or recipe.loras) or (sizes.source.path is not None and sizes.source.path.is_file())
     return {
         "downloads": fetched,

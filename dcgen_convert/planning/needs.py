@@ -6,16 +6,20 @@ grids of pictures) are no parts: reports, cards and `verify` read them, and they
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from itertools import chain
 from typing import Literal
 
 from dcgen_convert.core.names import TRANSFORMER, of_set
+from dcgen_convert.families.experts import WHOLE, Expert
 from dcgen_convert.networks.autoencoder_files import NORMALISED
 from dcgen_convert.recipe.schema import Recipe
 
 Keep = Literal["all", "resume", "bundle"]
+# Begin the names of the stages that every network of a model has.
+OF_EVERY_NETWORK = ("surgery", "align-embedder", "align-head", "adapt-", "merge-")
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,15 @@ class Part:
         return keep == "bundle" or not self.readers
 
 
-def stages(recipe: Recipe, imported: bool) -> list[str]:
-    """Names of the stages in order; ``imported``: the source is written as a pipeline folder first."""
+def stages(recipe: Recipe, imported: bool, experts: Sequence[Expert] = (WHOLE,)) -> list[str]:
+    """Names of the stages in order; ``imported``: the source is written as a pipeline folder first.
+
+    What is done to every network of the model is a stage for each of ``experts``.
+    """
     phases = [f"{name}-{number}" for number, _ in enumerate(recipe.adapt.phases, 1) for name in ("adapt", "merge")]
     quantised = ["quantize"] if recipe.quantize.format != "none" else []
     first = ["import"] if imported else []
-    return [
+    every = [
         *first,
         "surgery",
         *(of_set(stage, number) for number in recipe.sets for stage in ("data", "latents")),
@@ -69,10 +76,30 @@ def stages(recipe: Recipe, imported: bool) -> list[str]:
         "bundle",
         "verify",
     ]
+    return [name for stage in every for name in _of_networks(stage, experts)]
 
 
-def parts(recipe: Recipe, imported: bool) -> list[Part]:
-    """What the stages of a conversion leave in its run folder, in order. An output belongs to the first that has it."""
+def parts(recipe: Recipe, imported: bool, experts: Sequence[Expert] = (WHOLE,)) -> list[Part]:
+    """What the stages of a conversion leave in its run folder, in order. An output belongs to the first that has it.
+
+    experts: as in `stages`.
+    """
+    found = []
+    for part in _of_one_network(recipe, imported):
+        for one in experts if part.stage.startswith(OF_EVERY_NETWORK) else (WHOLE,):
+            reading = (one,) if one.name else experts
+            readers = (_of_networks(name, reading) for name in part.readers)
+            found.append(replace(part, stage=one.of(part.stage), readers=tuple(chain.from_iterable(readers))))
+    return found
+
+
+def _of_networks(stage: str, experts: Sequence[Expert]) -> list[str]:
+    """The stage, or where every network has it, that of each of ``experts``."""
+    return [expert.of(stage) for expert in experts] if stage.startswith(OF_EVERY_NETWORK) else [stage]
+
+
+def _of_one_network(recipe: Recipe, imported: bool) -> list[Part]:
+    """`parts` of a model that has one network."""
     names = stages(recipe, imported)
     adapts = tuple(name for name in names if name.startswith("adapt-"))
     merges = tuple(name for name in names if name.startswith("merge-"))
@@ -136,14 +163,21 @@ def part_of(known: Collection[Part], stage: str, output: str) -> Part | None:
     return next((part for part in known if part.stage == stage and part.has(output)), None)
 
 
-def peak(sizes: dict[tuple[str, str], float], recipe: Recipe, imported: bool, until: str | None = None) -> float:
+def peak(
+    sizes: dict[tuple[str, str], float],
+    recipe: Recipe,
+    imported: bool,
+    until: str | None = None,
+    experts: Sequence[Expert] = (WHOLE,),
+) -> float:
     """Bytes at the peak, when ``keep`` of the recipe removes parts as the walk goes on.
 
     Args:
         sizes: (stage, kind of part) -> bytes. A kind that is no part stays until the end.
         until: the last stage that runs; None: all.
+        experts: as in `stages`.
     """
-    known, names = parts(recipe, imported), stages(recipe, imported)
+    known, names = parts(recipe, imported, experts), stages(recipe, imported, experts)
     names = names[: names.index(until) + 1] if until in names else names
     held: dict[tuple[str, str], float] = {}
     highest = 0.0

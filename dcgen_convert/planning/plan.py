@@ -78,6 +78,7 @@ def plan(
             "family": sizes.family.name,
             "licence": source.licence,
             "parameters": sizes.base.parameters,
+            "networks": sizes.networks,
             **vars(sizes.old),
         },
         "licences": licences(resolved),

@@ -16,6 +16,7 @@ from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_object, understood
 from dcgen_convert.core.progress import duration
 from dcgen_convert.planning.bill import REST, Measured, works
+from dcgen_convert.planning.needs import OF_EVERY_NETWORK
 from dcgen_convert.planning.rates import CPUS, H100, Device
 from dcgen_convert.planning.shapes import Shapes
 from dcgen_convert.recipe.schema import Phase, Recipe
@@ -60,7 +61,8 @@ def small(
     rates, every = device.rates, list(works(recipe, sizes))
 
     def seconds(stage: str, what: str) -> float:
-        """Of one unit, by the assumed rates; 0 for what the run does not do."""
+        """Of one unit, by the assumed rates; 0 for what the run does not do. Of the networks, the first."""
+        stage = sizes.experts[0].of(stage) if stage.startswith(OF_EVERY_NETWORK) else stage
         return sum(work.each / rates[work.kind].expected for work in every if (work.stage, work.what) == (stage, what))
 
     drawn = FEWEST * seconds("data", "draw") + seconds("data", "decode")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from dcgen_convert.data.buckets import Size
 from dcgen_convert.families import Family
+from dcgen_convert.families.experts import WHOLE, Expert
 from dcgen_convert.families.grid import Grid
 from dcgen_convert.planning.arithmetic import Trainable, matching, trainable
 from dcgen_convert.planning.layers import Layer, Structure
@@ -26,6 +27,7 @@ class Shapes:
 
     text: tokens per prompt, 0 for class-conditional models; alignment: at which size the base sees the pictures;
     references: most pictures that a row is given beside the text. frames: of a training video; 1: it is a picture.
+    experts: the networks of the model, all of the structure `base` and then `converted`.
     """
 
     source: Identity
@@ -36,6 +38,12 @@ class Shapes:
     alignment: Alignment
     references: int = 0
     frames: int = 1
+    experts: tuple[Expert, ...] = (WHOLE,)
+
+    @property
+    def networks(self) -> int:
+        """Number of the networks that the model has."""
+        return len(self.experts)
 
     @property
     def family(self) -> Family:
@@ -125,8 +133,8 @@ def shapes_of(recipe: Recipe, source: Identity) -> Shapes:
     config, family = source.config, source.family
     new = geometry.new_grid(recipe.ae, source.offline, recipe.ae_channels, source.reader)
     aligned = alignment.alignment(recipe, source, new)
-    base = structure(config)
-    converted = structure(family.convert_config(config, new.f, new.c, recipe.adapt.phases[-1].resolution))
+    base = structure(config, family)
+    converted = structure(family.convert_config(config, new.f, new.c, recipe.adapt.phases[-1].resolution), family)
     text = family.condition_length(recipe.latents.text_length or family.text_length) if base.text_width else 0
     frames = max(1, frames_of(recipe, family, new.time))
-    return Shapes(source, base, converted, new, text, aligned, most_references(recipe, family), frames)
+    return Shapes(source, base, converted, new, text, aligned, most_references(recipe, family), frames, source.experts)

@@ -15,9 +15,11 @@ from typing import Any
 from dcgen_convert.core.names import of_set
 from dcgen_convert.data.buckets import Size
 from dcgen_convert.families import catalog, components, deep_autoencoders, pixel_memory
+from dcgen_convert.families.experts import WHOLE
 from dcgen_convert.families.pixel_memory import DECODE, ENCODE, together
 from dcgen_convert.planning.fit import Fit
 from dcgen_convert.planning.memory import CONTEXT, FRAGMENTATION, GIB
+from dcgen_convert.planning.needs import OF_EVERY_NETWORK
 from dcgen_convert.planning.shapes import Shapes
 from dcgen_convert.planning.start import group_bytes
 from dcgen_convert.recipe import geometry
@@ -44,8 +46,8 @@ OWN = {  # by the class of the network
 class Need:
     """Bytes of a stage. weights: networks that are in memory together; each: for one picture; at_once: pictures.
 
-    fixed: beside the networks, whatever the pictures. loaded: what is read from disk at once. pixels: of the pictures
-    themselves, on the host.
+    fixed: beside the networks, whatever the pictures. resting: networks that wait for their turn on the host. loaded:
+    what is read from disk at once. pixels: of the pictures themselves, on the host.
     """
 
     stage: str
@@ -55,6 +57,7 @@ class Need:
     fixed: float = 0.0
     loaded: float = 0.0
     pixels: float = 0.0
+    resting: float = 0.0
 
     def gpu(self, at_once: int | None = None) -> float:
         """Bytes on a GPU."""
@@ -67,7 +70,8 @@ class Need:
         """Bytes of one rank in the memory of the machine."""
         if on_gpu:
             return PROCESS + self.loaded + self.pixels
-        return PROCESS + self.pixels + max(self.loaded, self.weights + self.fixed + self.each * self.at_once)
+        work = self.fixed + self.each * self.at_once
+        return PROCESS + self.pixels + max(self.loaded, self.weights + self.resting + work)
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,17 @@ class Peaks:
 
 
 def needs(recipe: Recipe, sizes: Shapes, fits: list[Fit]) -> Iterator[Need]:
-    """What every stage needs, in order; ``fits``: the decision for each training, that of the head first if any."""
+    """What every stage needs, in order; ``fits``: the decision for each training, that of the head first if any.
+
+    One network is trained at a time: every network of the model needs the same.
+    """
+    for need in _of_one_network(recipe, sizes, fits):
+        own = sizes.experts if need.stage.startswith(OF_EVERY_NETWORK) else (WHOLE,)
+        yield from (replace(need, stage=expert.of(need.stage)) for expert in own)
+
+
+def _of_one_network(recipe: Recipe, sizes: Shapes, fits: list[Fit]) -> Iterator[Need]:
+    """`needs` of a model that has one network."""
     e = FP32 if recipe.dtype == "fp32" else 2
     base, converted, companions = (
         e * float(count) for count in (sizes.base.parameters, sizes.converted.parameters, sizes.companions)
@@ -105,8 +119,8 @@ def needs(recipe: Recipe, sizes: Shapes, fits: list[Fit]) -> Iterator[Need]:
         passes = LIVE * e * sizes.converted.width * (tokens + sizes.text) * sizes.passes(guidance)
         decode = work(codec, DECODE, size, batch, frames, "fp32" if e == FP32 else "bf16")
         each = max(passes, decode / batch)
-        networks = network + companions
-        return Need(stage, networks, each, batch, loaded=networks, pixels=kept)
+        networks, resting = network + companions, (sizes.networks - 1) * network
+        return Need(stage, networks, each, batch, loaded=networks + resting, pixels=kept, resting=resting)
 
     data, last, steps = recipe.data, recipe.adapt.phases[-1], recipe.bundle
     yield Need("surgery", 0.0, loaded=codecs)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from dcgen_convert import families
 from dcgen_convert.core.errors import InputError
+from dcgen_convert.families import Family
 from dcgen_convert.planning.layers import Structure, dit, flux, sana
 
 STRUCTURES: dict[str, Callable[[dict], Structure]] = {
@@ -15,15 +16,15 @@ STRUCTURES: dict[str, Callable[[dict], Structure]] = {
 }
 
 
-def structure(config: dict) -> Structure:
-    """The structure of a transformer config.
+def structure(config: dict, family: Family | None = None) -> Structure:
+    """The structure of a transformer config; ``family``: whose it is, where more than the config tells it.
 
     Raises:
         InputError: an unknown class, or a config without one of its sizes.
     """
     name = config.get("_class_name")
     if name not in STRUCTURES:
-        family = families.recognise(config)
+        family = family or families.recognise(config)
         if family is None:
             raise InputError(f"no arithmetic for transformer class {name}", f"known: {', '.join(families.FAMILIES)}")
         from dcgen_convert.planning.modules import measured  # it needs torch

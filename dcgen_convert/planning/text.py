@@ -23,8 +23,9 @@ def size(value: float | None) -> str:
 def render(doc: dict) -> str:
     """The plan in sections: what, speed, memory, disk, downloads, time, settings, and what stands in the way."""
     source, ae, chosen = doc["source"], doc["autoencoder"], doc["memory"]["chosen"]
+    networks = f"{source['networks']} networks of " if source["networks"] > 1 else ""
     lines = [
-        f"{source['name']} ({source['family']}, {source['parameters']:,} parameters, "
+        f"{source['name']} ({source['family']}, {networks}{source['parameters']:,} parameters, "
         f"f{source['f']}c{source['c']} patch {source['p']})"
         f" -> {ae['name']} (f{ae['f']}c{ae['c']} patch 1)",
         "",

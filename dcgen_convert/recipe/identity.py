@@ -14,7 +14,7 @@ from typing import Any
 from dcgen_convert import families
 from dcgen_convert.core.errors import AccessError, InputError
 from dcgen_convert.core.names import MANIFEST
-from dcgen_convert.families import Family, bases, catalog, components, legacy
+from dcgen_convert.families import Expert, Family, bases, catalog, components, legacy
 from dcgen_convert.families.bases import Base
 from dcgen_convert.families.catalog import SourceEntry
 from dcgen_convert.families.grid import MOST, Grid, autoencoder_grid, autoencoder_time
@@ -109,6 +109,11 @@ class Identity:
     def family(self) -> Family:
         """The family that claims the config; InputError when none does."""
         return families.family_of(self.config, self.name, self.pipeline_index)
+
+    @cached_property
+    def experts(self) -> tuple[Expert, ...]:
+        """The networks that it draws with."""
+        return self.family.experts(self.pipeline_index or {})
 
     @property
     def pipeline_index(self) -> dict[str, Any] | None:

@@ -27,7 +27,7 @@ def adapt_phase(job: Job, stage: Stage, number: int) -> None:
     phase = job.recipe.adapt.phases[number - 1]
     layout = {**fitted(job, phase, "adapt"), "start": _layout_of_start(job, number)}
     seconds = allowance.seconds(job, number)
-    with job.crew.share("adapt", number=number, layout=layout, seconds=seconds):
+    with job.crew.share("adapt", expert=job.expert.name, number=number, layout=layout, seconds=seconds):
         record = train_phase(job, number, layout, seconds)
     record.pop("exports")
     stage.metrics.update(record)
@@ -58,7 +58,7 @@ def train_phase(job: Job, number: int, layout: dict[str, Any], seconds: float | 
     def task_in(layout: dict[str, Any]) -> phases.Task:
         model = models.load(job.folders.dense_before(number), job.dtype, aligned, first_device(layout))
         adapt = recipe.adapt.model_copy(update={"zero": layout["zero"], "offload": layout["offload"]})
-        return phases.Task(model, job.family, adapt, rows, job.scheduler)
+        return phases.Task(model, job.family, adapt, rows, job.scheduler, within=job.expert.within)
 
     begins = layout.get("start")
     if begins:

@@ -46,14 +46,14 @@ def run(job: Job, stage: Stage) -> None:
     train_rows, held_out = job.of_phase(1).rows(resolution).split()
     embedder = job.folders.align_embedder / names.MODULES
     model = surgical(job, embedder, pipelines.device())
-    task = phases.Task(model, job.family, job.recipe.adapt, train_rows, job.scheduler)
+    task = phases.Task(model, job.family, job.recipe.adapt, train_rows, job.scheduler, within=job.expert.within)
     stage.metrics.update(start(job, stage, task, held_out))
     output = stage.folder / names.MODULES
     if not settings.steps:
         atomic_save(module_state(job, model), output)
         return
     layout = fitted(job, head_phase(job.recipe), "align head")
-    with job.crew.share("train-head", layout=layout):
+    with job.crew.share("train-head", expert=job.expert.name, layout=layout):
         record = train(job, layout, model)
     atomic_save(load_file(record["exports"]["modules"]), output)
     if layout["zero"] == 3:  # this model's weights stay partitioned
@@ -103,7 +103,7 @@ def train(job: Job, layout: dict[str, Any], model: nn.Module | None = None) -> d
         models.compile_blocks(job.family, model)
     adapt = recipe.adapt.model_copy(update={"zero": layout["zero"], "offload": layout["offload"]})
     rows = job.of_phase(1).rows(recipe.adapt.phases[0].resolution).split()[0]
-    task = phases.Task(model, job.family, adapt, rows, job.scheduler)
+    task = phases.Task(model, job.family, adapt, rows, job.scheduler, within=job.expert.within)
     place = Place(job.folders.align_head / names.TRAINING, job.console, recipe.seed)
     return phases.train_head(task, recipe.align_head, recipe.dtype, layout["micro_batch"], place)
 
@@ -161,7 +161,7 @@ def fit_head(job: Job, task: phases.Task, held_out: LatentCache, folder: Path) -
     if ledger.reason is None:
         with (
             job.console.progress("least squares for the head", None, "samples") as bar,
-            job.crew.share("fit-head", bar, begun=ledger.begun),
+            job.crew.share("fit-head", bar, expert=job.expert.name, begun=ledger.begun),
         ):
             head_fit.work(fit, bar, ledger.begun, ledger)
     assert ledger.solution is not None, "the fit has ended"
@@ -175,5 +175,5 @@ def fit_part(job: Job, bar: Bar, begun: int) -> None:
     """What the other ranks do of `fit_head`."""
     rows, held_out = job.of_phase(1).rows(job.recipe.adapt.phases[0].resolution).split()
     model = surgical(job, job.folders.align_embedder / names.MODULES, pipelines.device())
-    task = phases.Task(model, job.family, job.recipe.adapt, rows, job.scheduler)
+    task = phases.Task(model, job.family, job.recipe.adapt, rows, job.scheduler, within=job.expert.within)
     head_fit.work(HeadFit(job, task, held_out, job.folders.align_head), bar, begun)

@@ -6,11 +6,12 @@ ends early instead of spending more than the budget.
 
 from __future__ import annotations
 
+from dcgen_convert.planning import needs
 from dcgen_convert.planning.bill import bill
 from dcgen_convert.planning.shapes import shapes_of
 from dcgen_convert.recipe.schema import Recipe
 from dcgen_convert.stages import folders
-from dcgen_convert.stages.depends import IMPORT
+from dcgen_convert.stages.depends import ADAPT, IMPORT, kind_of
 from dcgen_convert.stages.job import Job
 
 RESERVE = 0.01  # of the time of a phase: for the evaluation and the export at its end
@@ -24,14 +25,17 @@ def seconds(job: Job, number: int) -> float | None:
     total = budget_seconds(job.recipe, job.crew.world)
     if total is None:
         return None
-    rows = bill(job.recipe, shapes_of(job.recipe, job.identity), job.crew.world)["stages"]
+    sizes = shapes_of(job.recipe, job.identity)
+    rows = bill(job.recipe, sizes, job.crew.world)["stages"]
     planned = {row["stage"]: 3600 * row["wall_hours"] for row in rows}
-    phases = [folders.adapt_stage(later) for later in range(number, len(job.recipe.adapt.phases) + 1)]
-    other = [*map(folders.merge_stage, range(number, len(job.recipe.adapt.phases) + 1))]
-    after = sum(planned.get(name, 0.0) for name in (*other, folders.QUANTIZE, folders.BUNDLE, folders.VERIFY))
-    left = total - after - sum(job.run.spent(name) for name in _before(job.recipe, number))
-    own = left * planned[phases[0]] / sum(planned[name] for name in phases)
-    return max(0.0, own * (1 - RESERVE) - job.run.spent(phases[0]))
+    names = [IMPORT, *needs.stages(job.recipe, False, sizes.experts)]
+    here = job.expert.of(folders.adapt_stage(number))
+    done, left = names[: names.index(here)], names[names.index(here) :]
+    trainings = [name for name in left if kind_of(name) == ADAPT]
+    after = sum(planned.get(name, 0.0) for name in left if name not in trainings)
+    seconds = total - after - sum(job.run.spent(name) for name in done)
+    own = seconds * planned[here] / sum(planned[name] for name in trainings)
+    return max(0.0, own * (1 - RESERVE) - job.run.spent(here))
 
 
 def budget_seconds(recipe: Recipe, ranks: int) -> float | None:
@@ -40,11 +44,3 @@ def budget_seconds(recipe: Recipe, ranks: int) -> float | None:
     assert not isinstance(hours, dict), "a budget that was applied is one number"
     limits = [limit for limit in (hours / ranks, wall) if limit]
     return 3600 * min(limits) if limits else None
-
-
-def _before(recipe: Recipe, number: int) -> list[str]:
-    """Stages that come before phase ``number``."""
-    pictures = [stage(of) for of in recipe.sets for stage in (folders.data_stage, folders.latents_stage)]
-    first = [IMPORT, folders.SURGERY, *pictures, folders.ALIGN_EMBEDDER, folders.ALIGN_HEAD]
-    done = range(1, number)
-    return [*first, *map(folders.adapt_stage, done), *map(folders.merge_stage, done)]

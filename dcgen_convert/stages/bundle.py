@@ -24,8 +24,9 @@ from dcgen_convert.stages.quantize import SINGLE_FILE
 def write(job: Job, stage: Stage, output: Path, force: bool) -> None:
     """Writes the bundle to ``output`` and keeps a copy of its manifest in the run."""
     quantised = job.recipe.quantize.format != "none"
-    transformer = job.folders.quantize / models.TRANSFORMER if quantised else job.folders.converted
-    lora = None if job.recipe.merge_lora else job.folders.converted.parent / names.LORA
+    converted = [own.folders.converted for own in job.experts]
+    transformer = job.folders.quantize / models.TRANSFORMER if quantised else converted[0]
+    lora = None if job.recipe.merge_lora else converted[0].parent / names.LORA
     single_file = (
         job.folders.quantize / SINGLE_FILE if job.recipe.quantize.container == "nunchaku" and quantised else None
     )
@@ -39,6 +40,7 @@ def write(job: Job, stage: Stage, output: Path, force: bool) -> None:
         lora=lora,
         single_file=single_file,
         scaling_factor=job.recipe.latents.scale_override,
+        further=dict(zip(job.family.further, converted[1:], strict=True)),
     )
     own = (stage.folder / BEGUN).exists()  # and a kill came between the bundle and the marker
     layout.check_output(output, force or own)

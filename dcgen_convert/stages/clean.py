@@ -18,7 +18,7 @@ from dcgen_convert.planning import needs
 from dcgen_convert.planning.needs import Keep, Part
 from dcgen_convert.planning.text import size
 from dcgen_convert.recipe.schema import Recipe
-from dcgen_convert.stages import depends, folders
+from dcgen_convert.stages import depends, folders, records
 
 RECORDS = "records: report, card and verify read them"
 
@@ -58,7 +58,8 @@ def look(run: Run, recipe: Recipe, output: Path, keep: Keep) -> list[Row]:
         output: folder of the run's bundle. While no finished bundle is there, what it is made from is needed.
     """
     imported = (run.path / "import").exists()
-    stages, parts = needs.stages(recipe, imported), needs.parts(recipe, imported)
+    experts = records.experts(run.path)
+    stages, parts = needs.stages(recipe, imported, experts), needs.parts(recipe, imported, experts)
     outputs = {stage: run.record(stage)["outputs"] for stage in finished(run, stages, output)}
     rows: dict[tuple[str, str], Row] = {}
     for path in sorted(run.path.rglob("*")):

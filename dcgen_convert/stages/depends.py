@@ -17,6 +17,7 @@ from dcgen_convert.core.files import read_object, sha256
 from dcgen_convert.core.journal import MARKER, differing, fingerprint
 from dcgen_convert.data import given, hub, images, prompt_lists, prompts
 from dcgen_convert.data.images import Picture
+from dcgen_convert.families import EXPERT_NAMES
 from dcgen_convert.recipe.schema import LAYOUT, result_settings
 from dcgen_convert.stages import captions, edited, folders
 from dcgen_convert.stages.captions import CAPTIONS, texts_of
@@ -30,12 +31,13 @@ PICTURES = "the contents of data.path"
 SOURCES = "the pictures that are edited"
 PHASE = "adapt.phases.*"  # without its data: they are the inputs of stages of their own
 START, OPTIMIZER = "adapt.lora_start", "adapt.optimizer"
+TIMES = "the noise levels of the network"  # of models that have several networks
 FRAMES = "data.frames"
 BEYOND = "the shift beyond the base's size"
 SHAPE = "the shape of what the base draws"
 TRAINING = (
     "seed", "dtype", "adapt.objective", "adapt.null_branch", "adapt.guidance_range", "adapt.data_guidance",
-    "adapt.shift", "adapt.weighting", "adapt.text_drop", "adapt.ema",
+    "adapt.shift", "adapt.weighting", "adapt.text_drop", "adapt.ema", TIMES,
 )  # fmt: skip
 
 # Stage -> settings (the name of a section stands for all of its settings, * for the stage's phase) and facts. A higher
@@ -105,9 +107,15 @@ def _within(setting: str, names: Iterable[str]) -> bool:
 
 
 def kind_of(stage: str) -> str:
-    """Key of a stage in DEPENDS: "adapt-2" -> "adapt"."""
+    """Key of a stage in DEPENDS: "adapt-2" -> "adapt", "surgery-low" -> "surgery"."""
+    stage = without_expert(stage)
     name, _, number = stage.rpartition("-")
     return name if number.isdigit() else stage
+
+
+def without_expert(stage: str) -> str:
+    """Name of a stage without the one of its network: "adapt-2-low" -> "adapt-2"."""
+    return next((stage.removesuffix(f"-{name}") for name in EXPERT_NAMES if stage.endswith(f"-{name}")), stage)
 
 
 def inputs(job: Job, stage: str, number: int = 0) -> dict[str, Any]:
@@ -135,7 +143,7 @@ def recorded(job: Job, stage: str, old: dict[str, Any]) -> dict[str, Any]:
 
 def _network(job: Job, contents: dict[str, str]) -> dict[str, str]:
     """Of the hashes of the source's files those that belong to no other component than the network."""
-    others = job.source.parts.keys() - {job.family.component}
+    others = job.source.parts.keys() - {job.expert.component or job.family.component}
     return {name: digest for name, digest in contents.items() if name.partition("/")[0] not in others}
 
 
@@ -154,6 +162,8 @@ def _counts(job: Job, stage: str, number: int, name: str) -> bool:
         return name not in DRAWN if own else name != PICTURES
     if name == BASE_VIEW:
         return job.is_aligned
+    if name == TIMES:
+        return len(job.source.experts) > 1
     if name == START:
         return job.recipe.starts_along_gradient(number)
     if name == OPTIMIZER:  # markers from before it was a setting do not name the one that there was
@@ -169,6 +179,7 @@ def _value(job: Job, settings: dict[str, Any], name: str, number: int) -> Any:
         NETWORK: lambda: _network(job, job.source.contents()),
         AUTOENCODER: lambda: job.ae.fingerprint,
         RESOLUTION: lambda: job.resolution,
+        TIMES: lambda: [*job.expert.within],
         PICTURES: lambda: _given(job),
         SOURCES: lambda: _edited(job),
         FRAMES: lambda: job.frames,
@@ -298,8 +309,9 @@ def training_continues(job: Job, stage: str, old: dict[str, Any], new: dict[str,
         if not name.endswith((".steps", ".lr", ".clip")) or not isinstance(mine, int | float) or not mine or not other:
             return None
         changes[name] = (other, mine)
-    found = latest(job.run.path / stage / (names.TRAINING if stage == folders.ALIGN_HEAD else "") / names.CHECKPOINTS)
-    finished = (job.run.path / stage / MARKER).exists()
+    folder = job.folders.own(stage)
+    found = latest(folder / (names.TRAINING if stage == folders.ALIGN_HEAD else "") / names.CHECKPOINTS)
+    finished = (folder / MARKER).exists()
     for name, (before, now) in changes.items():
         grows = name.endswith(".steps") and found is not None and now >= found[1]["step"]
         lower = not name.endswith(".steps") and not finished and now < before

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dcgen_convert.core.names import of_set
+from dcgen_convert.families.experts import WHOLE, Expert
 from dcgen_convert.networks.models import TRANSFORMER
 
 SURGERY, DATA, LATENTS = "surgery", "data", "latents"
@@ -42,15 +43,21 @@ class Folders:
         run: the run folder.
         phases: number of phases of adaptation.
         pictures: number of the set whose pictures and latents are meant.
+        expert: the network that is meant: each has folders of its own for what is done to it.
     """
 
     run: Path
     phases: int
     pictures: int = 0
+    expert: Expert = WHOLE
+
+    def own(self, stage: str) -> Path:
+        """Folder of a stage that every network has for itself."""
+        return self.run / self.expert.of(stage)
 
     @property
     def surgery(self) -> Path:
-        return self.run / SURGERY
+        return self.own(SURGERY)
 
     @property
     def data(self) -> Path:
@@ -62,21 +69,21 @@ class Folders:
 
     @property
     def align_embedder(self) -> Path:
-        return self.run / ALIGN_EMBEDDER
+        return self.own(ALIGN_EMBEDDER)
 
     @property
     def align_head(self) -> Path:
-        return self.run / ALIGN_HEAD
+        return self.own(ALIGN_HEAD)
 
     @property
     def quantize(self) -> Path:
         return self.run / QUANTIZE
 
     def adapt(self, number: int) -> Path:
-        return self.run / adapt_stage(number)
+        return self.own(adapt_stage(number))
 
     def merge(self, number: int) -> Path:
-        return self.run / merge_stage(number)
+        return self.own(merge_stage(number))
 
     def dense_before(self, number: int) -> Path:
         """The dense transformer that phase ``number`` starts from."""

@@ -36,7 +36,7 @@ from dcgen_convert.train import objective
 from dcgen_convert.train.phases import sampling_of
 
 PICTURES = 32
-T = 0.3  # little noise: what is compared is content
+T = 0.3  # little noise: what is compared is content. Of the noise levels that the network draws at
 BASE, TARGET = "base", "target"  # whose latents
 
 
@@ -71,11 +71,12 @@ def walk(job: Job, transformer: Path, rows: LatentCache, side: str) -> Iterator[
         side: BASE or TARGET: whose latents the model in the folder ``transformer`` sees.
     """
     model = models.load(transformer, job.dtype, device=pipelines.device())
+    low, high = job.expert.within
     for index in (index for part in buckets.first_of_each(rows.spans, PICTURES) for index in part):
         latent, text = rows.seen(side, [index])
         sampling = sampling_of(job.family, job.recipe.adapt, latent.shape[1:], model.config, job.scheduler)
         drawn = objective.draw(job.recipe.seed, 0, [index], latent.shape[1:], sampling, objective.EVALUATION)
-        drawn = replace(drawn, t=torch.full((1,), T))
+        drawn = replace(drawn, t=torch.full((1,), low + T * (high - low)))
         with clock.timed("gap"):
             tokens = block_tokens(job.family, model, *objective.to_device((latent, text, drawn), pipelines.device()))
         yield index, tokens

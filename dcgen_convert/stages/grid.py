@@ -26,7 +26,7 @@ from dcgen_convert.families.base import references_of
 from dcgen_convert.networks import autoencoders, pipelines
 from dcgen_convert.stages.job import Job
 from dcgen_convert.stages.watched import Watched
-from dcgen_convert.train.objective import Velocity, drop_text, shift_t
+from dcgen_convert.train.objective import Velocity, drop_text, noised, shift_t
 from dcgen_convert.train.watch import sheet_of
 
 Combine = Callable[[Tensor, Tensor, float], Tensor]  # `Family.guided`
@@ -40,6 +40,19 @@ def noise_levels(family: Family, steps: int, tokens: int, scheduler: dict[str, A
         places = torch.linspace(len(times) - 1, 0, steps + 1).round().long()[:-1]
         return torch.cat([times[places], torch.zeros(1, dtype=times.dtype)]).float()
     return shift_t(torch.linspace(1, 0, steps + 1, dtype=torch.float64), family.shift(tokens, scheduler)).float()
+
+
+def levels_within(levels: Tensor, within: tuple[float, float]) -> Tensor:
+    """Of the ``levels`` of a drawing those of a network that draws at low <= t < high, and 0 at the end.
+
+    The last step leads from there to 0 at once: to the network's guess of the picture. Where no level lies within, the
+    middle is taken.
+    """
+    low, high = within
+    if (low, high) == (0.0, 1.0):
+        return levels
+    own = levels[(levels >= low) & ((levels < high) | (high == 1)) & (levels > 0)]
+    return torch.cat([own if len(own) else levels.new_tensor([(low + high) / 2]), levels.new_zeros(1)])
 
 
 def sample(
@@ -76,6 +89,9 @@ def drawing(
 ) -> Callable[[Velocity, int], None]:
     """A function (velocity, step) that draws the grid to `sheet_of` and the console's tracker.
 
+    A network that draws at a part of the noise levels alone goes through those: from the noised latents of the rows, if
+    it does not begin in full noise, to its guess of the picture.
+
     Every rank samples, because a partitioned network needs all ranks. Rank 0 decodes, has the pictures measured by
     ``watched``, and writes. Of videos a film of all frames lies beside it, if PyAV is there. Of a model that edits the
     first column shows what is edited, and of one that draws videos from a picture that picture, as the autoencoder
@@ -94,6 +110,9 @@ def drawing(
             generators = [torch.Generator().manual_seed(job.recipe.seed * 1_000_003 % 2**63 + i) for i in part]
             noise = torch.stack([torch.randn(z0.shape[1:], generator=generator) for generator in generators]).to(device)
             levels = noise_levels(job.family, settings.steps, math.prod(z0.shape[2:]), job.scheduler)
+            levels = levels_within(levels, job.expert.within)
+            if job.expert.high < 1:
+                noise = noised(z0.to(device), noise, levels[:1].to(device))
             combine = job.family.guided if job.family.guidance == "cfg" else None
             with clock.timed("grids", len(part) * settings.steps):
                 sampled = sample(velocity, noise, levels, text, null, settings.guidance, combine)

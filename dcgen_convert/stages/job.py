@@ -16,16 +16,16 @@ from dcgen_convert.checkpoint.source import Source, resolve_folder
 from dcgen_convert.checkpoint.tensors import same_tensors
 from dcgen_convert.core import names
 from dcgen_convert.core.console import Console
-from dcgen_convert.core.errors import InputError, RecipeError
+from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_json, read_object, sha256
 from dcgen_convert.core.journal import MARKER, Run
 from dcgen_convert.data.buckets import Size, nearest
 from dcgen_convert.data.images import NOUNS
 from dcgen_convert.families import Family, catalog, legacy
 from dcgen_convert.families.base import Pipeline, reference_keys
+from dcgen_convert.families.experts import WHOLE, Expert
 from dcgen_convert.families.grid import LTX, STILL, Grid, Time, autoencoder_grid, autoencoder_time
 from dcgen_convert.networks import autoencoder_files, parts
-from dcgen_convert.networks.pipelines import stock_pipeline
 from dcgen_convert.ranks.crew import SOLO, Crew
 from dcgen_convert.recipe import drawable, sources
 from dcgen_convert.recipe.alignment import Alignment, alignment
@@ -35,7 +35,8 @@ from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.loading import Resolved
 from dcgen_convert.recipe.schema import Recipe
 from dcgen_convert.recipe.videos import drawn_frames, frames_of
-from dcgen_convert.stages.folders import ALIGN_HEAD, Folders, adapt_stage, latents_stage
+from dcgen_convert.stages import possible
+from dcgen_convert.stages.folders import Folders, latents_stage
 from dcgen_convert.svdquant import targets
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class Job:
     Attributes:
         pictures: number of the set of pictures that `data` of the recipe, and the folders of pictures and latents, are
             of. 0: section `data`; n: the data of phase n.
+        expert: the network that is worked on; WHOLE where the model has one, and where all of them are meant.
     """
 
     recipe: Recipe
@@ -92,6 +94,7 @@ class Job:
     console: Console
     crew: Crew = SOLO
     pictures: int = 0
+    expert: Expert = WHOLE
     _found: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -100,7 +103,22 @@ class Job:
 
     @cached_property
     def folders(self) -> Folders:
-        return Folders(self.run.path, len(self.recipe.adapt.phases), self.pictures)
+        return Folders(self.run.path, len(self.recipe.adapt.phases), self.pictures, self.expert)
+
+    @property
+    def experts(self) -> list[Job]:
+        """This job, once for each network of the model."""
+        return [self.of_expert(expert.name) for expert in self.source.experts]
+
+    def of_expert(self, name: str) -> Job:
+        """This job with the network called ``name``; itself for the only network of a model, which has no name."""
+        if name == self.expert.name:
+            return self
+        assert not self.expert.name, "a job of one network does not know the others"
+        expert = next(expert for expert in self.source.experts if expert.name == name)
+        return self.remembered(
+            f"expert {name}", lambda job: replace(job, source=job.source.of_expert(expert), expert=expert)
+        )
 
     def of_phase(self, number: int) -> Job:
         """This job with the pictures that phase ``number`` (the first is 1) is trained on."""
@@ -175,7 +193,9 @@ class Job:
 
     def usual_size(self, px: int) -> Size:
         """Of the buckets of these pictures at ``px`` the one of the family's usual shape; the square without any."""
-        return usual_size(*self._tokens_of(), px, self.recipe.data.buckets)
+        if not self.recipe.data.buckets:  # a source that is imported has no autoencoder to ask before that
+            return px, px
+        return usual_size(*self._tokens_of(), px, buckets_kept=True)
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -392,7 +412,7 @@ def prepare(resolved: Resolved, run: Run, console: Console, crew: Crew = SOLO) -
     from dcgen_convert.checkpoint.imported import STAGE, Imported
 
     recipe = resolved.recipe
-    require_even(recipe, run.path, crew.world)
+    possible.require_even(recipe, run.path, crew.world)
     identity, offline = resolved.identity, resolved.machine.offline
     source = load_source(
         identity.name,
@@ -403,6 +423,8 @@ def prepare(resolved: Resolved, run: Run, console: Console, crew: Crew = SOLO) -
         loras=recipe.loras,
         home=run.path / STAGE,
     )
+    possible.require_for_several(recipe, source)
+    possible.require_apart(recipe, source)
     entry = identity.entry
     if entry and entry.family != source.family.name:
         raise InputError(f"{source.root} holds a {source.family.name} model, {entry.name} is a {entry.family}")
@@ -412,10 +434,6 @@ def prepare(resolved: Resolved, run: Run, console: Console, crew: Crew = SOLO) -
         console.warn(doubt)
     if recipe.quantize.format != "none":
         targets.check_container(recipe.quantize.container, recipe.quantize.format, source.family)
-    if not recipe.merge_lora and not hasattr(stock_pipeline(source), "load_lora_weights"):
-        raise InputError(
-            f"the stock {source.family.pipeline_class} cannot load a LoRA apart", "leave out --no-merge-lora"
-        )
     parts.check(source.base if isinstance(source, Imported) else source.root, source.index)
     ae = find_autoencoder(recipe.ae, run.path, channels=recipe.ae_channels, offline=offline, axes=source.family.axes)
     job = Job(recipe, identity, source, ae, run, console, crew)
@@ -439,23 +457,6 @@ def of_bundle(job: Job) -> str:
         f"SOURCE is a bundle: its pictures and its latents (f{f}, {c} channels) are the base. Embedder and head are "
         f"made anew and aligned for f{job.ae.factor} with {job.ae.channels} channels; all other weights go on"
     )
-
-
-def require_even(recipe: Recipe, run_dir: Path, world: int) -> None:
-    """RecipeError when a batch cannot be divided evenly among the ranks. It comes now, not after hours of synthesis.
-
-    Stages that are done already do not count: another number of ranks may have done them.
-    """
-    batches = {
-        adapt_stage(n): (f"adapt.phases.{n - 1}.batch", phase.batch) for n, phase in enumerate(recipe.adapt.phases, 1)
-    }
-    if recipe.align_head.steps:
-        batches = {ALIGN_HEAD: ("align_head.batch", recipe.align_head.batch), **batches}
-    uneven = [pair for stage, pair in batches.items() if pair[1] % world and not (run_dir / stage / MARKER).exists()]
-    if uneven:
-        named = ", ".join(f"{key} = {batch}" for key, batch in uneven)
-        even = " ".join(f"--set {key}={-(-batch // world) * world}" for key, batch in uneven)
-        raise RecipeError(f"{world} ranks cannot share these batches evenly: {named}", even)
 
 
 def find_autoencoder(

@@ -11,7 +11,7 @@ from dcgen_convert.core import clock, resident
 from dcgen_convert.core.errors import ResourceError, is_out_of_memory
 from dcgen_convert.core.journal import Stage
 from dcgen_convert.stages import folders
-from dcgen_convert.stages.depends import ADAPT, MERGE, kind_of
+from dcgen_convert.stages.depends import ADAPT, MERGE, kind_of, without_expert
 
 WHOLE = "the stage holds one network at a time: use a machine with more memory"
 TRAINING = "raise --zero or --offload, or use more or larger GPUs"
@@ -39,7 +39,7 @@ def named(stage: str) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        number = stage.rpartition("-")[2]
+        number = without_expert(stage).rpartition("-")[2]
         hint = LOWER.get(kind_of(stage), WHOLE).format(int(number) - 1 if number.isdigit() else "*")
         what = str(error).partition("\n")[0][:300] or "(no message)"
         raise ResourceError(f"stage {stage}: out of memory: {what}", f"{hint}; then resume the run") from error

@@ -200,7 +200,8 @@ def draw_part(job: Job, bar: Bar) -> None:
     pipeline = source_pipeline.load(job.source, job.dtype)
     source_pipeline.cap_shift(pipeline, job.identity, settings.resolution)
     if job.recipe.compile:
-        models.compile_blocks(job.family, getattr(pipeline, job.family.component))
+        for network in pipelines.networks_of(job.family, pipeline):
+            models.compile_blocks(job.family, network)
     drawing = AtOnce(f"{job.folders.data.name}: drawing", job.console.warn)
 
     def draw(part: list[Picture]) -> Tensor:

@@ -15,6 +15,7 @@ from dcgen_convert.core.files import read_object, understood, write_json
 from dcgen_convert.core.journal import Run
 from dcgen_convert.core.names import OPEN, RECIPE
 from dcgen_convert.core.version import __version__
+from dcgen_convert.families.experts import WHOLE, Expert
 from dcgen_convert.ranks import join
 from dcgen_convert.ranks.machine import Machine
 from dcgen_convert.recipe.loading import Resolved, revive
@@ -69,6 +70,13 @@ def _release(version: str) -> tuple[int, ...]:
 def write(run: Run, record: dict[str, Any]) -> None:
     """Write a run's recipe.json, with the version of this program."""
     write_json(run.path / RECIPE, {**record, "version": __version__})
+
+
+def experts(run_dir: Path) -> tuple[Expert, ...]:
+    """The networks of a run's model, by their names; the only one in a folder where no run has begun."""
+    path = run_dir / RECIPE
+    found = read_object(path).get("experts", [WHOLE.name]) if path.is_file() else [WHOLE.name]
+    return tuple(Expert(str(name), "") for name in found)
 
 
 def believed(sizes: Mapping[str, int], before: Mapping[str, tuple[int, str]]) -> dict[str, str]:

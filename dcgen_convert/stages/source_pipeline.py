@@ -29,7 +29,7 @@ def load(source: Source, dtype: torch.dtype, **components: Any) -> Pipeline:
 
 def text_encoders(source: Source, dtype: torch.dtype) -> Pipeline:
     """The pipeline without transformer and autoencoder. It can encode prompts."""
-    return load(source, dtype, **{source.family.component: None, "vae": None})
+    return load(source, dtype, **dict.fromkeys((*source.family.components, "vae")))
 
 
 def cap_shift(pipeline: Pipeline, source: Identity, side: int) -> None:

@@ -23,6 +23,8 @@ def tasks_of(job: Job, crew: Member, arguments: dict[str, Any]) -> dict[str, tup
     """Name of a task -> the stage that shares it, and what a rank does."""
     from dcgen_convert.stages import adapt, align_head, latents, pictures, quantize
 
+    job = job.of_expert(arguments.pop("expert", ""))
+    own = job.expert.of
     return {
         "pictures": (folders.DATA, lambda: pictures.draw_part(job.of_set(arguments["of"]), crew)),
         "latents": (
@@ -30,9 +32,9 @@ def tasks_of(job: Job, crew: Member, arguments: dict[str, Any]) -> dict[str, tup
             lambda: latents.encode_part(job.of_set(arguments["of"]), crew, arguments["spans"]),
         ),
         "captions": (folders.LATENTS, lambda: latents.caption_part(job.of_set(arguments["of"]), crew)),
-        "fit-head": (folders.ALIGN_HEAD, lambda: align_head.fit_part(job, crew, **arguments)),
-        "train-head": (folders.ALIGN_HEAD, lambda: align_head.train(job, **arguments)),
-        "adapt": ("adapt-{number}", lambda: adapt.train_phase(job, **arguments)),
+        "fit-head": (own(folders.ALIGN_HEAD), lambda: align_head.fit_part(job, crew, **arguments)),
+        "train-head": (own(folders.ALIGN_HEAD), lambda: align_head.train(job, **arguments)),
+        "adapt": (own("adapt-{number}"), lambda: adapt.train_phase(job, **arguments)),
         "calibration": (folders.QUANTIZE, lambda: quantize.record_part(job, crew, **arguments)),
         "blocks": (folders.QUANTIZE, lambda: quantize.quantize_part(job, crew, **arguments)),
     }

@@ -32,7 +32,7 @@ def require(job: Job) -> None:
         InputError: a name or a caption that cannot be, or too few pictures. AccessError: weights are not at hand.
     """
     for number in range(1, len(job.recipe.adapt.phases) + 1):
-        if job.recipe.watch.measures and not (job.folders.adapt(number) / MARKER).exists():
+        if job.recipe.watch.measures and not all((own.folders.adapt(number) / MARKER).exists() for own in job.experts):
             texts = _captions(job.of_phase(number))
             if held_out_rows(len(texts)) < 2:
                 raise InputError(

@@ -93,7 +93,7 @@ def meter_of(
     peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     if peak is None:
         return Meter(image + words, None, None)
-    once = forward_flops(structure({**model.config, "_class_name": type(model).__name__}), image, words)
+    once = forward_flops(structure({**model.config, "_class_name": type(model).__name__}, family), image, words)
     # MFU counts the work that the loss asks for: recomputed activations are overhead
     flops = train_flops(once, full=full, checkpointing=False, passes=side_passes(adapt, consistency))
     return Meter(image + words, flops, peak)

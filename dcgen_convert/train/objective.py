@@ -42,6 +42,8 @@ class Sampling:
         guidance_range: g ~ U(lo, hi) for networks with a guidance input.
         text_drop: probability that a sample sees the null text.
         times: (S,) noise level t of every DDPM step, for "ddpm".
+        within: (low, high): only noise levels between these are drawn, those of a network that draws at no others. With
+            "logit-normal" alone.
     """
 
     kind: str
@@ -49,6 +51,7 @@ class Sampling:
     guidance_range: tuple[float, float]
     text_drop: float
     times: Tensor | None = None
+    within: tuple[float, float] = (0.0, 1.0)
 
 
 # (z (B, C, h, w), t (B,), text, guidance (B,)) -> v (B, C, h, w)
@@ -105,12 +108,22 @@ def draw_evaluation(seed: int, number: int, samples: Sequence[int], shape: Seque
 
 
 def t_of_normal(normal: Tensor, sampling: Sampling) -> Tensor:
-    """Noise level of a standard normal draw: shifted sigmoid, or the DDPM step at the same quantile; float32."""
+    """Noise level of a standard normal draw: shifted sigmoid, or the DDPM step at the same quantile; float32.
+
+    Where only a part of the noise levels is drawn, their distribution is the same, cut to that part: the draw at
+    quantile u becomes the one at F(low) + u (F(high) - F(low)), where F tells the quantile of a noise level.
+    """
     if sampling.kind == "ddpm":
         assert sampling.times is not None, "a DDPM schedule has its noise levels"
         steps = len(sampling.times)
         index = (torch.special.ndtr(normal) * steps).long().clamp(0, steps - 1)
         return sampling.times.to(torch.float32)[index]
+    if sampling.within != (0.0, 1.0):
+        low, high = sampling.within
+        ends = shift_t(torch.tensor([low, high], dtype=torch.float64), 1 / sampling.shift).clamp(0, 1)  # 1 is rounded
+        start, end = torch.special.ndtr(torch.logit(ends))
+        normal = torch.special.ndtri(start + torch.special.ndtr(normal) * (end - start))
+        return shift_t(torch.sigmoid(normal), sampling.shift).float().clamp(low, high)
     return shift_t(torch.sigmoid(normal), sampling.shift).float()
 
 

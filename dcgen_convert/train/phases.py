@@ -64,6 +64,7 @@ class Task:
         rows: the training rows.
         scheduler: the bundle's scheduler config; shift "model" trains with the shift that it samples with.
         consistency: of the phase: ratio of consistency distillation; 0 disables.
+        within: noise levels that the model draws at.
     """
 
     model: Network
@@ -72,6 +73,7 @@ class Task:
     rows: Samples
     scheduler: dict[str, Any]
     consistency: float = 0.0
+    within: tuple[float, float] = (0.0, 1.0)
 
     @property
     def modules(self) -> list[str]:
@@ -80,7 +82,7 @@ class Task:
 
     def sampling(self, shape: Sequence[int]) -> Sampling:
         """How t, guidance and dropped captions are drawn for latents of ``shape`` (C, h, w)."""
-        return sampling_of(self.family, self.adapt, shape, self.model.config, self.scheduler)
+        return sampling_of(self.family, self.adapt, shape, self.model.config, self.scheduler, self.within)
 
     def loss(self) -> LossOf:
         """(z0, text, draws) -> scalar. Call before the engine is made: the frozen teacher is the model as it is now."""
@@ -131,7 +133,8 @@ class Task:
         shifts = [self.sampling(shape).shift for shape in self.rows.shapes]
         spans = [len(span) for span in self.rows.spans]
         shift = {"shift": shifts[0]} if len(shifts) == 1 else {"shifts": shifts, "spans": spans}
-        return {"adapt": adapt, "engine": engine, "rows": len(self.rows), **shift}
+        within = {} if self.within == (0.0, 1.0) else {"within": [*self.within]}
+        return {"adapt": adapt, "engine": engine, "rows": len(self.rows), **shift, **within}
 
 
 def train_head(task: Task, align: AlignHead, dtype: str, micro_batch: int, place: Place) -> dict[str, Any]:
@@ -234,13 +237,19 @@ def _require_teacher(task: Task, phase: Phase) -> None:
 
 
 def sampling_of(
-    family: Family, adapt: Adapt, shape: Sequence[int], config: dict[str, Any], scheduler: dict[str, Any]
+    family: Family,
+    adapt: Adapt,
+    shape: Sequence[int],
+    config: dict[str, Any],
+    scheduler: dict[str, Any],
+    within: tuple[float, float] = (0.0, 1.0),
 ) -> Sampling:
     """How t, guidance and dropped captions are drawn for latents of ``shape`` (C, h, w).
 
     Args:
         config: of the converted transformer.
         scheduler: config of the bundle's scheduler.
+        within: noise levels that the network draws at.
     """
     guidance, drop = adapt.guidance_range, adapt.text_drop
     if family.prediction == "epsilon":
@@ -255,7 +264,7 @@ def sampling_of(
         shift = family.shift(math.prod(family.grid(sides, family.patch(config, channels))), scheduler)
     else:
         shift = flux2_shift(channels, math.prod(sides)) if adapt.shift == "flux2" else float(adapt.shift)
-    return Sampling("logit-normal", shift, guidance, drop)
+    return Sampling("logit-normal", shift, guidance, drop, within=within)
 
 
 def _settings(

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 
@@ -9,13 +11,19 @@ import av
 import numpy as np
 import pytest
 import torch
+from at_stage import run_disturbed
 from conftest import run_cli
 from families.tiny_videos import VIDEOS
 from PIL import Image
+from safetensors.torch import load_file
 
 from dcgen_convert import families
+from dcgen_convert.bundle.verify import verify
+from dcgen_convert.checkpoint.headers import read_weights
+from dcgen_convert.core import names
 from dcgen_convert.core.console import NULL
-from dcgen_convert.core.files import read_json
+from dcgen_convert.core.errors import CheckFailed
+from dcgen_convert.core.files import read_json, sha256
 from dcgen_convert.core.journal import Run
 from dcgen_convert.core.pixels import to_image
 from dcgen_convert.data import buckets, images, videos
@@ -23,13 +31,18 @@ from dcgen_convert.evaluation import grids
 from dcgen_convert.families.base import FPS_KEY, REFERENCE
 from dcgen_convert.networks import autoencoders
 from dcgen_convert.networks.autoencoder_dc_video import AutoencoderDCVideo
+from dcgen_convert.planning import needs
 from dcgen_convert.recipe.loading import Resolved
 from dcgen_convert.recipe.schema import Recipe
+from dcgen_convert.stages import align_head, head_fit
+from dcgen_convert.stages.head_fit import HeadFit
 from dcgen_convert.stages.job import prepare
 from dcgen_convert.tiny import videos as world
+from dcgen_convert.train import objective, phases
 
 COUNT, FRAMES, SIDE, C, SCALE = 8, 8, 64, 8, 1.5
 LATENTS = {"wan": ((16, 8), 16), "wan-image": ((16, 8), 16), "wan-2.2": ((48, 4), 32)}
+LATENTS |= dict.fromkeys(("wan-a14b", "wan-image-a14b"), LATENTS["wan"])
 LATENTS["sana-video"] = LATENTS["wan"]  # (c, cells) of the base, and f of the new autoencoder
 GIVEN = {"wan-2.2": (2 * FRAMES + 1, 48)}  # frames, and those a second: twice as many as this model draws
 SETTINGS = {
@@ -47,11 +60,15 @@ pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
 pipe.set_progress_bar_config(disable=True)
 assert "dcgen_convert" not in sys.modules
 assert not pipe.config.get("expand_timesteps")  # a timestep for every 2 x 2 cells: there is a token for each
-given = {"image": torch.zeros(1, 3, 32, 64)} if sys.argv[2] == "wan-image" else {}
+given = {"image": torch.zeros(1, 3, 32, 64)} if sys.argv[2].startswith("wan-image") else {}
+networks, calls = [pipe.transformer, getattr(pipe, "transformer_2", None)], []
+for number, network in enumerate(network for network in networks if network is not None):
+    network.register_forward_hook(lambda *_, number=number: calls.append(number))
 options = dict(height=32, width=64, num_inference_steps=2, output_type="pt", max_sequence_length=512)
 options |= dict(frames=5, use_resolution_binning=False) if sys.argv[2] == "sana-video" else dict(num_frames=5)
 frames = pipe(prompt="a red fox", **given, **options).frames
 assert frames.shape == (1, 5, 3, 32, 64) and torch.isfinite(frames).all(), frames.shape
+assert calls == ([0, 0, 1, 1] if sys.argv[2].endswith("a14b") else [0] * 4), calls  # two steps, with guidance
 print(type(pipe).__name__, type(pipe.vae).__name__, round(1 / pipe.vae.config.latents_std[0], 6))
 """
 
@@ -59,6 +76,14 @@ print(type(pipe).__name__, type(pipe.vae).__name__, round(1 / pipe.vae.config.la
 def rate(file):
     with av.open(str(file)) as opened:
         return opened.streams.video[0].average_rate
+
+
+def command(name):
+    """The conversion of a tiny source, in the folder where it lies."""
+    settings = {**SETTINGS, "latents.text_length": VIDEOS[name].length}
+    sets = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    places = ["--ae", "ae", "--data", "videos", "-o", "bundle", "--run-dir", "run"]
+    return ["convert", "source", "--recipe", "wan-1.3b-480p", *places, "-y", *sets]
 
 
 @pytest.fixture(scope="module", params=LATENTS)
@@ -77,22 +102,7 @@ def whole(request, tmp_path_factory):
     for place, row in enumerate(labels):
         videos.write(world.draw(row[None], 7 + place, frames, SIDE)[0], root / "videos" / f"{place}.mkv", fps)
         (root / "videos" / f"{place}.txt").write_text(world.caption(row.tolist()))
-    length = {"latents.text_length": VIDEOS[name].length}
-    sets = [part for key, value in {**SETTINGS, **length}.items() for part in ("--set", f"{key}={value}")]
-    arguments = [
-        "--recipe",
-        "wan-1.3b-480p",
-        "--ae",
-        "ae",
-        "--data",
-        "videos",
-        "-o",
-        "bundle",
-        "--run-dir",
-        "run",
-        "-y",
-    ]
-    done = run_cli("convert", "source", *arguments, *sets, cwd=root)
+    done = run_cli(*command(name), cwd=root)
     assert done.returncode == 0, done.stderr[-3000:]
     return name, root
 
@@ -117,7 +127,7 @@ def test_the_bundle_is_verified_and_the_stock_pipeline_draws_from_it(whole, tmp_
     assert (manifest["defaults"]["frames"], manifest["defaults"]["fps"]) == (5, fps)
     assert read_json(root / "bundle" / "model_index.json")[FPS_KEY] == fps
     assert f'"video.mp4", fps={fps})' in (root / "bundle" / "README.md").read_text()
-    films = [*(root / "run" / "adapt-1" / "samples").glob("*.mp4")]
+    films = [*root.glob("run/adapt-1*/samples/*.mp4")]
     assert films and {rate(film) for film in films} == {fps}
     where = {"HF_HOME": str(tmp_path / "hub"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | where
@@ -132,12 +142,14 @@ def test_the_sheet_of_a_training_shows_what_the_videos_are_drawn_from(whole, job
     of its own. One video is held out: it has a row of five frames, and so has each video beside it.
     """
     name, root = whole
-    file = root / "run" / "adapt-1" / "samples" / "step-000002.png"
-    cells = np.asarray(Image.open(file).convert("RGB"), dtype=np.float32)
-    row, across = 14 + grids.SIDE + grids.GAP, grids.SIDE + grids.GAP
-    rows, columns = (cells.shape[0] - 18) // row, (cells.shape[1] - grids.GAP) // across
-    assert (rows, columns) == (3 if name == "wan-image" else 2, 5)
-    if name != "wan-image":
+    files = sorted(root.glob("run/adapt-1*/samples/step-000002.png"))
+    assert len(files) == len(job.source.experts)
+    for file in files:
+        cells = np.asarray(Image.open(file).convert("RGB"), dtype=np.float32)
+        row, across = 14 + grids.SIDE + grids.GAP, grids.SIDE + grids.GAP
+        rows, columns = (cells.shape[0] - 18) // row, (cells.shape[1] - grids.GAP) // across
+        assert (rows, columns) == (3 if name.startswith("wan-image") else 2, 5)
+    if not name.startswith("wan-image"):
         return
     shown = [cells[18 + 14 : 18 + 14 + grids.SIDE, grids.GAP + n * across :][:, : grids.SIDE] for n in range(columns)]
     assert all(np.array_equal(one, shown[0]) for one in shown)
@@ -163,6 +175,102 @@ def test_every_latent_is_of_the_frames_of_its_autoencoder(whole, job):
         pixels = videos.read(row.file, step * FRAMES, SIDE, SIDE)[None, :, ::step]
         torch.testing.assert_close(new["z"][place], target.encode(pixels)[0], atol=2e-4, rtol=0)
         torch.testing.assert_close(old["z"][place], base.encode(pixels[:, :, :5])[0], atol=2e-4, rtol=0)
-        if name == "wan-image":
+        if name.startswith("wan-image"):
             first = job.family.reference_video(pixels[:, :, 0], FRAMES, first=4)
             torch.testing.assert_close(new[REFERENCE][place], target.encode(first)[0], atol=2e-4, rtol=0)
+
+
+TWO = pytest.mark.parametrize("whole", ["wan-a14b"], indirect=True)
+
+
+@TWO
+def test_each_of_two_networks_is_trained_at_its_own_noise_levels(whole, job):
+    """They meet at .875. The held-out losses, the draws of the training and those of the closed form, whose solution is
+    that of a dense solver in float64 on all its rows, to 1e-5 of the error (the head is kept in float32).
+    """
+    root, stages = whole[1], needs.stages(job.recipe, False, job.source.experts)
+    assert [one.expert.component for one in job.experts] == ["transformer", "transformer_2"]
+    assert stages == [path.name for path in sorted(root.glob("run/*/"), key=lambda path: stages.index(path.name))]
+    for own in job.experts:
+        low, high = own.expert.within
+        before = read_json(own.folders.adapt(1) / "evaluation-before.json")
+        levels = [float(key[1:]) for key in before if key.startswith("t")]
+        assert len(levels) >= 3 and all(low - 0.005 <= t <= high + 0.005 for t in levels)
+        rows, held_out = own.rows(SIDE).split()
+        model = align_head.surgical(own, own.folders.align_embedder / names.MODULES, "cpu")
+        task = phases.Task(model, own.family, own.recipe.adapt, rows, own.scheduler, within=own.expert.within)
+        drawn = objective.draw(0, 5, range(512), (C, 2, 4, 4), task.sampling((C, 2, 4, 4)))
+        assert low <= drawn.t.min() and drawn.t.max() <= high and drawn.t.max() - drawn.t.min() > 0.6 * (high - low)
+        # all rows of the closed form at once, through the network's own hook
+        fit, features, goals = HeadFit(own, task, held_out, root), [], []
+        with fit.listening(), torch.no_grad():
+            for unit in (unit for part in fit.parts[1:] for unit in part):
+                z0, text = rows.batch(unit.rows)
+                shape = z0.shape[1:]
+                drawn = objective.draw(0, head_fit.DRAW_STREAM + unit.number, unit.rows, shape, task.sampling(shape))
+                assert low <= drawn.t.min() and drawn.t.max() <= high
+                x, goal, _ = fit._rows(z0, text, drawn)
+                features.append(x.flatten(0, 1).double())
+                goals.append(goal.flatten(0, 1).double())
+        x, y = torch.cat(features), torch.cat(goals)
+        solved = load_file(own.folders.align_head / names.MODULES)
+        weight, bias = (solved[f"{own.family.head}.{name}"].double() for name in ("weight", "bias"))
+        found = (x @ weight.T + bias - y).square().mean().item()
+        x, y = x - x.mean(0), y - y.mean(0)
+        ridge = (head_fit.RIDGE * len(x) * x.square().mean()).sqrt() * torch.eye(x.shape[1], dtype=torch.float64)
+        rows = torch.cat([x, ridge]), torch.cat([y, y.new_zeros(len(ridge), y.shape[1])])
+        best = (x @ torch.linalg.lstsq(*rows, driver="gelsd").solution - y).square().mean().item()
+        assert found == pytest.approx(best, rel=1e-5)
+
+
+@TWO
+def test_a_run_cut_off_in_the_training_of_the_second_network_ends_with_the_same_bytes(whole, tmp_path):
+    name, root = whole
+    for part in ("source", "ae", "videos"):
+        (tmp_path / part).symlink_to(root / part)
+    first = ("surgery-high", "surgery-low", "data", "latents", "align-embedder-high", "align-embedder-low")
+    for stage in (*first, "align-head-high", "align-head-low", "adapt-1-high"):
+        shutil.copytree(root / "run" / stage, tmp_path / "run" / stage)
+    done = run_disturbed("adapt-1-low", int(signal.SIGTERM), *command(name), cwd=tmp_path)
+    assert done.returncode == 143 and not (tmp_path / "run" / "adapt-1-low" / "stage.json").exists(), done.stderr[
+        -2000:
+    ]
+    done = run_cli("resume", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "adapt-1-high: holds, skipped" in done.stderr and "adapt-1-low: continues where it stopped" in done.stderr
+    for file in sorted((root / "bundle").rglob("*.safetensors")):
+        assert sha256(file) == sha256(tmp_path / file.relative_to(root)), file
+    again = run_cli("resume", "run", "--from", "merge-1", "--until", "merge-1", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr[-3000:]
+    told = [line for line in again.stderr.splitlines() if line.startswith("merged ")]
+    assert len(told) == 2 and "adapt-1-low: holds" in again.stderr
+
+
+@TWO
+def test_a_flipped_bit_in_the_second_network_is_found_and_named(whole, tmp_path):
+    root = whole[1]
+    shutil.copytree(root / "bundle", tmp_path / "bundle")
+    manifest = read_json(tmp_path / "bundle" / "dcgen_manifest.json")
+    both = [read_weights(root / "bundle" / name) for name in ("transformer", "transformer_2")]
+    assert manifest["tensors"].keys() == {*both[0], *(f"transformer_2/{name}" for name in both[1])}
+    made = {name: entry["origin"] for name, entry in manifest["tensors"].items()}
+    for prefix in ("", "transformer_2/"):  # cross-attention gets no LoRA
+        assert made[f"{prefix}blocks.0.attn2.to_q.weight"] == "identical"
+        assert made[f"{prefix}blocks.0.attn1.to_q.weight"] == made[f"{prefix}proj_out.weight"] == "changed"
+    verify(tmp_path / "bundle", NULL, root / "source", probe=False)
+    file = tmp_path / "bundle" / "transformer_2" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckFailed, match=r"transformer_2/diffusion_pytorch_model.* has another hash.*\(tensors \w"):
+        verify(tmp_path / "bundle", NULL, probe=False)
+    verify(root / "bundle", NULL, root / "source", probe=False)
+    shutil.copytree(root / "source", tmp_path / "source")  # the base's second network is compared too
+    file = tmp_path / "source" / "transformer_2" / "diffusion_pytorch_model.safetensors"
+    name = "blocks.0.attn2.to_q.weight"
+    entry = read_weights(file.parent)[name]
+    content = bytearray(file.read_bytes())
+    content[entry.start] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckFailed, match=f"tensor transformer_2/{name} should be the source's and differs"):
+        verify(root / "bundle", NULL, tmp_path / "source", probe=False)

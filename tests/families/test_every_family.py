@@ -106,11 +106,11 @@ def base_latent(entry, pipeline, pixels):
 
 
 def test_velocity_is_what_the_stock_scheduler_receives(tiny, source, stock):
-    """Sign, time scale, guidance, text, patch order, to 1e-5."""
+    """Sign, time scale, guidance, text, patch order, to 1e-5; of a model with two networks the one of each time."""
     (_, entry), family, (pipeline, steps, *_) = tiny, source.family, stock
     text, null = (text_of(entry, family, pipeline, prompt) for prompt in (entry.prompt, ""))
     assert any(not torch.equal(text[key], null[key]) for key in family.text_keys)
-    g = torch.full((1,), GUIDANCE)
+    g, drawn = torch.full((1,), GUIDANCE), []
     for i, (output, timestep, sample) in enumerate(steps):
         x, goal = latent_of(entry, family, sample), output[:1]
         assert goal.std() > 1e-2  # agreement is not agreement on zero
@@ -126,13 +126,20 @@ def test_velocity_is_what_the_stock_scheduler_receives(tiny, source, stock):
             if not pipeline.scheduler.timesteps.is_floating_point():  # UniPC gives the network whole thousandths
                 t = timestep[None] / 1000
 
+        place = next(place for place, expert in enumerate(source.experts) if expert.low <= t)
+        network, guidance = getattr(pipeline, source.experts[place].component), GUIDANCE
+        if place:  # the second network has less guidance, as the family tells the pipeline
+            size = dict(height=entry.side, width=entry.side, steps=STEPS, guidance=GUIDANCE, length=entry.length)
+            guidance = family.pipeline_call(pipeline, [entry.prompt], **size)["guidance_scale_2"]
+        drawn.append(network)
         with torch.no_grad():
-            mine, free = (step(network_of(pipeline), z, t, condition, g) for condition in (text, null))
+            mine, free = (step(network, z, t, condition, g) for condition in (text, null))
         if sample.ndim == 3:
             mine, free = family.tokens(mine, 2), family.tokens(free, 2)
         assert (mine - free).abs().max() > 1e-4  # the prompt matters
-        mine = mine if not entry.guided else entry.guide(mine, free, GUIDANCE)
+        mine = mine if not entry.guided else entry.guide(mine, free, guidance)
         torch.testing.assert_close(mine, goal.reshape(mine.shape), atol=1e-5, rtol=1e-5)
+    assert len({*map(id, drawn)}) == len(source.experts)  # every network of the model has drawn
 
 
 def test_latent_and_tokens_are_in_the_stock_order_element_by_element(tiny, source, stock):
@@ -215,7 +222,7 @@ def test_parts_that_stay_idle_are_not_loaded(source, stock):
 
 def test_plan_counts_every_parameter(source):
     model = models.load(source.transformer, torch.float32)
-    found = structure(source.config)
+    found = structure(source.config, source.family)
     assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
     adapted = {layer.name: layer.runs for layer in matching(found, source.family.lora_targets)}
     assert adapted and "once" not in adapted.values()

@@ -64,6 +64,8 @@ def on(monkeypatch):
 
 def often(name, kind):
     """Whether a commit tries it."""
+    if (name, kind) == ("wan-a14b", "draw"):  # two networks, of which one is there at a time
+        return True
     return (name, kind) == ("dit", "nvfp4") if kind in FOUR_BITS else name in WHOLE or kind in OFTEN
 
 

@@ -117,21 +117,19 @@ def test_what_was_distilled_by_its_name_is_a_warning():
 
 MODULAR = ("Flux3Transformer2DModel",)  # no DiffusionPipeline draws with it
 NETWORKS = {"PRXPixelPipeline": "PRXTransformer2DModel"}
-FURTHER = {"transformer_2": ("WanPipeline", "WanTransformer3DModel")}  # told by a second network in model_index.json
 
 
 @pytest.mark.parametrize("kind", refused.REFUSED)
 def test_models_of_diffusers_that_do_not_fit_are_refused_with_the_reason(kind, tmp_path):
     """By the class of the network or of its pipeline, from JSON alone: `inspect` tells, and `convert` stops."""
-    pipeline, network = (kind, NETWORKS[kind]) if kind in NETWORKS else FURTHER.get(kind, ("SomePipeline", kind))
-    assert hasattr(diffusers, network) and (kind in FURTHER or hasattr(diffusers, kind))
+    pipeline, network = (kind, NETWORKS[kind]) if kind in NETWORKS else ("SomePipeline", kind)
+    assert hasattr(diffusers, network) and hasattr(diffusers, kind)
     folder = tmp_path / "transformer"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"_class_name": network, "in_channels": 4}))
     save_file({"x": torch.zeros(1)}, folder / "diffusion_pytorch_model.safetensors")
     index = "modular_model_index.json" if kind in MODULAR else "model_index.json"
-    further = {kind: ["diffusers", network]} if kind in FURTHER else {}
-    (tmp_path / index).write_text(json.dumps({"_class_name": pipeline, **further}))
+    (tmp_path / index).write_text(json.dumps({"_class_name": pipeline}))
     found = inspect(tmp_path)
     assert (found["kind"], found["class"], found["pipeline"]) == ("pipeline", network, pipeline)
     assert refused.REFUSED[kind].why in render(found)
@@ -142,11 +140,29 @@ def test_models_of_diffusers_that_do_not_fit_are_refused_with_the_reason(kind, t
             load_source("x", str(tmp_path))
 
 
-def test_a_second_network_that_is_not_there_is_no_reason(tmp_path):
-    """As the published Wan 2.2 TI2V says it."""
+def test_a_second_network_makes_it_another_family(tmp_path):
+    """As the published Wan 2.2 TI2V says that there is none, and A14B that there is one."""
     config = {"_class_name": "WanTransformer3DModel", "in_channels": 48, "out_channels": 48}
     index = {"_class_name": "WanPipeline", "transformer_2": [None, None], "boundary_ratio": None}
     assert families.family_of(config, tmp_path, index).name == "wan"
+    assert families.family_of(config, tmp_path).name == "wan"
+    index |= {"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": 0.875}
+    two = families.family_of(config, tmp_path, index)
+    assert (two.name, two.components) == ("wan-a14b", ("transformer", "transformer_2"))
+    high, low = two.experts(index)
+    assert (high.component, high.within, low.component, low.within) == (
+        "transformer", (0.875, 1.0), "transformer_2", (0.0, 0.875),
+    )  # fmt: skip
+    for broken in (None, 1, 0.0, 1.5, "0.875"):
+        with pytest.raises(InputError, match="boundary_ratio"):
+            two.experts({**index, "boundary_ratio": broken})
+    pictured = {**config, "in_channels": 36, "out_channels": 16}  # without an image encoder
+    index["_class_name"] = "WanImageToVideoPipeline"
+    assert families.family_of(pictured, tmp_path, index).name == "wan-image-a14b"
+    with pytest.raises(InputError, match="has no family"):  # one that is given a picture, and has no second network
+        families.family_of(pictured, tmp_path, {**index, "transformer_2": [None, None]})
+    with pytest.raises(InputError, match="has no family"):  # an image encoder, and a second network
+        families.family_of({**pictured, "image_dim": 1280}, tmp_path, index)
 
 
 def test_a_conversion_of_what_may_be_z_image_turbo_says_so(tmp_path, capsys):

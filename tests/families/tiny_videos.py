@@ -97,6 +97,23 @@ def wan_22(folder: Path) -> None:
     diffusers.WanPipeline(**networks, expand_timesteps=True).save_pretrained(folder)
 
 
+def second(**options: Any) -> dict[str, Any]:
+    """The second network of a Wan 2.2 A14B, with weights of its own."""
+    torch.manual_seed(3)
+    sizes = dict(num_attention_heads=2, attention_head_dim=24, text_dim=WIDTH, freq_dim=16, ffn_dim=64, num_layers=2)
+    return {"transformer_2": alive(diffusers.WanTransformer3DModel(**sizes, **options))}
+
+
+def wan_a14b(folder: Path) -> None:
+    diffusers.WanPipeline(**parts(), **second(), boundary_ratio=0.875).save_pretrained(folder)
+
+
+def wan_image_a14b(folder: Path) -> None:
+    networks = parts(in_channels=36, out_channels=16) | second(in_channels=36, out_channels=16)
+    none = dict(image_encoder=None, image_processor=None)
+    diffusers.WanImageToVideoPipeline(**networks, **none, boundary_ratio=0.9).save_pretrained(folder)
+
+
 def sana_video(folder: Path, vae: Any = None, **options: Any) -> None:
     """On Wan's autoencoder, or on ``vae`` with ``options`` of the transformer."""
     sana_source(folder)
@@ -146,5 +163,7 @@ VIDEOS: dict[str, Tiny] = {
     "wan": Tiny(wan, None, length=32, side=64, frames=9, middle=0.5005),
     "wan-2.2": Tiny(wan_22, None, length=32, side=64, frames=9, middle=0.5005, factor=16),
     "sana-video": Tiny(sana_video, None, length=32, side=64, frames=9, middle=0.4995),
+    "wan-a14b": Tiny(wan_a14b, None, length=32, side=64, frames=9, middle=0.5005),
+    "wan-image-a14b": Tiny(wan_image_a14b, None, length=32, side=64, frames=9, middle=0.5005, references=((48, 80),)),
     "wan-image": Tiny(wan_image, None, length=512, side=64, frames=9, middle=0.5005, references=((48, 80),)),
 }

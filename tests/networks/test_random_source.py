@@ -112,7 +112,7 @@ def test_the_components_have_the_published_sizes(name):
     entry = catalog.SOURCES[name]
     layout = components.layout_of(entry)
     family = families.get(entry.family)
-    beside = [part for key, part in layout.parts.items() if part.dtype and key != family.component]
+    beside = [part for key, part in layout.parts.items() if part.dtype and key not in family.components]
     assert sum(map(parameters, beside)) == entry.extra_parameters
     assert autoencoder_grid(layout.parts["vae"].config) == (entry.vae_factor, entry.vae_channels)
 

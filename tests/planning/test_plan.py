@@ -327,6 +327,35 @@ def test_videos_are_counted_in_all_their_frames():
     assert "no linear of this wan model can be quantised to 4 bits: `nunchaku_lite`" in infeasible["problems"][0]
 
 
+def test_both_networks_of_a_model_are_counted_and_one_is_trained_at_a_time():
+    """Wan 2.2 A14B against Wan 2.1 14B with the same numbers: twice the training, once the pictures and latents."""
+    sets = OWN
+    two = document("wan-2.2-a14b-480p", sets=sets, gpus=8)
+    one = document("wan-2.2-a14b-480p", sets=sets, gpus=8, source="wan-14b")
+    assert (one["source"]["networks"], two["source"]["networks"]) == (1, 2)
+    assert "(wan-a14b, 2 networks of 14,288,491,584 parameters" in plan.render(two)
+    for stage in ("surgery", "align-embedder", "align-head", "adapt-1", "merge-1"):
+        for name in (f"{stage}-high", f"{stage}-low"):
+            assert row(two, name)["gpu_hours"] == pytest.approx(row(one, stage)["gpu_hours"])
+    for stage in ("data", "latents"):
+        assert row(two, stage)["gpu_hours"] == pytest.approx(row(one, stage)["gpu_hours"])
+    assert two["memory"]["chosen"] == one["memory"]["chosen"]
+    stages = {found["stage"]: found["gpu_gib"] for found in two["memory"]["stages"]}
+    single = {found["stage"]: found["gpu_gib"] for found in one["memory"]["stages"]}
+    assert stages["adapt-1-high"] == stages["adapt-1-low"] == single["adapt-1"]
+    assert stages["verify"] == single["verify"]  # the other network waits on the host
+    on_host = [
+        next(found["host_gib"] for found in doc["memory"]["stages"] if found["stage"] == "verify") for doc in (one, two)
+    ]
+    assert on_host[1] - on_host[0] == pytest.approx(2 * 14_288_491_584 / 2**30, rel=0.01)
+    both, kinds = two["disk"]["bytes"], one["disk"]["bytes"]
+    assert [both[kind] / kinds[kind] for kind in ("surgery", "merged", "checkpoints", "latents", "text")] == [
+        2, 2, 2, 1, 1,
+    ]  # fmt: skip
+    assert both["bundle"] - kinds["bundle"] == kinds["surgery"]
+    assert both["downloads"] - kinds["downloads"] == 2 * two["source"]["parameters"]
+
+
 @pytest.mark.parametrize("buckets, size", [("true", (480, 832)), ("false", (640, 640))])
 def test_videos_that_the_base_draws_are_priced_in_the_shape_and_the_frames_that_are_drawn(buckets, size):
     """Of 80 frames the base draws 81, which are 21 latent frames; base and bundle are compared on 77, which are 20."""

@@ -19,6 +19,7 @@ SHIPPED = {
     "flux-krea-2k", "flux-krea-4k", "sana-1.6b-2k", "sana-1.6b-4k",
     "dit-xl-256", "dit-xl-512",
     "wan-1.3b-480p", "wan-14b-704p", "wan-2.2-5b-704p", "sana-video-480p",
+    "wan-2.2-a14b-480p", "wan-2.2-i2v-a14b-480p",
     "tiny-flux", "tiny-flux-long", "tiny-flux-256", "tiny-flux-512",
     "tiny-sana", "tiny-sana-long", "tiny-dit", "tiny-dit-long", "tiny-kontext", "tiny-kontext-long",
     "ablations/compression", "ablations/dit-sd-vae-to-dc-ae",

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from dcgen_convert import families
 from dcgen_convert.core.errors import AccessError, InputError
-from dcgen_convert.families import catalog
+from dcgen_convert.families import catalog, components
 from dcgen_convert.families.grid import Grid
 from dcgen_convert.ranks import machine
 from dcgen_convert.recipe import geometry, loading, sources
@@ -141,7 +141,7 @@ def test_catalogue_entries_agree_with_families_and_recipes(entry):
     assert (entry.repo is None) != (entry.folder is None)
     if entry.config:
         config = entry.transformer_config()
-        family = families.recognise(config, {"_class_name": families.get(entry.family).pipeline_class})
+        family = families.recognise(config, components.index_of(entry))
         assert family.name == entry.family
         assert family.patch(config, entry.vae_channels) == entry.patch
         assert hasattr(diffusers, config["_class_name"])

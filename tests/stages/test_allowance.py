@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from dcgen_convert.families.experts import WHOLE
 from dcgen_convert.planning.bill import bill
 from dcgen_convert.planning.shapes import shapes_of
 from dcgen_convert.recipe.loading import load
@@ -18,7 +19,7 @@ def job(spent: dict[str, float], ranks: int = 1, **budget: float) -> SimpleNames
     resolved = load("tiny-flux", sets=[TWO_PHASES, *(f"budget.{key}={value}" for key, value in budget.items())])
     run = SimpleNamespace(spent=lambda name: spent.get(name, 0.0))
     crew = SimpleNamespace(world=ranks)
-    return SimpleNamespace(recipe=resolved.recipe, identity=resolved.identity, crew=crew, run=run)
+    return SimpleNamespace(recipe=resolved.recipe, identity=resolved.identity, crew=crew, run=run, expert=WHOLE)
 
 
 def planned(ranks: int = 1) -> dict[str, float]:

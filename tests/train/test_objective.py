@@ -1,6 +1,7 @@
 """The losses against hand-written references, and the draws behind them."""
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -205,6 +206,34 @@ def test_t_is_logit_normal_and_shifted():
     assert abs(normal.mean()) < 0.02 and abs(normal.std() - 1) < 0.02
     assert shift_t(torch.tensor(0.25), 1.0) == 0.25
     assert shift_t(torch.tensor(0.5), 3.0).item() == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("shift", [1.0, 5.0, 12.0])
+@pytest.mark.parametrize("within", [(0.875, 1.0), (0.0, 0.875), (0.9, 1.0)])
+def test_a_network_of_some_noise_levels_draws_the_usual_t_cut_to_them(shift, within):
+    """Quantiles against those of the usual draws that lie within, of a million; and against the distribution function
+    in float64 by brute force, to 1e-6 (t is float32).
+    """
+    low, high = within
+    normal = torch.randn(1_000_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    usual = Sampling("logit-normal", shift, (1.0, 1.0), 0.0)
+    every, cut = t_of_normal(normal, usual), t_of_normal(normal, replace(usual, within=within))
+    assert low <= cut.min() and cut.max() <= high
+    kept = every[(every >= low) & (every < high)].sort().values.double()
+    places = torch.linspace(0.02, 0.98, 25, dtype=torch.float64)
+    found = cut.sort().values.double()
+    wanted, found = (values[(places * len(values)).long()] for values in (kept, found))
+    torch.testing.assert_close(found, wanted, atol=0.012 * (high - low), rtol=0)
+    grid = torch.linspace(0, 1, 2_000_001, dtype=torch.float64)[1:-1]  # F of t, point by point
+    levels = torch.special.ndtr(torch.logit(grid / (shift - (shift - 1) * grid)))
+    start, end = (0.0 if low == 0 else levels[(grid - low).abs().argmin()], 1.0 if high == 1 else
+                  levels[(grid - high).abs().argmin()])  # fmt: skip
+    for quantile in (0.1, 0.5, 0.9):
+        place = torch.searchsorted(levels, start + quantile * (end - start))
+        drawn = t_of_normal(
+            torch.special.ndtri(torch.tensor(quantile, dtype=torch.float64)), replace(usual, within=within)
+        )
+        assert drawn.item() == pytest.approx(grid[place].item(), abs=1e-6)
 
 
 def test_ddpm_steps_are_uniform():
