@@ -1,11 +1,12 @@
 """Train the autoencoders of the tiny world in motion: kl-wan (Wan's, f8 t4 c16) and dc-ae-v-f32t4c32.
 
-First they see pictures (kl-wan) or single latent frames, then videos: pictures cost little, and teach colours and
-shapes. Most steps see parts of 64 px: of the same work they show more than whole videos.
+First they see pictures, then videos: pictures cost little, and teach colours and shapes. Then most steps of kl-wan see
+parts of 64 px: of the same work they show more than whole videos.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from dcgen_convert.families.base import Network
-from dcgen_convert.networks.autoencoder_dc_video import TIME, AutoencoderDCVideo
+from dcgen_convert.networks.autoencoder_dc_video import TIME, AutoencoderDCVideo, ChunkConv, Down, Kept, Up
 from dcgen_convert.tiny import videos, world
 from tools.tiny.loop import Log, Training, optimise, state_of
 
@@ -33,8 +34,8 @@ CONFIGS = {
     ),
     "dc-ae-v-f32t4c32": dict(
         latent_channels=32,
-        block_out_channels=(16, 32, 32, 32, 64, 64),
-        layers_per_block=(0, 1, 1, 1, 1, 1),
+        block_out_channels=(16, 32, 32, 64, 64, 64),
+        layers_per_block=(0, 1, 1, 1, 1, 0),
         chunk_frames=8,
     ),
 }
@@ -60,7 +61,7 @@ class Phase:
 # The rate falls with the batch: at 2e-3 two videos a step undo in 200 steps what was learnt of pictures.
 PHASES = {
     "kl-wan": [Phase(1500, 12, 2e-3, 64, 1), Phase(1500, 2, 6e-4, 64, 9), Phase(300, 1, 4e-4, 128, 13)],
-    "dc-ae-v-f32t4c32": [Phase(1500, 12, 2e-3, 64, 4), Phase(900, 4, 8e-4, 64, 16), Phase(800, 2, 5e-4, 128, 16)],
+    "dc-ae-v-f32t4c32": [Phase(6000, 12, 2e-3, 128, 1), Phase(1500, 4, 1e-3, 128, 16)],
 }
 
 
@@ -104,8 +105,69 @@ def train(name: str, seed: int, work: Path, log: Log = print) -> Network:
     model = new_model(name, seed)
     for number, phase in enumerate(PHASES[name]):
         training = Training(phase.steps, phase.batch, phase.lr, seed + number, half=True, orthogonal=True)
-        model = optimise(model, loss(model, phase), training, log, state_of(work, name, number))
+        still = isinstance(model, AutoencoderDCVideo) and phase.frames == 1
+        network = Still(model) if still else model
+        network = optimise(network, loss(network, phase), training, log, state_of(work, name, number))
+        model = network.moving(model) if still else network
     return set_scale(model.eval())
+
+
+class FrameConv(nn.Conv2d):
+    """What the middle of a `ChunkConv`'s kernel does: a convolution of each frame alone."""
+
+    def forward(self, x: Tensor, kept: Kept) -> Tensor:  # type: ignore[override]  # noqa: ARG002
+        """(B, C, T, H, W) -> (B, outer, T, H, W)."""
+        return super().forward(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (len(x), -1)).transpose(1, 2)
+
+
+class Still(nn.Module):
+    """A deep autoencoder of videos that stand still, as one of pictures: of kernels it has the middle only.
+
+    A step costs a twelfth of one on four frames of as many videos.
+    """
+
+    def __init__(self, model: AutoencoderDCVideo):
+        super().__init__()
+        self.encoder, self.decoder = copy.deepcopy(model.encoder), copy.deepcopy(model.decoder)
+        for layer in [*self.modules()]:
+            for name, conv in layer.named_children():
+                if isinstance(conv, ChunkConv):
+                    own = FrameConv(conv.in_channels, conv.out_channels, 3, padding=1, bias=conv.bias is not None)
+                    setattr(layer, name, own)
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """(B, 3, 1, H, W) -> latents (B, c, 1, h, w)."""
+        x = self.encoder.conv_in(pictures, {})
+        for block in (block for stage in self.encoder.stages for block in stage):
+            still = isinstance(block, Down) and block.time > 1
+            x = block(x.expand(-1, -1, TIME, -1, -1) if still else x, {})
+        return self.encoder.conv_out(x, {})
+
+    def decode(self, z: Tensor) -> Tensor:
+        """(B, c, 1, h, w) -> (B, 3, 1, H, W), the mean of the four frames."""
+        x = self.decoder.conv_in(z, {})
+        for block in (block for stage in reversed(self.decoder.stages) for block in stage):
+            x = block(x, {})
+            if isinstance(block, Up) and block.time > 1:
+                x = x.mean(dim=2, keepdim=True)
+        return self.decoder.conv_out(F.silu(self.decoder.norm_out(x)), {})
+
+    @torch.no_grad()
+    def moving(self, model: AutoencoderDCVideo) -> AutoencoderDCVideo:
+        """``model`` with these weights: it makes of every frame of a still video what this makes of the picture."""
+        known = self.state_dict()
+        for name, weight in model.state_dict().items():
+            if weight.ndim != 5:
+                weight.copy_(known[name])
+                continue
+            weight.zero_()
+            weight[:, :, 1] = known[name]
+        for block in model.decoder.modules():
+            if isinstance(block, Up) and block.time > 1:  # four frames alike
+                for weight in block.conv.parameters():
+                    mean = weight.unflatten(0, (-1, block.time)).mean(dim=1, keepdim=True)
+                    weight.copy_(mean.expand(-1, block.time, *weight.shape[1:]).flatten(0, 1))
+        return model
 
 
 def loss(model: Network, phase: Phase) -> Callable[[torch.Generator], Tensor]:
@@ -140,15 +202,17 @@ def drawn(count: int, frames: int, side: int, generator: torch.Generator) -> Ten
 
 def reconstruct(model: Network, clips: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Round trip for training: clips -> reconstruction, and a loss on the latents (KL, or their energy)."""
-    if not isinstance(model, AutoencoderDCVideo):
+    if isinstance(model, AutoencoderKLWan) and not isinstance(model, AutoencoderDCVideo):
         posterior = model.encode(clips).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator)
         output = model.decode(posterior.mean + posterior.std * noise).sample
         return output, 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
-    latent = model.encoder(clips)  # `decode` would leave out the last three frames
+    still = isinstance(model, Still)
+    latent = model.encode(clips) if still else model.encoder(clips)
     noise = torch.randn(latent.shape, generator=generator)
     noisy = latent + 0.05 * latent.detach().square().mean().sqrt() * noise  # makes latents smooth, as of DC-AE
-    return model.decoder(noisy), 1e-4 * latent.square().mean()
+    # its `decode` would leave out the last three frames
+    return model.decode(noisy) if still else model.decoder(noisy), 1e-4 * latent.square().mean()
 
 
 @torch.no_grad()
