@@ -240,8 +240,11 @@ def _stage(name: str, stages: list[str], experts: Sequence[Expert]) -> list[str]
 
 def _require_measures(job: Job) -> None:
     """Refuse measures of `evaluate.metrics` and `watch.metrics` that cannot run."""
+    from dcgen_convert.stages import compare
+
+    compare.require(job)
     if job.recipe.evaluate.measures:
-        from dcgen_convert.stages import compare, judged
+        from dcgen_convert.stages import judged
 
         judged.require(job, job.recipe.seed + compare.SEED)
     if job.recipe.watch.measures:

@@ -136,6 +136,9 @@ def _quantised(quantize: Mapping[str, Any], verify: Mapping[str, Any]) -> Iterat
 def _compared(verify: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     kinds = {
         "accuracy_": (words.ACCURACY, "{:.1%}"),
+        "motion_": (words.MOTION, "{:.1%}"),
+        "edit_accuracy_": (words.EDITED, "{:.1%}"),
+        "preservation_": (words.KEPT, "{:.1%}"),
         "frechet_": (words.FRECHET, "{:.4g}"),
     }
     for prefix, (what, form) in kinds.items():

@@ -34,6 +34,9 @@ BFLOAT16_BASE = "The base's autoencoder in bfloat16 against itself in float32 (P
 QUANTISED = "4-bit pictures against 16-bit ones from the same noise (PSNR in dB; higher is better)"
 ACCURACY = "Asked-for attributes that the pictures show"
 FRECHET = "Frechet distance to reference pictures (lower is better)"
+MOTION = "Asked-for motions that the videos show"
+EDITED = "Edits that show what was asked for"
+KEPT = "Other attributes that stayed after an edit"
 GAP = "Distance of the tokens from the base model's, after each block (0 is equal)"
 
 # Name of a figure (a pattern) -> words. \1 stands for what the group holds.
@@ -87,6 +90,9 @@ FIGURES = {
     r"psnr_bf16_target_db": BFLOAT16,
     r"accuracy_(\w+)": rf"{ACCURACY}: \1",
     r"frechet_(\w+)": rf"{FRECHET}: \1",
+    r"motion_(\w+)": rf"{MOTION}: \1",
+    r"edit_accuracy_(\w+)": rf"{EDITED}: \1",
+    r"preservation_(\w+)": rf"{KEPT}: \1",
     r"crops_frechet_(\w+)": r"The same for parts of 128 px, which the judge sees pixel by pixel: \1",
     r"runtime": "how the 4-bit layers were computed",
     r"checks": "checks that it passed",

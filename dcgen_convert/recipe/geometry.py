@@ -117,7 +117,6 @@ def check(recipe: Recipe, source: Identity) -> None:
     except AccessError:
         return
     _require_axes(recipe, family)
-    _require_judge(recipe, family)
     _require_flow_for_bell(recipe, family)
     require_frames(recipe, family, new.time)
     _require_time(recipe, family, old, new)
@@ -170,15 +169,6 @@ def _require_axes(recipe: Recipe, family: Family) -> None:
         raise RecipeError(
             f"{rewritten} is set, which rewrites an autoencoder for pictures, and {recipe.source} draws videos",
             f"leave out {rewritten}",
-        )
-
-
-def _require_judge(recipe: Recipe, family: Family) -> None:
-    """RecipeError for the judge of pictures, at the end of a conversion, where the model draws videos."""
-    if family.axes == 3 and recipe.evaluate.metrics == "tiny-world":
-        raise RecipeError(
-            f"evaluate.metrics is tiny-world, which judges pictures, and {recipe.source} draws videos",
-            "--set evaluate.metrics=[motion-accuracy]",
         )
 
 

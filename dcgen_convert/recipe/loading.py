@@ -97,13 +97,12 @@ def load(
     if (found.source, found.base) != (asked.name, asked.base):
         asked = replace(asked, name=found.source, base=found.base)
         sources.require_source(asked)
-    resolved = Resolved(
-        found, origins, machine, asked, told=_told(found, side, larger, chosen, curricula.largest(chain))
-    )
+    told = _told(found, side, larger, chosen, curricula.largest(chain))
+    resolved = Resolved(found, origins, machine, asked, told=told)
     if complete:
         require_pictures(found, resolved.identity)
     geometry.check(found, resolved.identity)
-    return resolved
+    return replace(resolved, told=told + _guided_twice(found, resolved.identity))
 
 
 def _told(recipe: Recipe, side: object, larger: str | None, chosen: str, written: int) -> tuple[str, ...]:
@@ -122,6 +121,18 @@ def _told(recipe: Recipe, side: object, larger: str | None, chosen: str, written
         f"--resolution {side}: the recipe {chosen} has no curriculum for it. Only its last phase is trained at "
         f"{sides[-1]}, after {' and '.join(dict.fromkeys(sides[:-1]))}.",
     )
+
+
+def _guided_twice(recipe: Recipe, source: Identity) -> tuple[str, ...]:
+    """That the converted model draws with guidance what it has learned from pictures that show guidance already."""
+    with suppress(AccessError):
+        drawn, shown = recipe.data_of(recipe.set_of(len(recipe.adapt.phases))), recipe.bundle.guidance
+        if source.family.guidance == "cfg" and drawn.kind == "synthetic" and 1 < drawn.guidance <= shown:
+            return (
+                f"The base draws the pictures with guidance {drawn.guidance:g}, and bundle.guidance is {shown:g}: the "
+                "converted model shows guidance twice. In trials 1 to 1.5 was best: --set bundle.guidance=1.5",
+            )
+    return ()
 
 
 def require_pictures(recipe: Recipe, source: Identity) -> None:

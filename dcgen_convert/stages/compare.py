@@ -23,7 +23,7 @@ from dcgen_convert.core.journal import Stage
 from dcgen_convert.core.pixels import to_image
 from dcgen_convert.data import contents, images
 from dcgen_convert.data.buckets import Size
-from dcgen_convert.evaluation import tiny_edits, tiny_world
+from dcgen_convert.evaluation import tiny_edits, tiny_videos, tiny_world
 from dcgen_convert.evaluation.grids import cell, grid
 from dcgen_convert.evaluation.metrics import psnr_of
 from dcgen_convert.evaluation.rows import BASE, CEILING, CONVERTED, FLOOR, OTHER
@@ -35,8 +35,9 @@ from dcgen_convert.stages import captions, edited, judged, precision, source_pip
 from dcgen_convert.stages.grid import shown
 from dcgen_convert.stages.job import Job
 from dcgen_convert.stages.preview import converted_pipeline
-from dcgen_convert.tiny import world
+from dcgen_convert.tiny import videos, world
 from dcgen_convert.tiny.evaluator import seen
+from dcgen_convert.tiny.motion import middle
 
 SEED = 104_729  # prompts and noise that no training picture used
 ROWS = 8  # of the grid
@@ -47,6 +48,17 @@ TITLES = {
     "nvfp4": "this bundle (NVFP4)",
 }
 TITLES |= {"int4": "this bundle (INT4)", "round trip": "the base model's picture through the new autoencoder"}
+
+
+def require(job: Job) -> None:
+    """Refuse prompts that the judge of the tiny world cannot read, before any work is done.
+
+    Raises:
+        InputError: one of them, and which prompts it can.
+    """
+    if job.recipe.evaluate.metrics == "tiny-world":
+        for text in captions.others(job, job.recipe.evaluate.prompts, job.recipe.seed + SEED):
+            _judge(job)[0](text)
 
 
 def run(job: Job, stage: Stage, bundle: Path) -> PictureGrid:
@@ -97,8 +109,8 @@ def run(job: Job, stage: Stage, bundle: Path) -> PictureGrid:
             files = {title: column.files for title, column in columns.items()}
             shapes = {CONVERTED: job.size, BASE: same}
             stage.metrics["evaluation"] = judged.evaluation(job, files, texts, seeds[0], shapes, first)
-    if job.recipe.evaluate.metrics == "tiny-world":
-        (figures_of_edits if given else figures)(job, stage, drawn, texts)
+        if job.recipe.evaluate.metrics == "tiny-world":
+            _judge(job)[1](job, stage, drawn, texts)
     return written(drawn, texts, stage.folder / "grid.png")
 
 
@@ -147,6 +159,15 @@ def runtime_of(bundle: Path, dtype: torch.dtype) -> str:
     return "emulated" if runtime == "dequantised" else runtime  # else the activations' 4 bits would be left out
 
 
+def _judge(job: Job) -> tuple[Callable[[str], object], Callable[[Job, Stage, dict[str, Column], list[str]], None]]:
+    """What reads a prompt of the tiny world, and what judges the pictures or videos drawn from such prompts."""
+    if job.frames:
+        return tiny_videos.asked, figures_of_videos
+    if edited.tried(edited.judging(job)):
+        return tiny_edits.asked, figures_of_edits
+    return tiny_world.asked, figures
+
+
 def figures(job: Job, stage: Stage, drawn: dict[str, Column], texts: list[str]) -> None:
     """Attribute accuracy and Frechet distance of every column; of large pictures that of their parts too."""
     for name, column in drawn.items():
@@ -159,6 +180,27 @@ def figures(job: Job, stage: Stage, drawn: dict[str, Column], texts: list[str]) 
             stage.metrics[f"crops_frechet_{key}"] = round(apart, 2)
     shown = ", ".join(f"{name} {stage.metrics['accuracy_' + name.replace(' ', '_')]:.1%}" for name in drawn)
     job.console.say(f"evaluate: attribute accuracy {shown} on {len(texts)} prompts")
+
+
+def figures_of_videos(job: Job, stage: Stage, drawn: dict[str, Column], texts: list[str]) -> None:
+    """Of every column which share of the seven attributes is right, and of the motions alone; the Frechet distance of
+    the middle frames to pictures."""
+    pictures_of = [videos.picture_of(text) for text in texts]
+    for name, column in drawn.items():
+        key, found, middles = name.replace(" ", "_"), [], []
+        if not column.frames:  # the picture that the model is given
+            continue
+        for clip, text in zip(column.pictures(), texts, strict=True):
+            found.append(tiny_videos.found(clip, [text]))
+            middles.append(seen(middle(clip)))
+        right = torch.cat(found).double()
+        stage.metrics[f"accuracy_{key}"] = round(right.mean().item(), 4)
+        stage.metrics[f"motion_{key}"] = round(right[:, -1].mean().item(), 4)
+        stage.metrics[f"frechet_{key}"] = round(tiny_world.distance(torch.cat(middles), pictures_of), 2)
+        job.console.say(
+            f"evaluate: {name}: {right.mean():.1%} of the attributes of {len(texts)} prompts are right, "
+            f"{right[:, -1].mean():.1%} of the motions"
+        )
 
 
 def figures_of_edits(job: Job, stage: Stage, drawn: dict[str, Column], texts: list[str]) -> None:

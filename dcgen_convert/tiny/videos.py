@@ -45,6 +45,11 @@ def parse(text: str) -> list[int] | None:
     return None if labels is None or motion not in MOTIONS else [*labels, ATTRIBUTES["motion"].index(motion)]
 
 
+def picture_of(text: str) -> str:
+    """What a caption that `caption` wrote says of the middle frame: a caption of the tiny world without motion."""
+    return text.rpartition(", ")[0]
+
+
 def sample_labels(count: int, seed: int) -> Tensor:
     """``count`` rows of uniformly drawn attribute indices, (count, 7) int64."""
     generator = torch.Generator().manual_seed(seed + OTHER)

@@ -150,3 +150,17 @@ def test_widths_that_no_4_bit_format_holds_are_refused_before_anything_starts(so
     arguments = ["convert", str(source), "--recipe", "tiny-flux", *CONVERT, "--quantize", "int4"]
     refused(tmp_path, *arguments, says="transformer_blocks.*.attn.to_q")
     assert not list((tmp_path / "run").glob("*/"))  # a log at most
+
+
+@pytest.mark.parametrize(
+    ("name", "autoencoder", "prompts", "says"),
+    [
+        ("tiny-flux", "tiny-dc-ae-f32", "tiny-videos", "the tiny world has no caption"),
+        ("tiny-wan", "tiny-dc-ae-v", "tiny-world", "the tiny world has no video"),
+    ],
+)
+def test_prompts_that_the_judge_cannot_read_are_refused_before_any_work(tmp_path, name, autoencoder, prompts, says):
+    """The last stage would find it out, after the whole training."""
+    own = ["--set", f"data.prompts={prompts}", "--set", "data.count=4", "--ae", autoencoder, *CONVERT[2:]]
+    refused(tmp_path, name, *own, says=says)
+    assert not (tmp_path / "run" / "surgery").exists()

@@ -309,8 +309,6 @@ def test_the_recipe_of_videos(source, tmp_path):
         loaded(ae="tiny-dc-ae-f32")
     with pytest.raises(RecipeError, match="latents.normalise is set, which rewrites an autoencoder for pictures"):
         loaded(**{"latents.normalise": "channel"})
-    with pytest.raises(RecipeError, match="evaluate.metrics is tiny-world, which judges pictures, and .* draws videos"):
-        loaded(**{"evaluate.metrics": "tiny-world"})
     assert loaded(**{"adapt.weighting": "bell"}).adapt.weighting == "bell"
     with pytest.raises(RecipeError, match="adapt.weighting is bell, and the objective guidance-corrected has no"):
         load("tiny-flux", flags={"adapt.weighting": "bell"})

@@ -22,6 +22,7 @@ SHIPPED = {
     "wan-2.2-a14b-480p", "wan-2.2-i2v-a14b-480p",
     "tiny-flux", "tiny-flux-long", "tiny-flux-256", "tiny-flux-512",
     "tiny-sana", "tiny-sana-long", "tiny-dit", "tiny-dit-long", "tiny-kontext", "tiny-kontext-long",
+    "tiny-wan", "tiny-wan-long",
     "ablations/compression", "ablations/dit-sd-vae-to-dc-ae",
     "ablations/no-alignment", "ablations/full-finetune", "ablations/plain-flow-loss",
     "ablations/published",
@@ -50,6 +51,29 @@ def test_the_strongest_layer_wins(tmp_path_factory, layers):
     winner = max(layers, key=seeds.get, default=None)
     assert resolved.recipe.seed == (seeds[winner] if winner else 0)
     assert resolved.origins["seed"] == (origins[winner] if winner else "default")
+
+
+def test_guidance_that_is_shown_twice_is_told():
+    """Pictures drawn with classifier-free guidance show it: not where it is distilled in, nor in pictures of the user."""
+    twice = "The base draws the pictures with guidance 3, and bundle.guidance is {}: the converted model shows guidance"
+    told = {
+        setting: load_told(*setting.split())
+        for setting in (
+            "tiny-sana",
+            "tiny-sana bundle.guidance=4.5",
+            "tiny-sana bundle.guidance=1.5",
+            "tiny-sana data.guidance=1",
+            "tiny-sana data.kind=folder data.path=tiny-world:128",
+            "tiny-flux",
+        )
+    }
+    assert told.pop("tiny-sana").startswith(twice.format("3"))
+    assert told.pop("tiny-sana bundle.guidance=4.5").startswith(twice.format("4.5"))
+    assert set(told.values()) == {""}
+
+
+def load_told(name, *sets):
+    return " ".join(loading.load(name, sets=sets).told)
 
 
 @pytest.mark.parametrize("name", NAMES)

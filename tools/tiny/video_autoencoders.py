@@ -61,7 +61,7 @@ class Phase:
 # The rate falls with the batch: at 2e-3 two videos a step undo in 200 steps what was learnt of pictures.
 PHASES = {
     "kl-wan": [Phase(1500, 12, 2e-3, 64, 1), Phase(1500, 2, 6e-4, 64, 9), Phase(300, 1, 4e-4, 128, 13)],
-    "dc-ae-v-f32t4c32": [Phase(6000, 12, 2e-3, 128, 1), Phase(1500, 4, 1e-3, 128, 16)],
+    "dc-ae-v-f32t4c32": [Phase(6000, 12, 2e-3, 128, 1), Phase(1200, 4, 2e-4, 128, 16)],
 }
 
 
