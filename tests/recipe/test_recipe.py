@@ -54,7 +54,7 @@ def test_the_strongest_layer_wins(tmp_path_factory, layers):
 
 
 def test_guidance_that_is_shown_twice_is_told():
-    """Pictures drawn with classifier-free guidance show it: not where it is distilled in, nor in pictures of the user."""
+    """Of classifier-free guidance, in pictures that the base draws; not of distilled guidance or given pictures."""
     twice = "The base draws the pictures with guidance 3, and bundle.guidance is {}: the converted model shows guidance"
     told = {
         setting: load_told(*setting.split())
