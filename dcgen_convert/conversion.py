@@ -190,7 +190,7 @@ def convert(  # noqa: PLR0913  every option of the verb by its name
             console.say(line)
         console.say(job.alignment.told)
         pictures.require_all(job)
-        _require_measures(job)
+        _require_measures(job, until)
         require_possible(resolved.recipe, resolved.identity)
         require_disk(resolved, run.path, output, until)
         record = {
@@ -238,13 +238,14 @@ def _stage(name: str, stages: list[str], experts: Sequence[Expert]) -> list[str]
     return found
 
 
-def _require_measures(job: Job) -> None:
-    """Refuse measures of `evaluate.metrics` and `watch.metrics` that cannot run."""
-    from dcgen_convert.stages import compare
+def _require_measures(job: Job, until: str | None) -> None:
+    """Refuse measures of `evaluate.metrics` and `watch.metrics` that cannot run, as far as the walk goes."""
+    if job.recipe.evaluate.metrics == "tiny-world" and until in (None, folders.VERIFY):
+        from dcgen_convert.stages import compare
 
-    compare.require(job)
+        compare.require(job)
     if job.recipe.evaluate.measures:
-        from dcgen_convert.stages import judged
+        from dcgen_convert.stages import compare, judged
 
         judged.require(job, job.recipe.seed + compare.SEED)
     if job.recipe.watch.measures:

@@ -13,6 +13,7 @@ from dcgen_convert.core.errors import DcgenError, InputError, ResourceError
 from dcgen_convert.core.journal import removed
 from dcgen_convert.data import prompts
 from dcgen_convert.families import Family
+from dcgen_convert.families.grid import STILL, Grid
 from dcgen_convert.planning import costs, memory, speed, stage_memory
 from dcgen_convert.planning.absent import absent
 from dcgen_convert.planning.bill import bill, device_for
@@ -79,10 +80,10 @@ def plan(
             "licence": source.licence,
             "parameters": sizes.base.parameters,
             "networks": sizes.networks,
-            **vars(sizes.old),
+            **_grid(sizes.old),
         },
         "licences": licences(resolved),
-        "autoencoder": {"name": recipe.ae, **vars(sizes.new)},
+        "autoencoder": {"name": recipe.ae, **_grid(sizes.new)},
         "tokens": _tokens(resolved, sizes),
         "alignment": {**vars(sizes.alignment), "told": sizes.alignment.told},
         "speedup": speed.speedup(sizes, last.resolution),
@@ -218,6 +219,12 @@ def _memory(found: Fit, trained: memory.Training, gpu_bytes: float) -> dict:
         "needs beyond what gradients and activations have given back); activations scaled from FLUX (2.31 GiB per "
         "4,608-token sample); 1.5 GiB + 8 % for context and fragmentation assumed",
     }
+
+
+def _grid(grid: Grid) -> dict[str, Any]:
+    """f, c and p; of videos the frames of a latent frame, and whether the first one is of the first frame alone."""
+    time = {} if grid.time == STILL else {"frames": grid.time.frames, "first_frame_alone": grid.time.alone}
+    return {"f": grid.f, "c": grid.c, "p": grid.p, **time}
 
 
 def _tokens(resolved: Resolved, sizes: Shapes) -> list[dict]:

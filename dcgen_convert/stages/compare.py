@@ -56,9 +56,8 @@ def require(job: Job) -> None:
     Raises:
         InputError: one of them, and which prompts it can.
     """
-    if job.recipe.evaluate.metrics == "tiny-world":
-        for text in captions.others(job, job.recipe.evaluate.prompts, job.recipe.seed + SEED):
-            _judge(job)[0](text)
+    for text in captions.others(job, job.recipe.evaluate.prompts, job.recipe.seed + SEED):
+        _judge(job)[0](text)
 
 
 def run(job: Job, stage: Stage, bundle: Path) -> PictureGrid:

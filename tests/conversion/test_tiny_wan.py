@@ -34,7 +34,7 @@ def judged(folder, texts, seeds):
         width=128,
         num_frames=FRAMES,
         num_inference_steps=STEPS,
-        guidance_scale=5.0,
+        guidance_scale=3.0,
         max_sequence_length=16,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         output_type="pt",

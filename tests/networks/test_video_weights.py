@@ -18,7 +18,7 @@ from dcgen_convert.networks.autoencoder_dc_video import AutoencoderDCVideo
 from dcgen_convert.networks.folder import load_folder
 from dcgen_convert.recipe import geometry
 
-VIDEOS = [alias for alias, entry in catalog.AUTOENCODERS.items() if entry.frames > 1]
+VIDEOS = [alias for alias, entry in catalog.AUTOENCODERS.items() if entry.frames > 1 and not entry.folder]
 
 
 def authors_name(name: str) -> str:

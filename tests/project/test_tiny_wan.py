@@ -153,7 +153,7 @@ def test_every_word_of_a_caption_is_one_token():
 
 
 def test_what_it_writes_is_drawn_with_by_the_stock_pipeline(work, tmp_path, monkeypatch):
-    phases = (wan.Phase(1, 1e-3, 2.0, 2, 1, 4), wan.Phase(1, 1e-3, 2.0, 2, 5, 4))
+    phases = (wan.Phase(1, 1e-3, 2.0, 2, 1, 4, 0), wan.Phase(1, 1e-3, 2.0, 2, 5, 4, 1))
     monkeypatch.setattr(wan, "PHASES", phases)
     lines = []
     wan.train(work, lines.append).save_pretrained(work / "wan")

@@ -16,6 +16,7 @@ from dcgen_convert.families import catalog, components, deep_autoencoders, pixel
 from dcgen_convert.networks import at_once, autoencoders, pipelines, tiles
 from dcgen_convert.networks.autoencoder_dc_video import AutoencoderDCVideo
 from dcgen_convert.stages import memory, tasks
+from dcgen_convert.stages.job import Job
 from dcgen_convert.tiny import world
 
 MAKES = ["dc-ae-f32", "dc-ae-f64", "dc-ae-f64-in", "dc-ae-f128", "dc-ae-f32-sana", "dc-ae-lite"]
@@ -231,7 +232,7 @@ def test_the_hint_names_the_setting_of_the_stage(stage, setting):
 
 
 def test_every_task_of_the_ranks_has_its_stage():
-    stages = [stage for stage, _ in tasks.tasks_of(None, None, {}).values()]
+    stages = [stage for stage, _ in tasks.tasks_of(Job(*[None] * 6), None, {}).values()]
     assert len(stages) == 8 and all(memory.kind_of(stage.format(number=1)) in memory.LOWER for stage in stages)
 
 

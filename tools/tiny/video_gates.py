@@ -21,7 +21,7 @@ from tools.tiny.loop import Log
 
 UNSEEN = 424_242
 COUNT = 200
-STEPS, GUIDANCE = 16, 5.0
+STEPS, GUIDANCE = 16, 3.0
 
 
 def gates(work: Path, log: Log) -> None:

@@ -32,7 +32,7 @@ SEED = 7
 
 @dataclass(frozen=True)
 class Phase:
-    """What a phase sees: ``frames`` of ``count`` videos, in steps of ``batch``."""
+    """What a phase sees: ``frames`` of the ``count`` videos of set ``part``, in steps of ``batch``."""
 
     steps: int
     lr: float
@@ -40,9 +40,14 @@ class Phase:
     batch: int
     frames: int
     count: int
+    part: int
 
 
-PHASES = (Phase(3600, 1.5e-3, 2.0, 32, 1, 24_576), Phase(1500, 1.2e-3, 3.0, 24, FRAMES, 8192))
+PHASES = (
+    Phase(3600, 1.5e-3, 2.0, 32, 1, 24_576, 0),
+    Phase(1500, 1.2e-3, 3.0, 24, FRAMES, 8192, 1),
+    Phase(1500, 1e-3, 3.0, 24, FRAMES, 8192, 1),
+)
 
 
 def train(work: Path, log: Log = print) -> Network:
@@ -50,8 +55,7 @@ def train(work: Path, log: Log = print) -> Network:
     family, model = base.new_model("wan", SEED)
     for number, phase in enumerate(PHASES):
         training = Training(phase.steps, phase.batch, phase.lr, SEED + number, phase.shift, half=True, orthogonal=True)
-        # other videos in each phase, so that more of them are seen
-        seen = pairs(work, world.block_seed(SEED, number), phase.frames, phase.count, log)
+        seen = pairs(work, world.block_seed(SEED, phase.part), phase.frames, phase.count, log)
         model = base.train_flow(family, model, seen, training, log, state_of(work, "wan", number))
     return model
 
