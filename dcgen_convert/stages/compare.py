@@ -56,8 +56,9 @@ def require(job: Job) -> None:
     Raises:
         InputError: one of them, and which prompts it can.
     """
+    asked, _ = _judge(job)
     for text in captions.others(job, job.recipe.evaluate.prompts, job.recipe.seed + SEED):
-        _judge(job)[0](text)
+        asked(text)
 
 
 def run(job: Job, stage: Stage, bundle: Path) -> PictureGrid:

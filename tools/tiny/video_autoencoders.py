@@ -202,7 +202,7 @@ def drawn(count: int, frames: int, side: int, generator: torch.Generator) -> Ten
 
 def reconstruct(model: Network, clips: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Round trip for training: clips -> reconstruction, and a loss on the latents (KL, or their energy)."""
-    if isinstance(model, AutoencoderKLWan) and not isinstance(model, AutoencoderDCVideo):
+    if not isinstance(model, (AutoencoderDCVideo, Still)):
         posterior = model.encode(clips).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator)
         output = model.decode(posterior.mean + posterior.std * noise).sample
