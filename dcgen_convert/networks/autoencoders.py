@@ -8,7 +8,8 @@ B batch, C latent channels, H W px, h = H / f. A video has F frames, and T laten
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class Codec:
             do not have.
 
     Results are on the CPU. Pictures are taken together up to `pixel_memory.TOGETHER` px and as memory holds them,
-    larger ones one by one, and very large ones in tiles (`tiles.tile_of`). Videos are taken one by one.
+    larger ones one by one, and very large ones in tiles (`tiles.tile_of`). A video has the px of all its frames.
     """
 
     model: Network
@@ -87,23 +88,29 @@ class Codec:
 
         Of videos (B, 3, F, H, W) -> (B, C, T, H/f, W/f).
         """
-        return self._in_parts(ENCODE, self._encode, pixels, *pixels.shape[-2:])
+        return self._in_parts(ENCODE, self._encode, pixels, pixels.shape[-self.axes :])
 
     def decode(self, latents: Tensor) -> Tensor:
         """Model latents (B, C, h, w) -> (B, 3, h f, w f) in [-1, 1] float32. Of videos as in `encode`."""
-        height, width = (side * self.factor for side in latents.shape[-2:])
-        return self._in_parts(DECODE, self._decode, latents, height, width)
+        each = [self.factor, self.factor]  # px of a latent cell, and the frames before them
+        if self.axes == 3:
+            each = [autoencoder_time(self._config()).frames, *each]
+        shown = [count * size for count, size in zip(latents.shape[-self.axes :], each, strict=True)]
+        return self._in_parts(DECODE, self._decode, latents, shown)
 
     def needs(self, way: int, height: int, width: int) -> int:
         """Bytes of one picture of this size, in px, beside the weights. way: ENCODE or DECODE."""
-        config = {"_class_name": type(self.model).__name__, **self.model.config}
         dtype = "bf16" if self.model.dtype is torch.bfloat16 else "fp32"
-        return pixel_memory.peak_bytes(config, dtype, way, height, width)
+        return pixel_memory.peak_bytes(self._config(), dtype, way, height, width)
 
-    def _in_parts(self, way: int, work: Callable[[Tensor], Tensor], rows: Tensor, height: int, width: int) -> Tensor:
-        free = at_once.free_bytes(self.model.device)
+    def _config(self) -> dict[str, Any]:
+        return {"_class_name": type(self.model).__name__, **self.model.config}
+
+    def _in_parts(self, way: int, work: Callable[[Tensor], Tensor], rows: Tensor, shown: Sequence[int]) -> Tensor:
+        """``work`` on as many rows at once as are taken together. shown: (F, H, W) or (H, W) of the pixels of one."""
+        free, (height, width) = at_once.free_bytes(self.model.device), shown[-2:]
         fits = at_once.pictures(self.needs(way, height, width), free)
-        limit = min(fits, pixel_memory.together(len(rows), height * width)) if self.axes == 2 else 1
+        limit = min(fits, pixel_memory.together(len(rows), math.prod(shown)))
         with tiles.by_size(self.model, 1, height, width):
             return joined(self._at_once[way].parts(rows, lambda part: work(part).cpu(), limit))
 

@@ -79,7 +79,7 @@ def test_with_our_class_it_draws_as_many_frames_as_asked(folder, frames):
 
 @pytest.mark.parametrize("frames", [1, 9, 17])
 def test_the_codec_against_the_stock_autoencoder(folder, frames):
-    """Of both classes: (z - mean) / std and back, to 1e-5 and 1e-4. Videos are taken one by one."""
+    """Of both classes: (z - mean) / std and back, to 1e-5 and 1e-4."""
     stock = AutoencoderKLLTX2Video.from_pretrained(folder)
     pixels = torch.rand(2, 3, frames, 64, 96) * 2 - 1
     mean, std = (value.view(1, C, 1, 1, 1) for value in (stock.latents_mean, stock.latents_std))

@@ -165,6 +165,32 @@ def test_pictures_are_taken_together_by_their_pixels():
     assert fits == [15, 3, 1, 1]
 
 
+@pytest.mark.parametrize("folder, frames", [("tiny-dc-ae-v", 16), ("tiny-wan/vae", 13)])
+def test_videos_are_taken_together_by_the_pixels_of_all_their_frames(folder, frames, monkeypatch):
+    """Videos of 128 px four at a time, of 256 px one by one. The results are those of one by one, to 1e-5."""
+    codec, calls = autoencoders.load(WEIGHTS / folder), []
+
+    def counting(name):
+        work = getattr(codec.model, name)
+
+        def call(rows):
+            calls.append(len(rows))
+            return work(rows)
+
+        monkeypatch.setattr(codec.model, name, call)
+
+    alone = torch.rand(5, 3, frames, 128, 128) * 2 - 1
+    expected = [codec.encode(video[None]) for video in alone]
+    shown = [codec.decode(z) for z in expected]
+    counting("encode"), counting("decode")
+    latents = codec.encode(alone)
+    torch.testing.assert_close(latents, torch.cat(expected), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(codec.decode(torch.cat(expected)), torch.cat(shown), atol=1e-5, rtol=1e-5)
+    assert calls == [4, 1, 4, 1]
+    codec.encode(torch.zeros(2, 3, frames, 256, 256))
+    assert calls[4:] == [1, 1]
+
+
 def short_above(limit, calls):
     def work(part):
         calls.append(len(part))
