@@ -131,7 +131,7 @@ def render(
         f"# {plain(title)}",
         _summary(card),
         *([f"Note: {note}."] if (note := family.note(card.references)) else []),
-        *_pictures(manifest),
+        *_pictures(card),
         "## Use",
         _usage(card),
         "## Limits",
@@ -213,17 +213,20 @@ def _summary(card: Card) -> str:
     return text
 
 
-def _pictures(manifest: Mapping[str, Any]) -> list[str]:
+def _pictures(card: Card) -> list[str]:
     """The grid, with what its columns and rows show."""
-    shown = manifest.get("pictures")
+    shown = card.manifest.get("pictures")
     if not shown:
         return []
-    rows = "\n".join(f"{number}. {plain(prompt)}" for number, prompt in enumerate(shown["prompts"], 1))
-    columns = ", ".join(plain(column) for column in shown["columns"])
-    return [
-        f"![Pictures of the base model and of this one]({PICTURES})",
-        f"Columns: {columns}. The same prompt and seed in each row; no picture was chosen. Rows:\n\n{rows}",
-    ]
+    prompts = "\n".join(f"{number}. {plain(prompt)}" for number, prompt in enumerate(shown["prompts"], 1))
+    models = ", ".join(plain(column) for column in shown["columns"])
+    if card.frames:
+        title = "Frames of videos of the base model and of this one"
+        told = f"For each prompt, from above: {models}, with the same seed; no video was chosen. Prompts:"
+    else:
+        title = "Pictures of the base model and of this one"
+        told = f"Columns: {models}. The same prompt and seed in each row; no picture was chosen. Rows:"
+    return [f"![{title}]({PICTURES})", f"{told}\n\n{prompts}"]
 
 
 def _usage(card: Card) -> str:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
 from dcgen_convert.bundle import loading
@@ -20,11 +19,10 @@ from dcgen_convert.core import clock
 from dcgen_convert.core.console import Console
 from dcgen_convert.core.files import TEMPORARY, replacing
 from dcgen_convert.core.journal import Stage
-from dcgen_convert.core.pixels import to_image
 from dcgen_convert.data import contents, images
 from dcgen_convert.data.buckets import Size
 from dcgen_convert.evaluation import tiny_edits, tiny_videos, tiny_world
-from dcgen_convert.evaluation.grids import cell, grid
+from dcgen_convert.evaluation.grids import cell, grid, strips
 from dcgen_convert.evaluation.metrics import psnr_of
 from dcgen_convert.evaluation.rows import BASE, CEILING, CONVERTED, FLOOR, OTHER
 from dcgen_convert.families import Family, pixel_memory
@@ -32,7 +30,7 @@ from dcgen_convert.networks import models, pipelines
 from dcgen_convert.networks.at_once import AtOnce, release
 from dcgen_convert.recipe.drawable import own_side
 from dcgen_convert.stages import captions, edited, judged, precision, source_pipeline
-from dcgen_convert.stages.grid import shown
+from dcgen_convert.stages.grid import frames_of, shown
 from dcgen_convert.stages.job import Job
 from dcgen_convert.stages.preview import converted_pipeline
 from dcgen_convert.tiny import videos, world
@@ -40,7 +38,8 @@ from dcgen_convert.tiny.evaluator import seen
 from dcgen_convert.tiny.motion import middle
 
 SEED = 104_729  # prompts and noise that no training picture used
-ROWS = 8  # of the grid
+ROWS = 8  # prompts in the grid
+MOVING = 4  # the same of videos: each column is a row of frames then
 TITLES = {
     "reference": "the picture that is edited",
     "source": "the base model",
@@ -111,22 +110,21 @@ def run(job: Job, stage: Stage, bundle: Path) -> PictureGrid:
             stage.metrics["evaluation"] = judged.evaluation(job, files, texts, seeds[0], shapes, first)
         if job.recipe.evaluate.metrics == "tiny-world":
             _judge(job)[1](job, stage, drawn, texts)
-    return written(drawn, texts, stage.folder / "grid.png")
+        return written(drawn, texts, stage.folder / "grid.png")
 
 
 @dataclass(frozen=True)
 class Column:
     """What was drawn by one pipeline: the pictures as files of 8 bits, and what is kept of them in memory.
 
-    size: (height, width) in px. frames: of a video; 0: they are pictures. cells: the first ROWS pictures, as the grid
-    shows them. judged: (1, 3, s, s) of every picture, as the evaluator of the tiny world sees it; centres: the same of
-    its middle, where the picture is larger than that. Of a video these are of its middle frame.
+    size: (height, width) in px. frames: of a video; 0: they are pictures. judged: (1, 3, s, s) of every picture, as the
+    evaluator of the tiny world sees it; centres: the same of its middle, where the picture is larger than that. Of a
+    video these are of its middle frame.
     """
 
     size: Size
     frames: int = 0
     files: list[Path] = field(default_factory=list)
-    cells: list[Image] = field(default_factory=list)
     judged: list[Tensor] = field(default_factory=list)
     centres: list[Tensor] = field(default_factory=list)
 
@@ -141,11 +139,20 @@ def distance(one: Column, other: Column) -> float:
 
 
 def written(drawn: dict[str, Column], texts: list[str], file: Path) -> PictureGrid:
-    """Write the first ROWS pictures of every column to ``file``."""
-    columns = {title: column.cells for title, column in drawn.items()}
+    """Write the first ROWS pictures of every column to ``file``; of videos `strips` of the first MOVING."""
+    moving = any(column.frames for column in drawn.values())
+    asked = texts[: MOVING if moving else ROWS]
+    films = {
+        title: [[*map(cell, frames_of(pixels[0]))] for pixels in islice(column.pictures(), len(asked))]
+        for title, column in drawn.items()
+    }
     with replacing(file) as temporary:
-        grid(columns, texts[:ROWS]).save(temporary, format="PNG")
-    return PictureGrid(file, [TITLES.get(title, title) for title in drawn], texts[:ROWS])
+        if moving:
+            sheet = strips(films, asked)
+        else:
+            sheet = grid({title: [picture for (picture,) in column] for title, column in films.items()}, asked)
+        sheet.save(temporary, format="PNG")
+    return PictureGrid(file, [TITLES.get(title, title) for title in drawn], asked)
 
 
 def of_bundle(bundle: Path, dtype: torch.dtype, runtime: str) -> Any:
@@ -268,8 +275,6 @@ class Comparison:
             column.judged.append(seen(still[None]))
             if min(self.size) >= 2 * world.SIDE:
                 column.centres.append(tiny_world.centre(still[None]).clone())
-            if len(column.cells) < ROWS:
-                column.cells.append(cell(to_image(still)))
         return column
 
     def _drawn(self, pipeline: Any, steps: int, guidance: float) -> Iterator[Tensor]:

@@ -79,8 +79,8 @@ def shown(family: Family, pixels: Tensor) -> Tensor:
     return pixels if family.axes == 2 else pixels[:, pixels.shape[1] // 2]
 
 
-def _images(pixels: Tensor) -> list[Image]:
-    """A picture (3, H, W) alone, or the frames of a video (3, F, H, W)."""
+def frames_of(pixels: Tensor) -> list[Image]:
+    """The frames of a video (3, F, H, W), or a picture (3, H, W) as its only one."""
     return [to_image(one) for one in ([pixels] if pixels.ndim == 3 else pixels.unbind(1))]
 
 
@@ -127,7 +127,7 @@ def drawing(
             columns = {EDITED[job.family.axes]: tuple(given), **columns}
         moving = job.family.axes == 3
         seen = {
-            title: [_images(pixels) for z in parts for pixels in codec.decode(z)] for title, parts in columns.items()
+            title: [frames_of(pixels) for z in parts for pixels in codec.decode(z)] for title, parts in columns.items()
         }
         if EDITED[3] in seen:  # after the first frame a reference is grey
             seen[EDITED[3]] = [frames[:1] for frames in seen[EDITED[3]]]

@@ -20,6 +20,7 @@ from dcgen_convert.core.console import NULL
 from dcgen_convert.core.files import read_json
 from dcgen_convert.core.journal import Run
 from dcgen_convert.data import images, videos
+from dcgen_convert.evaluation import grids
 from dcgen_convert.networks import autoencoders
 from dcgen_convert.networks.autoencoder_dc_video import AutoencoderDCVideo
 from dcgen_convert.recipe.loading import Resolved
@@ -136,4 +137,25 @@ def test_the_training_saw_both_shapes_and_the_bundle_states_its_own(root, kind):
     assert len(lines) == 6
     defaults = read_json(root / "bundle" / "dcgen_manifest.json")["defaults"]
     assert (defaults["height"], defaults["width"], defaults["frames"]) == (48, 80, FRAMES[kind][1])
-    assert (run / "verify" / "grid.png").exists() and len(list((run / "adapt-1" / "samples").glob("*.mp4"))) == 2
+    assert len(list((run / "adapt-1" / "samples").glob("*.mp4"))) == 2
+
+
+def test_the_grid_shows_videos_as_rows_of_frames(root, kind):
+    """For each prompt the source, the bundle and the round trip, five frames of each, and the card says so."""
+    shown = read_json(root / "bundle" / "dcgen_manifest.json")["pictures"]
+    rows = 3 * len(shown["prompts"])
+    assert rows == 3 * 2  # evaluate.prompts
+    with Image.open(root / "bundle" / "pictures.png") as sheet:
+        assert sheet.size == (
+            grids.GAP + grids.FRAMES * (grids.SIDE + grids.GAP),
+            grids.TITLE + rows * (grids.CAPTION + grids.SIDE + grids.GAP),
+        )
+        cells = [
+            np.asarray(sheet)[top : top + grids.SIDE, left : left + grids.SIDE]
+            for top in (
+                grids.TITLE + grids.CAPTION + row * (grids.CAPTION + grids.SIDE + grids.GAP) for row in range(rows)
+            )
+            for left in (grids.GAP, grids.GAP + (grids.FRAMES - 1) * (grids.SIDE + grids.GAP))
+        ]
+    assert all((first != last).any() for first, last in zip(cells[::2], cells[1::2], strict=True))
+    assert "from above: the base model, this model in 16 bits, " in (root / "bundle" / "README.md").read_text()
