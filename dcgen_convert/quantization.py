@@ -386,8 +386,8 @@ class SourceQuantisation:
             quantised = partial(compare.of_bundle, bundle, torch.bfloat16, runtime)
             drawn[form] = sheet.draw(form, quantised, steps, guidance)
             apart = compare.distance(drawn[form], drawn["converted"])
+            pictures = compare.written(drawn, texts, self.request.work_folder / "grid.png")
         found = {"psnr_quantised_db": round(apart, 2), "runtime": runtime}
-        pictures = compare.written(drawn, texts, self.request.work_folder / "grid.png")
         add_metrics(bundle, self.source.family, "verify", found, pictures)
         self.console.say(f"quantize: {found['psnr_quantised_db']} dB from the 16-bit pictures, on {COMPARED} prompts")
         return found

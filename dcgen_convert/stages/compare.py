@@ -139,7 +139,10 @@ def distance(one: Column, other: Column) -> float:
 
 
 def written(drawn: dict[str, Column], texts: list[str], file: Path) -> PictureGrid:
-    """Write the first ROWS pictures of every column to ``file``; of videos `strips` of the first MOVING."""
+    """Write the first ROWS pictures of every column to ``file``; of videos `strips` of the first MOVING.
+
+    It reads the files of the columns, so the folder that they were drawn in must be there.
+    """
     moving = any(column.frames for column in drawn.values())
     asked = texts[: MOVING if moving else ROWS]
     films = {
