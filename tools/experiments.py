@@ -97,7 +97,16 @@ def converted(
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True, check=True)
         document.write_text(done.stdout)
     lines = (folder / "run" / "adapt-1" / "evaluations.jsonl").read_text().splitlines()
-    return json.loads(document.read_text()), [(line["step"], line["mean"]) for line in map(json.loads, lines)]
+    found = json.loads(document.read_text())
+    curve = [(line["step"], line["mean"]) for line in map(json.loads, lines)]
+    return found, [(0, losses(found)["before"]["mean"]), *curve]
+
+
+def losses(document: dict[str, Any]) -> dict[str, Any]:
+    """The held-out losses "before" and "after" the training."""
+    (stage,) = (stage for stage in document["stages"] if stage["name"] == "adapt-1")
+    found: dict[str, Any] = stage["metrics"]["evaluation"]
+    return found
 
 
 def folder_of(work: Path, options: Sequence[str], seed: int) -> Path:
@@ -112,7 +121,7 @@ def mean_curve(curves: Sequence[charts.Points]) -> charts.Points:
 def row(label: str, documents: Sequence[dict[str, Any]]) -> str:
     """One row of the table: means of the seeds, and what each seed gave behind them."""
     stages = [{stage["name"]: stage for stage in document["stages"]} for document in documents]
-    losses = [[one["adapt-1"]["metrics"]["evaluation"][when]["mean"] for one in stages] for when in ("before", "after")]
+    both = [[losses(document)[when]["mean"] for document in documents] for when in ("before", "after")]
     metrics = [document["metrics"] for document in documents]
     pairs = [
         " / ".join(shown([one[f"{kind}_{whose}"] for one in metrics], form) for whose in ("source", "converted"))
@@ -120,7 +129,7 @@ def row(label: str, documents: Sequence[dict[str, Any]]) -> str:
     ]
     gaps = shown([one["merge-1"]["metrics"]["gap"][-1] for one in stages], ".3f")
     seconds = fmean(sum(stage["seconds"] for stage in one.values()) for one in stages)
-    loss = " / ".join(shown(one, ".3f") for one in losses)
+    loss = " / ".join(shown(one, ".3f") for one in both)
     return f"| {label} | {loss} | {' | '.join(pairs)} | {gaps} | {seconds:.0f} |"
 
 

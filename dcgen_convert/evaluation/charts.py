@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from itertools import pairwise
 
 WIDTH, HEIGHT = 640, 260  # px
 LEFT, RIGHT, TOP, BOTTOM = 64, 12, 12, 44  # px around the plot
 COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#8e5ea2", "#c98b00", "#555555")
+DASHES = ("", "6 3", "2 2", "9 3 2 3", "12 4", "1 4")  # lengths of line and gap in px; "": no gaps
+LETTER, ROW = 6.2, 16  # px of a letter and of a row in the legend of an SVG file
 MOST = 400  # points drawn per line; a longer series is cut into equal pieces, and their means are drawn
 FEW = 8  # a line of at most this many points has a mark at each point
 STYLE = "text { font: 11px system-ui, sans-serif; } .rule { stroke: #e4e4e4; }"  # of an SVG file
@@ -33,19 +36,23 @@ def line_chart(series: Mapping[str, Points], *, x_label: str, y_label: str) -> s
 
 
 def line_file(series: Mapping[str, Points], *, x_label: str, y_label: str) -> str:
-    """`line_chart` as an SVG file: the legend is a line of text under the chart. Empty without a point."""
+    """`line_chart` as an SVG file: the legend is lines of text under the chart. Empty without a point."""
     series = finite_points(series)
     drawn = chart_elements(series, x_label, y_label)
-    box = f'viewBox="0 0 {WIDTH} {HEIGHT + 20}" width="{WIDTH}" height="{HEIGHT + 20}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {box}>'
-    back = f'<style>{STYLE}</style><rect width="{WIDTH}" height="{HEIGHT + 20}" fill="#fff"/>'
-    names = "".join(
-        f'<tspan fill="{colour}" dx="12">&#9632; {escape(name)}</tspan>'
-        for name, colour in zip(series, colours(len(series)), strict=True)
-    )
-    return (
-        f'{head}{back}{"".join(drawn)}<text x="{LEFT - 12}" y="{HEIGHT + 10}">{names}</text></svg>\n' if drawn else ""
-    )
+    if not drawn:
+        return ""
+    legend, x, y = [], float(LEFT), HEIGHT + 10
+    for name, (colour, dash) in zip(series, looks(series), strict=True):
+        wide = 28 + LETTER * len(name) + 12
+        if x > LEFT and x + wide > WIDTH:
+            x, y = LEFT, y + ROW
+        legend.append(f'<line x1="{x:.0f}" x2="{x + 22:.0f}" y1="{y - 4}" y2="{y - 4}" {_stroke(colour, dash)}/>')
+        legend.append(f'<text x="{x + 28:.0f}" y="{y}">{escape(name)}</text>')
+        x += wide
+    high = y + 10
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {high}" width="{WIDTH}" height="{high}">'
+    back = f'<style>{STYLE}</style><rect width="{WIDTH}" height="{high}" fill="#fff"/>'
+    return f"{head}{back}{''.join(drawn)}{''.join(legend)}</svg>\n"
 
 
 def finite_points(series: Mapping[str, Points]) -> dict[str, list[tuple[float, float]]]:
@@ -73,11 +80,10 @@ def chart_elements(series: Mapping[str, Points], x_label: str, y_label: str) -> 
         f'<text x="{x_axis(value):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{value:.4g}</text>'
         for value in x_axis.ticks()
     ]
-    for (name, line), colour in zip(series.items(), colours(len(series)), strict=True):
+    for (name, line), (colour, dash) in zip(series.items(), looks(series), strict=True):
         path = " ".join(f"{x_axis(x):.1f},{y_axis(y):.1f}" for x, y in line)
         parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6">'
-            f"<title>{escape(name)}</title></polyline>"
+            f'<polyline points="{path}" fill="none" {_stroke(colour, dash)}><title>{escape(name)}</title></polyline>'
         )
         for x, y in line if len(line) <= FEW else ():
             parts.append(f'<circle cx="{x_axis(x):.1f}" cy="{y_axis(y):.1f}" r="3" fill="{colour}"/>')
@@ -97,7 +103,7 @@ def bar_chart(rows: Sequence[tuple[str, Mapping[str, float]]], label: str) -> st
         label: text under the chart.
     """
     names = list(dict.fromkeys(name for _, values in rows for name in values))
-    colour_of = dict(zip(names, colours(len(names)), strict=True))
+    colour_of = {name: colour for name, (colour, _) in zip(names, looks(names), strict=True)}
     top = max((value for _, values in rows for value in values.values()), default=0.0) or 1.0
     left, thick, gap = WIDTH * 0.5, 8, 8  # px
     parts, y = [], 4
@@ -151,14 +157,25 @@ class _Axis:
         return [round(k * step, 12) for k in range(first, math.floor(self.high / step) + 1)]
 
 
-def colours(count: int) -> list[str]:
-    """A colour for each of ``count`` series; colours repeat when there are many series."""
-    return [COLOURS[i % len(COLOURS)] for i in range(count)]
+def looks(names: Iterable[str]) -> list[tuple[str, str]]:
+    """(colour, dash) of each line. Those whose names are the same up to a comma have one colour, and differ in dash."""
+    colour_of: dict[str, str] = {}
+    drawn: Counter[str] = Counter()
+    found = []
+    for name in names:
+        colour = colour_of.setdefault(name.partition(",")[0], COLOURS[len(colour_of) % len(COLOURS)])
+        found.append((colour, DASHES[drawn[colour] % len(DASHES)]))
+        drawn[colour] += 1
+    return found
+
+
+def _stroke(colour: str, dash: str) -> str:
+    return f'stroke="{colour}" stroke-width="1.6"' + (f' stroke-dasharray="{dash}"' if dash else "")
 
 
 def _legend(series: Mapping[str, Points | bool]) -> str:
-    items = [
-        f'<span style="color:{colour}">&#9632; {escape(name)}{"" if line else " (no finite values)"}</span>'
-        for (name, line), colour in zip(series.items(), colours(len(series)), strict=True)
-    ]
+    items = []
+    for (name, line), (colour, dash) in zip(series.items(), looks(series), strict=True):
+        mark, note = "&#9633;" if dash else "&#9632;", "" if line else " (no finite values)"
+        items.append(f'<span style="color:{colour}">{mark} {escape(name)}{note}</span>')
     return f'<p class="legend">{" ".join(items)}</p>'

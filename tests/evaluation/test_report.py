@@ -6,6 +6,7 @@ import os
 import re
 from html import escape
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
@@ -13,7 +14,7 @@ from PIL import Image
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import write_json
 from dcgen_convert.evaluation import words
-from dcgen_convert.evaluation.charts import MOST, bar_chart, line_chart, thin
+from dcgen_convert.evaluation.charts import MOST, bar_chart, line_chart, line_file, looks, thin
 from dcgen_convert.evaluation.report import charts, finished_stages, scalars, write_report
 
 
@@ -120,6 +121,19 @@ def test_values_that_cannot_be_drawn():
     assert "nan" not in svg and "bad (no finite values)" in svg and len(coordinates(svg)[0]) == 2
     assert line_chart({"bad": [(0, nan)]}, x_label="x", y_label="y") == "<p>no finite values</p>"
     assert "circle" in line_chart({"one": [(3, 2)]}, x_label="x", y_label="y")
+
+
+def test_lines_of_one_kind_share_a_colour_and_the_legend_of_a_file_stays_inside():
+    """Names that are the same up to a comma differ in dash; after six kinds the colours come again, dashed."""
+    first, other, again, *rest = looks(["flux", "sana", "flux, not aligned", "a", "b", "c", "d", "e"])
+    assert first[0] == again[0] != other[0] and first[1] == other[1] == "" != again[1]
+    assert len({first, other, again, *rest}) == 8 and rest[-1][0] == first[0]
+    names = [f"a rather long name of line {number}" for number in range(9)]
+    page = ElementTree.fromstring(line_file({key: [(0, 1), (1, 2)] for key in names}, x_label="x", y_label="y"))
+    width, height = int(page.get("width")), int(page.get("height"))
+    places = {text.text: (float(text.get("x")), float(text.get("y"))) for text in page.iter() if text.text in names}
+    assert sorted(places) == sorted(names) and len(set(places.values())) == 9
+    assert all(x + 5 * len(name) < width and y < height for name, (x, y) in places.items())
 
 
 def test_long_curves_are_averaged():
