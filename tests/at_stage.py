@@ -16,7 +16,7 @@ LARGEST = 8_000  # bytes of a file on the small disk: log and messages are small
 
 def run_disturbed(stage: str, what: str | int, *arguments: str, cwd: Path) -> CompletedProcess:
     """The command to its end. what: "disk", or the number of the signal that it gets with its first output."""
-    process = warm.WarmProcess(partial(_main, stage, what), arguments, warm.environment(), cwd)
+    process = warm.WarmProcess(partial(main, stage, what), arguments, warm.environment(), cwd)
     try:
         out, err = process.communicate(timeout=300)
     finally:
@@ -24,11 +24,12 @@ def run_disturbed(stage: str, what: str | int, *arguments: str, cwd: Path) -> Co
     return CompletedProcess(arguments, process.returncode, out, err)
 
 
-def _main(stage: str, what: str | int) -> None:
-    from dcgen_convert.cli.app import main
+def main(stage: str, what: str | int) -> None:
+    """The command, disturbed as `run_disturbed` says."""
+    from dcgen_convert.cli import app
 
     os.replace = partial(_replace, os.replace, stage, what)
-    main()
+    app.main()
 
 
 def _replace(really: Callable[..., None], stage: str, what: str | int, source: str, target: str) -> None:

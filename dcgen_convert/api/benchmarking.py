@@ -152,5 +152,5 @@ def _default_dtype(identity: Identity, device: str) -> torch.dtype:
     from dcgen_convert.networks import random_networks
 
     part = Component(DIFFUSERS, identity.family.model_class, identity.config, "any")
-    large = 4 * random_networks.parameters(part) > LARGE
+    large = 4 * random_networks.parameters(part) * len(identity.family.components) > LARGE
     return torch.bfloat16 if device.startswith("cuda") or large else torch.float32

@@ -338,6 +338,7 @@ class Inspection(Result):
     kind: "bundle", "pipeline", "component", "checkpoint", "lora", "autoencoder" or "unknown".
     family: name of the model's family, None when it is not known.
     facts: all else that is known of this kind: "tensors", "licences", "runs_on"; of most also "quantisation", "bytes".
+    Of a model with several networks these count all, and "networks" has the "tensors" and "bytes" of each by its name.
     """
 
     SCHEMA: ClassVar[str] = "dcgen.inspection/1"

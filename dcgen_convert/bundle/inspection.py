@@ -10,6 +10,7 @@ from typing import Any
 
 from dcgen_convert import families
 from dcgen_convert.bundle.manifest import FILE as MANIFEST
+from dcgen_convert.bundle.manifest import tensor_key
 from dcgen_convert.checkpoint import lora
 from dcgen_convert.checkpoint.headers import PICKLES, Entry, read_header, read_weights
 from dcgen_convert.checkpoint.held import PREFIXES
@@ -122,6 +123,9 @@ def _folder(path: Path) -> dict[str, Any]:
     if not isinstance(config.get("quantization_config") or {}, dict):
         raise InputError(f"{home / 'config.json'} has a damaged quantization_config", "fetch the checkpoint again")
     known = families.recognise(config, source.index)
+    tensors, further = read_weights(home), known.further if known and source.index is not None else ()
+    networks = {home.name: tensors, **{name: read_weights(path / name) for name in further}}
+    tensors = tensors | {tensor_key(name, key): one for name in further for key, one in networks[name].items()}
     found: dict[str, Any] = {
         "kind": "bundle" if manifest.is_file() else "component" if index is None else "pipeline",
         "family": known.name if known else None,
@@ -131,7 +135,8 @@ def _folder(path: Path) -> dict[str, Any]:
         "sizes": {key: config[key] for key in SIZES if config.get(key) is not None},
         "licences": _licences(path),
         "lora_files": sorted(file.name for file in path.glob("*lora*.safetensors")),
-        **_weights(read_weights(home), config),
+        **({"networks": {name: _counts(own) for name, own in networks.items()}} if further else {}),
+        **_weights(tensors, config),
     }
     if source.index is not None and authors.is_theirs(source.index, known):
         found["pipeline"] = authors.pipeline_class(source.index)
@@ -140,11 +145,12 @@ def _folder(path: Path) -> dict[str, Any]:
     if refusal := refused.refusal_of(config, index):
         found["notes"] = [f"convert refuses it: {refusal.name} cannot be converted: {refusal.why}"]
     if (vae := source.vae) is not None:
-        f, c = grid.autoencoder_grid(vae)
+        (f, c), time = grid.autoencoder_grid(vae), grid.autoencoder_time(vae)
         found["autoencoder"] = {
             "class": vae.get("_class_name"),
             "f": f,
             "c": c,
+            **({} if time == grid.STILL else {"frames": time.frames}),
             "scaling_factor": vae.get("scaling_factor"),
         }
     if manifest.is_file():
@@ -169,6 +175,10 @@ def _weights(tensors: dict[str, Entry], config: dict[str, Any]) -> dict[str, Any
     counts = dict(Counter(layers.values()))
     quantisation = {"method": method, "counts": counts, "layers": layers} if method else None
     return {"tensors": len(tensors), "bytes": sum(sizes.values()), "dtypes": dict(sizes), "quantisation": quantisation}
+
+
+def _counts(tensors: dict[str, Entry]) -> dict[str, int]:
+    return {"tensors": len(tensors), "bytes": sum(item.end - item.start for item in tensors.values())}
 
 
 def packed_layers(tensors: dict[str, Entry]) -> dict[str, str]:
@@ -245,8 +255,11 @@ def render(found: dict[str, Any]) -> str:
             lines.append(f"quantisation: {value['method']}: {counts or 'no packed layer found'}")
         elif key == "bytes":
             lines.append(f"bytes: {value:,}")
+        elif key == "networks":
+            each = (f"{name} {own['tensors']} tensors, {own['bytes']:,} bytes" for name, own in value.items())
+            lines.append(f"networks: {'; '.join(each)}")
         elif isinstance(value, dict) and value:
-            lines.append(f"{key}: " + ", ".join(f"{name} {item}" for name, item in value.items()))
+            lines.append(f"{key}: " + ", ".join(f"{name} {one}" for name, one in value.items() if one is not None))
         elif value not in (None, {}, [], 0):
             lines.append(f"{key}: {value}")
     return "\n".join(lines)

@@ -88,7 +88,7 @@ def sample(  # noqa: PLR0913  every option of the verb by its name
     jobs = [prompt for prompt in prompts for _ in range(count)]
     written, started = [], time.perf_counter()
     output.mkdir(parents=True, exist_ok=True)
-    with console.progress("draw", len(jobs), "image") as bar:
+    with console.progress("draw", len(jobs), "image" if family.axes == 2 else "video") as bar:
         for i, prompt in enumerate(jobs):
             settings: dict[str, Any] = dict(
                 height=height, width=width, steps=steps, guidance=guidance, length=defaults["text_length"]

@@ -70,6 +70,10 @@ class Imported(Source):
     def transformer(self) -> Path:
         return self.root / self.family.component
 
+    @property
+    def vae(self) -> Path:
+        return self.base / "vae"  # it is asked for before `lay_out` too
+
     @cached_property
     def index(self) -> dict[str, Any]:
         return Source(self.name, self.base).index
@@ -261,9 +265,9 @@ def import_source(
     )
     if source.family.further:
         raise InputError(
-            f"a {source.family.name} model has several networks, of which this program cannot fuse, rename or complete "
-            f"any: it takes the diffusers folder with all of them as it is, not {path}",
-            "give the folder as it was published, without --lora and --base",
+            f"{path}: a {source.family.name} model has several networks, and this program can fuse, rename or complete "
+            "none of them",
+            "give the diffusers folder as it was published, in 16 or 32 bits, without --lora and --base",
         )
     source.check()
     return replace(source, loras=tuple(loras_.read(text, single.family.name, single.shapes) for text in loras))

@@ -128,12 +128,15 @@ def are_here(sources: Sequence[PictureSource]) -> bool:
 
 
 def require_large(sources: Sequence[PictureSource], sieve: Sieve) -> None:
-    """InputError when too few pictures on this machine pass ``sieve``. Those in shards are found out later."""
+    """InputError when there are none, or too few pass ``sieve``. Those on the hub and in shards are found out later."""
     passed = 0
     for source in sources:
         if source.is_elsewhere or _shards(source.path, source.moving):
             return
-        for file in _files(source.path, source.moving):
+        files = _files(source.path, source.moving)
+        if not files:
+            images.gather(source.path, source.column, moving=source.moving)  # which says what is wrong
+        for file in files:
             passed += sieve.passes(file)
             if passed == ENOUGH:
                 return

@@ -437,7 +437,7 @@ AUTOENCODERS: dict[str, AutoencoderEntry] = {
         AutoencoderEntry("dc-ae-v-f64t4c128", None, 64, 128, 0.4752, 2_717_000_000, frames=4),
         AutoencoderEntry("tiny-dc-ae-f32", None, 32, 32, None, 3_819_188, folder=_tiny("tiny-dc-ae-f32")),
         AutoencoderEntry("tiny-dc-ae-f64", None, 64, 128, None, 3_929_268, folder=_tiny("tiny-dc-ae-f64")),
-        AutoencoderEntry("tiny-dc-ae-v", None, 32, 32, None, 2_333_644, folder=_tiny("tiny-dc-ae-v"), frames=4),
+        AutoencoderEntry("tiny-dc-ae-v", None, 32, 32, None, 2_575_508, folder=_tiny("tiny-dc-ae-v"), frames=4),
     )
 }
 

@@ -176,7 +176,7 @@ def of_base(bundle: Path, against: str | None, home: Path, console: Console) -> 
         name=source.name,
         family=family,
         config=source.config,
-        vae=read_json(source.parts.get("vae", source.vae) / "config.json"),
+        vae=read_json(source.vae / "config.json"),
         length=defaults["text_length"] if family.name == manifest["family"] else family.text_length,
         opened=lambda: _base_pipeline(source, console),
         fit=lambda size: size_of_base(size, identity, grid),

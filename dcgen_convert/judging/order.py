@@ -219,9 +219,8 @@ def _base(
             f"{source.name} is a {source.family.name} model, and the bundle a {family.name}", "name its base"
         )
     own = _of_base(own_side(identity, grid, mine.side), mine)
-    vae = source.parts.get("vae", source.vae)  # of a source that is still to be written: in its base
     height, width = own["side"], own["width"] or own["side"]
-    check_size(source.family, source.config, read_json(vae / "config.json"), height, width)
+    check_size(source.family, source.config, read_json(source.vae / "config.json"), height, width)
     return (
         painter.of_source(source, place, manifest, console, home=painter.import_folder(home, place), **own, **wish),
         "",

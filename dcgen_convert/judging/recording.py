@@ -3,7 +3,8 @@
 The pipeline itself runs, up to the decoder. Its network computes the first pass of the drawing only; later passes are
 given that result, so that recording 20 steps costs one pass. What is recorded are therefore the inputs, the shapes and
 the number of passes that the pipeline has, classifier-free guidance included. Of a model that draws with several
-networks of one size the recorded step is the first one's.
+networks the recorded step is the first one's: all are of one size and are asked for the same, so a step of any takes
+as long.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class Bench:
     def record(self, name: str, side: int, batch: int = 1) -> Recorded:
         """What the pipeline of model ``name`` asks of its parts for ``batch`` pictures."""
         model = self.pair.models[name]
-        self.bring(_parts(model))
+        self.bring([*model.encoders, model.network, model.pipeline.vae])  # no further network computes
         with self._capped(name, side):
             return recording.record(model.pipeline, model.family, self.pair.size_of(side), batch, self.settings)
 

@@ -20,8 +20,8 @@ def facts(pair: ModelPair, device: torch.device) -> dict[str, Any]:
             "factor": model.grid.f,
             "channels": model.grid.c,
             "patch": model.grid.p,
-            "parameters": sum(value.numel() for value in model.network.parameters()),
-            "bytes": weights([model.network]),
+            "parameters": sum(value.numel() for network in model.networks for value in network.parameters()),
+            "bytes": weights(model.networks),
             "runtime": model.runtime,
         }
         for name, model in pair.models.items()

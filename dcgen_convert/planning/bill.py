@@ -18,12 +18,12 @@ from typing import Any, Protocol
 
 from dcgen_convert.core import names
 from dcgen_convert.data.held_out import held_out_rows
-from dcgen_convert.families import catalog
 from dcgen_convert.planning import start
 from dcgen_convert.planning.arithmetic import forward_flops, side_passes, train_flops
 from dcgen_convert.planning.costs import BF16, LATENT, network_bytes, of_alignment, picture_bytes, text_bytes
 from dcgen_convert.planning.rates import CPUS, H100, Device
 from dcgen_convert.planning.shapes import Shapes
+from dcgen_convert.planning.weights import of_autoencoder
 from dcgen_convert.recipe.drawable import own_side
 from dcgen_convert.recipe.head_rows import LEVELS, head_samples
 from dcgen_convert.recipe.schema import Phase, Recipe
@@ -388,8 +388,7 @@ def _base_share(sizes: Shapes) -> float:
 
 def _new_flops(recipe: Recipe, sizes: Shapes) -> tuple[float, float]:
     """FLOPs per pixel of the new autoencoder: (encode, decode)."""
-    entry = catalog.find_autoencoder(recipe.ae)
-    share = TINY_SHARE if entry is not None and entry.parameters < TINY_AUTOENCODER else 1.0
+    share = TINY_SHARE if 0 < of_autoencoder(recipe.ae).parameters < TINY_AUTOENCODER else 1.0
     encode, decode = (ENCODE, DECODE) if sizes.family.axes == 2 else (ENCODE_VIDEO, DECODE_VIDEO)
     if sizes.new.time.alone:  # which LTX-2's has and DC-AE-V has not
         encode, decode = ENCODE_LTX, DECODE_LTX

@@ -124,8 +124,7 @@ def _kinds(recipe: Recipe, sizes: Shapes) -> dict[str, float]:
     cached = [_cached(recipe, sizes, number) for number in recipe.sets]
     fetched = sum(row["bytes"] or 0 for row in downloads(recipe, sizes) if not row["cached"])
     quantised = network_bytes(recipe, sizes) if recipe.quantize.format != "none" else 0.0
-    ae = catalog.find_autoencoder(recipe.ae)
-    companions = BF16 * (sizes.companions + (ae.parameters if ae else 0))
+    companions = BF16 * sizes.companions + sizes.codec.bytes
     dense = BF16 * sizes.networks * converted.parameters
     imported = bool(recipe.base or recipe.loras) or (sizes.source.path is not None and sizes.source.path.is_file())
     return {

@@ -257,6 +257,8 @@ def _notes(fetch: list[dict], resolved: Resolved, sizes: Shapes) -> list[str]:
             "many as the table of tokens says; time, memory and disk are priced with them"
         )
     notes += _seen(resolved.recipe, sizes)
+    if not sizes.codec.parameters:
+        notes.append(f"the weights of {resolved.recipe.ae} are not here: memory and disk are without them")
     for row in (row for row in fetch if not row["cached"]):
         if row["gated"]:
             notes.append(f"{row['repo']} is gated: accept its licence at {row['accept_at']} and set HF_TOKEN")

@@ -13,6 +13,7 @@ from dcgen_convert.planning.arithmetic import Trainable, matching, trainable
 from dcgen_convert.planning.layers import Layer, Structure
 from dcgen_convert.planning.present import most_references
 from dcgen_convert.planning.structures import structure
+from dcgen_convert.planning.weights import NONE, Amount, beside, of_autoencoder
 from dcgen_convert.recipe import alignment, geometry
 from dcgen_convert.recipe.alignment import Alignment
 from dcgen_convert.recipe.geometry import usual_size
@@ -27,7 +28,8 @@ class Shapes:
 
     text: tokens per prompt, 0 for class-conditional models; alignment: at which size the base sees the pictures;
     references: most pictures that a row is given beside the text. frames: of a training video; 1: it is a picture.
-    experts: the networks of the model, all of the structure `base` and then `converted`.
+    experts: the networks of the model, all of the structure `base` and then `converted`. companions: parameters of the
+    source's text encoders and autoencoder; codec: weights of the new autoencoder; none where nothing tells them.
     """
 
     source: Identity
@@ -39,6 +41,8 @@ class Shapes:
     references: int = 0
     frames: int = 1
     experts: tuple[Expert, ...] = (WHOLE,)
+    companions: int = 0
+    codec: Amount = NONE
 
     @property
     def networks(self) -> int:
@@ -52,11 +56,6 @@ class Shapes:
     @property
     def old(self) -> Grid:
         return self.source.grid
-
-    @property
-    def companions(self) -> int:
-        """Parameters of the source's text encoders and autoencoder; 0 where nothing tells them."""
-        return self.source.entry.extra_parameters if self.source.entry else 0
 
     def encoders_beside(self, recipe: Recipe) -> float:
         """Bytes of the text encoders that every rank has in memory while it trains: where embeddings are not stored."""
@@ -137,4 +136,7 @@ def shapes_of(recipe: Recipe, source: Identity) -> Shapes:
     converted = structure(family.convert_config(config, new.f, new.c, recipe.adapt.phases[-1].resolution), family)
     text = family.condition_length(recipe.latents.text_length or family.text_length) if base.text_width else 0
     frames = max(1, frames_of(recipe, family, new.time))
-    return Shapes(source, base, converted, new, text, aligned, most_references(recipe, family), frames, source.experts)
+    return Shapes(
+        source, base, converted, new, text, aligned, most_references(recipe, family), frames, source.experts,
+        beside(source), of_autoencoder(recipe.ae),
+    )  # fmt: skip

@@ -99,8 +99,7 @@ def _of_one_network(recipe: Recipe, sizes: Shapes, fits: list[Fit]) -> Iterator[
         e * float(count) for count in (sizes.base.parameters, sizes.converted.parameters, sizes.companions)
     )
     sides = [phase.resolution for phase in recipe.adapt.phases]
-    entry = catalog.find_autoencoder(recipe.ae)
-    codecs = FP32 * float((entry.parameters if entry else 0) + min(sizes.companions, 320_000_000))
+    codecs = FP32 * float(sizes.codec.parameters + min(sizes.companions, 320_000_000))
     ours, theirs = autoencoders_of(recipe, sizes)
 
     def drawing(

@@ -193,7 +193,7 @@ class Job:
 
     def usual_size(self, px: int) -> Size:
         """Of the buckets of these pictures at ``px`` the one of the family's usual shape; the square without any."""
-        if not self.recipe.data.buckets:  # a source that is imported has no autoencoder to ask before that
+        if not self.recipe.data.buckets:
             return px, px
         return usual_size(*self._tokens_of(), px, buckets_kept=True)
 

@@ -12,13 +12,13 @@ from dcgen_convert.recipe.schema import Recipe
 from dcgen_convert.stages import records
 from dcgen_convert.stages.folders import ALIGN_HEAD, adapt_stage
 
+MERGED = "--merge-lora adds it to the weights"
+
 
 def require_apart(recipe: Recipe, source: Source) -> None:
     """InputError where a LoRA is to be kept apart and the stock pipeline cannot load one."""
     if not recipe.merge_lora and not hasattr(stock_pipeline(source), "load_lora_weights"):
-        raise InputError(
-            f"the stock {source.family.pipeline_class} cannot load a LoRA apart", "leave out --no-merge-lora"
-        )
+        raise InputError(f"the stock {source.family.pipeline_class} cannot load a LoRA apart", MERGED)
 
 
 def require_for_several(recipe: Recipe, source: Source) -> None:
@@ -27,7 +27,7 @@ def require_for_several(recipe: Recipe, source: Source) -> None:
     if count > 1 and not recipe.merge_lora:
         raise RecipeError(
             f"a {kind} model has {count} networks, each with a LoRA, and a bundle keeps at most one apart",
-            "leave out --no-merge-lora",
+            MERGED,
         )
     if count > 1 and any(phase.consistency for phase in recipe.adapt.phases):
         raise RecipeError(

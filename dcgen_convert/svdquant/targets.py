@@ -44,6 +44,6 @@ def plan_targets(
     if not targets.svdq:
         raise InputError(
             f"no linear of this {family.name} model can be quantised to 4 bits{family.unquantised}",
-            "use --quantize none",
+            "keep it in 16 bits (convert: --quantize none)",
         )
     return targets

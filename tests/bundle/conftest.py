@@ -220,9 +220,11 @@ def dit_source(folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(index))
 
 
-def converted(model: torch.nn.Module, family: Family, source: Path, folder: Path) -> Path:
-    """Save ``model`` as surgery and alignment leave it: the source's tensors but for embedder and head."""
-    base = type(model).from_pretrained(source, subfolder="transformer").state_dict()
+def converted(model: torch.nn.Module, family: Family, source: Path, folder: Path, network: str = "transformer") -> Path:
+    """Save ``model`` as surgery and alignment leave the ``network`` of the source: its tensors but for embedder and
+    head.
+    """
+    base = type(model).from_pretrained(source, subfolder=network).state_dict()
     fresh = tuple(f"{module}." for module in (family.embedder, family.head))
     own = model.state_dict()
     model.load_state_dict({name: value + 0.01 if name.startswith(fresh) else base[name] for name, value in own.items()})

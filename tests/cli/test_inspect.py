@@ -1,10 +1,12 @@
 """inspect reads headers only, and knows a checkpoint by its names and shapes."""
 
 import json
+import shutil
 
 import diffusers
 import pytest
 import torch
+from judging import video_bundles
 from safetensors.torch import save_file
 
 from dcgen_convert.bundle.inspection import inspect, render
@@ -40,6 +42,27 @@ def test_single_files_and_folders_of_the_real_classes(name, tmp_path):
     assert one["bytes"] == 4 * sum(p.numel() for p in model.state_dict().values())
     assert folder["quantisation"] is None
     assert FAMILY[name] in render(folder)
+
+
+def test_both_networks_of_a_model_are_counted_and_named(tmp_path):
+    """Of Wan 2.2 A14B, as a source and as a bundle; numbers from the files of the classes themselves."""
+    bundle, source = video_bundles.build("wan-a14b", tmp_path), tmp_path / "source"
+    for folder, kind in ((source, "pipeline"), (bundle, "bundle")):
+        found = inspect(folder)
+        networks = {}
+        for name in ("transformer", "transformer_2"):
+            state = diffusers.WanTransformer3DModel.from_pretrained(folder, subfolder=name).state_dict()
+            networks[name] = {"tensors": len(state), "bytes": 4 * sum(value.numel() for value in state.values())}
+        assert (found["kind"], found["family"], found["networks"]) == (kind, "wan-a14b", networks)
+        assert found["dtypes"] == {"F32": found["bytes"]}
+        for key in ("tensors", "bytes"):
+            assert found[key] == sum(own[key] for own in networks.values()) > networks["transformer_2"][key]
+        own = "; ".join(f"{name} {one['tensors']} tensors, {one['bytes']:,} bytes" for name, one in networks.items())
+        assert f"networks: {own}" in render(found).splitlines()
+    assert "networks" not in inspect(source / "transformer_2")
+    shutil.rmtree(source / "transformer_2")
+    with pytest.raises(InputError, match="transformer_2 holds no safetensors weights"):
+        inspect(source)
 
 
 def test_the_config_of_a_single_flux_file_comes_from_its_shapes(tmp_path):

@@ -4,40 +4,33 @@ A latent frame of it has eight frames, one of Wan's four, and both have a first 
 and 5 latent frames.
 """
 
-import json
 import os
+import shutil
 import subprocess
 import sys
-from itertools import chain, product
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run_cli
 from diffusers import AutoencoderKLLTX2Video
 from families.tiny_videos import VIDEOS, ltx_vae, sana_video
 from safetensors.torch import load_file
 
+from dcgen_convert.bundle.inspection import inspect
+from dcgen_convert.bundle.verify import verify
 from dcgen_convert.core.console import NULL
+from dcgen_convert.core.errors import CheckFailed
 from dcgen_convert.core.files import read_json
-from dcgen_convert.core.journal import Run
 from dcgen_convert.data import images, videos
 from dcgen_convert.networks import autoencoder_ltx2, autoencoders
-from dcgen_convert.recipe.loading import Resolved
-from dcgen_convert.recipe.schema import Recipe
 from dcgen_convert.stages import align_embedder, gap
-from dcgen_convert.stages.job import prepare
-from dcgen_convert.tiny import videos as world
 
-COUNT, FRAMES, SIDE, C = 8, 17, 64, 8
+from . import small_videos
+from .small_videos import COUNT, SIDE, C
+
+FRAMES = 17
 LATENTS = {"wan": (16, 8), "wan-2.2": (48, 4), "sana-video": (16, 8)}  # (channels, cells per side) of the base
-SETTINGS = {
-    "data.buckets": "off", "data.count": COUNT, "data.frames": FRAMES, "data.steps": 2, "data.resolution": SIDE,
-    "dtype": "fp32", "align_head.draws": 1, "adapt.zero": 1,
-    "adapt.phases.0.resolution": SIDE, "adapt.phases.0.steps": 2, "adapt.phases.0.batch": 2,
-    "adapt.phases.0.rank": 4, "adapt.phases.0.warmup": 0, "bundle.steps": 2, "evaluate.prompts": 2,
-    "watch.evaluate_every": 2, "watch.grid_every": 2, "watch.pictures": 2,
-}  # fmt: skip
 # Runs where this program is not: at two sizes, with two numbers of frames.
 PROGRAM = """
 import sys, torch
@@ -68,33 +61,17 @@ print(type(pipe).__name__, type(pipe.vae).__name__)
 def whole(request, tmp_path_factory):
     """(name, folder with source, ae, videos, run and bundle), of a conversion to its end."""
     name, root = request.param, tmp_path_factory.mktemp(request.param)
-    VIDEOS[name].build(root / "source")
-    (root / "videos").mkdir()
-    labels, seen = world.sample_labels(COUNT, 7), []
-    for place, row in enumerate(labels):
-        file = root / "videos" / f"{place}.mkv"
-        videos.write(world.draw(row[None], 7 + place, FRAMES + 1, SIDE)[0], file, 24 if name == "wan-2.2" else 16)
-        file.with_suffix(".txt").write_text(world.caption(row.tolist()))
-        seen.append(videos.read(file, FRAMES, SIDE, SIDE))
-    ltx_vae(C, torch.stack(seen)).save_pretrained(root / "ae")
-    length = {"latents.text_length": VIDEOS[name].length}
-    sets = [part for key, value in {**SETTINGS, **length}.items() for part in ("--set", f"{key}={value}")]
-    arguments = ["--recipe", "wan-1.3b-480p", "--ae", "ae", "--data", "videos", "-o", "bundle", "-y"]
-    arguments += ["--run-dir", "run"]
-    done = run_cli("convert", "source", *arguments, *sets, cwd=root)
-    assert done.returncode == 0, done.stderr[-3000:]
+    files = small_videos.lay_out(name, root, FRAMES + 1, 24 if name == "wan-2.2" else 16)
+    seen = torch.stack([videos.read(file, FRAMES, SIDE, SIDE) for file in files])
+    ltx_vae(C, seen).save_pretrained(root / "ae")
+    small_videos.convert(root, *small_videos.command(name, **{"data.frames": FRAMES}))
     return name, root
 
 
 @pytest.fixture(scope="module")
 def job(whole):
-    record = json.loads((whole[1] / "run" / "recipe.json").read_text())
-    here = os.getcwd()
-    os.chdir(whole[1])  # the recipe names its folders from there
-    try:
-        yield prepare(Resolved(Recipe.model_validate(record["recipe"]), {}), Run(whole[1] / "run", NULL), NULL)
-    finally:
-        os.chdir(here)
+    with small_videos.job_of(whole[1]) as job:
+        yield job
 
 
 def test_the_stock_pipeline_draws_the_frames_that_are_asked_for(whole, tmp_path):
@@ -111,6 +88,23 @@ def test_the_stock_pipeline_draws_the_frames_that_are_asked_for(whole, tmp_path)
     assert done.returncode == 0, done.stderr
     stock = {"sana-video": "SanaVideoPipeline"}.get(name, "WanPipeline")
     assert done.stdout.split() == [stock, autoencoder_ltx2.CLASS_NAME]
+
+
+@pytest.mark.parametrize("whole", ["wan"], indirect=True)
+def test_inspect_and_verify_look_into_its_bundle(whole, tmp_path):
+    root = whole[1]
+    own = {"class": autoencoder_ltx2.CLASS_NAME, "f": 32, "c": C, "frames": 8, "scaling_factor": 1.0}
+    found = inspect(root / "bundle")
+    assert (found["kind"], found["family"], found["autoencoder"]) == ("bundle", "wan", own)
+    assert verify(root / "bundle", NULL, root / "source", probe=False)["ok"]
+    for name in ("diffusion_pytorch_model.safetensors", f"{autoencoder_ltx2.MODULE_NAME}.py"):
+        copy = tmp_path / name
+        shutil.copytree(root / "bundle", copy)
+        content = bytearray((copy / "vae" / name).read_bytes())
+        content[-3] ^= 1
+        (copy / "vae" / name).write_bytes(content)
+        with pytest.raises(CheckFailed, match=f"vae/{name} has another hash"):
+            verify(copy, NULL, probe=False)
 
 
 def test_both_autoencoders_are_given_the_same_frames(whole, job):
@@ -170,17 +164,13 @@ def test_a_model_that_works_on_this_autoencoder_is_a_source(source, whole, tmp_p
     name, root = whole
     if name != "wan":
         return
-    where, ae, length = root / "bundle", root / "ae", VIDEOS["wan"].length
+    where, kind = root / "bundle", "wan"
     if source == "sana-video":
-        where, length = tmp_path / "source", VIDEOS["sana-video"].length
-        deep = AutoencoderKLLTX2Video.from_pretrained(ae)
+        where, kind = tmp_path / "source", "sana-video"
+        deep = AutoencoderKLLTX2Video.from_pretrained(root / "ae")
         sana_video(where, deep, in_channels=C, out_channels=C, patch_size=(1, 1, 1))
-        ae = where / "vae"
-    sets = [f"{key}={value}" for key, value in {**SETTINGS, "latents.text_length": length}.items()]
-    places = ["--recipe", "wan-1.3b-480p", "--ae", str(ae), "--data", str(root / "videos"), "--run-dir", "run"]
-    more = ["-o", "again", "-y", "--until", "align-embedder", *chain(*(("--set", part) for part in sets))]
-    done = run_cli("convert", str(where), *places, *more, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    call = small_videos.command(kind, root, where, **{"data.frames": FRAMES})
+    small_videos.convert(tmp_path, *call, "--until", "align-embedder")
     kept = load_file(tmp_path / "run" / "align-embedder" / "modules.safetensors")
     made = load_file(where / "transformer" / "diffusion_pytorch_model.safetensors")
     assert kept and all(torch.equal(value, made[key].float()) for key, value in kept.items())

@@ -5,40 +5,31 @@ of LTX-2's class.
 
 import hashlib
 import json
-import os
 import signal
 
 import numpy as np
 import pytest
 import torch
 from at_stage import run_disturbed
-from conftest import run_cli
 from families.tiny_videos import VIDEOS, ltx_vae
 from PIL import Image, ImageOps
 
-from dcgen_convert.core.console import NULL
 from dcgen_convert.core.files import read_json
-from dcgen_convert.core.journal import Run
 from dcgen_convert.data import images, videos
 from dcgen_convert.evaluation import grids
 from dcgen_convert.networks import autoencoders
-from dcgen_convert.networks.autoencoder_dc_video import AutoencoderDCVideo
-from dcgen_convert.recipe.loading import Resolved
-from dcgen_convert.recipe.schema import Recipe
-from dcgen_convert.stages.job import prepare
 
-SIDE, F, C = 64, 16, 8
+from . import small_videos
+from .small_videos import SIDE, C
+
+F = 16
 # Frames of a training video, which are two latent frames; those that the base sees, and its latent frames.
 FRAMES = {"dc-ae-v": (8, 5, 2), "ltx": (9, 9, 3)}
 SHAPES = {(60, 100): 4, (100, 60): 3}  # height, width of the files in px: videos
 ASSIGNED = {(60, 100): (48, 80), (100, 60): (80, 48)}  # of the buckets at 64 px, in steps of 16
 SETTINGS = {
-    "data.buckets": "on", "data.min_side": 1, "data.count": 7, "data.resolution": SIDE,
-    "dtype": "fp32", "latents.text_length": 32, "latents.scale_tolerance": 1000, "latents.batch": 2,
-    "align_head.draws": 1, "align_head.steps": 0, "adapt.zero": 1,
-    "adapt.phases.0.resolution": SIDE, "adapt.phases.0.steps": 6, "adapt.phases.0.batch": 2,
-    "adapt.phases.0.rank": 4, "adapt.phases.0.warmup": 0, "bundle.steps": 2, "evaluate.prompts": 2,
-    "watch.evaluate_every": 3, "watch.grid_every": 3, "watch.pictures": 2,
+    "data.buckets": "on", "data.min_side": 1, "data.count": 7, "latents.scale_tolerance": 1000, "latents.batch": 2,
+    "align_head.steps": 0, "adapt.phases.0.steps": 6, "watch.evaluate_every": 3, "watch.grid_every": 3,
 }  # fmt: skip
 TIMED = {"dcgen_manifest.json", "README.md"}  # these say how long the stages took
 
@@ -46,8 +37,7 @@ TIMED = {"dcgen_manifest.json", "README.md"}  # these say how long the stages to
 def convert(root, command, *more, what=None):
     """The command in ``root`` to its end; what: (stage, signal) that ends it before."""
     if what is None:
-        done = run_cli(*command, *more, cwd=root)
-        assert done.returncode == 0, done.stderr[-3000:]
+        small_videos.convert(root, *command, *more)
     else:
         stage, number = what
         assert run_disturbed(stage, number, *command, *more, cwd=root).returncode == -number
@@ -64,10 +54,8 @@ def root(kind, tmp_path_factory):
     """source, ae, videos, and the run and the bundle of a conversion that nothing disturbed."""
     root = tmp_path_factory.mktemp("shapes")
     VIDEOS["wan"].build(root / "source")
-    torch.manual_seed(0)
-    sizes = {"latent_channels": C, "block_out_channels": (8, 16, 16, 16, 32), "layers_per_block": (1,) * 5}
-    deep = AutoencoderDCVideo(**sizes, chunk_frames=8, scaling_factor=0.9)
-    (ltx_vae(C, factor=F) if kind == "ltx" else deep).save_pretrained(root / "ae")
+    deep = ltx_vae(C, factor=F) if kind == "ltx" else small_videos.dc_ae_v(F)
+    deep.save_pretrained(root / "ae")
     (root / "videos").mkdir()
     shapes = [shape for shape, count in SHAPES.items() for _ in range(count)]
     for place in torch.randperm(len(shapes), generator=torch.Generator().manual_seed(0)).tolist():
@@ -79,11 +67,7 @@ def root(kind, tmp_path_factory):
 
 
 def command(root, kind):
-    settings = {**SETTINGS, "data.frames": FRAMES[kind][0]}
-    sets = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    models = [str(root / "source"), "--recipe", "wan-1.3b-480p", "--ae", str(root / "ae")]
-    data = ["--data", str(root / "videos")]
-    return ["convert", *models, *data, "-o", "bundle", "--run-dir", "run", "-y", *sets]
+    return small_videos.command("wan", root, **SETTINGS, **{"data.frames": FRAMES[kind][0]})
 
 
 def test_a_run_that_was_killed_twice_ends_with_the_same_bytes(root, kind, tmp_path):
@@ -103,16 +87,10 @@ def test_a_run_that_was_killed_twice_ends_with_the_same_bytes(root, kind, tmp_pa
 
 def test_every_latent_is_of_the_crop_of_its_own_video(root, kind):
     """Crops by Pillow, frame by frame, through both autoencoders, one video at a time; atol 2e-4."""
-    record = read_json(root / "run" / "recipe.json")
-    here = os.getcwd()
-    os.chdir(root)
-    try:
-        job = prepare(Resolved(Recipe.model_validate(record["recipe"]), {}), Run(root / "run", NULL), NULL)
+    with small_videos.job_of(root) as job:
         rows = images.read_index(root / "run" / "latents" / images.ROWS, root / "videos")
         cached = job.rows(SIDE)
         base, target = autoencoders.load(job.source.vae), autoencoders.load(job.target)
-    finally:
-        os.chdir(here)
     assert job.size == (48, 80)  # the bucket nearest to 9:16 is what the bundle is made for
     seen, (count, shown, times) = dict.fromkeys(SHAPES, 0), FRAMES[kind]
     for place, row in enumerate(rows):

@@ -1,6 +1,5 @@
 """A whole conversion of tiny Wan pipelines from a folder of videos, with a random DC-AE-V, through the real command."""
 
-import json
 import os
 import shutil
 import signal
@@ -13,7 +12,6 @@ import pytest
 import torch
 from at_stage import run_disturbed
 from conftest import run_cli
-from families.tiny_videos import VIDEOS
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -24,34 +22,25 @@ from dcgen_convert.core import names
 from dcgen_convert.core.console import NULL
 from dcgen_convert.core.errors import CheckFailed
 from dcgen_convert.core.files import read_json, sha256
-from dcgen_convert.core.journal import Run
 from dcgen_convert.core.pixels import to_image
 from dcgen_convert.data import buckets, images, videos
 from dcgen_convert.evaluation import grids
 from dcgen_convert.families.base import FPS_KEY, REFERENCE
 from dcgen_convert.networks import autoencoders
-from dcgen_convert.networks.autoencoder_dc_video import AutoencoderDCVideo
 from dcgen_convert.planning import needs
-from dcgen_convert.recipe.loading import Resolved
-from dcgen_convert.recipe.schema import Recipe
 from dcgen_convert.stages import align_head, head_fit
 from dcgen_convert.stages.head_fit import HeadFit
-from dcgen_convert.stages.job import prepare
-from dcgen_convert.tiny import videos as world
 from dcgen_convert.train import objective, phases
 
-COUNT, FRAMES, SIDE, C, SCALE = 8, 8, 64, 8, 1.5
+from . import small_videos
+from .small_videos import COUNT, SIDE, C
+
+FRAMES, SCALE = 8, 1.5
 LATENTS = {"wan": ((16, 8), 16), "wan-image": ((16, 8), 16), "wan-2.2": ((48, 4), 32)}
 LATENTS |= dict.fromkeys(("wan-a14b", "wan-image-a14b"), LATENTS["wan"])
 LATENTS["sana-video"] = LATENTS["wan"]  # (c, cells) of the base, and f of the new autoencoder
 GIVEN = {"wan-2.2": (2 * FRAMES + 1, 48)}  # frames, and those a second: twice as many as this model draws
-SETTINGS = {
-    "data.buckets": "off", "data.count": COUNT, "data.frames": FRAMES, "data.steps": 2, "data.resolution": SIDE,
-    "dtype": "fp32", "latents.scale_override": SCALE, "align_head.draws": 1, "adapt.zero": 1,
-    "adapt.phases.0.resolution": SIDE, "adapt.phases.0.steps": 2, "adapt.phases.0.batch": 2,
-    "adapt.phases.0.rank": 4, "adapt.phases.0.warmup": 0, "bundle.steps": 2, "evaluate.prompts": 2,
-    "watch.evaluate_every": 2, "watch.grid_every": 2, "watch.pictures": 2,
-}  # fmt: skip
+CHANGES = {"data.frames": FRAMES, "latents.scale_override": SCALE}
 # Runs where this program is not.
 PROGRAM = """
 import sys, torch
@@ -79,44 +68,24 @@ def rate(file):
         return opened.streams.video[0].average_rate
 
 
-def command(name):
-    """The conversion of a tiny source, in the folder where it lies."""
-    settings = {**SETTINGS, "latents.text_length": VIDEOS[name].length}
-    sets = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    places = ["--ae", "ae", "--data", "videos", "-o", "bundle", "--run-dir", "run"]
-    return ["convert", "source", "--recipe", "wan-1.3b-480p", *places, "-y", *sets]
+def command(name, **changes):
+    return small_videos.command(name, **CHANGES, **changes)
 
 
 @pytest.fixture(scope="module", params=LATENTS)
 def whole(request, tmp_path_factory):
     """(name, folder with source, ae, videos, run and bundle), of a conversion to its end."""
     name, root = request.param, tmp_path_factory.mktemp(request.param)
-    VIDEOS[name].build(root / "source")
-    torch.manual_seed(0)
-    stages = LATENTS[name][1].bit_length()
-    sizes = {"latent_channels": C, "block_out_channels": (8,) + (16,) * (stages - 2) + (32,)}
-    sizes["layers_per_block"] = (1,) * stages
-    AutoencoderDCVideo(**sizes, chunk_frames=8, scaling_factor=0.9).save_pretrained(root / "ae")
-    labels = world.sample_labels(COUNT, 7)
-    (root / "videos").mkdir()
-    frames, fps = GIVEN.get(name, (FRAMES + 1, 16))
-    for place, row in enumerate(labels):
-        videos.write(world.draw(row[None], 7 + place, frames, SIDE)[0], root / "videos" / f"{place}.mkv", fps)
-        (root / "videos" / f"{place}.txt").write_text(world.caption(row.tolist()))
-    done = run_cli(*command(name), cwd=root)
-    assert done.returncode == 0, done.stderr[-3000:]
+    small_videos.lay_out(name, root, *GIVEN.get(name, (FRAMES + 1, 16)))
+    small_videos.dc_ae_v(LATENTS[name][1]).save_pretrained(root / "ae")
+    small_videos.convert(root, *command(name))
     return name, root
 
 
 @pytest.fixture(scope="module")
 def job(whole):
-    record = json.loads((whole[1] / "run" / "recipe.json").read_text())
-    here = os.getcwd()
-    os.chdir(whole[1])  # the recipe names its folders from there
-    try:
-        yield prepare(Resolved(Recipe.model_validate(record["recipe"]), {}), Run(whole[1] / "run", NULL), NULL)
-    finally:
-        os.chdir(here)
+    with small_videos.job_of(whole[1]) as job:
+        yield job
 
 
 def test_the_bundle_is_verified_and_the_stock_pipeline_draws_from_it(whole, tmp_path):
@@ -224,14 +193,49 @@ def test_each_of_two_networks_is_trained_at_its_own_noise_levels(whole, job):
         assert found == pytest.approx(best, rel=1e-5)
 
 
+UNTRAINED = ("surgery-high", "surgery-low", "data", "latents", "align-embedder-high", "align-embedder-low")
+
+
+def begun(folder, root, *stages):
+    """A folder that has what the conversion in ``root`` reads, and ``stages`` of its run."""
+    folder.mkdir(exist_ok=True)
+    for part in ("source", "ae", "videos"):
+        (folder / part).symlink_to(root / part)
+    for stage in stages:
+        shutil.copytree(root / "run" / stage, folder / "run" / stage)
+    return folder
+
+
+@TWO
+def test_two_ranks_train_both_networks_and_go_on_after_a_death(whole, tmp_path):
+    """As one rank does, but for the order of sums: the difference is below 1 % of what the conversion has changed.
+    Killed in the second network and begun again, two ranks end with the same bytes.
+    """
+    name, root = whole
+    call = (*command(name), "--until", "merge-1")
+    once, twice = (begun(tmp_path / kind, root, *UNTRAINED) for kind in ("once", "twice"))
+    assert small_videos.as_two_ranks(once, *call) == [0, 0]
+    assert small_videos.as_two_ranks(twice, *call, stop=("adapt-1-low", int(signal.SIGKILL)))[0] == -signal.SIGKILL
+    assert (twice / "run/adapt-1-high/stage.json").exists() and not (twice / "run/adapt-1-low/stage.json").exists()
+    assert small_videos.as_two_ranks(twice, "resume", "run", "--until", "merge-1") == [0, 0]
+    log = (once / "run" / "log-rank-1.txt").read_text()
+    assert log.count("task fit-head") >= 2 and log.count("task adapt") == 2
+    for expert in ("high", "low"):
+        file = f"run/merge-1-{expert}/transformer/diffusion_pytorch_model.safetensors"
+        assert sha256(once / file) == sha256(twice / file)
+        dense = f"run/surgery-{expert}/transformer/diffusion_pytorch_model.safetensors"
+        two, one, before = (load_file(path) for path in (once / file, root / file, root / dense))
+        apart, changed = (
+            torch.cat([(one[key].double() - other[key].double()).flatten() for key in one]).norm()
+            for other in (two, before)
+        )
+        assert apart < 0.01 * changed, (expert, apart, changed)
+
+
 @TWO
 def test_a_run_cut_off_in_the_training_of_the_second_network_ends_with_the_same_bytes(whole, tmp_path):
     name, root = whole
-    for part in ("source", "ae", "videos"):
-        (tmp_path / part).symlink_to(root / part)
-    first = ("surgery-high", "surgery-low", "data", "latents", "align-embedder-high", "align-embedder-low")
-    for stage in (*first, "align-head-high", "align-head-low", "adapt-1-high"):
-        shutil.copytree(root / "run" / stage, tmp_path / "run" / stage)
+    begun(tmp_path, root, *UNTRAINED, "align-head-high", "align-head-low", "adapt-1-high")
     done = run_disturbed("adapt-1-low", int(signal.SIGTERM), *command(name), cwd=tmp_path)
     assert done.returncode == 143 and not (tmp_path / "run" / "adapt-1-low" / "stage.json").exists(), done.stderr[
         -2000:

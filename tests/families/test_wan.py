@@ -30,7 +30,7 @@ from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.loading import load
 from dcgen_convert.recipe.schema import Adapt
 from dcgen_convert.recipe.videos import drawn_frames, frames_of
-from dcgen_convert.stages import gap, grid, preview
+from dcgen_convert.stages import gap, grid, possible, preview
 from dcgen_convert.stages.align_embedder import Problem
 from dcgen_convert.svdquant.targets import plan_targets
 from dcgen_convert.train import objective, phases
@@ -233,6 +233,30 @@ def test_what_is_no_text_to_video_model_of_wan():
     assert WAN.shift(7800, published) == 5.0
     with pytest.raises(InputError, match="UniPCMultistepScheduler, is set to another prediction"):
         WAN.check_scheduler({**published, "prediction_type": "epsilon"})
+
+
+def test_what_a_model_with_two_networks_cannot_have(tmp_path):
+    """And what to do in its place."""
+    VIDEOS["wan-a14b"].build(tmp_path / "source")
+    source = load_source("mine", str(tmp_path / "source"))
+    settings = {
+        "2 networks, each with a LoRA": ({"merge_lora": False}, [], "--merge-lora adds it to the weights"),
+        "2 networks, and consistency": ({}, ["adapt.phases.*.consistency=0.5"], "set the phases' consistency to 0"),
+    }
+    for words, (flags, sets, hint) in settings.items():
+        recipe = load("wan-2.2-a14b-480p", flags=flags, sets=[*sets, "data.kind=folder", "data.path=x"]).recipe
+        with pytest.raises(RecipeError, match=words) as told:
+            possible.require_for_several(recipe, source)
+        assert told.value.hint == hint
+    for more in ({"loras": ["x.safetensors"]}, {"base": str(tmp_path / "source")}):
+        with pytest.raises(
+            InputError, match="several networks, and this program can fuse, rename or complete none"
+        ) as told:
+            load_source("mine", str(tmp_path / "source"), home=tmp_path / "run", offline=True, **more)
+        assert "without --lora and --base" in told.value.hint
+    with pytest.raises(InputError, match="no linear of this wan-a14b model can be quantised to 4 bits: ") as told:
+        plan_targets(source.family, source.config, None)
+    assert told.value.hint == "keep it in 16 bits (convert: --quantize none)"
 
 
 def test_a_converted_pipeline_in_memory_is_set_as_its_bundle_is(tmp_path):

@@ -201,17 +201,18 @@ def test_without_gradio_it_says_what_to_install(bundles, monkeypatch):
     assert caught.value.hint == "pip install 'dcgen-convert[serve]'"
 
 
-def test_videos_stand_side_by_side(tmp_path):
+@pytest.mark.parametrize("name", ["wan", "wan-a14b"])
+def test_videos_stand_side_by_side(name, tmp_path):
     """The bundle's is the file that `sample` writes; the base's shows what its stock pipeline draws, as far as H.264
-    keeps noise.
+    keeps noise. Of a model with two networks both draw, the second one with less guidance.
     """
-    bundle = video_bundles.build("wan", tmp_path)
-    call = dict(seed=SEED, steps=2, guidance=1.0)
+    bundle = video_bundles.build(name, tmp_path)
+    call = dict(seed=SEED, steps=2, guidance=4.0)
     (wanted,) = sample.sample(bundle, [PROMPT], tmp_path / "samples", NULL, **call)["images"]
     served = dcgen_convert.serve(bundle, against=tmp_path / "source", port=0, quiet=True)
     try:
         client = client_of(served.address, tmp_path / "answers")
-        fields = [PROMPT, f"{WIDTH} x {HEIGHT}", SEED, 2, 1.0, None, True]
+        fields = [PROMPT, f"{WIDTH} x {HEIGHT}", SEED, 2, 4.0, None, True]
         converted, told, base, _ = client.predict(*fields, api_name="/draw")
     finally:
         served.close()
@@ -219,7 +220,8 @@ def test_videos_stand_side_by_side(tmp_path):
     assert files[0].read_bytes() == Path(wanted).read_bytes() != files[1].read_bytes()
     assert told.startswith(f"{WIDTH} x {HEIGHT} px, 2 steps, seed {SEED}: ")
     stock = WanPipeline.from_pretrained(tmp_path / "source")
-    size = dict(height=HEIGHT, width=WIDTH, num_frames=FRAMES, num_inference_steps=2, guidance_scale=1.0)
+    size = dict(height=HEIGHT, width=WIDTH, num_frames=FRAMES, num_inference_steps=2, guidance_scale=4.0)
+    size |= {"guidance_scale_2": 3.0} if name == "wan-a14b" else {}
     generator = torch.Generator().manual_seed(SEED)
     drawn = stock(PROMPT, **size, max_sequence_length=32, generator=generator, output_type="pt").frames[0]
     assert videos.shape(files[1]) == (WIDTH, HEIGHT, FRAMES)

@@ -30,14 +30,16 @@ def build(name: str, root: Path) -> Path:
     """The bundle of family ``name`` in ``root``, with ``source`` and ``autoencoder`` beside it."""
     family = families.get(name)
     VIDEOS[name].build(root / "source")
-    config = read_json(root / "source" / "transformer" / "config.json")
-    torch.manual_seed(4)
-    model = diffusers.WanTransformer3DModel.from_config(family.convert_config(config, F, C, HEIGHT))
-    converted(model, family, root / "source", root / "transformer")
+    for network in family.components:
+        config = read_json(root / "source" / network / "config.json")
+        torch.manual_seed(4)
+        model = diffusers.WanTransformer3DModel.from_config(family.convert_config(config, F, C, HEIGHT))
+        converted(model, family, root / "source", root / network, network)
     autoencoder(root / "autoencoder")
     parts = Parts(family, root / "source", root / "transformer", root / "autoencoder", C, F, HEIGHT)
     manifest = manifest_of(parts)
     manifest["defaults"] |= {"height": HEIGHT, "width": WIDTH, "frames": FRAMES, "text_length": VIDEOS[name].length}
     scheduler = read_json(parts.source / "scheduler" / "scheduler_config.json")
     own = {"autoencoder": parts.autoencoder, "scheduler": scheduler, "scaling_factor": SCALE}
+    own["further"] = {network: root / network for network in family.further}
     return write_bundle(root / "bundle", BundleParts(family, parts.source, parts.transformer, **own), manifest, NULL)

@@ -4,6 +4,8 @@ import math
 
 import pytest
 
+from dcgen_convert.core.errors import InputError
+from dcgen_convert.data import given
 from dcgen_convert.planning import bill, costs, plan, stage_memory
 from dcgen_convert.planning.arithmetic import forward_flops
 from dcgen_convert.planning.fit import decide
@@ -65,6 +67,16 @@ def test_both_networks_of_a_model_are_counted_and_one_is_trained_at_a_time():
     ]  # fmt: skip
     assert both["bundle"] - kinds["bundle"] == kinds["surgery"]
     assert both["downloads"] - kinds["downloads"] == 2 * two["source"]["parameters"]
+
+
+@pytest.mark.parametrize("name, frames", [("tiny-wan", 13), ("tiny-flux", 0)])
+def test_a_folder_without_any_is_told_as_a_conversion_tells_it(name, frames, tmp_path):
+    (tmp_path / "notes.md").write_text("nothing")
+    doc = document(name, sets=["data.kind=folder", f"data.path={tmp_path}"])
+    with pytest.raises(InputError, match=f"holds no {'videos' if frames else 'images'} ") as told:
+        given.take(given.parse_all([str(tmp_path)], frames, 8), 1, tmp_path / "work")
+    assert (doc["status"], doc["exit_code"]) == ("infeasible", 2)
+    assert doc["problems"] == [f"{told.value.message}: {told.value.hint}"]
 
 
 @pytest.mark.parametrize("buckets, size", [("true", (480, 832)), ("false", (640, 640))])
