@@ -1,6 +1,6 @@
 """Paired latents and conditions on disk: safetensors shards, memory-mapped, one row per picture.
 
-index.json                    {"key", "count", "rows_per_shard", "held_out": rows,
+index.json                    {"key", "count", "rows_per_shard", "held_out": rows, "paired": rows,
                                "tables": {name: {tensor: shape of one row}}}
 <table>-00000.safetensors     tables "target-<px>" {"z"}, "base-<px>" {"z"}, "text" {forward() keywords}, "null" (1 row)
                               of an editing model the first two have {"reference", "reference-2", ...} too
@@ -10,18 +10,19 @@ With aspect-ratio buckets there is one table for each size, "target-<px>-<height
 more than the model must be given have tables of their own, which end in "-more<n>". The index then has "spans": for
 every px a list of `buckets.Span`, which says which rows are in which table.
 
+Rows that are paired have latents of the base too: all of them, or those of "paired", if the index has it. The tables
+"base-..." hold these rows only, one after the other.
+
 No memory is needed per row: shards and captions are memory-mapped, and the number of open shards is limited. "key" says
 what the rows were made from. A cache that was made from something else is refused.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import atomic_save, read_object, understood, write_json
 from dcgen_convert.data import buckets
 from dcgen_convert.data.buckets import Span
-from dcgen_convert.data.held_out import held_out_rows
+from dcgen_convert.data.held_out import from_everywhere, held_out_rows
 
 INDEX = "index.json"
 CAPTIONS = "captions.safetensors"
@@ -79,7 +80,10 @@ class LatentCache:
         if f"target-{self._spans[0].table}" not in index["tables"]:
             raise InputError(f"{folder} holds no latents at {resolution} px, only {', '.join(index['tables'])}")
         self._starts = [span.start for span in self._spans]
-        self._before = _rows_before(self._spans)
+        self._paired: list[int] | None = index["paired"]
+        parts = [span.rows for span in self._spans]
+        own = parts if self._paired is None else [_within(part, self._paired) for part in parts]
+        self._shifts = {"target": _shifts(self._spans, parts), "base": _shifts(self._spans, own)}
         shown = [(span, part) for span in self._spans if (part := _within(span.rows, self.rows))]
         self.spans = [part for _, part in shown]
         self.shapes = [tuple(index["tables"][f"target-{span.table}"]["z"]) for span, _ in shown]
@@ -91,9 +95,19 @@ class LatentCache:
         return len(self.rows)
 
     def split(self) -> tuple[LatentCache, LatentCache]:
-        """(training rows, held-out rows) of the whole cache; see `hold_out`."""
-        view = partial(LatentCache, self.folder, self.resolution, encode=self._encode)  # the key was checked
-        return view(rows=_Others(len(self.rows), self._held_out)), view(rows=self._held_out)
+        """(training rows, held-out rows) of the whole cache or of `paired`; see `hold_out`."""
+        if isinstance(self.rows, range):
+            return self._view(_Others(len(self.rows), self._held_out)), self._view(self._held_out)
+        held_out = set(self._held_out)
+        training = [row for row in self.rows if row not in held_out]
+        return self._view(training), self._view([row for row in self.rows if row in held_out])
+
+    def paired(self) -> LatentCache:
+        """The rows of the whole cache that have latents of the base."""
+        return self if self._paired is None else self._view(self._paired)
+
+    def _view(self, rows: Sequence[int]) -> LatentCache:
+        return LatentCache(self.folder, self.resolution, rows, self._encode)  # the key was checked
 
     def batch(self, indices: list[int] | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Rows ``indices`` of one span: z_0 (B, C, h, w) float32 and the condition, a dict of tensors with first
@@ -140,8 +154,8 @@ class LatentCache:
         if name == "text":
             return name, row
         number = bisect_right(self._starts, row) - 1
-        span = self._spans[number]
-        return f"{name}-{span.table}", self._before[number] + row - span.start
+        place = row if name == "target" or self._paired is None else _place_in(self._paired, row)
+        return f"{name}-{self._spans[number].table}", place + self._shifts[name][number]
 
     def _shard(self, table: str, number: int) -> dict[str, Tensor]:
         name = shard_name(table, number)
@@ -167,14 +181,18 @@ def _read_index(folder: Path) -> dict[str, Any]:
         index = {
             "key": {},
             "spans": {},
+            "paired": None,
             **{key: value for key, value in read_object(path).items() if value is not None},
         }
         dict(index["key"])
         _require_counts(index["count"], index["rows_per_shard"])
         held = index["held_out"]
-        rows = all(type(row) is int and 0 <= row < index["count"] for row in held)
-        if not rows or held != sorted(set(held)) or not 0 < len(held) < index["count"]:
-            raise ValueError("held_out is no list of rows")
+        for name, rows in (("held_out", held), ("paired", index["paired"])):
+            if rows is None:
+                continue
+            known = all(type(row) is int and 0 <= row < index["count"] for row in rows)
+            if not known or rows != sorted(set(rows)) or not 0 < len(rows) < index["count"]:
+                raise ValueError(f"{name} is no list of rows")
         for spans in dict(index["spans"]).values():
             ends = [0, *(Span(*span).stop for span in spans)]
             if [Span(*span).start for span in spans] != ends[:-1] or ends[-1] != index["count"]:
@@ -204,8 +222,7 @@ def hold_out(names: Sequence[str], before: Sequence[int] = (), rows: int = 0) ->
         before: what was held out of the first ``rows``; the others of them were trained on, and stay so.
     """
     wanted = held_out_rows(len(names))
-    new = range(rows, len(names))
-    order = sorted(new, key=lambda row: hashlib.sha256(names[row].encode(errors="surrogateescape")).digest())
+    order = from_everywhere(range(rows, len(names)), names)
     return sorted([*before, *order[: max(0, wanted - len(before))]])
 
 
@@ -232,14 +249,26 @@ def _within(rows: range, view: Sequence[int]) -> range:
     return range(bisect_left(view, rows.start), bisect_left(view, rows.stop))
 
 
-def _rows_before(spans: list[Span]) -> list[int]:
-    """For each span, the number of rows that its table holds before it."""
+def _place_in(rows: Sequence[int], row: int) -> int:
+    """Place of a row in ``rows`` (ascending); ValueError when it is none of them."""
+    place = bisect_left(rows, row)
+    if place == len(rows) or rows[place] != row:
+        raise ValueError(f"row {row} has no latents of the base")
+    return place
+
+
+def _shifts(spans: Sequence[Span], parts: Sequence[range]) -> list[int]:
+    """For each span what makes of a number in its part the place in its table.
+
+    Args:
+        parts: numbers of the rows of each span that the tables hold.
+    """
     held: dict[str, int] = {}
-    before = []
-    for span in spans:
-        before.append(held.get(span.table, 0))
-        held[span.table] = before[-1] + len(span.rows)
-    return before
+    shifts = []
+    for span, part in zip(spans, parts, strict=True):
+        shifts.append(held.get(span.table, 0) - part.start)
+        held[span.table] = held.get(span.table, 0) + len(part)
+    return shifts
 
 
 class Captions:
@@ -305,6 +334,7 @@ def write_index(
     held_out: Sequence[int],
     key: Mapping[str, Any] | None = None,
     spans: Mapping[int, list[Span]] | None = None,
+    paired: Sequence[int] | None = None,
 ) -> None:
     """Write the index, from the first shard of every table. Call it last: a cache without an index is unfinished.
 
@@ -312,6 +342,7 @@ def write_index(
         held_out: rows that no training sees (`hold_out`).
         key: what the rows were made from, by name.
         spans: the spans of rows at every px, for a cache with buckets.
+        paired: the rows that have latents of the base, ascending; None: all of them, or none.
     """
     tables = {}
     for path in sorted(folder.glob("*-00000.safetensors")):
@@ -327,4 +358,5 @@ def write_index(
         "held_out": list(held_out),
         "tables": tables,
     }
-    write_json(folder / INDEX, {**index, "spans": spans} if spans else index)
+    some = {"paired": list(paired)} if paired is not None else {}
+    write_json(folder / INDEX, {**index, **some, **({"spans": spans} if spans else {})})

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -173,17 +173,23 @@ def _texts(record: dict[str, Any], key: str) -> tuple[str, ...]:
     return texts if len(texts) == len(values) else ()
 
 
-def write_index(path: Path, pictures: list[Picture], root: Path) -> None:
-    """Write an index whose files are relative to ``root`` where they lie in it; `read_index` takes the same root."""
+def write_index(
+    path: Path, pictures: list[Picture], root: Path, marks: Mapping[int, Mapping[str, Any]] | None = None
+) -> None:
+    """Write an index whose files are relative to ``root`` where they lie in it; `read_index` takes the same root.
+
+    Args:
+        marks: what else is said of a picture, by its place; for `read_mark`.
+    """
     rows = []
-    for picture in pictures:
+    for place, picture in enumerate(pictures):
         file, *sources = (
             str(one.relative_to(root) if one.is_relative_to(root) else one)
             for one in (picture.file, *picture.references)
         )
         row = {"file": file, "caption": picture.caption, "seed": picture.seed, "sha256": picture.sha256}
         edited = {SOURCE: _folded(sources), SOURCE_SHA256: _folded(picture.references_sha256)} if sources else {}
-        rows.append(json_text({**row, **edited}))
+        rows.append(json_text({**row, **edited, **(marks or {}).get(place, {})}))
     atomic_write(path, "\n".join(rows) + "\n")
 
 
@@ -201,6 +207,12 @@ def read_index(path: Path, root: Path) -> list[Picture]:
             replace(one, sha256=record["sha256"], references_sha256=_texts(record, SOURCE_SHA256))
             for one, record in zip(pictures, records, strict=True)
         ]
+
+
+def read_mark(path: Path, name: str, without: Any) -> list[Any]:
+    """The mark ``name`` of every picture of an index, or ``without`` where it has none."""
+    with understood(path, "make its stage again with --from"):
+        return [json.loads(line).get(name, without) for line in read_lines(path) if line]
 
 
 def chosen(pictures: list[Picture], count: int, root: Path, sieve: Sieve | None = None) -> list[Picture]:

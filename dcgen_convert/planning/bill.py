@@ -20,7 +20,16 @@ from dcgen_convert.core import names
 from dcgen_convert.data.held_out import held_out_rows
 from dcgen_convert.planning import start
 from dcgen_convert.planning.arithmetic import forward_flops, side_passes, train_flops
-from dcgen_convert.planning.costs import BF16, LATENT, network_bytes, of_alignment, picture_bytes, text_bytes
+from dcgen_convert.planning.costs import (
+    BF16,
+    LATENT,
+    latent_bytes,
+    network_bytes,
+    of_alignment,
+    paired_pictures,
+    picture_bytes,
+    text_bytes,
+)
 from dcgen_convert.planning.rates import CPUS, H100, Device
 from dcgen_convert.planning.shapes import Shapes
 from dcgen_convert.planning.weights import of_autoencoder
@@ -234,17 +243,18 @@ def _data(recipe: Recipe, sizes: Shapes, number: int) -> Iterator[Work]:
 
 def _latents(recipe: Recipe, sizes: Shapes, number: int) -> Iterator[Work]:
     stage, data, sides = names.of_set("latents", number), recipe.data_of(number), recipe.sides(number)
-    aligned = number == recipe.aligned_set  # the base's latents are for the alignment only
-    source = _pixels(recipe, sizes, number)
-    files = data.count * (1 + sizes.references)
+    source, each = _pixels(recipe, sizes, number), 1 + sizes.references
+    paired = paired_pictures(recipe, sizes, number)
+    files, again = data.count * each, paired * each  # the base's autoencoder has its own look at them
     yield Work(stage, "check", files, "pictures", "decoding", source, False)
-    yield Work(stage, "read", files * len(sides), "pictures", "decoding", source)
+    yield Work(stage, "read", files * len(sides) + again, "pictures", "decoding", source)
     yield _fixed(stage, "load", BF16 * sizes.companions, "bytes", "disk")
-    new, old = (sizes.frames * float(area) for area in (sum(s**2 for s in sides), aligned * sizes.alignment.side**2))
-    each = (ENCODE * old * _base_share(sizes) + _new_flops(recipe, sizes)[0] * new) / (old + new)
-    yield Work(stage, "encode", files * (old + new), "pixels", "convolution", each)
-    written = LATENT * sizes.latent_numbers(sides, aligned) + text_bytes(recipe, sizes)
-    yield Work(stage, "write", data.count * len(sides), "pictures", "disk", written / len(sides), False)
+    new, old = (sizes.frames * float(area) for area in (sum(s**2 for s in sides), sizes.alignment.side**2))
+    yield Work(stage, "encode", files * new, "pixels", "convolution", _new_flops(recipe, sizes)[0])
+    yield Work(stage, "encode for the base", again * old, "pixels", "convolution", ENCODE * _base_share(sizes))
+    written = latent_bytes(recipe, sizes, number) + data.count * text_bytes(recipe, sizes)
+    rows = data.count * len(sides) + paired
+    yield Work(stage, "write", rows, "pictures", "disk", written / rows, False)
     if recipe.latents.text == "cache":
         yield Work(stage, "encode captions", data.count, "captions", "matmul", _text_flops(sizes))
 
@@ -253,10 +263,10 @@ def _aligned(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
     recipe = of_alignment(recipe)
     align, first = recipe.align_head, recipe.adapt.phases[0]
     cells = sizes.latent_numbers([first.resolution])
-    yield Work("align-embedder", "read latents", recipe.data.count, "pictures", "disk", LATENT * cells, False)
-    inputs = sizes.new.c
+    paired, inputs = paired_pictures(recipe, sizes, recipe.aligned_set), sizes.alignment_rows[0]
+    yield Work("align-embedder", "read latents", paired, "pictures", "disk", LATENT * cells, False)
     solve = 2.0 * sizes.drawn(sizes.new, first.resolution) * (inputs + 1) * (inputs + sizes.base.width)
-    yield Work("align-embedder", "sum", recipe.data.count, "pictures", "float32", solve, False)
+    yield Work("align-embedder", "sum", paired, "pictures", "float32", solve, False)
     yield _fixed("align-head", "load", BF16 * sizes.converted.parameters, "bytes", "disk")
     once = _once(sizes, first)
     tokens, width = sizes.drawn(sizes.new, first.resolution), sizes.base.width

@@ -13,6 +13,7 @@ from dcgen_convert.networks import autoencoder_files
 from dcgen_convert.planning import needs
 from dcgen_convert.planning.shapes import Shapes
 from dcgen_convert.recipe.identity import Identity
+from dcgen_convert.recipe.paired import enough
 from dcgen_convert.recipe.schema import Recipe
 
 PNG_BYTES_PER_PIXEL = 1.6  # photographs; drawn pictures compress better
@@ -156,9 +157,21 @@ def network_bytes(recipe: Recipe, sizes: Shapes) -> float:
 
 def _cached(recipe: Recipe, sizes: Shapes, number: int) -> dict[str, float]:
     """Bytes of the latents and of the text embeddings of set ``number``."""
-    count, aligned = recipe.data_of(number).count, number == recipe.aligned_set
-    numbers = sizes.latent_numbers(recipe.sides(number), aligned)
-    return {"latents": LATENT * count * numbers, "text": count * text_bytes(recipe, sizes)}
+    count = recipe.data_of(number).count
+    return {"latents": latent_bytes(recipe, sizes, number), "text": count * text_bytes(recipe, sizes)}
+
+
+def latent_bytes(recipe: Recipe, sizes: Shapes, number: int) -> float:
+    """Bytes of all latents of set ``number``: of the base those of the paired pictures."""
+    new = recipe.data_of(number).count * sizes.latent_numbers(recipe.sides(number), aligned=False)
+    return LATENT * (new + paired_pictures(recipe, sizes, number) * sizes.latent_numbers(()))
+
+
+def paired_pictures(recipe: Recipe, sizes: Shapes, number: int) -> int:
+    """Pictures of set ``number`` that the base's autoencoder encodes too: for the alignment only."""
+    if number != recipe.aligned_set:
+        return 0
+    return min(recipe.data_of(number).count, enough(*sizes.alignment_rows))
 
 
 def text_bytes(recipe: Recipe, sizes: Shapes) -> float:

@@ -30,6 +30,7 @@ from dcgen_convert.ranks import hosts
 from dcgen_convert.recipe import drawable, geometry
 from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.loading import Resolved
+from dcgen_convert.recipe.paired import told
 from dcgen_convert.recipe.pictures import Data
 from dcgen_convert.recipe.schema import Phase, Recipe
 from dcgen_convert.recipe.settings import leaves
@@ -73,7 +74,12 @@ def plan(
         "status": "infeasible" if problems else "feasible",
         "problems": [f"{problem.message}: {problem.hint}" for problem in problems],
         "exit_code": problems[0].exit_code if problems else 0,
-        "notes": [*([doubt] if doubt and not last.consistency else []), *fewer, *_notes(fetch, resolved, sizes)],
+        "notes": [
+            *([doubt] if doubt and not last.consistency else []),
+            *fewer,
+            *_notes(fetch, resolved, sizes),
+            *_paired(recipe, sizes),
+        ],
         "source": {
             "name": recipe.source,
             "family": sizes.family.name,
@@ -271,6 +277,13 @@ def _notes(fetch: list[dict], resolved: Resolved, sizes: Shapes) -> list[str]:
         doubts = [_doubt(family, data) for data in drawn]
         notes += dict.fromkeys(doubt for doubt in doubts if doubt)
     return notes
+
+
+def _paired(recipe: Recipe, sizes: Shapes) -> list[str]:
+    """What the base's autoencoder leaves out."""
+    count = recipe.data_of(recipe.aligned_set).count
+    paired = costs.paired_pictures(recipe, sizes, recipe.aligned_set)
+    return [told(paired, count, sizes.family.axes == 3, *sizes.alignment_rows)] if paired < count else []
 
 
 def _seen(recipe: Recipe, sizes: Shapes) -> list[str]:

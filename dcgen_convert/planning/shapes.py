@@ -62,13 +62,19 @@ class Shapes:
         return (4.0 if recipe.dtype == "fp32" else 2.0) * self.companions * (recipe.latents.text == "encode")
 
     def latent_numbers(self, sides: Iterable[int], aligned: bool = True) -> float:
-        """Numbers in the latents of one picture, at every one of ``sides``; those of the base are for the alignment
-        only.
+        """Numbers in the latents of one picture, at every one of ``sides``; aligned: and in those of the base, which
+        are for the alignment only.
         """
         each = 1 + self.references
         new = each * self.times(self.new) * sum(self.new.c * (side // self.new.f) ** 2 for side in sides)
         old = self.times(self.old) * self.old.c * (self.alignment.side // self.old.f) ** 2
         return new + aligned * each * old
+
+    @property
+    def alignment_rows(self) -> tuple[int, int]:
+        """Of the regression of the embedder: numbers of a new token, and tokens of a picture of the first phase."""
+        inputs = next(layer.inputs for layer in self.converted.layers if layer.name == self.family.embedder)
+        return inputs, self.drawn(self.new, self.alignment.resolution)
 
     def times(self, grid: Grid) -> int:
         """Latent frames of a video on ``grid``; 1 for a picture. The base sees the frames that pipelines draw."""

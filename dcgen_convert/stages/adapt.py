@@ -100,5 +100,6 @@ def merge_phase(job: Job, stage: Stage, number: int) -> None:
     dense, modules = job.folders.dense_before(number), export / names.MODULES
     stage.metrics.update(merge.merge(dense, merged, lora=lora, modules=modules, console=job.console))
     shown = job.alignment
-    stage.metrics["gap"] = gap.measure(job, merged, job.of_phase(1).rows(shown.resolution).split()[1], stage.folder)
+    held_out = job.of_phase(1).rows(shown.resolution).paired().split()[1]
+    stage.metrics["gap"] = gap.measure(job, merged, held_out, stage.folder)
     stage.metrics.update(gap_side=shown.resolution, gap_base_side=shown.side)

@@ -1,8 +1,8 @@
 """Stage `align-embedder`: the new patch embedder, fitted to the base model's patch embeddings of the same pictures.
 
 Loss (stage 1 of arXiv 2509.25180): L = || e_new(z_dc) - AvgPool_s(e_base(z_base)) ||^2. Both sides are linear in the
-latents, so one ridge regression over pictures of all shapes gives the optimum. C and C0 are the channels, N and N0 the
-tokens (new, base), D is the width.
+latents, so one ridge regression over pictures of all shapes gives the optimum: over those that have latents of the
+base. C and C0 are the channels, N and N0 the tokens (new, base), D is the width.
 
 With the target "home" (recipe/alignment.py) z_base is of the picture at the size where N0 = N. Then s = 1: nothing is
 pooled.
@@ -45,7 +45,7 @@ def run(job: Job, stage: Stage) -> None:
         return
     settings = job.recipe.align_embedder
     resolution = job.recipe.adapt.phases[0].resolution
-    cache = job.of_phase(1).rows(resolution)
+    cache = job.of_phase(1).rows(resolution).paired()
     teacher, student = (
         embedding(folder, job.family.embedder)
         for folder in (job.source.transformer, job.folders.surgery / models.TRANSFORMER)
@@ -107,7 +107,7 @@ def check_heldout(
 
 
 class Problem:
-    """Rows (x, y) of the regression: deep-latent tokens against the base model's embedded tokens."""
+    """Rows (x, y) of the regression: deep-latent tokens against the base model's embedded tokens, of paired rows."""
 
     def __init__(self, job: Job, teacher: Network, student: Network, cache: LatentCache, pooling: str) -> None:
         self.family, self.cache, self.pooling = job.family, cache, pooling

@@ -1,15 +1,14 @@
 """Stage `latents`: the same pixels through both autoencoders, and the prompts through the text encoders.
 
 Writes a LatentCache, statistics-<px>.json (mean, std, RMS per channel), and roundtrip.png. A broken picture is named
-and left out. More of them than `data.max_broken` allows are an error. rows.jsonl lists the pictures in the order of the
-rows. New pictures are appended: the rows that are there keep their places, and stay held out or not.
+and left out. More of them than `data.max_broken` allows are an error. `latent_rows` says which picture is which row,
+and which rows the base's autoencoder encodes.
 """
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache as lazily
 from functools import partial
 from itertools import chain, islice
@@ -39,11 +38,12 @@ from dcgen_convert.networks.at_once import AtOnce, release
 from dcgen_convert.networks.autoencoders import Codec
 from dcgen_convert.planning.costs import LATENT, text_bytes
 from dcgen_convert.planning.shapes import shapes_of
+from dcgen_convert.stages import latent_rows, precision, source_pipeline
 from dcgen_convert.stages import pictures as pictures_stage
-from dcgen_convert.stages import precision, source_pipeline
 from dcgen_convert.stages.conditions import Conditions
 from dcgen_convert.stages.grid import shown
 from dcgen_convert.stages.job import Job
+from dcgen_convert.stages.latent_rows import say, sizes_of, tables_of
 from dcgen_convert.stages.pictures import require_few
 
 SHARD_ROWS = (32, 512)  # fewest and most pictures in one file
@@ -54,152 +54,87 @@ EARLY = 256  # pictures that the scale is checked on before the others are encod
 READ_AHEAD = 16  # pictures
 CHECKED = (16, 16)  # px at which the frames of a video are read to see that they can be
 STATISTICS = 1024  # pictures that the scale of a channel is measured on
-HELD_OUT = "held-out.json"  # rows that no training sees
+ENCODING = {"target": "encode", "base": "encode for the base"}  # kinds of work, by autoencoder
 LAYOUT = "layout.json"  # rows per shard: of the first pictures, and of all that are appended later
 
 
 def run(job: Job, stage: Stage) -> None:
     """Encode every readable picture at every resolution of the phases that are trained on these pictures."""
     resolutions = job.resolutions
-    kept = rows_before(job)
+    kept, paired = latent_rows.rows_before(job), latent_rows.paired_before(job)
     known = set(kept)
     new = [picture for picture in pictures_stage.listed(job) if picture not in known]
     with clock.timed("check", len(new)):
         good = readable(job, new, len(kept) + len(new))
-    pictures = [*kept, *arranged(job, good)]
+    pictures = [*kept, *latent_rows.arranged(job, good)]
     pictures_stage.require_two(len(pictures))
     held_out = cache.hold_out(
-        [row_name(job, picture) for picture in pictures], held_before(stage, len(kept)), len(kept)
+        [latent_rows.row_name(job, picture) for picture in pictures],
+        latent_rows.held_before(stage, len(kept)),
+        len(kept),
     )
-    spans = spans_of(job, stage, pictures, resolutions)
+    spans = latent_rows.spans_of(job, stage, pictures, resolutions)
+    if job.is_aligned:
+        first = spans[job.alignment.resolution]
+        paired = latent_rows.paired_of(job, pictures, held_out, first, paired, len(kept))
     if not (stage.folder / LAYOUT).exists():
         write_json(stage.folder / LAYOUT, {"rows_per_shard": shard_rows(len(pictures), row_bytes(job))})
-    write_json(stage.folder / HELD_OUT, held_out)
-    images.write_index(stage.folder / images.ROWS, pictures, job.pictures_root)
+    write_json(stage.folder / latent_rows.HELD_OUT, held_out)
+    if not kept:  # the list of rows is lost, and with it which rows the shards of the base hold
+        for shard in stage.folder.glob("base-*.safetensors"):
+            shard.unlink()
+    latent_rows.write_rows(job, pictures, paired)
     if job.recipe.latents.normalise == "channel" and job.is_aligned:
         normalise(job, pictures, spans[resolutions[0]])
     if job.is_aligned:
-        precision.decide(job, stage, pictures, first_views(job, spans))
+        precision.decide(job, stage, pictures, latent_rows.first_views(job, spans))
         release()
     codecs = load_codecs(job)
     target = codecs["target"]
     stage.metrics["roundtrip_psnr_db"] = roundtrip(job, stage, pictures, target, spans[resolutions[-1]])
-    with job.console.progress("latents", len(pictures) * len(resolutions), "pictures") as bar:
+    total = len(pictures) * len(resolutions) + (len(paired) if job.is_aligned else 0)
+    with job.console.progress("latents", total, "pictures") as bar:
         for resolution in resolutions:
             check_early(job, pictures, target, spans[resolution])
             with job.crew.share("latents", bar, together=False, of=job.pictures, spans=spans[resolution]):
-                encode_pictures(job, pictures, codecs, spans[resolution], bar)
+                encode_pictures(job, pictures, codecs, spans[resolution], paired, bar)
             check_scale(job, stage, target, resolution)
     del codecs, target
     release()  # the text encoders take their place
     encode_captions(job, stage, pictures)
     plain = all(found == buckets.whole(len(pictures), px) for px, found in spans.items())
     cache.write_index(
-        stage.folder, len(pictures), rows_per_shard(job), held_out, job.latents_key, None if plain else spans
+        stage.folder,
+        len(pictures),
+        rows_per_shard(job),
+        held_out,
+        job.latents_key,
+        None if plain else spans,
+        paired if job.is_aligned and len(paired) < len(pictures) else None,
     )
 
 
-def say(job: Job, text: str) -> None:
-    job.console.say(f"{job.folders.latents.name}: {text}")
+def stacked(job: Job, pictures: list[Picture], numbers: Iterable[int], span: Span) -> Tensor:
+    """Pixels of rows as the new autoencoder sees them, (B, 3, height, width); the size is that of the span."""
+    size = sizes_of(job, span)["target"]
+    return torch.stack([contents.read(pictures[row].file, [size], job.fps)[0] for row in numbers])
 
 
-def rows_before(job: Job) -> list[Picture]:
-    """The pictures that have rows already, in their order."""
-    path = job.folders.latents / images.ROWS
-    return images.read_index(path, job.pictures_root) if path.exists() else []
-
-
-def held_before(stage: Stage, rows: int) -> list[int]:
-    """The held-out rows of the first ``rows``."""
-    path = stage.folder / HELD_OUT
-    return [row for row in read_json(path) if row < rows] if path.exists() else []
-
-
-def row_name(job: Job, picture: Picture) -> str:
-    """A name that is the same wherever data and run lie."""
-    return os.path.relpath(picture.file, job.pictures_root)
-
-
-def arranged(job: Job, pictures: list[Picture]) -> list[Picture]:
-    """The pictures in the order of the cache's rows: by number of references, then by shape where there are buckets."""
-    if job.recipe.data.buckets:
-        pictures = [pictures[i] for i in buckets.by_shape([shape_of(job, picture) for picture in pictures])]
-    return sorted(pictures, key=lambda picture: len(job.references_of(picture)))
-
-
-def spans_of(job: Job, stage: Stage, pictures: list[Picture], resolutions: list[int]) -> dict[int, list[Span]]:
-    """For each resolution the spans of rows of one size and one number of references."""
-    more = [len(job.references_of(picture)) - job.family.fewest_references for picture in pictures]
-    if not job.recipe.data.buckets:
-        squares = [(1, 1)] * len(pictures)
-        return {px: buckets.spans(squares, [], px, more) for px in resolutions}
-    shapes = [shape_of(job, picture) for picture in pictures]
-    spans = {px: buckets.spans(shapes, job.buckets[px], px, more) for px in resolutions}
-    for px in resolutions:
-        filled = buckets.tables(spans[px]).values()
-        shown = ", ".join(
-            f"{parts[0].height}x{parts[0].width} {sum(len(part.rows) for part in parts)}" for parts in filled
-        )
-        stage.metrics[f"buckets_{px}"] = shown
-        say(job, f"{px} px, pictures by height x width: {shown}")
-    return spans
-
-
-def stacked(job: Job, pictures: list[Picture], rows: Iterable[int], span: Span) -> Tensor:
-    """Pixels of ``rows`` as the new autoencoder sees them, (B, 3, height, width); the size is that of the span."""
-    return torch.stack([contents.read(pictures[row].file, [sizes_of(job, span)["target"]], job.fps)[0] for row in rows])
-
-
-def views(
-    job: Job, files: list[dict[str, Path]], sizes: dict[str, contents.Size], row: int
-) -> dict[tuple[str, str], Tensor]:
-    """(autoencoder, tensor) -> pixels of a row as the autoencoder sees them, (3, height, width).
+def views(job: Job, files: list[dict[str, Path]], size: contents.Size, row: int) -> dict[str, Tensor]:
+    """Tensor -> pixels of a row at ``size``, (3, height, width).
 
     Args:
         files: tensor -> file, of every row. All files of a row are seen at one size.
     """
-    found = {}
-    for tensor, file in files[row].items():
-        for name, pixels in zip(sizes, _seen(job, tensor, file, [*sizes.values()]), strict=True):
-            found[name, tensor] = pixels
-    return found
+    return {tensor: _seen(job, tensor, file, size) for tensor, file in files[row].items()}
 
 
-def _seen(job: Job, tensor: str, file: Path, sizes: list[contents.Size]) -> list[Tensor]:
-    """Pixels of a file at several sizes; of a reference the video that the family makes of its first frame."""
+def _seen(job: Job, tensor: str, file: Path, size: contents.Size) -> Tensor:
+    """Pixels of a file; of a reference the video that the family makes of its first frame."""
     if tensor == "z" or not job.frames:
-        return contents.read(file, sizes, job.fps)
-    stills = contents.read(file, [(1, *size[1:]) for size in sizes])
-    return [
-        job.family.reference_video(still[None, :, 0], size[0], first=(size[0] - 1) % job.ae.time.frames + 1)[0]
-        for still, size in zip(stills, sizes, strict=True)
-    ]
-
-
-def sizes_of(job: Job, span: Span) -> dict[str, contents.Size]:
-    """(height, width) in px of the pictures of a span, of videos (frames, height, width); by autoencoder.
-
-    The base sees them in the first phase only, at the size of the alignment: no later stage reads its latents.
-    """
-    sizes: dict[str, contents.Size] = {"target": (span.height, span.width)}
-    if job.is_aligned and span.table.partition("-")[0] == str(job.alignment.resolution):
-        sizes["base"] = job.alignment.size(span.height, span.width)
-    if job.frames:
-        frames = {"target": job.frames, "base": job.shown_frames}
-        sizes = {name: (frames[name], *size) for name, size in sizes.items()}
-    return sizes
-
-
-def first_views(job: Job, spans: dict[int, list[Span]]) -> dict[str, tuple[contents.Size, list[int]]]:
-    """What each autoencoder is tried on: the first pictures, at the largest size that it sees."""
-    shown = {"base": spans[job.alignment.resolution][0], "target": spans[max(spans)][0]}
-    most = precision.PICTURES
-    return {name: (sizes_of(job, span)[name], list(span.rows[:most])) for name, span in shown.items()}
-
-
-def shape_of(job: Job, picture: Picture) -> tuple[int, int]:
-    """(width, height) in px of a picture or a video as it is shown."""
-    return contents.size_of(picture.file, moving=bool(job.frames))
+        return contents.read(file, [size], job.fps)[0]
+    still = contents.read(file, [(1, *size[1:])])[0]
+    return job.family.reference_video(still[None, :, 0], size[0], first=(size[0] - 1) % job.ae.time.frames + 1)[0]
 
 
 def looked_at(spans: list[Span], count: int) -> list[tuple[Span, list[int]]]:
@@ -262,7 +197,8 @@ def load_codecs(job: Job) -> dict[str, Codec]:
 def encode_part(job: Job, bar: Bar, spans: list[list[Any]]) -> None:
     """What the other ranks do of `encode_pictures`; ``spans`` came as JSON."""
     pictures = images.read_index(job.folders.latents / images.ROWS, job.pictures_root)
-    encode_pictures(job, pictures, load_codecs(job), [Span(*span) for span in spans], bar)
+    own = [Span(*span) for span in spans]
+    encode_pictures(job, pictures, load_codecs(job), own, latent_rows.paired_before(job), bar)
 
 
 def readable(job: Job, pictures: list[Picture], count: int) -> list[Picture]:
@@ -355,7 +291,7 @@ def rows_per_shard(job: Job) -> int:
     return int(read_json(job.folders.latents / LAYOUT)["rows_per_shard"])
 
 
-def own_shards(job: Job, tables: Iterable[list[range]], size: int) -> Iterator[tuple[int, int, list[int]]]:
+def own_shards(job: Job, tables: Iterable[Sequence[Sequence[int]]], size: int) -> Iterator[tuple[int, int, list[int]]]:
     """(table, number in the table, rows) of the shards that this rank makes: every `world`-th shard of all.
 
     Args:
@@ -372,38 +308,40 @@ def own_shards(job: Job, tables: Iterable[list[range]], size: int) -> Iterator[t
     return islice(shards(), job.crew.rank, None, job.crew.world)
 
 
-def encode_pictures(job: Job, pictures: list[Picture], codecs: dict[str, Codec], spans: list[Span], bar: Bar) -> None:
-    """Write this rank\'s shards target-TABLE, and base-TABLE where it is needed; rows that are there are kept."""
-    folder, tables = job.folders.latents, list(buckets.tables(spans).values())
+def encode_pictures(
+    job: Job,
+    pictures: list[Picture],
+    codecs: dict[str, Codec],
+    spans: list[Span],
+    paired: list[int],
+    bar: Bar,
+) -> None:
+    """Write this rank's shards target-TABLE, and base-TABLE of the ``paired`` rows; rows that are there are kept."""
+    folder, tables = job.folders.latents, tables_of(job, spans, paired)
     files = [job.files_of(picture) for picture in pictures]
-    for table, number, rows in own_shards(job, [[span.rows for span in part] for part in tables], rows_per_shard(job)):
-        span = tables[table][0]
-        sizes, batch = sizes_of(job, span), at_once(job, span)
-        parts = {name: cache.shard_before(folder, f"{name}-{span.table}", number) for name in sizes}
-        done = min(cache.rows_of(part) for part in parts.values())
+    for place, number, shard in own_shards(job, [parts for _, _, parts in tables], rows_per_shard(job)):
+        name, span, _ = tables[place]
+        table, batch, codec = f"{name}-{span.table}", at_once(job, span), codecs[name]
+        before = cache.shard_before(folder, table, number)
+        done = cache.rows_of(before)
         bar.advance(done)
-        if done == len(rows):
+        if done == len(shard):
             continue
-        kinds = [(name, tensor) for name in sizes for tensor in files[rows[0]]]
-        encoded: dict[tuple[str, str], list[Tensor]] = {
-            (name, tensor): [parts[name][tensor][:done]] if done else [] for name, tensor in kinds
-        }
-        read = partial(views, job, files, sizes)
-        reading = ahead(rows[done:], read, depth=2 * batch)  # threads decode while the device encodes
+        encoded: dict[str, list[Tensor]] = {tensor: [before[tensor]] if done else [] for tensor in files[shard[0]]}
+        read = partial(views, job, files, sizes_of(job, span)[name])
+        reading = ahead(shard[done:], read, depth=2 * batch)  # threads decode while the device encodes
         while True:
-            with clock.timed("read", min(batch, len(rows) - done)):
+            with clock.timed("read", min(batch, len(shard) - done)):
                 part = list(islice(reading, batch))
             if not part:
                 break
-            pixels = {kind: torch.stack([view[kind] for view in part]) for kind in kinds}
-            with clock.timed("encode", sum(seen[:, 0].numel() for seen in pixels.values())):
-                for (name, tensor), seen in pixels.items():
-                    encoded[name, tensor].append(codecs[name].encode(seen))
+            pixels = {tensor: torch.stack([view[tensor] for view in part]) for tensor in encoded}
+            with clock.timed(ENCODING[name], sum(seen[:, 0].numel() for seen in pixels.values())):
+                for tensor, seen in pixels.items():
+                    encoded[tensor].append(codec.encode(seen))
             bar.advance(len(part))
-        with clock.timed("write", len(rows)):
-            for name in sizes:
-                tensors = {tensor: torch.cat(encoded[name, tensor]) for tensor in files[rows[0]]}
-                cache.write_shard(folder, f"{name}-{span.table}", number, tensors)
+        with clock.timed("write", len(shard)):
+            cache.write_shard(folder, table, number, {tensor: torch.cat(found) for tensor, found in encoded.items()})
 
 
 def check_scale(job: Job, stage: Stage, codec: Codec, resolution: int) -> None:

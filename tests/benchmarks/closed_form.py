@@ -27,7 +27,7 @@ def main(folder: Path) -> None:
     job = prepare(Resolved(Recipe.model_validate(read_json(folder / RECIPE)["recipe"]), {}), run, NULL)
     teacher = embedding(job.source.transformer, job.family.embedder)
     student = embedding(job.folders.surgery / models.TRANSFORMER, job.family.embedder)
-    problem = Problem(job, teacher, student, job.rows(job.resolution), "average")
+    problem = Problem(job, teacher, student, job.rows(job.resolution).paired(), "average")
     started = time.perf_counter()
     equations = problem.equations(BATCH)
     weight, bias = equations.solve(job.recipe.align_embedder.ridge)

@@ -341,14 +341,18 @@ def test_the_4k_curriculum_costs_what_its_pictures_and_phases_cost():
     assert max(stage["gpu_gib"] for stage in doc["memory"]["stages"]) <= 80e9 / 2**30
     found = {row["stage"]: {part["what"]: part["count"] for part in row["work"]} for row in doc["time"]["stages"]}
     assert "draw" not in found["data"] and found["latents-2"]["check"] == found["latents-2"]["read"] == 20_000
-    assert found["latents"]["encode"] == 50_000 * (2048**2 + 512**2)  # the base sees the first phase's only
-    assert found["latents-2"]["encode"] == 20_000 * 4096**2
+    assert found["latents"]["encode"] == 50_000 * 2048**2 and found["latents-2"]["encode"] == 20_000 * 4096**2
+    assert found["latents"]["encode for the base"] == 2048 * 512**2  # of the first phase's pictures as many as it needs
+    assert found["latents"]["read"] == 50_000 + 2048 and "encode for the base" not in found["latents-2"]
+    assert any(
+        "encodes 2,048 of 50,000 pictures: " in note and "128 inputs, 1,024 tok" in note for note in doc["notes"]
+    )
     assert found["verify"]["draw with the source"] == 16 * 20
     draws = {part["what"]: part["wall_hours"] for part in row(doc, "verify")["work"]}
     assert draws["draw with the source"] == pytest.approx(draws["draw in 16 bits"], rel=0.1)  # both have 4,096 tokens
     grown = document("flux-krea", gpus=8, sets=[*OWN, "adapt.phases.1.data.count=40000"], **flags)
     assert row(grown, "latents-2")["wall_hours"] > 1.9 * row(doc, "latents-2")["wall_hours"]
-    cached = 4 * (50_000 * (32**2 * 128 + 64**2 * 16) + 20_000 * 64**2 * 128)
+    cached = 4 * (50_000 * 32**2 * 128 + 2048 * 64**2 * 16 + 20_000 * 64**2 * 128)
     assert doc["disk"]["bytes"]["latents"] == cached
 
 

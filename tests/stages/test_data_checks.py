@@ -15,7 +15,7 @@ from dcgen_convert.data import images
 from dcgen_convert.planning import absent
 from dcgen_convert.planning.plan import plan
 from dcgen_convert.recipe.loading import load
-from dcgen_convert.stages import depends, latents, pictures
+from dcgen_convert.stages import depends, latent_rows, latents, pictures
 from dcgen_convert.stages.job import prepare
 
 
@@ -175,7 +175,7 @@ def test_pictures_of_several_sources_are_found_again_by_a_rank_that_did_not_copy
     other, _ = job_of(tmp_path / "run", *sets)
     found = pictures.listed(other)
     assert found == pictures.listed(job) and len(found) == 9 and all(one.file.is_file() for one in found)
-    assert {latents.row_name(other, one).split("/")[0] for one in found} == {"1", "2.unpacked"}
+    assert {latent_rows.row_name(other, one).split("/")[0] for one in found} == {"1", "2.unpacked"}
     assert depends.inputs(other, "data") == recorded
 
 
