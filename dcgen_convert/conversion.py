@@ -184,6 +184,8 @@ def convert(  # noqa: PLR0913  every option of the verb by its name
             start = _stage(start, stages, experts)[0]
         if until is not None:
             until = _stage(until, stages, experts)[-1]
+        if start is not None and until is not None and stages.index(start) > stages.index(until):
+            raise InputError(f"stage {start} comes after {until}, where the run is to stop", "leave out --until")
         for line in licences.lines(licences.licences(resolved)):
             console.say(line)
         for line in (*resolved.told, *resolved.derivation):

@@ -118,9 +118,10 @@ def verbs() -> str:
     found = [
         (path, command) for path, command in commands(cli, "dcgen-convert") if not isinstance(command, click.Group)
     ]
-    shared = {option.name: option for option in options_of(cli.commands["doctor"])}
+    # `inspect` has no options of its own.
+    shared = {option.name: option for option in options_of(cli.commands["inspect"])}
     parts = [one_verb(path, command, shared) for path, command in found]
-    context = click.Context(cli.commands["doctor"])
+    context = click.Context(cli.commands["inspect"])
     return "\n\n".join([*parts, "### Options of every verb\n\n" + option_table(shared.values(), context)])
 
 

@@ -12,6 +12,7 @@ from dcgen_convert.api.calls import console_of, explained, require_alone
 from dcgen_convert.api.order import require_folders
 from dcgen_convert.api.results import Evaluation
 from dcgen_convert.core.console import Console
+from dcgen_convert.core.disk import require_writable
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.limits import PICTURES
 from dcgen_convert.core.limits import require as require_range
@@ -100,8 +101,10 @@ def request_of(values: Mapping[str, Any]) -> Asked:
     """The keyword arguments of `evaluate` as a request, checked.
 
     Raises:
-        InputError: a number out of its range, a name that is empty, or a gate of another form.
+        InputError: not a bundle, a number out of its range, a name that is empty, or a gate of another form.
+        CheckFailed: the bundle is unfinished.
     """
+    from dcgen_convert.bundle import manifest
     from dcgen_convert.evaluation import gates
     from dcgen_convert.evaluation.measure import Weights
     from dcgen_convert.judging.order import Asked
@@ -111,12 +114,15 @@ def request_of(values: Mapping[str, Any]) -> Asked:
     require_range(**{name: values[name] for name in ("resolution", "steps", "guidance", "seed", "gpus")})
     if not 2 <= values["count"] <= PICTURES:
         raise InputError(f"count is {values['count']}", f"give a number from 2 to {PICTURES:,}")
+    bundle, out = Path(values["bundle"]), places["out"]
+    output = output_of(bundle, None if out is None else Path(out))
+    require_writable(output, "--out")
+    manifest.read(bundle)  # before the folder of the evaluation is made
     names = values["metrics"]
     names = names.split(",") if isinstance(names, str) else names
-    bundle, out = Path(values["bundle"]), places["out"]
     return Asked(
         bundle=bundle,
-        output=output_of(bundle, None if out is None else Path(out)),
+        output=output,
         against=places["against"],
         prompts=places["prompts"],
         sources=places["sources"],

@@ -12,7 +12,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from dcgen_convert.api.settings import JOB, JobSettings
-from dcgen_convert.core.errors import RecipeError
+from dcgen_convert.core.disk import require_writable
+from dcgen_convert.core.errors import InputError, RecipeError
 from dcgen_convert.core.limits import require, require_text
 from dcgen_convert.core.names import RECIPE
 from dcgen_convert.planning import budget, rehearsal
@@ -135,6 +136,9 @@ def order(
     require_access(resolved.recipe, resolved.identity)
     name = default_name(resolved)
     run = Path(run_dir or Path("runs") / name).absolute()
+    require_writable(run, "--run-dir")
+    if (run / "model_index.json").exists():
+        raise InputError(f"{run} holds a model, and a run needs a folder of its own", "choose another --run-dir")
     resolved = budget.applied(resolved, *_of_job(resolved), before=partial(_begun, run))
     return Order(resolved, run, Path(output or name).absolute())
 

@@ -35,10 +35,11 @@ def sign(
         CheckFailed: the bundle is unfinished or damaged.
         AccessError: no identity for a keyless signature, or sigstore cannot be reached.
     """
-    from dcgen_convert.bundle import layout, push, signature
+    from dcgen_convert.bundle import layout, manifest, push, signature
 
     require_folders(bundle=bundle)
     folder, console = Path(bundle).expanduser(), console or calls.console_of(quiet)
+    manifest.read(folder)  # before anybody is asked who he is
     signer = signature.signer(None if key is None else Path(key))
     if repo is not None:
         push.check_name(repo)

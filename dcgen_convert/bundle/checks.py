@@ -236,17 +236,21 @@ def check_table(bundle: Path, manifest: Mapping[str, Any]) -> list[str]:
 def check_against(manifest: Mapping[str, Any], source: Path) -> list[str]:
     """Every tensor that the manifest calls identical has the same bytes in the ``source`` folder.
 
-    InputError when ``source`` holds no transformer weights.
+    InputError when ``source`` holds no transformer weights, or those of another model.
     """
     base = {
         manifests.tensor_key(network.name, name): entry
         for network in families.network_folders(source)
         for name, entry in read_weights(network if network.is_dir() else source).items()
     }
+    identical = {name: record for name, record in manifest["tensors"].items() if record["origin"] == "identical"}
+    if 2 * sum(name in base for name in identical) < len(identical):
+        raise InputError(
+            f"{source} is another model: it lacks most of the tensors that the bundle has from its base",
+            "name the model that the bundle was made from: `dcgen-convert inspect BUNDLE` says which",
+        )
     found = []
-    for name, record in manifest["tensors"].items():
-        if record["origin"] != "identical":
-            continue
+    for name, record in identical.items():
         if name not in base:
             found.append(f"tensor {name} should be the source's, which has none of that name")
         elif tensor_sha256(base[name]) != record["sha256"]:

@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from dcgen_convert import families
+from dcgen_convert.bundle import manifest as manifests
 from dcgen_convert.bundle.manifest import FILE as MANIFEST
 from dcgen_convert.bundle.manifest import tensor_key
 from dcgen_convert.checkpoint import lora
 from dcgen_convert.checkpoint.headers import PICKLES, Entry, read_header, read_weights
 from dcgen_convert.checkpoint.held import PREFIXES
 from dcgen_convert.checkpoint.single import read_single
+from dcgen_convert.core import names
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import understood
-from dcgen_convert.families import authors, bases, grid, refused
+from dcgen_convert.families import authors, bases, catalog, grid, refused
 from dcgen_convert.families.keys import recognise_keys
 from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.svdquant.forms import BFL, quantised_formats
@@ -56,7 +58,11 @@ def inspect(path: Path) -> dict[str, Any]:
             "convert it to safetensors first",
         )
     if not path.exists():
-        raise InputError(f"no such file or folder: {path}", "check the path")
+        known = catalog.find_source(str(path)) is not None
+        hint = f"dcgen-convert plan {path} says what this name stands for" if known else "check the path"
+        raise InputError(f"no such file or folder: {path}", hint)
+    if (path / names.RECIPE).is_file():
+        manifests.require_bundle(path)
     found = _file(path) if path.is_file() else _folder(path)
     found["runs_on"] = _runs_on(found)
     return {"path": str(path), **found}

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -34,7 +33,7 @@ from dcgen_convert.checkpoint.record import hash_files
 from dcgen_convert.checkpoint.trust import is_component
 from dcgen_convert.core import names
 from dcgen_convert.core.console import Console
-from dcgen_convert.core.disk import check_disk, existing
+from dcgen_convert.core.disk import check_disk, require_writable
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import atomic_write, copy_file, read_json, read_object, sha256, write_json
 from dcgen_convert.families.base import FPS_KEY, Family
@@ -242,9 +241,7 @@ def check_output(output: Path, force: bool) -> None:
     """Refuse an output that would destroy something; also called before a long job starts."""
     if output.exists() and not output.is_dir():
         raise InputError(f"the output {output} is a file", "choose another folder with --output")
-    place = existing(output.parent)  # where the bundle is put together, and renamed
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise InputError(f"nothing can be written into {place}", "choose another folder with --output")
+    require_writable(output.parent, "--output")  # there the bundle is put together, and renamed
     if not output.exists() or not any(output.iterdir()):
         return
     if not force:
@@ -390,9 +387,5 @@ def _swap(staging: Path, output: Path) -> None:
 
 def read_index(bundle: Path) -> dict[str, Any]:
     """model_index.json of a bundle; InputError when the folder is not a diffusers folder."""
-    path = Path(bundle) / "model_index.json"
-    if not path.is_file():
-        raise InputError(
-            f"{bundle} holds no model_index.json, so it is not a bundle", "give the folder that `convert` printed"
-        )
-    return read_object(path)
+    manifests.require_bundle(bundle)
+    return read_object(Path(bundle) / manifests.INDEX)

@@ -21,12 +21,13 @@ from dcgen_convert.checkpoint.headers import read_weights
 from dcgen_convert.checkpoint.tensors import tensor_sha256
 from dcgen_convert.core import names
 from dcgen_convert.core.console import Console
-from dcgen_convert.core.errors import CheckFailed
+from dcgen_convert.core.errors import CheckFailed, InputError
 from dcgen_convert.core.files import read_object, understood
 from dcgen_convert.families.base import Family
 from dcgen_convert.svdquant.forms import formats_of
 
 FILE = names.MANIFEST
+INDEX = "model_index.json"
 SCHEMA = "dcgen.manifest/1"
 PACKAGES = (
     "dcgen-convert",
@@ -112,10 +113,26 @@ def split_timing(metrics: Mapping[str, Any], prefix: str = "") -> tuple[dict[str
     return steady, timing
 
 
+def require_bundle(folder: Path) -> None:
+    """InputError for a folder that is no diffusers folder; of a run folder it names the bundle."""
+    folder = Path(folder)
+    if (folder / INDEX).is_file():
+        return
+    run = folder / names.RECIPE
+    if run.is_file():
+        made = read_object(run).get("output")
+        raise InputError(f"{folder} is a run folder, not a bundle", f"its bundle is {made}")
+    raise InputError(
+        f"{folder} holds no {INDEX}, so it is not a bundle", "give the folder whose path `convert` printed"
+    )
+
+
 def read(bundle: Path) -> dict[str, Any]:
-    """The manifest of a bundle; CheckFailed when there is none (an unfinished bundle) or it has another schema."""
+    """The manifest of a bundle; CheckFailed when there is none (an unfinished bundle) or it has another schema.
+    InputError for a folder that is no bundle at all."""
     path = Path(bundle) / FILE
     if not path.is_file():
+        require_bundle(bundle)
         raise CheckFailed(
             f"{bundle} has no {FILE}: it is not a finished bundle", "run the conversion again, or resume it"
         )

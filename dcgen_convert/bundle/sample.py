@@ -13,8 +13,10 @@ from dcgen_convert.bundle.loading import family_of, is_quantised, load, transfor
 from dcgen_convert.bundle.manifest import fps_of
 from dcgen_convert.bundle.manifest import read as read_manifest
 from dcgen_convert.core.console import Console
+from dcgen_convert.core.disk import require_writable
 from dcgen_convert.core.errors import CheckFailed, InputError
 from dcgen_convert.core.files import atomic_write, read_json
+from dcgen_convert.core.spelling import count_of
 from dcgen_convert.families import catalog
 from dcgen_convert.families.base import Family
 from dcgen_convert.families.grid import autoencoder_grid
@@ -70,6 +72,7 @@ def sample(  # noqa: PLR0913  every option of the verb by its name
     if not prompts or count < 1:
         raise InputError("there is nothing to draw", "give a prompt with -p and a count of at least 1")
     bundle, output = Path(bundle), Path(output)
+    require_writable(output, "--output")
     family = family_of(bundle)
     require_images(family, images)
     if family.axes == 3:
@@ -230,7 +233,7 @@ def require_images(family: Family, images: Sequence[Path]) -> None:
         raise InputError(f"a {family.name} model edits a picture, and none was given", "--image FILE")
     if len(images) > family.references:
         raise InputError(
-            f"a {family.name} model is given at most {family.references} pictures, not {len(images)}",
+            f"a {family.name} model is given at most {count_of(family.references, 'picture')}, not {len(images)}",
             f"leave out {images[family.references]}",
         )
 

@@ -17,7 +17,8 @@ from dcgen_convert.bundle.layout import read_index
 from dcgen_convert.bundle.loading import family_of
 from dcgen_convert.checkpoint.source import resolve_folder
 from dcgen_convert.core.console import Console
-from dcgen_convert.core.errors import CheckFailed
+from dcgen_convert.core.errors import CheckFailed, InputError
+from dcgen_convert.core.spelling import count_of
 from dcgen_convert.ranks.join import alone
 from dcgen_convert.recipe.identity import Identity
 
@@ -49,11 +50,7 @@ def verify(
         InputError: ``bundle`` is no bundle, or ``against`` no diffusers folder.
     """
     bundle = Path(bundle)
-    if signed_by is not None:
-        signature.check(bundle, signed_by, issuer)
-        console.say(f"verify signature: ok (of {signed_by})")
-    elif (bundle / signature.FILE).is_file():
-        console.say("verify: whose signature it has was not looked at; --signed-by says whose it must be")
+    _check_signature(bundle, signed_by, issuer, console)
     index, manifest = read_index(bundle), manifests.read(bundle)
     steps = {
         "files": lambda: checks.check_files(bundle, manifest, console),
@@ -72,7 +69,7 @@ def verify(
     found: list[str] = []
     for name, step in steps.items():
         differences = step()
-        console.say(f"verify {name}: {f'{len(differences)} differences' if differences else 'ok'}")
+        console.say(f"verify {name}: {count_of(len(differences), 'difference') if differences else 'ok'}")
         found += differences
     picture = None
     if probe and not found:  # a folder that is known to be damaged is not loaded
@@ -98,6 +95,17 @@ def verify(
         "tensors": {"total": len(manifest["tensors"]), "identical": identical},
         "picture": picture,
     }
+
+
+def _check_signature(bundle: Path, signed_by: str | None, issuer: str | None, console: Console) -> None:
+    """`signature.check`, and a line on what was looked at."""
+    if issuer is not None and signed_by is None:
+        raise InputError("--issuer says who vouches for an identity, and none is named", "add --signed-by IDENTITY")
+    if signed_by is not None:
+        signature.check(bundle, signed_by, issuer)
+        console.say(f"verify signature: ok (of {signed_by})")
+    elif (bundle / signature.FILE).is_file():
+        console.say("verify: whose signature it has was not looked at; --signed-by says whose it must be")
 
 
 def _tell_untold(untold: tuple[int, int], made_for: tuple[int, int], console: Console) -> None:

@@ -65,7 +65,9 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         require_content(path, start + file.read(len(LFS) - 8))
         file.seek(8)
         length = int.from_bytes(start, "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER):
+        if (size and size < 8) or length > MAX_HEADER:
+            raise InputError(f"{path} is no safetensors file", "give a .safetensors or a .gguf, or a folder")
+        if size < 8 or length > size - 8:
             raise InputError(
                 f"{path} is truncated or no safetensors file: header of {length} bytes in a file of {size}",
                 "fetch it again",

@@ -32,6 +32,8 @@ from dcgen_convert.cli.options import (
     SOURCE,
     TRUST,
     UNTIL,
+    Number,
+    Whole,
     argument,
     option,
     output_options,
@@ -91,7 +93,7 @@ def cli() -> None:
     """
 
 
-@cli.command(context_settings=CONTEXT)
+@cli.command(context_settings=CONTEXT, short_help="Convert a model and write a verified bundle.")
 @SOURCE
 @stack(RECIPE + MACHINE + JOB)
 @option("-o", "--output", metavar="DIR", type=PLACE, help="Folder of the bundle. Default: ./NAME-AE[-FORMAT].")
@@ -118,19 +120,19 @@ def convert(session: Session, source: str, **values: Any) -> int:
     return verbs.convert(session, source, values)
 
 
-@cli.command(context_settings=CONTEXT)
+@cli.command(context_settings=CONTEXT, short_help="Say what a conversion will cost.")
 @SOURCE
 @stack(RECIPE + MACHINE)
 @option(
     "--gpu-memory",
     metavar="GIB",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     help="GiB per GPU that training must fit in. Default: 79.1, those of a card sold as 80 GB.",
 )
 @option(
     "--disk",
     metavar="GB",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     help="Free disk space, in GB, of the machine that will convert. Default: what is free here.",
 )
 @option(
@@ -149,7 +151,7 @@ def plan(session: Session, source: str, **values: Any) -> int:
     return verbs.plan(session, source, values)
 
 
-@cli.command(context_settings=CONTEXT)
+@cli.command(context_settings=CONTEXT, short_help="Run every stage at full size on a few pictures.")
 @SOURCE
 @stack(RECIPE + MACHINE + JOB)
 @option(
@@ -161,13 +163,13 @@ def plan(session: Session, source: str, **values: Any) -> int:
 @option(
     "--pictures",
     metavar="N",
-    type=click.IntRange(min=2),
+    type=Whole(min=2),
     help="Pictures to rehearse with. Default: 2, or as many as the run draws at once if that takes a minute at most.",
 )
 @option(
     "--steps",
     metavar="N",
-    type=click.IntRange(min=2),
+    type=Whole(min=2),
     help="Drawing steps, and steps of each training. Default: 2, and more of a training whose steps are short.",
 )
 @option(
@@ -185,7 +187,7 @@ def rehearse(session: Session, source: str, **values: Any) -> int:
     return verbs.rehearse(session, source, values)
 
 
-@cli.command(context_settings=CONTEXT)
+@cli.command(context_settings=CONTEXT, short_help="Quantise a model to 4 bits without a conversion.")
 @SOURCE
 @stack(QUANTIZE)
 @stack(OUTPUT)
@@ -197,7 +199,7 @@ def quantize(session: Session, source: str, **values: Any) -> int:
     return verbs.quantize(session, source, values)
 
 
-@cli.command(context_settings=CONTEXT)
+@cli.command(context_settings=CONTEXT, short_help="Make a bundle of a model of the DC-Gen authors.")
 @SOURCE
 @option("-o", "--output", metavar="DIR", type=PLACE, required=True, help="Folder of the bundle.")
 @stack(ADOPT)
@@ -211,7 +213,7 @@ def adopt(session: Session, source: str, **values: Any) -> int:
     return verbs.adopt(session, source, values)
 
 
-@cli.command(context_settings=CONTEXT)
+@cli.command(context_settings=CONTEXT, short_help="Continue a run.")
 @argument("run", type=FOLDER)
 @FROM
 @UNTIL
@@ -226,7 +228,7 @@ def resume(session: Session, run: str, **values: Any) -> int:
     return verbs.resume(session, Path(run).absolute(), values)
 
 
-@cli.command(context_settings=CONTEXT)
+@cli.command(context_settings=CONTEXT, short_help="Say what a file, a folder or a bundle is.")
 @argument("path", type=PLACE)
 @stack(OUTPUT)
 @click.pass_obj
@@ -242,7 +244,7 @@ def inspect(session: Session, path: str, **values: Any) -> int:
     return 0
 
 
-@cli.command(context_settings=CONTEXT)
+@cli.command(context_settings=CONTEXT, short_help="Check a bundle, and draw a picture with it.")
 @argument("bundle", type=FOLDER)
 @option(
     "--against",
@@ -275,7 +277,7 @@ def verify(session: Session, bundle: str, **values: Any) -> int:
     return 0
 
 
-@cli.command(context_settings=CONTEXT)
+@cli.command(context_settings=CONTEXT, short_help="Draw pictures or videos with a bundle.")
 @argument("bundle", type=FOLDER)
 @option(
     "-p",
@@ -301,24 +303,25 @@ def verify(session: Session, bundle: str, **values: Any) -> int:
     type=PLACE,
     default="samples",
     show_default=True,
-    help="Folder of the images.",
+    help="Folder of the pictures.",
 )
-@option("--height", metavar="PX", type=click.IntRange(min=1), help="Height in px. Default: the bundle's size.")
-@option("--width", metavar="PX", type=click.IntRange(min=1), help="Width in px. Default: the bundle's size.")
-@option("--steps", metavar="N", type=click.IntRange(min=1), help="Denoising steps. Default: the bundle's.")
+@option("--height", metavar="PX", type=Whole(min=1), help="Height in px. Default: the bundle's size.")
+@option("--width", metavar="PX", type=Whole(min=1), help="Width in px. Default: the bundle's size.")
+@option("--steps", metavar="N", type=Whole(min=1), help="Denoising steps. Default: the bundle's.")
 @option(
     "--guidance",
     metavar="G",
-    type=click.FloatRange(min=0),
+    type=Number(min=0),
     help="Guidance scale. Default: the bundle's; 1 disables CFG.",
 )
-@option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the first image.")
-@option("-n", "--count", type=click.IntRange(min=1), default=1, show_default=True, help="Images per prompt.")
+@option("--seed", metavar="N", type=Whole(min=0), default=0, show_default=True, help="Seed of the first picture.")
+@option("-n", "--count", metavar="N", type=Whole(min=1), default=1, show_default=True, help="Pictures per prompt.")
 @TRUST
 @stack(OUTPUT)
 @click.pass_obj
 def sample(session: Session, bundle: str, prompts: tuple[str, ...], output: str, **values: Any) -> int:
-    """Draw pictures with BUNDLE on any machine. Where its 4-bit kernels cannot run, its weights are dequantised."""
+    """Draw pictures or videos with BUNDLE on any machine. Where its 4-bit kernels cannot run, its weights are
+    dequantised."""
     console = session.begin(**output_options(values))
     from dcgen_convert.api import calls
 
@@ -327,7 +330,7 @@ def sample(session: Session, bundle: str, prompts: tuple[str, ...], output: str,
     return 0
 
 
-@cli.command(context_settings=CONTEXT)
+@cli.command(context_settings=CONTEXT, short_help="Compare the pictures of a bundle with its base's.")
 @argument("bundle", type=FOLDER)
 @stack(EVALUATE)
 @stack(OUTPUT)
@@ -339,7 +342,7 @@ def evaluate(session: Session, bundle: str, **values: Any) -> int:
     return verbs.evaluate(session, bundle, values)
 
 
-@cli.command(context_settings=CONTEXT)
+@cli.command(context_settings=CONTEXT, short_help="Write an HTML report of a run.")
 @argument("run", type=FOLDER)
 @stack(OUTPUT)
 @click.pass_obj
@@ -353,7 +356,7 @@ def report(session: Session, run: str, **values: Any) -> int:
     return 0
 
 
-@cli.command(context_settings=CONTEXT)
+@cli.command(context_settings=CONTEXT, short_help="List the run folders in a folder.")
 @argument("folder", type=PLACE, default="runs")
 @stack(OUTPUT)
 @click.pass_obj
@@ -368,7 +371,7 @@ def runs(session: Session, folder: str, **values: Any) -> int:
     return 0
 
 
-@cli.command(context_settings=CONTEXT)
+@cli.command(context_settings=CONTEXT, short_help="Remove what nothing needs from a run folder.")
 @argument("run", type=FOLDER)
 @option(
     "--keep",
@@ -389,7 +392,7 @@ def clean(session: Session, run: str, keep: Literal["resume", "bundle"], yes: bo
     return verbs.clean(console, run, keep, yes)
 
 
-@cli.command(context_settings=CONTEXT)
+@cli.command(context_settings=CONTEXT, short_help="Upload a bundle to the hub.")
 @argument("bundle", type=FOLDER)
 @argument("repo")
 @option("--private", is_flag=True, help="Make the repository private. Default: public.")
@@ -405,7 +408,7 @@ def push(session: Session, bundle: str, repo: str, private: bool, **values: Any)
     return 0
 
 
-@cli.command(context_settings=CONTEXT)
+@cli.command(context_settings=CONTEXT, short_help="Say what this machine can do.")
 @option(
     "--run-dir",
     metavar="DIR",
@@ -425,7 +428,7 @@ def doctor(session: Session, run_dir: str | None, **values: Any) -> int:
     return 0
 
 
-@cli.command("completion", context_settings=CONTEXT)
+@cli.command("completion", context_settings=CONTEXT, short_help="Print the completion script of a shell.")
 @click.argument("shell", type=click.Choice(completion.SHELLS))
 def completion_script(shell: str) -> int:
     """Print the completion script of SHELL:  eval "$(dcgen-convert completion bash)"."""

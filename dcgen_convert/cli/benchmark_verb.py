@@ -16,6 +16,8 @@ from dcgen_convert.cli.options import (
     PLACE,
     REVISION,
     SOURCE,
+    Number,
+    Whole,
     option,
     output_options,
     stack,
@@ -23,13 +25,13 @@ from dcgen_convert.cli.options import (
 from dcgen_convert.cli.session import Session
 
 
-@click.command(context_settings=CONTEXT)
+@click.command(context_settings=CONTEXT, short_help="Time a base against its conversion.")
 @SOURCE
 @stack(AE)
 @option(
     "--resolution",
     metavar="PX",
-    type=click.IntRange(min=1),
+    type=Whole(min=1),
     multiple=True,
     help="Picture side in px; repeatable. Videos have the area of such squares. Default: that of the bundle, or of the "
     "recipe.",
@@ -53,7 +55,7 @@ from dcgen_convert.cli.session import Session
 @option(
     "--seconds",
     metavar="S",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     default=60.0,
     show_default=True,
     help="Seconds that one comparison may take; there are three or four for each size. A slow machine gets fewer "

@@ -10,7 +10,7 @@ from dcgen_convert.cli.options import CONTEXT, FOLDER, OUTPUT, PLACE, argument, 
 from dcgen_convert.cli.session import Session
 
 
-@click.command(context_settings=CONTEXT)
+@click.command(context_settings=CONTEXT, short_help="Write a bundle as files for ComfyUI.")
 @argument("bundle", type=FOLDER)
 @option(
     "--to",

@@ -30,6 +30,32 @@ class FilledPath(click.Path):
         return super().convert(_filled(self, value, param, ctx), param, ctx)
 
 
+class Folder(FilledPath):
+    """A folder that is there."""
+
+    name = "folder"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        place = os.fspath(super().convert(value, param, ctx))
+        if not os.path.exists(place):
+            self.fail(f"there is no folder {place}", param, ctx)
+        if not os.path.isdir(place):
+            self.fail(f"{place} is a file, and a folder is needed", param, ctx)
+        return place
+
+
+class Whole(click.IntRange):
+    """A whole number in a range."""
+
+    name = "whole number"
+
+
+class Number(click.FloatRange):
+    """A number in a range."""
+
+    name = "number"
+
+
 def _filled(kind: click.ParamType, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
     if isinstance(value, str) and not value.strip():
         kind.fail("it is empty", param, ctx)
@@ -37,7 +63,7 @@ def _filled(kind: click.ParamType, value: Any, param: click.Parameter | None, ct
 
 
 PLACE = FilledPath()
-FOLDER = FilledPath(exists=True, file_okay=False)
+FOLDER = Folder()
 ANY_TEXT = click.STRING  # of the few options whose text may be empty
 
 
@@ -84,8 +110,9 @@ TRUST = option(
 
 AE = [
     option("--ae", metavar="NAME|PATH|REPO", shell_complete=completion.autoencoders,
-           help="Autoencoder to convert to: alias, folder, hub id, or FILE.safetensors:ALIAS. Default: the recipe's."),
-    option("--ae-channels", metavar="K", type=click.IntRange(min=1),
+           help="Autoencoder to convert to: alias, folder, hub id, FILE.safetensors:ALIAS, or "
+           "FILE.pt:ALIAS:SHA256 (for videos). Default: the recipe's."),
+    option("--ae-channels", metavar="K", type=Whole(min=1),
            help="Use the first K latent channels only (for the structured latents of DC-AE 1.5). Default: all."),
 ]  # fmt: skip
 
@@ -98,7 +125,7 @@ OFFLINE = option(
 GPUS = option(
     "--gpus",
     metavar="N",
-    type=click.IntRange(min=1),
+    type=Whole(min=1),
     help="Number of ranks to start on this host. Without GPUs they are CPU processes. Default: 1, or the ranks of a "
     "launcher.",
 )
@@ -125,25 +152,26 @@ RECIPE = [
     option("--layout", type=click.Choice(["stock", "official"]),
            help="Pipeline class of the bundle. Default: stock (diffusers' own)."),
     option("--data", metavar="PATH[:COLUMN][=SHARE]", type=PLACE, multiple=True,
-           help="Your pictures: a folder with captions, a .jsonl, shards (.tar, .parquet) or hf://datasets/ORG/NAME; "
-           "repeatable, with a share each. Default: pictures drawn by the base model."),
+           help="Your pictures or videos: a folder with captions, a .jsonl, shards (.tar, .parquet) or "
+           "hf://datasets/ORG/NAME; repeatable, with a share each. Default: the recipe's, mostly "
+           "pictures that the base model draws."),
     option("--prompts", metavar="FILE[:COLUMN]", type=PLACE,
            help="Prompts of the pictures that are drawn: .txt with one per line, a column of a .jsonl, .csv, .tsv or "
            ".parquet, or hf://datasets/ORG/NAME:COLUMN. Default: the recipe's."),
-    option("--resolution", metavar="PX", type=click.IntRange(min=1),
+    option("--resolution", metavar="PX", type=Whole(min=1),
            help="Picture side of the last phase in px. An earlier phase keeps its own unless that is larger. Default: "
            "the recipe's."),
     option("--dtype", type=click.Choice(["fp32", "bf16"]), help="Number type in training. Default: the recipe's."),
-    option("--seed", type=click.IntRange(min=0), help="Seed of every random draw. Default: the recipe's (0)."),
+    option("--seed", metavar="N", type=Whole(min=0), help="Seed of every random draw. Default: the recipe's (0)."),
     option("--zero", type=click.Choice(["auto", "0", "1", "2", "3"]),
            help="ZeRO stage. Default: the recipe's; 0 disables, auto takes the smallest that fits."),
     option("--offload", type=click.Choice(["none", "optimizer", "all"]),
            help="What is kept in host memory. Default: the recipe's (none); none disables."),
     REVISION,
-    option("--max-gpu-hours", metavar="H", type=click.FloatRange(min=0),
+    option("--max-gpu-hours", metavar="H", type=Number(min=0),
            help="GPU-hours that all stages together may take. Steps and pictures follow from it. Default: the "
            "recipe's; 0 disables: the recipe as written."),
-    option("--hours", metavar="H", type=click.FloatRange(min=0),
+    option("--hours", metavar="H", type=Number(min=0),
            help="The same budget in hours of wall-clock, on the GPUs of the job. Default: the recipe's; 0 disables."),
 ]  # fmt: skip
 
@@ -161,7 +189,7 @@ class CountOrNone(click.ParamType):
         return int(str(value))
 
 
-class Rank(click.IntRange):
+class Rank(Whole):
     """A rank that the 4-bit kernels take."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
@@ -191,13 +219,13 @@ QUANTIZE = [
            help="Prompts of the calibration pictures, as `convert` takes them. Default: the catalogue's, else built-in "
            "ones."),
     SOURCES,
-    option("--resolution", metavar="PX", type=click.IntRange(min=1),
+    option("--resolution", metavar="PX", type=Whole(min=1),
            help="Side of the calibration pictures. Default: the catalogue's, else the pipeline's."),
-    option("--steps", metavar="N", type=click.IntRange(min=1),
+    option("--steps", metavar="N", type=Whole(min=1),
            help="Denoising steps per picture. Default: the catalogue's, else the family's."),
-    option("--guidance", metavar="G", type=click.FloatRange(min=0),
+    option("--guidance", metavar="G", type=Number(min=0),
            help="Guidance of the pictures. Default: the catalogue's, else the family's; 1 disables."),
-    option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of every random draw."),
+    option("--seed", metavar="N", type=Whole(min=0), default=0, show_default=True, help="Seed of every random draw."),
     option("--dense", metavar="REGEX", help="Block linears that stay 16-bit. Default: none beyond the family's."),
     option("--container", type=click.Choice(["diffusers", "nunchaku", "bfl"]), default="diffusers",
            show_default=True,
@@ -215,7 +243,7 @@ ADOPT = [
            "Default: none."),
     option("--ae", metavar="NAME|PATH|REPO", shell_complete=completion.autoencoders,
            help="Autoencoder that takes the place of SOURCE's own: alias, folder or hub id. Default: SOURCE's own."),
-    option("--resolution", metavar="PX", type=click.IntRange(min=1),
+    option("--resolution", metavar="PX", type=Whole(min=1),
            help="Picture side of the bundle in px. Default: that of the authors' code for its autoencoder: f32 1024, "
            "f64 4096."),
     option("--shift", metavar="RULE|R",
@@ -229,11 +257,11 @@ EVALUATE = [
            help="Bundle or source to compare with. Default: the base that the manifest names, if it is on this "
            "machine."),
     option("--prompts", metavar="FILE|KIND",
-           help="Prompts: FILE.txt, FILE:COLUMN of a table, hf://datasets/ORG/NAME:COLUMN, mjhq:FOLDER, builtin or "
-           "tiny-world; of a model that edits tiny-edits, or a table with source and caption in each row. "
-           "Default: the kind in the bundle's recipe, else builtin."),
+           help="Prompts: FILE.txt, FILE:COLUMN of a table, hf://datasets/ORG/NAME:COLUMN, mjhq:FOLDER, builtin, "
+           "tiny-world or tiny-videos; of a model that edits tiny-edits, or a table with source and caption in "
+           "each row. Default: the kind in the bundle's recipe, else builtin."),
     SOURCES,
-    option("-n", "--count", type=click.IntRange(min=2), default=256, show_default=True,
+    option("-n", "--count", metavar="N", type=Whole(min=2), default=256, show_default=True,
            help="Prompts: pictures of each set."),
     option("--metrics", metavar="A,B",
            help="Measures by name, with commas between them. Default: all that can run with what is at hand."),
@@ -247,13 +275,13 @@ EVALUATE = [
     option("--jpeg/--no-jpeg", default=None,
            help="Measure drawn pictures after JPEG, as the authors do. Default: --jpeg with reference pictures, else "
            "--no-jpeg."),
-    option("--resolution", metavar="PX", type=click.IntRange(min=1),
+    option("--resolution", metavar="PX", type=Whole(min=1),
            help="Side of the pictures. Default: the bundle's."),
-    option("--steps", metavar="N", type=click.IntRange(min=1),
+    option("--steps", metavar="N", type=Whole(min=1),
            help="Denoising steps of both models. Default: each model's own."),
-    option("--guidance", metavar="G", type=click.FloatRange(min=0),
+    option("--guidance", metavar="G", type=Number(min=0),
            help="Guidance scale of both models. Default: each model's own; 1 disables CFG."),
-    option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the first picture."),
+    option("--seed", metavar="N", type=Whole(min=0), default=0, show_default=True, help="Seed of the first picture."),
     option("--min", metavar="NAME=V", multiple=True,
            help="Exit 1 when the figure NAME is below V; repeatable. Default: off."),
     option("--max", metavar="NAME=V", multiple=True,
@@ -273,10 +301,10 @@ RANKS = [
 JOB = [
     option("--track", type=click.Choice(["tensorboard", "wandb"]),
            help="Send curves and grids of pictures there too. Default: off."),
-    option("--rank-timeout", metavar="S", type=click.FloatRange(min=0),
+    option("--rank-timeout", metavar="S", type=Number(min=0),
            help="Seconds without a sign of life, or without progress, after which a rank ends the job. It must be "
            "longer than any single piece of work, such as one step. Default: 120; 0 disables."),
-    option("--restarts", metavar="N", type=click.IntRange(min=0),
+    option("--restarts", metavar="N", type=Whole(min=0),
            help="How often the ranks start again by themselves after a crash. Default: 0, which disables."),
     option("--check/--no-check", default=None,
            help="Compare what the finished stages wrote with its hashes before it is used, at the speed of the disk; "
@@ -290,7 +318,7 @@ OUTPUT = [
     option("--events", metavar="FILE", type=PLACE,
            help="Append progress to FILE, one JSON object per line. Default: off."),
     option("--log-file", metavar="FILE", type=PLACE,
-           help="Append a log to FILE. Default: log.txt in the run folder."),
+           help="Append a log to FILE. Default: log.txt in the run folder; off for a verb without one."),
     option("-q", "--quiet", is_flag=True, help="Show only warnings and errors on stderr. Default: off."),
     option("-v", "--verbose", is_flag=True, help="Show details and tracebacks on stderr too. Default: off."),
 ]  # fmt: skip

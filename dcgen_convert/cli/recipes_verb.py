@@ -23,7 +23,7 @@ def recipes() -> None:
     """List, show, copy and validate recipes."""
 
 
-@recipes.command("list", context_settings=CONTEXT)
+@recipes.command("list", context_settings=CONTEXT, short_help="List the shipped recipes.")
 @stack(OUTPUT)
 @click.pass_obj
 def list_recipes(session: Session, **values: Any) -> int:
@@ -37,7 +37,7 @@ def list_recipes(session: Session, **values: Any) -> int:
     return 0
 
 
-@recipes.command(context_settings=CONTEXT)
+@recipes.command(context_settings=CONTEXT, short_help="Show every key of a recipe.")
 @NAME
 @stack(OUTPUT)
 @click.pass_obj
@@ -61,7 +61,7 @@ def show(session: Session, name: str, **values: Any) -> int:
     return 0
 
 
-@recipes.command(context_settings=CONTEXT)
+@recipes.command(context_settings=CONTEXT, short_help="Write a recipe to a file.")
 @NAME
 @argument("file", type=PLACE)
 @option("--force", is_flag=True, help="Overwrite FILE. Default: off.")
@@ -88,7 +88,7 @@ def copy(session: Session, name: str, file: str, force: bool, **values: Any) -> 
     return 0
 
 
-@recipes.command(context_settings=CONTEXT)
+@recipes.command(context_settings=CONTEXT, short_help="Check a recipe.")
 @NAME
 @stack(OUTPUT)
 @click.pass_obj

@@ -7,11 +7,22 @@ from typing import Any
 import click
 
 from dcgen_convert.cli import completion
-from dcgen_convert.cli.options import CONTEXT, FOLDER, OUTPUT, PLACE, TRUST, argument, option, output_options, stack
+from dcgen_convert.cli.options import (
+    CONTEXT,
+    FOLDER,
+    OUTPUT,
+    PLACE,
+    TRUST,
+    Whole,
+    argument,
+    option,
+    output_options,
+    stack,
+)
 from dcgen_convert.cli.session import Session
 
 
-@click.command(context_settings=CONTEXT)
+@click.command(context_settings=CONTEXT, short_help="Show a page that draws with a bundle and its base.")
 @argument("bundle", type=FOLDER)
 @option(
     "--against",
@@ -23,7 +34,7 @@ from dcgen_convert.cli.session import Session
 @option(
     "--port",
     metavar="N",
-    type=click.IntRange(0, 65_535),
+    type=Whole(0, 65_535),
     default=7860,
     show_default=True,
     help="Port on 127.0.0.1; 0 takes a free one.",

@@ -36,6 +36,7 @@ def convert(session: Session, source: str, values: dict[str, Any]) -> int:
     """Resolve, (ask), convert, (push)."""
     if values.pop("dry_run"):
         return plan(session, source, values)
+    _require_push(values["push_to"], values["private"])
     shown = output_options(values)
     job = order(source, recipe_options(values), values["output"], values["run_dir"])
     console = session.begin(**shown, run_dir=job.run_dir)
@@ -58,8 +59,8 @@ def resume(session: Session, run_dir: Path, values: dict[str, Any]) -> int:
     """Continue a run, with the ranks of its record unless the options name others."""
     asked, watched = {"gpus": values.pop("gpus"), "hostfile": values.pop("hostfile")}, job_options(values)
     steps = {name: values.pop(name) for name in ("start", "until", "force")}
+    job = calls.recorded(run_dir)  # before the log: nothing is written into a folder that is no run folder
     console = session.begin(**output_options(values), run_dir=run_dir)
-    job = calls.recorded(run_dir)
     if any(asked.values()):
         job = job.on(**asked)
     elif "RANK" in os.environ and join.LAUNCHED not in os.environ:  # torchrun or srun started the ranks
@@ -136,8 +137,8 @@ def evaluate(session: Session, bundle: str, values: dict[str, Any]) -> int:
     folder = evaluating.output_of(Path(bundle), None if out is None else Path(out))
     if shown["log_file"] is None or session.rank:
         shown["log_file"] = str(folder / join.log_name(session.rank))
-    console = session.begin(**shown)
     request = evaluating.request_of({**values, "bundle": bundle})
+    console = session.begin(**shown)
     return _evaluate_on_ranks(session, console, request, Machine(gpus=values["gpus"]))
 
 
@@ -190,6 +191,16 @@ def _consents(lost: str, console: Console) -> bool:
         return False
     console.warn(lost)
     return click.confirm("Delete it?", default=False, err=True)
+
+
+def _require_push(repo: str | None, private: bool) -> None:
+    """InputError for a --push-to that cannot work: not after days of work."""
+    if repo is not None:
+        from dcgen_convert.bundle.push import check_name
+
+        check_name(repo)
+    elif private:
+        raise InputError("--private is said of the repository of --push-to, and none is named", "add --push-to REPO")
 
 
 def _ask(job: Order, console: Console) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from dcgen_convert.core.errors import ResourceError
+from dcgen_convert.core.errors import InputError, ResourceError
 
 
 def check_disk(needs: Iterable[tuple[Path, float]], options: str = "--run-dir and --output") -> None:
@@ -31,6 +32,17 @@ def check_disk(needs: Iterable[tuple[Path, float]], options: str = "--run-dir an
                 f"the disk under {place} is too small: {size / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free",
                 f"free space, or choose another disk with {options}",
             )
+
+
+def require_writable(folder: Path, option: str) -> None:
+    """InputError where no file can be written into ``folder``, which need not be there yet. option: what names it."""
+    place = Path(folder).absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise InputError(f"{place} is no folder", f"choose another folder with {option}")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"nothing can be written into {place}", f"choose another folder with {option}")
 
 
 def existing(path: Path) -> Path:

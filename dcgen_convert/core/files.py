@@ -157,19 +157,19 @@ def read_lines(path: Path) -> list[str]:
     return lines if lines[-1] else lines[:-1]
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds; InputError when it is damaged."""
+def read_json(path: Path, hint: str = "fetch the file again") -> Any:
+    """What a JSON file holds; InputError when it is damaged. hint: what helps."""
     try:
         return json.loads(read_text(Path(path)))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}", "fetch the file again") from error
+        raise InputError(f"{path} is not valid JSON: {error}", hint) from error
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that must hold an object; InputError when it does not."""
-    document = read_json(path)
+def read_object(path: Path, hint: str = "fetch the file again") -> dict[str, Any]:
+    """A JSON file that must hold an object; InputError when it does not. hint: what helps."""
+    document = read_json(path, hint)
     if not isinstance(document, dict):
-        raise InputError(f"{path} holds no JSON object", "fetch the file again")
+        raise InputError(f"{path} holds no JSON object", hint)
     return document
 
 

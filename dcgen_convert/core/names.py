@@ -1,6 +1,7 @@
 """Names of files that more than one room reads or writes. A name that only one room needs stands in that room."""
 
 RECIPE = "recipe.json"  # in a run folder: the settings that the run was started with
+RUN_HINT = "`dcgen-convert runs` lists the run folders in ./runs; another one is the folder that --run-dir named"
 REHEARSAL = "rehearsal.json"  # in the run folder of a rehearsal: what it measured
 OPEN = "open.json"  # in a run folder: the stages that may still have to run
 TRANSFORMER = "transformer"  # of a stage, a source or a bundle: the folder of the network

@@ -25,6 +25,11 @@ def plain(text: str, *, bytes_kept: bool = False) -> str:
     return _HARMFUL.sub(_escape, named)
 
 
+def count_of(number: int, noun: str) -> str:
+    """ "1 picture", "2 pictures": a number with its noun."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def one_line(text: str) -> str:
     """`plain` in one line: newlines and tabs become escapes too."""
     return plain(text).replace("\n", "\\n").replace("\t", "\\t")

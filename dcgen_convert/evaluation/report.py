@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shlex
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -53,7 +54,8 @@ def write_report(run: Path, output: Path | None = None) -> Path:
         InputError: ``run`` is neither a run folder nor a folder that `quantize` wrote.
     """
     run = Path(run)
-    stages = finished_stages(run)
+    begun = (run / names.RECIPE).is_file() or any(run.glob(f"*/{MARKER}"))
+    stages = finished_stages(run) if begun else []
     layers = run / "transformer" / names.RECORDS
     if not stages and layers.is_file():
         output = Path(output) if output else run / REPORT
@@ -61,8 +63,10 @@ def write_report(run: Path, output: Path | None = None) -> Path:
             parts = [f"<h1>{escape(run.name)}</h1>", *layer_section(read_object(layers)["layers"])]
         atomic_write(output, plain(_page(run.name, "\n".join(parts))))
         return output
+    if not begun:
+        raise InputError(f"{run} is not a run folder: it has no {names.RECIPE}", names.RUN_HINT)
     if not stages:
-        raise InputError(f"{run} holds no finished stage", "give the run folder of a conversion, or resume it first")
+        raise InputError(f"{run} holds no finished stage", f"dcgen-convert resume {shlex.quote(str(run))}")
     with understood(run, "dcgen-convert resume names the damaged file"):
         trained = [*stages, *_unfinished(run)]
         parts = [f"<h1>{escape(run.name)}</h1>", *_verdict(stages), *_seen(trained), *_compared(stages)]
@@ -80,7 +84,8 @@ def write_report(run: Path, output: Path | None = None) -> Path:
 def finished_stages(run: Path) -> list[tuple[Path, dict[str, Any]]]:
     """(folder, record) of every finished stage, in the order in which they ended."""
     markers = sorted(run.rglob(MARKER), key=lambda path: (path.stat().st_mtime_ns, str(path)))
-    return [(path.parent, read_object(path)) for path in markers]
+    again = f"dcgen-convert resume {shlex.quote(str(run))} --from"
+    return [(path.parent, read_object(path, f"{again} {path.parent.name} makes the stage again")) for path in markers]
 
 
 def _unfinished(run: Path) -> list[tuple[Path, dict[str, Any]]]:

@@ -46,7 +46,8 @@ def asked(instruction: str) -> tuple[int, int]:
     if found is None:
         raise InputError(
             f"the tiny world has no instruction {instruction[:80]!r}",
-            "its instructions are like 'make the circle blue'; for other pictures leave this measure out",
+            "its instructions are like 'make the circle blue'; for others leave this measure out (in a conversion: "
+            "evaluate.metrics=none)",
         )
     return found
 

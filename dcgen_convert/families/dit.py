@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Unpack
 
+from dcgen_convert.core.errors import InputError
 from dcgen_convert.families import ddpm
 from dcgen_convert.families.base import CallSettings, Family, Network, Pipeline, Text
 from dcgen_convert.families.tensors import added_positions
@@ -87,6 +88,11 @@ def class_of(pipeline: Pipeline, prompt: str) -> int:
     """Class index of a prompt: a number, "" (the null class), or a label of the checkpoint's id2label table."""
     if prompt == "":
         return NULL_CLASS
-    if prompt.isdigit():
+    if prompt.isdecimal() and int(prompt) <= NULL_CLASS:
         return int(prompt)
-    return pipeline.get_label_ids([prompt])[0]
+    if prompt in pipeline.labels:
+        return int(pipeline.labels[prompt])
+    raise InputError(
+        f"the caption {prompt[:60]!r} is no class of the model",
+        f"give a number below {NULL_CLASS}, or a label of its model_index.json",
+    )

@@ -161,7 +161,7 @@ def read(file: Path, recipe: Recipe) -> Rehearsal:
         InputError: no finished rehearsal, or one of another conversion.
     """
     hint = "dcgen-convert rehearse SOURCE ... writes one"
-    document = read_object(file)
+    document = read_object(file, hint)
     if document.get("schema") != SCHEMA:
         raise InputError(f"{file} is no rehearsal: its schema is {str(document.get('schema'))[:60]!r}", hint)
     if document.get("status") != "done":

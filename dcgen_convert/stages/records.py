@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from dcgen_convert.core import names
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_object, understood, write_json
 from dcgen_convert.core.journal import Run
@@ -33,7 +34,7 @@ def recorded(run_dir: Path) -> tuple[Resolved, Path]:
     """
     path = run_dir / RECIPE
     if not path.is_file():
-        raise InputError(f"{run_dir} is not a run folder: it has no {RECIPE}", "give the folder that --run-dir named")
+        raise InputError(f"{run_dir} is not a run folder: it has no {RECIPE}", names.RUN_HINT)
     record = read(path)
     recipe, machine, output = (record.get(key) for key in ("recipe", "machine", "output"))
     known = {field.name for field in fields(Machine)}
@@ -51,7 +52,7 @@ def read(path: Path) -> dict[str, Any]:
     A stage that gives another result than in the version before has a higher number in `depends.VERSIONS`: it alone
     runs again.
     """
-    record = read_object(path)
+    record = read_object(path, NEW_RUN)
     theirs = str(record.get("version"))
     if not OLDEST <= _release(theirs) <= _release(__version__):
         raise InputError(

@@ -16,7 +16,7 @@ from dcgen_convert.svdquant.skeleton import build
 def check_container(container: str, form: str, family: Family) -> None:
     """InputError when the ``container`` does not fit the family or the format."""
     if problem := container_problem(container, form, family):
-        raise InputError(problem, "use the diffusers container (quantize.container=diffusers)")
+        raise InputError(problem, "use the container diffusers (--container, or quantize.container)")
 
 
 def plan_targets(

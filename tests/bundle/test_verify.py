@@ -219,3 +219,8 @@ def test_what_a_file_manager_leaves_is_no_difference(own_bundle, name):
     if not name.startswith(("__", "tokenizer")):
         with pytest.raises(CheckFailed, match="other.json is not in the manifest"):
             verify(bundle, NULL, probe=False)
+
+
+def test_another_model_as_base_is_an_input_that_cannot_work(parts, bundles):
+    with pytest.raises(InputError, match="is another model"):
+        verify(bundles("flux"), NULL, parts("sana").source, probe=False)

@@ -1,6 +1,9 @@
 """Each option says its default; the options of the contract are all there."""
 
+from pathlib import Path
+
 import click
+import click.testing
 import pytest
 
 from dcgen_convert.cli.app import cli as group
@@ -22,6 +25,28 @@ def test_every_help_line_gives_its_default(path, command):
             assert parameter.help, f"{path} {parameter.opts}"
             stated = "Default: " in parameter.help or parameter.show_default or parameter.required
             assert stated, f"{path} {parameter.opts}: no default in {parameter.help!r}"
+
+
+@pytest.mark.parametrize("path, command", [item for item in commands(group) if isinstance(item[1], click.Group)])
+def test_the_list_of_verbs_has_whole_sentences(path, command):
+    shown = click.testing.CliRunner().invoke(command, ["--help"], terminal_width=80).output
+    lines = shown.partition("Commands:")[2].strip().splitlines()
+    assert len(lines) == len(command.commands)
+    assert all(line.endswith(".") and not line.endswith("...") for line in lines)
+
+
+def test_no_option_shows_the_name_of_a_type_for_its_value():
+    for path, command in commands(group):
+        shown = command.get_help(click.Context(command, info_name=path))
+        assert "RANGE" not in shown and "INTEGER" not in shown, path
+
+
+def test_the_reference_of_run_dir_is_that_of_each_verb():
+    page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+    for verb in ("convert", "rehearse", "doctor"):
+        part = page.partition(f"\n### {verb}\n")[2].partition("\n### ")[0]
+        option = next(option for option in group.commands[verb].params if option.name == "run_dir")
+        assert option.help in part, verb
 
 
 def test_the_contract_of_convert():

@@ -192,7 +192,7 @@ def test_no_bars_are_no_chart_of_nothing():
 
 
 def test_a_run_without_a_finished_stage(tmp_path, run):
-    with pytest.raises(InputError, match="no finished stage"):
+    with pytest.raises(InputError, match="not a run folder"):
         write_report(tmp_path / "nothing")
     (run / "align-head" / "metrics.jsonl").write_text('{"step": 1}\nbroken\n{"step": 2}\n')
     with pytest.raises(InputError, match="line 2 is not JSON"):

@@ -45,9 +45,9 @@ def test_what_works(converted, cleaned, words, shown):
 @pytest.mark.parametrize(
     ("words", "code", "sentence"),
     [
-        (["inspect", "run"], 2, "no config found"),
-        (["verify", "run"], 2, "run holds no model_index.json, so it is not a bundle"),
-        (["sample", "run", "-p", "x"], 2, "run holds no model_index.json, so it is not a bundle"),
+        (["inspect", "run"], 2, "run is a run folder, not a bundle"),
+        (["verify", "run"], 2, "run is a run folder, not a bundle"),
+        (["sample", "run", "-p", "x"], 2, "run is a run folder, not a bundle"),
         (["quantize", "BUNDLE", "-o", "out"], 2, "is already quantised (nunchaku_lite)"),
         (["quantize", "run/merge-1/transformer", "--base", "BUNDLE"], 2, "clean has removed its weights"),
         (["resume", "run", "--from", "nothing"], 2, "no stage is called 'nothing'"),
