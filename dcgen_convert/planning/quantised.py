@@ -44,7 +44,7 @@ def quantised_linears(section: Quantize, sizes: Shapes) -> tuple[dict[str, Any] 
     problems = [(f"{name} cannot be quantised, {reason}", help) for name, reason in impossible.items()]
     if not problems and not targets.svdq:
         told = f"no linear of this {family.name} model can be quantised to 4 bits{family.unquantised}"
-        problems.append((told, "keep it in 16 bits (convert: --quantize none)"))
+        problems.append((told, "use --quantize none"))
     if problem := container_problem(section.container, section.format, family):
         problems.append((problem, "leave out quantize.container"))
     return part, problems
