@@ -40,10 +40,15 @@ def cost(resolved, gpus=1, measured=None) -> float:
 @pytest.mark.parametrize("gpus", [1, 8])
 @pytest.mark.parametrize(("source", "ae", "hours"), DEFAULTS)
 def test_the_shipped_budgets_pay_for_every_stage(source, ae, hours, gpus):
+    """Pictures are cut where the recipe as written costs more. DiT's costs 11.8 hours on one GPU and 12.6 on eight."""
+    written = resolve(source, {"ae": ae, "gpus": gpus, "quantize": "nvfp4", "max_gpu_hours": 0})
+    whole = cost(written, gpus)
     resolved = resolve(source, {"ae": ae, "gpus": gpus, "quantize": "nvfp4"})
     assert 0.9 * hours <= cost(resolved, gpus) <= hours
     assert resolved.recipe.budget.gpu_hours == hours
-    assert resolved.origins["data.count"] == f"derived: budget of {hours} GPU-hours"
+    cut = f"derived: budget of {hours} GPU-hours"
+    assert resolved.origins["data.count"] == (cut if whole > hours else written.origins["data.count"])
+    assert (whole > hours) == (source != "dit-xl-512" or gpus == 8)
     assert resolved.derivation[0].startswith(f"The budget is {hours} GPU-hours: ")
 
 
