@@ -16,6 +16,7 @@ from dcgen_convert.core.errors import InputError
 from dcgen_convert.core.files import read_json, write_json
 from dcgen_convert.core.journal import SEAL, Run, fingerprint
 from dcgen_convert.data import cache
+from dcgen_convert.data.cache import LatentCache
 from dcgen_convert.data.images import to_image
 from dcgen_convert.networks import autoencoders, models
 from dcgen_convert.planning import costs
@@ -165,7 +166,9 @@ def test_the_gap_is_measured_on_held_out_rows_that_are_paired(made, tmp_path):
     index = read_json(made / "few" / "latents" / "index.json")
     assert list(held_out.rows) == sorted({*index["paired"]} & {*index["held_out"]})
     found = gap.measure(job, job.folders.surgery / "transformer", held_out, tmp_path)
-    assert len(found) == 6 and all(value > 0 for value in found)
+    every = job_of(made, "whole")
+    same = LatentCache(every.folders.latents, 128, list(held_out.rows))
+    assert found == gap.measure(every, job.folders.surgery / "transformer", same, tmp_path)
 
 
 def test_a_run_that_was_killed_in_the_base_s_part_goes_on_to_the_same_bytes(copy, monkeypatch):

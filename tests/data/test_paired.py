@@ -22,14 +22,13 @@ def test_enough_pictures_by_hand(inputs, tokens, pictures):
 
 
 def test_a_twentieth_of_the_paired_rows_is_held_out_and_they_come_from_everywhere():
-    names = [f"{folder}/{number}.png" for folder in "abcdefghij" for number in range(200)]
-    held = cache.hold_out(names)
-    found = paired_rows(names, held, whole(2000, 64), 100)
-    assert (
-        len(found) == 100 and len(set(found) & set(held)) == 5 and {names[row][0] for row in found} == {*"abcdefghij"}
-    )
-    assert paired_rows(names, held, whole(2000, 64), 2000) == list(range(2000))
-    assert paired_rows(names, held, whole(2000, 64), 9000) == list(range(2000))
+    """Of 20,000 pictures 512 are held out, one of 39: of 2,000 paired ones 100 are, more than that share."""
+    names = [f"{folder}/{number}.png" for folder in "abcdefghij" for number in range(2000)]
+    held, every = cache.hold_out(names), whole(20_000, 64)
+    found = paired_rows(names, held, every, 2000)
+    assert len(held) == 512 and len(found) == 2000 and len(set(found) & set(held)) == 100
+    assert {names[row][0] for row in found} == {*"abcdefghij"}
+    assert paired_rows(names, held, every, 20_000) == list(range(20_000)) == paired_rows(names, held, every, 90_000)
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=6), st.integers(2, 300), st.integers(0, 40))
