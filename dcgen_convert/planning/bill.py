@@ -44,8 +44,8 @@ ENCODE, DECODE = 5e6, 9e6
 million, DC-AE f32 and f64 4.9 and 8.0 million, and of each frame AutoencoderKLWan 5.0 and 8.5 million."""
 ENCODE_VIDEO, DECODE_VIDEO = 31e6, 34e6  # the same of each frame, of DC-AE-V
 ENCODE_LTX, DECODE_LTX = 2.9e6, 1.3e6  # the same of LTX-2's, which begins with blocks of 4 x 4 px
-TINY_AUTOENCODER = 20_000_000  # parameters; one below has about this share of the FLOPs:
-TINY_SHARE = 0.02
+TINY_AUTOENCODER = 20_000_000  # parameters; one below is taken for a miniature, whose FLOPs are:
+ENCODE_TINY, DECODE_TINY = 16e3, 33e3  # counted by torch on the embedded ones: 12 to 19 and 19 to 43 thousand
 SMOOTHINGS = 21  # candidates of svdquant.smooth
 ROUNDINGS = 3  # passes of GPTQ over a layer: the first and two refits
 CHECKPOINT_SECONDS = 600.0  # between two checkpoints of a training
@@ -232,7 +232,7 @@ def _data(recipe: Recipe, sizes: Shapes, number: int) -> Iterator[Work]:
     passes = sizes.passes(data.guidance)
     size, frames = sizes.usual_size(data, data.resolution), sizes.drawn_frames
     once = forward_flops(sizes.base, sizes.seen(sizes.old, *size, frames), sizes.text)
-    decode = frames * math.prod(size) * DECODE * _base_share(sizes)
+    decode = frames * math.prod(size) * _base_flops(sizes)[1]
     loaded = sizes.networks * sizes.base.parameters + sizes.companions
     yield _fixed(stage, "load", BF16 * loaded, "bytes", "disk")
     yield Work(stage, "encode prompts", data.count, "pictures", "matmul", passes * _text_flops(sizes))
@@ -251,7 +251,7 @@ def _latents(recipe: Recipe, sizes: Shapes, number: int) -> Iterator[Work]:
     yield _fixed(stage, "load", BF16 * sizes.companions, "bytes", "disk")
     new, old = (sizes.frames * float(area) for area in (sum(s**2 for s in sides), sizes.alignment.side**2))
     yield Work(stage, "encode", files * new, "pixels", "convolution", _new_flops(recipe, sizes)[0])
-    yield Work(stage, "encode for the base", again * old, "pixels", "convolution", ENCODE * _base_share(sizes))
+    yield Work(stage, "encode for the base", again * old, "pixels", "convolution", _base_flops(sizes)[0])
     written = latent_bytes(recipe, sizes, number) + data.count * text_bytes(recipe, sizes)
     rows = data.count * len(sides) + paired
     yield Work(stage, "write", rows, "pictures", "disk", written / rows, False)
@@ -364,7 +364,7 @@ def _finished(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
         drawn, (encode, new), old = (
             of_base + len(models) * count,
             _new_flops(recipe, sizes),
-            DECODE * _base_share(sizes),
+            _base_flops(sizes)[1],
         )
         yield Work("verify", "encode prompts", drawn, "pictures", "matmul", _text_flops(sizes), False)
         decode = pixels * (len(models) * new + old) / (1 + len(models))
@@ -392,14 +392,15 @@ def _text_flops(sizes: Shapes) -> float:
     return 2.0 * sizes.companions * sizes.text * sizes.conditions
 
 
-def _base_share(sizes: Shapes) -> float:
-    return TINY_SHARE if sizes.base.parameters < SMALL else 1.0
+def _base_flops(sizes: Shapes) -> tuple[float, float]:
+    """FLOPs per pixel of the base's autoencoder: (encode, decode)."""
+    return (ENCODE_TINY, DECODE_TINY) if sizes.base.parameters < SMALL else (ENCODE, DECODE)
 
 
 def _new_flops(recipe: Recipe, sizes: Shapes) -> tuple[float, float]:
-    """FLOPs per pixel of the new autoencoder: (encode, decode)."""
-    share = TINY_SHARE if 0 < of_autoencoder(recipe.ae).parameters < TINY_AUTOENCODER else 1.0
-    encode, decode = (ENCODE, DECODE) if sizes.family.axes == 2 else (ENCODE_VIDEO, DECODE_VIDEO)
+    """The same of the new autoencoder."""
+    if 0 < of_autoencoder(recipe.ae).parameters < TINY_AUTOENCODER:
+        return ENCODE_TINY, DECODE_TINY
     if sizes.new.time.alone:  # which LTX-2's has and DC-AE-V has not
-        encode, decode = ENCODE_LTX, DECODE_LTX
-    return share * encode, share * decode
+        return ENCODE_LTX, DECODE_LTX
+    return (ENCODE, DECODE) if sizes.family.axes == 2 else (ENCODE_VIDEO, DECODE_VIDEO)

@@ -198,7 +198,7 @@ def test_plan_shows_the_derivation():
 
 def test_a_run_keeps_its_numbers_when_the_same_command_comes_again(tmp_path):
     """Another rate, or another number of GPUs, must not throw away what is done."""
-    settings = {"max_gpu_hours": 0.09, "sets": ["budget.hours=0"]}
+    settings = {"max_gpu_hours": 0.05, "sets": ["budget.hours=0"]}
     first = order("tiny-flux", settings, None, tmp_path).resolved
     assert first.recipe.data.count < 1024
     record = {"recipe": first.recipe.model_dump(mode="json"), "machine": {}, "output": "x", "version": __version__}
@@ -206,7 +206,7 @@ def test_a_run_keeps_its_numbers_when_the_same_command_comes_again(tmp_path):
     (tmp_path / RECIPE).write_text(json.dumps(record))
     again = order("tiny-flux", {**settings, "gpus": 2}, None, tmp_path).resolved
     assert again.recipe.data.count == first.recipe.data.count - 100
-    assert again.derivation == ("The run has its numbers already, from the same budget of 0.09 GPU-hours. They stay.",)
+    assert again.derivation == ("The run has its numbers already, from the same budget of 0.05 GPU-hours. They stay.",)
     other = order("tiny-flux", {**settings, "max_gpu_hours": 0.1}, None, tmp_path).resolved
     assert other.recipe.data.count > again.recipe.data.count
     deeper = order("tiny-flux", {**settings, "ae": "tiny-dc-ae-f64"}, None, tmp_path).resolved

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import WEIGHTS
 from PIL import Image
 
 from dcgen_convert import families
@@ -14,6 +15,7 @@ from dcgen_convert.data import given
 from dcgen_convert.data.sieve import Sieve, square
 from dcgen_convert.families import catalog, deep_autoencoders
 from dcgen_convert.families.grid import Grid
+from dcgen_convert.networks import autoencoders
 from dcgen_convert.networks.autoencoder_dc_video import AutoencoderDCVideo
 from dcgen_convert.planning import bill, plan
 from dcgen_convert.planning.shapes import shapes_of
@@ -299,6 +301,25 @@ def test_the_flops_of_an_autoencoder_are_those_that_torch_counts():
     assert counted(wan.eval(), 64, 9) == pytest.approx((bill.ENCODE, bill.DECODE), rel=0.20)
     assert counted(video, 128, 40) == pytest.approx((bill.ENCODE_VIDEO, bill.DECODE_VIDEO), rel=0.10)
     assert counted(ltx, 128, 81) == pytest.approx((bill.ENCODE_LTX, bill.DECODE_LTX), rel=0.10)
+
+
+@pytest.mark.parametrize("folder, frames", [
+    ("tiny-flux/vae", ()), ("tiny-dit/vae", ()), ("tiny-dc-ae-f32", ()), ("tiny-dc-ae-f64", ()),
+    ("tiny-wan/vae", (13,)), ("tiny-dc-ae-v", (16,)),
+])  # fmt: skip
+def test_the_flops_of_the_embedded_autoencoders_are_about_those_that_torch_counts(folder, frames):
+    """Within a factor of two of the constants: a plan of a miniature is a few minutes."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    codec = autoencoders.load(WEIGHTS / folder)
+    pixels, count = torch.zeros(1, 3, *frames, 128, 128), math.prod(frames) * 128**2
+    with FlopCounterMode(display=False) as counter:
+        latents = codec.encode(pixels)
+    encode = counter.get_total_flops() / count
+    with FlopCounterMode(display=False) as counter:
+        codec.decode(latents)
+    assert 0.5 < encode / bill.ENCODE_TINY < 2 and 0.5 < counter.get_total_flops() / count / bill.DECODE_TINY < 2
 
 
 def test_a_plan_says_no_where_the_disk_is_too_small():
