@@ -115,13 +115,12 @@ def waits(tiny, kind):
     conditions = 2 if tiny.family.picture_tokens else 1  # a row's own null condition
     # latents, condition, four kinds of draws
     arriving = 5 + conditions * len(tiny.family.text_keys) + len(tiny.entry.references)
-    parts = 2 if tiny.family.axes == 3 else 1  # videos are encoded one by one
     batch, passes = {
         "micro-step": ({}, 1 + corrected),
         "drawing step": ({}, 1 + guided),
         "head batch": ({IN: arriving}, 1 + corrected),
         "held-out batch": ({IN: len(QUANTILES) * arriving, OUT: 1}, len(QUANTILES) * (1 + corrected)),
-        "encoded batch": ({IN: parts, OUT: parts}, 0),
+        "encoded batch": ({IN: 1, OUT: 1}, 0),
     }[kind]
     found = Counter(batch) + Counter(MORE.get((tiny.name, kind), {}))
     return found + Counter({name: passes * count for name, count in A_PASS.get(tiny.name, {}).items()})
