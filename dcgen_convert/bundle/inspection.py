@@ -180,7 +180,7 @@ def _weights(tensors: dict[str, Entry], config: dict[str, Any]) -> dict[str, Any
     layers = layers or foreign
     counts = dict(Counter(layers.values()))
     quantisation = {"method": method, "counts": counts, "layers": layers} if method else None
-    return {"tensors": len(tensors), "bytes": sum(sizes.values()), "dtypes": dict(sizes), "quantisation": quantisation}
+    return {**_counts(tensors), "dtypes": dict(sizes), "quantisation": quantisation}
 
 
 def _counts(tensors: dict[str, Entry]) -> dict[str, int]:

@@ -82,9 +82,9 @@ class LatentCache:
         self._starts = [span.start for span in self._spans]
         self._paired: list[int] | None = index["paired"]
         parts = [span.rows for span in self._spans]
-        own = parts if self._paired is None else [_within(part, self._paired) for part in parts]
+        own = parts if self._paired is None else [within(part, self._paired) for part in parts]
         self._shifts = {"target": _shifts(self._spans, parts), "base": _shifts(self._spans, own)}
-        shown = [(span, part) for span in self._spans if (part := _within(span.rows, self.rows))]
+        shown = [(span, part) for span in self._spans if (part := within(span.rows, self.rows))]
         self.spans = [part for _, part in shown]
         self.shapes = [tuple(index["tables"][f"target-{span.table}"]["z"]) for span, _ in shown]
         self._open: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
@@ -244,7 +244,7 @@ class _Others(Sequence[int]):
         return place + bisect_right(self._before, place)
 
 
-def _within(rows: range, view: Sequence[int]) -> range:
+def within(rows: range, view: Sequence[int]) -> range:
     """Positions in ``view`` (ascending) of those ``rows`` that the view shows."""
     return range(bisect_left(view, rows.start), bisect_left(view, rows.stop))
 

@@ -32,7 +32,6 @@ from dcgen_convert.planning.costs import (
 )
 from dcgen_convert.planning.rates import CPUS, H100, Device
 from dcgen_convert.planning.shapes import Shapes
-from dcgen_convert.planning.weights import of_autoencoder
 from dcgen_convert.recipe.drawable import own_side
 from dcgen_convert.recipe.head_rows import LEVELS, head_samples
 from dcgen_convert.recipe.schema import Phase, Recipe
@@ -250,7 +249,7 @@ def _latents(recipe: Recipe, sizes: Shapes, number: int) -> Iterator[Work]:
     yield Work(stage, "read", files * len(sides) + again, "pictures", "decoding", source)
     yield _fixed(stage, "load", BF16 * sizes.companions, "bytes", "disk")
     new, old = (sizes.frames * float(area) for area in (sum(s**2 for s in sides), sizes.alignment.side**2))
-    yield Work(stage, "encode", files * new, "pixels", "convolution", _new_flops(recipe, sizes)[0])
+    yield Work(stage, "encode", files * new, "pixels", "convolution", _new_flops(sizes)[0])
     yield Work(stage, "encode for the base", again * old, "pixels", "convolution", _base_flops(sizes)[0])
     written = latent_bytes(recipe, sizes, number) + data.count * text_bytes(recipe, sizes)
     rows = data.count * len(sides) + paired
@@ -315,7 +314,7 @@ def _quantised(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
     calls = section.calibration.prompts * steps
     guided = sizes.passes(recipe.bundle.guidance)
     yield Work("quantize", "draw", calls, "denoising steps", "matmul", guided * once)
-    prompts, decode = section.calibration.prompts, last.resolution**2 * _new_flops(recipe, sizes)[1]
+    prompts, decode = section.calibration.prompts, last.resolution**2 * _new_flops(sizes)[1]
     yield Work("quantize", "encode prompts", prompts, "pictures", "matmul", guided * _text_flops(sizes))
     yield Work("quantize", "decode", prompts, "pictures", "convolution", decode)
     yield Work("quantize", "run the blocks", guided * calls, "forward passes", "matmul", once, False)
@@ -363,7 +362,7 @@ def _finished(recipe: Recipe, sizes: Shapes) -> Iterator[Work]:
             yield Work("verify", name, count * recipe.bundle.steps, "denoising steps", "matmul", each, False)
         drawn, (encode, new), old = (
             of_base + len(models) * count,
-            _new_flops(recipe, sizes),
+            _new_flops(sizes),
             _base_flops(sizes)[1],
         )
         yield Work("verify", "encode prompts", drawn, "pictures", "matmul", _text_flops(sizes), False)
@@ -397,9 +396,9 @@ def _base_flops(sizes: Shapes) -> tuple[float, float]:
     return (ENCODE_TINY, DECODE_TINY) if sizes.base.parameters < SMALL else (ENCODE, DECODE)
 
 
-def _new_flops(recipe: Recipe, sizes: Shapes) -> tuple[float, float]:
+def _new_flops(sizes: Shapes) -> tuple[float, float]:
     """The same of the new autoencoder."""
-    if 0 < of_autoencoder(recipe.ae).parameters < TINY_AUTOENCODER:
+    if 0 < sizes.codec.parameters < TINY_AUTOENCODER:
         return ENCODE_TINY, DECODE_TINY
     if sizes.new.time.alone:  # which LTX-2's has and DC-AE-V has not
         return ENCODE_LTX, DECODE_LTX

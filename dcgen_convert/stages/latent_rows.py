@@ -8,12 +8,11 @@ of an earlier version all rows are.
 from __future__ import annotations
 
 import os
-from bisect import bisect_left
 from collections.abc import Sequence
 
 from dcgen_convert.core.files import read_json
 from dcgen_convert.core.journal import Stage
-from dcgen_convert.data import buckets, contents, images
+from dcgen_convert.data import buckets, cache, contents, images
 from dcgen_convert.data.buckets import Span
 from dcgen_convert.data.images import Picture
 from dcgen_convert.data.paired import paired_rows
@@ -116,7 +115,8 @@ def tables_of(job: Job, spans: list[Span], paired: list[int]) -> list[tuple[str,
 
 def within(rows: list[int], span: Span) -> list[int]:
     """Those of ``rows`` (ascending) that are in a span."""
-    return rows[bisect_left(rows, span.start) : bisect_left(rows, span.stop)]
+    part = cache.within(span.rows, rows)
+    return rows[part.start : part.stop]
 
 
 def sizes_of(job: Job, span: Span) -> dict[str, contents.Size]:
