@@ -1,69 +1,94 @@
-"""Quality against compression on the tiny world: one recipe at f32, f64 and f128, a table and its curve.
+"""Quality against compression on the tiny world: one recipe with one autoencoder after another, a table and its curve.
 
-    PYTHONPATH=. python tests/benchmarks/compression_sweep.py WORK
+    PYTHONPATH=. python tests/benchmarks/compression_sweep.py WORK [--side 128 | 256] [OPTION ...]
 
-Run it in the repository's root folder: it needs tools/tiny. It runs recipe `ablations/compression` by the real command
-once per autoencoder: the same pictures, steps and prompts. f128 does not ship: where WORK has no dc-f128c512, it is
-trained there first (about a quarter of an hour of one core). WORK keeps runs and bundles, so that the script goes on
-where it stopped. The table goes to stdout and WORK/table.md, the curve to WORK/compression.svg.
+Run it in the repository's root folder: it needs tools/tiny. By the real command, once per autoencoder, from the same
+pictures, with as many steps, judged on the same prompts: recipe `ablations/compression` at f32, f64 and f128, or with
+--side 256 the recipe `tiny-flux-256` at f32, f64, f128 and f256. f128 and f256 do not ship: where WORK has none they
+are trained there first (6 and 5 minutes of one core). Every OPTION is one of `dcgen-convert convert`. WORK keeps runs
+and bundles, so that the script goes on where it stopped. The table goes to stdout and WORK/SIDE.md, the curve to
+WORK/SIDE.svg.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+import math
 from pathlib import Path
 
-from conversion import convert
+import torch
+from conversion import PROMPTS, convert
 from step_speed import measured
 
+from dcgen_convert.evaluation import tiny_world
 from dcgen_convert.evaluation.charts import line_file
-from dcgen_convert.evaluation.tiny_world import judge
-from dcgen_convert.families import catalog
 from dcgen_convert.networks import autoencoders
 from dcgen_convert.tiny import world
-from tools.tiny import assemble, parts
+from tools.tiny import parts
 
-PART = "dc-f128c512"
-RECIPE = "ablations/compression"
+SHIPPED = {"f32": "tiny-dc-ae-f32", "f64": "tiny-dc-ae-f64"}
+TRAINED = {"f128": "dc-f128c512", "f256": "dc-f256c2048"}
+RECIPES = {
+    128: ("ablations/compression", ("f32", "f64", "f128")),
+    256: ("tiny-flux-256", ("f32", "f64", "f128", "f256")),
+}
 BATCH = 16  # pictures per step when its time is taken
+DRAWN, SEED = 512, 424_242  # pictures of the round trip, that no model was trained on
 HEAD = (
-    "| | image tokens | drawn pictures, round trip: accuracy, PSNR | the base's pictures, round trip: accuracy, "
-    "Frechet "
-    "| converted: accuracy, of the base's, Frechet | one step |\n|---|---|---|---|---|---|"
+    "| | image tokens | drawn pictures, round trip: accuracy, PSNR | held-out loss | converted: accuracy, Frechet "
+    "| one step |\n|---|---|---|---|---|---|"
 )
 
 
-def main(work: Path) -> None:
-    if not (work / PART / "config.json").exists():
-        parts.make(work, PART, print)
-    aliases = {"f32": "tiny-dc-ae-f32", "f64": "tiny-dc-ae-f64"}
-    spelled = aliases | {"f128": str(work / PART)}
-    folders = {name: catalog.AUTOENCODERS[alias].folder for name, alias in aliases.items()} | {"f128": work / PART}
-    lines, curves = [HEAD], {"the base's pictures, round trip": [], "converted": []}
-    for name, ae in spelled.items():
-        metrics = convert(work / name, [RECIPE, "--ae", ae], work / "f32")["metrics"]
-        codec = autoencoders.load(folders[name])
-        accuracy, psnr = assemble.round_trip(codec, judge())
-        before, after, tokens, _ = measured(work / name / "run", BATCH)
-        source, converted = metrics["accuracy_source"], metrics["accuracy_converted"]
-        width, wide = (world.SIDE / count**0.5 for count in tokens)  # px of a token's side
-        for line, value in zip(curves.values(), (metrics["accuracy_round_trip"], converted), strict=True):
-            line[:] = line or [(width, source)]
+def main(work: Path, side: int, options: list[str]) -> None:
+    recipe, names = RECIPES[side]
+    lines, curves, base = [HEAD], {"drawn pictures, round trip": [], "converted": []}, ""
+    for name in names:
+        if name in TRAINED and not (work / TRAINED[name] / "config.json").exists():
+            parts.make(work, TRAINED[name], print)
+        ae, folder = SHIPPED.get(name) or str(work / TRAINED[name]), work / f"{side}-{name}"
+        call = [recipe, "--ae", ae, "--set", f"evaluate.prompts={PROMPTS}", *options]
+        document = convert(folder, call, work / f"{side}-f32")
+        metrics = document["metrics"]
+        (losses,) = (one["metrics"]["evaluation"] for one in document["stages"] if one["name"] == "adapt-1")
+        codec = autoencoders.load(folder / "bundle" / "vae")
+        accuracy, psnr = round_trip(codec, side)
+        before, after, tokens, _ = measured(folder / "run", BATCH)
+        width, wide = (side / count**0.5 for count in tokens)  # px of a token's side
+        if not base:  # beside f32 the base may be drawn at a size that it was not trained on
+            base = f"\nThe base: {metrics['accuracy_source']:.1%}, {metrics['frechet_source']:.0f}."
+            curves["converted"].append((width, metrics["accuracy_source"]))
+        for line, value in zip(curves.values(), (accuracy, metrics["accuracy_converted"]), strict=True):
             line.append((wide, value))
         lines.append(
-            f"| {name}c{codec.channels} | {tokens[0]} to {tokens[1]} | {accuracy.mean():.1%}, {psnr:.1f} dB "
-            f"| {metrics['accuracy_round_trip']:.1%}, {metrics['frechet_round_trip']:.0f} "
-            f"| {converted:.1%}, {converted / source:.1%}, {metrics['frechet_converted']:.0f} | {before / after:.2f} "
-            "x faster |"
+            f"| {name}c{codec.channels} | {tokens[0]} to {tokens[1]} | {accuracy:.1%}, {psnr:.1f} dB "
+            f"| {losses['before']['mean']:.3f} to {losses['after']['mean']:.3f} | {metrics['accuracy_converted']:.1%}, "
+            f"{metrics['frechet_converted']:.0f} | {before / after:.2f} x faster |"
         )
         print("\n".join(lines if len(lines) == 2 else lines[-1:]), flush=True)
-    lines.append(f"\nThe base itself: {source:.1%}, Frechet distance {metrics['frechet_source']:.0f}.")
+    lines.append(base)
     print(lines[-1])
-    (work / "table.md").write_text("\n".join(lines) + "\n")
-    (work / "compression.svg").write_text(
-        line_file(curves, x_label="px of a token's side (the base: 16)", y_label="attribute accuracy")
+    (work / f"{side}.md").write_text("\n".join(lines) + "\n")
+    (work / f"{side}.svg").write_text(
+        line_file(curves, x_label=f"px of a token's side (the base: {width:g})", y_label="attribute accuracy")
     )
 
 
+@torch.no_grad()
+def round_trip(codec: autoencoders.Codec, side: int) -> tuple[float, float]:
+    """(accuracy, PSNR in dB) of drawn pictures of ``side`` px after encoding and decoding."""
+    labels, right, error = world.sample_labels(DRAWN, SEED), 0.0, 0.0
+    for number, rows in enumerate(labels.split(32)):
+        pictures = world.draw(rows, SEED + number, side)
+        again = codec.decode(codec.encode(pictures))
+        right += (tiny_world.read(again) == rows).float().mean().item() * len(rows) / DRAWN
+        error += (again - pictures).square().mean().item() * len(rows) / DRAWN
+    return right, -10 * math.log10(error / 4)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--side", type=int, choices=RECIPES, default=128)
+    known, rest = parser.parse_known_args()
+    main(known.work.resolve(), known.side, rest)

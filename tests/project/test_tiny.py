@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderDC
 from safetensors.torch import load_file, save_file
 
 from dcgen_convert.core.files import sha256
+from dcgen_convert.tiny import world
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the programs are no part of the package
-from tools.tiny import assemble
+from tools.tiny import assemble, autoencoders
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,6 +60,24 @@ def test_equal_weights_are_held_once(tmp_path, weights):
     assert load_file(moved / "c/w.safetensors")["x"].tolist() == [2, 2, 2]
     own = [file for file in weights.rglob("*.safetensors") if not file.is_symlink()]
     assert len({sha256(file) for file in own}) == len(own)
+
+
+def test_a_higher_compression_begins_as_the_lower_one(weights, monkeypatch):
+    """What f64 lacks is zero in f128: one cell of f128 then holds four cells of f64, whose own last layers are gone."""
+    monkeypatch.setattr(autoencoders, "POOL", 8)
+    lower = AutoencoderDC.from_pretrained(weights / "tiny-dc-ae-f64", dtype=torch.float32)
+    higher = autoencoders.train("dc-f128c512", 1, 2, 0.0, 0, lambda line: None, lower)
+    pictures = world.draw(world.sample_labels(4, 5), 5)
+    with torch.no_grad():
+        latents = higher.encode(pictures).latent
+        error = (higher.decode(latents).sample - pictures).square().mean().item()
+        lower.encoder.conv_out.weight.zero_(), lower.encoder.conv_out.bias.zero_()
+        lower.decoder.conv_in.weight.zero_(), lower.decoder.conv_in.bias.zero_()
+        cells = torch.nn.functional.pixel_unshuffle(lower.encode(pictures).latent, 2)
+        packed = (lower.decode(lower.encode(pictures).latent).sample - pictures).square().mean().item()
+    assert latents.shape == (4, 512, 1, 1)
+    torch.testing.assert_close(latents, cells, rtol=1e-4, atol=1e-5)
+    assert abs(error - packed) < 1e-5 * packed
 
 
 def test_an_unknown_part_prints_the_commands(tmp_path):

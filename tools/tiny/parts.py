@@ -28,7 +28,8 @@ AUTOENCODERS = {  # steps, batch, learning rate
     "kl-f8c4": (2500, 4, 1.5e-3),
     "dc-f32c32": (3600, 12, 2e-3),
     "dc-f64c128": (3600, 10, 6e-4),
-    "dc-f128c512": (1500, 8, 6e-4),
+    "dc-f128c512": (700, 8, 6e-4),
+    "dc-f256c2048": (250, 4, 6e-4),
 }
 # With 10,000 pictures flux learns them by heart, and learns shapes last.
 PICTURES = {"flux": 24_000, "sana": 10_000, "dit": 10_000, "unet": 12_000, "kontext": 16_000}
@@ -85,6 +86,8 @@ def trained_before(work: Path, part: str) -> Network | None:
     if part == "dc-f128c512":
         own = work / "dc-f64c128"
         return AutoencoderDC.from_pretrained(own if own.exists() else catalog.AUTOENCODERS["tiny-dc-ae-f64"].folder)
+    if part == "dc-f256c2048":
+        return AutoencoderDC.from_pretrained(work / "dc-f128c512")
     return None
 
 
