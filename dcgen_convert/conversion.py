@@ -39,8 +39,9 @@ from dcgen_convert.core.progress import duration
 from dcgen_convert.families import Expert
 from dcgen_convert.networks.models import TRANSFORMER
 from dcgen_convert.planning import licences, needs
+from dcgen_convert.planning.impossible import require_possible
 from dcgen_convert.planning.needs import Part
-from dcgen_convert.planning.plan import require_disk, require_fits, require_possible
+from dcgen_convert.planning.plan import require_disk, require_fits
 from dcgen_convert.ranks import join
 from dcgen_convert.ranks.crew import SOLO, Crew
 from dcgen_convert.recipe.loading import Resolved

@@ -96,7 +96,7 @@ def validate(session: Session, name: str, **values: Any) -> int:
     """Check recipe NAME (or a file): keys, types, combinations, autoencoder, sizes. Exit 2 when it cannot work."""
     console = session.begin(**output_options(values))
     from dcgen_convert.planning.absent import require_here
-    from dcgen_convert.planning.plan import require_possible
+    from dcgen_convert.planning.impossible import require_possible
     from dcgen_convert.recipe import geometry, loading
 
     resolved = loading.load(_known(name))

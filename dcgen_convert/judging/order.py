@@ -124,7 +124,7 @@ def settle(asked: Asked, console: Console) -> Trial:
         kind, edits = _edits(asked, manifest, family, mine.side)
         texts = [edit.text for edit in edits]
     else:
-        kind, texts, own = _prompts(asked, manifest, labels(family, index, bundle))
+        kind, texts, own = _prompts(asked, manifest, family, labels(family, index, bundle))
         given = given or own
     base, why, notes = _base(asked, manifest, mine, family, home, console, bool(edits))
     if base is None:
@@ -254,12 +254,16 @@ def _edits(asked: Asked, manifest: dict[str, Any], family: Family, side: int) ->
 
 
 def _prompts(
-    asked: Asked, manifest: dict[str, Any], classes: list[str] | None
+    asked: Asked, manifest: dict[str, Any], family: Family, classes: list[str] | None
 ) -> tuple[str, list[str], References | None]:
     """(what the prompts are, one per picture, the pictures that belong to them)."""
     kind = asked.prompts
     if asked.sources is not None:
         raise InputError(f"{asked.bundle} draws from text alone", "leave --sources out")
+    other = {"tiny-edits": "instructions to edit", "tiny-videos": "" if family.axes == 3 else "captions of videos"}
+    if what := other.get(str(kind)):
+        drawn = "videos" if family.axes == 3 else "pictures"
+        raise InputError(f"{asked.bundle} draws {drawn}, and {kind} are {what}", "give other --prompts")
     if kind is not None and kind.startswith(references.MJHQ):
         return f"{kind}, the authors' subset", *references.mjhq_prompts(kind, asked.count)
     if kind is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dcgen_convert.core.disk import check_disk
-from dcgen_convert.core.errors import DcgenError, InputError, ResourceError
+from dcgen_convert.core.errors import DcgenError, ResourceError
 from dcgen_convert.core.journal import removed
 from dcgen_convert.data import prompts
 from dcgen_convert.families import Family
@@ -18,6 +18,7 @@ from dcgen_convert.planning import costs, memory, speed, stage_memory
 from dcgen_convert.planning.absent import absent
 from dcgen_convert.planning.bill import bill, device_for
 from dcgen_convert.planning.fit import Fit, decide, head_phase, training
+from dcgen_convert.planning.impossible import impossible
 from dcgen_convert.planning.licences import licences
 from dcgen_convert.planning.present import counted
 from dcgen_convert.planning.quantised import quantised_linears
@@ -36,7 +37,7 @@ from dcgen_convert.recipe.schema import Phase, Recipe
 from dcgen_convert.recipe.settings import leaves
 
 __all__ = [
-    "Fit", "fit_phase", "head_phase", "plan", "render", "require_disk", "require_fits", "require_possible",
+    "Fit", "fit_phase", "head_phase", "plan", "render", "require_disk", "require_fits",
     "start_bytes",
 ]  # fmt: skip
 
@@ -65,7 +66,7 @@ def plan(
     quantization, _ = quantised_linears(recipe.quantize, sizes)
     space = costs.disk(recipe, sizes)
     frames = geometry.training_frames(recipe, source)
-    problems = [*absent(recipe, frames, source.fps), *_impossible(recipe, sizes), *_too_large(fits)]
+    problems = [*absent(recipe, frames, source.fps), *impossible(recipe, sizes), *_too_large(fits)]
     problems += [*_too_heavy(recipe, sizes, fits, gpu_bytes), *_too_full(space["peak"], disk_bytes)]
     fetch = costs.downloads(recipe, sizes)
     doubt = sizes.family.doubt(source.name, source.scheduler or {})
@@ -114,12 +115,6 @@ def plan(
     }
 
 
-def require_possible(recipe: Recipe, source: Identity) -> None:
-    """InputError for a conversion that no machine can do: said before any work is done."""
-    for problem in _impossible(recipe, shapes_of(recipe, source)):
-        raise problem
-
-
 def require_fits(recipe: Recipe, source: Identity, gpus: int, gpu_bytes: float) -> None:
     """ResourceError when a training does not fit on ``gpus`` ranks of ``gpu_bytes`` each: said before it is reached."""
     for problem in _too_large(_fits(recipe, shapes_of(recipe, source), gpus, gpu_bytes)):
@@ -130,12 +125,6 @@ def _fits(recipe: Recipe, sizes: Shapes, gpus: int, gpu_bytes: float) -> list[Fi
     """The decision for each training: that of the head, if there is one, then the phases."""
     phases = [*([head_phase(recipe)] if recipe.align_head.steps else []), *recipe.adapt.phases]
     return [decide(recipe, phase, sizes, gpus, gpu_bytes) for phase in phases]
-
-
-def _impossible(recipe: Recipe, sizes: Shapes) -> list[DcgenError]:
-    """What no machine can do: linears that no 4-bit format holds."""
-    _, found = quantised_linears(recipe.quantize, sizes)
-    return [InputError(message, hint) for message, hint in found]
 
 
 def _too_large(fits: list[Fit]) -> list[DcgenError]:

@@ -423,8 +423,6 @@ def prepare(resolved: Resolved, run: Run, console: Console, crew: Crew = SOLO) -
         loras=recipe.loras,
         home=run.path / STAGE,
     )
-    possible.require_for_several(recipe, source)
-    possible.require_apart(recipe, source)
     entry = identity.entry
     if entry and entry.family != source.family.name:
         raise InputError(f"{source.root} holds a {source.family.name} model, {entry.name} is a {entry.family}")

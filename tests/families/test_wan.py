@@ -22,6 +22,7 @@ from dcgen_convert.families.base import FPS_KEY
 from dcgen_convert.families.grid import STILL, Grid, Time
 from dcgen_convert.judging import painter
 from dcgen_convert.networks import autoencoders
+from dcgen_convert.planning.impossible import require_possible
 from dcgen_convert.planning.shapes import shapes_of
 from dcgen_convert.planning.structures import structure
 from dcgen_convert.recipe import geometry
@@ -30,7 +31,7 @@ from dcgen_convert.recipe.identity import Identity
 from dcgen_convert.recipe.loading import load
 from dcgen_convert.recipe.schema import Adapt
 from dcgen_convert.recipe.videos import drawn_frames, frames_of
-from dcgen_convert.stages import gap, grid, possible, preview
+from dcgen_convert.stages import gap, grid, preview
 from dcgen_convert.stages.align_embedder import Problem
 from dcgen_convert.svdquant.targets import plan_targets
 from dcgen_convert.train import objective, phases
@@ -244,9 +245,9 @@ def test_what_a_model_with_two_networks_cannot_have(tmp_path):
         "2 networks, and consistency": ({}, ["adapt.phases.*.consistency=0.5"], "set the phases' consistency to 0"),
     }
     for words, (flags, sets, hint) in settings.items():
-        recipe = load("wan-2.2-a14b-480p", flags=flags, sets=[*sets, "data.kind=folder", "data.path=x"]).recipe
+        resolved = load("wan-2.2-a14b-480p", flags=flags, sets=[*sets, "data.kind=folder", "data.path=x"])
         with pytest.raises(RecipeError, match=words) as told:
-            possible.require_for_several(recipe, source)
+            require_possible(resolved.recipe, resolved.identity)
         assert told.value.hint == hint
     for more in ({"loras": ["x.safetensors"]}, {"base": str(tmp_path / "source")}):
         with pytest.raises(

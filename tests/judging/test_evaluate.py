@@ -296,6 +296,8 @@ def test_mjhq_gives_prompts_in_the_authors_order_and_all_its_pictures(asked, tmp
         ({"side": 70}, "not a multiple of 32 px"),
         ({"against": "nothing"}, "unknown source 'nothing'"),
         ({"prompts": "none.txt"}, "none.txt does not exist"),
+        ({"prompts": "tiny-edits"}, "draws pictures, and tiny-edits are instructions to edit"),
+        ({"prompts": "tiny-videos"}, "draws pictures, and tiny-videos are captions of videos"),
         ({"reference": "none"}, "none is not a folder"),
     ],
 )

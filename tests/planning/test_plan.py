@@ -18,6 +18,7 @@ from dcgen_convert.families.grid import Grid
 from dcgen_convert.networks import autoencoders
 from dcgen_convert.networks.autoencoder_dc_video import AutoencoderDCVideo
 from dcgen_convert.planning import bill, plan
+from dcgen_convert.planning.impossible import require_possible
 from dcgen_convert.planning.shapes import shapes_of
 from dcgen_convert.ranks import machine
 from dcgen_convert.recipe import drawable, loading, shelf
@@ -452,12 +453,33 @@ def test_quantised_linears_are_those_that_the_quantiser_finds_in_the_model():
     assert (part["w4a4"], part["w4a16"]) == (28 * 6, 28)  # the last: DiT-XL
 
 
+@pytest.mark.parametrize(
+    "name, sets, merge_lora, told",
+    [
+        ("wan-2.2-a14b-480p", [], False, "a wan-a14b model has 2 networks, each with a LoRA"),
+        ("wan-2.2-a14b-480p", ["adapt.phases.*.consistency=0.5"], True, "2 networks, and consistency distillation"),
+        (
+            "dit-xl-512",
+            [],
+            False,
+            "the stock DiTPipeline cannot load a LoRA apart: --merge-lora adds it to the weights",
+        ),
+    ],
+)
+def test_what_no_machine_can_do_with_this_source(name, sets, merge_lora, told):
+    """The plan says it, as `convert` does before its first stage."""
+    doc = document(name, sets=[*OWN[: 2 * name.startswith("wan")], *sets], merge_lora=merge_lora)
+    assert (doc["status"], doc["exit_code"]) == ("infeasible", 2)
+    assert told in doc["problems"][0]
+    assert document("flux-krea", merge_lora=False)["status"] == "feasible"
+
+
 def test_linears_that_no_format_holds_are_listed_and_make_it_infeasible():
     doc = document("sana-1.6b", **{"quantize.format": "nvfp4"})
     assert (doc["status"], doc["exit_code"]) == ("infeasible", 2)
     resolved = loading.load("sana-1.6b", flags={"quantize.format": "nvfp4"}, machine=machine.Machine(offline=True))
     with pytest.raises(InputError, match="attn1.to_q .* cannot be quantised"):
-        plan.require_possible(resolved.recipe, resolved.identity)
+        require_possible(resolved.recipe, resolved.identity)
     kinds = doc["quantization"]["impossible"]
     assert kinds["transformer_blocks.*.attn1.to_q (20)"].endswith("it has 2240 -> 2240")
     assert not any("ff.conv" in kind for kind in kinds)  # convolutions were never planned
