@@ -35,7 +35,7 @@ def grid(columns: Mapping[str, Sequence[Image]], captions: Sequence[str], side: 
     """One picture of all pictures: columns side by side under their titles, and a caption above each row.
 
     Args:
-        columns: title -> pictures, one per caption, any sizes; e.g. source | after this stage | autoencoder round trip.
+        columns: title -> pictures, one per caption, any sizes; e.g. base | after this stage | autoencoder round trip.
         captions: one per row; each is cut to the width of the grid.
         side: side of a cell in px; pictures keep their aspect ratio.
 

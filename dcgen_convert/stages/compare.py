@@ -61,7 +61,7 @@ def require(job: Job) -> None:
 
 
 def run(job: Job, stage: Stage, bundle: Path) -> PictureGrid:
-    """Writes grid.png (source | converted | round trip of the source, the ceiling) and fills stage.metrics.
+    """Writes grid.png (base | converted | round trip of the base, the ceiling) and fills stage.metrics.
 
     Returns:
         The grid, for the model card.
@@ -146,8 +146,10 @@ def written(drawn: dict[str, Column], texts: list[str], file: Path) -> PictureGr
     moving = any(column.frames for column in drawn.values())
     asked = texts[: MOVING if moving else ROWS]
     films = {
-        title: [[*map(cell, frames_of(pixels[0]))] for pixels in islice(column.pictures(), len(asked))]
-        for title, column in drawn.items()
+        {"source": "base"}.get(name, name): [
+            [*map(cell, frames_of(pixels[0]))] for pixels in islice(column.pictures(), len(asked))
+        ]
+        for name, column in drawn.items()
     }
     with replacing(file) as temporary:
         if moving:

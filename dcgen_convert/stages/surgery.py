@@ -46,7 +46,7 @@ def run(job: Job, stage: Stage) -> None:
     files: dict[Path, dict[str, Entry]] = {}
     for name, entry in sorted(job.source.tensors.items()):
         files.setdefault(entry.file, {})[name] = entry
-    with job.console.progress("surgery", len(files), "shards") as bar:
+    with job.console.progress("surgery", len(files), "files") as bar:
         for file, entries in sorted(files.items()):
             if job.source.imported and not entries.keys() & replaced.keys():
                 link(file, output / file.name)  # written and checked by stage import, in this run folder
