@@ -468,7 +468,7 @@ def default_side(source: Source) -> int:
     parts = {part: None for part in source.parts if part != "scheduler"}
     without_weights = {models.TRANSFORMER: build(source.config), "vae": build(vae)}
     with pipelines.quiet_diffusers():
-        stock = pipelines.stock_pipeline(source)
+        stock = pipelines.stock_pipeline(source.family, source.index)
         pipeline = stock.from_pretrained(source.root, trust_remote_code=False, **(parts | without_weights))
     cells = getattr(pipeline, "default_sample_size", None) or source.config.get("sample_size")
     return int(cells * getattr(pipeline, "vae_scale_factor", factor)) if cells else PIPELINE_SIDE

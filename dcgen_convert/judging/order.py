@@ -260,10 +260,11 @@ def _prompts(
     kind = asked.prompts
     if asked.sources is not None:
         raise InputError(f"{asked.bundle} draws from text alone", "leave --sources out")
-    other = {"tiny-edits": "instructions to edit", "tiny-videos": "" if family.axes == 3 else "captions of videos"}
-    if what := other.get(str(kind)):
-        drawn = "videos" if family.axes == 3 else "pictures"
-        raise InputError(f"{asked.bundle} draws {drawn}, and {kind} are {what}", "give other --prompts")
+    drawn = "videos" if family.axes == 3 else "pictures"
+    if kind == "tiny-edits":
+        raise InputError(f"{asked.bundle} draws {drawn}, and {kind} are instructions to edit", "give other --prompts")
+    if kind == "tiny-videos" and family.axes != 3:
+        raise InputError(f"{asked.bundle} draws {drawn}, and {kind} are captions of videos", "give other --prompts")
     if kind is not None and kind.startswith(references.MJHQ):
         return f"{kind}, the authors' subset", *references.mjhq_prompts(kind, asked.count)
     if kind is None:

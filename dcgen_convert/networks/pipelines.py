@@ -42,7 +42,7 @@ def load_pipeline(source: Source, dtype: torch.dtype, **components: Any) -> Pipe
     require_parts(source, components)
     parts.check(source.root, {part: value for part, value in source.index.items() if part not in components})
     with quiet_diffusers():
-        pipeline = stock_pipeline(source).from_pretrained(
+        pipeline = stock_pipeline(source.family, source.index).from_pretrained(
             source.root, dtype=dtype, use_safetensors=True, trust_remote_code=False, **components
         )
     pipeline.set_progress_bar_config(disable=True)
@@ -201,7 +201,7 @@ def require_parts(source: Source, given: Container[str] = ()) -> None:
     Args:
         given: parts that come from elsewhere.
     """
-    cls = stock_pipeline(source)
+    cls = stock_pipeline(source.family, source.index)
     wanted, _ = cls._get_signature_keys(cls)
     missing = set(wanted) - set(cls._optional_components) - trust.components(source.index).keys()
     if lost := sorted(part for part in missing if part not in given):
@@ -211,8 +211,8 @@ def require_parts(source: Source, given: Container[str] = ()) -> None:
         )
 
 
-def stock_pipeline(source: Source) -> Any:
-    """The diffusers class that draws with this source."""
+def stock_pipeline(family: Family, index: dict[str, Any]) -> Any:
+    """The diffusers class that draws with a source of this model_index.json."""
     import diffusers
 
-    return getattr(diffusers, source.family.pipeline_of(source.index))
+    return getattr(diffusers, family.pipeline_of(index))

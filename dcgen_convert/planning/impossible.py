@@ -42,6 +42,6 @@ def impossible(recipe: Recipe, sizes: Shapes) -> Iterator[DcgenError]:
 
 def _loads_loras(source: Identity) -> bool:
     """Whether the stock pipeline of ``source`` can load a LoRA. The only question here that needs torch."""
-    import diffusers
+    from dcgen_convert.networks.pipelines import stock_pipeline
 
-    return hasattr(getattr(diffusers, source.family.pipeline_of(source.pipeline_index or {})), "load_lora_weights")
+    return hasattr(stock_pipeline(source.family, source.pipeline_index or {}), "load_lora_weights")

@@ -146,7 +146,7 @@ def written(drawn: dict[str, Column], texts: list[str], file: Path) -> PictureGr
     moving = any(column.frames for column in drawn.values())
     asked = texts[: MOVING if moving else ROWS]
     films = {
-        {"source": "base"}.get(name, name): [
+        (BASE if name == "source" else name): [
             [*map(cell, frames_of(pixels[0]))] for pixels in islice(column.pictures(), len(asked))
         ]
         for name, column in drawn.items()

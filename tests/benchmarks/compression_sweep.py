@@ -13,18 +13,15 @@ WORK/SIDE.svg.
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 
-import torch
 from conversion import PROMPTS, convert
 from step_speed import measured
 
 from dcgen_convert.evaluation import tiny_world
 from dcgen_convert.evaluation.charts import line_file
 from dcgen_convert.networks import autoencoders
-from dcgen_convert.tiny import world
-from tools.tiny import parts
+from tools.tiny import assemble, parts
 
 SHIPPED = {"f32": "tiny-dc-ae-f32", "f64": "tiny-dc-ae-f64"}
 TRAINED = {"f128": "dc-f128c512", "f256": "dc-f256c2048"}
@@ -33,7 +30,6 @@ RECIPES = {
     256: ("tiny-flux-256", ("f32", "f64", "f128", "f256")),
 }
 BATCH = 16  # pictures per step when its time is taken
-DRAWN, SEED = 512, 424_242  # pictures of the round trip, that no model was trained on
 HEAD = (
     "| | image tokens | drawn pictures, round trip: accuracy, PSNR | held-out loss | converted: accuracy, Frechet "
     "| one step |\n|---|---|---|---|---|---|"
@@ -52,16 +48,16 @@ def main(work: Path, side: int, options: list[str]) -> None:
         metrics = document["metrics"]
         (losses,) = (one["metrics"]["evaluation"] for one in document["stages"] if one["name"] == "adapt-1")
         codec = autoencoders.load(folder / "bundle" / "vae")
-        accuracy, psnr = round_trip(codec, side)
+        accuracy, psnr = assemble.round_trip(codec, tiny_world.judge(), side)
         before, after, tokens, _ = measured(folder / "run", BATCH)
         width, wide = (side / count**0.5 for count in tokens)  # px of a token's side
         if not base:  # beside f32 the base may be drawn at a size that it was not trained on
             base = f"\nThe base: {metrics['accuracy_source']:.1%}, {metrics['frechet_source']:.0f}."
             curves["converted"].append((width, metrics["accuracy_source"]))
-        for line, value in zip(curves.values(), (accuracy, metrics["accuracy_converted"]), strict=True):
+        for line, value in zip(curves.values(), (accuracy.mean().item(), metrics["accuracy_converted"]), strict=True):
             line.append((wide, value))
         lines.append(
-            f"| {name}c{codec.channels} | {tokens[0]} to {tokens[1]} | {accuracy:.1%}, {psnr:.1f} dB "
+            f"| {name}c{codec.channels} | {tokens[0]} to {tokens[1]} | {accuracy.mean():.1%}, {psnr:.1f} dB "
             f"| {losses['before']['mean']:.3f} to {losses['after']['mean']:.3f} | {metrics['accuracy_converted']:.1%}, "
             f"{metrics['frechet_converted']:.0f} | {before / after:.2f} x faster |"
         )
@@ -72,18 +68,6 @@ def main(work: Path, side: int, options: list[str]) -> None:
     (work / f"{side}.svg").write_text(
         line_file(curves, x_label=f"px of a token's side (the base: {width:g})", y_label="attribute accuracy")
     )
-
-
-@torch.no_grad()
-def round_trip(codec: autoencoders.Codec, side: int) -> tuple[float, float]:
-    """(accuracy, PSNR in dB) of drawn pictures of ``side`` px after encoding and decoding."""
-    labels, right, error = world.sample_labels(DRAWN, SEED), 0.0, 0.0
-    for number, rows in enumerate(labels.split(32)):
-        pictures = world.draw(rows, SEED + number, side)
-        again = codec.decode(codec.encode(pictures))
-        right += (tiny_world.read(again) == rows).float().mean().item() * len(rows) / DRAWN
-        error += (again - pictures).square().mean().item() * len(rows) / DRAWN
-    return right, -10 * math.log10(error / 4)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from dcgen_convert.networks.folder import load_folder
 from dcgen_convert.tiny import videos, world
 from dcgen_convert.tiny.evaluator import Evaluator
 from tools.tiny import evaluator, text, video_gates, wan
+from tools.tiny.autoencoders import CONFIGS, SIDES
 
 SHIPPED = Path(world.__file__).parent / "weights"
 # FLUX's dynamic shift, with anchors that fit this world: mu is 0.5 at 64 tokens (128 px at f8 p2) and 1.15 at 1024.
@@ -207,25 +208,25 @@ def gates(work: Path, log: Callable[[str], None]) -> None:
     judge = evaluator.load(work)
     labels, pictures = unseen()
     log(f"pictures themselves: accuracy {(judge.read(pictures) == labels).float().mean():.4f}")
-    for name in ("kl-f8c16", "kl-f8c4", "dc-f32c32", "dc-f64c128", "dc-f128c512"):
+    for name in CONFIGS:
         if (work / name).exists():
-            accuracy, psnr = round_trip(autoencoders.load(work / name), judge)
+            accuracy, psnr = round_trip(autoencoders.load(work / name), judge, SIDES.get(name, world.SIDE))
             log(
                 f"{name}: accuracy {accuracy.mean():.4f} ({', '.join(f'{a:.3f}' for a in accuracy)}), PSNR "
                 f"{psnr:.2f} dB"
             )
 
 
-def unseen() -> tuple[torch.Tensor, torch.Tensor]:
-    """(labels (1000, 6), pictures (1000, 3, 128, 128) in [-1, 1]) that no model was trained on."""
+def unseen(side: int = world.SIDE) -> tuple[torch.Tensor, torch.Tensor]:
+    """(labels (1000, 6), pictures (1000, 3, side, side) in [-1, 1]) that no model was trained on."""
     labels = world.sample_labels(1000, 424_242)
-    return labels, torch.cat([world.draw(rows, 424_242 + i) for i, rows in enumerate(labels.split(100))])
+    return labels, torch.cat([world.draw(rows, 424_242 + i, side) for i, rows in enumerate(labels.split(100))])
 
 
 @torch.no_grad()
-def round_trip(codec: autoencoders.Codec, judge: Evaluator) -> tuple[torch.Tensor, float]:
+def round_trip(codec: autoencoders.Codec, judge: Evaluator, side: int = world.SIDE) -> tuple[torch.Tensor, float]:
     """Accuracy of each attribute, (6,), and PSNR in dB, of the pictures of `unseen` after encoding and decoding."""
-    labels, pictures = unseen()
+    labels, pictures = unseen(side)
     again = torch.cat([codec.decode(codec.encode(part)) for part in pictures.split(50)])
-    accuracy = (judge.read(again) == labels).float().mean(0)
+    accuracy = (torch.cat([judge.read(part) for part in again.split(50)]) == labels).float().mean(0)
     return accuracy, -10 * math.log10((again - pictures).square().mean().item() / 4)
