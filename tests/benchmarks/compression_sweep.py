@@ -4,10 +4,10 @@
 
 Run it in the repository's root folder: it needs tools/tiny. By the real command, once per autoencoder, from the same
 pictures, with as many steps, judged on the same prompts: recipe `ablations/compression` at f32, f64 and f128, or with
---side 256 the recipe `tiny-flux-256` at f32, f64, f128 and f256. f128 and f256 do not ship: where WORK has none they
-are trained there first (6 and 5 minutes of one core). Every OPTION is one of `dcgen-convert convert`. WORK keeps runs
-and bundles, so that the script goes on where it stopped. The table goes to stdout and WORK/SIDE.md, the curve to
-WORK/SIDE.svg.
+--side 256 the recipe `tiny-flux-256` at f32, f64, f128 and f256. f128, and from f64 on those for 256 px, do not ship:
+where WORK has none they are trained there first (some 6 minutes of one core each). Every OPTION is one of
+`dcgen-convert convert`. WORK keeps runs and bundles, so that the script goes on where it stopped. The table goes to
+stdout and WORK/SIDE.md, the curve to WORK/SIDE.svg.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ from dcgen_convert.evaluation.charts import line_file
 from dcgen_convert.networks import autoencoders
 from tools.tiny import assemble, parts
 
-SHIPPED = {"f32": "tiny-dc-ae-f32", "f64": "tiny-dc-ae-f64"}
-TRAINED = {"f128": "dc-f128c512", "f256": "dc-f256c2048"}
-RECIPES = {
-    128: ("ablations/compression", ("f32", "f64", "f128")),
-    256: ("tiny-flux-256", ("f32", "f64", "f128", "f256")),
+AUTOENCODERS = {  # of each side: shipped ones, and parts of tools/tiny in the order in which they are trained
+    128: {"f32": "tiny-dc-ae-f32", "f64": "tiny-dc-ae-f64", "f128": "dc-f128c512"},
+    256: {"f32": "tiny-dc-ae-f32", "f64": "dc-f64c128-256px", "f128": "dc-f128c512-256px", "f256": "dc-f256c2048"},
 }
+RECIPES = {128: "ablations/compression", 256: "tiny-flux-256"}
 BATCH = 16  # pictures per step when its time is taken
 HEAD = (
     "| | image tokens | drawn pictures, round trip: accuracy, PSNR | held-out loss | converted: accuracy, Frechet "
@@ -37,13 +36,13 @@ HEAD = (
 
 
 def main(work: Path, side: int, options: list[str]) -> None:
-    recipe, names = RECIPES[side]
+    recipe = RECIPES[side]
     lines, curves, base = [HEAD], {"drawn pictures, round trip": [], "converted": []}, ""
-    for name in names:
-        if name in TRAINED and not (work / TRAINED[name] / "config.json").exists():
-            parts.make(work, TRAINED[name], print)
-        ae, folder = SHIPPED.get(name) or str(work / TRAINED[name]), work / f"{side}-{name}"
-        call = [recipe, "--ae", ae, "--set", f"evaluate.prompts={PROMPTS}", *options]
+    for name, ae in AUTOENCODERS[side].items():
+        trained, folder = ae in parts.NAMES, work / f"{side}-{name}"
+        if trained and not (work / ae / "config.json").exists():
+            parts.make(work, ae, print)
+        call = [recipe, "--ae", str(work / ae) if trained else ae, "--set", f"evaluate.prompts={PROMPTS}", *options]
         document = convert(folder, call, work / f"{side}-f32")
         metrics = document["metrics"]
         (losses,) = (one["metrics"]["evaluation"] for one in document["stages"] if one["name"] == "adapt-1")

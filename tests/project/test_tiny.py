@@ -80,6 +80,17 @@ def test_a_higher_compression_begins_as_the_lower_one(weights, monkeypatch):
     assert abs(error - packed) < 1e-5 * packed
 
 
+def test_larger_pictures_begin_with_every_weight_of_the_smaller_ones(weights, monkeypatch):
+    sides = []
+    monkeypatch.setattr(autoencoders, "POOL", 8)
+    monkeypatch.setattr(autoencoders, "set_scale", lambda model, side: sides.append(side) or model)  # 512 pictures
+    smaller = AutoencoderDC.from_pretrained(weights / "tiny-dc-ae-f64", dtype=torch.float32)
+    larger = autoencoders.train("dc-f64c128-256px", 1, 2, 0.0, 0, lambda line: None, smaller)
+    for key, value in larger.state_dict().items():
+        torch.testing.assert_close(value, smaller.state_dict()[key], rtol=0, atol=0)
+    assert sides == [256]
+
+
 def test_an_unknown_part_prints_the_commands(tmp_path):
     done = tiny(tmp_path, "no-such-part")
     assert done.returncode == 1 and "tools.tiny WORK evaluator" in done.stderr

@@ -58,7 +58,9 @@ CONFIGS = {
     "dc-f128c512": (AutoencoderDC, dc(512, (8, 16, 32, 64, 128, 128, 128, 512), (0, 1, 1, 1, 1, 1, 1, 0))),
     "dc-f256c2048": (AutoencoderDC, dc(2048, (8, 16, 32, 64, 128, 128, 128, 512, 2048), (0, 1, 1, 1, 1, 1, 1, 1, 0))),
 }
-SIDES = {"dc-f256c2048": 2 * world.SIDE}  # px of the pictures it learns from, where one cell is larger than SIDE
+# px of the pictures that it learns from, where they are larger than those of the base models
+SIDES = dict.fromkeys(("dc-f64c128-256px", "dc-f128c512-256px", "dc-f256c2048"), 2 * world.SIDE)
+CONFIGS |= {name: CONFIGS[name.removesuffix("-256px")] for name in SIDES}
 # Its new layers stay at zero, so that a cell holds four cells of f128. Their kernels would have 125 M weights, of which
 # a picture of one cell reaches a ninth, and a step would take 12 s.
 PACKED = "dc-f256c2048"
@@ -100,7 +102,7 @@ def train(
     model = cls(**config).train()
     if start is not None:
         shapes = {key: value.shape for key, value in model.state_dict().items()}
-        fitting = {key: value for key, value in _moved(start).items() if shapes.get(key) == value.shape}
+        fitting = {key: value for key, value in _moved(start, model).items() if shapes.get(key) == value.shape}
         model.load_state_dict(fitting, strict=False)
         log(f"{name} starts from {len(fitting)} of {len(shapes)} tensors")
         for key, value in model.named_parameters() if cls is AutoencoderDC else ():
@@ -146,14 +148,14 @@ def train(
     return set_scale(model.eval(), side)
 
 
-def _moved(start: Network) -> dict[str, torch.Tensor]:
-    """The tensors of ``start`` under the keys of an autoencoder with one more level.
+def _moved(start: Network, model: Network) -> dict[str, torch.Tensor]:
+    """The tensors of ``start`` under the keys of ``model``, a DC-AE that may have one more level.
 
     In that one the decoder's last level of ``start`` begins with an upsampling, so its other layers come one later.
     """
-    if not isinstance(start, AutoencoderDC):
+    if not isinstance(start, AutoencoderDC) or len(start.decoder.up_blocks) == len(model.decoder.up_blocks):
         return start.state_dict()
-    last = f"decoder.up_blocks.{len(start.config.decoder_block_out_channels) - 1}."
+    last = f"decoder.up_blocks.{len(start.decoder.up_blocks) - 1}."
     return {
         re.sub(rf"^{re.escape(last)}(\d+)", lambda found: f"{last}{int(found[1]) + 1}", key): value
         for key, value in start.state_dict().items()

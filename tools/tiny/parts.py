@@ -29,6 +29,8 @@ AUTOENCODERS = {  # steps, batch, learning rate
     "dc-f32c32": (3600, 12, 2e-3),
     "dc-f64c128": (3600, 10, 6e-4),
     "dc-f128c512": (700, 8, 6e-4),
+    "dc-f64c128-256px": (300, 4, 6e-4),
+    "dc-f128c512-256px": (300, 4, 6e-4),
     "dc-f256c2048": (250, 4, 6e-4),
 }
 # With 10,000 pictures flux learns them by heart, and learns shapes last.
@@ -83,12 +85,11 @@ def trained_before(work: Path, part: str) -> Network | None:
     """The autoencoder that ``part`` starts from, because they differ at the bottleneck only; None: random weights."""
     if part == "kl-f8c4":
         return AutoencoderKL.from_pretrained(work / "kl-f8c16")
-    if part == "dc-f128c512":
+    if part in ("dc-f128c512", "dc-f64c128-256px"):
         own = work / "dc-f64c128"
         return AutoencoderDC.from_pretrained(own if own.exists() else catalog.AUTOENCODERS["tiny-dc-ae-f64"].folder)
-    if part == "dc-f256c2048":
-        return AutoencoderDC.from_pretrained(work / "dc-f128c512")
-    return None
+    lower = {"dc-f128c512-256px": "dc-f64c128-256px", "dc-f256c2048": "dc-f128c512-256px"}.get(part)
+    return AutoencoderDC.from_pretrained(work / lower) if lower else None
 
 
 def train_transformer(work: Path, part: str, log: Log) -> Network:
