@@ -83,11 +83,11 @@ def converted(
         f"--set=evaluate.prompts={PROMPTS}",
         *(f"--set={setting}" for setting in settings),
     )
-    folder = folder_of(work, options, seed)
+    folder = folder_of(work, [*options, *settings], seed)
     folder.mkdir(exist_ok=True)
     document = folder / "result.json"
     if not document.exists():
-        origin = folder_of(work, options[:1], seed) / "run"
+        origin = folder_of(work, [*options[:1], *settings], seed) / "run"
         for stage in KEPT if origin.exists() and not (folder / "run").exists() else ():
             if (origin / stage).exists():
                 shutil.copytree(origin / stage, folder / "run" / stage)

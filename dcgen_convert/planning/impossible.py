@@ -35,7 +35,8 @@ def impossible(recipe: Recipe, sizes: Shapes) -> Iterator[DcgenError]:
             "set the phases' consistency to 0",
         )
     if not recipe.merge_lora and not _loads_loras(sizes.source):
-        yield InputError(f"the stock {sizes.family.pipeline_class} cannot load a LoRA apart", MERGED)
+        stock = sizes.family.pipeline_of(sizes.source.pipeline_index or {})
+        yield InputError(f"the stock {stock} cannot load a LoRA apart", MERGED)
     for message, hint in quantised_linears(recipe.quantize, sizes)[1]:
         yield InputError(message, hint)
 

@@ -1,6 +1,7 @@
 """Linears in 4 bits as the plan counts them, and what no machine can do with a source."""
 
 import pytest
+from families.tiny_models import pixart_alpha
 
 from dcgen_convert.core.errors import InputError
 from dcgen_convert.planning import plan
@@ -46,6 +47,16 @@ def test_what_no_machine_can_do_with_this_source(name, sets, merge_lora, told):
     assert (doc["status"], doc["exit_code"]) == ("infeasible", 2)
     assert told in doc["problems"][0]
     assert document("flux-krea", merge_lora=False)["status"] == "feasible"
+
+
+def test_a_refusal_names_the_pipeline_class_of_the_source(tmp_path):
+    pixart_alpha(tmp_path)
+    sets = ["adapt.phases=[{mode: lora, resolution: 256, steps: 10}]"]
+    resolved = loading.load(
+        str(tmp_path), flags={"ae": "dc-ae-f32", "merge_lora": False}, sets=sets, machine=machine.Machine(offline=True)
+    )
+    with pytest.raises(InputError, match="the stock PixArtAlphaPipeline cannot load a LoRA apart"):
+        require_possible(resolved.recipe, resolved.identity)
 
 
 def test_linears_that_no_format_holds_are_listed_and_make_it_infeasible():

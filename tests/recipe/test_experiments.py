@@ -39,6 +39,17 @@ def test_folders_tell_rows_and_seeds_apart(tmp_path):
     assert all(folder.parent == tmp_path for folder in folders)
 
 
+def test_a_conversion_with_other_settings_has_its_own_folder(tmp_path, monkeypatch):
+    """A second call with another number of steps would otherwise be answered with the first one's result."""
+    calls = []
+    monkeypatch.setattr(experiments.subprocess, "run", lambda command, **_: calls.append(command) or 1 / 0)
+    for settings in (["adapt.phases.0.steps=600"], ["adapt.phases.0.steps=300"]):
+        with pytest.raises(ZeroDivisionError):
+            experiments.converted(tmp_path, ["tiny-flux"], 0, settings)
+    first, second = ({command[command.index("--run-dir") + 1], command[command.index("-o") + 1]} for command in calls)
+    assert not first & second
+
+
 def test_means_show_what_each_seed_gave():
     assert experiments.shown([0.5, 0.7], ".1%") == "60.0% (50.0%, 70.0%)"
     assert experiments.shown([0.5], ".1%") == "50.0%"
