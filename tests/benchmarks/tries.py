@@ -68,6 +68,9 @@ class Try:
     bands: bool = False  # two heads, for t below and above the middle
     features: float = 0.0  # weight of the distance of all blocks from the base's at the same t
     refit: bool = False  # the head's least squares once more at the end
+    guidance: tuple[float, float] | None = None  # drawn from this range; None: the recipe's
+    power: float = 0.0  # the squared error counts as this power of the guidance
+    through: bool = False  # gradients through the velocity of the null prompt too
 
 
 def min_snr(t: Tensor) -> Tensor:
@@ -92,6 +95,12 @@ ROWS = {
     "EMA .999": Try(ema=0.999),
     "no EMA": Try(ema=0.0),
     "every weight": Try(everything=True, rate=2e-3),
+    "every weight, guidance 3 to 4": Try(everything=True, rate=2e-3, guidance=(3, 4)),
+    "every weight, guidance 1 to 4": Try(everything=True, rate=2e-3, guidance=(1, 4)),
+    "every weight, guidance 3.5": Try(everything=True, rate=2e-3, guidance=(3.5, 3.5)),
+    "every weight, error times guidance": Try(everything=True, rate=2e-3, power=1),
+    "every weight, error times guidance squared": Try(everything=True, rate=2e-3, power=2),
+    "every weight, gradients through the null prompt": Try(everything=True, rate=2e-3, through=True),
     "every weight, refitted, spread evenly": Try(everything=True, rate=2e-3, refit=True, spread=True),
 }
 
@@ -120,7 +129,8 @@ class Training:
         self.model, self.seed = model, job.recipe.seed
         self.task = phases.Task(model, self.family, job.recipe.adapt, self.rows, job.scheduler)
         shape = self.rows.shapes[0]
-        self.sampling = self.task.sampling(shape)
+        self.sampling = self.task.sampling(shape)  # of the recipe: the held-out loss of all rows is the same one
+        self.drawing = replace(self.sampling, guidance_range=how.guidance or self.sampling.guidance_range)
         self.order = BatchOrder(self.rows.spans, batch, self.seed)
         self.null = self.rows.null
         heads = self.task.modules
@@ -190,7 +200,7 @@ class Training:
 
     def drawn(self, step: int, rows: list[int], z0: Tensor) -> Draws:
         how, shape = self.how, z0.shape[1:]
-        found = objective.draw(self.seed, step, range(len(rows)), shape, self.sampling)
+        found = objective.draw(self.seed, step, range(len(rows)), shape, self.drawing)
         if how.spread or how.width != 1:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
             uniform = torch.rand(2, len(rows), generator=generator, dtype=torch.float64)
@@ -198,7 +208,7 @@ class Training:
                 order = torch.stack([torch.randperm(len(rows), generator=generator) for _ in range(2)])
                 uniform = (order + uniform) / len(rows)
             t = objective.t_of_normal(torch.special.ndtri(uniform[0]) * how.width, self.sampling)
-            low, high = self.sampling.guidance_range
+            low, high = self.drawing.guidance_range
             found = replace(found, t=t, guidance=(low + (high - low) * uniform[1]).float())
         return found
 
@@ -206,15 +216,17 @@ class Training:
         chosen = self.order.rows_of(step)
         z0, text = self.rows.batch(chosen)
         drawn = self.drawn(step, chosen, z0)
-        with torch.no_grad():
-            nothing = objective.drop_text(text, self.null, torch.ones_like(drawn.dropped))
-            z = objective.noised(z0, drawn.eps, drawn.t)
+        nothing = objective.drop_text(text, self.null, torch.ones_like(drawn.dropped))
+        z = objective.noised(z0, drawn.eps, drawn.t)
+        with torch.set_grad_enabled(self.how.through):
             v_null = predict(self.family, self.model, z, drawn.t, nothing, torch.ones_like(drawn.guidance))
         seen = objective.drop_text(text, self.null, drawn.dropped)
         with listening(self.family, self.model, z0, text) if self.base else nothing_kept() as maps:
             v = predict(self.family, self.model, z, drawn.t, seen, drawn.guidance)
         error = (objective.corrected(v, v_null, drawn.guidance, 1.0) - self.family.target(z0, drawn.eps)).square()
-        loss = (self.how.weigh(drawn.t) * objective.mean_per_row(error)).mean()
+        guided = drawn.guidance**self.how.power
+        weights = self.how.weigh(drawn.t) * guided / guided.mean()
+        loss = (weights * objective.mean_per_row(error)).mean()
         if self.base:
             loss = loss + self.how.features * self.distance(maps(), chosen, seen, drawn)
         return loss
