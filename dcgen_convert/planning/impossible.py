@@ -34,15 +34,15 @@ def impossible(recipe: Recipe, sizes: Shapes) -> Iterator[DcgenError]:
             "those of another",
             "set the phases' consistency to 0",
         )
-    if not recipe.merge_lora and not _loads_loras(sizes.source):
-        stock = sizes.family.pipeline_of(sizes.source.pipeline_index or {})
-        yield InputError(f"the stock {stock} cannot load a LoRA apart", MERGED)
+    if not recipe.merge_lora and not hasattr(stock := _stock_pipeline(sizes.source), "load_lora_weights"):
+        yield InputError(f"the stock {stock.__name__} cannot load a LoRA apart", MERGED)
     for message, hint in quantised_linears(recipe.quantize, sizes)[1]:
         yield InputError(message, hint)
 
 
-def _loads_loras(source: Identity) -> bool:
-    """Whether the stock pipeline of ``source`` can load a LoRA. The only question here that needs torch."""
+def _stock_pipeline(source: Identity) -> type:
+    """The stock pipeline class of ``source``. Only a LoRA apart asks for it, because it needs torch."""
     from dcgen_convert.networks.pipelines import stock_pipeline
 
-    return hasattr(stock_pipeline(source.family, source.pipeline_index or {}), "load_lora_weights")
+    found: type = stock_pipeline(source.family, source.pipeline_index or {})
+    return found
